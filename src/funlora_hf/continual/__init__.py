@@ -1,0 +1,1 @@
+"""The continual loop and the strategies that it can run."""

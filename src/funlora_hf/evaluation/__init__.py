@@ -1,0 +1,1 @@
+"""What judges a run: classifier, accuracy matrix, held-out loss, figures."""

@@ -1,0 +1,26 @@
+"""The PEFT method; importing it registers FunLoRA with PEFT."""
+
+from .registration import extend_peft_type, register
+
+
+extend_peft_type("FUNLORA")  # before config.py, which names the member
+
+from .config import FunLoraConfig  # noqa: E402
+from .functional import functional_matrix, initial_alpha  # noqa: E402
+from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear  # noqa: E402
+from .model import FunLoraModel, mixed_batch  # noqa: E402
+
+
+register("funlora", config_cls=FunLoraConfig, model_cls=FunLoraModel)
+
+__all__ = [
+    "FunLoraClassVector",
+    "FunLoraConfig",
+    "FunLoraConv2d",
+    "FunLoraLayer",
+    "FunLoraLinear",
+    "FunLoraModel",
+    "functional_matrix",
+    "initial_alpha",
+    "mixed_batch",
+]

@@ -1,0 +1,117 @@
+"""FunLoraConfig: what a FunLoRA adapter is made of. Knows nothing of models or layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from .functional import FUNCTIONS, FUNCTIONS_WITH_OMEGA, OPERATIONS, check_at_least_one, check_choice
+
+
+@dataclass
+class FunLoraConfig(PeftConfig):
+    """
+    The configuration of a [`FunLoraModel`].
+
+    Args:
+        r (`int`):
+            Rank of the product A B before the functions are applied. The paper uses 1 throughout.
+        function (`str`):
+            "cosine", "power", "shift" or "identity" (plain A B, the vanilla baseline).
+        num_functions (`int`):
+            p, the number of functions summed up; "identity" ignores it.
+        train_omega (`bool`):
+            Whether the frequencies of "cosine" or the exponents of "power" are learned; else they stay at 1..p and
+            are not stored.
+        operation (`str`):
+            How the functional matrix F acts on the weight: "mul" (`W * F`), "add" (`W + F`) or "mul-add"
+            (`W * F + G` with a second functional matrix G of its own factors).
+        ratio (`int`):
+            rho: A and B keep one entry for `ratio` neighbouring channels.
+        init_weights (`bool`):
+            True: the adapter starts as the identity. False: a random start that is not the identity, for tests.
+        target_modules (`Union[list[str], str]`, *optional*):
+            Names of modules to adapt, or a regex. Conv2d and Linear are supported. "all-conv" means every Conv2d.
+            None means the paper's selection, the middle of the decoder, on a `UNet2DModel`.
+        exclude_modules (`Union[list[str], str]`, *optional*):
+            Names of modules not to adapt, or a regex.
+        modules_to_save (`list[str]`, *optional*):
+            Modules besides the adapter that are trained and saved whole.
+        layers_to_transform (`Union[list[int], int]`, *optional*):
+            Layer indexes to adapt, if `target_modules` is a list.
+        layers_pattern (`Union[list[str], str]`, *optional*):
+            Name of the `nn.ModuleList` that the indexes count, if `layers_to_transform` is given.
+        class_embedding (`str`, *optional*):
+            Name of an `nn.Embedding` whose output the adapter replaces by a learned vector of its own, whatever the
+            label: so a base that knows two classes can serve a thousand. On a `UNet2DModel`: "class_embedding".
+        class_label (`int`, *optional*):
+            Id of the class that the adapter generates.
+        class_name (`str`, *optional*):
+            Its name.
+
+    Raises:
+        ValueError: for an unknown function or operation and for numbers out of range, naming the field.
+
+    Source: sections 3 and 6 of arXiv 2510.02631 for r, function, num_functions, operation and ratio [text].
+    """
+
+    r: int = field(default=1, metadata={"help": "Rank of the product A B before the functions are applied."})
+    function: str = field(default="cosine", metadata={"help": "'cosine', 'power', 'shift' or 'identity'."})
+    num_functions: int = field(default=10, metadata={"help": "The number p of functions summed up."})
+    train_omega: bool = field(default=True, metadata={"help": "Learn the frequencies or exponents."})
+    operation: str = field(default="mul", metadata={"help": "'mul', 'add' or 'mul-add'."})
+    ratio: int = field(default=1, metadata={"help": "One entry of A and B for this many neighbouring channels."})
+    init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random (False)."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to adapt: list, regex, 'all-conv', or None for the middle of a UNet2DModel's decoder."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of modules, or a regex, not to adapt."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules besides the adapter that are trained and saved whole."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Layer indexes to adapt, if target_modules is a list."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the nn.ModuleList that layers_to_transform counts."}
+    )
+    class_embedding: str | None = field(
+        default=None, metadata={"help": "nn.Embedding whose output the adapter's own class vector replaces."}
+    )
+    class_label: int | None = field(default=None, metadata={"help": "Id of the class that the adapter generates."})
+    class_name: str | None = field(default=None, metadata={"help": "Name of the class that the adapter generates."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.FUNLORA
+        check_at_least_one("r", self.r)
+        check_at_least_one("num_functions", self.num_functions)
+        check_at_least_one("ratio", self.ratio)
+        check_choice("function", self.function, FUNCTIONS)
+        check_choice("operation", self.operation, OPERATIONS)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    @property
+    def learns_omega(self) -> bool:
+        """Whether the adapter holds an omega of its own."""
+        return self.train_omega and self.function in FUNCTIONS_WITH_OMEGA
+
+    def to_dict(self) -> dict:
+        """The configuration as a dictionary; sets come sorted, so that equal adapters give equal files."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}

@@ -1,0 +1,206 @@
+"""The maths of FunLoRA: function families, the functional matrix F, its start, its use on a weight.
+
+Pure functions of tensors. Knows nothing of PEFT, of modules or of training.
+
+Marks: [exact] reproduces a printed figure of the paper (arXiv 2510.02631), [text] stands in its prose, [ours] is our
+reading where the paper is silent.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+FUNCTIONS = ("cosine", "power", "shift", "identity")
+FUNCTIONS_WITH_OMEGA = ("cosine", "power")
+OPERATIONS = ("mul", "add", "mul-add")
+
+# Below this magnitude |x|^omega is continued linearly, so that its gradient stays finite at x = 0 for every omega.
+_SMALLEST_BASE = 1e-6
+
+
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the field, the value and what was expected, unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{field}` is {value!r}, expected one of: {', '.join(map(repr, choices))}.")
+
+
+def functional_matrix(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    alpha: torch.Tensor | None = None,
+    omega: torch.Tensor | None = None,
+    *,
+    function: str = "cosine",
+) -> torch.Tensor:
+    """F = (1/p) * sum_i alpha_i * f_i(A, B); `identity` is F = A B without alpha and sum.
+
+    | function   | f_i(A, B)                                                        |
+    |------------|------------------------------------------------------------------|
+    | `cosine`   | cos(omega_i * A B), elementwise                                    |
+    | `power`    | (A B)^i, elementwise; with `omega`: sign(A B) * abs(A B)^omega_i    |
+    | `shift`    | roll(A, i, dims=0) roll(B, i, dims=1), i = 0..p-1                  |
+    | `identity` | A B                                                              |
+
+    Computed in float32 at least, also under autocast: cos of a large argument loses everything in bfloat16. float64
+    stays float64.
+
+    Args:
+        A: `(C_out, r)`, real.
+        B: `(r, C_in)`, real.
+        alpha: `(p,)`, the weights of the p functions. Required, except for `identity`, which has none.
+        omega: `(p,)`, frequencies of `cosine` or exponents of `power`; None means 1..p (for `power` the plain integer
+            powers). `shift` and `identity` have none.
+        function: one of "cosine", "power", "shift", "identity".
+
+    Returns:
+        F, `(C_out, C_in)`, float32 or float64.
+
+    Raises:
+        ValueError: unknown function, an argument that the function lacks or does not take, or shapes that do not fit.
+
+    Source: section 3 (functional LoRA) [text]; the range of the shift and omega = 1..p are [ours].
+    """
+    check_choice("function", function, FUNCTIONS)
+    _check_factors(A, B)
+    _check_coefficients(alpha, omega, function)
+
+    with torch.autocast(device_type=A.device.type, enabled=False):
+        A, B, alpha, omega = (_at_least_float32(tensor) for tensor in (A, B, alpha, omega))
+        if function == "identity":
+            return _product(A, B)
+        if function == "shift":
+            return _shift(A, B, alpha)
+        product = _product(A, B)
+        terms = _cosine_terms(product, alpha, omega) if function == "cosine" else _power_terms(product, alpha, omega)
+        return torch.tensordot(alpha, terms, dims=1) / alpha.numel()
+
+
+def initial_alpha(
+    function: str, num_functions: int, operation: str = "mul", omega: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """The alpha with which an adapter whose A B is 1 everywhere starts as the identity.
+
+    `alpha_0 = p * e * v / ||v||^2` with `v_i = f_i(1, 1)` and e = 1 for "mul" and for the multiplying part of
+    "mul-add", e = 0 for "add": the alpha of least norm that gives F = e. It is 1 for `shift` and `power`, as in the
+    paper. For the added part of "mul-add", call it with "add".
+
+    Args:
+        function: one of "cosine", "power", "shift", "identity".
+        num_functions: p >= 1.
+        operation: "mul", "add" or "mul-add".
+        omega: `(p,)`, None means 1..p.
+
+    Returns:
+        alpha, `(p,)`, float32 (float64 for a float64 omega); None for `identity`, which has no alpha.
+
+    Raises:
+        ValueError: unknown function or operation, p < 1, an omega of another length, or an omega for which every
+            f_i(1, 1) vanishes, so that no alpha gives the identity.
+
+    Source: [ours]; the paper starts A and B at one and says that this preserves the identity, which for `cosine` with
+    alpha = 1 it does not (F = -0.14).
+    """
+    check_choice("function", function, FUNCTIONS)
+    check_choice("operation", operation, OPERATIONS)
+    check_at_least_one("num_functions", num_functions)
+    if function == "identity":
+        return None
+    if omega is not None and omega.shape != (num_functions,):
+        raise ValueError(f"`omega` has shape {tuple(omega.shape)}, expected ({num_functions},): one entry a function.")
+    dtype = torch.float32 if omega is None else torch.promote_types(omega.dtype, torch.float32)
+    if operation == "add":
+        return torch.zeros(num_functions, dtype=dtype)
+    values = torch.ones(num_functions, dtype=torch.float64)
+    if function == "cosine":
+        frequencies = default_omega(num_functions) if omega is None else omega.detach().cpu()
+        values = torch.cos(frequencies.double())
+    squared_norm = values.square().sum()
+    if squared_norm < 1e-12:
+        raise ValueError(f"`omega` is {omega}: cos(omega) vanishes for every entry, so no alpha gives the identity.")
+    return (num_functions * values / squared_norm).to(dtype)
+
+
+def default_omega(num_functions: int) -> torch.Tensor:
+    """omega = 1..p, `(p,)`, float32. Source: [text] for `power`, [ours] for `cosine`."""
+    return torch.arange(1, num_functions + 1, dtype=torch.float32)
+
+
+def reduced_size(channels: int, ratio: int) -> int:
+    """Entries that a factor keeps for `channels` at the reduction `ratio`: rounded up. Source: section 3.3 [exact]."""
+    return math.ceil(channels / ratio)
+
+
+def expand(F: torch.Tensor, ratio: int, shape: torch.Size) -> torch.Tensor:
+    """Repeat every entry of a reduced F for `ratio` neighbouring channels and broadcast it over the kernel.
+
+    Args:
+        F: `(ceil(C_out / ratio), ceil(C_in / ratio))`.
+        ratio: >= 1.
+        shape: of the weight, `(C_out, C_in, ...)`.
+
+    Returns:
+        `(C_out, C_in, 1, ...)`, with as many trailing ones as the weight has kernel dimensions.
+
+    Source: section 3.3, reduced parameters [exact] for the counts; which channels share an entry is [ours].
+    """
+    if ratio > 1:
+        F = F.repeat_interleave(ratio, dim=0)[: shape[0]].repeat_interleave(ratio, dim=1)[:, : shape[1]]
+    return F.reshape(*F.shape, *(1 for _ in shape[2:]))
+
+
+def check_at_least_one(field: str, value: object) -> None:
+    """Raise a ValueError that names the field and the value, unless `value` is an integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{field}` should be a positive integer value but the value passed is {value!r}.")
+
+
+def _product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    return A * B if A.shape[1] == 1 else A @ B
+
+
+def _shift(A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    p = alpha.numel()
+    left = torch.cat([alpha[i] * A.roll(i, dims=0) for i in range(p)], dim=1)
+    right = torch.cat([B.roll(i, dims=1) for i in range(p)], dim=0)
+    return left @ right / p
+
+
+def _cosine_terms(product: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None) -> torch.Tensor:
+    if omega is None:
+        omega = default_omega(alpha.numel()).to(product)
+    return torch.cos(omega[:, None, None] * product)
+
+
+def _power_terms(product: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None) -> torch.Tensor:
+    if omega is None:
+        return torch.stack([product**i for i in range(1, alpha.numel() + 1)])
+    base = product.abs().clamp(min=_SMALLEST_BASE)
+    return product * base ** (omega[:, None, None] - 1)
+
+
+def _at_least_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_factors(A: torch.Tensor, B: torch.Tensor) -> None:
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != B.shape[0]:
+        raise ValueError(
+            f"`A` has shape {tuple(A.shape)} and `B` {tuple(B.shape)}, expected (C_out, r) and (r, C_in) with one r."
+        )
+
+
+def _check_coefficients(alpha: torch.Tensor | None, omega: torch.Tensor | None, function: str) -> None:
+    if (alpha is None) != (function == "identity"):
+        remedy = "leave it out" if function == "identity" else "pass a tensor of shape (p,), see `initial_alpha`"
+        raise ValueError(f"`alpha` is {'None' if alpha is None else 'given'} for function={function!r}: {remedy}.")
+    if alpha is not None and (alpha.dim() != 1 or alpha.numel() == 0):
+        raise ValueError(f"`alpha` has shape {tuple(alpha.shape)}, expected (p,) with p >= 1.")
+    if omega is None:
+        return
+    if function not in FUNCTIONS_WITH_OMEGA:
+        raise ValueError(f"`omega` is given, but function={function!r} has none: leave it out.")
+    if omega.shape != alpha.shape:
+        raise ValueError(f"`omega` has shape {tuple(omega.shape)}, expected that of `alpha`, {tuple(alpha.shape)}.")

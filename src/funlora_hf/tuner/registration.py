@@ -1,0 +1,46 @@
+"""Makes PEFT know a method that it does not ship. Knows PEFT's registry, nothing of FunLoRA's maths."""
+
+from __future__ import annotations
+
+from peft.utils import PeftType
+
+
+def extend_peft_type(name: str) -> PeftType:
+    """Add a member to PEFT's closed enum of methods, which `register_peft_method` demands; a no-op the second time.
+
+    Args:
+        name: in upper case; the value is the same.
+
+    Returns:
+        The member.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+def register(name: str, *, config_cls: type, model_cls: type) -> None:
+    """Register a method with PEFT, once.
+
+    Raises:
+        RuntimeError: PEFT, or another package, has a method of this name already.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils.peft_types import register_peft_method
+
+    present = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[name.upper()])
+    if present is config_cls:
+        return
+    if present is not None:
+        raise RuntimeError(
+            f"PEFT knows a method {name!r} already, {present.__module__}.{present.__qualname__}. Use that one, or "
+            "install a release of peft without it."
+        )
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
