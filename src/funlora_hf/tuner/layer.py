@@ -6,6 +6,7 @@ Knows PEFT's layer protocol and the maths of `functional.py`; knows nothing of m
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,19 +84,19 @@ class FunLoraLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @abstractmethod
     def initial_parameters(self, config: FunLoraConfig) -> dict[str, torch.Tensor]:
         """The tensors of a new adapter, by the name of their dictionary."""
-        raise TypeError(f"{type(self).__name__} does not say which parameters an adapter has.")
 
+    @abstractmethod
     def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
         """The base's `weight` as the adapters change it together."""
-        raise TypeError(f"{type(self).__name__} does not say what an adapter does to the weight.")
 
+    @abstractmethod
     def adapted_forward(
         self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """The layer's output with these adapters acting on all of `x`."""
-        raise TypeError(f"{type(self).__name__} does not say what it computes.")
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Adapted minus original weight, in the weight's own shape."""

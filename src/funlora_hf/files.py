@@ -1,0 +1,103 @@
+"""Files that appear whole or not at all, and hashes of folders. Knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+_TEMPORARY = ".writing-"
+_REPLACED = ".replaced-"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; renamed to `path` when the block ends well, removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; takes the place of `path` when the block ends well, vanishes when it does not.
+
+    A folder that stood at `path` is set aside under another name for the moment of the exchange; `recover_folder`
+    brings it back if the process is killed just then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
+        replaced = path.with_name(f"{_REPLACED}{path.name}")
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Clean up below `folder` after a killed process: half-written entries go, a folder set aside comes back."""
+    for leftover in list(folder.rglob(f"{_TEMPORARY}*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    for replaced in list(folder.rglob(f"{_REPLACED}*")):
+        original = replaced.with_name(replaced.name.removeprefix(_REPLACED))
+        if original.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.replace(replaced, original)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON. NaN and infinities are refused: JSON has none."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def folder_sha256(folder: Path, *, leave_out: Iterable[str] = ()) -> str:
+    """SHA-256 over names and bytes of all files below a folder, hidden ones apart.
+
+    Args:
+        folder: to hash.
+        leave_out: names of subfolders or files directly in it that do not count.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    leave_out = set(leave_out)
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if not path.is_file() or parts[0] in leave_out or any(part.startswith(".") for part in parts):
+            continue
+        digest.update("/".join(parts).encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

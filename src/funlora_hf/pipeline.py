@@ -1,0 +1,349 @@
+"""FunLoraPipeline: samples any class of a base and of the adapters loaded onto it, in one call.
+
+Knows the base, its adapters and the solvers; knows nothing of training or evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from peft import PeftConfig, PeftModel
+from tqdm.auto import tqdm
+
+from .adapter_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save_adapter
+from .flow_matching import sigma_to_timestep
+from .solvers import check_solver, solve
+from .tuner import FunLoraConfig, mixed_batch
+from .tuner.layer import BASE, FunLoraLayer
+
+
+@dataclass
+class FunLoraPipelineOutput(BaseOutput):
+    """
+    Output class of [`FunLoraPipeline`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            Images in the order asked: PIL, an array `(batch, height, width, channels)` in [0, 1], or a tensor
+            `(batch, channels, height, width)` in [0, 1].
+        nfe (`int`): number of function evaluations: how often the U-Net ran.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    nfe: int
+
+
+class FunLoraPipeline(DiffusionPipeline):
+    r"""
+    Pipeline for class-conditional image generation with a flow-matching U-Net and one FunLoRA adapter per class added.
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Parameters:
+        unet ([`UNet2DModel`]):
+            The base. Loading adapters wraps layers of it in place; its own weights never change.
+        scheduler ([`FlowMatchEulerDiscreteScheduler`]):
+            Gives the sigmas at which the fixed-step solvers stop.
+        class_ids (`list[int]`, *optional*):
+            Classes that the base knows: row i of its class embedding is the class `class_ids[i]`. None: the rows'
+            own numbers.
+        id2label (`dict[int, str]`, *optional*):
+            Names of the base's classes. None: their ids as text.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        class_ids: list[int] | None = None,
+        id2label: dict | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"`scheduler` is a {type(scheduler).__name__}, expected a FlowMatchEulerDiscreteScheduler: the base must "
+                "be trained by flow matching."
+            )
+        self.register_modules(unet=unet, scheduler=scheduler)
+        rows = 0 if unet.config.num_class_embeds is None else unet.config.num_class_embeds
+        class_ids = list(range(rows)) if class_ids is None else [int(class_id) for class_id in class_ids]
+        if len(class_ids) != rows or len(set(class_ids)) != rows:
+            raise ValueError(
+                f"`class_ids` is {class_ids}, expected {rows} different ids: one for each row of the U-Net's class "
+                "embedding (`num_class_embeds`)."
+            )
+        names = {int(class_id): str(name) for class_id, name in (id2label or {}).items()}
+        id2label = {class_id: names.get(class_id, str(class_id)) for class_id in class_ids}
+        _check_names(id2label)
+        self.register_to_config(class_ids=class_ids, id2label=id2label)
+        self._base_rows = {class_id: row for row, class_id in enumerate(class_ids)}
+        self._names = dict(id2label)
+        self._peft_model: PeftModel | None = None
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Every class that can be asked for now, id -> name: the base's, then the adapters' in order of loading."""
+        return dict(self._names)
+
+    @property
+    def base_classes(self) -> list[int]:
+        """Ids of the classes that the base itself knows, by row of its class embedding."""
+        return list(self._base_rows)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        num_inference_steps: int = 10,
+        solver: str = "heun",
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> FunLoraPipelineOutput | tuple:
+        r"""
+        The call function to the pipeline for generation.
+
+        Args:
+            class_labels (`int`, `str`, or a sequence of them):
+                One class for every image wanted, by id or by name; base and adapter classes may mix.
+            num_inference_steps (`int`, *optional*, defaults to 10):
+                Steps of the fixed-step solvers; "dopri5" chooses its own.
+            solver (`str`, *optional*, defaults to "heun"):
+                "euler" (1 evaluation of the U-Net a step), "heun" (2), "rk4" (4) or "dopri5" (adaptive).
+            rtol (`float`, *optional*, defaults to 1e-5): Relative tolerance of "dopri5".
+            atol (`float`, *optional*, defaults to 1e-5): Absolute tolerance of "dopri5".
+            generator (`torch.Generator` or a list of them, *optional*):
+                Makes the noise, and with it the images, repeatable.
+            output_type (`str`, *optional*, defaults to "pil"): "pil", "np" or "pt".
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`FunLoraPipelineOutput`] instead of a tuple.
+
+        Returns:
+            [`FunLoraPipelineOutput`] or `tuple`: the images, in the order asked, and the number of evaluations.
+
+        Raises:
+            ValueError: unknown class, solver or output type, no class at all, or less than one step.
+
+        Source: section 6.1 (sampling by an ODE solver) [text].
+        """
+        check_solver(solver)
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"`output_type` is {output_type!r}, expected 'pil', 'np' or 'pt'.")
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, expected at least 1.")
+        class_ids = self._class_ids(class_labels)
+
+        config = self.unet.config
+        height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+        device = self._execution_device
+        # The state stays in float32, whatever the U-Net computes in: its rounding would add up over the steps.
+        noise = randn_tensor(
+            (len(class_ids), config.in_channels, height, width),
+            generator=generator,
+            device=device,
+            dtype=torch.float32,
+        )
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+        labels = torch.tensor([self._base_rows.get(class_id, 0) for class_id in class_ids], device=device)
+        labels = labels if self._base_rows else None
+
+        def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+            timestep = sigma_to_timestep(sigma.float())
+            return self.unet(state.to(self.unet.dtype), timestep, labels).sample.to(state.dtype)
+
+        steps = None if solver == "dopri5" else num_inference_steps
+        with self._adapters(class_ids), tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
+            output = solve(
+                velocity, noise, self.scheduler.sigmas, solver=solver, rtol=rtol, atol=atol, on_step=bar.update
+            )
+
+        images = (output.sample / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, output.nfe
+        return FunLoraPipelineOutput(images=images, nfe=output.nfe)
+
+    def load_adapter(
+        self,
+        source: str | os.PathLike,
+        *,
+        subfolder: str | None = None,
+        class_label: int | None = None,
+        class_name: str | None = None,
+        revision: str | None = None,
+    ) -> int:
+        """
+        Add the class of an adapter.
+
+        Args:
+            source (`str` or `os.PathLike`): a folder written by PEFT's `save_pretrained`, or a repository on the Hub.
+            subfolder (`str`, *optional*): where in it the adapter lies.
+            class_label (`int`, *optional*): id under which to ask for the class; None: the one in the adapter's config.
+            class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
+            revision (`str`, *optional*): branch, tag or commit of a repository.
+
+        Returns:
+            `int`: the id of the class.
+
+        Raises:
+            ValueError: not a FunLoRA adapter, no id, an id or a name that is taken, or an adapter that does not fit
+                the base. Nothing has changed then.
+        """
+        source = os.fspath(source)
+        location = {"subfolder": subfolder, "revision": revision}
+        config = PeftConfig.from_pretrained(source, **{k: v for k, v in location.items() if v is not None})
+        if not isinstance(config, FunLoraConfig):
+            raise ValueError(f"`source` {source!r} holds an adapter of type {config.peft_type}, expected FUNLORA.")
+        class_label = config.class_label if class_label is None else class_label
+        if class_label is None:
+            raise ValueError(f"The adapter {source!r} does not say which class it is: pass `class_label`.")
+        class_name = class_name or config.class_name or str(class_label)
+        if class_label in self._names:
+            where = "the base knows" if class_label in self._base_rows else "an adapter is loaded for"
+            raise ValueError(f"`class_label` is {class_label}, a class that {where} already: pass another one.")
+        _check_names({**self._names, class_label: class_name})
+        self._inject(source, adapter_name(class_label), location)
+        self._names[class_label] = class_name
+        return class_label
+
+    def unload_adapter(self, class_label: int) -> None:
+        """Forget the class of an adapter. Raises a ValueError for a class that no adapter was loaded for."""
+        if class_label not in self._names or class_label in self._base_rows:
+            raise ValueError(f"`class_label` is {class_label}, expected a class loaded by `load_adapter`.")
+        self._remove(adapter_name(class_label))
+        del self._names[class_label]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Save the base as diffusers does, untouched by adapters, and every adapter in `adapters/class_<id>/` beside it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder.
+            kwargs: as in [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: adapters are merged into the base's weights.
+        """
+        base = FunLoraPipeline(
+            _without_adapters(self.unet), self.scheduler, self.config.class_ids, self.config.id2label
+        )
+        super(FunLoraPipeline, base).save_pretrained(save_directory, **kwargs)
+        for class_id in self._names:
+            if class_id not in self._base_rows:
+                save_adapter(
+                    self._peft_model,
+                    adapter_name(class_id),
+                    Path(save_directory) / ADAPTERS_FOLDER / adapter_name(class_id),
+                )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> FunLoraPipeline:
+        """As [`DiffusionPipeline.from_pretrained`]; adapters in `adapters/` of a local folder are loaded, too."""
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for folder in adapter_folders(Path(pretrained_model_name_or_path) / ADAPTERS_FOLDER):
+            pipe.load_adapter(folder)
+        return pipe
+
+    def _class_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        if isinstance(class_labels, (int, str)):
+            class_labels = [class_labels]
+        ids_by_name = {name: class_id for class_id, name in self._names.items()}
+        class_ids = [ids_by_name.get(label) if isinstance(label, str) else int(label) for label in class_labels]
+        for label, class_id in zip(class_labels, class_ids, strict=True):
+            if class_id not in self._names:
+                known = ", ".join(f"{class_id} ({name})" for class_id, name in self._names.items())
+                raise ValueError(
+                    f"`class_labels` has {label!r}, expected ids or names of known classes: {known}. Load the class "
+                    "with `load_adapter`."
+                )
+        if not class_ids:
+            raise ValueError("`class_labels` is empty, expected one class for every image wanted.")
+        return class_ids
+
+    def _adapters(self, class_ids: Sequence[int]) -> Any:
+        if self._peft_model is None:
+            return nullcontext()
+        names = [BASE if class_id in self._base_rows else adapter_name(class_id) for class_id in class_ids]
+        return mixed_batch(self.unet, names)
+
+    def _inject(self, source: str, name: str, location: Mapping[str, Any]) -> None:
+        training = self.unet.training
+        kwargs = {key: value for key, value in location.items() if value is not None}
+        try:
+            if self._peft_model is None:
+                self._peft_model = PeftModel.from_pretrained(self.unet, source, adapter_name=name, **kwargs)
+            else:
+                self._peft_model.load_adapter(source, adapter_name=name, **kwargs)
+        except Exception as error:
+            self._remove(name)
+            raise ValueError(f"The adapter {source!r} does not fit this base: {error}") from error
+        finally:
+            self.unet.train(training)
+
+    def _remove(self, name: str) -> None:
+        """Take an adapter off the U-Net, whether it was loaded wholly or in part."""
+        for path, module in list(self.unet.named_modules()):
+            if not isinstance(module, FunLoraLayer):
+                continue
+            if name in module.settings:
+                with warnings.catch_warnings():
+                    # Which adapter is active does not matter here: every call says which one each sample takes.
+                    warnings.simplefilter("ignore", UserWarning)
+                    module.delete_adapter(name)
+            if not module.settings:
+                parent = self.unet.get_submodule(path.rpartition(".")[0])
+                setattr(parent, path.rpartition(".")[2], module.get_base_layer())
+        if self._peft_model is not None:
+            self._peft_model.peft_config.pop(name, None)
+            if not self._peft_model.peft_config:
+                self._peft_model = None
+        if self._peft_model is None and hasattr(self.unet, "peft_config"):
+            del self.unet.peft_config
+
+
+def _check_names(id2label: Mapping[int, str]) -> None:
+    names = list(id2label.values())
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
+
+
+def _without_adapters(unet: UNet2DModel) -> UNet2DModel:
+    """A U-Net without adapters that shares the base's tensors."""
+    layers = [module for module in unet.modules() if isinstance(module, FunLoraLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError("Adapters are merged into the base's weights: call `unmerge_adapter` before saving.")
+    if not layers:
+        return unet
+    weights = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in unet.state_dict().items()
+        if not any(part.startswith("funlora_") for part in name.split("."))
+    }
+    with torch.device("meta"):
+        base = UNet2DModel.from_config(unet.config)
+    base.load_state_dict(weights, assign=True)
+    return base
