@@ -161,15 +161,12 @@ class FunLoraPipeline(DiffusionPipeline):
             dtype=torch.float32,
         )
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
-        labels = torch.tensor([self._base_rows.get(class_id, 0) for class_id in class_ids], device=device)
-        labels = labels if self._base_rows else None
 
         def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-            timestep = sigma_to_timestep(sigma.float())
-            return self.unet(state.to(self.unet.dtype), timestep, labels).sample.to(state.dtype)
+            return self.predict_velocity(state, sigma, class_ids)
 
         steps = None if solver == "dopri5" else num_inference_steps
-        with self._adapters(class_ids), tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
+        with tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
             output = solve(
                 velocity, noise, self.scheduler.sigmas, solver=solver, rtol=rtol, atol=atol, on_step=bar.update
             )
@@ -183,6 +180,32 @@ class FunLoraPipeline(DiffusionPipeline):
         if not return_dict:
             return images, output.nfe
         return FunLoraPipelineOutput(images=images, nfe=output.nfe)
+
+    def predict_velocity(
+        self, sample: torch.Tensor, sigma: torch.Tensor, class_labels: int | str | Sequence[int | str] | torch.Tensor
+    ) -> torch.Tensor:
+        """
+        dx/dsigma of each sample under its own class.
+
+        Args:
+            sample (`torch.Tensor`): states, `(batch, channels, height, width)`.
+            sigma (`torch.Tensor`): `(batch,)` or a scalar, in [0, 1]; 1 is the noise, 0 the data.
+            class_labels (`int`, `str`, or a sequence of them): one class for every sample, by id or by name.
+
+        Returns:
+            `torch.Tensor`: of the shape and dtype of `sample`.
+
+        Raises:
+            ValueError: unknown class.
+        """
+        class_ids = self._class_ids(class_labels)
+        labels = None
+        if self._base_rows:
+            # An adapter class brings its own vector; the row asked for then does not matter.
+            labels = torch.tensor([self._base_rows.get(class_id, 0) for class_id in class_ids], device=sample.device)
+        with self._adapters(class_ids):
+            output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float()), labels)
+        return output.sample.to(sample.dtype)
 
     def load_adapter(
         self,

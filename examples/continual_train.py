@@ -1,0 +1,64 @@
+"""Trains a generator class after class. Without arguments: scikit-learn's digits, two classes a task.
+
+    accelerate launch examples/continual_train.py
+    accelerate launch examples/continual_train.py --config examples/recipes/cifar10_2-2.yaml --seed 1
+
+`--help` lists all arguments; a recipe gives defaults, arguments on the command line win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import yaml
+from transformers import HfArgumentParser
+
+from funlora_hf.continual.config import (
+    ContinualTrainingArguments,
+    DataArguments,
+    EvaluationArguments,
+    ModelArguments,
+)
+from funlora_hf.run import RunArguments, run
+
+
+def parse(arguments: list[str]) -> RunArguments:
+    """The arguments of the command line over those of `--config`."""
+    recipe_parser = argparse.ArgumentParser(add_help=False)
+    recipe_parser.add_argument("--config", help="A recipe: YAML with the arguments below as keys.")
+    given, rest = recipe_parser.parse_known_args(arguments)
+    parser = HfArgumentParser(
+        (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments),
+        description=__doc__,
+        parents=[recipe_parser],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    if given.config is not None:
+        with open(given.config, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file) or {}
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(recipe) - known)
+        if unknown:
+            parser.error(f"{given.config}: unknown keys {', '.join(unknown)}; --help lists the known ones")
+        parser.set_defaults(**recipe)
+    # The last one holds --config, which belongs to no dataclass.
+    data, model, training, evaluation, _ = parser.parse_args_into_dataclasses(rest)
+    return RunArguments(data, model, training, evaluation)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "fsspec", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        arguments = parse(sys.argv[1:])
+        run(arguments)
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        logging.getLogger(__name__).debug("details", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

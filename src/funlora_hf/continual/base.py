@@ -1,0 +1,67 @@
+"""The base generator: built, trained once, written as a pipeline folder, loaded again.
+
+Shared by strategies; knows nothing of adapters or of the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
+
+from ..files import whole_folder
+from ..pipeline import FunLoraPipeline
+from ..seeds import derive_seed
+
+
+def build_unet(unet_config: Mapping, num_classes: int, *, seed: int, device: torch.device) -> UNet2DModel:
+    """A new U-Net with a class embedding; the same seed gives the same weights, whatever was drawn before.
+
+    Raises:
+        ValueError: arguments that UNet2DModel does not take.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "unet"))
+        try:
+            unet = UNet2DModel(**{**unet_config, "num_class_embeds": num_classes})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`unet_config` does not make a UNet2DModel: {error}") from error
+    return unet.to(device)
+
+
+def save_base(unet: UNet2DModel, folder: Path, class_ids: Sequence[int], class_names: Mapping[int, str]) -> None:
+    """Write a pipeline folder whose class embedding has the row i for `class_ids[i]`; whole or not at all."""
+    names = {class_id: class_names[class_id] for class_id in class_ids}
+    pipe = FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler(), list(class_ids), names)
+    with whole_folder(folder) as temporary:
+        pipe.save_pretrained(temporary)
+
+
+def load_pipeline(folder: Path, device: torch.device) -> FunLoraPipeline:
+    """The pipeline of a folder, for sampling, without progress bars of its own."""
+    bars = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        pipe = FunLoraPipeline.from_pretrained(folder).to(device)
+    finally:
+        if bars:
+            diffusers_logging.enable_progress_bar()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def label_rows(class_ids: Sequence[int], batch_class_ids: torch.Tensor) -> torch.Tensor:
+    """Rows of a class embedding for a batch.
+
+    Args:
+        class_ids: row i belongs to `class_ids[i]`.
+        batch_class_ids: `(batch,)`, int64, each of them in `class_ids`.
+
+    Returns:
+        `(batch,)`, int64.
+    """
+    known = torch.tensor(list(class_ids), device=batch_class_ids.device)
+    return (batch_class_ids[:, None] == known[None, :]).int().argmax(dim=1)

@@ -1,0 +1,258 @@
+"""What a run is asked to do: dataclasses for `transformers.HfArgumentParser`, validated at construction.
+
+The defaults are the digits run. Knows nothing of models, data or devices.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..flow_matching import TIMESTEP_DENSITIES
+from ..solvers import check_solver
+from ..tuner import FunLoraConfig
+from ..tuner.functional import check_at_least_one, check_choice
+
+
+CLASS_BATCHES = ("homogeneous", "mixed")
+UPDATE_MODES = ("continue", "retrain")
+LATEST = "latest"
+
+_DIGITS_UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how their classes are split into tasks."""
+
+    dataset_name: str = field(
+        default="digits",
+        metadata={"help": "'digits' (embedded in scikit-learn), a folder, a parquet file, or a dataset on the Hub."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a dataset."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if it is clear."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found if it is clear."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split to test on; 'test' or 'validation' if there is one, else held out."}
+    )
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Test on this share of the training images instead of the test images: to choose settings."},
+    )
+    max_images_per_class: int | None = field(default=None, metadata={"help": "Take only the first N of every class."})
+    random_flip: bool = field(default=False, metadata={"help": "Flip training images at random, left to right."})
+    classes_per_task: int = field(default=2, metadata={"help": "Classes that each task brings."})
+    class_order_seed: int | None = field(
+        default=None, metadata={"help": "Shuffle the classes with this seed; None keeps the dataset's own order."}
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least_one("classes_per_task", self.classes_per_task)
+        if self.max_images_per_class is not None:
+            check_at_least_one("max_images_per_class", self.max_images_per_class)
+        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
+            raise ValueError(f"`validation_fraction` is {self.validation_fraction}, expected a share between 0 and 1.")
+
+
+@dataclass
+class ModelArguments:
+    """The base, and the adapters put onto it."""
+
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Pipeline folder or repository of an existing generator: skips task 1, adds classes to it."},
+    )
+    base_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
+    unet_config: dict | str = field(
+        default_factory=lambda: dict(_DIGITS_UNET),
+        metadata={"help": "Arguments of diffusers' UNet2DModel, as a mapping in a recipe or as JSON."},
+    )
+    function: str = field(default="cosine", metadata={"help": "'cosine', 'power', 'shift' or 'identity'."})
+    num_functions: int = field(default=10, metadata={"help": "The number p of functions summed up."})
+    train_omega: bool = field(default=True, metadata={"help": "Learn the frequencies or exponents."})
+    operation: str = field(default="mul", metadata={"help": "'mul', 'add' or 'mul-add'."})
+    rank: int = field(default=1, metadata={"help": "Rank of the product A B before the functions are applied."})
+    ratio: int = field(default=1, metadata={"help": "One entry of A and B for this many neighbouring channels."})
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules to adapt: names, one regex, 'all-conv', or None for the decoder's middle."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.unet_config, str):
+            try:
+                self.unet_config = json.loads(self.unet_config)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"`unet_config` is {self.unet_config!r}, expected a JSON mapping: {error}."
+                ) from error
+        if not isinstance(self.unet_config, dict):
+            raise ValueError(f"`unet_config` is {self.unet_config!r}, expected a mapping of UNet2DModel arguments.")
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]
+        _check_halving(self.unet_config)
+        self.adapter_config()
+
+    def adapter_config(self, **kwargs: Any) -> FunLoraConfig:
+        """The configuration of a class's adapter; `kwargs` override or add fields."""
+        targets = self.target_modules
+        if targets is not None and len(targets) == 1:
+            # One entry may be a regex or "all-conv"; a module's name is a regex for itself.
+            targets = targets[0]
+        fields = {
+            "r": self.rank,
+            "function": self.function,
+            "num_functions": self.num_functions,
+            "train_omega": self.train_omega,
+            "operation": self.operation,
+            "ratio": self.ratio,
+            "target_modules": targets,
+            "class_embedding": "class_embedding",
+        }
+        return FunLoraConfig(**{**fields, **kwargs})
+
+
+@dataclass
+class ContinualTrainingArguments:
+    """How each phase is trained, and where the run goes."""
+
+    output_dir: str = field(default="outputs/digits", metadata={"help": "Folder of the run."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete the run that is in the folder."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest': go on where a run stopped."})
+    strategy: str = field(default="funlora", metadata={"help": "How to learn one task after another."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything: weights, order, noise, samples, classifier."})
+    deterministic: bool = field(default=True, metadata={"help": "Use deterministic kernels on a GPU, too (slower)."})
+    mixed_precision: str = field(default="no", metadata={"help": "'no', 'fp16' or 'bf16'."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches summed up for one step."})
+    max_grad_norm: float | None = field(default=1.0, metadata={"help": "Clip the gradient's norm; None does not."})
+    timestep_density: str = field(default="uniform", metadata={"help": "'uniform' or 'logit_normal'."})
+    class_batches: str = field(
+        default="homogeneous",
+        metadata={"help": "'homogeneous': one class after another, one effective weight a step. 'mixed': together."},
+    )
+    max_train_steps: int | None = field(
+        default=None, metadata={"help": "Cap on the steps of every phase: base, each class, classifier."}
+    )
+    checkpointing_steps: int = field(default=500, metadata={"help": "Steps between checkpoints inside a phase."})
+    report_to: str = field(default="none", metadata={"help": "Tracker of accelerate: 'tensorboard', 'wandb', ..."})
+
+    base_train_steps: int | None = field(default=700, metadata={"help": "Steps of task 1; None: base_epochs counts."})
+    base_epochs: int | None = field(default=None, metadata={"help": "Epochs of task 1, if base_train_steps is None."})
+    base_batch_size: int = field(default=32, metadata={"help": "Batch of task 1, over all processes."})
+    base_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of task 1."})
+    base_warmup_steps: int = field(default=20, metadata={"help": "Steps of linear warm-up in task 1."})
+    base_ema_decay: float = field(default=0.99, metadata={"help": "Decay of the moving average in task 1."})
+    base_ema_start: float = field(default=0.0, metadata={"help": "Share of task 1 after which averaging starts."})
+
+    adapter_train_steps: int | None = field(default=150, metadata={"help": "Steps of a class; None: epochs count."})
+    adapter_epochs: int | None = field(default=None, metadata={"help": "Epochs of a class, if the steps are None."})
+    adapter_batch_size: int = field(default=32, metadata={"help": "Batch of an adapter phase."})
+    adapter_learning_rate: float = field(default=2e-2, metadata={"help": "Peak learning rate of a class."})
+    adapter_warmup_steps: int = field(default=20, metadata={"help": "Steps of linear warm-up of a class."})
+    adapter_ema_decay: float = field(default=0.98, metadata={"help": "Decay of the moving average of a class."})
+    adapter_ema_start: float = field(default=0.0, metadata={"help": "Share of a class after which averaging starts."})
+
+    update_class: int | None = field(
+        default=None, metadata={"help": "Train the adapter of this one class again; nothing else changes."}
+    )
+    update_mode: str = field(
+        default="continue", metadata={"help": "'continue' from the adapter there is, or 'retrain' from the start."}
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("class_batches", self.class_batches, CLASS_BATCHES)
+        check_choice("update_mode", self.update_mode, UPDATE_MODES)
+        check_choice("timestep_density", self.timestep_density, TIMESTEP_DENSITIES)
+        check_choice("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16"))
+        if self.resume_from_checkpoint not in (None, LATEST):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {self.resume_from_checkpoint!r}, expected 'latest': a run goes on from "
+                "the newest checkpoint of `output_dir`."
+            )
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise ValueError("`overwrite_output_dir` and `resume_from_checkpoint` exclude each other: pass one.")
+        for name in ("gradient_accumulation_steps", "checkpointing_steps", "base_batch_size", "adapter_batch_size"):
+            check_at_least_one(name, getattr(self, name))
+        if self.max_train_steps is not None:
+            check_at_least_one("max_train_steps", self.max_train_steps)
+        for phase in ("base", "adapter"):
+            self._check_phase(phase)
+
+    def _check_phase(self, phase: str) -> None:
+        steps, epochs = getattr(self, f"{phase}_train_steps"), getattr(self, f"{phase}_epochs")
+        if (steps is None) == (epochs is None):
+            raise ValueError(
+                f"`{phase}_train_steps` is {steps} and `{phase}_epochs` is {epochs}, expected exactly one of them: set "
+                "the other to null."
+            )
+        name, value = (f"{phase}_train_steps", steps) if epochs is None else (f"{phase}_epochs", epochs)
+        check_at_least_one(name, value)
+        for name, low, high in (("learning_rate", 0, 1e3), ("ema_decay", 0, 1), ("ema_start", 0, 1)):
+            value = getattr(self, f"{phase}_{name}")
+            if not low <= value <= high:
+                raise ValueError(f"`{phase}_{name}` is {value}, expected a number between {low} and {high}.")
+
+
+@dataclass
+class EvaluationArguments:
+    """How the learned classes are sampled and judged."""
+
+    num_samples_per_class: int = field(default=250, metadata={"help": "Images sampled of every class."})
+    sampling_batch_size: int = field(default=250, metadata={"help": "Images sampled at once."})
+    solver: str = field(default="heun", metadata={"help": "'euler', 'heun', 'rk4' or 'dopri5'."})
+    num_inference_steps: int = field(default=6, metadata={"help": "Steps of the solver; 'dopri5' chooses its own."})
+    solver_tolerance: float = field(default=1e-5, metadata={"help": "rtol and atol of 'dopri5'."})
+    num_probe_samples: int = field(
+        default=8, metadata={"help": "Images of every class drawn when it is learned and again at the end."}
+    )
+    held_out_sigmas: int = field(default=16, metadata={"help": "Times at which the held-out loss is measured."})
+    classifier_epochs: int = field(default=20, metadata={"help": "Epochs of the classifier."})
+    classifier_batch_size: int = field(default=100, metadata={"help": "Batch of the classifier."})
+    classifier_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of the classifier."})
+    classifier_crop_padding: int = field(default=0, metadata={"help": "Padding of the random crop, in pixels."})
+    classifier_flip: bool = field(default=False, metadata={"help": "Flip the classifier's images at random."})
+    joint_results: str | None = field(
+        default=None, metadata={"help": "results.json of a joint run, drawn beside the accuracy if it exists."}
+    )
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+        for name in (
+            "num_samples_per_class",
+            "sampling_batch_size",
+            "num_inference_steps",
+            "num_probe_samples",
+            "held_out_sigmas",
+            "classifier_epochs",
+            "classifier_batch_size",
+        ):
+            check_at_least_one(name, getattr(self, name))
+
+
+def run_settings(*arguments: Any) -> dict[str, Any]:
+    """The arguments of a run as one JSON-able mapping, by dataclass; what a resumed run is held against."""
+    return {type(part).__name__: json.loads(json.dumps(asdict(part))) for part in arguments}
+
+
+def _check_halving(unet_config: dict) -> None:
+    blocks = len(unet_config.get("block_out_channels", (0, 0, 0, 0)))
+    size = unet_config.get("sample_size")
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"`unet_config.sample_size` is {size!r}, expected the edge of a square image in pixels.")
+    factor = 2 ** (blocks - 1)
+    if size % factor:
+        raise ValueError(
+            f"`unet_config.sample_size` is {size}, which a U-Net of {blocks} blocks cannot halve {blocks - 1} times: "
+            f"choose a multiple of {factor}, or fewer blocks."
+        )

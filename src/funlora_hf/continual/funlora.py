@@ -1,0 +1,182 @@
+"""FunLoRA and its baseline "class vector only": a frozen base, one adapter for every later class.
+
+Source: section 4 (class-incremental generation) [text].
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import UNet2DModel
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save_adapter
+from ..data import Task
+from ..pipeline import FunLoraPipeline
+from ..tuner import FunLoraConfig, mixed_batch
+from .base import build_unet, label_rows, load_pipeline, save_base
+from .strategy import (
+    Batch,
+    Phase,
+    PhaseSettings,
+    Setting,
+    StepOutput,
+    Strategy,
+    Trainable,
+    folder_bytes,
+    velocity_losses,
+)
+
+
+BASE_PHASE = "base"
+
+
+class FunLora(Strategy):
+    """Task 1 trains the base; afterwards every class trains its own adapter, and nothing else ever changes."""
+
+    name = "funlora"
+    grows_with_tasks = True
+    learning_changes_past_classes = False
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.adapters_dir = setting.output_dir / ADAPTERS_FOLDER
+        self._unet: UNet2DModel | None = None
+        self._pipe: FunLoraPipeline | None = None
+
+    def phases(self, task: Task) -> list[Phase]:
+        """The base, or one phase for each new class ("mixed": one for all of them)."""
+        training = self.setting.training
+        if task.index == 0:
+            if self.setting.has_base:
+                return []
+            return [Phase(BASE_PHASE, task.class_ids, PhaseSettings.of(training, "base"), independent=False)]
+        settings = PhaseSettings.of(training, "adapter")
+        if training.class_batches == "mixed":
+            return [Phase(f"task_{task.index + 1}", task.class_ids, settings, independent=True)]
+        return [Phase(adapter_name(c), (c,), settings, independent=True) for c in task.class_ids]
+
+    def is_finished(self, phase: Phase) -> bool:
+        if phase.name == BASE_PHASE:
+            return self.setting.base_dir.is_dir()
+        return all((self.adapters_dir / adapter_name(class_id)).is_dir() for class_id in phase.class_ids)
+
+    def build(self, phase: Phase) -> Trainable:
+        if phase.name == BASE_PHASE:
+            setting = self.setting
+            unet = build_unet(
+                setting.model.unet_config, len(phase.class_ids), seed=setting.training.seed, device=setting.device
+            )
+            return Trainable(unet.train(), dict(unet.named_parameters()))
+        model = self.new_adapters(phase.class_ids)
+        return self._trainable(model)
+
+    def new_adapters(self, class_ids: Sequence[int]) -> PeftModel:
+        """The base with a fresh adapter for each class."""
+        unet = self._frozen_unet()
+        model = None
+        for class_id in class_ids:
+            config = self.adapter_config(class_id)
+            if model is None:
+                model = get_peft_model(unet, config, adapter_name=adapter_name(class_id))
+            else:
+                model.add_adapter(adapter_name(class_id), config)
+        if len(class_ids) > 1:
+            model.base_model.set_adapter([adapter_name(class_id) for class_id in class_ids])
+        return model
+
+    def existing_adapter(self, class_id: int) -> PeftModel:
+        """The base with the adapter of a class as it lies on disk, trainable."""
+        name = adapter_name(class_id)
+        folder = os.fspath(self.adapters_dir / name)
+        return PeftModel.from_pretrained(self._frozen_unet(), folder, adapter_name=name, is_trainable=True)
+
+    def build_update(self, class_id: int) -> Trainable:
+        """What `--update_class` trains: the class's adapter, as it is or anew."""
+        anew = self.setting.training.update_mode == "retrain"
+        return self._trainable(self.new_adapters([class_id]) if anew else self.existing_adapter(class_id))
+
+    def adapter_config(self, class_id: int) -> FunLoraConfig:
+        """The configuration of a class's adapter."""
+        return self.setting.model.adapter_config(
+            class_label=class_id,
+            class_name=self.setting.class_names[class_id],
+            revision=self.setting.model.base_model_revision,
+        )
+
+    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
+        if phase.name == BASE_PHASE:
+            losses = velocity_losses(module, batch, label_rows(phase.class_ids, batch.class_ids))
+        else:
+            # The adapter's own vector takes the place of the embedding, so the label does not matter.
+            labels = torch.zeros_like(batch.class_ids)
+            names = [adapter_name(class_id) for class_id in batch.class_ids.tolist()]
+            with mixed_batch(module, names):
+                losses = velocity_losses(module, batch, labels)
+        return StepOutput(losses, {"flow_matching": losses.detach()})
+
+    def end_phase(self, phase: Phase, trainable: Trainable) -> None:
+        if phase.name == BASE_PHASE:
+            setting = self.setting
+            save_base(trainable.module.eval(), setting.base_dir, phase.class_ids, setting.class_names)
+            return
+        for class_id in phase.class_ids:
+            name = adapter_name(class_id)
+            save_adapter(trainable.module, name, self.adapters_dir / name)
+
+    def release_phase(self, phase: Phase, trainable: Trainable) -> None:
+        if phase.name != BASE_PHASE:
+            trainable.module.unload()
+
+    @contextmanager
+    def inference(self, class_ids: Sequence[int]) -> Iterator[FunLoraPipeline]:
+        if self._pipe is None:
+            self._pipe = load_pipeline(self.setting.base_dir, self.setting.device)
+        for class_id in class_ids:
+            if class_id not in self._pipe.classes:
+                self._pipe.load_adapter(self.adapters_dir / adapter_name(class_id))
+        yield self._pipe
+
+    def parameters_per_class(self) -> dict[str, int | None]:
+        numbers = self._parameter_count()
+        vector = self._frozen_unet().class_embedding.embedding_dim
+        return {"parameters_per_class": numbers - vector, "parameters_per_class_with_vector": numbers}
+
+    def memory_report(self) -> dict[str, int]:
+        persistent = folder_bytes([self.setting.base_dir, *adapter_folders(self.adapters_dir)])
+        # Adam's two moments, the moving average and the gradient of one adapter, in float32.
+        return {"persistent": persistent, "transient": 4 * 4 * self._parameter_count()}
+
+    def _parameter_count(self) -> int:
+        model = self.new_adapters([self.setting.tasks[-1].class_ids[-1]])
+        numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        model.unload()
+        return numbers
+
+    def _frozen_unet(self) -> UNet2DModel:
+        if self._unet is None:
+            unet = UNet2DModel.from_pretrained(self.setting.base_dir, subfolder="unet")
+            self._unet = unet.to(self.setting.device).requires_grad_(False)
+            # PEFT takes the base's name, which goes into the adapter's config, from here.
+            self._unet.name_or_path = self.setting.base_source
+        return self._unet
+
+    def _trainable(self, model: PeftModel) -> Trainable:
+        # Dropout of the base stays on, as when the base was trained.
+        model.train()
+        return Trainable(model, {name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+class Frozen(FunLora):
+    """The class vector alone: "vanilla conditioning" of the paper. Source: Table V [text]."""
+
+    name = "frozen"
+
+    def adapter_config(self, class_id: int) -> FunLoraConfig:
+        config = super().adapter_config(class_id)
+        config.target_modules = set()
+        return config

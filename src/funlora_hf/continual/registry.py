@@ -1,0 +1,17 @@
+"""Names of the strategies that `--strategy` takes."""
+
+from __future__ import annotations
+
+from .funlora import Frozen, FunLora
+from .joint import Joint
+from .strategy import Strategy
+
+
+STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (FunLora, Frozen, Joint)}
+
+
+def strategy_class(name: str) -> type[Strategy]:
+    """The strategy of a name. Raises a ValueError that lists the known ones."""
+    if name not in STRATEGIES:
+        raise ValueError(f"`strategy` is {name!r}, expected one of: {', '.join(map(repr, STRATEGIES))}.")
+    return STRATEGIES[name]

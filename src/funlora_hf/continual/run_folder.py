@@ -1,0 +1,111 @@
+"""The folder of a run: whose it is, what may be overwritten, what a resume must agree with.
+
+Knows the output contract (base, adapters, model, results.json, figures, checkpoints); knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json, recover_folder, write_json
+
+
+logger = logging.getLogger(__name__)
+
+CONTENTS = ("base", "adapters", "model", "results.json", "figures", "checkpoints", "logs")
+# Settings that say how to run, not what comes out.
+_FREE = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "report_to",
+    "checkpointing_steps",
+    "joint_results",
+    "update_class",
+    "update_mode",
+    "deterministic",
+}
+
+
+class RunFolder:
+    """Paths of a run and the right to write there.
+
+    Args:
+        path: the output folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.base = path / "base"
+        self.results = path / "results.json"
+        self.figures = path / "figures"
+        self.checkpoints = path / "checkpoints"
+        self._settings = self.checkpoints / "run.json"
+
+    def open(self, settings: Mapping[str, Any], *, overwrite: bool, resume: bool) -> None:
+        """Take the folder for a run with these settings; one process calls this.
+
+        Raises:
+            FileExistsError: another run is in the folder, and neither `overwrite` nor `resume` is set.
+            ValueError: `resume`, but the run there has other settings.
+        """
+        present = [name for name in CONTENTS if (self.path / name).exists()]
+        if present and overwrite:
+            self._delete(present)
+            present = []
+        if present and not resume:
+            raise FileExistsError(
+                f"`output_dir` {self.path} holds another run ({', '.join(present)}). Pass --overwrite_output_dir to "
+                "delete it, --resume_from_checkpoint latest to go on with it, or another folder."
+            )
+        if present and not self._settings.is_file():
+            raise ValueError(
+                f"`output_dir` {self.path} holds {', '.join(present)} but no {self._settings.relative_to(self.path)}, "
+                "so there is no telling what run it is. Pass --overwrite_output_dir, or another folder."
+            )
+        if present:
+            self._check_settings(settings)
+            recover_folder(self.path)
+        self._warn_if_fresh(resume, present)
+        write_json(self._settings, settings)
+
+    def check_update(self) -> None:
+        """Raise a FileNotFoundError unless the folder holds a run whose adapters can be updated."""
+        if not (self.path / "adapters").is_dir():
+            raise FileNotFoundError(
+                f"`output_dir` {self.path} has no adapters/ folder, so `update_class` has nothing to update. Name the "
+                "folder of a run."
+            )
+        recover_folder(self.path / "adapters")
+
+    def _warn_if_fresh(self, resume: bool, present: list[str]) -> None:
+        started = any((self.path / name).exists() for name in ("base", "adapters", "model"))
+        if resume and not started and not list(self.checkpoints.glob("*/step_*")):
+            place = "holds a run without one" if present else "is empty"
+            logger.warning("No checkpoint to resume from: %s %s. Starting afresh.", self.path, place)
+
+    def _delete(self, names: list[str]) -> None:
+        for name in names:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        written = read_json(self._settings)
+        differences = []
+        for part, fields in settings.items():
+            for name, value in fields.items():
+                before = written.get(part, {}).get(name)
+                if name not in _FREE and before != value:
+                    differences.append(f"{name} was {before!r} and is {value!r}")
+        if differences:
+            raise ValueError(
+                f"`resume_from_checkpoint`: the run in {self.path} has other settings: {'; '.join(differences)}. Resume "
+                "with the same settings, or start anew with --overwrite_output_dir."
+            )

@@ -1,0 +1,230 @@
+"""The interface that every continual strategy implements, and what it is given.
+
+A task may take several phases; a strategy says which, the trainer runs them. The trainer owns optimiser, backward,
+moving average, seeds, devices, checkpoints and progress; a strategy owns what is trained, on what batch, with what loss,
+and what it keeps. A strategy knows nothing of processes or of evaluation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..data import Task
+from ..flow_matching import flow_matching_loss, interpolate, sigma_to_timestep, velocity_target
+from ..pipeline import FunLoraPipeline
+from .config import ContinualTrainingArguments, ModelArguments
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a strategy may know of a run.
+
+    Args:
+        output_dir: the run's folder; a strategy writes its artefacts below it.
+        base_dir: folder of the base pipeline: one that exists, or that task 1 will write.
+        base_source: name of the base as users load it (folder or repository), for the adapters' configs.
+        has_base: the base exists already, so that task 1 is not trained.
+        class_names: id -> name of every class of the run.
+        tasks: all tasks, in order.
+        model: the base's and the adapters' shape.
+        training: steps, rates, seed.
+        device: where modules are built.
+    """
+
+    output_dir: Path
+    base_dir: Path
+    base_source: str
+    has_base: bool
+    class_names: Mapping[int, str]
+    tasks: Sequence[Task]
+    model: ModelArguments
+    training: ContinualTrainingArguments
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class PhaseSettings:
+    """Optimisation of one phase.
+
+    Args:
+        train_steps: optimiser steps, or None if `epochs` counts.
+        epochs: passes over the phase's images, or None if `train_steps` counts.
+        batch_size: images in a batch, over all processes.
+        learning_rate: of Adam, after the warm-up.
+        warmup_steps: of a linear warm-up.
+        ema_decay: of the moving average of the trained parameters.
+        ema_start: share of the steps, in [0, 1], after which averaging starts.
+    """
+
+    train_steps: int | None
+    epochs: int | None
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    ema_decay: float
+    ema_start: float
+
+    @classmethod
+    def of(cls, training: ContinualTrainingArguments, prefix: str) -> PhaseSettings:
+        """Those that the arguments name with the prefix "base" or "adapter"."""
+        names = ("train_steps", "epochs", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "ema_start")
+        return cls(**{name: getattr(training, f"{prefix}_{name}") for name in names})
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training.
+
+    Args:
+        name: unique in the run; names its checkpoints and seeds, so it must not depend on processes or on order.
+        class_ids: classes whose real images it reads.
+        settings: its optimisation.
+        independent: True: one process trains it alone, and others train other phases meanwhile. False: all processes
+            share every batch of it.
+    """
+
+    name: str
+    class_ids: tuple[int, ...]
+    settings: PhaseSettings
+    independent: bool
+
+
+@dataclass
+class Trainable:
+    """What a phase trains.
+
+    Args:
+        module: called in the forward pass.
+        parameters: by name, in an order that never changes.
+    """
+
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+
+
+@dataclass
+class Batch:
+    """One batch on the device.
+
+    Args:
+        sample: real images, `(batch, channels, height, width)`, float32 in [-1, 1].
+        class_ids: `(batch,)`, int64.
+        noise: standard normal, of the shape of `sample`.
+        sigma: `(batch,)`, float32 in [0, 1].
+    """
+
+    sample: torch.Tensor
+    class_ids: torch.Tensor
+    noise: torch.Tensor
+    sigma: torch.Tensor
+
+
+@dataclass
+class StepOutput:
+    """
+    Args:
+        losses: total loss of each sample, `(batch,)`, with its graph.
+        parts: detached parts of it by name, each `(batch,)`, for trackers.
+    """
+
+    losses: torch.Tensor
+    parts: dict[str, torch.Tensor]
+
+
+class Strategy(ABC):
+    """How to learn one task after another."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """What it needs of the setting, checked before the start: "all_tasks" (images of every task at once)."""
+    grows_with_tasks: ClassVar[bool] = False
+    """Declared growth of what is kept; others must keep a constant amount."""
+    learning_changes_past_classes: ClassVar[bool] = True
+    """False: what a class's samples look like never changes once its task is over."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def begin_task(self, task: Task) -> None:  # noqa: B027 - most strategies have nothing to do here
+        """Called before the phases of a task."""
+
+    @abstractmethod
+    def phases(self, task: Task) -> Iterable[Phase]:
+        """The phases of a task, in order."""
+
+    @abstractmethod
+    def is_finished(self, phase: Phase) -> bool:
+        """Whether the phase's result lies on disk, whole."""
+
+    @abstractmethod
+    def build(self, phase: Phase) -> Trainable:
+        """Make what the phase trains, at its start."""
+
+    def make_batch(self, phase: Phase, real: Batch) -> Batch:
+        """The batch to train on, made of one of real images."""
+        return real
+
+    @abstractmethod
+    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
+        """The loss; no backward here. `module` is the phase's, possibly wrapped for several processes."""
+
+    def after_step(self, phase: Phase) -> None:  # noqa: B027
+        """Called after every optimiser step."""
+
+    @abstractmethod
+    def end_phase(self, phase: Phase, trainable: Trainable) -> None:
+        """Write the phase's result; the parameters hold their moving average. One process only calls this."""
+
+    def release_phase(self, phase: Phase, trainable: Trainable) -> None:  # noqa: B027
+        """Free what `build` made; every process that built the phase calls this, also after an error."""
+
+    def end_task(self, task: Task) -> None:  # noqa: B027
+        """Merge, store, free; called by every process once all results of the task are on disk."""
+
+    @abstractmethod
+    def inference(self, class_ids: Sequence[int]) -> AbstractContextManager[FunLoraPipeline]:
+        """A context that gives a pipeline which samples these classes with the right weights."""
+
+    @abstractmethod
+    def parameters_per_class(self) -> dict[str, int | None]:
+        """Numbers stored for a class: "parameters_per_class" without, "parameters_per_class_with_vector" with the
+        class vector; None where the strategy stores none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart besides the results on disk: tensors and JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """The inverse of `state_dict`."""
+
+    @abstractmethod
+    def memory_report(self) -> dict[str, int]:
+        """Bytes kept between tasks ("persistent") and while training ("transient")."""
+
+
+def velocity_losses(module: nn.Module, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
+    """The flow-matching loss of each sample, `(batch,)`.
+
+    Args:
+        module: a class-conditional U-Net.
+        batch: what to train on.
+        labels: rows of its class embedding, `(batch,)`, int64.
+
+    Source: section 3.1 [text].
+    """
+    noisy = interpolate(batch.sample, batch.noise, batch.sigma)
+    model_output = module(noisy, sigma_to_timestep(batch.sigma), labels, return_dict=False)[0]
+    return flow_matching_loss(model_output, velocity_target(batch.sample, batch.noise))
+
+
+def folder_bytes(folders: Iterable[Path], *, suffix: str = ".safetensors") -> int:
+    """Bytes of the weight files below some folders."""
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob(f"*{suffix}"))

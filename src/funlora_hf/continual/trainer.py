@@ -1,0 +1,271 @@
+"""ContinualTrainer: runs the phases of a strategy, task after task, on one process or many.
+
+Owns optimiser, backward, moving average, seeds, devices, checkpoints and progress; knows nothing of what a strategy
+trains or of how a run is judged: an evaluator is told when a task is over.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from ..adapter_folder import adapter_name
+from ..data import ImageClassificationData, Task
+from ..files import read_json, write_json
+from ..seeds import derive_seed
+from .batches import PhaseBatches
+from .checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from .config import ContinualTrainingArguments
+from .funlora import FunLora
+from .run_folder import RunFolder
+from .strategy import Batch, Phase, PhaseSettings, Strategy, Trainable
+
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class Evaluator(Protocol):
+    """What the trainer tells of its progress."""
+
+    def end_task(self, strategy: Strategy, tasks: list[Task], task: Task) -> None:
+        """All results of a task are on disk; every process calls this."""
+
+
+class ContinualTrainer:
+    """
+    Runs a strategy over tasks.
+
+    Args:
+        strategy ([`Strategy`]): what is trained, and how.
+        data ([`ImageClassificationData`]): the real images.
+        tasks (`list[Task]`): in order.
+        training ([`ContinualTrainingArguments`]): how.
+        folder ([`RunFolder`]): where; opened already.
+        accelerator ([`Accelerator`]): on what.
+        random_flip (`bool`): flip training images at random.
+        evaluator ([`Evaluator`], *optional*): told after every task.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        data: ImageClassificationData,
+        tasks: list[Task],
+        *,
+        training: ContinualTrainingArguments,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        random_flip: bool = False,
+        evaluator: Evaluator | None = None,
+    ) -> None:
+        self.strategy = strategy
+        self.data = data
+        self.tasks = tasks
+        self.training = training
+        self.folder = folder
+        self.accelerator = accelerator
+        self.random_flip = random_flip
+        self.evaluator = evaluator
+
+    def train(self) -> None:
+        """Run every phase that is not finished yet, and the evaluation after every task.
+
+        Raises:
+            NonFiniteLossError: names the class and the step; the last checkpoint is kept.
+        """
+        for task in self.tasks:
+            self.strategy.begin_task(task)
+            self._run_phases(list(self.strategy.phases(task)))
+            self.accelerator.wait_for_everyone()
+            self.strategy.end_task(task)
+            if self.evaluator is not None:
+                self.evaluator.end_task(self.strategy, self.tasks, task)
+                self.accelerator.wait_for_everyone()
+
+    def update_class(self, class_id: int) -> None:
+        """Train the adapter of one class again on the images it has now; no other file of the run changes.
+
+        Raises:
+            ValueError: the strategy has no adapters, or the class has none.
+        """
+        strategy = self.strategy
+        if not isinstance(strategy, FunLora):
+            raise ValueError(f"`update_class` needs a strategy with adapters, and `strategy` is {strategy.name!r}.")
+        if not (strategy.adapters_dir / adapter_name(class_id)).is_dir():
+            known = sorted(path.name for path in strategy.adapters_dir.iterdir())
+            raise ValueError(
+                f"`update_class` is {class_id}, expected a class with an adapter of its own: {', '.join(known)}. The "
+                "classes of the base are frozen."
+            )
+        phase = Phase(
+            f"update_{adapter_name(class_id)}",
+            (class_id,),
+            PhaseSettings.of(self.training, "adapter"),
+            independent=True,
+        )
+        if self.accelerator.is_main_process:
+            self._run_phase(phase, build=lambda: strategy.build_update(class_id))
+        self.accelerator.wait_for_everyone()
+
+    def _run_phases(self, phases: list[Phase]) -> None:
+        shared = [phase for phase in phases if not phase.independent]
+        independent = [phase for phase in phases if phase.independent]
+        # The share of a process depends on the list alone, not on what is finished, so a resume divides work alike.
+        mine = independent[self.accelerator.process_index :: self.accelerator.num_processes]
+        for phase in [*shared, *mine]:
+            if not self.strategy.is_finished(phase):
+                self._run_phase(phase, build=lambda phase=phase: self.strategy.build(phase))
+                if not phase.independent:
+                    self.accelerator.wait_for_everyone()
+
+    def _run_phase(self, phase: Phase, *, build: Callable[[], Trainable]) -> None:
+        started = time.perf_counter()
+        batches = PhaseBatches(
+            self.data,
+            phase,
+            seed=self.training.seed,
+            timestep_density=self.training.timestep_density,
+            random_flip=self.random_flip,
+        )
+        torch.manual_seed(derive_seed(self.training.seed, phase.name, "start"))
+        trainable = build()
+        try:
+            steps = self._train(phase, trainable, batches)
+            if phase.independent or self.accelerator.is_main_process:
+                self.strategy.end_phase(phase, trainable)
+                self._record_seconds(phase, steps, time.perf_counter() - started)
+        finally:
+            self.strategy.release_phase(phase, trainable)
+            self.accelerator.free_memory()
+        if phase.independent or self.accelerator.is_main_process:
+            shutil.rmtree(self.folder.checkpoints / phase.name, ignore_errors=True)
+
+    def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> int:
+        accelerator, settings = self.accelerator, phase.settings
+        steps = self._steps(phase, batches)
+        parameters = list(trainable.parameters.values())
+        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+        ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=int(settings.ema_start * steps))
+        state = TrainingState(trainable.parameters, optimizer, ema)
+        done = self._resume(phase, state)
+        warmup = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=min(settings.warmup_steps, steps))
+        for _ in range(done):
+            warmup.step()
+        prepared = accelerator.prepare_optimizer(optimizer)
+        module = trainable.module if phase.independent else accelerator.prepare_model(trainable.module)
+
+        with tqdm(total=steps, initial=done, desc=phase.name, **self._bar_options(phase)) as bar:
+            for step in range(done, steps):
+                loss = self._step(phase, module, batches, step, prepared, parameters)
+                warmup.step()
+                ema.step(parameters)
+                self.strategy.after_step(phase)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                accelerator.log({f"{phase.name}/loss": loss, f"{phase.name}/lr": warmup.get_last_lr()[0]}, step=step)
+                if (step + 1) % self.training.checkpointing_steps == 0 and step + 1 < steps:
+                    self._checkpoint(phase, step + 1, state)
+        if not phase.independent:
+            accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+        ema.copy_to(parameters)
+        self._check_finite(phase, steps, parameters)
+        return steps
+
+    def _step(
+        self, phase: Phase, module: Any, batches: PhaseBatches, step: int, optimizer: Any, parameters: list
+    ) -> float:
+        """One optimiser step, over `gradient_accumulation_steps` batches; returns its mean loss on this process."""
+        accelerator = self.accelerator
+        shares = 1 if phase.independent else accelerator.num_processes
+        share = 0 if phase.independent else accelerator.process_index
+        accumulated = self.training.gradient_accumulation_steps
+        total = 0.0
+        for part in range(accumulated):
+            number = step * accumulated + part
+            batch = self._to_device(batches.batch(number, share=share, num_shares=shares))
+            batch = self.strategy.make_batch(phase, batch)
+            # Dropout's randomness: of the step, and different in each share of a batch.
+            torch.manual_seed(derive_seed(self.training.seed, phase.name, "step", number, share))
+            with accelerator.accumulate(module):
+                with accelerator.autocast():
+                    output = self.strategy.training_step(phase, batch, module)
+                # DDP averages over processes: weighed so, the result is the mean over the whole batch, also where it
+                # does not split evenly.
+                loss = output.losses.sum() * shares / phase.settings.batch_size
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise NonFiniteLossError(self._non_finite_message(phase, step, value))
+                total += value / accumulated
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and self.training.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(parameters, self.training.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        return total
+
+    def _steps(self, phase: Phase, batches: PhaseBatches) -> int:
+        settings = phase.settings
+        steps = settings.train_steps
+        if steps is None:
+            steps = math.ceil(settings.epochs * batches.batches_per_epoch / self.training.gradient_accumulation_steps)
+        cap = self.training.max_train_steps
+        return steps if cap is None else min(steps, cap)
+
+    def _resume(self, phase: Phase, state: TrainingState) -> int:
+        if self.training.resume_from_checkpoint is None:
+            return 0
+        path = latest_checkpoint(self.folder.checkpoints / phase.name)
+        return 0 if path is None else load_checkpoint(path, state)
+
+    def _checkpoint(self, phase: Phase, step: int, state: TrainingState) -> None:
+        self._check_finite(phase, step, list(state.parameters.values()))
+        if phase.independent or self.accelerator.is_main_process:
+            save_checkpoint(self.folder.checkpoints / phase.name, step, state)
+
+    def _check_finite(self, phase: Phase, step: int, parameters: list[torch.Tensor]) -> None:
+        # A finite loss can have a gradient that is not: the parameters show it before the next loss does.
+        if not all(torch.isfinite(parameter).all() for parameter in parameters):
+            raise NonFiniteLossError(self._non_finite_message(phase, step - 1, math.nan))
+
+    def _record_seconds(self, phase: Phase, steps: int, seconds: float) -> None:
+        # One file a phase: phases of one task end on several processes at once.
+        record = {"seconds": seconds, "steps": steps, "images": steps * phase.settings.batch_size}
+        if not phase.name.startswith("update_"):
+            write_json(self.folder.checkpoints / "seconds" / f"{phase.name}.json", record)
+
+    def _non_finite_message(self, phase: Phase, step: int, value: float) -> str:
+        classes = ", ".join(f"{c} ({self.data.class_names[c]})" for c in phase.class_ids)
+        path = latest_checkpoint(self.folder.checkpoints / phase.name)
+        kept = "There is no checkpoint of this phase yet" if path is None else f"The last good checkpoint is {path}"
+        return (
+            f"The loss is {value} at step {step + 1} of phase {phase.name!r}, class {classes}. {kept}; finished classes "
+            "are safe. Lower the learning rate or raise the warm-up of this phase; under fp16, try bf16."
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self.accelerator.device
+        return Batch(*(getattr(batch, name).to(device) for name in ("sample", "class_ids", "noise", "sigma")))
+
+    def _bar_options(self, phase: Phase) -> dict[str, Any]:
+        # Each process shows its own independent phases on a line of its own.
+        hidden = not phase.independent and not self.accelerator.is_main_process
+        return {"disable": hidden, "position": self.accelerator.process_index, "leave": False, "mininterval": 1.0}
+
+
+def phase_seconds(folder: RunFolder) -> dict[str, dict[str, float]]:
+    """What each finished phase of a run took: `{phase: {seconds, steps, images}}`."""
+    return {path.stem: read_json(path) for path in sorted((folder.checkpoints / "seconds").glob("*.json"))}

@@ -1,0 +1,244 @@
+"""Judges a run while it goes: samples, classifier, accuracy matrix, the proof of zero forgetting.
+
+Told by the trainer when a task is over; keeps what it found in the run's folder, so that a resumed run does not measure
+twice. Knows strategies by their interface only.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from ..continual.config import EvaluationArguments
+from ..continual.run_folder import RunFolder
+from ..continual.strategy import Strategy
+from ..data import ImageClassificationData, Task
+from ..files import folder_sha256, read_json, whole_file, write_json
+from ..pipeline import ADAPTERS_FOLDER
+from ..seeds import derive_seed
+from .classifier import ClassifierConfig, accuracy, train_classifier
+from .held_out import held_out_loss
+from .samples import draw_samples, tensor_sha256, to_uint8
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunEvaluator:
+    """
+    Args:
+        data: real images; classes of a given base may be missing from it.
+        tasks: all tasks.
+        config: how to sample and judge.
+        seed: of the run.
+        folder: of the run.
+        accelerator: for its processes and device.
+        max_train_steps: cap on the classifier's steps.
+        base_dir: folder of the base pipeline, or None for a strategy that has none.
+    """
+
+    def __init__(
+        self,
+        data: ImageClassificationData,
+        tasks: list[Task],
+        *,
+        config: EvaluationArguments,
+        seed: int,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        max_train_steps: int | None,
+        base_dir: Path | None,
+    ) -> None:
+        self.data = data
+        self.tasks = tasks
+        self.config = config
+        self.seed = seed
+        self.accelerator = accelerator
+        self.base_dir = base_dir
+        self.max_train_steps = max_train_steps
+        self._records = folder.checkpoints / "evaluation"
+        self._synthetic = folder.checkpoints / "synthetic"
+        self._probes = folder.checkpoints / "probes"
+
+    def end_task(self, strategy: Strategy, tasks: list[Task], task: Task) -> None:
+        """Measure what there is to measure after a task, once."""
+        record = self._records / f"task_{task.index + 1}.json"
+        if record.is_file():
+            return
+        started = time.perf_counter()
+        seen = [class_id for earlier in tasks[: task.index + 1] for class_id in earlier.class_ids]
+        with strategy.inference(seen) as pipe:
+            if self.accelerator.is_main_process:
+                self._remember_base()
+                for class_id in task.class_ids:
+                    self._remember_probe(pipe, class_id)
+            mine = seen[self.accelerator.process_index :: self.accelerator.num_processes]
+            for class_id in mine:
+                self._sample_class(pipe, class_id, task, keep=not strategy.learning_changes_past_classes)
+        self.accelerator.wait_for_everyone()
+        sampled = time.perf_counter()
+        if self.accelerator.is_main_process:
+            row = self._accuracies(task, seen)
+            seconds = {"sampling": sampled - started, "classifier": time.perf_counter() - sampled}
+            write_json(record, {"accuracies": row, "seconds": seconds})
+
+    def synthetic_images(self, class_id: int, task: Task) -> torch.Tensor:
+        """The images sampled of a class after a task, uint8, `(n, channels, height, width)`."""
+        return load_file(self._sample_path(class_id, task))["images"]
+
+    def records(self) -> list[dict[str, Any]]:
+        """What was measured after each task."""
+        return [read_json(self._records / f"task_{task.index + 1}.json") for task in self.tasks]
+
+    def held_out_losses(self, strategy: Strategy) -> dict[str, float]:
+        """Held-out loss of every class that has test images, at the end of the run."""
+        classes = [c for task in self.tasks for c in task.class_ids if self._count(c, "test")]
+        losses = {}
+        with strategy.inference(classes) as pipe:
+            for class_id in classes:
+                images = self.data.images(class_id, split="test")
+                losses[str(class_id)] = held_out_loss(
+                    pipe, class_id, images, num_sigmas=self.config.held_out_sigmas, seed=self.seed
+                )
+        return losses
+
+    def zero_forgetting(self, strategy: Strategy) -> dict[str, Any] | None:
+        """Whether each class's first samples come out the same to the bit, and the base's folder, too.
+
+        None for a strategy whose learning may change earlier classes, or that has no base.
+        """
+        if strategy.learning_changes_past_classes or self.base_dir is None:
+            return None
+        classes = [class_id for task in self.tasks for class_id in task.class_ids]
+        changed, not_comparable = [], []
+        with strategy.inference(classes) as pipe:
+            for class_id in classes:
+                before = read_json(self._probes / f"class_{class_id}.json")
+                if before["environment"] != self._environment():
+                    not_comparable.append(class_id)
+                elif before["sha256"] != tensor_sha256(self._draw(pipe, class_id, "probe")):
+                    changed.append(class_id)
+        if not_comparable:
+            logger.warning(
+                "The first samples of classes %s were drawn on another machine or thread count, where rounding differs: "
+                "they are left out of the comparison.",
+                not_comparable,
+            )
+        before, after = read_json(self._records / "base.json")["sha256"], self._base_sha256()
+        return {
+            "identical": not changed and len(not_comparable) < len(classes),
+            "classes_compared": len(classes) - len(not_comparable),
+            "classes_changed": changed,
+            "base_sha256_before": before,
+            "base_sha256_after": after,
+        }
+
+    def _sample_class(self, pipe: Any, class_id: int, task: Task, *, keep: bool) -> None:
+        path = self._sample_path(class_id, task)
+        if keep and not path.is_file():
+            # A class that never changes is sampled once for all tasks: the same seed would give the same images.
+            earlier = [self._sample_path(class_id, other) for other in self.tasks[: task.index]]
+            found = next((other for other in earlier if other.is_file()), None)
+            if found is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.hardlink_to(found)
+        if not path.is_file():
+            images = to_uint8(self._draw(pipe, class_id, "synthetic"))
+            with whole_file(path) as temporary:
+                save_file({"images": images}, temporary)
+
+    def _sample_path(self, class_id: int, task: Task) -> Path:
+        return self._synthetic / f"task_{task.index + 1}" / f"class_{class_id}.safetensors"
+
+    def _draw(self, pipe: Any, class_id: int, purpose: str) -> torch.Tensor:
+        config = self.config
+        return draw_samples(
+            pipe,
+            class_id,
+            config.num_probe_samples if purpose == "probe" else config.num_samples_per_class,
+            purpose=purpose,
+            seed=self.seed,
+            batch_size=config.sampling_batch_size,
+            solver=config.solver,
+            num_inference_steps=config.num_inference_steps,
+            tolerance=config.solver_tolerance,
+        )
+
+    def _accuracies(self, task: Task, seen: list[int]) -> list[float] | None:
+        """Row of the accuracy matrix: % on the test images of each task so far; None where it cannot be measured."""
+        first = self.tasks[0].class_ids
+        without_train = [c for c in first if not self._count(c, "train")]
+        without_test = [c for c in seen if not self._count(c, "test")]
+        if without_train or without_test:
+            logger.warning(
+                "No accuracy: the dataset has no real images of classes %s, which the classifier needs.",
+                sorted({*without_train, *without_test}),
+            )
+            return None
+        source = self._real if task.index == 0 else self.synthetic_images
+        images = [source(class_id, task) for class_id in seen]
+        labels = [torch.full((len(part),), row) for row, part in enumerate(images)]
+        classifier = train_classifier(
+            torch.cat(images),
+            torch.cat(labels),
+            num_classes=len(seen),
+            config=self._classifier_config(),
+            seed=derive_seed(self.seed, "classifier", task.index),
+            device=self.accelerator.device,
+            description=f"classifier, task {task.index + 1}",
+        )
+        row = []
+        for earlier in self.tasks[: task.index + 1]:
+            tests = [self.data.images(class_id, split="test") for class_id in earlier.class_ids]
+            truth = [torch.full((len(x),), seen.index(c)) for c, x in zip(earlier.class_ids, tests, strict=True)]
+            row.append(accuracy(classifier, torch.cat(tests), torch.cat(truth)))
+        return row
+
+    def _real(self, class_id: int, task: Task) -> torch.Tensor:
+        return self.data.images(class_id)
+
+    def _classifier_config(self) -> ClassifierConfig:
+        config = self.config
+        return ClassifierConfig(
+            epochs=config.classifier_epochs,
+            batch_size=config.classifier_batch_size,
+            learning_rate=config.classifier_learning_rate,
+            crop_padding=config.classifier_crop_padding,
+            horizontal_flip=config.classifier_flip,
+            max_train_steps=self.max_train_steps,
+        )
+
+    def _count(self, class_id: int, split: str) -> int:
+        return self.data.count(class_id, split=split) if class_id in self.data.class_names else 0
+
+    def _remember_base(self) -> None:
+        path = self._records / "base.json"
+        if self.base_dir is not None and not path.is_file():
+            write_json(path, {"sha256": self._base_sha256()})
+
+    def _base_sha256(self) -> str:
+        return folder_sha256(self.base_dir, leave_out=[ADAPTERS_FOLDER])
+
+    def _remember_probe(self, pipe: Any, class_id: int) -> None:
+        path = self._probes / f"class_{class_id}.json"
+        if not path.is_file():
+            sha256 = tensor_sha256(self._draw(pipe, class_id, "probe"))
+            write_json(path, {"sha256": sha256, "environment": self._environment()})
+
+    def _environment(self) -> dict[str, Any]:
+        """What the last bits of a result may depend on."""
+        device = self.accelerator.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+        return {
+            "device": f"{device.type} {name}".strip(),
+            "machine": platform.node(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }

@@ -1,0 +1,301 @@
+"""Figures: that they are PNG files, whole, with the right content and no trace beside them."""
+
+import itertools
+import sys
+
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from funlora_hf.evaluation.figures import accuracy_curve, layer_importance, sample_grid
+
+
+LAYERS = [
+    f"up_blocks.{block}.resnets.{resnet}.{layer}"
+    for block in range(6)
+    for resnet in range(4)
+    for layer in ("conv1", "conv2", "conv_shortcut")
+][:70]
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures saved so far, to look at their text."""
+    figures = []
+    savefig = matplotlib.figure.Figure.savefig
+
+    def record(self, *args, **kwargs):
+        figures.append(self)
+        savefig(self, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", record)
+    return figures
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def check(path):
+    """A PNG with more than one colour, and nothing left beside it."""
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    found = pixels(path)
+    assert len(np.unique(found.reshape(-1, 3), axis=0)) > 1
+    return found
+
+
+def ticks(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def images(count, *, channels=3, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("classes", "channels"), [(1, 1), (2, 3), (10, 1), (100, 3)])
+def test_grid_is_a_png(tmp_path, classes, channels):
+    path = tmp_path / "figures" / "grid.png"
+    sample_grid({f"class {c}": images(3, channels=channels, seed=c) for c in range(classes)}, path)
+    found = check(path)
+    side = 64 if classes <= 20 else 32
+    assert found.shape[0] >= classes * side
+    assert found.shape[1] >= 3 * side
+
+
+def test_grid_shows_every_pixel_as_a_square(tmp_path):
+    # One image whose 16 pixels all differ, none grey, so that no text or border has their colours.
+    image = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    image[0, 0] = torch.arange(16).reshape(4, 4) * 16
+    image[0, 2] = 255 - torch.arange(16).reshape(4, 4)
+    sample_grid({"a": image}, tmp_path / "grid.png")
+    found = check(tmp_path / "grid.png")
+    for row in range(4):
+        for column in range(4):
+            colour = image[0, :, row, column].numpy()
+            where = np.argwhere((found == colour).all(axis=2))
+            # An image of 64 pixels: each of the 16 is enlarged to 16 x 16, unsmoothed.
+            assert len(where) == 256
+            assert (where.max(axis=0) - where.min(axis=0) == 15).all()
+
+
+def test_grid_rows_follow_the_mapping_and_columns_the_limit(tmp_path, saved):
+    red = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    red[:, 0] = 250
+    blue = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    blue[:, 2] = 250
+    sample_grid({"zebra": red, "ant": blue}, tmp_path / "grid.png", title="after task 1", images_per_class=4)
+    found = check(tmp_path / "grid.png")
+    is_red = (found == (250, 0, 0)).all(axis=2)
+    is_blue = (found == (0, 0, 250)).all(axis=2)
+    assert is_red.sum() == 4 * 64 * 64
+    assert is_blue.sum() == 2 * 64 * 64
+    assert np.argwhere(is_red)[:, 0].max() < np.argwhere(is_blue)[:, 0].min()
+    axes = saved[0].axes[0]
+    assert ticks(axes.yaxis) == ["zebra", "ant"]
+    assert axes.get_title(loc="left") == "after task 1"
+
+
+def test_grid_shortens_long_names_in_the_middle(tmp_path, saved):
+    sample_grid({"first" + "x" * 60 + "last": images(1)}, tmp_path / "grid.png")
+    (name,) = ticks(saved[0].axes[0].yaxis)
+    assert len(name) <= 40
+    assert name.startswith("first")
+    assert name.endswith("last")
+    assert "…" in name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images_by_class": {}}, "images_by_class is empty"),
+        (
+            {"images_by_class": {"a": torch.zeros(1, 1, 8, 8)}},
+            r"images_by_class\['a'\] is torch.float32 \(1, 1, 8, 8\)",
+        ),
+        ({"images_by_class": {"a": [1]}}, r"images_by_class\['a'\] is list"),
+        ({"images_by_class": {"a": images(1)[0]}}, "expected uint8"),
+        ({"images_by_class": {"a": images(0)}}, "N of at least 1"),
+        ({"images_by_class": {"a": images(1, channels=2)}}, "C of 1 or 3"),
+        ({"images_by_class": {"a": images(1), "b": images(1, size=9)}}, "expected one shape"),
+        ({"images_per_class": 0}, "images_per_class is 0"),
+        ({"path": "grid.jpg"}, "path is 'grid.jpg', expected a name ending in .png"),
+    ],
+)
+def test_grid_names_wrong_input(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample_grid(**{"images_by_class": {"a": images(1)}, "path": tmp_path / "grid.png", **arguments})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5, 10, 50])
+@pytest.mark.parametrize("with_joint", [False, True])
+def test_curve_is_a_png(tmp_path, tasks, with_joint):
+    values = [95 - task for task in range(tasks)]
+    accuracy_curve(
+        values,
+        tmp_path / "curve.png",
+        classes_seen=[2 * (task + 1) for task in range(tasks)],
+        joint=[value + 3 for value in values] if with_joint else None,
+    )
+    check(tmp_path / "curve.png")
+
+
+def test_curve_content(tmp_path, saved):
+    accuracy_curve(
+        [90.0, 70.0, 60.0],
+        tmp_path / "curve.png",
+        classes_seen=[20, 40, 60],
+        joint=[91.0, 80.0, 75.0],
+        label="generative replay",
+        title="CIFAR-100",
+    )
+    axes = saved[0].axes[0]
+    assert axes.get_xlabel() == "classes seen"
+    assert axes.get_ylabel() == "average accuracy (%)"
+    assert axes.get_title() == "CIFAR-100"
+    assert axes.get_ylim() == (0, 100)
+    assert ticks(axes.xaxis) == ["20", "40", "60"]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines["generative replay"].get_xydata().tolist() == [[20, 90], [40, 70], [60, 60]]
+    assert lines["joint (upper bound)"].get_xydata().tolist() == [[20, 91], [40, 80], [60, 75]]
+    assert lines["joint (upper bound)"].get_linestyle() == "--"
+    assert lines["generative replay"].get_linestyle() == "-"
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == set(lines)
+
+
+@pytest.mark.parametrize(
+    ("values", "bottom"), [([99.0, 80.0], 0), ([99.0, 80.1], 75), ([99.0, 96.0], 95), ([100.0], 95), ([95.2], 90)]
+)
+def test_curve_says_where_its_axis_starts(tmp_path, saved, values, bottom):
+    accuracy_curve(values, tmp_path / "curve.png", classes_seen=range(1, len(values) + 1))
+    axes = saved[0].axes[0]
+    assert axes.get_ylim() == (bottom, 100)
+    assert axes.get_yticks()[0] == bottom
+    assert (f"from {bottom}" in axes.get_ylabel()) == (bottom > 0)
+
+
+def test_curve_reaches_the_last_class_with_many_tasks(tmp_path, saved):
+    accuracy_curve([50.0] * 50, tmp_path / "curve.png", classes_seen=range(2, 101, 2))
+    shown = ticks(saved[0].axes[0].xaxis)
+    assert "100" in shown
+    assert len(shown) <= 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"average_accuracies": []}, "average_accuracies has 0 entries and classes_seen has 2"),
+        ({"average_accuracies": [], "classes_seen": []}, "average_accuracies has 0 entries"),
+        ({"joint": [1.0]}, "joint has 1 entries and classes_seen has 2"),
+        ({"joint": [1.0, 101.0]}, r"joint\[1\] is 101.0"),
+        ({"average_accuracies": [float("nan"), 1.0]}, r"average_accuracies\[0\] is nan"),
+        ({"classes_seen": [4, 4]}, "classes_seen is .* expected increasing numbers"),
+        ({"path": "curve.pdf"}, "expected a name ending in .png"),
+    ],
+)
+def test_curve_names_wrong_input(tmp_path, arguments, message):
+    valid = {"average_accuracies": [90.0, 80.0], "path": tmp_path / "curve.png", "classes_seen": [2, 4]}
+    with pytest.raises(ValueError, match=message):
+        accuracy_curve(**{**valid, **arguments})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 65, 70])
+def test_importance_is_a_png(tmp_path, saved, count):
+    layer_importance({name: (0.1 + i / 100, 0.02) for i, name in enumerate(LAYERS[:count])}, tmp_path / "bars.png")
+    check(tmp_path / "bars.png")
+    axes = saved[0].axes[0]
+    assert len(ticks(axes.yaxis)) == len(set(ticks(axes.yaxis))) == count
+    # Labels must not run into each other.
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 - 1 for upper, lower in itertools.pairwise(boxes))
+
+
+def test_importance_content(tmp_path, saved):
+    layer_importance({"conv_in": (0.1, 0.01), "mid.conv": (0.4, 0.05), "conv_out": (0.2, 0.0)}, tmp_path / "bars.png")
+    axes = saved[0].axes[0]
+    assert ticks(axes.yaxis) == ["conv_in", "mid.conv", "conv_out"]
+    assert [bar.get_width() for bar in axes.patches] == [0.1, 0.4, 0.2]
+    # The first layer is on top.
+    assert axes.yaxis_inverted()
+    (errors,) = axes.collections
+    spans = [segment[:, 0].tolist() for segment in errors.get_segments()]
+    np.testing.assert_allclose(spans, [[0.09, 0.11], [0.35, 0.45], [0.2, 0.2]])
+    assert axes.get_xlabel() == "importance (mean and standard deviation over classes)"
+
+
+@pytest.mark.parametrize(
+    ("names", "shown", "shared"),
+    [
+        (["unet.mid.conv1.weight", "unet.mid.conv2.weight"], ["conv1", "conv2"], "unet.mid.*.weight"),
+        (["unet.up.0.conv", "unet.up.1.conv"], ["up.0", "up.1"], "unet.*.conv"),
+        (["unet.up.0.a.conv", "unet.up.0.b.conv"], ["a", "b"], "unet.up.0.*.conv"),
+        (["a.conv", "a.conv.b"], ["conv", "conv.b"], "a.*"),
+        (["conv_in", "conv_out"], ["conv_in", "conv_out"], None),
+        (["down.0.conv"], ["down.0.conv"], None),
+    ],
+)
+def test_importance_writes_shared_parts_of_names_once(tmp_path, saved, names, shown, shared):
+    layer_importance(dict.fromkeys(names, (1.0, 0.1)), tmp_path / "bars.png")
+    axes = saved[0].axes[0]
+    assert ticks(axes.yaxis) == shown
+    assert axes.get_xlabel().partition("\nlayers: ")[2] == (shared or "")
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        ({}, "importance is empty"),
+        ({"a": (float("nan"), 0.0)}, r"importance\['a'\] is \(nan, 0.0\)"),
+        ({"a": (1.0, -0.1)}, "a standard deviation of at least 0"),
+    ],
+)
+def test_importance_names_wrong_input(tmp_path, importance, message):
+    with pytest.raises(ValueError, match=message):
+        layer_importance(importance, tmp_path / "bars.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+DRAWINGS = {
+    "sample_grid": lambda path: sample_grid({"a": images(1)}, path),
+    "accuracy_curve": lambda path: accuracy_curve([50.0], path, classes_seen=[2]),
+    "layer_importance": lambda path: layer_importance({"a": (1.0, 0.1)}, path),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, draw):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "funlora-hf\[demo\]"'):
+        draw(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+def test_a_failed_write_keeps_the_old_figure(tmp_path, monkeypatch, draw):
+    path = tmp_path / "figure.png"
+    draw(path)
+    before = path.read_bytes()
+
+    def fail(self, target, **kwargs):
+        target.write_bytes(b"half a figure")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        draw(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+def test_style_and_pyplot_are_left_alone(tmp_path, draw):
+    before = dict(matplotlib.rcParams)
+    draw(tmp_path / "figure.png")
+    assert dict(matplotlib.rcParams) == before
+    if "matplotlib.pyplot" in sys.modules:
+        assert sys.modules["matplotlib.pyplot"].get_fignums() == []

@@ -1,0 +1,316 @@
+"""The maths against NumPy in float64, against autograd's numerical derivatives and against properties."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from funlora_hf import functional_matrix, initial_alpha
+from funlora_hf.tuner.functional import FUNCTIONS, OPERATIONS, default_omega, expand, reduced_size
+
+
+P = 4
+# function and whether omega is given
+VARIANTS = [
+    ("cosine", False),
+    ("cosine", True),
+    ("power", False),
+    ("power", True),
+    ("shift", False),
+    ("identity", False),
+]
+variants = pytest.mark.parametrize(("function", "with_omega"), VARIANTS)
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def reference(A, B, alpha, omega, function):
+    """F by the formulas of the method, written out term by term in NumPy float64."""
+    A, B, alpha, omega = (None if t is None else t.detach().double().numpy() for t in (A, B, alpha, omega))
+    product = A @ B
+    if function == "identity":
+        return product
+    total = np.zeros_like(product)
+    for i in range(len(alpha)):
+        if function == "shift":
+            term = np.roll(A, i, axis=0) @ np.roll(B, i, axis=1)
+        elif function == "cosine":
+            term = np.cos((i + 1 if omega is None else omega[i]) * product)
+        elif omega is None:
+            term = product ** (i + 1)
+        else:
+            term = np.sign(product) * np.abs(product) ** omega[i]
+        total += alpha[i] * term
+    return total / len(alpha)
+
+
+def arguments(function, with_omega, *, rows=5, columns=7, r=2, p=P, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    alpha = None if function == "identity" else normal(p)
+    omega = 0.5 + normal(p).abs() if with_omega else None
+    return [normal(rows, r), normal(r, columns), alpha, omega]
+
+
+def nonzero_arguments(function, with_omega, r):
+    """Factors whose product is at least 0.2 in magnitude everywhere, of both signs."""
+    A, B, alpha, omega = arguments(function, with_omega, r=r)
+    B = (0.5 + B.abs()) / r
+    A = (0.5 + A[:, :1].abs()).expand(-1, r) * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])[:, None]
+    return [A.clone(), B, alpha, omega]
+
+
+@variants
+@pytest.mark.parametrize("r", [1, 3])
+def test_equals_numpy_formula_and_float64_stays(function, with_omega, r):
+    args = arguments(function, with_omega, r=r)
+    result = functional_matrix(*args, function=function)
+    assert result.dtype == torch.float64
+    np.testing.assert_allclose(result.numpy(), reference(*args, function), rtol=1e-12, atol=1e-12)
+
+
+@quick
+@given(
+    variant=st.sampled_from(VARIANTS),
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 6),
+    r=st.integers(1, 4),
+    p=st.integers(1, 12),  # more shifts than rows or columns wrap around
+    seed=st.integers(0, 1000),
+)
+def test_equals_numpy_formula_for_any_shape(variant, rows, columns, r, p, seed):
+    function, with_omega = variant
+    args = arguments(function, with_omega, rows=rows, columns=columns, r=r, p=p, seed=seed)
+    result = functional_matrix(*args, function=function)
+    assert result.shape == (rows, columns)
+    np.testing.assert_allclose(result.numpy(), reference(*args, function), rtol=1e-9, atol=1e-9)
+
+
+def test_cosine_is_the_default_function():
+    args = arguments("cosine", True)
+    assert torch.equal(functional_matrix(*args), functional_matrix(*args, function="cosine"))
+
+
+@pytest.mark.parametrize("with_omega", [False, True])
+def test_power_of_a_negative_product(with_omega):
+    # (-2)^2 is 4 as a plain power, and -4 in the signed form of a given omega
+    A, B, alpha = torch.tensor([[-2.0]]), torch.ones(1, 1), torch.tensor([0.0, 2.0])
+    omega = torch.tensor([1.0, 2.0]) if with_omega else None
+    assert functional_matrix(A, B, alpha, omega, function="power").item() == pytest.approx(-4 if with_omega else 4)
+
+
+@variants
+@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_are_computed_in_float32(function, with_omega, r, dtype):
+    args = arguments(function, with_omega, r=r, dtype=dtype)
+    result = functional_matrix(*args, function=function)
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result.numpy(), reference(*args, function), rtol=1e-4, atol=1e-4)
+
+
+@variants
+@pytest.mark.parametrize("r", [1, 3])
+def test_autocast_changes_nothing(function, with_omega, r):
+    args = arguments(function, with_omega, r=r, dtype=torch.float32)
+    expected = functional_matrix(*args, function=function)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = functional_matrix(*args, function=function)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, expected)
+
+
+@variants
+@pytest.mark.parametrize("r", [1, 2])
+def test_gradients(function, with_omega, r):
+    args = nonzero_arguments(function, with_omega, r)
+    assert np.abs(reference(args[0], args[1], None, None, "identity")).min() > 0.2
+    given_args = [arg for arg in args if arg is not None]
+    for arg in given_args:
+        arg.requires_grad_()
+
+    def evaluate(*tensors):
+        remaining = iter(tensors)
+        return functional_matrix(*(None if arg is None else next(remaining) for arg in args), function=function)
+
+    assert torch.autograd.gradcheck(evaluate, given_args)
+
+
+@pytest.mark.parametrize("omega", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_power_has_finite_gradients_at_zero(omega, dtype):
+    A = torch.zeros(2, 1, dtype=dtype, requires_grad=True)
+    B = torch.tensor([[0.0, 1.0, -1.0]], dtype=dtype, requires_grad=True)
+    alpha = torch.ones(1, dtype=dtype, requires_grad=True)
+    exponent = torch.tensor([omega], dtype=dtype, requires_grad=True)
+    F = functional_matrix(A, B, alpha, exponent, function="power")
+    assert torch.equal(F, torch.zeros_like(F))
+    F.sum().backward()
+    for tensor in (A, B, alpha, exponent):
+        assert tensor.grad is not None
+        assert torch.isfinite(tensor.grad).all()
+
+
+@quick
+@given(
+    variant=st.sampled_from([v for v in VARIANTS if v[0] != "identity"]),
+    seed=st.integers(0, 1000),
+    factor=st.floats(-3, 3),
+)
+def test_is_linear_in_alpha(variant, seed, factor):
+    function, with_omega = variant
+    A, B, alpha, omega = arguments(function, with_omega, seed=seed)
+    other = torch.randn(P, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    together = functional_matrix(A, B, alpha + factor * other, omega, function=function)
+    apart = functional_matrix(A, B, alpha, omega, function=function) + factor * functional_matrix(
+        A, B, other, omega, function=function
+    )
+    torch.testing.assert_close(together, apart, rtol=1e-9, atol=1e-9)
+
+
+def test_shapes_can_be_inferred_on_the_meta_device():
+    A, B, alpha, _ = (None if t is None else t.to("meta") for t in arguments("cosine", False, r=1))
+    assert functional_matrix(A, B, alpha).shape == (5, 7)
+
+
+# The start
+
+
+@quick
+@given(
+    function=st.sampled_from(FUNCTIONS),
+    p=st.integers(1, 64),
+    operation=st.sampled_from(OPERATIONS),
+    r=st.integers(1, 3),
+)
+def test_initial_alpha_starts_as_the_identity(function, p, operation, r):
+    alpha = initial_alpha(function, p, operation)
+    A, B = torch.ones(3, r), torch.full((r, 4), 1 / r)
+    if function == "identity":
+        assert alpha is None
+        return
+    assert alpha.shape == (p,)
+    assert alpha.dtype == torch.float32
+    e = 0.0 if operation == "add" else 1.0
+    for omega in (None, torch.arange(1.0, p + 1) if function in ("cosine", "power") else None):
+        F = functional_matrix(A, B, alpha, omega, function=function)
+        torch.testing.assert_close(F, torch.full((3, 4), e), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("function", ["shift", "power"])
+@pytest.mark.parametrize("p", [1, 10, 33])
+def test_initial_alpha_of_shift_and_power_is_the_papers_ones(function, p):
+    assert torch.equal(initial_alpha(function, p), torch.ones(p))
+    assert torch.equal(initial_alpha(function, p, "mul-add"), torch.ones(p))
+    assert torch.equal(initial_alpha(function, p, "add"), torch.zeros(p))
+
+
+@quick
+@given(omega=st.lists(st.floats(0.1, 20), min_size=1, max_size=20), default=st.booleans())
+def test_initial_alpha_of_cosine_has_the_least_norm(omega, default):
+    p = len(omega)
+    frequencies = np.arange(1, p + 1) if default else np.array(omega)
+    v = np.cos(frequencies)[None] / p
+    assume(np.linalg.norm(v) > 1e-3 / p)
+    expected = np.linalg.lstsq(v, np.ones(1), rcond=None)[0]
+    given_omega = None if default else torch.tensor(omega, dtype=torch.float64)
+    alpha = initial_alpha("cosine", p, "mul", given_omega)
+    assert alpha.dtype == (torch.float32 if default else torch.float64)
+    np.testing.assert_allclose(alpha.numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(alpha.numpy(), np.linalg.pinv(v)[:, 0], rtol=1e-6)
+
+
+def test_alpha_of_one_would_not_be_the_identity_for_cosine():
+    # The reason for `initial_alpha`: the literal start of arXiv 2510.02631 gives F = -0.14.
+    F = functional_matrix(torch.ones(2, 1), torch.ones(1, 2), torch.ones(10))
+    expected = sum(math.cos(i) for i in range(1, 11)) / 10
+    np.testing.assert_allclose(F.numpy(), expected, rtol=1e-5)
+    assert round(F[0, 0].item(), 2) == -0.14
+
+
+def test_initial_alpha_refuses_an_omega_that_no_alpha_can_serve():
+    omega = torch.full((3,), math.pi / 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"`omega` is tensor.*vanishes"):
+        initial_alpha("cosine", 3, omega=omega)
+    assert torch.equal(initial_alpha("cosine", 3, "add", omega), torch.zeros(3, dtype=torch.float64))
+
+
+def test_default_omega():
+    assert default_omega(3).tolist() == [1, 2, 3]
+
+
+# Reduced parameters
+
+
+@quick
+@given(channels=st.integers(1, 2000), ratio=st.integers(1, 40))
+def test_reduced_size_is_the_smallest_that_covers(channels, ratio):
+    size = reduced_size(channels, ratio)
+    assert size * ratio >= channels > (size - 1) * ratio
+
+
+@quick
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    ratio=st.integers(1, 5),
+    kernel=st.sampled_from([(), (1,), (3, 3), (1, 5)]),
+)
+def test_expand_is_repeat_and_crop(rows, columns, ratio, kernel):
+    F = torch.randn(math.ceil(rows / ratio), math.ceil(columns / ratio))
+    result = expand(F, ratio, torch.Size((rows, columns, *kernel)))
+    expected = F.numpy().repeat(ratio, axis=0).repeat(ratio, axis=1)[:rows, :columns]
+    assert result.shape == (rows, columns, *(1 for _ in kernel))
+    np.testing.assert_array_equal(result.numpy().reshape(rows, columns), expected)
+    assert (torch.ones(rows, columns, *kernel) * result).shape == (rows, columns, *kernel)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "function", "words"),
+    [
+        ({}, "sine", ["`function`", "'sine'", "'cosine'", "'identity'"]),
+        ({"A": torch.ones(3, 2)}, "cosine", ["`A`", "(3, 2)", "`B`", "(1, 4)"]),
+        ({"A": torch.ones(3)}, "cosine", ["`A`", "(3,)"]),
+        ({"B": torch.ones(4)}, "cosine", ["`B`", "(4,)"]),
+        ({"alpha": None}, "cosine", ["`alpha`", "None", "'cosine'"]),
+        ({"alpha": None}, "shift", ["`alpha`", "None", "'shift'"]),
+        ({}, "identity", ["`alpha`", "given", "'identity'"]),
+        ({"alpha": torch.ones(2, 1)}, "power", ["`alpha`", "(2, 1)"]),
+        ({"alpha": torch.ones(0)}, "power", ["`alpha`", "(0,)"]),
+        ({"omega": torch.ones(3)}, "cosine", ["`omega`", "(3,)", "(2,)"]),
+        ({"omega": torch.ones(2)}, "shift", ["`omega`", "given", "'shift'"]),
+        ({"omega": torch.ones(2), "alpha": None}, "identity", ["`omega`", "given", "'identity'"]),
+    ],
+)
+def test_functional_matrix_errors_name_field_and_value(changes, function, words):
+    args = {"A": torch.ones(3, 1), "B": torch.ones(1, 4), "alpha": torch.ones(2), "omega": None, **changes}
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
+        functional_matrix(**args, function=function)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("sine", 2), ["`function`", "'sine'"]),
+        (("cosine", 2, "divide"), ["`operation`", "'divide'", "'mul-add'"]),
+        (("cosine", 0), ["`num_functions`", "0"]),
+        (("cosine", 2.0), ["`num_functions`", "2.0"]),
+        (("cosine", True), ["`num_functions`", "True"]),
+        (("cosine", 2, "mul", torch.ones(3)), ["`omega`", "(3,)", "(2,)"]),
+    ],
+)
+def test_initial_alpha_errors_name_field_and_value(args, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the words are checked below
+        initial_alpha(*args)
+    for word in words:
+        assert word in str(error.value)
