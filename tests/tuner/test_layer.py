@@ -226,6 +226,17 @@ def test_adding_again_under_the_same_name_starts_anew():
     close(layer(x), layer.base_layer(x), 1e-6)
 
 
+def test_adding_another_adapter_does_not_activate_it():
+    layer = wrap(make_conv("3x3"), "a", init_weights=False)
+    x = images()
+    expected = layer(x)
+    add(layer, "b", init_weights=False)
+    assert layer.active_adapters == ["a"]
+    assert torch.equal(layer(x), expected)
+    assert layer.funlora_A["a"].requires_grad
+    assert not layer.funlora_A["b"].requires_grad
+
+
 # The start
 
 
@@ -351,6 +362,16 @@ def test_merge_again_or_without_the_adapter_does_nothing():
     assert torch.equal(layer.weight, merged)
     layer.unmerge()
     assert torch.equal(layer.weight, before)
+
+
+def test_merging_again_takes_the_weight_of_that_time():
+    layer = wrap(make_conv("3x3"), init_weights=False)
+    layer.merge()
+    layer.unmerge()
+    layer.weight.data = 2 * layer.weight.data
+    expected = numpy_weight(layer)
+    layer.merge()
+    close(layer.weight.data, expected, 1e-10)
 
 
 def test_delta_weight_of_a_merged_layer_is_that_of_the_original():

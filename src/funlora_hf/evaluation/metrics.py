@@ -45,7 +45,7 @@ def forgetting(accuracy_matrix: Sequence[Sequence[float]]) -> float:
     Raises:
         ValueError: as for `average_accuracies`.
 
-    Source: Chaudhry et al. 2018, section 3.2 [text]; the maximum over all rows is [ours].
+    Source: Chaudhry et al. 2018 [text]; the maximum over all rows is [ours].
     """
     matrix = _validated(accuracy_matrix)
     last = matrix[-1]

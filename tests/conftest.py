@@ -1,0 +1,66 @@
+"""What several test modules need: a small U-Net, a small pipeline, one thread."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+
+from funlora_hf import FunLoraPipeline
+
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Bit-equality is promised for one thread count, and small tensors are fastest on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=2,
+    ).eval()
+
+
+@pytest.fixture
+def tiny_pipe(tiny_unet) -> FunLoraPipeline:
+    pipe = FunLoraPipeline(tiny_unet, FlowMatchEulerDiscreteScheduler(), class_ids=[3, 5], id2label={3: "three"})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def run_example():
+    """Runs an example in a process of its own and returns it, with its output as text."""
+
+    def start(*arguments: str, cwd: Path, launcher: tuple[str, ...] = (), check: bool = True, timeout: int = 300):
+        command = [*(launcher or (sys.executable,)), str(REPOSITORY / "examples" / "continual_train.py"), *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        if check:
+            assert done.returncode == 0, done.stderr[-4000:]
+        return done
+
+    return start

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from funlora_hf.continual.batches import PhaseBatches
+from funlora_hf.continual.strategy import Phase, PhaseSettings
+
+
+class Images:
+    """Two classes whose images tell which one they are: class 4 has the values 0..4, class 6 the values 100..102."""
+
+    def images(self, class_id: int) -> torch.Tensor:
+        values = torch.arange(5) if class_id == 4 else torch.arange(100, 103)
+        images = values.to(torch.uint8)[:, None, None, None].repeat(1, 1, 2, 2)
+        images[..., 1] += 1  # not symmetric, so that a flip shows
+        return images
+
+
+def batches(batch_size: int = 4, name: str = "p", random_flip: bool = False, seed: int = 0) -> PhaseBatches:
+    phase_settings = PhaseSettings(1, None, batch_size, 1e-3, 0, 0.9, 0.0)
+    phase = Phase(name, (4, 6), phase_settings, independent=False)
+    return PhaseBatches(Images(), phase, seed=seed, timestep_density="uniform", random_flip=random_flip)
+
+
+def values(batch) -> list[int]:
+    return ((batch.sample[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+
+
+@given(batch_size=st.integers(1, 20), epochs=st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_every_epoch_sees_every_image_once(batch_size, epochs):
+    source = batches(batch_size)
+    seen = []
+    number = 0
+    while len(seen) < 8 * epochs:
+        seen += values(source.batch(number))
+        number += 1
+    for epoch in range(epochs):
+        assert Counter(seen[8 * epoch : 8 * (epoch + 1)]) == Counter([0, 1, 2, 3, 4, 100, 101, 102])
+
+
+def test_labels_go_with_their_images():
+    batch = batches().batch(3)
+    assert batch.class_ids.tolist() == [4 if value < 100 else 6 for value in values(batch)]
+
+
+@pytest.mark.parametrize("num_shares", [2, 3, 4])
+def test_shares_make_up_the_whole_batch(num_shares):
+    source = batches(10)
+    whole = source.batch(5)
+    shares = [source.batch(5, share=share, num_shares=num_shares) for share in range(num_shares)]
+    for name in ("sample", "class_ids", "noise", "sigma"):
+        joined = torch.cat([getattr(share, name) for share in shares])
+        order = np.concatenate([np.arange(share, 10, num_shares) for share in range(num_shares)])
+        assert torch.equal(joined, getattr(whole, name)[order])
+
+
+def test_a_batch_depends_on_seed_phase_and_number_only():
+    reference = batches().batch(7)
+    torch.rand(3)
+    again = batches()
+    again.batch(2)
+    same = again.batch(7)
+    assert torch.equal(same.noise, reference.noise)
+    assert values(same) == values(reference)
+    for other in (batches(seed=1).batch(7), batches(name="q").batch(7), batches().batch(8)):
+        assert not torch.equal(other.noise, reference.noise)
+
+
+def test_flips_mirror_about_half_of_the_images():
+    plain, flipped = batches(2000).batch(0), batches(2000, random_flip=True).batch(0)
+    mirrored = (flipped.sample != plain.sample).flatten(1).any(dim=1)
+    assert torch.equal(flipped.sample[mirrored], plain.sample[mirrored].flip(-1))
+    assert 0.45 < mirrored.float().mean() < 0.55
+
+
+def test_an_epoch_is_counted_in_whole_batches():
+    assert batches(3).batches_per_epoch == 3
+    assert batches(8).batches_per_epoch == 1

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+
+from funlora_hf.continual.run_folder import RunFolder
+
+
+SETTINGS = {"Training": {"seed": 0, "output_dir": "x", "base_learning_rate": 0.1}}
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.open(SETTINGS, overwrite=False, resume=False)
+    folder.base.mkdir()
+    return folder
+
+
+def test_another_run_is_not_overwritten_unasked(run):
+    with pytest.raises(FileExistsError, match="holds another run .*--overwrite_output_dir.*--resume_from_checkpoint"):
+        run.open(SETTINGS, overwrite=False, resume=False)
+    assert run.base.is_dir()
+
+
+def test_overwriting_deletes_the_run_and_nothing_else(run):
+    mine = run.path / "notes.txt"
+    mine.write_text("keep")
+    run.open(SETTINGS, overwrite=True, resume=False)
+    assert not run.base.exists()
+    assert mine.read_text() == "keep"
+
+
+def test_resuming_needs_the_same_settings(run):
+    other = {"Training": {**SETTINGS["Training"], "base_learning_rate": 0.2}}
+    with pytest.raises(ValueError, match=r"base_learning_rate was 0\.1 and is 0\.2"):
+        run.open(other, overwrite=False, resume=True)
+    run.open({"Training": {**SETTINGS["Training"], "output_dir": "moved"}}, overwrite=False, resume=True)
+
+
+def test_resuming_in_an_empty_folder_starts_afresh_with_a_warning(tmp_path, caplog):
+    RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=True)
+    assert "No checkpoint to resume from" in caplog.text
+    assert "is empty" in caplog.text
+
+
+def test_resuming_a_run_that_died_early_starts_afresh_with_a_warning(tmp_path, caplog):
+    RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=False)
+    RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=True)
+    assert "holds a run without one" in caplog.text
+
+
+def test_resuming_a_run_with_results_does_not_warn(run, caplog):
+    run.open(SETTINGS, overwrite=False, resume=True)
+    assert caplog.text == ""
+
+
+def test_a_folder_of_unknown_origin_is_refused(tmp_path):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(ValueError, match="there is no telling what run it is"):
+        RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=True)
+
+
+def test_an_update_needs_a_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`update_class` has nothing to update"):
+        RunFolder(tmp_path).check_update()

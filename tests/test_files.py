@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import hashlib
+import math
+
+import pytest
+
+from funlora_hf.files import folder_sha256, read_json, recover_folder, whole_file, whole_folder, write_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
+    with whole_folder(tmp_path / "a") as temporary:
+        (temporary / "x").write_text("old")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "a") as temporary:
+        (temporary / "x").write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "a" / "x").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
+    for content in ("old", "new"):
+        with whole_folder(tmp_path / "a") as temporary:
+            (temporary / content).write_text(content)
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == ["new"]
+
+
+def test_recovery_after_a_kill_between_the_two_renames(tmp_path):
+    (tmp_path / ".replaced-a").mkdir()
+    (tmp_path / ".replaced-a" / "x").write_text("old")
+    (tmp_path / ".writing-0-b").mkdir()
+    recover_folder(tmp_path)
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "x").read_text() == "old"
+
+
+def test_recovery_after_a_kill_behind_the_second_rename(tmp_path):
+    for folder, content in ((".replaced-a", "old"), ("a", "new")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x").write_text(content)
+    recover_folder(tmp_path)
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "x").read_text() == "new"
+
+
+def test_json_refuses_what_json_has_not(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1, None]})
+    assert read_json(tmp_path / "a.json") == {"b": [1, None]}
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(tmp_path / "a.json", math.nan)
+    assert read_json(tmp_path / "a.json") == {"b": [1, None]}
+
+
+def test_the_hash_sees_names_and_bytes_but_not_what_is_left_out(tmp_path):
+    folder = tmp_path / "f"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "x").write_bytes(b"1")
+    expected = hashlib.sha256(b"sub/x\0" + hashlib.sha256(b"1").digest()).hexdigest()
+    assert folder_sha256(folder) == expected
+    (folder / "adapters").mkdir()
+    (folder / "adapters" / "y").write_bytes(b"2")
+    assert folder_sha256(folder) != expected
+    assert folder_sha256(folder, leave_out=["adapters"]) == expected
+    (folder / "sub" / "x").write_bytes(b"2")
+    assert folder_sha256(folder, leave_out=["adapters"]) != expected

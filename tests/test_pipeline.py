@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from scipy.integrate import solve_ivp
+
+from funlora_hf import FunLoraConfig, FunLoraPipeline
+from funlora_hf.tuner import FunLoraLayer
+
+
+def generator(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def adapters(tiny_unet, tmp_path):
+    """Folders of two random adapters, for the classes 7 (named "seven") and 9."""
+    for class_id, name in ((7, "seven"), (9, None)):
+        torch.manual_seed(class_id)
+        config = FunLoraConfig(
+            class_embedding="class_embedding", class_label=class_id, class_name=name, init_weights=False
+        )
+        model = get_peft_model(tiny_unet, config, adapter_name=f"class_{class_id}")
+        model.save_pretrained(tmp_path / "adapters", save_embedding_layers=False)
+        model.unload()
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def pipe(tiny_pipe, adapters):
+    tiny_pipe.load_adapter(adapters / "class_7")
+    tiny_pipe.load_adapter(adapters / "class_9")
+    return tiny_pipe
+
+
+def test_classes_are_those_of_base_and_adapters(pipe):
+    assert pipe.classes == {3: "three", 5: "5", 7: "seven", 9: "9"}
+    assert pipe.base_classes == [3, 5]
+
+
+def test_a_mixed_call_gives_each_class_in_the_order_asked(pipe):
+    asked = [9, 3, "seven", 5, 7, "three"]
+    together = pipe(asked, generator=generator(), output_type="pt").images
+    noise = torch.randn(6, 1, 8, 8, generator=generator())
+    for index, label in enumerate(asked):
+        alone = _integrate_by_hand(pipe, noise[index : index + 1], label)
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-5, rtol=0)
+
+
+def _integrate_by_hand(pipe, x, label, steps: int = 10):
+    """Heun's rule written out, with the active adapter chosen by stock PEFT."""
+    names = {"three": 3, "seven": 7}
+    class_id = names.get(label, label)
+    row = torch.tensor([0])
+    if class_id in (3, 5):
+        pipe._peft_model.base_model.disable_adapter_layers()
+        row = torch.tensor([[3, 5].index(class_id)])
+    else:
+        pipe._peft_model.base_model.enable_adapter_layers()
+        pipe._peft_model.set_adapter(f"class_{class_id}")
+
+    def v(sigma, x):
+        return pipe.unet(x, torch.tensor(1000.0 * sigma), row).sample
+
+    with torch.no_grad():
+        for k in range(steps):
+            sigma, following = 1 - k / steps, 1 - (k + 1) / steps
+            h = following - sigma
+            slope = v(sigma, x)
+            x = x + h / 2 * (slope + v(following, x + h * slope))
+    pipe._peft_model.base_model.enable_adapter_layers()
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def test_stock_peft_gives_the_same_output(pipe, adapters, tiny_unet):
+    sample, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 0.5, 0.9])
+    with torch.no_grad():
+        ours = pipe.predict_velocity(sample, sigma, [7, 7, 7])
+        pipe.unload_adapter(7)
+        pipe.unload_adapter(9)
+        model = PeftModel.from_pretrained(tiny_unet, adapters / "class_7")
+        theirs = model(sample, 1000 * sigma, torch.zeros(3, dtype=torch.long)).sample
+    assert torch.equal(ours, theirs)
+
+
+def test_adapters_leave_the_base_s_classes_alone(tiny_pipe, adapters):
+    before = tiny_pipe([3, 5], generator=generator(), output_type="pt").images
+    tiny_pipe.load_adapter(adapters / "class_7")
+    with_adapter = tiny_pipe([3, 5], generator=generator(), output_type="pt").images
+    tiny_pipe.unload_adapter(7)
+    after = tiny_pipe([3, 5], generator=generator(), output_type="pt").images
+    assert torch.equal(before, with_adapter)
+    assert torch.equal(before, after)
+    assert not any(isinstance(module, FunLoraLayer) for module in tiny_pipe.unet.modules())
+
+
+@pytest.mark.parametrize(("solver", "nfe"), [("euler", 3), ("heun", 6), ("rk4", 12)])
+def test_output_types_and_evaluations(pipe, solver, nfe):
+    tensor = pipe([3, 7], 3, solver, generator=generator(), output_type="pt")
+    array = pipe([3, 7], 3, solver, generator=generator(), output_type="np")
+    images, evaluations = pipe([3, 7], 3, solver, generator=generator(), return_dict=False)
+    assert tensor.nfe == array.nfe == evaluations == nfe
+    assert tensor.images.shape == (2, 1, 8, 8)
+    np.testing.assert_array_equal(array.images[..., 0], tensor.images[:, 0].numpy())
+    assert [image.size for image in images] == [(8, 8), (8, 8)]
+    np.testing.assert_array_equal(np.asarray(images[1]), (array.images[1, ..., 0] * 255).round().astype("uint8"))
+
+
+def test_dopri5_agrees_with_scipy(pipe):
+    adaptive = pipe([3, 7], solver="dopri5", rtol=1e-5, atol=1e-5, generator=generator(), output_type="pt")
+    noise = torch.randn(2, 1, 8, 8, generator=generator())
+
+    def velocity(sigma, flat):
+        state = torch.tensor(flat, dtype=torch.float32).reshape(noise.shape)
+        with torch.no_grad():
+            return pipe.predict_velocity(state, torch.tensor(sigma), [3, 7]).numpy().reshape(-1)
+
+    solution = solve_ivp(velocity, (1, 0), noise.numpy().reshape(-1), method="RK45", rtol=1e-5, atol=1e-5)
+    expected = (torch.tensor(solution.y[:, -1]).reshape(noise.shape) / 2 + 0.5).clamp(0, 1)
+    # An untrained U-Net swings fast in time: two adaptive solvers of this tolerance differ by up to 0.01.
+    torch.testing.assert_close(adaptive.images, expected.float(), atol=0.03, rtol=0)
+
+
+def test_saving_leaves_the_base_plain_and_loading_brings_all_back(pipe, tmp_path):
+    expected = pipe([3, 7, 9], generator=generator(), output_type="pt").images
+    pipe.save_pretrained(tmp_path / "saved")
+    plain = UNet2DModel.from_pretrained(tmp_path / "saved", subfolder="unet")
+    clean = {key.replace(".base_layer", "") for key in pipe.unet.state_dict() if "funlora" not in key}
+    assert set(plain.state_dict()) == clean
+    assert (tmp_path / "saved" / "adapters" / "class_7" / "README.md").is_file()
+    again = FunLoraPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert again.classes == pipe.classes
+    assert torch.equal(again([3, 7, 9], generator=generator(), output_type="pt").images, expected)
+
+
+def test_saving_with_merged_adapters_is_refused(pipe, tmp_path):
+    pipe._peft_model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_list_of_generators_makes_each_image_its_own(pipe):
+    both = pipe([3, 3], generator=[generator(1), generator(2)], output_type="pt").images
+    swapped = pipe([3, 3], generator=[generator(2), generator(1)], output_type="pt").images
+    torch.testing.assert_close(both.flip(0), swapped)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"class_labels": [4]}, r"`class_labels` has 4, .* 3 \(three\), 5 \(5\), 7 \(seven\), 9 \(9\)"),
+        ({"class_labels": ["four"]}, "`class_labels` has 'four'"),
+        ({"class_labels": []}, "`class_labels` is empty"),
+        ({"class_labels": 3, "solver": "midpoint"}, "`solver` is 'midpoint', expected one of"),
+        ({"class_labels": 3, "num_inference_steps": 0}, "`num_inference_steps` is 0"),
+        ({"class_labels": 3, "output_type": "latent"}, "`output_type` is 'latent'"),
+    ],
+)
+def test_bad_calls_are_named(pipe, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        pipe(**arguments)
+
+
+def test_a_class_is_taken_once(pipe, adapters):
+    with pytest.raises(ValueError, match="`class_label` is 7, a class that an adapter is loaded for already"):
+        pipe.load_adapter(adapters / "class_7")
+    with pytest.raises(ValueError, match="`class_label` is 3, a class that the base knows already"):
+        pipe.load_adapter(adapters / "class_7", class_label=3)
+    with pytest.raises(ValueError, match="`class_name` 'seven' is used for two classes"):
+        pipe.load_adapter(adapters / "class_7", class_label=8)
+    assert pipe.load_adapter(adapters.parent, subfolder="adapters/class_7", class_label=8, class_name="eight") == 8
+    assert pipe.classes[8] == "eight"
+
+
+def test_an_adapter_without_a_label_asks_for_one(tiny_unet, tiny_pipe, tmp_path):
+    model = get_peft_model(tiny_unet, FunLoraConfig())
+    model.save_pretrained(tmp_path / "a")
+    model.unload()
+    with pytest.raises(ValueError, match="does not say which class it is: pass `class_label`"):
+        tiny_pipe.load_adapter(tmp_path / "a")
+    assert tiny_pipe.load_adapter(tmp_path / "a", class_label=0) == 0
+
+
+def test_another_method_s_adapter_is_refused(tiny_unet, tiny_pipe, tmp_path):
+    model = get_peft_model(tiny_unet, LoraConfig(target_modules=["conv_out"]))
+    model.save_pretrained(tmp_path / "a")
+    model.unload()
+    with pytest.raises(ValueError, match="type .*LORA.*, expected FUNLORA"):
+        tiny_pipe.load_adapter(tmp_path / "a", class_label=0)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_adapter_that_does_not_fit_changes_nothing(tiny_pipe, adapters, first):
+    broken = adapters / "class_9" / "adapter_model.safetensors"
+    tensors = load_file(broken)
+    key = next(key for key in tensors if key.endswith("funlora_A"))
+    save_file({**tensors, key: torch.zeros(3, 1)}, broken)
+    if not first:
+        tiny_pipe.load_adapter(adapters / "class_7")
+    classes = tiny_pipe.classes
+    before = tiny_pipe(list(classes), generator=generator(), output_type="pt").images
+    with pytest.raises(ValueError, match="does not fit this base"):
+        tiny_pipe.load_adapter(adapters / "class_9")
+    assert tiny_pipe.classes == classes
+    assert torch.equal(tiny_pipe(list(classes), generator=generator(), output_type="pt").images, before)
+
+
+def test_unloading_needs_a_loaded_class(pipe):
+    for class_label in (3, 4):
+        with pytest.raises(ValueError, match=f"`class_label` is {class_label}, expected a class loaded"):
+            pipe.unload_adapter(class_label)
+
+
+def test_the_base_must_be_a_flow_matching_one(tiny_unet):
+    with pytest.raises(ValueError, match="`scheduler` is a DDPMScheduler"):
+        FunLoraPipeline(tiny_unet, DDPMScheduler())
+    with pytest.raises(ValueError, match=r"`class_ids` is \[1\], expected 2 different ids"):
+        FunLoraPipeline(tiny_unet, FlowMatchEulerDiscreteScheduler(), class_ids=[1])
+
+
+def test_the_folder_says_which_row_is_which_class(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["class_ids"] == [3, 5]
+    assert index["id2label"] == {"3": "three", "5": "5"}
+
+
+def test_a_bfloat16_unet_keeps_its_state_in_float32(pipe):
+    exact = pipe([3, 7], generator=generator(), output_type="pt").images
+    pipe.unet.to(torch.bfloat16)
+    rounded = pipe([3, 7], generator=generator(), output_type="pt").images
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, atol=0.1, rtol=0)
