@@ -193,7 +193,7 @@ def test_another_method_s_adapter_is_refused(tiny_unet, tiny_pipe, tmp_path):
     model = get_peft_model(tiny_unet, LoraConfig(target_modules=["conv_out"]))
     model.save_pretrained(tmp_path / "a")
     model.unload()
-    with pytest.raises(ValueError, match="type .*LORA.*, expected FUNLORA"):
+    with pytest.raises(ValueError, match=r"type .*LORA.*, expected FUNLORA"):
         tiny_pipe.load_adapter(tmp_path / "a", class_label=0)
 
 

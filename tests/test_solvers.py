@@ -88,5 +88,5 @@ def test_every_step_is_told(solver, noise):
 def test_bad_input_is_named(noise):
     with pytest.raises(ValueError, match="`solver` is 'rk5', expected one of: 'euler', 'heun', 'rk4', 'dopri5'"):
         solve(velocity, noise, sigmas(2), solver="rk5")
-    with pytest.raises(ValueError, match="`sigmas` is .* expected a falling sequence"):
+    with pytest.raises(ValueError, match=r"`sigmas` is .* expected a falling sequence"):
         solve(velocity, noise, torch.tensor([0.0, 1.0]))

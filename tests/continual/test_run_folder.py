@@ -17,7 +17,7 @@ def run(tmp_path) -> RunFolder:
 
 
 def test_another_run_is_not_overwritten_unasked(run):
-    with pytest.raises(FileExistsError, match="holds another run .*--overwrite_output_dir.*--resume_from_checkpoint"):
+    with pytest.raises(FileExistsError, match=r"holds another run .*--overwrite_output_dir.*--resume_from_checkpoint"):
         run.open(SETTINGS, overwrite=False, resume=False)
     assert run.base.is_dir()
 

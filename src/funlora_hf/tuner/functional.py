@@ -9,6 +9,7 @@ reading where the paper is silent.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -67,7 +68,7 @@ def functional_matrix(
     _check_factors(A, B)
     _check_coefficients(alpha, omega, function)
 
-    with torch.autocast(device_type=A.device.type, enabled=False):
+    with _without_autocast(A.device.type):
         A, B, alpha, omega = (_at_least_float32(tensor) for tensor in (A, B, alpha, omega))
         if function == "identity":
             return _product(A, B)
@@ -113,14 +114,15 @@ def initial_alpha(
     dtype = torch.float32 if omega is None else torch.promote_types(omega.dtype, torch.float32)
     if operation == "add":
         return torch.zeros(num_functions, dtype=dtype)
-    values = torch.ones(num_functions, dtype=torch.float64)
+    # In Python's floats, since under `with torch.device("meta")` a tensor holds no values.
+    values = [1.0] * num_functions
     if function == "cosine":
-        frequencies = default_omega(num_functions) if omega is None else omega.detach().cpu()
-        values = torch.cos(frequencies.double())
-    squared_norm = values.square().sum()
+        frequencies = range(1, num_functions + 1) if omega is None else omega.tolist()
+        values = [math.cos(frequency) for frequency in frequencies]
+    squared_norm = sum(value * value for value in values)
     if squared_norm < 1e-12:
         raise ValueError(f"`omega` is {omega}: cos(omega) vanishes for every entry, so no alpha gives the identity.")
-    return (num_functions * values / squared_norm).to(dtype)
+    return torch.tensor([num_functions * value / squared_norm for value in values], dtype=dtype)
 
 
 def default_omega(num_functions: int) -> torch.Tensor:
@@ -155,6 +157,12 @@ def check_at_least_one(field: str, value: object) -> None:
     """Raise a ValueError that names the field and the value, unless `value` is an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{field}` should be a positive integer value but the value passed is {value!r}.")
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    # The meta device, on which shapes are inferred, has no autocast to switch off.
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

@@ -284,7 +284,7 @@ class FunLoraClassVector(FunLoraLayer):
     """An Embedding whose output an adapter replaces by its own vector, whatever the label.
 
     The vector starts at the mean of the base's rows. Vectors of several active adapters average. Merged, every row of
-    the embedding is that vector.
+    the embedding is that vector, and labels are looked up again: they must be below the base's `num_embeddings`.
 
     Source: the class-conditioning vector of section 3 [text]; its start and the average are [ours].
     """

@@ -12,7 +12,9 @@ from typing import Any
 
 from diffusers import UNet2DModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .config import FunLoraConfig
 from .layer import BASE, AdapterGroups, FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear
@@ -86,12 +88,34 @@ class FunLoraModel(BaseTuner):
         if isinstance(target, FunLoraLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer_cls = FunLoraClassVector if _is_class_embedding(peft_config, current_key) else _layer_class(target)
+        layer_cls = (
+            FunLoraClassVector if _is_class_embedding(peft_config, current_key) else _layer_class(current_key, target)
+        )
         new_module = layer_cls(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        Merge the active adapters into the base's weights; if one layer refuses, none stays merged.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): the adapters to merge; None means the active ones.
+            safe_merge (`bool`, *optional*): refuse weights that are not finite.
+        """
+        layers = [layer for layer in self.modules() if isinstance(layer, FunLoraLayer)]
+        before = [list(layer.merged_adapters) for layer in layers]
+        try:
+            super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        except ValueError:
+            for layer, names in zip(layers, before, strict=True):
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -126,6 +150,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     Source: [ours].
     """
     layers = [module for module in model.modules() if isinstance(module, FunLoraLayer)]
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     known = {name for layer in layers for name in layer.settings}
     unknown = sorted(set(adapter_names) - known - {BASE})
     if unknown:
@@ -135,6 +160,11 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
         layer.register_forward_pre_hook(partial(_pass_adapter_groups, groups=groups), with_kwargs=True)
         for layer in layers
     ]
+    handles += [
+        # PEFT's own wrapper around `modules_to_save` takes the names as a list.
+        wrapper.register_forward_pre_hook(partial(_pass_adapter_groups, groups=list(adapter_names)), with_kwargs=True)
+        for wrapper in wrappers
+    ]
     try:
         yield
     finally:
@@ -143,7 +173,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
 
 def _pass_adapter_groups(
-    layer: nn.Module, args: tuple, kwargs: dict[str, Any], groups: AdapterGroups
+    module: nn.Module, args: tuple, kwargs: dict[str, Any], groups: AdapterGroups | list[str]
 ) -> tuple[tuple, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": groups}
 
@@ -161,6 +191,7 @@ def _check_class_embedding(config: FunLoraConfig, model: nn.Module) -> None:
             "class embedding (a UNet2DModel has one if it is built with `num_class_embeds`), or leave it None."
         )
     for key, module in matches.items():
+        _check_no_other_method(key, module)
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if not isinstance(base, nn.Embedding):
             raise ValueError(
@@ -169,16 +200,22 @@ def _check_class_embedding(config: FunLoraConfig, model: nn.Module) -> None:
             )
 
 
-def _layer_class(target: nn.Module) -> type[FunLoraLayer]:
-    if isinstance(target, BaseTunerLayer):
+def _check_no_other_method(name: str, module: nn.Module) -> None:
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, FunLoraLayer):
         raise ValueError(
-            f"Target module {target} carries an adapter of another method, whose effect FunLoRA would drop. Merge or "
+            f"Target module {name} carries an adapter of another method, whose effect FunLoRA would drop. Merge or "
             "unload that adapter first, or target other modules."
         )
-    if isinstance(target, nn.Conv2d):
-        return FunLoraConv2d
-    if isinstance(target, nn.Linear):
-        return FunLoraLinear
+
+
+def _layer_class(name: str, target: nn.Module) -> type[FunLoraLayer]:
+    _check_no_other_method(name, target)
+    for module_cls, layer_cls in ((nn.Conv2d, FunLoraConv2d), (nn.Linear, FunLoraLinear)):
+        # A subclass with a forward of its own (a quantized layer, say) computes something else, and the output
+        # projection of torch's MultiheadAttention is never called.
+        plain = isinstance(target, module_cls) and type(target).forward is module_cls.forward
+        if plain and not isinstance(target, NonDynamicallyQuantizableLinear):
+            return layer_cls
     raise ValueError(
         f"Target module {target} is not supported. Currently, only the following modules are supported: "
         "`torch.nn.Conv2d`, `torch.nn.Linear`."

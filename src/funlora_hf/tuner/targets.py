@@ -11,7 +11,11 @@ ALL_CONV = "all-conv"
 
 def conv_names(model: nn.Module) -> list[str]:
     """Names of all Conv2d of a model in the order of `named_modules`, also where adapters have wrapped them."""
-    return [_without_wrapper(name) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return [
+        _without_wrapper(name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and ".modules_to_save." not in name
+    ]
 
 
 def unet_conv_names(unet: UNet2DModel) -> list[str]:
@@ -22,9 +26,16 @@ def unet_conv_names(unet: UNet2DModel) -> list[str]:
 
     Source: section 6.1, Table I [exact].
     """
-    order = {"conv_in": 0, "down_blocks": 1, "mid_block": 2, "up_blocks": 3, "conv_norm_out": 4, "conv_out": 5}
-    # sorted() is stable: inside a part the order of registration is the order of execution.
-    return sorted(conv_names(unet), key=lambda name: order[name.split(".")[0]])
+    parts = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
+
+    def position(name: str) -> tuple:
+        part, *rest = name.split(".")
+        # The up blocks with skips register `resnet_up` before `skip_conv` and run it after.
+        within = (int(rest[0]), "resnet_up" in rest) if part == "up_blocks" else ()
+        return parts.index(part), *within
+
+    # sorted() is stable: but for that, the order of registration is the order of execution inside a part.
+    return sorted(conv_names(unet), key=position)
 
 
 def decoder_middle(unet: UNet2DModel) -> list[str]:
@@ -63,4 +74,4 @@ def _is_paper_cifar_backbone(unet: UNet2DModel) -> bool:
 
 
 def _without_wrapper(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
