@@ -19,6 +19,7 @@ from diffusers import UNet2DModel
 
 from .adapter_folder import ADAPTERS_FOLDER, adapter_folders
 from .continual.config import (
+    DIGITS_UNET,
     LATEST,
     ContinualTrainingArguments,
     DataArguments,
@@ -50,12 +51,27 @@ class ForgettingError(RuntimeError):
 
 @dataclass
 class RunArguments:
-    """All arguments of a run."""
+    """All arguments of a run, checked against each other.
+
+    Raises:
+        ValueError: `unet_config` is missing for other images than digits.
+    """
 
     data: DataArguments
     model: ModelArguments
     training: ContinualTrainingArguments
     evaluation: EvaluationArguments
+
+    def __post_init__(self) -> None:
+        if self.model.unet_config is not None or self.model.base_model is not None:
+            return
+        if self.data.dataset_name != "digits" and self.training.update_class is None:
+            raise ValueError(
+                f"`unet_config` is None, which is the U-Net for 8x8 digits, and `dataset_name` is "
+                f"{self.data.dataset_name!r}: give the arguments of a UNet2DModel, take a recipe by --config, or name "
+                "an existing generator by --base_model."
+            )
+        self.model.unet_config = dict(DIGITS_UNET)
 
 
 @dataclass(frozen=True)
@@ -89,14 +105,18 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
     _check_strategy(strategy_cls, arguments)
     accelerator = _accelerator(training)
     folder = RunFolder(Path(training.output_dir))
+    if training.update_class is not None and accelerator.is_main_process:
+        folder.check_update()
     base = _existing_base(arguments.model, folder, training)
     data = _load_data(arguments, base)
     tasks = _tasks(arguments, data, base)
-    _open_folder(folder, arguments, accelerator)
+    strategy = strategy_cls(_setting(arguments, folder, base, data, tasks, accelerator))
+    strategy.check()
+    if training.update_class is None:
+        _open_folder(folder, arguments, accelerator)
     if folder.results.is_file() and training.update_class is None:
         return _report_finished(folder) if accelerator.is_main_process else None
 
-    strategy = strategy_cls(_setting(arguments, folder, base, data, tasks, accelerator))
     evaluator = RunEvaluator(
         data,
         tasks,
@@ -238,13 +258,10 @@ def _tasks(arguments: RunArguments, data: ImageClassificationData, base: _Base |
 def _open_folder(folder: RunFolder, arguments: RunArguments, accelerator: Accelerator) -> None:
     training = arguments.training
     if accelerator.is_main_process:
-        if training.update_class is not None:
-            folder.check_update()
-        else:
-            settings = run_settings(arguments.data, arguments.model, training, arguments.evaluation)
-            folder.open(
-                settings, overwrite=training.overwrite_output_dir, resume=training.resume_from_checkpoint == LATEST
-            )
+        settings = run_settings(arguments.data, arguments.model, training, arguments.evaluation)
+        folder.open(
+            settings, overwrite=training.overwrite_output_dir, resume=training.resume_from_checkpoint == LATEST
+        )
     accelerator.wait_for_everyone()
 
 

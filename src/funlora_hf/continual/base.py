@@ -25,11 +25,24 @@ def build_unet(unet_config: Mapping, num_classes: int, *, seed: int, device: tor
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "unet"))
-        try:
-            unet = UNet2DModel(**{**unet_config, "num_class_embeds": num_classes})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`unet_config` does not make a UNet2DModel: {error}") from error
-    return unet.to(device)
+        return _unet(unet_config, num_classes).to(device)
+
+
+def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:
+    """The same U-Net without values, on the meta device: for checks and counts.
+
+    Raises:
+        ValueError: arguments that UNet2DModel does not take.
+    """
+    with torch.device("meta"):
+        return _unet(unet_config, num_classes)
+
+
+def _unet(unet_config: Mapping, num_classes: int) -> UNet2DModel:
+    try:
+        return UNet2DModel(**{**unet_config, "num_class_embeds": num_classes})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`unet_config` does not make a UNet2DModel: {error}") from error
 
 
 def save_base(unet: UNet2DModel, folder: Path, class_ids: Sequence[int], class_names: Mapping[int, str]) -> None:

@@ -19,7 +19,7 @@ CLASS_BATCHES = ("homogeneous", "mixed")
 UPDATE_MODES = ("continue", "retrain")
 LATEST = "latest"
 
-_DIGITS_UNET = {
+DIGITS_UNET = {
     "sample_size": 8,
     "in_channels": 1,
     "out_channels": 1,
@@ -74,9 +74,11 @@ class ModelArguments:
         metadata={"help": "Pipeline folder or repository of an existing generator: skips task 1, adds classes to it."},
     )
     base_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
-    unet_config: dict | str = field(
-        default_factory=lambda: dict(_DIGITS_UNET),
-        metadata={"help": "Arguments of diffusers' UNet2DModel, as a mapping in a recipe or as JSON."},
+    unet_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "UNet2DModel's arguments, as a mapping in a recipe or as JSON; None: a small one for digits."
+        },
     )
     function: str = field(default="cosine", metadata={"help": "'cosine', 'power', 'shift' or 'identity'."})
     num_functions: int = field(default=10, metadata={"help": "The number p of functions summed up."})
@@ -97,11 +99,12 @@ class ModelArguments:
                 raise ValueError(
                     f"`unet_config` is {self.unet_config!r}, expected a JSON mapping: {error}."
                 ) from error
-        if not isinstance(self.unet_config, dict):
+        if self.unet_config is not None and not isinstance(self.unet_config, dict):
             raise ValueError(f"`unet_config` is {self.unet_config!r}, expected a mapping of UNet2DModel arguments.")
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
-        _check_halving(self.unet_config)
+        if self.unet_config is not None:
+            _check_halving(self.unet_config)
         self.adapter_config()
 
     def adapter_config(self, **kwargs: Any) -> FunLoraConfig:

@@ -18,7 +18,7 @@ from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, sav
 from ..data import Task
 from ..pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig, mixed_batch
-from .base import build_unet, label_rows, load_pipeline, save_base
+from .base import build_unet, label_rows, load_pipeline, save_base, unet_shape
 from .strategy import (
     Batch,
     Phase,
@@ -47,6 +47,9 @@ class FunLora(Strategy):
         self.adapters_dir = setting.output_dir / ADAPTERS_FOLDER
         self._unet: UNet2DModel | None = None
         self._pipe: FunLoraPipeline | None = None
+
+    def check(self) -> None:
+        self._parameter_count()
 
     def phases(self, task: Task) -> list[Phase]:
         """The base, or one phase for each new class ("mixed": one for all of them)."""
@@ -143,7 +146,7 @@ class FunLora(Strategy):
 
     def parameters_per_class(self) -> dict[str, int | None]:
         numbers = self._parameter_count()
-        vector = self._frozen_unet().class_embedding.embedding_dim
+        vector = self._unet_shape().class_embedding.embedding_dim
         return {"parameters_per_class": numbers - vector, "parameters_per_class_with_vector": numbers}
 
     def memory_report(self) -> dict[str, int]:
@@ -152,10 +155,15 @@ class FunLora(Strategy):
         return {"persistent": persistent, "transient": 4 * 4 * self._parameter_count()}
 
     def _parameter_count(self) -> int:
-        model = self.new_adapters([self.setting.tasks[-1].class_ids[-1]])
-        numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        model.unload()
-        return numbers
+        model = get_peft_model(self._unet_shape(), self.adapter_config(next(iter(self.setting.class_names))))
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    def _unet_shape(self) -> UNet2DModel:
+        if not self.setting.has_base:
+            return unet_shape(self.setting.model.unet_config, len(self.setting.tasks[0].class_ids))
+        config = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
+        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+        return unet_shape(arguments, config["num_class_embeds"])
 
     def _frozen_unet(self) -> UNet2DModel:
         if self._unet is None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..data import Task
 from ..pipeline import FunLoraPipeline
-from .base import build_unet, label_rows, load_pipeline, save_base
+from .base import build_unet, label_rows, load_pipeline, save_base, unet_shape
 from .strategy import (
     Batch,
     Phase,
@@ -37,6 +37,15 @@ class Joint(Strategy):
         self.class_ids = tuple(class_id for task in setting.tasks for class_id in task.class_ids)
         self._pipe: FunLoraPipeline | None = None
 
+    def check(self) -> None:
+        training = self.setting.training
+        unet_shape(self.setting.model.unet_config, len(self.class_ids))
+        if (training.base_train_steps is None) != (training.adapter_train_steps is None):
+            raise ValueError(
+                "`strategy` 'joint' takes as many steps as base and adapters together: give `base_train_steps` and "
+                "`adapter_train_steps`, or `base_epochs` and `adapter_epochs`."
+            )
+
     def phases(self, task: Task) -> list[Phase]:
         if task.index > 0:
             return []
@@ -45,7 +54,7 @@ class Joint(Strategy):
             adapter = PhaseSettings.of(self.setting.training, "adapter")
             later = len(self.class_ids) - len(task.class_ids)
             # Epochs over more images give more steps by themselves; a number of steps has to be raised.
-            base = replace(base, train_steps=base.train_steps + later * (adapter.train_steps or 0))
+            base = replace(base, train_steps=base.train_steps + later * adapter.train_steps)
         return [Phase("joint", self.class_ids, base, independent=False)]
 
     def is_finished(self, phase: Phase) -> bool:

@@ -153,6 +153,10 @@ class Strategy(ABC):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a ValueError for a setting that cannot work, before anything is written or trained."""
+
     def begin_task(self, task: Task) -> None:  # noqa: B027 - most strategies have nothing to do here
         """Called before the phases of a task."""
 

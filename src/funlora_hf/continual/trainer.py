@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -162,21 +161,20 @@ class ContinualTrainer:
         ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=int(settings.ema_start * steps))
         state = TrainingState(trainable.parameters, optimizer, ema)
         done = self._resume(phase, state)
-        warmup = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=min(settings.warmup_steps, steps))
-        for _ in range(done):
-            warmup.step()
         prepared = accelerator.prepare_optimizer(optimizer)
         module = trainable.module if phase.independent else accelerator.prepare_model(trainable.module)
 
         with tqdm(total=steps, initial=done, desc=phase.name, **self._bar_options(phase)) as bar:
             for step in range(done, steps):
+                rate = learning_rate(settings, step)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
                 loss = self._step(phase, module, batches, step, prepared, parameters)
-                warmup.step()
                 ema.step(parameters)
                 self.strategy.after_step(phase)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                accelerator.log({f"{phase.name}/loss": loss, f"{phase.name}/lr": warmup.get_last_lr()[0]}, step=step)
+                accelerator.log({f"{phase.name}/loss": loss, f"{phase.name}/lr": rate}, step=step)
                 if (step + 1) % self.training.checkpointing_steps == 0 and step + 1 < steps:
                     self._checkpoint(phase, step + 1, state)
         if not phase.independent:
@@ -243,7 +241,8 @@ class ContinualTrainer:
 
     def _record_seconds(self, phase: Phase, steps: int, seconds: float) -> None:
         # One file a phase: phases of one task end on several processes at once.
-        record = {"seconds": seconds, "steps": steps, "images": steps * phase.settings.batch_size}
+        images = steps * phase.settings.batch_size * self.training.gradient_accumulation_steps
+        record = {"seconds": seconds, "steps": steps, "images": images, "process": self.accelerator.process_index}
         if not phase.name.startswith("update_"):
             write_json(self.folder.checkpoints / "seconds" / f"{phase.name}.json", record)
 
@@ -266,6 +265,18 @@ class ContinualTrainer:
         return {"disable": hidden, "position": self.accelerator.process_index, "leave": False, "mininterval": 1.0}
 
 
+def learning_rate(settings: PhaseSettings, step: int) -> float:
+    """Linear warm-up, then constant. A function of the step alone, so that a resumed phase needs no state for it.
+
+    Args:
+        settings: of the phase.
+        step: from 0.
+
+    Source: section 6.1 (warm-up) [text].
+    """
+    return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+
+
 def phase_seconds(folder: RunFolder) -> dict[str, dict[str, float]]:
-    """What each finished phase of a run took: `{phase: {seconds, steps, images}}`."""
+    """What each finished phase of a run took: `{phase: {seconds, steps, images, process}}`."""
     return {path.stem: read_json(path) for path in sorted((folder.checkpoints / "seconds").glob("*.json"))}

@@ -68,6 +68,7 @@ class FunLoraModel(BaseTuner):
             peft_config.target_modules = set(conv_names(model))
         if peft_config.class_embedding is not None:
             _check_class_embedding(peft_config, model)
+            _check_targets(peft_config, model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: FunLoraConfig, key: str) -> Any:
@@ -198,6 +199,16 @@ def _check_class_embedding(config: FunLoraConfig, model: nn.Module) -> None:
                 f"`class_embedding` is {config.class_embedding!r}, but {key} is a {type(base).__name__}, expected an "
                 "nn.Embedding. Name another module, or leave it None."
             )
+
+
+def _check_targets(config: FunLoraConfig, model: nn.Module) -> None:
+    # PEFT raises if nothing matches, but here the class embedding always does.
+    keys = [key for key, _ in model.named_modules()]
+    if config.target_modules and not any(check_target_module_exists(config, key) for key in keys):
+        raise ValueError(
+            f"Target modules {config.target_modules} not found in the base model. Please check the target modules and "
+            "try again."
+        )
 
 
 def _check_no_other_method(name: str, module: nn.Module) -> None:

@@ -1,0 +1,197 @@
+"""The example as users start it: command line, recipes, several processes, kills in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from runs import command_line, digests
+from safetensors.torch import load_file
+
+from funlora_hf.files import read_json
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+CIFAR10 = Path(os.environ.get("FUNLORA_TEST_DATA", REPOSITORY.parent / "shared" / "data" / "cifar10"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run from the command line, on one process and one thread."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    example = str(REPOSITORY / "examples" / "continual_train.py")
+    subprocess.run([sys.executable, example, *command_line()], cwd=folder, env=environment, check=True)
+    return folder / "out"
+
+
+def test_two_processes_give_the_adapters_of_one(uninterrupted, tmp_path, run_example):
+    """Byte for byte, on a shared base; and there really were two, each with phases of its own."""
+    shutil.copytree(uninterrupted / "base", tmp_path / "mine")
+    arguments = command_line(base_model="mine")
+    run_example(*arguments, "--output_dir", "one", cwd=tmp_path)
+    run_example(*arguments, "--output_dir", "two", cwd=tmp_path, launcher=TORCHRUN)
+    results = {name: read_json(tmp_path / name / "results.json") for name in ("one", "two")}
+    assert [results[name]["environment"]["num_processes"] for name in ("one", "two")] == [1, 2]
+    phases = [read_json(path) for path in (tmp_path / "two" / "checkpoints" / "seconds").iterdir()]
+    assert sorted(phase["process"] for phase in phases) == [0, 0, 0, 1, 1, 1]
+    assert digests(tmp_path / "one" / "adapters") == digests(tmp_path / "two" / "adapters")
+    assert results["two"]["accuracy_matrix"] == results["one"]["accuracy_matrix"]
+    assert results["two"]["zero_forgetting"]["identical"] is True
+
+
+def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_example):
+    """Without dropout, whose randomness is of the process; an odd batch splits unevenly."""
+    unet = {**json.loads(command_line()[command_line().index("--unet_config") + 1]), "dropout": 0.0}
+    arguments = command_line(unet_config=unet, base_batch_size=9, classes_per_task=9)
+    weights = {}
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        run_example(*arguments, "--output_dir", name, cwd=tmp_path, launcher=launcher)
+        weights[name] = load_file(tmp_path / name / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+    for key, value in weights["one"].items():
+        torch.testing.assert_close(
+            weights["two"][key], value, atol=2e-4, rtol=2e-3, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "checkpoints/base/step_6",
+        "checkpoints/class_5/step_3",
+        "adapters/class_4",
+        "checkpoints/class_9/step_6",
+        "checkpoints/evaluation/task_2.json",
+    ],
+)
+def test_a_killed_run_ends_with_the_same_adapters(moment, uninterrupted, tmp_path, run_example):
+    example = str(REPOSITORY / "examples" / "continual_train.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, example, *command_line()], cwd=tmp_path, env=environment, stderr=log
+        )
+        wait_for(tmp_path / "out" / moment, process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out" / "results.json").exists()
+    run_example(*command_line(resume_from_checkpoint="latest"), cwd=tmp_path)
+    assert digests(tmp_path / "out" / "adapters") == digests(uninterrupted / "adapters")
+    assert digests(tmp_path / "out" / "base") == digests(uninterrupted / "base")
+    resumed, expected = (read_json(folder / "results.json") for folder in (tmp_path / "out", uninterrupted))
+    for key in ("accuracy_matrix", "LA", "held_out_loss", "zero_forgetting"):
+        assert resumed[key] == expected[key], key
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    for _ in range(60_000):
+        if path.exists():
+            return
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    raise AssertionError(f"{path} did not appear")
+
+
+def test_accelerate_launch_starts_it(tmp_path, run_example):
+    launcher = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1")
+    done = run_example(*command_line(max_train_steps=1), cwd=tmp_path, launcher=launcher)
+    assert "zero forgetting   first samples of 10 classes equal to the bit, base unchanged" in done.stdout
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path, run_example):
+    recipe = {
+        "dataset_name": "digits",
+        "classes_per_task": 5,
+        "base_train_steps": 2,
+        "unet_config": {"sample_size": 8},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = command_line(max_train_steps=1)
+    position = arguments.index("--classes_per_task")
+    del arguments[position : position + 2]
+    run_example("--config", "recipe.yaml", *arguments, cwd=tmp_path)
+    settings = read_json(tmp_path / "out" / "results.json")["settings"]
+    assert settings["DataArguments"]["classes_per_task"] == 5
+    assert settings["ContinualTrainingArguments"]["base_train_steps"] == 12
+
+
+@pytest.mark.parametrize("recipe", sorted((REPOSITORY / "examples" / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_are_understood(recipe):
+    sys.path.insert(0, str(REPOSITORY / "examples"))
+    try:
+        from continual_train import parse
+    finally:
+        sys.path.pop(0)
+    arguments = parse(["--config", str(recipe), "--seed", "5"])
+    assert arguments.training.seed == 5
+    assert arguments.data.classes_per_task == int(recipe.stem.rsplit("-", 1)[1])
+    given = yaml.safe_load(recipe.read_text())
+    everything = {}
+    for part in (arguments.data, arguments.model, arguments.training, arguments.evaluation):
+        everything |= vars(part)
+    assert {key: everything[key] for key in given} == given
+
+
+def test_the_digits_recipe_is_the_default():
+    sys.path.insert(0, str(REPOSITORY / "examples"))
+    try:
+        from continual_train import parse
+    finally:
+        sys.path.pop(0)
+    assert parse(["--config", str(REPOSITORY / "examples" / "recipes" / "digits_2-2.yaml")]) == parse([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--function", "sine"], "error: `function` is 'sine', expected one of"),
+        (["--config", "recipe.yaml"], "unknown keys learning_rate, stategy"),
+        (["--label_column", "kind", "--dataset_name", "images.parquet"], "error: "),
+    ],
+)
+def test_bad_input_ends_with_one_line(arguments, text, tmp_path, run_example):
+    (tmp_path / "recipe.yaml").write_text("learning_rate: 1\nstategy: joint\n")
+    done = run_example(*arguments, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not (CIFAR10 / "train.parquet").is_file(), reason=f"no CIFAR-10 parquet files in {CIFAR10.name}/")
+def test_real_cifar10_runs_through_its_recipe(tmp_path, run_example):
+    """A smaller model and few steps; the recipe's split, flips, sampler and ResNet-18."""
+    unet = {
+        "sample_size": 32,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": [16, 32],
+        "norm_num_groups": 8,
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    }
+    run_example(
+        *("--config", str(REPOSITORY / "examples" / "recipes" / "cifar10_2-2.yaml")),
+        *("--dataset_name", str(CIFAR10), "--output_dir", "out", "--unet_config", json.dumps(unet)),
+        *("--max_train_steps", "2", "--base_batch_size", "16", "--adapter_batch_size", "16"),
+        *("--num_samples_per_class", "6", "--num_probe_samples", "2", "--solver_tolerance", "0.1"),
+        *("--held_out_sigmas", "1", "--max_images_per_class", "40"),
+        cwd=tmp_path,
+        timeout=900,
+    )
+    results = read_json(tmp_path / "out" / "results.json")
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    assert list(results["class_names"].values()) == names
+    assert len(results["A"]) == 5
+    assert results["zero_forgetting"]["identical"] is True
+    assert len(list((tmp_path / "out" / "adapters").iterdir())) == 8

@@ -1,0 +1,80 @@
+"""Short runs on a few digits, and what the tests of whole runs compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from funlora_hf.continual.config import (
+    ContinualTrainingArguments,
+    DataArguments,
+    EvaluationArguments,
+    ModelArguments,
+)
+from funlora_hf.run import RunArguments
+
+
+TINY_UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "dropout": 0.1,
+}
+SHORT = {
+    # data
+    "max_images_per_class": 12,
+    "classes_per_task": 4,
+    # model
+    "unet_config": TINY_UNET,
+    # training
+    "output_dir": "out",
+    "base_train_steps": 12,
+    "base_batch_size": 8,
+    "adapter_train_steps": 8,
+    "adapter_batch_size": 8,
+    "checkpointing_steps": 3,
+    # evaluation
+    "num_samples_per_class": 6,
+    "num_probe_samples": 2,
+    "num_inference_steps": 2,
+    "held_out_sigmas": 2,
+    "classifier_epochs": 1,
+}
+PARTS = (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments)
+
+
+def short_run(**overrides) -> RunArguments:
+    """Arguments of a run of 4 + 4 + 2 digits with few steps; keyword arguments by the name of their field."""
+    values = {**SHORT, **overrides}
+    given = []
+    for part in PARTS:
+        fields = part.__dataclass_fields__
+        given.append(part(**{name: values.pop(name) for name in list(values) if name in fields}))
+    assert not values, f"no such arguments: {values}"
+    return RunArguments(*given)
+
+
+def command_line(**overrides) -> list[str]:
+    """The same for the example's command line."""
+    arguments = []
+    for name, value in {**SHORT, **overrides}.items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not None and value is not False:
+            arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return arguments
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, by its relative path."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

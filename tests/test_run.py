@@ -1,0 +1,371 @@
+"""Whole runs in this process: the output contract, strategies, adding and updating classes, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import UNet2DModel
+from peft import PeftModel
+from runs import digests, short_run
+from safetensors.torch import load_file
+
+from funlora_hf import FunLoraPipeline
+from funlora_hf.continual import trainer as trainer_module
+from funlora_hf.continual.strategy import StepOutput
+from funlora_hf.continual.trainer import NonFiniteLossError
+from funlora_hf.files import read_json, write_json
+from funlora_hf.run import ForgettingError, run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.set_num_threads(1)
+        run(short_run())
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(finished, tmp_path, monkeypatch):
+    """A copy of it to work in, with the same relative path."""
+    shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """accelerate keeps the precision of a process's first Accelerator."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_folder_keeps_the_contract(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "adapters",
+        "base",
+        "checkpoints",
+        "figures",
+        "results.json",
+    }
+    assert {path.name for path in (finished / "adapters").iterdir()} == {f"class_{c}" for c in range(4, 10)}
+    for adapter in (finished / "adapters").iterdir():
+        assert {path.name for path in adapter.iterdir()} == {
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+    figures = {path.name for path in (finished / "figures").iterdir()}
+    assert figures == {"accuracy.png", "layer_importance.png", *(f"samples_task_{t}.png" for t in (1, 2, 3))}
+
+
+def test_results_have_the_contract_s_keys(finished):
+    results = read_json(finished / "results.json")
+    assert results["strategy"] == "funlora"
+    assert results["dataset"] == "digits"
+    assert results["tasks"] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert results["class_order"] == list(range(10))
+    matrix = results["accuracy_matrix"]
+    assert [len(row) for row in matrix] == [1, 2, 3]
+    A = [float(np.mean(row)) for row in matrix]
+    np.testing.assert_allclose(results["A"], A)
+    np.testing.assert_allclose([results["LA"], results["AIA"]], [A[-1], np.mean(A)])
+    drops = [max(row[j] for row in matrix[j:]) - matrix[-1][j] for j in (0, 1)]
+    np.testing.assert_allclose(results["forgetting"], np.mean(drops))
+    assert set(results["held_out_loss"]["per_class"]) == {str(c) for c in range(10)}
+    assert results["zero_forgetting"]["identical"] is True
+    assert results["zero_forgetting"]["classes_compared"] == 10
+    assert results["zero_forgetting"]["base_sha256_before"] == results["zero_forgetting"]["base_sha256_after"]
+    assert results["versions"]["peft"]
+    assert results["seconds"]["total"] > 0
+
+
+def test_parameters_per_class_are_those_of_the_file(finished):
+    tensors = load_file(finished / "adapters" / "class_4" / "adapter_model.safetensors")
+    results = read_json(finished / "results.json")
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    vector = tensors["base_model.model.class_embedding.funlora_class_vector"].numel()
+    assert results["parameters_per_class_with_vector"] == numbers
+    assert results["parameters_per_class"] == numbers - vector
+
+
+def test_stock_peft_loads_an_adapter_as_the_pipeline_does(finished):
+    pipe = FunLoraPipeline.from_pretrained(finished / "base")
+    pipe.load_adapter(finished / "adapters" / "class_7")
+    unet = UNet2DModel.from_pretrained(finished / "base", subfolder="unet")
+    model = PeftModel.from_pretrained(unet, finished / "adapters" / "class_7").eval()
+    sample, sigma = torch.randn(4, 1, 8, 8), torch.rand(4)
+    with torch.no_grad():
+        theirs = model(sample, 1000 * sigma, torch.zeros(4, dtype=torch.long)).sample
+        ours = pipe.predict_velocity(sample, sigma, [7] * 4)
+        base = unet.get_submodule("conv_in")(sample)
+    assert torch.equal(ours, theirs)
+    assert base.isfinite().all()
+
+
+def test_the_base_s_name_lets_stock_code_find_it(finished, monkeypatch):
+    monkeypatch.chdir(finished.parent)
+    config = json.loads((finished / "adapters" / "class_4" / "adapter_config.json").read_text())
+    assert config["class_label"] == 4
+    assert config["class_name"] == "4"
+    UNet2DModel.from_pretrained(config["base_model_name_or_path"])
+
+
+def test_the_same_seed_gives_the_same_bytes(finished, inside):
+    run(short_run())
+    assert digests(inside / "out" / "base") == digests(finished / "base")
+    assert digests(inside / "out" / "adapters") == digests(finished / "adapters")
+    run(short_run(seed=1, output_dir="other"))
+    assert digests(inside / "other" / "adapters") != digests(finished / "adapters")
+
+
+def test_a_finished_run_is_reported_again_without_training(copy, capsys, monkeypatch):
+    before = digests(copy / "adapters")
+    monkeypatch.setattr(trainer_module.ContinualTrainer, "train", None)
+    run(short_run(resume_from_checkpoint="latest"))
+    assert "is finished already" in capsys.readouterr().out
+    assert digests(copy / "adapters") == before
+
+
+def test_a_folder_with_a_run_is_refused(copy):
+    before = digests(copy)
+    with pytest.raises(FileExistsError, match=r"`output_dir` out holds another run"):
+        run(short_run())
+    with pytest.raises(ValueError, match=r"adapter_learning_rate was 0\.02 and is 0\.1"):
+        run(short_run(resume_from_checkpoint="latest", adapter_learning_rate=0.1))
+    assert digests(copy) == before
+
+
+def test_forgetting_fails_loudly(copy):
+    """A base, or a probe, that is not what it was."""
+    shutil.rmtree(copy / "figures")
+    (copy / "results.json").unlink()
+    probe = copy / "checkpoints" / "probes" / "class_5.json"
+    write_json(probe, {**read_json(probe), "sha256": "0" * 64})
+    restore_samples(copy)
+    with pytest.raises(ForgettingError, match=r"classes_changed': \[5\]"):
+        run(short_run(resume_from_checkpoint="latest"))
+    assert read_json(copy / "results.json")["zero_forgetting"]["identical"] is False
+
+
+def restore_samples(folder):
+    """The samples are deleted at the end of a run; forget the last tasks' records, so that they are drawn again."""
+    for record in (folder / "checkpoints" / "evaluation").glob("task_*.json"):
+        record.unlink()
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "joint"])
+def test_other_strategies_run_to_the_end(strategy, inside):
+    results = run(short_run(strategy=strategy))
+    assert results["strategy"] == strategy
+    assert len(results["A"]) == 3
+    if strategy == "frozen":
+        tensors = load_file("out/adapters/class_9/adapter_model.safetensors")
+        assert list(tensors) == ["base_model.model.class_embedding.funlora_class_vector"]
+        assert results["parameters_per_class"] == 0
+        assert results["parameters_per_class_with_vector"] == 32
+        assert results["zero_forgetting"]["identical"] is True
+    else:
+        assert results["zero_forgetting"] is None
+        pipe = FunLoraPipeline.from_pretrained("out/model")
+        assert pipe.base_classes == list(range(10))
+        assert read_json(inside / "out/checkpoints/seconds/joint.json")["steps"] == 12 + 6 * 8
+
+
+def test_the_joint_run_is_drawn_beside_another(inside):
+    run(short_run(strategy="joint", output_dir="joint"))
+    without = run(short_run(output_dir="without"))
+    run(short_run(output_dir="with", joint_results="joint/results.json"))
+    assert without["A"]
+    images = [(inside / name / "figures" / "accuracy.png").read_bytes() for name in ("without", "with")]
+    assert images[0] != images[1]
+
+
+def test_classes_are_added_to_an_existing_base(finished, inside):
+    """Another data set, of images in folders: "seven" is new to the base, "2" it knows."""
+    torch.manual_seed(0)
+    for name in ("seven", "2"):
+        (inside / "images" / name).mkdir(parents=True)
+        for index in range(5):
+            pixels = torch.randint(0, 255, (20, 16, 3), dtype=torch.uint8).numpy()
+            PIL.Image.fromarray(pixels).save(inside / "images" / name / f"{index}.png")
+    shutil.copytree(finished / "base", inside / "mine")
+    before = digests(inside / "mine")
+    results = run(short_run(base_model="mine", dataset_name="images", max_images_per_class=None))
+    assert digests(inside / "mine") == before
+    assert not (inside / "out" / "base").exists()
+    assert [path.name for path in (inside / "out" / "adapters").iterdir()] == ["class_4"]
+    assert results["class_names"]["4"] == "seven"
+    assert results["A"] is None  # the classifier would need real images of the classes 0, 1 and 3
+    assert set(results["held_out_loss"]["per_class"]) == {"2", "4"}
+    pipe = FunLoraPipeline.from_pretrained("mine")
+    pipe.load_adapter("out/adapters/class_4")
+    assert len(pipe(["seven", 2]).images) == 2
+
+
+def test_a_base_that_knows_all_classes_is_named(finished, inside):
+    run(short_run(strategy="joint"))
+    with pytest.raises(ValueError, match="`dataset_name` 'digits' has no class that `base_model` does not know"):
+        run(short_run(base_model="out/model", output_dir="more"))
+
+
+@pytest.mark.parametrize("mode", ["continue", "retrain"])
+def test_updating_a_class_changes_its_folder_alone(mode, copy):
+    before = digests(copy)
+    run(short_run(update_class=6, update_mode=mode, max_images_per_class=6))
+    after = digests(copy)
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert changed == {"adapters/class_6/adapter_model.safetensors"}
+    FunLoraPipeline.from_pretrained(copy / "base").load_adapter(copy / "adapters" / "class_6")
+
+
+def test_continuing_starts_from_the_adapter_and_retraining_does_not(copy):
+    path = copy / "adapters" / "class_6" / "adapter_model.safetensors"
+    old = load_file(path)
+    distances = {}
+    for mode in ("continue", "retrain"):
+        run(short_run(update_class=6, update_mode=mode, adapter_train_steps=1, adapter_learning_rate=1e-6))
+        distances[mode] = max((load_file(path)[key] - old[key]).abs().max().item() for key in old)
+        shutil.rmtree(copy / "adapters" / "class_6")
+        shutil.copytree(copy / "adapters" / "class_5", copy / "adapters" / "class_6")
+        old = load_file(path)
+    assert distances["continue"] < 1e-5 < 1e-3 < distances["retrain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"update_class": 2}, ValueError, r"`update_class` is 2, expected a class with an adapter .* class_4"),
+        ({"update_class": 2, "output_dir": "nowhere"}, FileNotFoundError, "`update_class` has nothing to update"),
+    ],
+)
+def test_updates_that_cannot_be(arguments, error, text, copy):
+    before = digests(copy)
+    with pytest.raises(error, match=text):
+        run(short_run(**arguments))
+    assert digests(copy) == before
+
+
+def test_mixed_class_batches_train_all_adapters_of_a_task(inside):
+    results = run(short_run(class_batches="mixed"))
+    assert results["zero_forgetting"]["identical"] is True
+    first = load_file("out/adapters/class_4/adapter_model.safetensors")
+    second = load_file("out/adapters/class_5/adapter_model.safetensors")
+    for key in first:
+        assert first[key].isfinite().all()
+        assert not torch.equal(first[key], second[key]), key
+    assert sorted(path.stem for path in (inside / "out/checkpoints/seconds").iterdir()) == ["base", "task_2", "task_3"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"mixed_precision": "bf16"},
+        {"gradient_accumulation_steps": 2, "timestep_density": "logit_normal"},
+        {"class_order_seed": 3, "random_flip": True, "max_grad_norm": None},
+        {"function": "identity", "operation": "add", "rank": 2, "ratio": 2, "target_modules": ["all-conv"]},
+        {"base_train_steps": None, "base_epochs": 2, "adapter_train_steps": None, "adapter_epochs": 1},
+        {"validation_fraction": 0.3, "solver": "rk4", "base_ema_start": 0.5},
+        {"max_train_steps": 2},
+    ],
+)
+def test_other_settings_run_to_the_end(arguments, inside):
+    results = run(short_run(**arguments))
+    assert results["zero_forgetting"]["identical"] is True
+    assert math.isfinite(results["held_out_loss"]["mean"])
+    steps = {path.stem: read_json(path)["steps"] for path in (inside / "out/checkpoints/seconds").iterdir()}
+    if "base_epochs" in arguments:
+        assert steps["base"] == 2 * 48 // 8
+        assert steps["class_9"] == 2  # 12 images in batches of 8
+    if "max_train_steps" in arguments:
+        assert set(steps.values()) == {2}
+    if "class_order_seed" in arguments:
+        assert sorted(results["class_order"]) == list(range(10)) != results["class_order"]
+
+
+def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(inside, monkeypatch):
+    from funlora_hf.continual.funlora import FunLora
+
+    original, calls = FunLora.training_step, []
+
+    def failing(self, phase, batch, module):
+        output = original(self, phase, batch, module)
+        if phase.name == "class_5":
+            calls.append(1)
+            if len(calls) == 5:
+                return StepOutput(output.losses * math.nan, output.parts)
+        return output
+
+    monkeypatch.setattr(FunLora, "training_step", failing)
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 5 of phase 'class_5', class 5 \(5\).*class_5/step_3"):
+        run(short_run())
+    assert (inside / "out/adapters/class_4").is_dir()
+    assert not (inside / "out/adapters/class_5").exists()
+    monkeypatch.setattr(FunLora, "training_step", original)
+    assert run(short_run(resume_from_checkpoint="latest"))["zero_forgetting"]["identical"] is True
+
+
+def test_a_huge_learning_rate_is_stopped(inside):
+    with pytest.raises(NonFiniteLossError, match="Lower the learning rate"):
+        run(short_run(base_learning_rate=1e3, max_grad_norm=None, base_warmup_steps=0, base_train_steps=200))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"strategy": "magic"}, "`strategy` is 'magic', expected one of: 'funlora', 'frozen', 'joint'"),
+        ({"dataset_name": "digits", "classes_per_task": 0}, "`classes_per_task` should be a positive integer"),
+        ({"function": "sine"}, "`function` is 'sine', expected one of"),
+        ({"operation": "div"}, "`operation` is 'div', expected one of"),
+        ({"ratio": 0}, "`ratio` should be a positive integer"),
+        ({"num_functions": 0}, "`num_functions` should be a positive integer"),
+        ({"solver": "rk5"}, "`solver` is 'rk5', expected one of"),
+        ({"timestep_density": "cosine"}, "`timestep_density` is 'cosine', expected one of"),
+        ({"resume_from_checkpoint": "newest"}, "`resume_from_checkpoint` is 'newest', expected 'latest'"),
+        ({"base_train_steps": None}, "`base_train_steps` is None and `base_epochs` is None, expected exactly one"),
+        ({"adapter_epochs": 3}, "`adapter_train_steps` is 8 and `adapter_epochs` is 3, expected exactly one"),
+        ({"validation_fraction": 1.5}, r"`validation_fraction` is 1\.5"),
+        ({"unet_config": None, "dataset_name": "images"}, "`unet_config` is None, which is the U-Net for 8x8 digits"),
+        ({"unet_config": "{"}, "`unet_config` is '{', expected a JSON mapping"),
+        ({"unet_config": {"sample_size": 9, "block_out_channels": [8, 16]}}, "is 9, .* cannot halve 1 times"),
+        ({"unet_config": {"sample_size": 8, "block_out_channels": [8, 12]}}, "`unet_config` does not make a UNet2D"),
+        ({"strategy": "joint", "base_model": "mine"}, "`strategy` 'joint' trains on all tasks at once"),
+        ({"report_to": "no-such-tracker"}, "`report_to` 'no-such-tracker'"),
+        ({"target_modules": ["no_such_layer"]}, "no_such_layer"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, text, inside):
+    with pytest.raises(ValueError, match=text):
+        run(short_run(**arguments))
+    assert not (inside / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "empty"])
+def test_a_base_that_is_not_there_is_named(name, inside):
+    (inside / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"`base_model` is '{name}'"):
+        run(short_run(base_model=name))
+
+
+def test_one_class_alone_is_refused(inside):
+    (inside / "images" / "only").mkdir(parents=True)
+    PIL.Image.new("L", (8, 8)).save(inside / "images" / "only" / "1.png")
+    with pytest.raises(ValueError, match="at least two classes"):
+        run(short_run(dataset_name="images"))
