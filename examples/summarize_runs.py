@@ -1,6 +1,6 @@
 """Prints the mean of several runs that differ in their seed.
 
-    python examples/summarize_runs.py outputs/digits_seed*/results.json
+python examples/summarize_runs.py outputs/digits_seed*/results.json
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from funlora_hf.evaluation.report import mean_table
+from funlora_hf.evaluation.tables import mean_table
 from funlora_hf.files import read_json
 
 

@@ -41,6 +41,7 @@ class FunLora(Strategy):
     name = "funlora"
     grows_with_tasks = True
     learning_changes_past_classes = False
+    has_frozen_base = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -75,33 +76,25 @@ class FunLora(Strategy):
                 setting.model.unet_config, len(phase.class_ids), seed=setting.training.seed, device=setting.device
             )
             return Trainable(unet.train(), dict(unet.named_parameters()))
-        model = self.new_adapters(phase.class_ids)
+        first, *others = phase.class_ids
+        model = get_peft_model(self._frozen_unet(), self.adapter_config(first), adapter_name=adapter_name(first))
+        for class_id in others:
+            model.add_adapter(adapter_name(class_id), self.adapter_config(class_id))
+        if others:
+            model.base_model.set_adapter([adapter_name(class_id) for class_id in phase.class_ids])
         return self._trainable(model)
 
-    def new_adapters(self, class_ids: Sequence[int]) -> PeftModel:
-        """The base with a fresh adapter for each class."""
-        unet = self._frozen_unet()
-        model = None
-        for class_id in class_ids:
-            config = self.adapter_config(class_id)
-            if model is None:
-                model = get_peft_model(unet, config, adapter_name=adapter_name(class_id))
-            else:
-                model.add_adapter(adapter_name(class_id), config)
-        if len(class_ids) > 1:
-            model.base_model.set_adapter([adapter_name(class_id) for class_id in class_ids])
-        return model
-
-    def existing_adapter(self, class_id: int) -> PeftModel:
-        """The base with the adapter of a class as it lies on disk, trainable."""
+    def build_update(self, class_id: int) -> Trainable:
+        """What `--update_class` trains: the class's adapter as it lies on disk, or a fresh one like it."""
         name = adapter_name(class_id)
         folder = os.fspath(self.adapters_dir / name)
-        return PeftModel.from_pretrained(self._frozen_unet(), folder, adapter_name=name, is_trainable=True)
-
-    def build_update(self, class_id: int) -> Trainable:
-        """What `--update_class` trains: the class's adapter, as it is or anew."""
-        anew = self.setting.training.update_mode == "retrain"
-        return self._trainable(self.new_adapters([class_id]) if anew else self.existing_adapter(class_id))
+        if self.setting.training.update_mode == "continue":
+            model = PeftModel.from_pretrained(self._frozen_unet(), folder, adapter_name=name, is_trainable=True)
+        else:
+            config = FunLoraConfig.from_pretrained(folder)
+            config.inference_mode = False
+            model = get_peft_model(self._frozen_unet(), config, adapter_name=name)
+        return self._trainable(model)
 
     def adapter_config(self, class_id: int) -> FunLoraConfig:
         """The configuration of a class's adapter."""

@@ -149,6 +149,8 @@ class Strategy(ABC):
     """Declared growth of what is kept; others must keep a constant amount."""
     learning_changes_past_classes: ClassVar[bool] = True
     """False: what a class's samples look like never changes once its task is over."""
+    has_frozen_base: ClassVar[bool] = False
+    """The base never changes after task 1, and no class ever after its own task: both are checked at the end."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,6 @@ class RunEvaluator:
         folder: of the run.
         accelerator: for its processes and device.
         max_train_steps: cap on the classifier's steps.
-        base_dir: folder of the base pipeline, or None for a strategy that has none.
     """
 
     def __init__(
@@ -54,14 +54,12 @@ class RunEvaluator:
         folder: RunFolder,
         accelerator: Accelerator,
         max_train_steps: int | None,
-        base_dir: Path | None,
     ) -> None:
         self.data = data
         self.tasks = tasks
         self.config = config
         self.seed = seed
         self.accelerator = accelerator
-        self.base_dir = base_dir
         self.max_train_steps = max_train_steps
         self._records = folder.checkpoints / "evaluation"
         self._synthetic = folder.checkpoints / "synthetic"
@@ -76,7 +74,7 @@ class RunEvaluator:
         seen = [class_id for earlier in tasks[: task.index + 1] for class_id in earlier.class_ids]
         with strategy.inference(seen) as pipe:
             if self.accelerator.is_main_process:
-                self._remember_base()
+                self._remember_base(strategy)
                 for class_id in task.class_ids:
                     self._remember_probe(pipe, class_id)
             mine = seen[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -112,9 +110,9 @@ class RunEvaluator:
     def zero_forgetting(self, strategy: Strategy) -> dict[str, Any] | None:
         """Whether each class's first samples come out the same to the bit, and the base's folder, too.
 
-        None for a strategy whose learning may change earlier classes, or that has no base.
+        None for a strategy that has no frozen base.
         """
-        if strategy.learning_changes_past_classes or self.base_dir is None:
+        if not strategy.has_frozen_base:
             return None
         classes = [class_id for task in self.tasks for class_id in task.class_ids]
         changed, not_comparable = [], []
@@ -131,7 +129,7 @@ class RunEvaluator:
                 "they are left out of the comparison.",
                 not_comparable,
             )
-        before, after = read_json(self._records / "base.json")["sha256"], self._base_sha256()
+        before, after = read_json(self._records / "base.json")["sha256"], _base_sha256(strategy)
         return {
             "identical": not changed and len(not_comparable) < len(classes),
             "classes_compared": len(classes) - len(not_comparable),
@@ -139,6 +137,10 @@ class RunEvaluator:
             "base_sha256_before": before,
             "base_sha256_after": after,
         }
+
+    def forget_samples(self) -> None:
+        """Delete the sampled images, which only the classifier and the figures needed."""
+        shutil.rmtree(self._synthetic, ignore_errors=True)
 
     def _sample_class(self, pipe: Any, class_id: int, task: Task, *, keep: bool) -> None:
         path = self._sample_path(class_id, task)
@@ -218,13 +220,10 @@ class RunEvaluator:
     def _count(self, class_id: int, split: str) -> int:
         return self.data.count(class_id, split=split) if class_id in self.data.class_names else 0
 
-    def _remember_base(self) -> None:
+    def _remember_base(self, strategy: Strategy) -> None:
         path = self._records / "base.json"
-        if self.base_dir is not None and not path.is_file():
-            write_json(path, {"sha256": self._base_sha256()})
-
-    def _base_sha256(self) -> str:
-        return folder_sha256(self.base_dir, leave_out=[ADAPTERS_FOLDER])
+        if strategy.has_frozen_base and not path.is_file():
+            write_json(path, {"sha256": _base_sha256(strategy)})
 
     def _remember_probe(self, pipe: Any, class_id: int) -> None:
         path = self._probes / f"class_{class_id}.json"
@@ -242,3 +241,7 @@ class RunEvaluator:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
+
+
+def _base_sha256(strategy: Strategy) -> str:
+    return folder_sha256(strategy.setting.base_dir, leave_out=[ADAPTERS_FOLDER])

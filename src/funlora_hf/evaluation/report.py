@@ -1,15 +1,29 @@
-"""results.json, the figures and the table in the terminal: what a run came to. Measures nothing itself."""
+"""results.json and the figures of a run, from what was measured on the way. Trains nothing."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from ..files import read_json
+import torch
+from diffusers import UNet2DModel
+
+from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
+from ..continual.run_folder import RunFolder
+from ..continual.strategy import Strategy
+from ..continual.trainer import phase_seconds
+from ..files import read_json, write_json
+from ..layer_selection import layer_importance
+from ..tuner.targets import unet_conv_names
+from .evaluator import RunEvaluator
+from .figures import accuracy_curve, sample_grid
+from .figures import layer_importance as layer_importance_figure
 from .metrics import ContinualAccuracy
+from .tables import summary_table
 
 
 _PACKAGES = (
@@ -24,11 +38,6 @@ _PACKAGES = (
     "safetensors",
     "huggingface-hub",
 )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what made the results."""
-    return {name: version(name) for name in _PACKAGES}
 
 
 def accuracy_results(rows: Sequence[Sequence[float] | None]) -> dict[str, Any]:
@@ -53,46 +62,131 @@ def joint_average_accuracies(path: str | None, num_tasks: int) -> list[float] | 
     return averages if averages is not None and len(averages) == num_tasks else None
 
 
-def summary_table(results: Mapping[str, Any]) -> str:
-    """The results of one run, as plain text."""
-    lines = [f"{results['strategy']} on {results['dataset']}, seed {results['seed']}", ""]
-    if results["A"] is None:
-        lines.append("accuracy          not measured: no real images of the base's classes")
-    else:
-        lines.append("task              " + "".join(f"{t + 1:>8}" for t in range(len(results["A"]))))
-        lines.append("A_t (%)           " + "".join(f"{value:>8.2f}" for value in results["A"]))
-        lines.append("")
-        for key, name in (("LA", "LA (%)"), ("AIA", "AIA (%)"), ("forgetting", "forgetting (%)")):
-            lines.append(f"{name:<18}{results[key]:>8.2f}")
-    losses = results["held_out_loss"]
-    if losses["mean"] is not None:
-        lines.append(f"{'held-out loss':<18}{losses['mean']:>8.4f}")
-    if results["parameters_per_class"] is not None:
-        with_vector = results["parameters_per_class_with_vector"]
-        lines.append(f"{'PPC':<18}{results['parameters_per_class']:>8} ({with_vector} with the class vector)")
-    zero = results["zero_forgetting"]
-    if zero is not None:
-        base = "unchanged" if zero["base_sha256_before"] == zero["base_sha256_after"] else "CHANGED"
-        samples = "equal to the bit" if zero["identical"] else f"CHANGED: classes {zero['classes_changed']}"
-        lines.append(
-            f"{'zero forgetting':<18}first samples of {zero['classes_compared']} classes {samples}, base {base}"
-        )
-    lines.append(f"{'seconds':<18}{results['seconds']['total']:>8.0f}")
-    return "\n".join(lines)
+class ForgettingError(RuntimeError):
+    """A class or the base has changed although the strategy promises that nothing does."""
 
 
-def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Mean and standard deviation of several runs that differ in their seed, as plain text."""
-    lines = [f"{runs[0]['strategy']} on {runs[0]['dataset']}, seeds {', '.join(str(run['seed']) for run in runs)}", ""]
-    rows = {
-        "LA (%)": [run["LA"] for run in runs],
-        "AIA (%)": [run["AIA"] for run in runs],
-        "forgetting (%)": [run["forgetting"] for run in runs],
-        "held-out loss": [run["held_out_loss"]["mean"] for run in runs],
-        "seconds": [run["seconds"]["total"] for run in runs],
+def report_run(
+    strategy: Strategy,
+    evaluator: RunEvaluator,
+    *,
+    settings: Mapping[str, Mapping[str, Any]],
+    folder: RunFolder,
+    num_processes: int,
+) -> dict[str, Any]:
+    """Write results.json and the figures, print the table, and check that nothing was forgotten.
+
+    Args:
+        strategy: after its last task.
+        evaluator: that followed the run.
+        settings: all arguments of the run, by dataclass.
+        folder: of the run.
+        num_processes: that trained it.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        ForgettingError: the strategy promises that learned classes stay, and one has not. The files are written first.
+    """
+    started = time.perf_counter()
+    tasks = evaluator.tasks
+    records = evaluator.records()
+    accuracies = accuracy_results([record["accuracies"] for record in records])
+    losses = evaluator.held_out_losses(strategy)
+    zero_forgetting = evaluator.zero_forgetting(strategy)
+    importance = _importance(strategy, folder)
+    _figures(strategy, evaluator, accuracies, importance, folder)
+    results = {
+        "strategy": strategy.name,
+        "dataset": evaluator.data.name,
+        "seed": evaluator.seed,
+        "class_order": [class_id for task in tasks for class_id in task.class_ids],
+        "class_names": {str(class_id): name for class_id, name in strategy.setting.class_names.items()},
+        "tasks": [list(task.class_ids) for task in tasks],
+        **accuracies,
+        "held_out_loss": {"mean": sum(losses.values()) / len(losses) if losses else None, "per_class": losses},
+        **strategy.parameters_per_class(),
+        "layer_importance": {layer: {"mean": m, "std": s} for layer, (m, s) in importance.items()},
+        "memory": strategy.memory_report(),
+        "seconds": _seconds(folder, records, time.perf_counter() - started),
+        "zero_forgetting": zero_forgetting,
+        "settings": settings,
+        "versions": {name: version(name) for name in _PACKAGES},
+        "environment": {
+            "python": sys.version.split()[0],
+            "device": strategy.setting.device.type,
+            "num_processes": num_processes,
+            "num_threads": torch.get_num_threads(),
+        },
     }
-    for name, values in rows.items():
-        if None not in values:
-            spread = f" +- {stdev(values):.2f}" if len(values) > 1 else ""
-            lines.append(f"{name:<18}{mean(values):>8.2f}{spread}")
-    return "\n".join(lines)
+    write_json(folder.results, results)
+    evaluator.forget_samples()
+    print(summary_table(results))
+    _check_zero_forgetting(zero_forgetting, folder)
+    return results
+
+
+def report_finished(folder: RunFolder) -> dict[str, Any]:
+    """Print the results of a finished run again. Returns and raises what `report_run` did."""
+    results = read_json(folder.results)
+    print(f"The run in {folder.path} is finished already.\n\n{summary_table(results)}")
+    _check_zero_forgetting(results["zero_forgetting"], folder)
+    return results
+
+
+def _seconds(folder: RunFolder, records: Sequence[Mapping[str, Any]], report: float) -> dict[str, Any]:
+    phases = {name: record["seconds"] for name, record in phase_seconds(folder).items()}
+    parts = {
+        "training": sum(phases.values()),
+        "sampling": sum(record["seconds"]["sampling"] for record in records),
+        "classifier": sum(record["seconds"]["classifier"] for record in records),
+        "report": report,
+    }
+    return {**parts, "total": sum(parts.values()), "phases": phases}
+
+
+def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, tuple[float, float]]:
+    adapters = adapter_folders(folder.path / ADAPTERS_FOLDER)
+    if not adapters:
+        return {}
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(UNet2DModel.load_config(strategy.setting.base_dir, subfolder="unet"))
+    return layer_importance(adapters, unet_conv_names(unet))
+
+
+def _figures(
+    strategy: Strategy,
+    evaluator: RunEvaluator,
+    accuracies: Mapping[str, Any],
+    importance: Mapping[str, tuple[float, float]],
+    folder: RunFolder,
+) -> None:
+    names, tasks = strategy.setting.class_names, evaluator.tasks
+    seen: list[int] = []
+    for task in tasks:
+        seen += task.class_ids
+        images = {names[class_id]: evaluator.synthetic_images(class_id, task) for class_id in seen}
+        path = folder.figures / f"samples_task_{task.index + 1}.png"
+        sample_grid(images, path, title=f"Samples after task {task.index + 1}")
+    if accuracies["A"] is not None:
+        accuracy_curve(
+            accuracies["A"],
+            folder.figures / "accuracy.png",
+            classes_seen=[sum(len(task.class_ids) for task in tasks[: t + 1]) for t in range(len(tasks))],
+            label=strategy.name,
+            joint=joint_average_accuracies(evaluator.config.joint_results, len(tasks)),
+        )
+    if importance:
+        layer_importance_figure(importance, folder.figures / "layer_importance.png")
+
+
+def _check_zero_forgetting(zero_forgetting: dict[str, Any] | None, folder: RunFolder) -> None:
+    if zero_forgetting is None:
+        return
+    if zero_forgetting["classes_changed"] or (
+        zero_forgetting["base_sha256_before"] != zero_forgetting["base_sha256_after"]
+    ):
+        raise ForgettingError(
+            f"Something learned has changed, see zero_forgetting in {folder.results}: {zero_forgetting}."
+        )

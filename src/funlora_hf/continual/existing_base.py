@@ -1,0 +1,81 @@
+"""A generator that exists already, and the classes it knows. Reads folders; knows nothing of training."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffusers import UNet2DModel
+
+from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
+from ..files import read_json
+from ..pipeline import FunLoraPipeline
+
+
+@dataclass(frozen=True)
+class ExistingBase:
+    """
+    Args:
+        folder: pipeline folder on this machine.
+        source: how others find its U-Net: the folder's `unet/`, or the repository.
+        classes: id -> name of every class known, by the base's rows and by adapters.
+        image_size: edge of its images in pixels.
+        channels: of its images.
+    """
+
+    folder: Path
+    source: str
+    classes: dict[int, str]
+    image_size: int
+    channels: int
+
+    def with_adapters(self, adapters: Path) -> ExistingBase:
+        """The same, also knowing the classes of the adapters below a folder."""
+        return replace(self, classes={**self.classes, **_adapter_classes(adapters)})
+
+
+def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
+    """Look at the base that `base_model` names.
+
+    Args:
+        name: a pipeline folder, or a repository on the Hub, which is downloaded.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        FileNotFoundError: no such folder, or no pipeline in it.
+        ValueError: its U-Net has no class embedding.
+    """
+    local = Path(name)
+    if local.is_dir():
+        folder, source = local, os.fspath(local / "unet")
+    elif name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"`base_model` is {name!r}, but there is no such folder.")
+    else:
+        folder, source = Path(FunLoraPipeline.download(name, revision=revision)), name
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"`base_model` is {name!r}, expected a pipeline folder with a model_index.json, such as the base/ folder of "
+            "a run."
+        )
+    index = read_json(folder / "model_index.json")
+    config = UNet2DModel.load_config(folder, subfolder="unet")
+    rows = config.get("num_class_embeds") or 0
+    if not rows:
+        raise ValueError(
+            f"`base_model` {name!r} has a U-Net without a class embedding (`num_class_embeds`), which class vectors "
+            "stand in for: train a class-conditional base."
+        )
+    ids = index.get("class_ids") or list(range(rows))
+    names = {int(class_id): label for class_id, label in (index.get("id2label") or {}).items()}
+    classes = {class_id: names.get(class_id, str(class_id)) for class_id in ids}
+    base = ExistingBase(folder, source, classes, config["sample_size"], config["in_channels"])
+    return base.with_adapters(folder / ADAPTERS_FOLDER)
+
+
+def _adapter_classes(adapters: Path) -> dict[int, str]:
+    classes = {}
+    for folder in adapter_folders(adapters):
+        settings = read_json(folder / "adapter_config.json")
+        classes[settings["class_label"]] = settings.get("class_name") or str(settings["class_label"])
+    return classes

@@ -1,0 +1,52 @@
+"""What runs came to, as text for the terminal. Reads results, measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+
+def summary_table(results: Mapping[str, Any]) -> str:
+    """The results of one run, as plain text."""
+    lines = [f"{results['strategy']} on {results['dataset']}, seed {results['seed']}", ""]
+    if results["A"] is None:
+        lines.append("accuracy          not measured: no real images of the base's classes")
+    else:
+        lines.append("task              " + "".join(f"{t + 1:>8}" for t in range(len(results["A"]))))
+        lines.append("A_t (%)           " + "".join(f"{value:>8.2f}" for value in results["A"]))
+        lines.append("")
+        for key, name in (("LA", "LA (%)"), ("AIA", "AIA (%)"), ("forgetting", "forgetting (%)")):
+            lines.append(f"{name:<18}{results[key]:>8.2f}")
+    losses = results["held_out_loss"]
+    if losses["mean"] is not None:
+        lines.append(f"{'held-out loss':<18}{losses['mean']:>8.4f}")
+    if results["parameters_per_class"] is not None:
+        with_vector = results["parameters_per_class_with_vector"]
+        lines.append(f"{'PPC':<18}{results['parameters_per_class']:>8} ({with_vector} with the class vector)")
+    zero = results["zero_forgetting"]
+    if zero is not None:
+        base = "unchanged" if zero["base_sha256_before"] == zero["base_sha256_after"] else "CHANGED"
+        samples = "equal to the bit" if zero["identical"] else f"CHANGED: classes {zero['classes_changed']}"
+        lines.append(
+            f"{'zero forgetting':<18}first samples of {zero['classes_compared']} classes {samples}, base {base}"
+        )
+    lines.append(f"{'seconds':<18}{results['seconds']['total']:>8.0f}")
+    return "\n".join(lines)
+
+
+def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Mean and standard deviation of several runs that differ in their seed, as plain text."""
+    lines = [f"{runs[0]['strategy']} on {runs[0]['dataset']}, seeds {', '.join(str(run['seed']) for run in runs)}", ""]
+    rows = {
+        "LA (%)": [run["LA"] for run in runs],
+        "AIA (%)": [run["AIA"] for run in runs],
+        "forgetting (%)": [run["forgetting"] for run in runs],
+        "held-out loss": [run["held_out_loss"]["mean"] for run in runs],
+        "seconds": [run["seconds"]["total"] for run in runs],
+    }
+    for name, values in rows.items():
+        if None not in values:
+            spread = f" +- {stdev(values):.2f}" if len(values) > 1 else ""
+            lines.append(f"{name:<18}{mean(values):>8.2f}{spread}")
+    return "\n".join(lines)
