@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from funlora_hf.evaluation.tables import mean_table, summary_table
+
+
+def results(seed: int, la: float) -> dict:
+    return {
+        "strategy": "funlora",
+        "dataset": "digits",
+        "seed": seed,
+        "A": [100.0, la],
+        "LA": la,
+        "AIA": (100 + la) / 2,
+        "forgetting": 1.5,
+        "held_out_loss": {"mean": 0.25, "per_class": {}},
+        "parameters_per_class": 10,
+        "parameters_per_class_with_vector": 14,
+        "zero_forgetting": {
+            "identical": True,
+            "classes_compared": 4,
+            "classes_changed": [],
+            "base_sha256_before": "a",
+            "base_sha256_after": "a",
+        },
+        "seconds": {"total": 60.0},
+    }
+
+
+def test_the_summary_says_what_was_measured():
+    text = summary_table(results(0, 98.0))
+    for expected in (
+        "LA (%)               98.00",
+        "AIA (%)              99.00",
+        "10 (14 with",
+        "equal to the bit, base unch",
+    ):
+        assert expected in text
+
+
+def test_what_was_not_measured_is_said():
+    unmeasured = {**results(0, 98.0), **dict.fromkeys(("A", "LA", "AIA", "forgetting"))}
+    assert "not measured" in summary_table(unmeasured)
+    assert "LA (%)" not in mean_table([unmeasured, unmeasured])
+
+
+def test_a_change_is_shouted():
+    changed = results(0, 98.0)
+    changed["zero_forgetting"] |= {"identical": False, "classes_changed": [3], "base_sha256_after": "b"}
+    assert "CHANGED: classes [3], base CHANGED" in summary_table(changed)
+
+
+def test_the_mean_is_over_the_runs():
+    text = mean_table([results(0, 97.0), results(1, 99.0)])
+    assert "seeds 0, 1" in text
+    assert "LA (%)               98.00 +- 1.41" in text
