@@ -3,15 +3,13 @@
 Knows the base, its adapters and the solvers; knows nothing of training or evaluation.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import PIL.Image
@@ -70,8 +68,8 @@ class FunLoraPipeline(DiffusionPipeline):
         self,
         unet: UNet2DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
-        class_ids: list[int] | None = None,
-        id2label: dict | None = None,
+        class_ids: Optional[list] = None,  # noqa: UP045 - older diffusers read annotations of this form only
+        id2label: Optional[dict] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
@@ -281,7 +279,7 @@ class FunLoraPipeline(DiffusionPipeline):
                 )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> FunLoraPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "FunLoraPipeline":
         """As [`DiffusionPipeline.from_pretrained`]; adapters in `adapters/` of a local folder are loaded, too."""
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for folder in adapter_folders(Path(pretrained_model_name_or_path) / ADAPTERS_FOLDER):
