@@ -89,6 +89,7 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
     if folder.results.is_file():
         return report_finished(folder) if accelerator.is_main_process else None
     evaluator = RunEvaluator(
+        strategy,
         data,
         tasks,
         config=arguments.evaluation,
@@ -102,7 +103,7 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
     if not accelerator.is_main_process:
         return None
     settings = run_settings(arguments.data, model, training, arguments.evaluation)
-    return report_run(strategy, evaluator, settings=settings, folder=folder, num_processes=accelerator.num_processes)
+    return report_run(evaluator, settings=settings, folder=folder, num_processes=accelerator.num_processes)
 
 
 def _update(

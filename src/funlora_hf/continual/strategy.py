@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -204,12 +204,12 @@ class Strategy(ABC):
         """Numbers stored for a class: "parameters_per_class" without, "parameters_per_class_with_vector" with the
         class vector; None where the strategy stores none."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart besides the results on disk: tensors and JSON values."""
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What must survive a restart besides the results on disk; stored after `end_task`."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """The inverse of `state_dict`."""
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:  # noqa: B027
+        """The inverse of `state_dict`: called instead of a task's phases and `end_task` when the task is over."""
 
     @abstractmethod
     def memory_report(self) -> dict[str, int]:

@@ -11,16 +11,18 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..adapter_folder import adapter_name
 from ..data import ImageClassificationData, Task
-from ..files import read_json, write_json
+from ..files import read_json, whole_file, write_json
 from ..seeds import derive_seed
 from .batches import PhaseBatches
 from .checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -40,7 +42,7 @@ class NonFiniteLossError(RuntimeError):
 class Evaluator(Protocol):
     """What the trainer tells of its progress."""
 
-    def end_task(self, strategy: Strategy, tasks: list[Task], task: Task) -> None:
+    def end_task(self, task: Task) -> None:
         """All results of a task are on disk; every process calls this."""
 
 
@@ -87,12 +89,15 @@ class ContinualTrainer:
             NonFiniteLossError: names the class and the step; the last checkpoint is kept.
         """
         for task in self.tasks:
-            self.strategy.begin_task(task)
-            self._run_phases(list(self.strategy.phases(task)))
+            if not self._restore_task(task):
+                self.strategy.begin_task(task)
+                self._run_phases(list(self.strategy.phases(task)))
+                self.accelerator.wait_for_everyone()
+                self.strategy.end_task(task)
+                self._store_task(task)
             self.accelerator.wait_for_everyone()
-            self.strategy.end_task(task)
             if self.evaluator is not None:
-                self.evaluator.end_task(self.strategy, self.tasks, task)
+                self.evaluator.end_task(task)
                 self.accelerator.wait_for_everyone()
 
     def update_class(self, class_id: int) -> None:
@@ -119,6 +124,22 @@ class ContinualTrainer:
         if self.accelerator.is_main_process:
             self._run_phase(phase, build=lambda: strategy.build_update(class_id))
         self.accelerator.wait_for_everyone()
+
+    def _restore_task(self, task: Task) -> bool:
+        """Take up the strategy's state behind a task that an earlier run has finished; False if none has."""
+        path = self._task_state(task)
+        finished = path.is_file() and all(self.strategy.is_finished(phase) for phase in self.strategy.phases(task))
+        if finished:
+            self.strategy.load_state_dict(load_file(path))
+        return finished
+
+    def _store_task(self, task: Task) -> None:
+        if self.accelerator.is_main_process:
+            with whole_file(self._task_state(task)) as temporary:
+                save_file(self.strategy.state_dict(), temporary)
+
+    def _task_state(self, task: Task) -> Path:
+        return self.folder.checkpoints / "strategy" / f"task_{task.index + 1}.safetensors"
 
     def _run_phases(self, phases: list[Phase]) -> None:
         shared = [phase for phase in phases if not phase.independent]

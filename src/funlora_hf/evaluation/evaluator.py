@@ -17,12 +17,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from ..adapter_folder import ADAPTERS_FOLDER
 from ..continual.config import EvaluationArguments
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
 from ..data import ImageClassificationData, Task
 from ..files import folder_sha256, read_json, whole_file, write_json
-from ..pipeline import ADAPTERS_FOLDER
+from ..pipeline import FunLoraPipeline
 from ..seeds import derive_seed
 from .classifier import ClassifierConfig, accuracy, train_classifier
 from .held_out import held_out_loss
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 class RunEvaluator:
     """
     Args:
+        strategy: what is judged.
         data: real images; classes of a given base may be missing from it.
         tasks: all tasks.
         config: how to sample and judge.
@@ -46,6 +48,7 @@ class RunEvaluator:
 
     def __init__(
         self,
+        strategy: Strategy,
         data: ImageClassificationData,
         tasks: list[Task],
         *,
@@ -55,6 +58,7 @@ class RunEvaluator:
         accelerator: Accelerator,
         max_train_steps: int | None,
     ) -> None:
+        self.strategy = strategy
         self.data = data
         self.tasks = tasks
         self.config = config
@@ -65,21 +69,21 @@ class RunEvaluator:
         self._synthetic = folder.checkpoints / "synthetic"
         self._probes = folder.checkpoints / "probes"
 
-    def end_task(self, strategy: Strategy, tasks: list[Task], task: Task) -> None:
+    def end_task(self, task: Task) -> None:
         """Measure what there is to measure after a task, once."""
         record = self._records / f"task_{task.index + 1}.json"
         if record.is_file():
             return
         started = time.perf_counter()
-        seen = [class_id for earlier in tasks[: task.index + 1] for class_id in earlier.class_ids]
-        with strategy.inference(seen) as pipe:
+        seen = [class_id for earlier in self.tasks[: task.index + 1] for class_id in earlier.class_ids]
+        with self.strategy.inference(seen) as pipe:
             if self.accelerator.is_main_process:
-                self._remember_base(strategy)
+                self._remember_base()
                 for class_id in task.class_ids:
                     self._remember_probe(pipe, class_id)
             mine = seen[self.accelerator.process_index :: self.accelerator.num_processes]
             for class_id in mine:
-                self._sample_class(pipe, class_id, task, keep=not strategy.learning_changes_past_classes)
+                self._sample_class(pipe, class_id, task)
         self.accelerator.wait_for_everyone()
         sampled = time.perf_counter()
         if self.accelerator.is_main_process:
@@ -95,11 +99,11 @@ class RunEvaluator:
         """What was measured after each task."""
         return [read_json(self._records / f"task_{task.index + 1}.json") for task in self.tasks]
 
-    def held_out_losses(self, strategy: Strategy) -> dict[str, float]:
+    def held_out_losses(self) -> dict[str, float]:
         """Held-out loss of every class that has test images, at the end of the run."""
         classes = [c for task in self.tasks for c in task.class_ids if self._count(c, "test")]
         losses = {}
-        with strategy.inference(classes) as pipe:
+        with self.strategy.inference(classes) as pipe:
             for class_id in classes:
                 images = self.data.images(class_id, split="test")
                 losses[str(class_id)] = held_out_loss(
@@ -107,16 +111,16 @@ class RunEvaluator:
                 )
         return losses
 
-    def zero_forgetting(self, strategy: Strategy) -> dict[str, Any] | None:
+    def zero_forgetting(self) -> dict[str, Any] | None:
         """Whether each class's first samples come out the same to the bit, and the base's folder, too.
 
         None for a strategy that has no frozen base.
         """
-        if not strategy.has_frozen_base:
+        if not self.strategy.has_frozen_base:
             return None
         classes = [class_id for task in self.tasks for class_id in task.class_ids]
         changed, not_comparable = [], []
-        with strategy.inference(classes) as pipe:
+        with self.strategy.inference(classes) as pipe:
             for class_id in classes:
                 before = read_json(self._probes / f"class_{class_id}.json")
                 if before["environment"] != self._environment():
@@ -129,7 +133,7 @@ class RunEvaluator:
                 "they are left out of the comparison.",
                 not_comparable,
             )
-        before, after = read_json(self._records / "base.json")["sha256"], _base_sha256(strategy)
+        before, after = read_json(self._records / "base.json")["sha256"], self._base_sha256()
         return {
             "identical": not changed and len(not_comparable) < len(classes),
             "classes_compared": len(classes) - len(not_comparable),
@@ -142,24 +146,19 @@ class RunEvaluator:
         """Delete the sampled images, which only the classifier and the figures needed."""
         shutil.rmtree(self._synthetic, ignore_errors=True)
 
-    def _sample_class(self, pipe: Any, class_id: int, task: Task, *, keep: bool) -> None:
+    def _sample_class(self, pipe: FunLoraPipeline, class_id: int, task: Task) -> None:
         path = self._sample_path(class_id, task)
-        if keep and not path.is_file():
-            # A class that never changes is sampled once for all tasks: the same seed would give the same images.
-            earlier = [self._sample_path(class_id, other) for other in self.tasks[: task.index]]
-            found = next((other for other in earlier if other.is_file()), None)
-            if found is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.hardlink_to(found)
         if not path.is_file():
             images = to_uint8(self._draw(pipe, class_id, "synthetic"))
             with whole_file(path) as temporary:
                 save_file({"images": images}, temporary)
 
     def _sample_path(self, class_id: int, task: Task) -> Path:
-        return self._synthetic / f"task_{task.index + 1}" / f"class_{class_id}.safetensors"
+        # A class that never changes is sampled once for all tasks: the same seed would give the same images.
+        changes = self.strategy.learning_changes_past_classes
+        return self._synthetic / (f"task_{task.index + 1}" if changes else "all") / f"class_{class_id}.safetensors"
 
-    def _draw(self, pipe: Any, class_id: int, purpose: str) -> torch.Tensor:
+    def _draw(self, pipe: FunLoraPipeline, class_id: int, purpose: str) -> torch.Tensor:
         config = self.config
         return draw_samples(
             pipe,
@@ -220,12 +219,12 @@ class RunEvaluator:
     def _count(self, class_id: int, split: str) -> int:
         return self.data.count(class_id, split=split) if class_id in self.data.class_names else 0
 
-    def _remember_base(self, strategy: Strategy) -> None:
+    def _remember_base(self) -> None:
         path = self._records / "base.json"
-        if strategy.has_frozen_base and not path.is_file():
-            write_json(path, {"sha256": _base_sha256(strategy)})
+        if self.strategy.has_frozen_base and not path.is_file():
+            write_json(path, {"sha256": self._base_sha256()})
 
-    def _remember_probe(self, pipe: Any, class_id: int) -> None:
+    def _remember_probe(self, pipe: FunLoraPipeline, class_id: int) -> None:
         path = self._probes / f"class_{class_id}.json"
         if not path.is_file():
             sha256 = tensor_sha256(self._draw(pipe, class_id, "probe"))
@@ -242,6 +241,5 @@ class RunEvaluator:
             "torch": torch.__version__,
         }
 
-
-def _base_sha256(strategy: Strategy) -> str:
-    return folder_sha256(strategy.setting.base_dir, leave_out=[ADAPTERS_FOLDER])
+    def _base_sha256(self) -> str:
+        return folder_sha256(self.strategy.setting.base_dir, leave_out=[ADAPTERS_FOLDER])

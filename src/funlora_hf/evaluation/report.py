@@ -67,7 +67,6 @@ class ForgettingError(RuntimeError):
 
 
 def report_run(
-    strategy: Strategy,
     evaluator: RunEvaluator,
     *,
     settings: Mapping[str, Mapping[str, Any]],
@@ -77,8 +76,7 @@ def report_run(
     """Write results.json and the figures, print the table, and check that nothing was forgotten.
 
     Args:
-        strategy: after its last task.
-        evaluator: that followed the run.
+        evaluator: that followed the run to its end.
         settings: all arguments of the run, by dataclass.
         folder: of the run.
         num_processes: that trained it.
@@ -90,13 +88,13 @@ def report_run(
         ForgettingError: the strategy promises that learned classes stay, and one has not. The files are written first.
     """
     started = time.perf_counter()
-    tasks = evaluator.tasks
+    strategy, tasks = evaluator.strategy, evaluator.tasks
     records = evaluator.records()
     accuracies = accuracy_results([record["accuracies"] for record in records])
-    losses = evaluator.held_out_losses(strategy)
-    zero_forgetting = evaluator.zero_forgetting(strategy)
+    losses = evaluator.held_out_losses()
+    zero_forgetting = evaluator.zero_forgetting()
     importance = _importance(strategy, folder)
-    _figures(strategy, evaluator, accuracies, importance, folder)
+    _figures(evaluator, accuracies, importance, folder)
     results = {
         "strategy": strategy.name,
         "dataset": evaluator.data.name,
@@ -156,13 +154,13 @@ def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, tuple[float,
 
 
 def _figures(
-    strategy: Strategy,
     evaluator: RunEvaluator,
     accuracies: Mapping[str, Any],
     importance: Mapping[str, tuple[float, float]],
     folder: RunFolder,
 ) -> None:
-    names, tasks = strategy.setting.class_names, evaluator.tasks
+    strategy, tasks = evaluator.strategy, evaluator.tasks
+    names = strategy.setting.class_names
     seen: list[int] = []
     for task in tasks:
         seen += task.class_ids

@@ -39,14 +39,14 @@ def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Mean and standard deviation of several runs that differ in their seed, as plain text."""
     lines = [f"{runs[0]['strategy']} on {runs[0]['dataset']}, seeds {', '.join(str(run['seed']) for run in runs)}", ""]
     rows = {
-        "LA (%)": [run["LA"] for run in runs],
-        "AIA (%)": [run["AIA"] for run in runs],
-        "forgetting (%)": [run["forgetting"] for run in runs],
-        "held-out loss": [run["held_out_loss"]["mean"] for run in runs],
-        "seconds": [run["seconds"]["total"] for run in runs],
+        "LA (%)": (2, [run["LA"] for run in runs]),
+        "AIA (%)": (2, [run["AIA"] for run in runs]),
+        "forgetting (%)": (2, [run["forgetting"] for run in runs]),
+        "held-out loss": (4, [run["held_out_loss"]["mean"] for run in runs]),
+        "seconds": (0, [run["seconds"]["total"] for run in runs]),
     }
-    for name, values in rows.items():
+    for name, (digits, values) in rows.items():
         if None not in values:
-            spread = f" +- {stdev(values):.2f}" if len(values) > 1 else ""
-            lines.append(f"{name:<18}{mean(values):>8.2f}{spread}")
+            spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
+            lines.append(f"{name:<18}{mean(values):>8.{digits}f}{spread}")
     return "\n".join(lines)

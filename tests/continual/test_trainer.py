@@ -1,0 +1,180 @@
+"""The loop, with strategies that show what it asks of them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from funlora_hf.continual.config import ContinualTrainingArguments
+from funlora_hf.continual.run_folder import RunFolder
+from funlora_hf.continual.strategy import Phase, PhaseSettings, StepOutput, Strategy, Trainable
+from funlora_hf.continual.trainer import ContinualTrainer, learning_rate
+from funlora_hf.data import Task
+
+
+TASKS = [Task(0, (0,)), Task(1, (1,)), Task(2, (2,))]
+
+
+class Images:
+    """One grey pixel a class, its value the class's own."""
+
+    class_names = {0: "a", 1: "b", 2: "c"}  # noqa: RUF012
+
+    def images(self, class_id):
+        return torch.full((5, 1, 1, 1), 40 * class_id, dtype=torch.uint8)
+
+
+class RunningSum(Strategy):
+    """Keeps the sum of what the tasks have learned: a state that must neither be lost nor counted twice."""
+
+    name = "running_sum"
+
+    def __init__(self, folder):
+        super().__init__(setting=None)
+        self.folder = folder
+        self.total = torch.zeros(())
+        self.fail_at: str | None = None
+        self.built: list[str] = []
+        self.steps = 0
+
+    def check(self):
+        pass
+
+    def phases(self, task):
+        settings = PhaseSettings(4, None, 2, 0.1, 0, 0.5, 0.0)
+        return [Phase(f"task_{task.index + 1}", task.class_ids, settings, independent=False)]
+
+    def is_finished(self, phase):
+        return (self.folder / phase.name).is_file()
+
+    def build(self, phase):
+        self.built.append(phase.name)
+        torch.manual_seed(0)
+        module = nn.Linear(1, 1)
+        return Trainable(module, dict(module.named_parameters()))
+
+    def training_step(self, phase, batch, module):
+        losses = (module(batch.sample.flatten(1)) - batch.sample.flatten(1)).square().flatten()
+        return StepOutput(losses, {})
+
+    def after_step(self, phase):
+        self.steps += 1
+        if phase.name == self.fail_at and self.steps % 4 == 3:
+            raise KeyboardInterrupt
+
+    def end_phase(self, phase, trainable):
+        self.learned = sum(p.detach().sum() for p in trainable.parameters.values())
+        (self.folder / phase.name).write_text("done")
+
+    def end_task(self, task):
+        self.total = self.total + self.learned
+
+    @contextmanager
+    def inference(self, class_ids):
+        yield None
+
+    def parameters_per_class(self):
+        return {}
+
+    def state_dict(self):
+        return {"total": self.total}
+
+    def load_state_dict(self, state):
+        self.total = state["total"]
+
+    def memory_report(self):
+        return {"persistent": 4, "transient": 0}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(strategy, path, resume=None, evaluator=None):
+    training = ContinualTrainingArguments(resume_from_checkpoint=resume, checkpointing_steps=1)
+    folder = RunFolder(path)
+    ContinualTrainer(
+        strategy,
+        Images(),
+        TASKS,
+        training=training,
+        folder=folder,
+        accelerator=Accelerator(cpu=True),
+        evaluator=evaluator,
+    ).train()
+
+
+@pytest.mark.parametrize("fail_at", ["task_1", "task_2", "task_3"])
+def test_a_strategy_s_state_survives_a_restart(fail_at, tmp_path):
+    (tmp_path / "whole").mkdir()
+    whole = RunningSum(tmp_path / "whole")
+    train(whole, tmp_path / "whole")
+
+    (tmp_path / "cut").mkdir()
+    first = RunningSum(tmp_path / "cut")
+    first.fail_at = fail_at
+    with pytest.raises(KeyboardInterrupt):
+        train(first, tmp_path / "cut")
+    second = RunningSum(tmp_path / "cut")
+    train(second, tmp_path / "cut", resume="latest")
+    assert torch.equal(second.total, whole.total)
+    assert second.built == ["task_1", "task_2", "task_3"][int(fail_at[-1]) - 1 :]
+    # Checkpoints after every step: two steps were done, the third was not stored.
+    assert second.steps == 12 - 4 * (int(fail_at[-1]) - 1) - 2
+
+
+def test_phases_come_before_the_evaluation_of_their_task(tmp_path):
+    events = []
+
+    class Recorder(RunningSum):
+        def end_phase(self, phase, trainable):
+            super().end_phase(phase, trainable)
+            events.append(phase.name)
+
+        def end_task(self, task):
+            super().end_task(task)
+            events.append(f"end {task.index}")
+
+    class Evaluator:
+        def end_task(self, task):
+            events.append(f"judge {task.index}")
+
+    train(Recorder(tmp_path), tmp_path, evaluator=Evaluator())
+    assert events == [e for t in range(3) for e in (f"task_{t + 1}", f"end {t}", f"judge {t}")]
+    assert not list((tmp_path / "checkpoints").glob("*/step_*"))
+
+
+def test_the_warm_up_is_linear_then_constant():
+    settings = PhaseSettings(10, None, 2, 0.4, 4, 0.5, 0.0)
+    assert [learning_rate(settings, step) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+def test_the_moving_average_is_what_is_kept(tmp_path):
+    """Against plain Adam and an average written out, with diffusers' schedule of the decay."""
+    strategy = RunningSum(tmp_path)
+    train(strategy, tmp_path)
+    total = 0.0
+    for task in TASKS:
+        torch.manual_seed(0)
+        module = nn.Linear(1, 1)
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+        average = [p.detach().clone() for p in module.parameters()]
+        value = 40 * task.class_ids[0] / 127.5 - 1
+        for step in range(4):
+            x = torch.full((2, 1), value)
+            (module(x) - x).square().mean().backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay = 0.0 if step == 0 else min(0.5, (1 + step) / (10 + step))
+            average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, module.parameters(), strict=True)]
+        total += sum(a.sum().item() for a in average)
+    assert strategy.total.item() == pytest.approx(total, abs=1e-5)
