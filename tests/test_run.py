@@ -166,6 +166,17 @@ def test_forgetting_fails_loudly(copy):
     assert read_json(copy / "results.json")["zero_forgetting"]["identical"] is False
 
 
+def test_samples_drawn_elsewhere_are_not_compared(copy, caplog):
+    (copy / "results.json").unlink()
+    for probe in (copy / "checkpoints" / "probes").iterdir():
+        write_json(probe, {"sha256": "0" * 64, "environment": {"machine": "another"}})
+    restore_samples(copy)
+    zero_forgetting = run(short_run(resume_from_checkpoint="latest"))["zero_forgetting"]
+    assert zero_forgetting["identical"] is None
+    assert zero_forgetting["classes_compared"] == 0
+    assert "drawn on another machine or thread count" in caplog.text
+
+
 def restore_samples(folder):
     """The samples are deleted at the end of a run; forget the last tasks' records, so that they are drawn again."""
     for record in (folder / "checkpoints" / "evaluation").glob("task_*.json"):

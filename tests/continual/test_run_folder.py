@@ -40,13 +40,19 @@ def test_resuming_needs_the_same_settings(run):
 def test_resuming_in_an_empty_folder_starts_afresh_with_a_warning(tmp_path, caplog):
     RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=True)
     assert "No checkpoint to resume from" in caplog.text
-    assert "is empty" in caplog.text
+    assert "holds no run" in caplog.text
 
 
 def test_resuming_a_run_that_died_early_starts_afresh_with_a_warning(tmp_path, caplog):
     RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=False)
     RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=True)
     assert "holds a run without one" in caplog.text
+
+
+def test_resuming_a_run_that_died_before_it_began_starts_afresh(tmp_path, caplog):
+    (tmp_path / "checkpoints").mkdir()
+    RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=True)
+    assert "No checkpoint to resume from" in caplog.text
 
 
 def test_resuming_a_run_with_results_does_not_warn(run, caplog):

@@ -49,6 +49,12 @@ def test_a_change_is_shouted():
     assert "CHANGED: classes [3], base CHANGED" in summary_table(changed)
 
 
+def test_samples_of_another_machine_are_not_called_changed():
+    elsewhere = results(0, 98.0)
+    elsewhere["zero_forgetting"] |= {"identical": None, "classes_compared": 0}
+    assert "first samples not compared (other machine or thread count), base unchanged" in summary_table(elsewhere)
+
+
 def test_the_mean_is_over_the_runs():
     text = mean_table([results(0, 97.0), results(1, 99.0)])
     assert "seeds 0, 1" in text

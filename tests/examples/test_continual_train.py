@@ -156,7 +156,7 @@ def test_the_digits_recipe_is_the_default():
     [
         (["--function", "sine"], "error: `function` is 'sine', expected one of"),
         (["--config", "recipe.yaml"], "unknown keys learning_rate, stategy"),
-        (["--label_column", "kind", "--dataset_name", "images.parquet"], "error: "),
+        (["--label_column", "kind", "--dataset_name", "images.parquet"], "error: dataset_name='images.parquet'"),
     ],
 )
 def test_bad_input_ends_with_one_line(arguments, text, tmp_path, run_example):

@@ -62,6 +62,8 @@ class RunFolder:
                 f"`output_dir` {self.path} holds another run ({', '.join(present)}). Pass --overwrite_output_dir to "
                 "delete it, --resume_from_checkpoint latest to go on with it, or another folder."
             )
+        if not self._settings.is_file() and not {"base", "adapters", "model", "results.json"} & set(present):
+            present = []  # what a run leaves that dies before it has begun
         if present and not self._settings.is_file():
             raise ValueError(
                 f"`output_dir` {self.path} holds {', '.join(present)} but no {self._settings.relative_to(self.path)}, "
@@ -85,7 +87,7 @@ class RunFolder:
     def _warn_if_fresh(self, resume: bool, present: list[str]) -> None:
         started = any((self.path / name).exists() for name in ("base", "adapters", "model"))
         if resume and not started and not list(self.checkpoints.glob("*/step_*")):
-            place = "holds a run without one" if present else "is empty"
+            place = "holds a run without one" if present else "holds no run"
             logger.warning("No checkpoint to resume from: %s %s. Starting afresh.", self.path, place)
 
     def _delete(self, names: list[str]) -> None:

@@ -134,9 +134,10 @@ class RunEvaluator:
                 not_comparable,
             )
         before, after = read_json(self._records / "base.json")["sha256"], self._base_sha256()
+        compared = len(classes) - len(not_comparable)
         return {
-            "identical": not changed and len(not_comparable) < len(classes),
-            "classes_compared": len(classes) - len(not_comparable),
+            "identical": not changed if compared else None,
+            "classes_compared": compared,
             "classes_changed": changed,
             "base_sha256_before": before,
             "base_sha256_after": after,

@@ -27,10 +27,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
     zero = results["zero_forgetting"]
     if zero is not None:
         base = "unchanged" if zero["base_sha256_before"] == zero["base_sha256_after"] else "CHANGED"
-        samples = "equal to the bit" if zero["identical"] else f"CHANGED: classes {zero['classes_changed']}"
-        lines.append(
-            f"{'zero forgetting':<18}first samples of {zero['classes_compared']} classes {samples}, base {base}"
-        )
+        lines.append(f"{'zero forgetting':<18}{_samples_text(zero)}, base {base}")
     lines.append(f"{'seconds':<18}{results['seconds']['total']:>8.0f}")
     return "\n".join(lines)
 
@@ -50,3 +47,10 @@ def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
             spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
             lines.append(f"{name:<18}{mean(values):>8.{digits}f}{spread}")
     return "\n".join(lines)
+
+
+def _samples_text(zero: Mapping[str, Any]) -> str:
+    if zero["identical"] is None:
+        return "first samples not compared (other machine or thread count)"
+    verdict = "equal to the bit" if zero["identical"] else f"CHANGED: classes {zero['classes_changed']}"
+    return f"first samples of {zero['classes_compared']} classes {verdict}"
