@@ -152,6 +152,12 @@ def test_phases_come_before_the_evaluation_of_their_task(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("*/step_*"))
 
 
+def test_more_processes_than_images_in_a_batch_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with pytest.raises(ValueError, match="phase 'task_1' has 2 images for 3 processes: raise `base_batch_size`"):
+        train(RunningSum(tmp_path), tmp_path)
+
+
 def test_the_warm_up_is_linear_then_constant():
     settings = PhaseSettings(10, None, 2, 0.4, 4, 0.5, 0.0)
     assert [learning_rate(settings, step) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])

@@ -87,6 +87,7 @@ class ContinualTrainer:
 
         Raises:
             NonFiniteLossError: names the class and the step; the last checkpoint is kept.
+            ValueError: more processes than images in a batch that they share.
         """
         for task in self.tasks:
             if not self._restore_task(task):
@@ -146,6 +147,12 @@ class ContinualTrainer:
         independent = [phase for phase in phases if phase.independent]
         # The share of a process depends on the list alone, not on what is finished, so a resume divides work alike.
         mine = independent[self.accelerator.process_index :: self.accelerator.num_processes]
+        for phase in shared:
+            if phase.settings.batch_size < self.accelerator.num_processes:
+                raise ValueError(
+                    f"The batch of phase {phase.name!r} has {phase.settings.batch_size} images for "
+                    f"{self.accelerator.num_processes} processes: raise `base_batch_size`, or start fewer processes."
+                )
         for phase in [*shared, *mine]:
             if not self.strategy.is_finished(phase):
                 self._run_phase(phase, build=lambda phase=phase: self.strategy.build(phase))

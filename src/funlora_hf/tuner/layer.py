@@ -6,6 +6,7 @@ Knows PEFT's layer protocol and the maths of `functional.py`; knows nothing of m
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ class FunLoraLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the base's weight back as it was before the merge, to the bit."""
         if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.weight.data = self._weight_before_merge.to(device=self.weight.device, dtype=self.weight.dtype)
         self._weight_before_merge = None
