@@ -198,11 +198,18 @@ def test_another_method_s_adapter_is_refused(tiny_unet, tiny_pipe, tmp_path):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_an_adapter_that_does_not_fit_changes_nothing(tiny_pipe, adapters, first):
+@pytest.mark.parametrize("damage", ["shape", "missing", "unexpected"])
+def test_an_adapter_that_does_not_fit_changes_nothing(tiny_pipe, adapters, first, damage):
     broken = adapters / "class_9" / "adapter_model.safetensors"
     tensors = load_file(broken)
     key = next(key for key in tensors if key.endswith("funlora_A"))
-    save_file({**tensors, key: torch.zeros(3, 1)}, broken)
+    if damage == "shape":
+        tensors[key] = torch.zeros(3, 1)
+    elif damage == "missing":
+        del tensors[key]
+    else:
+        tensors[key.replace("funlora_A", "funlora_add_A")] = tensors[key].clone()
+    save_file(tensors, broken)
     if not first:
         tiny_pipe.load_adapter(adapters / "class_7")
     classes = tiny_pipe.classes

@@ -233,7 +233,8 @@ class FunLoraPipeline(DiffusionPipeline):
         """
         source = os.fspath(source)
         location = {"subfolder": subfolder, "revision": revision}
-        config = PeftConfig.from_pretrained(source, **{k: v for k, v in location.items() if v is not None})
+        location = {key: value for key, value in location.items() if value is not None}
+        config = PeftConfig.from_pretrained(source, **location)
         if not isinstance(config, FunLoraConfig):
             raise ValueError(f"`source` {source!r} holds an adapter of type {config.peft_type}, expected FUNLORA.")
         class_label = config.class_label if class_label is None else class_label
@@ -244,7 +245,7 @@ class FunLoraPipeline(DiffusionPipeline):
             where = "the base knows" if class_label in self._base_rows else "an adapter is loaded for"
             raise ValueError(f"`class_label` is {class_label}, a class that {where} already: pass another one.")
         _check_names({**self._names, class_label: class_name})
-        self._inject(source, adapter_name(class_label), location)
+        self._inject(source, adapter_name(class_label), config, location)
         self._names[class_label] = class_name
         return class_label
 
@@ -310,14 +311,16 @@ class FunLoraPipeline(DiffusionPipeline):
         names = [BASE if class_id in self._base_rows else adapter_name(class_id) for class_id in class_ids]
         return mixed_batch(self.unet, names)
 
-    def _inject(self, source: str, name: str, location: Mapping[str, Any]) -> None:
+    def _inject(self, source: str, name: str, config: FunLoraConfig, location: Mapping[str, Any]) -> None:
         training = self.unet.training
-        kwargs = {key: value for key, value in location.items() if value is not None}
         try:
             if self._peft_model is None:
-                self._peft_model = PeftModel.from_pretrained(self.unet, source, adapter_name=name, **kwargs)
-            else:
-                self._peft_model.load_adapter(source, adapter_name=name, **kwargs)
+                self._peft_model = PeftModel(self.unet, config, adapter_name=name)
+            loaded = self._peft_model.load_adapter(source, adapter_name=name, **location)
+            # PEFT only warns of what is missing, and that part would act as the identity.
+            missing = [key for key in loaded.missing_keys if key.endswith(f".{name}")]
+            if missing or loaded.unexpected_keys:
+                raise ValueError(f"missing tensors {missing}, unexpected tensors {loaded.unexpected_keys}")
         except Exception as error:
             self._remove(name)
             raise ValueError(f"The adapter {source!r} does not fit this base: {error}") from error
