@@ -7,7 +7,7 @@ ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECKED := src examples tests
 
-.PHONY: demo test test-slow style quality clean
+.PHONY: demo test style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -23,10 +23,7 @@ demo: .venv/installed
 	if [ "$(words $(SEEDS))" != 1 ]; then $(BIN)/python examples/summarize_runs.py $$all; fi
 
 test: quality
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 quality: .venv/installed
 	$(BIN)/ruff check $(CHECKED)

@@ -156,7 +156,10 @@ def test_the_digits_recipe_is_the_default():
     [
         (["--function", "sine"], "error: `function` is 'sine', expected one of"),
         (["--config", "recipe.yaml"], "unknown keys learning_rate, stategy"),
-        (["--label_column", "kind", "--dataset_name", "images.parquet"], "error: dataset_name='images.parquet'"),
+        (
+            ["--unet_config", '{"sample_size": 8}', "--dataset_name", "a.parquet"],
+            "error: dataset_name='a.parquet' looks",
+        ),
     ],
 )
 def test_bad_input_ends_with_one_line(arguments, text, tmp_path, run_example):
