@@ -21,6 +21,8 @@ from funlora_hf.continual.config import (
     EvaluationArguments,
     ModelArguments,
 )
+from funlora_hf.continual.trainer import NonFiniteLossError
+from funlora_hf.evaluation.report import ForgettingError
 from funlora_hf.run import RunArguments, run
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     try:
         arguments = parse(sys.argv[1:])
         run(arguments)
-    except (ValueError, FileExistsError, FileNotFoundError) as error:
+    except (ValueError, FileExistsError, FileNotFoundError, ImportError, NonFiniteLossError, ForgettingError) as error:
         logging.getLogger(__name__).debug("details", exc_info=True)
         sys.exit(f"error: {error}")
 

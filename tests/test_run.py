@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 
 import numpy as np
 import PIL.Image
@@ -199,6 +200,15 @@ def test_other_strategies_run_to_the_end(strategy, inside):
         pipe = FunLoraPipeline.from_pretrained("out/model")
         assert pipe.base_classes == list(range(10))
         assert read_json(inside / "out/checkpoints/seconds/joint.json")["steps"] == 12 + 6 * 8
+
+
+def test_results_do_not_depend_on_matplotlib(inside, monkeypatch, caplog):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    results = run(short_run())
+    assert results["zero_forgetting"]["identical"] is True
+    assert read_json(inside / "out" / "results.json")["LA"] == results["LA"]
+    assert 'pip install "funlora-hf[demo]"' in caplog.text
 
 
 def test_the_joint_run_is_drawn_beside_another(inside):

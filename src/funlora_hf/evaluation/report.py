@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from .figures import layer_importance as layer_importance_figure
 from .metrics import ContinualAccuracy
 from .tables import summary_table
 
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = (
     "funlora-hf",
@@ -94,7 +97,11 @@ def report_run(
     losses = evaluator.held_out_losses()
     zero_forgetting = evaluator.zero_forgetting()
     importance = _importance(strategy, folder)
-    _figures(evaluator, accuracies, importance, folder)
+    try:
+        _figures(evaluator, accuracies, importance, folder)
+    except ImportError as error:
+        # matplotlib is an extra, and no reason to lose the results of days.
+        logger.warning("No figures: %s", error)
     results = {
         "strategy": strategy.name,
         "dataset": evaluator.data.name,
