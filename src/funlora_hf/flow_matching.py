@@ -36,14 +36,14 @@ def interpolate(sample: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) 
     Returns:
         Same shape as `sample`.
 
-    Source: section 3.1, conditional flow matching with the optimal-transport path [text].
+    Source: arXiv 2510.02631, conditional flow matching on straight lines [text].
     """
     sigma = sigma.reshape(-1, *(1 for _ in sample.shape[1:]))
     return (1 - sigma) * sample + sigma * noise
 
 
 def velocity_target(sample: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """dx/dsigma along the path: `noise - sample`, of their shape. Source: section 3.1 [text]."""
+    """dx/dsigma along the path: `noise - sample`, of their shape. Source: as `interpolate`."""
     return noise - sample
 
 
@@ -57,7 +57,7 @@ def flow_matching_loss(model_output: torch.Tensor, target: torch.Tensor) -> torc
     Returns:
         `(batch,)`, not reduced over the batch, so that held-out losses and shares of a batch can weigh it.
 
-    Source: section 3.1 [text].
+    Source: as `interpolate`.
     """
     dtype = torch.promote_types(model_output.dtype, torch.float32)
     return (model_output.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
@@ -79,7 +79,7 @@ def sample_sigmas(
     Raises:
         ValueError: unknown density.
 
-    Source: "uniform" [text]; "logit_normal" is that of Stable Diffusion 3 (arXiv 2403.03206, section 3.1).
+    Source: "uniform" [text]; "logit_normal" is that of Stable Diffusion 3 (arXiv 2403.03206).
     """
     if density == "uniform":
         return torch.rand(batch_size, generator=generator)

@@ -23,7 +23,7 @@ def adapter_importance(state_dict: Mapping[str, torch.Tensor]) -> dict[str, floa
     Returns:
         Layer name -> importance, >= 0.
 
-    Source: equation 20 [text]. The paper takes it from adapters with `identity` and `mul`; the figure of other
+    Source: arXiv 2510.02631, equation 20 [text]. The paper takes it from adapters with `identity` and `mul`; the figure of other
     functions is measured alike [ours] and is not comparable in size with it.
     """
     importance = {}
@@ -45,7 +45,7 @@ def layer_importance(adapters: Iterable[Path], order: Sequence[str]) -> dict[str
     Returns:
         Layer name -> (mean, standard deviation over the classes).
 
-    Source: equation 21, Figure 3 [text].
+    Source: arXiv 2510.02631, equation 21 and Figure 3 [text].
     """
     per_class = [adapter_importance(load_file(folder / "adapter_model.safetensors")) for folder in adapters]
     result = {}

@@ -139,7 +139,7 @@ class FunLoraPipeline(DiffusionPipeline):
         Raises:
             ValueError: unknown class, solver or output type, no class at all, or less than one step.
 
-        Source: section 6.1 (sampling by an ODE solver) [text].
+        Source: arXiv 2510.02631, sampling by an ODE solver [text]; the default solver and steps are [ours].
         """
         check_solver(solver)
         if output_type not in ("pil", "np", "pt"):

@@ -65,7 +65,7 @@ def solve(
     Raises:
         ValueError: unknown solver, or sigmas that do not fall.
 
-    Source: section 6.1; dopri5 [text], its tolerance [ours].
+    Source: arXiv 2510.02631, sampling: dopri5 and rk4 [text], tolerance and other solvers [ours].
     """
     check_solver(solver)
     if sigmas.dim() != 1 or len(sigmas) < 2 or (sigmas.diff() >= 0).any():

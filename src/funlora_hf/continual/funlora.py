@@ -1,6 +1,6 @@
 """FunLoRA and its baseline "class vector only": a frozen base, one adapter for every later class.
 
-Source: section 4 (class-incremental generation) [text].
+Source: arXiv 2510.02631, class-incremental generation [text].
 """
 
 from __future__ import annotations

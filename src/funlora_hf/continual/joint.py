@@ -1,4 +1,7 @@
-"""The upper bound: one generator, trained on the images of all tasks at once. Source: section 6 [text]."""
+"""The upper bound: one generator, trained on the images of all tasks at once.
+
+Source: arXiv 2510.02631, upper bounds [text].
+"""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def velocity_losses(module: nn.Module, batch: Batch, labels: torch.Tensor) -> to
         batch: what to train on.
         labels: rows of its class embedding, `(batch,)`, int64.
 
-    Source: section 3.1 [text].
+    Source: arXiv 2510.02631, conditional flow matching [text].
     """
     noisy = interpolate(batch.sample, batch.noise, batch.sigma)
     model_output = module(noisy, sigma_to_timestep(batch.sigma), labels, return_dict=False)[0]

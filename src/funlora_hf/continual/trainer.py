@@ -300,7 +300,7 @@ def learning_rate(settings: PhaseSettings, step: int) -> float:
         settings: of the phase.
         step: from 0.
 
-    Source: section 6.1 (warm-up) [text].
+    Source: arXiv 2510.02631, training recipe: warm-up [text], its shape [ours].
     """
     return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
 

@@ -35,7 +35,7 @@ def held_out_loss(
     Returns:
         The mean squared error of the velocity.
 
-    Source: the loss is that of section 3.1 [text]; measuring it on held-out images is [ours].
+    Source: the loss is that of arXiv 2510.02631 [text]; measuring it on held-out images is [ours].
     """
     total, count = 0.0, 0
     for k in range(num_sigmas):

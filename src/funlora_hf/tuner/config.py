@@ -54,7 +54,7 @@ class FunLoraConfig(PeftConfig):
     Raises:
         ValueError: for an unknown function or operation and for numbers out of range, naming the field.
 
-    Source: sections 3 and 6 of arXiv 2510.02631 for r, function, num_functions, operation and ratio [text].
+    Source: arXiv 2510.02631 for r, function, num_functions, operation and ratio [text].
     """
 
     r: int = field(default=1, metadata={"help": "Rank of the product A B before the functions are applied."})

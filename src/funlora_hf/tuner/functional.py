@@ -62,7 +62,7 @@ def functional_matrix(
     Raises:
         ValueError: unknown function, an argument that the function lacks or does not take, or shapes that do not fit.
 
-    Source: section 3 (functional LoRA) [text]; the range of the shift and omega = 1..p are [ours].
+    Source: arXiv 2510.02631, the functional matrix [text]; the range of the shift and omega = 1..p are [ours].
     """
     check_choice("function", function, FUNCTIONS)
     _check_factors(A, B)
@@ -131,7 +131,7 @@ def default_omega(num_functions: int) -> torch.Tensor:
 
 
 def reduced_size(channels: int, ratio: int) -> int:
-    """Entries that a factor keeps for `channels` at the reduction `ratio`: rounded up. Source: section 3.3 [exact]."""
+    """Entries that a factor keeps for `channels` at the reduction `ratio`: rounded up. Source: Table IV [exact]."""
     return math.ceil(channels / ratio)
 
 
@@ -146,7 +146,7 @@ def expand(F: torch.Tensor, ratio: int, shape: torch.Size) -> torch.Tensor:
     Returns:
         `(C_out, C_in, 1, ...)`, with as many trailing ones as the weight has kernel dimensions.
 
-    Source: section 3.3, reduced parameters [exact] for the counts; which channels share an entry is [ours].
+    Source: Table IV [exact] for the counts; which channels share an entry is [ours].
     """
     if ratio > 1:
         F = F.repeat_interleave(ratio, dim=0)[: shape[0]].repeat_interleave(ratio, dim=1)[:, : shape[1]]

@@ -192,7 +192,7 @@ class FunLoraLayer(nn.Module, BaseTunerLayer):
 class FunLoraFactorLayer(FunLoraLayer):
     """A layer whose weight `(C_out, C_in, ...)` is changed by functional matrices.
 
-    Source: section 3 [text]; several adapters at once (factors multiply, terms sum) are [ours].
+    Source: arXiv 2510.02631, the operations mul, add and mul-add [text]; several adapters at once (factors multiply, terms sum) are [ours].
     """
 
     adapter_layer_names = (
@@ -288,7 +288,7 @@ class FunLoraClassVector(FunLoraLayer):
     The vector starts at the mean of the base's rows. Vectors of several active adapters average. Merged, every row of
     the embedding is that vector, and labels are looked up again: they must be below the base's `num_embeddings`.
 
-    Source: the class-conditioning vector of section 3 [text]; its start and the average are [ours].
+    Source: arXiv 2510.02631, the class-conditioning vector [text]; its start and the average are [ours].
     """
 
     adapter_layer_names = ("funlora_class_vector",)

@@ -24,7 +24,7 @@ def unet_conv_names(unet: UNet2DModel) -> list[str]:
     `named_modules` lists the decoder before the middle block, and in a resnet the shortcut last, which is also where
     it runs; upsamplers and downsamplers run after the resnets and attentions of their block.
 
-    Source: section 6.1, Table I [exact].
+    Source: Table I [exact].
     """
     parts = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
 
@@ -48,7 +48,7 @@ def decoder_middle(unet: UNet2DModel) -> list[str]:
     Returns:
         Names of Conv2d, in order of execution.
 
-    Source: section 6.1 [exact] for the paper's two backbones; the rule for others is [ours].
+    Source: Tables I and V [exact] for the paper's two backbones; the rule for others is [ours].
     """
     resnets = [
         f"up_blocks.{i}.resnets.{j}" for i, block in enumerate(unet.up_blocks) for j in range(len(block.resnets))
