@@ -229,7 +229,7 @@ def test_unloadable_datasets(tmp_path):
 
 def test_hub_options_on_local_data(tmp_path):
     folder = image_folder(tmp_path / "one", "cat/a.png")
-    with pytest.raises(ValueError, match=r"revision='x'.*leave --revision out"):
+    with pytest.raises(ValueError, match=r"revision='x'.*leave --dataset_revision out"):
         load(folder, revision="x")
     with pytest.raises(ValueError, match=r"dataset_config_name='x'.*leave --dataset_config_name out"):
         load("digits", dataset_config_name="x")

@@ -334,6 +334,11 @@ def assign_class_ids(names: Sequence[str], known: Mapping[int, str]) -> list[int
     return [id_of[name] for name in names]
 
 
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 of any shape to float32 in [-1, 1], the range that generator and classifier work in."""
+    return images.float() / 127.5 - 1
+
+
 def _check_unique(field: str, values: list) -> None:
     repeated = sorted({value for value in values if values.count(value) > 1}) if len(set(values)) < len(values) else []
     if repeated:
@@ -381,7 +386,7 @@ def _open_splits(
     if revision is not None and (is_digits or is_local):
         raise ValueError(
             f"revision={revision!r} is only for datasets of the hub, but dataset_name={dataset_name!r} is not one: "
-            "leave --revision out."
+            "leave --dataset_revision out."
         )
     if config_name is not None and (is_digits or (is_local and not is_parquet_folder)):
         raise ValueError(
@@ -410,7 +415,7 @@ def _open_splits(
         raise kind(
             f"dataset_name={dataset_name!r} could not be loaded ({type(error).__name__}: {error}). Expected a folder "
             "of class subfolders with images, a folder of parquet files, a .parquet file or a hub id; check "
-            "--dataset_name, --dataset_config_name and --revision."
+            "--dataset_name, --dataset_config_name and --dataset_revision."
         ) from error
 
 

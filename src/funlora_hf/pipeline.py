@@ -159,12 +159,13 @@ class FunLoraPipeline(DiffusionPipeline):
             dtype=torch.float32,
         )
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+        rows = self._embedding_rows(class_ids)
 
         def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-            return self.predict_velocity(state, sigma, class_ids)
+            return self._velocity(state, sigma, rows)
 
         steps = None if solver == "dopri5" else num_inference_steps
-        with tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
+        with self._adapters(class_ids), tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
             output = solve(
                 velocity, noise, self.scheduler.sigmas, solver=solver, rtol=rtol, atol=atol, on_step=bar.update
             )
@@ -197,13 +198,8 @@ class FunLoraPipeline(DiffusionPipeline):
             ValueError: unknown class.
         """
         class_ids = self._class_ids(class_labels)
-        labels = None
-        if self._base_rows:
-            # An adapter class brings its own vector; the row asked for then does not matter.
-            labels = torch.tensor([self._base_rows.get(class_id, 0) for class_id in class_ids], device=sample.device)
         with self._adapters(class_ids):
-            output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float()), labels)
-        return output.sample.to(sample.dtype)
+            return self._velocity(sample, sigma, self._embedding_rows(class_ids))
 
     def load_adapter(
         self,
@@ -304,6 +300,17 @@ class FunLoraPipeline(DiffusionPipeline):
         if not class_ids:
             raise ValueError("`class_labels` is empty, expected one class for every image wanted.")
         return class_ids
+
+    def _embedding_rows(self, class_ids: Sequence[int]) -> torch.Tensor | None:
+        if not self._base_rows:
+            return None
+        # An adapter class brings its own vector; the row asked for then does not matter.
+        return torch.tensor([self._base_rows.get(class_id, 0) for class_id in class_ids])
+
+    def _velocity(self, sample: torch.Tensor, sigma: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        rows = None if rows is None else rows.to(sample.device)
+        output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float()), rows)
+        return output.sample.to(sample.dtype)
 
     def _adapters(self, class_ids: Sequence[int]) -> Any:
         if self._peft_model is None:

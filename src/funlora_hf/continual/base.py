@@ -1,6 +1,6 @@
 """The base generator: built, trained once, written as a pipeline folder, loaded again.
 
-Shared by strategies; knows nothing of adapters or of the loop.
+Shared by strategies; knows nothing of adapters, batches or the loop.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from ..files import whole_folder
 from ..pipeline import FunLoraPipeline
 from ..seeds import derive_seed
+from .strategy import Setting, Trainable
 
 
 def build_unet(unet_config: Mapping, num_classes: int, *, seed: int, device: torch.device) -> UNet2DModel:
@@ -26,6 +27,14 @@ def build_unet(unet_config: Mapping, num_classes: int, *, seed: int, device: tor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "unet"))
         return _unet(unet_config, num_classes).to(device)
+
+
+def trainable_unet(setting: Setting, num_classes: int) -> Trainable:
+    """A new U-Net of the run, in training mode, all of it to be trained."""
+    unet = build_unet(
+        setting.model.unet_config, num_classes, seed=setting.training.seed, device=setting.device
+    ).train()
+    return Trainable(unet, dict(unet.named_parameters()))
 
 
 def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:

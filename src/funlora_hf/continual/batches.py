@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ..data import ImageClassificationData
+from ..data import ImageClassificationData, to_model_range
 from ..flow_matching import sample_sigmas
 from ..seeds import generator_for
 from .strategy import Batch, Phase
@@ -60,7 +60,7 @@ class PhaseBatches:
         size = self.phase.settings.batch_size
         indices = self._indices(number * size, size)
         generator = generator_for(self.seed, self.phase.name, "batch", number)
-        sample = self.images[indices].float() / 127.5 - 1
+        sample = to_model_range(self.images[indices])
         if self.random_flip:
             flip = torch.rand(size, generator=generator) < 0.5
             sample[flip] = sample[flip].flip(-1)

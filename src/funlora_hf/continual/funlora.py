@@ -18,7 +18,7 @@ from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, sav
 from ..data import Task
 from ..pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig, mixed_batch
-from .base import build_unet, label_rows, load_pipeline, save_base, unet_shape
+from .base import label_rows, load_pipeline, save_base, trainable_unet, unet_shape
 from .strategy import (
     Batch,
     Phase,
@@ -71,11 +71,7 @@ class FunLora(Strategy):
 
     def build(self, phase: Phase) -> Trainable:
         if phase.name == BASE_PHASE:
-            setting = self.setting
-            unet = build_unet(
-                setting.model.unet_config, len(phase.class_ids), seed=setting.training.seed, device=setting.device
-            )
-            return Trainable(unet.train(), dict(unet.named_parameters()))
+            return trainable_unet(self.setting, len(phase.class_ids))
         first, *others = phase.class_ids
         model = get_peft_model(self._frozen_unet(), self.adapter_config(first), adapter_name=adapter_name(first))
         for class_id in others:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data import Task
 from ..pipeline import FunLoraPipeline
-from .base import build_unet, label_rows, load_pipeline, save_base, unet_shape
+from .base import label_rows, load_pipeline, save_base, trainable_unet, unet_shape
 from .strategy import (
     Batch,
     Phase,
@@ -64,11 +64,7 @@ class Joint(Strategy):
         return self.model_dir.is_dir()
 
     def build(self, phase: Phase) -> Trainable:
-        setting = self.setting
-        unet = build_unet(
-            setting.model.unet_config, len(self.class_ids), seed=setting.training.seed, device=setting.device
-        )
-        return Trainable(unet.train(), dict(unet.named_parameters()))
+        return trainable_unet(self.setting, len(self.class_ids))
 
     def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
         losses = velocity_losses(module, batch, label_rows(self.class_ids, batch.class_ids))

@@ -172,13 +172,13 @@ class ContinualTrainer:
         trainable = build()
         try:
             steps = self._train(phase, trainable, batches)
-            if phase.independent or self.accelerator.is_main_process:
+            if self._writes(phase):
                 self.strategy.end_phase(phase, trainable)
                 self._record_seconds(phase, steps, time.perf_counter() - started)
         finally:
             self.strategy.release_phase(phase, trainable)
             self.accelerator.free_memory()
-        if phase.independent or self.accelerator.is_main_process:
+        if self._writes(phase):
             shutil.rmtree(self.folder.checkpoints / phase.name, ignore_errors=True)
 
     def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> int:
@@ -259,8 +259,12 @@ class ContinualTrainer:
 
     def _checkpoint(self, phase: Phase, step: int, state: TrainingState) -> None:
         self._check_finite(phase, step, list(state.parameters.values()))
-        if phase.independent or self.accelerator.is_main_process:
+        if self._writes(phase):
             save_checkpoint(self.folder.checkpoints / phase.name, step, state)
+
+    def _writes(self, phase: Phase) -> bool:
+        """Whether this process writes the files of a phase: its own phase, or one that all share and it leads."""
+        return phase.independent or self.accelerator.is_main_process
 
     def _check_finite(self, phase: Phase, step: int, parameters: list[torch.Tensor]) -> None:
         # A finite loss can have a gradient that is not: the parameters show it before the next loss does.
@@ -289,8 +293,12 @@ class ContinualTrainer:
 
     def _bar_options(self, phase: Phase) -> dict[str, Any]:
         # Each process shows its own independent phases on a line of its own.
-        hidden = not phase.independent and not self.accelerator.is_main_process
-        return {"disable": hidden, "position": self.accelerator.process_index, "leave": False, "mininterval": 1.0}
+        return {
+            "disable": not self._writes(phase),
+            "position": self.accelerator.process_index,
+            "leave": False,
+            "mininterval": 1.0,
+        }
 
 
 def learning_rate(settings: PhaseSettings, step: int) -> float:

@@ -11,6 +11,8 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from ..data import to_model_range
+
 
 ARCHITECTURES = ("auto", "resnet18", "cnn")
 # Below this side "auto" takes the small network: ResNet-18 would shrink 8x8 digits to a single pixel.
@@ -207,7 +209,7 @@ def train_classifier(
                 order = torch.randperm(len(images), generator=generator)
             chosen = order[position * config.batch_size : (position + 1) * config.batch_size].to(images.device)
             batch = _augment(images[chosen], config=config, generator=generator)
-            logits = classifier(_to_unit_range(batch.to(device)))
+            logits = classifier(to_model_range(batch.to(device)))
             loss = functional.cross_entropy(logits, labels[chosen].to(device))
             if not torch.isfinite(loss):
                 raise RuntimeError(
@@ -247,7 +249,7 @@ def predict(classifier: nn.Module, images: Tensor, *, batch_size: int = 500) -> 
     classifier.eval()
     try:
         classes = [
-            classifier(_to_unit_range(batch.to(device))).argmax(dim=1).cpu() for batch in images.split(batch_size)
+            classifier(to_model_range(batch.to(device))).argmax(dim=1).cpu() for batch in images.split(batch_size)
         ]
     finally:
         classifier.train(was_training)
@@ -359,11 +361,6 @@ def _augment(batch: Tensor, *, config: ClassifierConfig, generator: torch.Genera
         mirrored = (torch.rand(count, generator=generator) < 0.5).to(batch.device)
         batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
     return batch
-
-
-def _to_unit_range(images: Tensor) -> Tensor:
-    """Maps uint8 0..255 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def _check_images(images: Tensor) -> None:

@@ -68,6 +68,8 @@ class RunEvaluator:
         self._records = folder.checkpoints / "evaluation"
         self._synthetic = folder.checkpoints / "synthetic"
         self._probes = folder.checkpoints / "probes"
+        # Decoded once: every later task is tested on the images of all earlier ones.
+        self._tests: dict[int, torch.Tensor] = {}
 
     def end_task(self, task: Task) -> None:
         """Measure what there is to measure after a task, once."""
@@ -105,9 +107,8 @@ class RunEvaluator:
         losses = {}
         with self.strategy.inference(classes) as pipe:
             for class_id in classes:
-                images = self.data.images(class_id, split="test")
                 losses[str(class_id)] = held_out_loss(
-                    pipe, class_id, images, num_sigmas=self.config.held_out_sigmas, seed=self.seed
+                    pipe, class_id, self._test_images(class_id), num_sigmas=self.config.held_out_sigmas, seed=self.seed
                 )
         return losses
 
@@ -198,10 +199,15 @@ class RunEvaluator:
         )
         row = []
         for earlier in self.tasks[: task.index + 1]:
-            tests = [self.data.images(class_id, split="test") for class_id in earlier.class_ids]
+            tests = [self._test_images(class_id) for class_id in earlier.class_ids]
             truth = [torch.full((len(x),), seen.index(c)) for c, x in zip(earlier.class_ids, tests, strict=True)]
             row.append(accuracy(classifier, torch.cat(tests), torch.cat(truth)))
         return row
+
+    def _test_images(self, class_id: int) -> torch.Tensor:
+        if class_id not in self._tests:
+            self._tests[class_id] = self.data.images(class_id, split="test")
+        return self._tests[class_id]
 
     def _real(self, class_id: int, task: Task) -> torch.Tensor:
         return self.data.images(class_id)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import whole_file
+
 
 # Okabe and Ito's colours, told apart with every common kind of colour blindness.
 BLUE = "#0072B2"
@@ -256,14 +258,8 @@ def _png_path(path: str | os.PathLike[str]) -> Path:
 
 
 def _save(figure: Any, target: Path) -> None:
-    """Writes the figure whole or not at all: beside its place, then renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(target) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1, facecolor="white")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _gap(cell: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..data import to_model_range
 from ..flow_matching import flow_matching_loss, interpolate, velocity_target
 from ..pipeline import FunLoraPipeline
 from ..seeds import generator_for
@@ -41,7 +42,7 @@ def held_out_loss(
     for k in range(num_sigmas):
         generator = generator_for(seed, "held_out", class_id, k)
         for part in images.split(batch_size):
-            sample = part.float() / 127.5 - 1
+            sample = to_model_range(part)
             noise = torch.randn(sample.shape, generator=generator)
             sigma = torch.full((len(sample),), (k + 0.5) / num_sigmas)
             noisy = interpolate(sample, noise, sigma).to(pipe.device)

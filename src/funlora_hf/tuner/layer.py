@@ -9,7 +9,6 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from .functional import default_omega, expand, functional_matrix, initial_alpha,
 BASE = "__base__"
 
 
-@dataclass(frozen=True)
 class AdapterGroups:
     """A mixed batch, sorted by adapter once for all layers of a forward.
 
@@ -31,16 +29,14 @@ class AdapterGroups:
         names: adapter of every sample, `"__base__"` for none.
     """
 
-    names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
         by_name: dict[str, list[int]] = {}
         for index, name in enumerate(self.names):
             by_name.setdefault(name, []).append(index)
-        order = torch.tensor([index for indices in by_name.values() for index in indices], dtype=torch.long)
-        object.__setattr__(self, "sizes", {name: len(indices) for name, indices in by_name.items()})
-        object.__setattr__(self, "order", order)
-        object.__setattr__(self, "inverse", torch.argsort(order))
+        self.sizes = {name: len(indices) for name, indices in by_name.items()}
+        self.order = torch.tensor([index for indices in by_name.values() for index in indices], dtype=torch.long)
+        self.inverse = torch.argsort(self.order)
 
     def split(self, x: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """The samples of `x`, `(batch, ...)`, as one part for every adapter."""

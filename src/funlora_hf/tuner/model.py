@@ -156,7 +156,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     unknown = sorted(set(adapter_names) - known - {BASE})
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-    groups = AdapterGroups(tuple(adapter_names))
+    groups = AdapterGroups(adapter_names)
     handles = [
         layer.register_forward_pre_hook(partial(_pass_adapter_groups, groups=groups), with_kwargs=True)
         for layer in layers
