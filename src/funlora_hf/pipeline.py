@@ -24,7 +24,8 @@ from .adapter_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save
 from .flow_matching import sigma_to_timestep
 from .solvers import check_solver, solve
 from .tuner import FunLoraConfig, mixed_batch
-from .tuner.layer import BASE, FunLoraLayer
+from .tuner.adapter_layer import BASE
+from .tuner.layer import FunLoraLayer
 
 
 @dataclass

@@ -5,10 +5,11 @@ from .registration import extend_peft_type, register
 
 extend_peft_type("FUNLORA")  # before config.py, which names the member
 
+from .adapter_model import mixed_batch  # noqa: E402
 from .config import FunLoraConfig  # noqa: E402
 from .functional import functional_matrix, initial_alpha  # noqa: E402
 from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear  # noqa: E402
-from .model import FunLoraModel, mixed_batch  # noqa: E402
+from .model import FunLoraModel  # noqa: E402
 
 
 register("funlora", config_cls=FunLoraConfig, model_cls=FunLoraModel)

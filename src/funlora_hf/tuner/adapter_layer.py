@@ -1,0 +1,179 @@
+"""What layers with adapters share, whatever an adapter does: which one acts, mixed batches, merging exact to the bit.
+
+Knows PEFT's layer protocol; knows nothing of FunLoRA, of models, training or files.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+
+BASE = "__base__"
+
+
+class AdapterGroups:
+    """A mixed batch, sorted by adapter once for all layers of a forward.
+
+    Args:
+        names: adapter of every sample, `"__base__"` for none.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        by_name: dict[str, list[int]] = {}
+        for index, name in enumerate(self.names):
+            by_name.setdefault(name, []).append(index)
+        self.sizes = {name: len(indices) for name, indices in by_name.items()}
+        self.order = torch.tensor([index for indices in by_name.values() for index in indices], dtype=torch.long)
+        self.inverse = torch.argsort(self.order)
+
+    def split(self, x: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """The samples of `x`, `(batch, ...)`, as one part for every adapter."""
+        parts = x[self.order.to(x.device)].split(list(self.sizes.values()))
+        return list(zip(self.sizes, parts, strict=True))
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The inverse of `split`: `(batch, ...)` in the order of `names`."""
+        joined = torch.cat(list(parts))
+        return joined[self.inverse.to(joined.device)]
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A module wrapped so that adapters change what it computes.
+
+    A subclass says how adapters change the base's weight and what the layer computes with them.
+    """
+
+    other_param_names = ("settings",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PeftConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.settings: dict[str, PeftConfig] = {}
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # Merging multiplies, so it cannot be undone by arithmetic: the weight itself is kept. Not part of state_dict.
+        self.register_buffer("_weight_before_merge", None, persistent=False)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
+        """Add (or start anew) the parameters of an adapter, on the device of the base's weight."""
+        self.settings[adapter_name] = config
+        for name in self.adapter_layer_names:
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
+        for name, value in self.initial_parameters(config).items():
+            getattr(self, name)[adapter_name] = nn.Parameter(value)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @abstractmethod
+    def initial_parameters(self, config: PeftConfig) -> dict[str, torch.Tensor]:
+        """The tensors of a new adapter, by the name of their dictionary."""
+
+    @abstractmethod
+    def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
+        """The base's `weight` as the adapters change it together."""
+
+    @abstractmethod
+    def adapted_forward(
+        self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The layer's output with these adapters acting on all of `x`."""
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Adapted minus original weight, in the weight's own shape."""
+        weight = self._original_weight()
+        return self.adapted_weight([adapter], weight) - weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge the active adapters into the base's weight.
+
+        Args:
+            safe_merge (`bool`, *optional*):
+                Refuse, and change nothing, if the merged weight is not finite.
+            adapter_names (`list[str]`, *optional*):
+                The adapters to merge; None means the active ones.
+        """
+        adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
+        if not adapter_names:
+            return
+        original = self._original_weight()
+        together = [*self.merged_adapters, *adapter_names]
+        with torch.no_grad():
+            merged = self.adapted_weight(together, original)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {','.join(adapter_names)} seems to be broken"
+            )
+        if self._weight_before_merge is None:
+            self._weight_before_merge = original.clone()
+        self.weight.data = merged
+        self.merged_adapters = together
+
+    def unmerge(self) -> None:
+        """Put the base's weight back as it was before the merge, to the bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.weight.data = self._weight_before_merge.to(device=self.weight.device, dtype=self.weight.dtype)
+        self._weight_before_merge = None
+        self.merged_adapters = []
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: AdapterGroups | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_forward(adapter_names, x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self._forward_with(self.active_adapters, x, *args, **kwargs)
+
+    def _forward_with(self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        present = [name for name in adapter_names if name in self.settings]
+        if not present:
+            return self.base_layer(x, *args, **kwargs)
+        return self.adapted_forward(present, x, *args, **kwargs)
+
+    def _mixed_forward(self, groups: AdapterGroups, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(x) != len(groups.names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(groups.names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if len(groups.sizes) == 1:
+            return self._forward_with(list(groups.sizes), x, *args, **kwargs)
+        return groups.join([self._forward_with([name], part, *args, **kwargs) for name, part in groups.split(x)])
+
+    def _original_weight(self) -> torch.Tensor:
+        return self.weight.data if self._weight_before_merge is None else self._weight_before_merge
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Unlike PEFT's, this leaves the dtype alone: rounded to bfloat16, alpha would no longer start as the identity.
+        device = self.weight.device if device is None else device
+        if device.type == "meta":
+            return
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
+            if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
+                parameters[adapter_name] = parameters[adapter_name].to(device)
