@@ -1,7 +1,8 @@
 """FunLoRA for PEFT and diffusers: learn class after class, forget nothing. Importing it registers the method."""
 
+from .layer_selection import conv_layers, layer_importance, parameters_per_class, select_layers
 from .pipeline import FunLoraPipeline, FunLoraPipelineOutput
-from .tuner import FunLoraConfig, FunLoraModel, functional_matrix, initial_alpha, mixed_batch
+from .tuner import FunLoraConfig, FunLoraModel, functional_matrix, initial_alpha, mixed_batch, numerical_rank
 
 
 __version__ = "0.1.0.dev0"
@@ -11,7 +12,12 @@ __all__ = [
     "FunLoraModel",
     "FunLoraPipeline",
     "FunLoraPipelineOutput",
+    "conv_layers",
     "functional_matrix",
     "initial_alpha",
+    "layer_importance",
     "mixed_batch",
+    "numerical_rank",
+    "parameters_per_class",
+    "select_layers",
 ]

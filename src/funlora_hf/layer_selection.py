@@ -1,56 +1,424 @@
-"""Which layers matter: importance of each adapted layer, from trained adapters. Knows adapters as files only."""
+"""Which layers to adapt, what that costs, and which layers mattered. Knows models and adapters, not training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
+from torch import nn
+
+from .tuner import FunLoraConfig
+from .tuner.layer import FunLoraFactorLayer
+from .tuner.targets import (
+    conv_names,
+    decoder,
+    decoder_middle,
+    knows_order,
+    plain_modules,
+    unet_conv_names,
+    without_peft,
+)
 
 
 _PREFIX = "base_model.model."
+# FunLoRA's own, or a row of the class embedding that PEFT trains as a token.
+_CLASS_VECTOR = re.compile(r"\.(funlora_class_vector|trainable_tokens_delta)\.")
+_RANGE = re.compile(r"(\d+)-(\d+)")
+_BUDGET = re.compile(r"<=\s*(\d+(?:\.\d+)?)\s*([kK]?)(?:\s*per class)?")
+PRESETS = ("all", "decoder", "decoder-middle", "a range as '40-54'", "a budget as '<= 5K per class'")
+
+
+class LayerImportance(NamedTuple):
+    """Importance of one layer over the classes.
+
+    Args:
+        mean: over the classes, >= 0.
+        std: standard deviation over the classes (of the population, so 0 for one class).
+    """
+
+    mean: float
+    std: float
+
+
+class ParametersPerClass(NamedTuple):
+    """How many numbers one adapter holds, "PPC".
+
+    Args:
+        without_vector: all but the class vector, as the paper counts.
+        with_vector: all.
+    """
+
+    without_vector: int
+    with_vector: int
+
+
+def conv_layers(model: nn.Module, example_inputs: Any = None) -> list[str]:
+    """Names of all Conv2d in order of execution. On the paper's backbone the index is the paper's number of a layer.
+
+    For a `UNet2DModel` or a `UNet2DConditionModel` the order is known and nothing runs. Any other model (and these,
+    if example inputs are given) makes one forward, in evaluation mode and without gradients. Then a convolution that
+    runs twice counts where it runs first, and one that does not run is left out.
+
+    Args:
+        model: with or without adapters of PEFT; the names are those without.
+        example_inputs: arguments of one forward: a tuple, a dict of keyword arguments, or a single tensor.
+
+    Returns:
+        Names for `target_modules`.
+
+    Raises:
+        ValueError: the order is not known and there are no example inputs.
+
+    Source: Table I [exact].
+    """
+    if example_inputs is not None:
+        return _traced_conv_names(model, example_inputs)
+    if knows_order(model):
+        return unet_conv_names(model)
+    raise ValueError(
+        f"`example_inputs` is None, but only of a UNet2DModel or UNet2DConditionModel in its standard form is the order "
+        f"of execution known, and the model is a {type(without_peft(model)).__name__}. Pass the arguments of one "
+        "forward, as a tuple or a dict."
+    )
+
+
+def select_layers(
+    model: nn.Module,
+    preset: str = "decoder-middle",
+    *,
+    example_inputs: Any = None,
+    importance: Mapping[str, float | tuple[float, float]] | None = None,
+    config: PeftConfig | None = None,
+) -> list[str]:
+    """Names of the convolutions to adapt, for `target_modules`.
+
+    | preset            | layers                                                                                  |
+    |-------------------|-----------------------------------------------------------------------------------------|
+    | "all"             | every Conv2d                                                                              |
+    | "decoder"         | those of the up blocks of a U-Net                                                         |
+    | "decoder-middle"  | the paper's choice: 40-54 on its CIFAR backbone, 40-56 on its ImageNet-100 backbone; on other U-Nets the rule of `docs/method.md` |
+    | "40-54"           | those with these indices of `conv_layers`, both included                                  |
+    | "<= 5K per class" | as many as the budget pays for: see below. "K" is 1000, "per class" may be left out       |
+
+    A budget is filled in falling order of importance; a layer that does not fit any more is passed over, and less
+    important ones that still fit are taken. The class vector does not count against it. Layers of equal importance go
+    in order of execution.
+
+    Args:
+        model: with or without adapters.
+        preset: see above.
+        example_inputs: see `conv_layers`.
+        importance: for a budget: layer name -> importance, as a number or as `layer_importance` returns it. Layers
+            without one are not taken.
+        config: for a budget: what an adapter is made of, to count its numbers; its own targets do not matter. None
+            means `FunLoraConfig()`.
+
+    Returns:
+        Names in order of execution; at least one.
+
+    Raises:
+        ValueError: an unknown preset, indices that the model does not have, a part that the model does not have, a
+            budget without importance or below the cost of every layer, importance of layers that the model has not.
+
+    Source: "40-54" and its importance, arXiv 2510.02631, Tables I and V [exact]; the presets and the rule of the budget [ours].
+    """
+    if preset in ("decoder", "decoder-middle"):
+        if not knows_order(model):
+            raise ValueError(
+                f"`preset` is {preset!r}, a part of a UNet2DModel or UNet2DConditionModel in its standard form, but the "
+                f"model is a {type(without_peft(model)).__name__}. Give a range of indices of `conv_layers`."
+            )
+        return decoder(model) if preset == "decoder" else decoder_middle(model)
+    span, budget = _RANGE.fullmatch(preset), _BUDGET.fullmatch(preset)
+    if preset != "all" and not span and not budget:
+        raise ValueError(f"`preset` is {preset!r}, expected one of: {', '.join(PRESETS)}.")
+    layers = conv_layers(model, example_inputs)
+    if not layers:
+        raise ValueError(f"`preset` is {preset!r}, but {type(without_peft(model)).__name__} has no Conv2d that runs.")
+    if span:
+        first, last = (int(number) for number in span.groups())
+        if not first <= last < len(layers):
+            raise ValueError(
+                f"`preset` is {preset!r}, expected two rising indices between 0 and {len(layers) - 1}: the model has "
+                f"{len(layers)} convolutions."
+            )
+        return layers[first : last + 1]
+    if budget:
+        number, thousands = budget.groups()
+        limit = float(number) * (1000 if thousands else 1)
+        return _fill_budget(model, layers, limit, preset, importance, config or FunLoraConfig())
+    return layers
+
+
+def resolve_targets(
+    model: nn.Module, target_modules: Sequence[str] | str | None, **kwargs: Any
+) -> Sequence[str] | str | None:
+    """`target_modules` with a preset of `select_layers` replaced by the names it stands for.
+
+    Args:
+        model: whose layers they are.
+        target_modules: a preset, alone or as the only entry of a list; anything else (names, a regex, "all-conv", None)
+            comes back as it is.
+        **kwargs: for `select_layers`.
+
+    Returns:
+        What `FunLoraConfig` takes as `target_modules`.
+    """
+    single = target_modules if isinstance(target_modules, str) else None
+    if single is None and target_modules is not None and len(target_modules) == 1:
+        (single,) = target_modules
+    return select_layers(model, single, **kwargs) if single is not None and is_preset(single) else target_modules
+
+
+def is_preset(text: str) -> bool:
+    """Whether `select_layers` knows this as a preset."""
+    named = text in ("all", "decoder", "decoder-middle")
+    return named or bool(_RANGE.fullmatch(text) or _BUDGET.fullmatch(text))
+
+
+def parameters_per_class(model: nn.Module, config: PeftConfig) -> ParametersPerClass:
+    """How many numbers an adapter with this configuration would add to the model.
+
+    Counted on a copy without values: neither the model nor the configuration is changed, and no weight is copied.
+
+    Args:
+        model: with adapters or without; those there do not count.
+        config: a `FunLoraConfig` or any other configuration of PEFT.
+
+    Returns:
+        The count without and with the class vector: FunLoRA's own, or the embedding's rows that
+        `trainable_token_indices` names. Both are the same where the adapter has none.
+
+    Raises:
+        ValueError: what PEFT raises for targets that the model does not have.
+
+    Source: arXiv 2510.02631, Tables I, II, IV and V [exact].
+    """
+    adapted = _adapted_shape(model, config)
+    total = vectors = 0
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            total += parameter.numel()
+            vectors += parameter.numel() if _CLASS_VECTOR.search(name) else 0
+    return ParametersPerClass(without_vector=total - vectors, with_vector=total)
+
+
+def layer_importance(
+    model_or_adapters: nn.Module | Iterable[Path | str | Mapping[str, torch.Tensor]],
+    *,
+    order: Sequence[str] | None = None,
+) -> dict[str, LayerImportance]:
+    """Importance of each adapted layer over the classes: how far its A and B have moved from where they started.
+
+    `I_y^l = (||vec(A) - 1||_1 + ||vec(B) - 1||_1) / (|vec(A)| + |vec(B)|)` for class y, where A and B started at 1;
+    `I^l` is its mean over the classes. For r > 1, B starts at 1/r, which then takes the place of 1 [ours].
+
+    Args:
+        model_or_adapters: a model with FunLoRA layers (a PeftModel or any other), of which every adapter counts as a
+            class; or adapters, each a folder or a state dict as PEFT saves them.
+        order: layer names in the order wanted; adapted layers that are not in it come last. None: order of execution
+            for a model where it is known (see `conv_layers`), otherwise as they come.
+
+    Returns:
+        Layer name -> mean and standard deviation over the classes that adapt it. Empty if no layer has factors.
+
+    Raises:
+        FileNotFoundError: a folder without an adapter.
+
+    Source: arXiv 2510.02631, equations 20 and 21 and Figure 3 [text]. The paper takes it from adapters with `identity` and `mul`; that
+    of other functions is measured alike [ours] and is not comparable in size. It means nothing for vanilla add
+    (`identity` and `add`), which starts elsewhere.
+    """
+    if isinstance(model_or_adapters, nn.Module):
+        per_class = _importance_in_model(model_or_adapters)
+        if order is None and knows_order(model_or_adapters):
+            order = unet_conv_names(model_or_adapters)
+    else:
+        alone = isinstance(model_or_adapters, (str, os.PathLike, Mapping))
+        adapters = [model_or_adapters] if alone else model_or_adapters
+        per_class = [adapter_importance(_state_dict(adapter)) for adapter in adapters]
+    values: dict[str, list[float]] = {layer: [] for layer in order or ()}
+    for importance in per_class:
+        for layer, value in importance.items():
+            values.setdefault(layer, []).append(value)
+    result = {}
+    for layer, numbers in values.items():
+        if numbers:
+            over_classes = torch.tensor(numbers, dtype=torch.float64)
+            result[layer] = LayerImportance(over_classes.mean().item(), over_classes.std(correction=0).item())
+    return result
 
 
 def adapter_importance(state_dict: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """How far each layer of one adapter has moved from the identity.
-
-    `I_y^l = (||vec(A) - 1||_1 + ||vec(B) - 1||_1) / (|vec(A)| + |vec(B)|)`, where A and B started at 1.
+    """How far each layer of one adapter has moved from its start, see `layer_importance`.
 
     Args:
-        state_dict: of an adapter with r = 1, as PEFT saves it.
+        state_dict: as PEFT saves an adapter.
 
     Returns:
         Layer name -> importance, >= 0.
 
-    Source: arXiv 2510.02631, equation 20 [text]. The paper takes it from adapters with `identity` and `mul`; the figure of other
-    functions is measured alike [ours] and is not comparable in size with it.
+    Source: arXiv 2510.02631, equation 20 [text].
     """
     importance = {}
     for key, A in state_dict.items():
         if key.endswith(".funlora_A"):
             layer = key.removesuffix(".funlora_A")
-            moved = torch.cat([A.flatten(), state_dict[f"{layer}.funlora_B"].flatten()]).double() - 1
-            importance[layer.removeprefix(_PREFIX)] = moved.abs().mean().item()
+            importance[layer.removeprefix(_PREFIX)] = _moved(A, state_dict[f"{layer}.funlora_B"])
     return importance
 
 
-def layer_importance(adapters: Iterable[Path], order: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Importance of each layer over the classes.
+def _moved(A: torch.Tensor, B: torch.Tensor) -> float:
+    """Mean absolute change of the entries of A `(C_out, r)` and B `(r, C_in)` since their start, >= 0."""
+    A, B = A.detach().double(), B.detach().double()
+    return torch.cat([(A - 1).flatten(), (B - 1 / A.shape[1]).flatten()]).abs().mean().item()
 
-    Args:
-        adapters: folders of adapters that adapt the same layers.
-        order: names of layers, which gives the order of the result; layers that no adapter has are left out.
 
-    Returns:
-        Layer name -> (mean, standard deviation over the classes).
+def _importance_in_model(model: nn.Module) -> list[dict[str, float]]:
+    by_adapter: dict[str, dict[str, float]] = {}
+    for layer, module in plain_modules(model):
+        if isinstance(module, FunLoraFactorLayer):
+            for adapter, A in module.funlora_A.items():
+                by_adapter.setdefault(adapter, {})[layer] = _moved(A, module.funlora_B[adapter])
+    return list(by_adapter.values())
 
-    Source: arXiv 2510.02631, equation 21 and Figure 3 [text].
-    """
-    per_class = [adapter_importance(load_file(folder / "adapter_model.safetensors")) for folder in adapters]
-    result = {}
-    for layer in order:
-        values = torch.tensor([importance[layer] for importance in per_class if layer in importance])
-        if len(values):
-            result[layer] = (values.mean().item(), values.std(correction=0).item())
-    return result
+
+def _state_dict(adapter: Path | str | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    return adapter if isinstance(adapter, Mapping) else load_file(Path(adapter) / "adapter_model.safetensors")
+
+
+def _traced_conv_names(model: nn.Module, example_inputs: Any) -> list[str]:
+    args, kwargs = _arguments(example_inputs)
+    convolutions = set(conv_names(model))
+    ran: dict[str, None] = {}
+    # Both what wraps a convolution and the convolution itself: which of them is called is up to the adapter.
+    handles = [
+        module.register_forward_pre_hook(partial(lambda name, *_: ran.setdefault(name), name))
+        for name, module in plain_modules(model)
+        if name in convolutions
+    ]
+    try:
+        with torch.no_grad(), _evaluation_mode(model):
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(ran)
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise ValueError(
+        f"`example_inputs` is a {type(example_inputs).__name__}, expected a tuple of arguments, a dict of keyword "
+        "arguments, or a tensor."
+    )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    # Statistics of normalisation layers must not change.
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _fill_budget(
+    model: nn.Module,
+    layers: Sequence[str],
+    limit: float,
+    preset: str,
+    importance: Mapping[str, float | tuple[float, float]] | None,
+    config: PeftConfig,
+) -> list[str]:
+    if not importance:
+        raise ValueError(
+            f"`importance` is {importance!r}, but the budget {preset!r} is filled by importance: pass what "
+            "`layer_importance` returns for trained adapters of this model."
+        )
+    unknown = [layer for layer in importance if layer not in layers]
+    if unknown:
+        raise ValueError(
+            f"`importance` has {', '.join(unknown)}, which the model does not run as a Conv2d: pass that of adapters "
+            "of this model."
+        )
+    costs = _parameters_by_layer(model, [layer for layer in layers if layer in importance], config)
+
+    def value(layer: str) -> float:
+        entry = importance[layer]
+        return entry[0] if isinstance(entry, tuple) else entry
+
+    chosen, left = set(), limit
+    # sorted() is stable, also in reverse: equals stay in order of execution.
+    for layer in sorted(costs, key=value, reverse=True):
+        if costs[layer] <= left:
+            chosen.add(layer)
+            left -= costs[layer]
+    if not chosen:
+        raise ValueError(
+            f"`preset` is {preset!r}, but the cheapest layer costs {min(costs.values())} numbers a class: raise the "
+            "budget, or count with a larger `ratio`."
+        )
+    return [layer for layer in layers if layer in chosen]
+
+
+def _parameters_by_layer(model: nn.Module, layers: Sequence[str], config: PeftConfig) -> dict[str, int]:
+    config = copy.deepcopy(config)
+    config.target_modules = set(layers)
+    adapted = _adapted_shape(model, config)
+    costs = dict.fromkeys(layers, 0)
+    for name, module in plain_modules(adapted):
+        if name in costs and isinstance(module, BaseTunerLayer):
+            costs[name] = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return costs
+
+
+def _adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
+    """A copy of the model on the meta device, its adapters replaced by one of `config`."""
+    config = copy.deepcopy(config)
+    # A configuration read from a file is one for inference, with nothing to train.
+    config.inference_mode = False
+    config.base_model_name_or_path = None
+    model = without_peft(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    # deepcopy takes what the memo holds instead of copying it.
+    memo = {id(tensor): _without_values(tensor) for tensor in tensors}
+    shape = _without_adapters(copy.deepcopy(model, memo)).requires_grad_(False)
+    with torch.device("meta"):
+        return get_peft_model(shape, config)
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
+    # What PEFT and diffusers take for a sign of adapters.
+    model.__dict__.pop("peft_config", None)
+    return model

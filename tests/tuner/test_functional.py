@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from funlora_hf import functional_matrix, initial_alpha
+from funlora_hf import functional_matrix, initial_alpha, numerical_rank
 from funlora_hf.tuner.functional import FUNCTIONS, OPERATIONS, default_omega, expand, reduced_size
 
 
@@ -314,3 +314,109 @@ def test_initial_alpha_errors_name_field_and_value(args, words):
         initial_alpha(*args)
     for word in words:
         assert word in str(error.value)
+
+
+# Numerical rank
+
+
+def product_of_rank(rank, rows=12, columns=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 9])
+def test_rank_of_a_product_of_that_rank(rank):
+    assert numerical_rank(product_of_rank(rank)) == rank
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rank_is_numpys_for_the_dtype(dtype):
+    # Singular values at every magnitude, so that the tolerance decides.
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(30, 30, generator=generator, dtype=torch.float64))
+    F = ((left[:, :30] * torch.logspace(0, -20, 30, dtype=torch.float64)) @ right).to(dtype)
+    # Away from the tolerance by more than the rounding of a singular value.
+    expected = np.linalg.matrix_rank(F.double().numpy(), tol=40 * np.finfo(str(dtype).split(".")[1]).eps)
+    assert numerical_rank(F) == expected
+    assert 0 < expected < 30
+    for tol in (0.5, 1e-2, 1e-4):
+        assert numerical_rank(F, tol=tol) == np.linalg.matrix_rank(F.double().numpy(), tol=tol)
+
+
+def test_tolerance_is_absolute_and_exclusive():
+    F = torch.diag(torch.tensor([4.0, 2.0, 1.0]))
+    assert [numerical_rank(F, tol=tol) for tol in (0, 0.5, 1.0, 2.0, 4.0)] == [3, 3, 2, 1, 0]
+
+
+def test_rank_of_float32_rounding_is_not_counted():
+    A, B, _, _ = arguments("identity", False, rows=64, columns=64, r=1, dtype=torch.float32)
+    F = functional_matrix(A, B, function="identity")
+    assert numerical_rank(F) == 1
+    assert numerical_rank(F.double()) > 1
+
+
+@pytest.mark.parametrize(("function", "with_omega", "bound"), [("identity", False, 1), ("shift", False, P)])
+def test_rank_of_functions_is_bounded(function, with_omega, bound):
+    F = functional_matrix(*arguments(function, with_omega, rows=16, columns=16, r=1), function=function)
+    assert numerical_rank(F) == bound
+
+
+def test_cosine_of_a_rank_one_product_has_a_higher_rank():
+    A, B, alpha, _ = arguments("cosine", False, rows=16, columns=16, r=1, p=10)
+    assert numerical_rank(functional_matrix(A, B, alpha)) > 10
+
+
+matrices = st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**31)).map(
+    lambda key: torch.randn(key[0], key[1], generator=torch.Generator().manual_seed(key[2]))
+)
+
+
+@quick
+@given(F=matrices, power=st.integers(-20, 20), data=st.data())
+def test_rank_does_not_change_with_scale_transposition_or_order(F, power, data):
+    rank = numerical_rank(F)
+    assert 0 <= rank <= min(F.shape)
+    # A power of two scales without rounding.
+    assert numerical_rank(F * 2.0**power) == rank
+    assert numerical_rank(F.T) == rank
+    rows = data.draw(st.permutations(range(len(F))))
+    assert numerical_rank(F[rows]) == rank
+    assert numerical_rank(torch.cat([F, F])) == rank
+
+
+@quick
+@given(F=matrices, low=st.floats(0, 5), high=st.floats(0, 5))
+def test_rank_falls_with_the_tolerance(F, low, high):
+    low, high = sorted((low, high))
+    assert numerical_rank(F, tol=low) >= numerical_rank(F, tol=high)
+
+
+@quick
+@given(F=matrices, ratio=st.integers(2, 4))
+def test_rank_of_a_reduced_matrix_is_that_of_its_expansion(F, ratio):
+    shape = torch.Size((len(F) * ratio - 1, F.shape[1] * ratio))
+    assert numerical_rank(expand(F, ratio, shape)) == numerical_rank(F)
+
+
+def test_rank_leaves_gradients_alone():
+    F = torch.eye(3, requires_grad=True)
+    assert numerical_rank(F) == 3
+    assert F.grad is None
+
+
+@pytest.mark.parametrize(
+    ("F", "tol", "message"),
+    [
+        (torch.ones(3), None, "expected a floating matrix"),
+        (torch.ones(2, 3, 3), None, "expected a floating matrix"),
+        (torch.ones(2, 2, dtype=torch.long), None, "`F` is torch.int64"),
+        (torch.tensor([[1.0, float("nan")]]), None, "not finite"),
+        (torch.tensor([[1.0, float("inf")]]), 0.1, "not finite"),
+        (torch.eye(2), -1.0, "`tol` is -1.0"),
+        (torch.eye(2), float("nan"), "`tol` is nan"),
+    ],
+)
+def test_rank_names_wrong_input(F, tol, message):
+    with pytest.raises(ValueError, match=message):
+        numerical_rank(F, tol)

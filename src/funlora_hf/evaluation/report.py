@@ -157,7 +157,7 @@ def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, tuple[float,
         return {}
     with torch.device("meta"):
         unet = UNet2DModel.from_config(UNet2DModel.load_config(strategy.setting.base_dir, subfolder="unet"))
-    return layer_importance(adapters, unet_conv_names(unet))
+    return layer_importance(adapters, order=unet_conv_names(unet))
 
 
 def _figures(

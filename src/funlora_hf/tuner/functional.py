@@ -153,6 +153,39 @@ def expand(F: torch.Tensor, ratio: int, shape: torch.Size) -> torch.Tensor:
     return F.reshape(*F.shape, *(1 for _ in shape[2:]))
 
 
+def numerical_rank(F: torch.Tensor, tol: float | None = None) -> int:
+    """How many singular values of a matrix are above a tolerance; they are computed in float64, on the CPU.
+
+    Args:
+        F: `(m, n)`, of a floating dtype, finite.
+        tol: absolute, >= 0. None means `max(m, n) * eps * sigma_max`, with the machine epsilon of F's own dtype and its
+            largest singular value: what numpy and torch take. F of a float32 adapter is float32; cast to float64 before, its
+            rounding errors would count as rank.
+
+    Returns:
+        The rank, between 0 and min(m, n).
+
+    Raises:
+        ValueError: not a finite floating matrix, or a negative tolerance.
+
+    Source: arXiv 2510.02631, Figure 4 [text]; the paper does not say which tolerance it takes, so this one is [ours].
+    """
+    if F.dim() != 2 or not F.is_floating_point():
+        raise ValueError(
+            f"`F` is {F.dtype} of shape {tuple(F.shape)}, expected a floating matrix: pass what `functional_matrix` returns."
+        )
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"`tol` is {tol!r}, expected a number >= 0, or None for that of F's dtype.")
+    if not torch.isfinite(F).all():
+        raise ValueError(
+            "`F` has entries that are not finite, so it has no rank: check the adapter that it comes from."
+        )
+    relative = max(F.shape) * torch.finfo(F.dtype).eps if tol is None else 0.0
+    # Not every device has float64.
+    matrix = F.detach().to("cpu", torch.float64)
+    return int(torch.linalg.matrix_rank(matrix, atol=tol or 0.0, rtol=relative))
+
+
 def check_at_least_one(field: str, value: object) -> None:
     """Raise a ValueError that names the field and the value, unless `value` is an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

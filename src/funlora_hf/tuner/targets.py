@@ -2,44 +2,108 @@
 
 from __future__ import annotations
 
-from diffusers import UNet2DModel
+from collections.abc import Iterator
+
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
 ALL_CONV = "all-conv"
+UNETS = (UNet2DModel, UNet2DConditionModel)
+
+# In order of execution; of those, only some U-Nets have `add_embedding` (with convolutions if it embeds an image hint).
+_PARTS = ("add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The model that a PeftModel or a tuner is wrapped around; its layers keep their adapters."""
+    while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        model = model.model if isinstance(model, BaseTuner) else model.base_model
+    return model
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Like `named_modules`, but by the names that modules have without adapters.
+
+    A layer with adapters comes twice under its name: once the wrapper, once what it wraps. What belongs to adapters
+    alone (another method's factors, copies in `modules_to_save`) is left out.
+    """
+    seen: set[nn.Module] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield name, module
+        if isinstance(module, BaseTunerLayer):
+            yield from walk(name, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            yield from walk(name, module.original_module)
+        else:
+            for child_name, child in module.named_children():
+                yield from walk(f"{name}.{child_name}" if name else child_name, child)
+
+    return walk("", without_peft(model))
 
 
 def conv_names(model: nn.Module) -> list[str]:
     """Names of all Conv2d of a model in the order of `named_modules`, also where adapters have wrapped them."""
-    return [
-        _without_wrapper(name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and ".modules_to_save." not in name
-    ]
+    return [name for name, module in plain_modules(model) if isinstance(module, nn.Conv2d)]
 
 
-def unet_conv_names(unet: UNet2DModel) -> list[str]:
-    """Names of all Conv2d of a `UNet2DModel` in order of execution, which is the paper's numbering.
+def knows_order(model: nn.Module) -> bool:
+    """Whether `unet_conv_names` holds for this model: a diffusers U-Net of two dimensions in its standard parts.
 
-    `named_modules` lists the decoder before the middle block, and in a resnet the shortcut last, which is also where
-    it runs; upsamplers and downsamplers run after the resnets and attentions of their block.
+    Not so with `dual_cross_attention`, where a setting of each block says which of two transformers runs first.
+    """
+    unet = without_peft(model)
+    return (
+        isinstance(unet, UNETS)
+        and all(name.partition(".")[0] in _PARTS for name in conv_names(unet))
+        and not any(isinstance(module, DualTransformer2DModel) for module in unet.modules())
+    )
+
+
+def unet_conv_names(unet: UNet2DModel | UNet2DConditionModel) -> list[str]:
+    """Names of all Conv2d of a U-Net (see `knows_order`) in order of execution, which is the paper's numbering.
+
+    `named_modules` lists the decoder before the middle block, and the attentions of a block before the resnets with
+    which they alternate. In a resnet the shortcut comes last, which is also where it runs; upsamplers and
+    downsamplers run after the resnets and attentions of their block.
 
     Source: Table I [exact].
     """
-    parts = ("conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
 
-    def position(name: str) -> tuple:
+    def position(name: str) -> tuple[int, ...]:
         part, *rest = name.split(".")
-        # The up blocks with skips register `resnet_up` before `skip_conv` and run it after.
-        within = (int(rest[0]), "resnet_up" in rest) if part == "up_blocks" else ()
-        return parts.index(part), *within
+        if part not in ("down_blocks", "mid_block", "up_blocks"):
+            return (_PARTS.index(part),)
+        block = 0
+        if part != "mid_block":
+            block, *rest = int(rest[0]), *rest[1:]
+        if rest[0] in ("resnets", "attentions"):
+            # Also in the middle block, which begins with a resnet.
+            within = (0, int(rest[1]), rest[0] == "attentions")
+        else:
+            # The up blocks with skips register `resnet_up` before `skip_conv` and run it after.
+            within = (1, rest[0] == "resnet_up")
+        return (_PARTS.index(part), block, *within)
 
-    # sorted() is stable: but for that, the order of registration is the order of execution inside a part.
+    # sorted() is stable: but for that, the order of registration is the order of execution.
     return sorted(conv_names(unet), key=position)
 
 
-def decoder_middle(unet: UNet2DModel) -> list[str]:
-    """The paper's layers, the middle of the decoder, carried over to any `UNet2DModel`.
+def decoder(unet: UNet2DModel | UNet2DConditionModel) -> list[str]:
+    """Names of the Conv2d of a U-Net's up blocks, in order of execution. Source: [ours], the paper gives ranges."""
+    return [name for name in unet_conv_names(unet) if name.startswith("up_blocks.")]
+
+
+def decoder_middle(unet: UNet2DModel | UNet2DConditionModel) -> list[str]:
+    """The paper's layers, the middle of the decoder, carried over to any U-Net of diffusers.
 
     The decoder's N resnets are numbered in order of execution from 0; taken are the resnets N//3 .. 3N//4 - 1 and the
     upsamplers after them. On the paper's CIFAR backbone, conv1 and conv2 of the first are dropped, so that the
@@ -50,6 +114,7 @@ def decoder_middle(unet: UNet2DModel) -> list[str]:
 
     Source: Tables I and V [exact] for the paper's two backbones; the rule for others is [ours].
     """
+    unet = without_peft(unet)
     resnets = [
         f"up_blocks.{i}.resnets.{j}" for i, block in enumerate(unet.up_blocks) for j in range(len(block.resnets))
     ]
@@ -57,13 +122,13 @@ def decoder_middle(unet: UNet2DModel) -> list[str]:
     last_of_block = {f"up_blocks.{i}.resnets.{len(block.resnets) - 1}": i for i, block in enumerate(unet.up_blocks)}
     prefixes = [f"{name}." for name in chosen]
     prefixes += [f"up_blocks.{last_of_block[name]}.upsamplers." for name in chosen if name in last_of_block]
-    names = [name for name in unet_conv_names(unet) if name.startswith(tuple(prefixes))]
+    names = [name for name in decoder(unet) if name.startswith(tuple(prefixes))]
     if _is_paper_cifar_backbone(unet):
         names = [name for name in names if name not in (f"{chosen[0]}.conv1", f"{chosen[0]}.conv2")]
     return names
 
 
-def _is_paper_cifar_backbone(unet: UNet2DModel) -> bool:
+def _is_paper_cifar_backbone(unet: nn.Module) -> bool:
     config = unet.config
     return (
         tuple(config.block_out_channels) == (128, 256, 256, 256)
@@ -71,7 +136,3 @@ def _is_paper_cifar_backbone(unet: UNet2DModel) -> bool:
         and tuple(config.down_block_types) == ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
         and tuple(config.up_block_types) == ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
     )
-
-
-def _without_wrapper(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
