@@ -1,4 +1,4 @@
-"""What layers with adapters share, whatever an adapter does: which one acts, mixed batches, merging exact to the bit.
+"""What layers with adapters share, whatever an adapter does: which acts and how strongly, mixed batches, exact merging.
 
 Knows PEFT's layer protocol; knows nothing of FunLoRA, of models, training or files.
 """
@@ -14,6 +14,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 
 BASE = "__base__"
@@ -46,18 +47,25 @@ class AdapterGroups:
         return joined[self.inverse.to(joined.device)]
 
 
+def blend(identity: torch.Tensor | float | None, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """`identity + scale * (value - identity)`; at scale 1 `value` itself, to the bit, and `identity` is not used."""
+    return value if scale == 1 else identity + scale * (value - identity)
+
+
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """A module wrapped so that adapters change what it computes.
 
-    A subclass says how adapters change the base's weight and what the layer computes with them.
+    A subclass says how adapters change the base's weight and what the layer computes with them, each adapter at its
+    `scaling`: 0 is the base, 1 the adapter as trained (see `blend`).
     """
 
-    other_param_names = ("settings",)
+    other_param_names = ("settings", "scaling")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PeftConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.settings: dict[str, PeftConfig] = {}
+        self.scaling: dict[str, float] = {}
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self._disable_adapters = False
@@ -70,6 +78,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Add (or start anew) the parameters of an adapter, on the device of the base's weight."""
         self.settings[adapter_name] = config
+        self.scaling[adapter_name] = 1.0
         for name in self.adapter_layer_names:
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
@@ -84,16 +93,47 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     @abstractmethod
     def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
-        """The base's `weight` as the adapters change it together."""
+        """The base's `weight` as the adapters change it together, each at its `scaling`."""
 
     @abstractmethod
     def adapted_forward(
         self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """The layer's output with these adapters acting on all of `x`."""
+        """The layer's output with these adapters acting on all of `x`, each at its `scaling`."""
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """
+        Set how strongly an adapter acts; a layer without it ignores the call. Not saved with the adapter.
+
+        Args:
+            adapter (`str`): name of the adapter.
+            scale (`float`):
+                0 is the base, 1 the adapter as trained; between them and beyond, the weight with this adapter alone is
+                `base + scale * (adapted - base)`. Merged weights follow.
+
+        Source: [ours]; the calls are those of PEFT's LoRA layers.
+        """
+        if adapter not in self.scaling:
+            return
+        merged = list(self.merged_adapters)
+        if adapter in merged:
+            self.unmerge()
+        self.scaling[adapter] = scale
+        if adapter in merged:
+            self.merge(adapter_names=merged)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of every active adapter by `scale`."""
+        for name in self.active_adapters:
+            self.set_scale(name, self.scaling.get(name, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of every active adapter by `scale`; None sets it back to 1."""
+        for name in self.active_adapters:
+            self.set_scale(name, 1.0 if scale is None else self.scaling.get(name, 1.0) / scale)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """Adapted minus original weight, in the weight's own shape."""
+        """Adapted minus original weight at the adapter's scale, in the weight's own shape."""
         weight = self._original_weight()
         return self.adapted_weight([adapter], weight) - weight
 
@@ -177,3 +217,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             parameters = getattr(self, name)
             if adapter_name in parameters and parameters[adapter_name].device.type != "meta":
                 parameters[adapter_name] = parameters[adapter_name].to(device)
+
+
+def _refuse_other_method(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    wraps = name == "base_layer" and isinstance(module, BaseTunerLayer)
+    if wraps and isinstance(submodule, AdapterLayer):
+        raise ValueError(
+            f"{type(module).__module__}.{type(module).__name__} cannot be put around a {type(submodule).__name__} of "
+            f"{submodule.get_base_layer()}: both change the same weight, and merging one would corrupt the other. Merge "
+            "and unload the adapters that are there, or target other modules."
+        )
+
+
+# Another method puts its layer around whatever it finds and asks nothing of what it wraps; this is where torch tells.
+register_module_module_registration_hook(_refuse_other_method)

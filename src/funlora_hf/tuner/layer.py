@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .adapter_layer import AdapterLayer
+from .adapter_layer import AdapterLayer, blend
 from .config import FunLoraConfig
 from .functional import default_omega, expand, functional_matrix, initial_alpha, reduced_size
 
@@ -59,13 +59,18 @@ class FunLoraFactorLayer(FunLoraLayer):
         return expand(functional_matrix(*factors, function=config.function), config.ratio, self.weight.shape)
 
     def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
-        """`weight * F` , `weight + F` or `weight * F + G`, computed in float32 at least, in the dtype of `weight`."""
+        """`weight * F`, `weight + F` or `weight * F + G`, computed in float32 at least, in the dtype of `weight`.
+
+        At scale s, F as a factor is 1 + s (F - 1), and a term is multiplied by s. Source: [ours].
+        """
         factors, terms = [], []
         for name in adapter_names:
-            operation = self.settings[name].operation
-            (terms if operation == "add" else factors).append(self.functional_matrix(name))
-            if operation == "mul-add":
-                terms.append(self.functional_matrix(name, "add_"))
+            operation, scale = self.settings[name].operation, self.scaling[name]
+            if operation != "add":
+                factors.append(blend(1.0, self.functional_matrix(name), scale))
+            if operation != "mul":
+                part = "add_" if operation == "mul-add" else ""
+                terms.append(blend(0.0, self.functional_matrix(name, part), scale))
         adapted = weight
         for factor in factors:
             adapted = adapted * factor
@@ -123,8 +128,9 @@ class FunLoraClassVector(FunLoraLayer):
 
     The vector starts at the mean of the base's rows. Vectors of several active adapters average. Merged, every row of
     the embedding is that vector, and labels are looked up again: they must be below the base's `num_embeddings`.
+    The same holds at a scale s other than 1, where the output is row + s (vector - row), `row` being the label's.
 
-    Source: arXiv 2510.02631, the class-conditioning vector [text]; its start and the average are [ours].
+    Source: arXiv 2510.02631, the class-conditioning vector [text]; its start, average and scale are [ours].
     """
 
     adapter_layer_names = ("funlora_class_vector",)
@@ -139,12 +145,15 @@ class FunLoraClassVector(FunLoraLayer):
 
     def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
         """The vector in every row, `(num_embeddings, embedding_dim)`."""
-        return self._vector(adapter_names).to(weight.dtype).expand_as(weight).clone()
+        return self._replaced(adapter_names, weight).to(weight.dtype).expand_as(weight).clone()
 
     def adapted_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
-        """x: class labels `(batch,)`, which are not read -> `(batch, embedding_dim)`."""
-        return self._vector(adapter_names).to(self.weight.dtype).expand(*x.shape, -1)
+        """x: class labels `(batch,)`, which are not read at scale 1 -> `(batch, embedding_dim)`."""
+        whole = all(self.scaling[name] == 1 for name in adapter_names)
+        rows = self._replaced(adapter_names, None if whole else self.base_layer(x))
+        return rows.to(self.weight.dtype).expand(*x.shape, -1)
 
-    def _vector(self, adapter_names: Sequence[str]) -> torch.Tensor:
-        vectors = [self.funlora_class_vector[name] for name in adapter_names]
-        return vectors[0] if len(vectors) == 1 else torch.stack(vectors).mean(dim=0)
+    def _replaced(self, adapter_names: Sequence[str], rows: torch.Tensor | None) -> torch.Tensor:
+        """The vector `(embedding_dim,)`, or what takes the place of `rows`, `(..., embedding_dim)`."""
+        vectors = [blend(rows, self.funlora_class_vector[name], self.scaling[name]) for name in adapter_names]
+        return vectors[0] if len(vectors) == 1 else torch.stack(torch.broadcast_tensors(*vectors)).mean(dim=0)
