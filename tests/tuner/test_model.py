@@ -127,14 +127,19 @@ def test_class_label_does_not_matter_to_an_adapter():
     assert not torch.equal(run(without, inputs), run(without, {**inputs, "class_labels": 1 - inputs["class_labels"]}))
 
 
-def test_low_precision_base_keeps_float32_adapters():
-    for autocast_adapter_dtype in (True, False):
-        unet = make_unet().to(torch.bfloat16)
-        inputs = {name: x if name == "class_labels" else x.to(torch.bfloat16) for name, x in batch().items()}
-        expected = run(unet, inputs)
-        model = get_peft_model(unet, FunLoraConfig(), autocast_adapter_dtype=autocast_adapter_dtype)
-        assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_low_precision_base_keeps_float32_adapters_unless_asked(autocast_adapter_dtype):
+    unet = make_unet().to(torch.bfloat16)
+    inputs = {name: x if name == "class_labels" else x.to(torch.bfloat16) for name, x in batch().items()}
+    expected = run(unet, inputs)
+    model = get_peft_model(unet, FunLoraConfig(), autocast_adapter_dtype=autocast_adapter_dtype)
+    dtype = torch.float32 if autocast_adapter_dtype else torch.bfloat16
+    assert {p.dtype for p in adapter_parameters(model).values()} == {dtype}
+    assert all(p.requires_grad for p in adapter_parameters(model).values())
+    if autocast_adapter_dtype:
         assert torch.equal(run(model, inputs), expected)
+    else:  # alpha is rounded, so the start is the identity to bfloat16's precision only
+        torch.testing.assert_close(run(model, inputs), expected, rtol=0.05, atol=0.05)
 
 
 def test_attention_is_adapted_too():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -64,6 +64,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PeftConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = _get_in_out_features(base_layer)
         self.settings: dict[str, PeftConfig] = {}
         self.scaling: dict[str, float] = {}
         for name in self.adapter_layer_names:

@@ -55,6 +55,16 @@ class AdapterModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        # The layers keep adapters in float32; who switches that off, as PEFT allows, gets the dtype of the base.
+        for layer in (module for module in self.modules() if isinstance(module, AdapterLayer)):
+            for parameters in (getattr(layer, name) for name in layer.adapter_layer_names):
+                if adapter_name in parameters:
+                    parameters[adapter_name].data = parameters[adapter_name].data.to(layer.weight.dtype)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """
         Merge the active adapters into the base's weights; if one layer refuses, none stays merged.
