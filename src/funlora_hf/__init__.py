@@ -2,7 +2,15 @@
 
 from .layer_selection import conv_layers, layer_importance, parameters_per_class, select_layers
 from .pipeline import FunLoraPipeline, FunLoraPipelineOutput
-from .tuner import FunLoraConfig, FunLoraModel, functional_matrix, initial_alpha, mixed_batch, numerical_rank
+from .tuner import (
+    FunLoraConfig,
+    FunLoraModel,
+    functional_matrix,
+    hotswap_adapter,
+    initial_alpha,
+    mixed_batch,
+    numerical_rank,
+)
 
 
 __version__ = "0.1.0.dev0"
@@ -14,6 +22,7 @@ __all__ = [
     "FunLoraPipelineOutput",
     "conv_layers",
     "functional_matrix",
+    "hotswap_adapter",
     "initial_alpha",
     "layer_importance",
     "mixed_batch",

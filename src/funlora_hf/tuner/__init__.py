@@ -8,6 +8,7 @@ extend_peft_type("FUNLORA")  # before config.py, which names the member
 from .adapter_model import mixed_batch  # noqa: E402
 from .config import FunLoraConfig  # noqa: E402
 from .functional import functional_matrix, initial_alpha, numerical_rank  # noqa: E402
+from .hotswap import hotswap_adapter  # noqa: E402
 from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear  # noqa: E402
 from .model import FunLoraModel  # noqa: E402
 
@@ -22,6 +23,7 @@ __all__ = [
     "FunLoraLinear",
     "FunLoraModel",
     "functional_matrix",
+    "hotswap_adapter",
     "initial_alpha",
     "mixed_batch",
     "numerical_rank",

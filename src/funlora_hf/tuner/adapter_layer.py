@@ -16,6 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from .tensor_checks import check_before_loading
+
 
 BASE = "__base__"
 
@@ -205,6 +207,24 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if len(groups.sizes) == 1:
             return self._forward_with(list(groups.sizes), x, *args, **kwargs)
         return groups.join([self._forward_with([name], part, *args, **kwargs) for name, part in groups.split(x)])
+
+    def adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters of all adapters, by their key in the layer's `state_dict`."""
+        return {
+            f"{part}.{name}": parameter
+            for part in self.adapter_layer_names
+            for name, parameter in getattr(self, part).items()
+        }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The tuner checks all its layers before any is loaded; this is for a model without one around it.
+        parts = tuple(f"{prefix}{part}." for part in self.adapter_layer_names)
+        check_before_loading(
+            {f"{prefix}{key}": parameter for key, parameter in self.adapter_tensors().items()},
+            {key: value for key, value in state_dict.items() if key.startswith(parts)},
+            saved_modules={},
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _original_weight(self) -> torch.Tensor:
         return self.weight.data if self._weight_before_merge is None else self._weight_before_merge

@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .adapter_layer import BASE, AdapterGroups, AdapterLayer
+from .tensor_checks import check_before_loading
 
 
 class AdapterModel(BaseTuner):
@@ -65,6 +66,13 @@ class AdapterModel(BaseTuner):
                 if adapter_name in parameters:
                     parameters[adapter_name].data = parameters[adapter_name].data.to(layer.weight.dtype)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            # On unloading. PEFT would copy the wrapper's `weight`, which for trained tokens is no parameter.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """
         Merge the active adapters into the base's weights; if one layer refuses, none stays merged.
@@ -84,6 +92,26 @@ class AdapterModel(BaseTuner):
                     if names:
                         layer.merge(adapter_names=names)
             raise
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = self.state_dict(prefix=prefix)
+        live = {
+            f"{prefix}{name}.{key}": parameter
+            for name, layer in self.named_modules()
+            if isinstance(layer, self.tuner_layer_cls)
+            for key, parameter in layer.adapter_tensors().items()
+        }
+
+        def of_an_adapter(key: str) -> bool:
+            # The base may have a module whose name begins as those of an adapter's tensors do.
+            return key in live or (key not in own and any(part.startswith(self.prefix) for part in key.split(".")))
+
+        check_before_loading(
+            live,
+            {key: value for key, value in state_dict.items() if of_an_adapter(key)},
+            saved_modules={key: value for key, value in state_dict.items() if ".modules_to_save." in key},
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

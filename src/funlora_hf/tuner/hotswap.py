@@ -1,0 +1,87 @@
+"""Other values for an adapter that is in a model, without a new compilation. Knows layers and the keys PEFT saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .adapter_layer import AdapterLayer
+from .tensor_checks import listed, misnamed, misshapen, not_finite
+
+
+_SAVED_PREFIX = "base_model.model."
+_COMPILED = "_orig_mod"
+
+
+def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default") -> None:
+    """
+    Copy the values of another adapter into one that is in the model.
+
+    The parameters stay the same objects, so that a compiled model serves any number of classes with one compilation;
+    `set_adapter` compiles anew for each. Nothing has changed if this raises.
+
+    Args:
+        model (`torch.nn.Module`):
+            A PeftModel, a tuner, or a module with adapter layers in it, whether compiled or wrapped for DDP or not.
+        state_dict (`Mapping[str, torch.Tensor]`):
+            The other adapter as PEFT saves it: what `safetensors.torch.load_file` gives for its
+            `adapter_model.safetensors`, or `get_peft_model_state_dict`. It must have the same config; its tensors show
+            only in part whether it has (`cosine` and `power` look alike).
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            The adapter in the model whose values are replaced.
+
+    Raises:
+        ValueError: the model has no such adapter, it is merged, or tensors are missing, unexpected, of another shape
+            or not finite, which are named then.
+
+    Source: [ours].
+    """
+    inner = _wrapped_model(model)
+    layers = [module for module in inner.modules() if isinstance(module, AdapterLayer)]
+    known = sorted({name for layer in layers for name in layer.settings})
+    if adapter_name not in known:
+        raise ValueError(f"`adapter_name` is {adapter_name!r}, expected an adapter of the model: {known}.")
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(
+            f"Cannot hot-swap adapter {adapter_name!r} because it is currently merged into the base weights. Please "
+            "unmerge the adapter first by calling `unmerge_adapter`."
+        )
+    live = dict(_saved_tensors(inner, adapter_name))
+    given = {_plain(key): value for key, value in state_dict.items()}
+    problems = [*misnamed(live, given), *misshapen(live, given), *not_finite(given)]
+    if problems:
+        raise ValueError(f"The tensors do not fit adapter {adapter_name!r}, nothing was changed:\n{listed(problems)}")
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(given[key])
+
+
+def _wrapped_model(model: nn.Module) -> nn.Module:
+    """The model that the adapters were put into, from what is around it."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if isinstance(model, PeftModel):
+        model = model.base_model
+    return model.model if isinstance(model, BaseTuner) else model
+
+
+def _saved_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The live tensors of an adapter by the key that PEFT saves them under, less PEFT's prefix."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLayer):
+            for part in module.adapter_layer_names:
+                if adapter_name in getattr(module, part):
+                    yield _plain(f"{name}.{part}"), getattr(module, part)[adapter_name]
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            tensors = module.state_dict()
+            for saved, key in module.adapter_state_dict_load_map(adapter_name).items():
+                yield _plain(f"{name}.{saved}"), tensors[key]
+
+
+def _plain(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != _COMPILED).removeprefix(_SAVED_PREFIX)
