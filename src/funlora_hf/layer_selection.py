@@ -281,8 +281,9 @@ def adapter_importance(state_dict: Mapping[str, torch.Tensor]) -> dict[str, floa
 
 def _moved(A: torch.Tensor, B: torch.Tensor) -> float:
     """Mean absolute change of the entries of A `(C_out, r)` and B `(r, C_in)` since their start, >= 0."""
-    A, B = A.detach().double(), B.detach().double()
-    return torch.cat([(A - 1).flatten(), (B - 1 / A.shape[1]).flatten()]).abs().mean().item()
+    starts = torch.ones_like(A), torch.full_like(B, 1 / A.shape[1])
+    moved = [(now.detach().double() - start.double()).flatten() for now, start in zip((A, B), starts, strict=True)]
+    return torch.cat(moved).abs().mean().item()
 
 
 def _importance_in_model(model: nn.Module) -> list[dict[str, float]]:

@@ -29,8 +29,8 @@ def without_peft(model: nn.Module) -> nn.Module:
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Like `named_modules`, but by the names that modules have without adapters.
 
-    A layer with adapters comes twice under its name: once the wrapper, once what it wraps. What belongs to adapters
-    alone (another method's factors, copies in `modules_to_save`) is left out.
+    A layer with adapters comes several times under its name: as the wrapper, as what it wraps, and as its copies in
+    `modules_to_save`. What belongs to adapters alone, such as LoRA's factors, is left out.
     """
     seen: set[nn.Module] = set()
 
@@ -42,7 +42,8 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             yield from walk(name, module.get_base_layer())
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            yield from walk(name, module.original_module)
+            for version in (module.original_module, *getattr(module, "modules_to_save", {}).values()):
+                yield from walk(name, version)
         else:
             for child_name, child in module.named_children():
                 yield from walk(f"{name}.{child_name}" if name else child_name, child)
@@ -52,7 +53,7 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def conv_names(model: nn.Module) -> list[str]:
     """Names of all Conv2d of a model in the order of `named_modules`, also where adapters have wrapped them."""
-    return [name for name, module in plain_modules(model) if isinstance(module, nn.Conv2d)]
+    return list(dict.fromkeys(name for name, module in plain_modules(model) if isinstance(module, nn.Conv2d)))
 
 
 def knows_order(model: nn.Module) -> bool:
