@@ -92,10 +92,9 @@ class FunLoraFactorLayer(FunLoraLayer):
         if config.learns_omega:
             factors["omega"] = default_omega(config.num_functions)
         if not config.init_weights:
-            # Large enough to be seen in an output, small enough to keep the layer's scale: F is near 1, G near 0.
-            scale = {"A": 0.3, "B": 0.3 / config.r, "alpha": 0.5, "omega": 0.0}
-            size = 0.1 if operation == "add" else 1.0
-            factors = {name: value + size * scale[name] * torch.randn_like(value) for name, value in factors.items()}
+            # Large enough to be seen in an output, small enough to keep the layer's scale, also in A B to the power 10.
+            scale = {"A": 0.1, "B": 0.1 / config.r, "alpha": 0.1 if operation == "add" else 0.5, "omega": 0.0}
+            factors = {name: value + scale[name] * torch.randn_like(value) for name, value in factors.items()}
         # Under PEFT's low_cpu_mem_usage the weight may sit on the meta device, but its dtype is known.
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         return {name: value.to(dtype) for name, value in factors.items()}
