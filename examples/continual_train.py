@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -26,14 +27,23 @@ from funlora_hf.evaluation.report import ForgettingError
 from funlora_hf.run import RunArguments, run
 
 
-def parse(arguments: list[str]) -> RunArguments:
-    """The arguments of the command line over those of `--config`."""
+def parse(arguments: list[str], *more: type, description: str = __doc__) -> Any:
+    """The arguments of the command line over those of `--config`.
+
+    Args:
+        arguments: of the command line.
+        *more: further dataclasses of arguments.
+        description: for `--help`.
+
+    Returns:
+        `RunArguments`; with `more`, a tuple of them and one of each further dataclass.
+    """
     recipe_parser = argparse.ArgumentParser(add_help=False)
     recipe_parser.add_argument("--config", help="A recipe: YAML with the arguments below as keys.")
     given, rest = recipe_parser.parse_known_args(arguments)
     parser = HfArgumentParser(
-        (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments),
-        description=__doc__,
+        (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments, *more),
+        description=description,
         parents=[recipe_parser],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -46,8 +56,9 @@ def parse(arguments: list[str]) -> RunArguments:
             parser.error(f"{given.config}: unknown keys {', '.join(unknown)}; --help lists the known ones")
         parser.set_defaults(**recipe)
     # The last one holds --config, which belongs to no dataclass.
-    data, model, training, evaluation, _ = parser.parse_args_into_dataclasses(rest)
-    return RunArguments(data, model, training, evaluation)
+    data, model, training, evaluation, *others, _ = parser.parse_args_into_dataclasses(rest)
+    run_arguments = RunArguments(data, model, training, evaluation)
+    return (run_arguments, *others) if more else run_arguments
 
 
 def main() -> None:

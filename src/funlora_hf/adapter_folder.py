@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
-from .files import whole_folder
+from .files import read_json, whole_folder
 
 
 ADAPTERS_FOLDER = "adapters"
@@ -27,7 +28,22 @@ def adapter_folders(adapters: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
-def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
+def adapter_class(folder: Path) -> dict[str, Any]:
+    """Which class an adapter folder of a run makes: `{"class_label": id, "class_name": name or None}`.
+
+    FunLoRA's configuration says so; other methods' do not, and the folder's name and the card do.
+    """
+    settings = read_json(folder / "adapter_config.json")
+    label, name = settings.get("class_label"), settings.get("class_name")
+    if label is None:
+        label = int(folder.name.removeprefix(_PREFIX))
+    card = folder / "README.md"
+    if name is None and card.is_file():
+        name = ModelCard.load(card).data.to_dict().get("class_name")
+    return {"class_label": label, "class_name": name}
+
+
+def save_adapter(model: PeftModel, name: str, folder: Path, *, class_name: str | None = None) -> None:
     """
     Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors` and `README.md`.
 
@@ -37,6 +53,7 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
         model (`PeftModel`): holds the adapter.
         name (`str`): of the adapter in the model.
         folder (`Path`): to write.
+        class_name (`str`, *optional*): of the class, for the card; None: the one in a FunLoRA adapter's config.
     """
     with whole_folder(folder) as temporary:
         # The U-Net has no token embedding that PEFT would have to look for on the Hub.
@@ -46,24 +63,30 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
             for file in written.iterdir():
                 os.replace(file, temporary / file.name)
             written.rmdir()
-        _card(model, name).save(temporary / "README.md")
+        _card(model, name, class_name).save(temporary / "README.md")
 
 
-def _card(model: PeftModel, name: str) -> ModelCard:
+def _card(model: PeftModel, name: str, class_name: str | None) -> ModelCard:
     config = model.peft_config[name]
-    numbers = sum(parameter.numel() for key, parameter in model.named_parameters() if key.endswith(f".{name}"))
-    class_name = config.class_name or name
+    parts = [(key, parameter.numel()) for key, parameter in model.named_parameters() if f".{name}." in f"{key}."]
+    class_name = class_name or getattr(config, "class_name", None) or name
+    class_label = getattr(config, "class_label", None)
+    if class_label is None and name.removeprefix(_PREFIX).isdigit():
+        class_label = int(name.removeprefix(_PREFIX))
+    method = config.peft_type.value
+    data = ModelCardData(
+        library_name="peft",
+        tags=[method.lower(), "continual-learning", "flow-matching", "diffusers"],
+        class_name=class_name,
+    )
     return ModelCard.from_template(
-        ModelCardData(library_name="peft", tags=["funlora", "continual-learning", "flow-matching", "diffusers"]),
+        data,
         template_str=_template(),
         class_name=class_name,
-        class_label="not set" if config.class_label is None else config.class_label,
-        function=config.function,
-        operation=config.operation,
-        num_functions=config.num_functions,
-        rank=config.r,
-        ratio=config.ratio,
-        parameters=numbers,
+        class_label="not set" if class_label is None else class_label,
+        method=method,
+        config=config.to_dict(),
+        parameters=sum(count for _, count in parts),
     )
 
 

@@ -4,6 +4,7 @@ Knows the base, its adapters and the solvers; knows nothing of training or evalu
 """
 
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,14 +19,16 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2D
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from tqdm.auto import tqdm
 
-from .adapter_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save_adapter
+from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name, save_adapter
 from .flow_matching import sigma_to_timestep
 from .solvers import check_solver, solve
-from .tuner import FunLoraConfig, mixed_batch
+from .tuner import mixed_batch
 from .tuner.adapter_layer import BASE
-from .tuner.layer import FunLoraLayer
+from .tuner.adapter_model import AdapterModel
 
 
 @dataclass
@@ -215,7 +218,10 @@ class FunLoraPipeline(DiffusionPipeline):
         Add the class of an adapter.
 
         Args:
-            source (`str` or `os.PathLike`): a folder written by PEFT's `save_pretrained`, or a repository on the Hub.
+            source (`str` or `os.PathLike`):
+                A folder written by PEFT's `save_pretrained`, or a repository on the Hub. FunLoRA, or any other method of
+                PEFT whose layers take `adapter_names`; such an adapter may bring its class vector as row 0 of the class
+                embedding (`trainable_token_indices={"class_embedding": [0]}`). All adapters loaded are of one method.
             subfolder (`str`, *optional*): where in it the adapter lies.
             class_label (`int`, *optional*): id under which to ask for the class; None: the one in the adapter's config.
             class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
@@ -225,19 +231,19 @@ class FunLoraPipeline(DiffusionPipeline):
             `int`: the id of the class.
 
         Raises:
-            ValueError: not a FunLoRA adapter, no id, an id or a name that is taken, or an adapter that does not fit
-                the base. Nothing has changed then.
+            ValueError: no id, an id or a name that is taken, an adapter of another method than those loaded, or one
+                that does not fit the base. Nothing has changed then.
         """
         source = os.fspath(source)
         location = {"subfolder": subfolder, "revision": revision}
         location = {key: value for key, value in location.items() if value is not None}
         config = PeftConfig.from_pretrained(source, **location)
-        if not isinstance(config, FunLoraConfig):
-            raise ValueError(f"`source` {source!r} holds an adapter of type {config.peft_type}, expected FUNLORA.")
-        class_label = config.class_label if class_label is None else class_label
+        self._check_method(source, config)
+        # Other methods' configs do not say which class an adapter makes.
+        class_label = getattr(config, "class_label", None) if class_label is None else class_label
         if class_label is None:
             raise ValueError(f"The adapter {source!r} does not say which class it is: pass `class_label`.")
-        class_name = class_name or config.class_name or str(class_label)
+        class_name = class_name or getattr(config, "class_name", None) or str(class_label)
         if class_label in self._names:
             where = "the base knows" if class_label in self._base_rows else "an adapter is loaded for"
             raise ValueError(f"`class_label` is {class_label}, a class that {where} already: pass another one.")
@@ -274,6 +280,7 @@ class FunLoraPipeline(DiffusionPipeline):
                     self._peft_model,
                     adapter_name(class_id),
                     Path(save_directory) / ADAPTERS_FOLDER / adapter_name(class_id),
+                    class_name=self._names[class_id],
                 )
 
     @classmethod
@@ -281,7 +288,7 @@ class FunLoraPipeline(DiffusionPipeline):
         """As [`DiffusionPipeline.from_pretrained`]; adapters in `adapters/` of a local folder are loaded, too."""
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for folder in adapter_folders(Path(pretrained_model_name_or_path) / ADAPTERS_FOLDER):
-            pipe.load_adapter(folder)
+            pipe.load_adapter(folder, **adapter_class(folder))
         return pipe
 
     def _class_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
@@ -317,16 +324,19 @@ class FunLoraPipeline(DiffusionPipeline):
         if self._peft_model is None:
             return nullcontext()
         names = [BASE if class_id in self._base_rows else adapter_name(class_id) for class_id in class_ids]
-        return mixed_batch(self.unet, names)
+        tuner = self._peft_model.base_model
+        if isinstance(tuner, AdapterModel):
+            return mixed_batch(self.unet, names)
+        return tuner._enable_peft_forward_hooks(adapter_names=names)
 
-    def _inject(self, source: str, name: str, config: FunLoraConfig, location: Mapping[str, Any]) -> None:
+    def _inject(self, source: str, name: str, config: PeftConfig, location: Mapping[str, Any]) -> None:
         training = self.unet.training
         try:
             if self._peft_model is None:
                 self._peft_model = PeftModel(self.unet, config, adapter_name=name)
             loaded = self._peft_model.load_adapter(source, adapter_name=name, **location)
             # PEFT only warns of what is missing, and that part would act as the identity.
-            missing = [key for key in loaded.missing_keys if key.endswith(f".{name}")]
+            missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
             if missing or loaded.unexpected_keys:
                 raise ValueError(f"missing tensors {missing}, unexpected tensors {loaded.unexpected_keys}")
         except Exception as error:
@@ -335,19 +345,21 @@ class FunLoraPipeline(DiffusionPipeline):
         finally:
             self.unet.train(training)
 
+    def _check_method(self, source: str, config: PeftConfig) -> None:
+        if self._peft_model is not None and config.peft_type != self._peft_model.peft_type:
+            raise ValueError(
+                f"`source` {source!r} holds an adapter of type {config.peft_type.value}, expected "
+                f"{self._peft_model.peft_type.value}, as those loaded already: use a pipeline of its own."
+            )
+
     def _remove(self, name: str) -> None:
         """Take an adapter off the U-Net, whether it was loaded wholly or in part."""
-        for path, module in list(self.unet.named_modules()):
-            if not isinstance(module, FunLoraLayer):
-                continue
-            if name in module.settings:
-                with warnings.catch_warnings():
-                    # Which adapter is active does not matter here: every call says which one each sample takes.
-                    warnings.simplefilter("ignore", UserWarning)
-                    module.delete_adapter(name)
-            if not module.settings:
+        for path, module in _adapted_modules(self.unet).items():
+            if name in module._get_available_adapters():
+                _delete_adapter(module, name)
+            if not module._get_available_adapters():
                 parent = self.unet.get_submodule(path.rpartition(".")[0])
-                setattr(parent, path.rpartition(".")[2], module.get_base_layer())
+                setattr(parent, path.rpartition(".")[2], _base_module(module))
         if self._peft_model is not None:
             self._peft_model.peft_config.pop(name, None)
             if not self._peft_model.peft_config:
@@ -363,19 +375,40 @@ def _check_names(id2label: Mapping[int, str]) -> None:
         raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
 
 
+def _adapted_modules(unet: UNet2DModel) -> dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper]:
+    """The modules that adapters have wrapped, by name; not what lies inside the wrappers."""
+    found: dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper] = {}
+    for path, module in unet.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not inside:
+            found[path] = module
+    return found
+
+
+def _base_module(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> torch.nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+
+
+def _delete_adapter(module: BaseTunerLayer | AuxiliaryTrainingWrapper, name: str) -> None:
+    with warnings.catch_warnings():
+        # Which adapter is active does not matter here: every call says which one each sample takes.
+        warnings.simplefilter("ignore", UserWarning)
+        if isinstance(module, BaseTunerLayer):
+            module.delete_adapter(name)
+        else:
+            module.delete_adapter(name, new_active_adapters=None)
+
+
 def _without_adapters(unet: UNet2DModel) -> UNet2DModel:
     """A U-Net without adapters that shares the base's tensors."""
-    layers = [module for module in unet.modules() if isinstance(module, FunLoraLayer)]
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.merged for layer in layers):
         raise ValueError("Adapters are merged into the base's weights: call `unmerge_adapter` before saving.")
     if not layers:
         return unet
-    weights = {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in unet.state_dict().items()
-        if not any(part.startswith("funlora_") for part in name.split("."))
-    }
     with torch.device("meta"):
         base = UNet2DModel.from_config(unet.config)
-    base.load_state_dict(weights, assign=True)
+    # Wrappers put parts of their own into the names of what they wrap.
+    plain = {re.sub(r"\.(token_adapter|base_layer|original_module)\b", "", k): v for k, v in unet.state_dict().items()}
+    base.load_state_dict({name: plain[name] for name in base.state_dict()}, assign=True)
     return base

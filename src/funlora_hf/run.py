@@ -127,6 +127,11 @@ def _check_strategy(strategy_cls: type[Strategy], arguments: RunArguments) -> No
             f"`strategy` {strategy_cls.name!r} trains on all tasks at once, so it cannot add classes to `base_model` "
             f"{arguments.model.base_model!r}: leave one of the two out."
         )
+    if arguments.model.peft_method != "funlora" and strategy_cls.name != "funlora":
+        raise ValueError(
+            f"`peft_method` is {arguments.model.peft_method!r}, which `strategy` {strategy_cls.name!r} does not heed: "
+            "leave one of the two out."
+        )
 
 
 def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
@@ -186,7 +191,7 @@ def _tasks(arguments: RunArguments, data: ImageClassificationData, base: Existin
             f"`dataset_name` {given.dataset_name!r} has no class that `base_model` does not know already: "
             f"{', '.join(base.classes.values())}."
         )
-    return tasks
+    return tasks[: given.num_tasks]
 
 
 def _open_folder(folder: RunFolder, arguments: RunArguments, accelerator: Accelerator) -> None:

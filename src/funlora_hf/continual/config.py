@@ -53,12 +53,15 @@ class DataArguments:
     max_images_per_class: int | None = field(default=None, metadata={"help": "Take only the first N of every class."})
     random_flip: bool = field(default=False, metadata={"help": "Flip training images at random, left to right."})
     classes_per_task: int = field(default=2, metadata={"help": "Classes that each task brings."})
+    num_tasks: int | None = field(default=None, metadata={"help": "Stop after this many tasks; None: all of them."})
     class_order_seed: int | None = field(
         default=None, metadata={"help": "Shuffle the classes with this seed; None keeps the dataset's own order."}
     )
 
     def __post_init__(self) -> None:
         check_at_least_one("classes_per_task", self.classes_per_task)
+        if self.num_tasks is not None:
+            check_at_least_one("num_tasks", self.num_tasks)
         if self.max_images_per_class is not None:
             check_at_least_one("max_images_per_class", self.max_images_per_class)
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
@@ -80,15 +83,27 @@ class ModelArguments:
             "help": "UNet2DModel's arguments, as a mapping in a recipe or as JSON; None: a small one for digits."
         },
     )
+    peft_method: str = field(
+        default="funlora",
+        metadata={
+            "help": "'funlora', or one of the paper's comparison methods: 'class_vector', 'vanilla_add', 'vanilla_mul', "
+            "'scale_shift', 'lora_attention', 'lora_attention_fused', 'lora_conv_v1', 'lora_conv_v2'."
+        },
+    )
     function: str = field(default="cosine", metadata={"help": "'cosine', 'power', 'shift' or 'identity'."})
     num_functions: int = field(default=10, metadata={"help": "The number p of functions summed up."})
     train_omega: bool = field(default=True, metadata={"help": "Learn the frequencies or exponents."})
     operation: str = field(default="mul", metadata={"help": "'mul', 'add' or 'mul-add'."})
-    rank: int = field(default=1, metadata={"help": "Rank of the product A B before the functions are applied."})
+    rank: int | None = field(
+        default=None, metadata={"help": "Rank of the product A B; None: 1, with LoRA on attention the paper's 2."}
+    )
     ratio: int = field(default=1, metadata={"help": "One entry of A and B for this many neighbouring channels."})
     target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules to adapt: names, one regex, 'all-conv', or None for the decoder's middle."},
+        metadata={
+            "help": "Modules to adapt: names; one regex; 'all', 'decoder', 'decoder-middle', or a range of convolutions "
+            "in order of execution as '40-54'; None: the decoder's middle."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -105,22 +120,18 @@ class ModelArguments:
             self.target_modules = [self.target_modules]
         if self.unet_config is not None:
             _check_halving(self.unet_config)
-        self.adapter_config()
+        if self.rank is not None:
+            check_at_least_one("rank", self.rank)
+        self.funlora_config()
 
-    def adapter_config(self, **kwargs: Any) -> FunLoraConfig:
-        """The configuration of a class's adapter; `kwargs` override or add fields."""
-        targets = self.target_modules
-        if targets is not None and len(targets) == 1:
-            # One entry may be a regex or "all-conv"; a module's name is a regex for itself.
-            targets = targets[0]
+    def funlora_config(self, **kwargs: Any) -> FunLoraConfig:
+        """FunLoRA as the arguments describe it, but for rank and targets; `kwargs` override or add fields."""
         fields = {
-            "r": self.rank,
             "function": self.function,
             "num_functions": self.num_functions,
             "train_omega": self.train_omega,
             "operation": self.operation,
             "ratio": self.ratio,
-            "target_modules": targets,
             "class_embedding": "class_embedding",
         }
         return FunLoraConfig(**{**fields, **kwargs})

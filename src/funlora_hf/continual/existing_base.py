@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusers import UNet2DModel
 
-from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
+from ..adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from ..files import read_json
 from ..pipeline import FunLoraPipeline
 
@@ -76,6 +76,6 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
 def _adapter_classes(adapters: Path) -> dict[int, str]:
     classes = {}
     for folder in adapter_folders(adapters):
-        settings = read_json(folder / "adapter_config.json")
-        classes[settings["class_label"]] = settings.get("class_name") or str(settings["class_label"])
+        found = adapter_class(folder)
+        classes[found["class_label"]] = found["class_name"] or str(found["class_label"])
     return classes

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import UNet2DModel
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save_adapter
 from ..data import Task
+from ..layer_selection import ParametersPerClass, parameters_per_class
 from ..pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig, mixed_batch
 from .base import label_rows, load_pipeline, save_base, trainable_unet, unet_shape
+from .peft_methods import VECTOR_ROW, peft_method
 from .strategy import (
     Batch,
     Phase,
@@ -49,8 +52,18 @@ class FunLora(Strategy):
         self._unet: UNet2DModel | None = None
         self._pipe: FunLoraPipeline | None = None
 
+    @property
+    def method_name(self) -> str:
+        """What a class's adapter is made of, a key of `PEFT_METHODS`."""
+        return self.setting.model.peft_method
+
     def check(self) -> None:
-        self._parameter_count()
+        config = self.adapter_config(next(iter(self.setting.class_names)))
+        if self.setting.training.class_batches == "mixed" and not isinstance(config, FunLoraConfig):
+            raise ValueError(
+                f"`class_batches` is 'mixed', which `peft_method` {self.method_name!r} cannot train: take 'homogeneous'."
+            )
+        self._count()
 
     def phases(self, task: Task) -> list[Phase]:
         """The base, or one phase for each new class ("mixed": one for all of them)."""
@@ -74,6 +87,7 @@ class FunLora(Strategy):
             return trainable_unet(self.setting, len(phase.class_ids))
         first, *others = phase.class_ids
         model = get_peft_model(self._frozen_unet(), self.adapter_config(first), adapter_name=adapter_name(first))
+        start_class_vectors(model)
         for class_id in others:
             model.add_adapter(adapter_name(class_id), self.adapter_config(class_id))
         if others:
@@ -87,27 +101,31 @@ class FunLora(Strategy):
         if self.setting.training.update_mode == "continue":
             model = PeftModel.from_pretrained(self._frozen_unet(), folder, adapter_name=name, is_trainable=True)
         else:
-            config = FunLoraConfig.from_pretrained(folder)
+            config = PeftConfig.from_pretrained(folder)
             config.inference_mode = False
             model = get_peft_model(self._frozen_unet(), config, adapter_name=name)
+            start_class_vectors(model)
         return self._trainable(model)
 
-    def adapter_config(self, class_id: int) -> FunLoraConfig:
+    def adapter_config(self, class_id: int) -> PeftConfig:
         """The configuration of a class's adapter."""
-        return self.setting.model.adapter_config(
-            class_label=class_id,
-            class_name=self.setting.class_names[class_id],
-            revision=self.setting.model.base_model_revision,
-        )
+        config = peft_method(self.method_name).config(self._unet_shape(), self.setting.model)
+        config.revision = self.setting.model.base_model_revision
+        if isinstance(config, FunLoraConfig):
+            config.class_label = class_id
+            config.class_name = self.setting.class_names[class_id]
+        return config
 
     def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
         if phase.name == BASE_PHASE:
             losses = velocity_losses(module, batch, label_rows(phase.class_ids, batch.class_ids))
         else:
-            # The adapter's own vector takes the place of the embedding, so the label does not matter.
-            labels = torch.zeros_like(batch.class_ids)
+            # The adapter's own vector takes the place of the embedding, or of this row of it.
+            labels = torch.full_like(batch.class_ids, VECTOR_ROW)
             names = [adapter_name(class_id) for class_id in batch.class_ids.tolist()]
-            with mixed_batch(module, names):
+            # Where all samples are of one class, its adapter is the active one.
+            mixed = len(phase.class_ids) > 1
+            with mixed_batch(module, names) if mixed else nullcontext():
                 losses = velocity_losses(module, batch, labels)
         return StepOutput(losses, {"flow_matching": losses.detach()})
 
@@ -118,7 +136,9 @@ class FunLora(Strategy):
             return
         for class_id in phase.class_ids:
             name = adapter_name(class_id)
-            save_adapter(trainable.module, name, self.adapters_dir / name)
+            save_adapter(
+                trainable.module, name, self.adapters_dir / name, class_name=self.setting.class_names[class_id]
+            )
 
     def release_phase(self, phase: Phase, trainable: Trainable) -> None:
         if phase.name != BASE_PHASE:
@@ -128,36 +148,45 @@ class FunLora(Strategy):
     def inference(self, class_ids: Sequence[int]) -> Iterator[FunLoraPipeline]:
         if self._pipe is None:
             self._pipe = load_pipeline(self.setting.base_dir, self.setting.device)
+            peft_method(self.method_name).prepare(self._pipe.unet)
         for class_id in class_ids:
             if class_id not in self._pipe.classes:
-                self._pipe.load_adapter(self.adapters_dir / adapter_name(class_id))
+                folder = self.adapters_dir / adapter_name(class_id)
+                names = self.setting.class_names
+                self._pipe.load_adapter(folder, class_label=class_id, class_name=names[class_id])
         yield self._pipe
 
     def parameters_per_class(self) -> dict[str, int | None]:
-        numbers = self._parameter_count()
-        vector = self._unet_shape().class_embedding.embedding_dim
-        return {"parameters_per_class": numbers - vector, "parameters_per_class_with_vector": numbers}
+        numbers = self._count()
+        return {
+            "parameters_per_class": numbers.without_vector,
+            "parameters_per_class_with_vector": numbers.with_vector,
+        }
 
     def memory_report(self) -> dict[str, int]:
         persistent = folder_bytes([self.setting.base_dir, *adapter_folders(self.adapters_dir)])
         # Adam's two moments, the moving average and the gradient of one adapter, in float32.
-        return {"persistent": persistent, "transient": 4 * 4 * self._parameter_count()}
+        return {"persistent": persistent, "transient": 4 * 4 * self._count().with_vector}
 
-    def _parameter_count(self) -> int:
-        model = get_peft_model(self._unet_shape(), self.adapter_config(next(iter(self.setting.class_names))))
-        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    def _count(self) -> ParametersPerClass:
+        config = self.adapter_config(next(iter(self.setting.class_names)))
+        return parameters_per_class(self._unet_shape(), config)
 
     def _unet_shape(self) -> UNet2DModel:
-        if not self.setting.has_base:
-            return unet_shape(self.setting.model.unet_config, len(self.setting.tasks[0].class_ids))
-        config = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
-        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-        return unet_shape(arguments, config["num_class_embeds"])
+        if self.setting.has_base:
+            config = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
+            arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+            unet = unet_shape(arguments, config["num_class_embeds"])
+        else:
+            unet = unet_shape(self.setting.model.unet_config, len(self.setting.tasks[0].class_ids))
+        peft_method(self.method_name).prepare(unet)
+        return unet
 
     def _frozen_unet(self) -> UNet2DModel:
         if self._unet is None:
             unet = UNet2DModel.from_pretrained(self.setting.base_dir, subfolder="unet")
             self._unet = unet.to(self.setting.device).requires_grad_(False)
+            peft_method(self.method_name).prepare(self._unet)
             # PEFT takes the base's name, which goes into the adapter's config, from here.
             self._unet.name_or_path = self.setting.base_source
         return self._unet
@@ -173,7 +202,15 @@ class Frozen(FunLora):
 
     name = "frozen"
 
-    def adapter_config(self, class_id: int) -> FunLoraConfig:
-        config = super().adapter_config(class_id)
-        config.target_modules = set()
-        return config
+    @property
+    def method_name(self) -> str:
+        return "class_vector"
+
+
+def start_class_vectors(model: PeftModel) -> None:
+    """Start vectors that PEFT trains as a row of the class embedding where FunLoRA's starts: at the mean of the rows."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            rows = module.get_base_layer().weight.detach()
+            for vector in module.trainable_tokens_delta.values():
+                vector.data.copy_(rows.mean(dim=0).expand_as(vector))

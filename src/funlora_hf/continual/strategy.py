@@ -155,6 +155,11 @@ class Strategy(ABC):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
+    @property
+    def method_name(self) -> str | None:
+        """What a class's adapter is made of, a key of `PEFT_METHODS`; None if the strategy has no adapters."""
+        return None
+
     @abstractmethod
     def check(self) -> None:
         """Raise a ValueError for a setting that cannot work, before anything is written or trained."""

@@ -11,6 +11,7 @@ import platform
 import shutil
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from ..pipeline import FunLoraPipeline
 from ..seeds import derive_seed
 from .classifier import ClassifierConfig, accuracy, train_classifier
 from .held_out import held_out_loss
-from .samples import draw_samples, tensor_sha256, to_uint8
+from .samples import Samples, draw_samples, tensor_sha256, to_uint8
 
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,12 @@ class RunEvaluator:
         """The images sampled of a class after a task, uint8, `(n, channels, height, width)`."""
         return load_file(self._sample_path(class_id, task))["images"]
 
+    def nfe(self) -> float:
+        """How often the U-Net ran for the images of a class, as the mean over the classes after the last task."""
+        task = self.tasks[-1]
+        classes = [class_id for earlier in self.tasks for class_id in earlier.class_ids]
+        return mean(load_file(self._sample_path(class_id, task))["nfe"].item() for class_id in classes)
+
     def records(self) -> list[dict[str, Any]]:
         """What was measured after each task."""
         return [read_json(self._records / f"task_{task.index + 1}.json") for task in self.tasks]
@@ -126,7 +133,7 @@ class RunEvaluator:
                 before = read_json(self._probes / f"class_{class_id}.json")
                 if before["environment"] != self._environment():
                     not_comparable.append(class_id)
-                elif before["sha256"] != tensor_sha256(self._draw(pipe, class_id, "probe")):
+                elif before["sha256"] != tensor_sha256(self._draw(pipe, class_id, "probe").images):
                     changed.append(class_id)
         if not_comparable:
             logger.warning(
@@ -151,16 +158,16 @@ class RunEvaluator:
     def _sample_class(self, pipe: FunLoraPipeline, class_id: int, task: Task) -> None:
         path = self._sample_path(class_id, task)
         if not path.is_file():
-            images = to_uint8(self._draw(pipe, class_id, "synthetic"))
+            samples = self._draw(pipe, class_id, "synthetic")
             with whole_file(path) as temporary:
-                save_file({"images": images}, temporary)
+                save_file({"images": to_uint8(samples.images), "nfe": torch.tensor(samples.nfe)}, temporary)
 
     def _sample_path(self, class_id: int, task: Task) -> Path:
         # A class that never changes is sampled once for all tasks: the same seed would give the same images.
         changes = self.strategy.learning_changes_past_classes
         return self._synthetic / (f"task_{task.index + 1}" if changes else "all") / f"class_{class_id}.safetensors"
 
-    def _draw(self, pipe: FunLoraPipeline, class_id: int, purpose: str) -> torch.Tensor:
+    def _draw(self, pipe: FunLoraPipeline, class_id: int, purpose: str) -> Samples:
         config = self.config
         return draw_samples(
             pipe,
@@ -234,7 +241,7 @@ class RunEvaluator:
     def _remember_probe(self, pipe: FunLoraPipeline, class_id: int) -> None:
         path = self._probes / f"class_{class_id}.json"
         if not path.is_file():
-            sha256 = tensor_sha256(self._draw(pipe, class_id, "probe"))
+            sha256 = tensor_sha256(self._draw(pipe, class_id, "probe").images)
             write_json(path, {"sha256": sha256, "environment": self._environment()})
 
     def _environment(self) -> dict[str, Any]:

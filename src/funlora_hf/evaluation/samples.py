@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+from statistics import mean
+from typing import NamedTuple
 
 import torch
 
 from ..pipeline import FunLoraPipeline
 from ..seeds import generator_for
+
+
+class Samples(NamedTuple):
+    """Images of one class.
+
+    Args:
+        images: float32 in [0, 1], `(count, channels, height, width)`, on the CPU.
+        nfe: number of function evaluations, how often the U-Net ran, as the mean over the batches.
+    """
+
+    images: torch.Tensor
+    nfe: float
 
 
 def draw_samples(
@@ -21,7 +35,7 @@ def draw_samples(
     solver: str,
     num_inference_steps: int,
     tolerance: float,
-) -> torch.Tensor:
+) -> Samples:
     """Images of one class, repeatable to the bit on one machine and thread count.
 
     Args:
@@ -36,9 +50,9 @@ def draw_samples(
         tolerance: rtol and atol of "dopri5".
 
     Returns:
-        float32 in [0, 1], `(count, channels, height, width)`, on the CPU.
+        [`Samples`].
     """
-    parts = []
+    parts, evaluations = [], []
     for start in range(0, count, batch_size):
         size = min(batch_size, count - start)
         # One generator on the CPU for a batch: the noise is the same on every device.
@@ -53,7 +67,8 @@ def draw_samples(
             output_type="pt",
         )
         parts.append(output.images.cpu())
-    return torch.cat(parts)
+        evaluations.append(output.nfe)
+    return Samples(torch.cat(parts), mean(evaluations))
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 def summary_table(results: Mapping[str, Any]) -> str:
     """The results of one run, as plain text."""
-    lines = [f"{results['strategy']} on {results['dataset']}, seed {results['seed']}", ""]
+    lines = [f"{_what(results)} on {results['dataset']}, seed {results['seed']}", ""]
     if results["A"] is None:
         lines.append("accuracy          not measured: no real images of the base's classes")
     else:
@@ -34,7 +34,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
 
 def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Mean and standard deviation of several runs that differ in their seed, as plain text."""
-    lines = [f"{runs[0]['strategy']} on {runs[0]['dataset']}, seeds {', '.join(str(run['seed']) for run in runs)}", ""]
+    lines = [f"{_what(runs[0])} on {runs[0]['dataset']}, seeds {', '.join(str(run['seed']) for run in runs)}", ""]
     rows = {
         "LA (%)": (2, [run["LA"] for run in runs]),
         "AIA (%)": (2, [run["AIA"] for run in runs]),
@@ -47,6 +47,12 @@ def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
             spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
             lines.append(f"{name:<18}{mean(values):>8.{digits}f}{spread}")
     return "\n".join(lines)
+
+
+def _what(results: Mapping[str, Any]) -> str:
+    method = results.get("peft_method")
+    named = results["strategy"] == "funlora" and method not in (None, "funlora")
+    return f"{results['strategy']} ({method})" if named else results["strategy"]
 
 
 def _samples_text(zero: Mapping[str, Any]) -> str:

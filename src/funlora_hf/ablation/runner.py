@@ -1,0 +1,230 @@
+"""Runs the variants of an ablation over seeds, several at a time, on one base per seed. Resumes where it stopped.
+
+Knows variants and whole runs; knows nothing of what happens inside a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import shutil
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from tqdm.auto import tqdm
+
+from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
+from ..continual.config import LATEST, run_settings
+from ..continual.run_folder import RunFolder
+from ..files import read_json, whole_folder, write_json
+from ..layer_selection import layer_importance, select_layers
+from ..run import RunArguments, run
+from .variants import REFERENCE, Variant
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AblationArguments:
+    """What to run, and how often."""
+
+    tables: list[str] = field(
+        default_factory=lambda: ["functions", "operations", "ratio", "layers", "rivals", "solvers"],
+        metadata={"help": "Tables to make."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds, one base for each."})
+    learning_rates: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Choose each variant's adapter_learning_rate among these: on the first seed and the first new task, "
+            "by the flow-matching loss on a fifth of the training images, held out. None: the recipe's for all."
+        },
+    )
+    num_workers: int = field(default=1, metadata={"help": "Runs at a time."})
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Args:
+        arguments: of the run.
+        folder: its output folder.
+        adapters: folder of adapters to take instead of training them, or None.
+    """
+
+    arguments: RunArguments
+    folder: Path
+    adapters: Path | None = None
+
+
+def run_ablation(
+    ablation: AblationArguments, reference: RunArguments, variants: Sequence[Variant]
+) -> dict[str, list[dict[str, Any] | None]]:
+    """
+    Run every variant with every seed; what is finished is not run again.
+
+    Args:
+        ablation ([`AblationArguments`]): seeds, rates, workers.
+        reference ([`RunArguments`]): the reference run; its `output_dir` is the folder of the ablation.
+        variants: in an order in which each comes after what it needs.
+
+    Returns:
+        `dict`: key of the variant -> results of its runs, a seed each; None for a run that failed, whose log says why.
+
+    Raises:
+        RuntimeError: a base could not be trained, without which nothing can run.
+    """
+    output_dir = Path(reference.training.output_dir)
+    bases = [
+        Job(_base_run(reference, seed, output_dir), output_dir / f"seed_{seed}" / "base") for seed in ablation.seeds
+    ]
+    if None in _run_all(bases, ablation.num_workers, "bases"):
+        raise RuntimeError(f"A base could not be trained: see the log.txt of the runs in {output_dir}.")
+    rates = _learning_rates(ablation, reference, variants, output_dir)
+    results: dict[str, list[dict[str, Any] | None]] = {}
+    for wave in _waves(variants):
+        jobs = []
+        for variant in wave:
+            for seed in ablation.seeds:
+                rate = rates.get(variant.rate_of or variant.key)
+                jobs.append(_job(reference, variant, seed, rate, output_dir))
+        done = iter(_run_all(jobs, ablation.num_workers, "runs"))
+        for variant in wave:
+            results[variant.key] = [next(done) for _ in ablation.seeds]
+    return results
+
+
+def _waves(variants: Sequence[Variant]) -> list[list[Variant]]:
+    """Variants that can run side by side, one wave after another."""
+    first = [variant for variant in variants if not variant.reuses_adapters and variant.needs is None]
+    second = [variant for variant in variants if variant not in first]
+    return [wave for wave in (first, second) if wave]
+
+
+def _base_run(reference: RunArguments, seed: int, output_dir: Path) -> RunArguments:
+    return with_changes(
+        reference, {"seed": seed, "num_tasks": 1, "output_dir": os.fspath(output_dir / f"seed_{seed}" / "base")}
+    )
+
+
+def _job(reference: RunArguments, variant: Variant, seed: int, rate: float | None, output_dir: Path) -> Job:
+    runs = output_dir / f"seed_{seed}"
+    folder = runs / variant.key
+    changes = {"seed": seed, "output_dir": os.fspath(folder), "base_model": os.fspath(runs / "base" / "base")}
+    changes |= dict(variant.changes)
+    if rate is not None:
+        changes["adapter_learning_rate"] = rate
+    if variant.needs is not None:
+        changes["target_modules"] = _most_important(runs, variant.needs)
+    adapters = runs / REFERENCE / ADAPTERS_FOLDER if variant.reuses_adapters else None
+    return Job(with_changes(reference, changes), folder, adapters)
+
+
+def _most_important(runs: Path, needed: str) -> list[str]:
+    """The most important layers, for as many numbers per class as the reference takes."""
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(UNet2DModel.load_config(runs / "base" / "base", subfolder="unet"))
+    importance = layer_importance(adapter_folders(runs / needed / ADAPTERS_FOLDER))
+    budget = read_json(runs / REFERENCE / "results.json")["parameters_per_class"]
+    return select_layers(unet, f"<= {budget}", importance=importance)
+
+
+def _learning_rates(
+    ablation: AblationArguments, reference: RunArguments, variants: Sequence[Variant], output_dir: Path
+) -> dict[str, float]:
+    """The best rate of every variant that has one of its own; written to `learning_rates.json`."""
+    if ablation.learning_rates is None:
+        return {}
+    seed = ablation.seeds[0]
+    own = [variant for variant in variants if variant.rate_of is None]
+    jobs = []
+    for variant in own:
+        for rate in ablation.learning_rates:
+            folder = output_dir / "learning_rates" / variant.key / f"{rate:g}"
+            job = _job(reference, variant, seed, rate, output_dir)
+            # One image a class and one step of the classifier: only the held-out loss is wanted.
+            cheap = {"num_tasks": 2, "validation_fraction": 0.2, "num_samples_per_class": 1, "num_probe_samples": 1}
+            cheap |= {"classifier_epochs": 1, "output_dir": os.fspath(folder)}
+            jobs.append(Job(with_changes(job.arguments, cheap), folder))
+    done = iter(_run_all(jobs, ablation.num_workers, "learning rates"))
+    losses = {variant.key: {rate: _new_loss(next(done)) for rate in ablation.learning_rates} for variant in own}
+    chosen = {}
+    for key, by_rate in losses.items():
+        known = {rate: loss for rate, loss in by_rate.items() if loss is not None}
+        if known:
+            chosen[key] = min(known, key=known.__getitem__)
+    write_json(output_dir / "learning_rates.json", {"chosen": chosen, "losses": losses})
+    return chosen
+
+
+def _new_loss(results: dict[str, Any] | None) -> float | None:
+    """Mean held-out loss of the classes of the last task."""
+    if results is None:
+        return None
+    losses = results["held_out_loss"]["per_class"]
+    return mean(losses[str(class_id)] for class_id in results["tasks"][-1])
+
+
+def _run_all(jobs: Sequence[Job], num_workers: int, description: str) -> list[dict[str, Any] | None]:
+    """The results of the jobs in their order; None where one failed."""
+    results: list[dict[str, Any] | None] = [None] * len(jobs)
+    # Fresh processes: each job then has the random state, the thread count and the accelerator to itself.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+        numbers = {pool.submit(_run_job, job): number for number, job in enumerate(jobs)}
+        for future in tqdm(as_completed(numbers), total=len(jobs), desc=description):
+            results[numbers[future]] = future.result()
+    return results
+
+
+def _run_job(job: Job) -> dict[str, Any] | None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    log = open(job.folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed by the next line
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            return _run_or_read(job)
+        except Exception:
+            traceback.print_exc()
+    logger.error("A run failed, the others go on: see %s.", job.folder / "log.txt")
+    return None
+
+
+def _run_or_read(job: Job) -> dict[str, Any]:
+    folder = RunFolder(job.folder)
+    if job.adapters is not None and not (job.folder / ADAPTERS_FOLDER).is_dir():
+        # A run that finds its adapters finished goes on with sampling.
+        arguments = job.arguments
+        settings = run_settings(arguments.data, arguments.model, arguments.training, arguments.evaluation)
+        folder.open(settings, overwrite=False, resume=True)
+        with whole_folder(job.folder / ADAPTERS_FOLDER) as temporary:
+            shutil.copytree(job.adapters, temporary, dirs_exist_ok=True)
+    run(job.arguments)
+    return read_json(folder.results)
+
+
+def with_changes(reference: RunArguments, changes: dict[str, Any]) -> RunArguments:
+    """Arguments in which some are replaced, whatever dataclass they belong to.
+
+    Raises:
+        ValueError: an argument that no dataclass has.
+    """
+    changes = {"resume_from_checkpoint": LATEST, "overwrite_output_dir": False, **changes}
+    parts = {}
+    for part in fields(reference):
+        value = getattr(reference, part.name)
+        own = {key: changes.pop(key) for key in [f.name for f in fields(value)] if key in changes}
+        parts[part.name] = replace(value, **own)
+    if changes:
+        raise ValueError(f"`changes` has {', '.join(map(repr, changes))}, which no run takes as an argument.")
+    return RunArguments(**parts)

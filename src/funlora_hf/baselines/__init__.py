@@ -1,0 +1,23 @@
+"""The paper's comparison methods that PEFT has not; importing it registers them with PEFT."""
+
+from ..tuner.registration import extend_peft_type, register
+
+
+extend_peft_type("CONV_LORA")
+extend_peft_type("SCALE_SHIFT")
+
+from .conv_lora import ConvLoraConfig, ConvLoraConv2d, ConvLoraModel  # noqa: E402
+from .scale_shift import ScaleShiftConfig, ScaleShiftConv2d, ScaleShiftModel  # noqa: E402
+
+
+register("conv_lora", config_cls=ConvLoraConfig, model_cls=ConvLoraModel)
+register("scale_shift", config_cls=ScaleShiftConfig, model_cls=ScaleShiftModel)
+
+__all__ = [
+    "ConvLoraConfig",
+    "ConvLoraConv2d",
+    "ConvLoraModel",
+    "ScaleShiftConfig",
+    "ScaleShiftConv2d",
+    "ScaleShiftModel",
+]

@@ -1,0 +1,102 @@
+"""LoRA for convolutions as loralib has it, in two sizes, as a PEFT method. Knows the tuner's layer and nothing above it.
+
+PEFT's own LoRA factorises a convolution in another way and counts differently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from peft.utils import PeftType
+from torch import nn
+
+from ..tuner.adapter_layer import AdapterLayer
+from ..tuner.functional import check_at_least_one, check_choice
+from .model import ConvAdapterConfig, ConvAdapterModel
+
+
+BOTTLENECKS = ("kernel", "rank")
+
+
+@dataclass
+class ConvLoraConfig(ConvAdapterConfig):
+    """
+    The configuration of a [`ConvLoraModel`].
+
+    Args:
+        r (`int`): Rank.
+        lora_alpha (`int`): The product of the factors is multiplied by `lora_alpha / r`.
+        bottleneck (`str`):
+            "kernel": factors `(r k, C_in k)` and `(C_out k, r k)` for a kernel of k x k, the paper's "LoRA Conv2d v1".
+            "rank": `(r, C_in k)` and `(C_out k, r)`, its "v2".
+        target_modules, exclude_modules, modules_to_save, trainable_token_indices: see [`ConvAdapterConfig`].
+
+    Raises:
+        ValueError: numbers or choices out of range, naming the field.
+
+    Source: arXiv 2510.02631, Table V [exact] for the counts of both; the scale is [ours], and the layout of "kernel"
+    that of loralib's ConvLoRA.
+    """
+
+    r: int = field(default=1, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=1, metadata={"help": "The factors' product is multiplied by lora_alpha / r."})
+    bottleneck: str = field(default="kernel", metadata={"help": "'kernel' (r k wide) or 'rank' (r wide)."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.CONV_LORA
+        check_at_least_one("r", self.r)
+        check_at_least_one("lora_alpha", self.lora_alpha)
+        check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
+
+
+class ConvLoraConv2d(AdapterLayer):
+    """A Conv2d whose weight has a product of two factors added: `W + (lora_alpha / r) reshape(B A)`."""
+
+    adapter_layer_names = ("conv_lora_A", "conv_lora_B")
+
+    def initial_parameters(self, config: ConvLoraConfig) -> dict[str, torch.Tensor]:
+        """A `(width, C_in k)`, Kaiming-uniform, and B `(C_out k, width)`, zero, so that the layer starts as it is."""
+        rows, columns, kernel, other = self.weight.shape
+        if kernel != other:
+            raise ValueError(
+                f"The convolution {self.get_base_layer()} has a kernel of {kernel} x {other}, expected a square one for "
+                "this factorisation: target other modules."
+            )
+        width = config.r * kernel if config.bottleneck == "kernel" else config.r
+        A, B = torch.empty(width, columns * kernel), torch.zeros(rows * kernel, width)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if not config.init_weights:
+            nn.init.normal_(B, std=0.3)
+        return {"conv_lora_A": A, "conv_lora_B": B}
+
+    def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the terms of all adapters added, in its own dtype; computed in float32 at least."""
+        adapted = weight
+        for name in adapter_names:
+            config = self.settings[name]
+            product = self.conv_lora_B[name] @ self.conv_lora_A[name]
+            adapted = adapted + product.view(weight.shape) * (self.scaling[name] * config.lora_alpha / config.r)
+        return adapted.to(weight.dtype)
+
+    def adapted_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
+        """x `(batch, C_in, height, width)` -> `(batch, C_out, height', width')`."""
+        base = self.get_base_layer()
+        return base._conv_forward(x, self.adapted_weight(adapter_names, base.weight), base.bias)
+
+
+class ConvLoraModel(ConvAdapterModel):
+    """
+    Puts loralib's LoRA on the convolutions of a model.
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`ConvLoraConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+    """
+
+    prefix: str = "conv_lora_"
+    tuner_layer_cls = ConvLoraConv2d

@@ -1,0 +1,65 @@
+"""What the comparison methods for convolutions share: their configuration, and how they get into a model.
+
+Knows the tuner's layer and model; knows nothing of a method's maths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+from torch import nn
+
+from ..tuner.adapter_layer import AdapterLayer
+from ..tuner.adapter_model import AdapterModel
+
+
+@dataclass
+class ConvAdapterConfig(PeftConfig):
+    """
+    What every method here takes.
+
+    Args:
+        target_modules (`Union[list[str], str]`): Names of Conv2d modules to adapt, or a regex.
+        exclude_modules (`Union[list[str], str]`, *optional*): Names of modules, or a regex, not to adapt.
+        modules_to_save (`list[str]`, *optional*): Modules besides the adapter that are trained and saved whole.
+        trainable_token_indices (`dict[str, list[int]]`, *optional*):
+            Rows of embeddings that the adapter brings along, as in PEFT's `LoraConfig`: `{"class_embedding": [0]}`
+            makes row 0 of a U-Net's class embedding the adapter's class vector.
+        init_weights (`bool`): True: the adapter starts as the identity. False: at random, for tests.
+    """
+
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Conv2d to adapt: list or regex."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    trainable_token_indices: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of embeddings that the adapter brings along."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random (False)."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+    def to_dict(self) -> dict:
+        """The configuration as a dictionary; sets come sorted, so that equal adapters give equal files."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+
+class ConvAdapterModel(AdapterModel):
+    """A tuner whose layers wrap Conv2d; subclasses name `prefix` and `tuner_layer_cls`."""
+
+    def _prepare_model(self, peft_config: ConvAdapterConfig, model: nn.Module) -> None:
+        if not peft_config.target_modules:
+            raise ValueError("Please specify `target_modules` in `peft_config`: names of Conv2d modules, or a regex.")
+
+    def _layer_class(self, peft_config: ConvAdapterConfig, name: str, target: nn.Module) -> type[AdapterLayer]:
+        if not isinstance(target, nn.Conv2d):
+            raise ValueError(
+                f"Target module {target} is not supported. Currently, only the following modules are supported: "
+                "`torch.nn.Conv2d`."
+            )
+        return self.tuner_layer_cls

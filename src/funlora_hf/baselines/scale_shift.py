@@ -1,0 +1,76 @@
+"""A scale and a shift for every input channel of a convolution (SSF), as a PEFT method.
+
+Knows the tuner's layer and nothing above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.utils import PeftType
+
+from ..tuner.adapter_layer import AdapterLayer, blend
+from .model import ConvAdapterConfig, ConvAdapterModel
+
+
+@dataclass
+class ScaleShiftConfig(ConvAdapterConfig):
+    """
+    The configuration of a [`ScaleShiftModel`]; see [`ConvAdapterConfig`] for its arguments.
+
+    Source: arXiv 2510.02631, Table V [exact]: 2 C_in numbers a convolution.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SCALE_SHIFT
+
+
+class ScaleShiftConv2d(AdapterLayer):
+    """A Conv2d that sees `scale * x + shift`, one scale and one shift for every input channel.
+
+    Several active adapters act one after another [ours].
+    """
+
+    adapter_layer_names = ("scale_shift_scale", "scale_shift_shift")
+
+    def initial_parameters(self, config: ScaleShiftConfig) -> dict[str, torch.Tensor]:
+        """scale, ones, and shift, zeros, each `(C_in,)`."""
+        channels = self.get_base_layer().in_channels
+        scale, shift = torch.ones(channels), torch.zeros(channels)
+        if not config.init_weights:
+            scale, shift = (value + 0.3 * torch.randn(channels) for value in (scale, shift))
+        return {"scale_shift_scale": scale, "scale_shift_shift": shift}
+
+    def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
+        """Raises: a shift in front of a padded convolution is no change of its weight and bias."""
+        raise ValueError(
+            f"Adapters of scale and shift ({', '.join(adapter_names)}) cannot be merged: behind the zero padding, a shift "
+            "of the input is no change of the weight. Keep the adapter, or unload it."
+        )
+
+    def adapted_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
+        """x `(batch, C_in, height, width)` -> `(batch, C_out, height', width')`."""
+        adapted = x
+        for name in adapter_names:
+            scale, shift = (getattr(self, part)[name][:, None, None] for part in self.adapter_layer_names)
+            strength = self.scaling[name]
+            adapted = adapted * blend(1.0, scale, strength) + blend(0.0, shift, strength)
+        base = self.get_base_layer()
+        return base(adapted.to(x.dtype))
+
+
+class ScaleShiftModel(ConvAdapterModel):
+    """
+    Puts a scale and a shift in front of the convolutions of a model. Its adapters cannot be merged.
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`ScaleShiftConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+    """
+
+    prefix: str = "scale_shift_"
+    tuner_layer_cls = ScaleShiftConv2d
