@@ -53,8 +53,15 @@ def tiny_pipe(tiny_unet) -> FunLoraPipeline:
 def run_example():
     """Runs an example in a process of its own and returns it, with its output as text."""
 
-    def start(*arguments: str, cwd: Path, launcher: tuple[str, ...] = (), check: bool = True, timeout: int = 300):
-        command = [*(launcher or (sys.executable,)), str(REPOSITORY / "examples" / "continual_train.py"), *arguments]
+    def start(
+        *arguments: str,
+        cwd: Path,
+        launcher: tuple[str, ...] = (),
+        check: bool = True,
+        timeout: int = 300,
+        example: str = "continual_train.py",
+    ):
+        command = [*(launcher or (sys.executable,)), str(REPOSITORY / "examples" / example), *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False

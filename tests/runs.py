@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from peft import get_peft_model
+
+from funlora_hf import FunLoraConfig, FunLoraPipeline
+from funlora_hf.adapter_folder import adapter_name, save_adapter
 from funlora_hf.continual.config import (
     ContinualTrainingArguments,
     DataArguments,
@@ -69,6 +76,21 @@ def command_line(**overrides) -> list[str]:
         elif value is not None and value is not False:
             arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return arguments
+
+
+def write_adapters(
+    pipe: FunLoraPipeline, run: Path, *, classes: Sequence[int] = (2, 3), base: bool = True, **config
+) -> Path:
+    """The folder of a run with adapters that nobody trained but that are not at their start either; returns it."""
+    if base:
+        pipe.save_pretrained(run / "base")
+    config = {"class_embedding": "class_embedding", "init_weights": False, **config}
+    for class_id in classes:
+        torch.manual_seed(class_id)
+        name = adapter_name(class_id)
+        model = get_peft_model(copy.deepcopy(pipe.unet), FunLoraConfig(**config), adapter_name=name)
+        save_adapter(model, name, run / "adapters" / name)
+    return run
 
 
 def digests(folder: Path) -> dict[str, str]:

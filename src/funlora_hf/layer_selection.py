@@ -271,12 +271,25 @@ def adapter_importance(state_dict: Mapping[str, torch.Tensor]) -> dict[str, floa
 
     Source: arXiv 2510.02631, equation 20 [text].
     """
-    importance = {}
-    for key, A in state_dict.items():
-        if key.endswith(".funlora_A"):
-            layer = key.removesuffix(".funlora_A")
-            importance[layer.removeprefix(_PREFIX)] = _moved(A, state_dict[f"{layer}.funlora_B"])
-    return importance
+    return {layer: _moved(tensors["A"], tensors["B"]) for layer, tensors in layers_of_state_dict(state_dict).items()}
+
+
+def layers_of_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The layers with factors of one adapter.
+
+    Args:
+        state_dict: as PEFT saves an adapter.
+
+    Returns:
+        Layer name -> its tensors by their name without `funlora_`: "A" and "B" and, where it has them, "alpha",
+        "omega" and those of "mul-add", which begin with "add_".
+    """
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in state_dict.items():
+        layer, found, name = key.removeprefix(_PREFIX).rpartition(".funlora_")
+        if found:
+            layers.setdefault(layer, {})[name] = tensor
+    return {layer: tensors for layer, tensors in layers.items() if "A" in tensors}
 
 
 def _moved(A: torch.Tensor, B: torch.Tensor) -> float:

@@ -22,6 +22,10 @@ BLUE = "#0072B2"
 SKY_BLUE = "#56B4E9"
 VERMILION = "#D55E00"
 BLACK = "#000000"
+GREEN = "#009E73"
+ORANGE = "#E69F00"
+PURPLE = "#CC79A7"
+GREY = "#7F7F7F"
 
 STYLE = {
     "font.family": "sans-serif",
@@ -201,42 +205,206 @@ def layer_importance(
 
     Source: the quantity, arXiv 2510.02631, layer importance [text]; the drawing [ours].
     """
-    if not importance:
-        raise ValueError("importance is empty, expected at least one layer; compute the importance first")
-    for name, (mean, deviation) in importance.items():
-        if not (math.isfinite(mean) and math.isfinite(deviation) and deviation >= 0):
-            raise ValueError(
-                f"importance[{name!r}] is {(mean, deviation)}, expected a finite mean and a standard deviation of at "
-                f"least 0; check the adapters it was computed from"
-            )
+    _check_over_classes("importance", importance)
     target = _png_path(path)
     matplotlib = _matplotlib()
     means = [mean for mean, _ in importance.values()]
     deviations = [deviation for _, deviation in importance.values()]
     names, shared = _without_shared_parts(list(importance))
-    places = range(len(names))
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(6.5, 1.2 + 0.19 * len(names)), dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
         axes.barh(
-            places,
+            range(len(names)),
             means,
             xerr=deviations,
             height=0.7,
             color=SKY_BLUE,
             error_kw={"ecolor": BLACK, "elinewidth": 1, "capsize": 2},
         )
-        axes.set_yticks(places, labels=[_shorten(name) for name in names], fontsize=8)
+        _name_layers(axes, names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.tick_params(axis="y", length=0)
         axes.set_xlabel(f"{xlabel}\nlayers: {shared}" if shared else xlabel)
-        # The long name needs the height of several bars.
-        axes.set_ylabel("layer, in order of execution" if len(names) >= 10 else "layer")
         if title is not None:
             axes.set_title(title)
         _save(figure, target)
+
+
+def rank_by_layer(
+    ranks: Mapping[str, Mapping[str, tuple[float, float]]],
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+) -> None:
+    """Draws the rank of the functional matrix in each layer as a point, one colour and marker per group.
+
+    Beginnings and ends that all names of layers share are left out, and written once below the axis instead.
+
+    Args:
+        ranks: group, such as the function -> layer name -> (mean, standard deviation over the classes), finite, neither
+            negative; no unit. At most eight groups. Layers appear in the order of the first group that has them, which
+            should be that of execution; a group may lack layers.
+        path: the PNG to write; its folder is made if it is missing.
+        title: text above the axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: an argument is not as described; the message names it.
+
+    Source: the quantity, arXiv 2510.02631, Figure 4 [text]; the drawing [ours].
+    """
+    looks = (
+        (BLUE, "o"),
+        (VERMILION, "s"),
+        (GREEN, "^"),
+        (ORANGE, "D"),
+        (PURPLE, "v"),
+        (SKY_BLUE, "P"),
+        (BLACK, "X"),
+        (GREY, "*"),
+    )
+    if not 1 <= len(ranks) <= len(looks):
+        raise ValueError(
+            f"ranks has {len(ranks)} groups, expected between 1 and {len(looks)}; draw them in several figures"
+        )
+    for group, by_layer in ranks.items():
+        _check_over_classes(f"ranks[{group!r}]", by_layer, lowest=0)
+    target = _png_path(path)
+    matplotlib = _matplotlib()
+    layers = list(dict.fromkeys(layer for by_layer in ranks.values() for layer in by_layer))
+    names, shared = _without_shared_parts(layers)
+    # Beside each other, so that equal ranks do not hide each other.
+    step = 0.8 / len(ranks)
+    height = max(0.19, 0.07 * len(ranks))
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(6.5, 1.6 + height * len(layers)), dpi=DPI, layout="constrained")
+        axes = figure.add_subplot()
+        for index, ((group, by_layer), (colour, marker)) in enumerate(zip(ranks.items(), looks, strict=False)):
+            shift = (index - (len(ranks) - 1) / 2) * step
+            axes.errorbar(
+                [mean for mean, _ in by_layer.values()],
+                [layers.index(layer) + shift for layer in by_layer],
+                xerr=[deviation for _, deviation in by_layer.values()],
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linestyle="none",
+                elinewidth=1,
+                capsize=2,
+                label=group,
+                clip_on=False,
+            )
+        _name_layers(axes, names)
+        axes.set_ylim(len(layers) - 0.5, -0.5)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True))
+        axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        boundaries = [place - 0.5 for place in range(1, len(layers))]
+        axes.hlines(boundaries, 0, 1, transform=axes.get_yaxis_transform(), color="#EEEEEE", linewidth=0.6, zorder=0)
+        axes.set_axisbelow(True)
+        label = "numerical rank of F (mean and standard deviation over classes)"
+        axes.set_xlabel(f"{label}\nlayers: {shared}" if shared else label)
+        # Outside, where it hides no point.
+        figure.legend(loc="outside upper center", ncols=min(len(ranks), 4))
+        if title is not None:
+            axes.set_title(title)
+        _save(figure, target)
+
+
+def coefficients_by_layer(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+) -> None:
+    """Draws the coefficients of the p functions in each layer as coloured cells, one panel per quantity.
+
+    Zero is white in every panel; each panel has a colour scale of its own, as wide below zero as above.
+
+    Args:
+        panels: name of a quantity, such as "alpha" -> layer name -> its p values, finite; no unit. The same layers, in
+            the same order (that of execution), and the same p in every panel.
+        path: the PNG to write; its folder is made if it is missing.
+        title: text above the panels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: an argument is not as described; the message names it.
+
+    Source: the quantities, arXiv 2510.02631, Figure 5 [text]; the drawing [ours].
+    """
+    layers, size = _check_panels(panels)
+    target = _png_path(path)
+    matplotlib = _matplotlib()
+    names, shared = _without_shared_parts(layers)
+    with matplotlib.rc_context(STYLE):
+        height = 0.19 * max(len(layers), 6)
+        figure = matplotlib.figure.Figure(
+            figsize=(2.2 + 2.2 * len(panels), 1.6 + height), dpi=DPI, layout="constrained"
+        )
+        row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (name, by_layer) in zip(row, panels.items(), strict=True):
+            values = np.array([by_layer[layer] for layer in layers], dtype=float)
+            # A panel of zeros still needs a scale.
+            limit = np.abs(values).max() or 1.0
+            cells = axes.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0)
+            places = range(0, size, math.ceil(size / 10))
+            axes.set_xticks(places, labels=[str(place + 1) for place in places])
+            axes.set_xlabel("function, from 1 to p")
+            axes.set_title(name)
+            # `pad` is a share of the height.
+            scale = figure.colorbar(cells, ax=axes, location="bottom", shrink=0.9, aspect=14, pad=0.05 / height)
+            scale.outline.set_visible(False)
+        _name_layers(row[0], names)
+        if shared:
+            figure.supxlabel(f"layers: {shared}", fontsize=STYLE["axes.labelsize"])
+        if title is not None:
+            figure.suptitle(title, fontsize=STYLE["axes.titlesize"])
+        _save(figure, target)
+
+
+def _name_layers(axes: Any, names: Sequence[str]) -> None:
+    """Writes the names of the layers at 0, 1, ... of the vertical axis."""
+    axes.set_yticks(range(len(names)), labels=[_shorten(name) for name in names], fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    # The long name needs the height of several rows.
+    axes.set_ylabel("layer, in order of execution" if len(names) >= 10 else "layer")
+
+
+def _check_over_classes(name: str, values: Mapping[str, tuple[float, float]], *, lowest: float = -math.inf) -> None:
+    if not values:
+        raise ValueError(f"{name} is empty, expected at least one layer; compute it first")
+    for layer, (mean, deviation) in values.items():
+        if not (math.isfinite(mean) and mean >= lowest and math.isfinite(deviation) and deviation >= 0):
+            of_at_least = f" of at least {lowest:g}" if math.isfinite(lowest) else ""
+            raise ValueError(
+                f"{name}[{layer!r}] is {(mean, deviation)}, expected a finite mean{of_at_least} and a standard deviation "
+                f"of at least 0; check the adapters it was computed from"
+            )
+
+
+def _check_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[list[str], int]:
+    """Returns the layers and the number of values a layer."""
+    if not panels:
+        raise ValueError("panels is empty, expected at least one quantity; compute the coefficients first")
+    layers = list(next(iter(panels.values())))
+    if not layers:
+        raise ValueError("panels has a quantity of no layer, expected at least one; compute the coefficients first")
+    size = len(next(iter(panels.values()))[layers[0]])
+    for name, by_layer in panels.items():
+        if list(by_layer) != layers:
+            raise ValueError(f"panels[{name!r}] has other layers than the first; give all quantities of all layers")
+        for layer, values in by_layer.items():
+            if len(values) != size or size == 0 or not all(math.isfinite(value) for value in values):
+                raise ValueError(
+                    f"panels[{name!r}][{layer!r}] is {list(values)}, expected {size or 'some'} finite numbers, one per "
+                    f"function; check the adapters it was computed from"
+                )
+    return layers, size
 
 
 def _matplotlib() -> ModuleType:

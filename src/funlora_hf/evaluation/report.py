@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
 from ..continual.run_folder import RunFolder
@@ -19,7 +18,7 @@ from ..continual.strategy import Strategy
 from ..continual.trainer import phase_seconds
 from ..files import read_json, write_json
 from ..layer_selection import layer_importance
-from ..tuner.targets import unet_conv_names
+from .adapter_analysis import execution_order
 from .evaluator import RunEvaluator
 from .figures import accuracy_curve, sample_grid
 from .figures import layer_importance as layer_importance_figure
@@ -104,6 +103,7 @@ def report_run(
         logger.warning("No figures: %s", error)
     results = {
         "strategy": strategy.name,
+        "peft_method": strategy.method_name,
         "dataset": evaluator.data.name,
         "seed": evaluator.seed,
         "class_order": [class_id for task in tasks for class_id in task.class_ids],
@@ -112,6 +112,7 @@ def report_run(
         **accuracies,
         "held_out_loss": {"mean": sum(losses.values()) / len(losses) if losses else None, "per_class": losses},
         **strategy.parameters_per_class(),
+        "nfe": evaluator.nfe(),
         "layer_importance": {layer: {"mean": m, "std": s} for layer, (m, s) in importance.items()},
         "memory": strategy.memory_report(),
         "seconds": _seconds(folder, records, time.perf_counter() - started),
@@ -155,9 +156,7 @@ def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, tuple[float,
     adapters = adapter_folders(folder.path / ADAPTERS_FOLDER)
     if not adapters:
         return {}
-    with torch.device("meta"):
-        unet = UNet2DModel.from_config(UNet2DModel.load_config(strategy.setting.base_dir, subfolder="unet"))
-    return layer_importance(adapters, order=unet_conv_names(unet))
+    return layer_importance(adapters, order=execution_order(strategy.setting.base_dir))
 
 
 def _figures(
