@@ -295,6 +295,7 @@ def test_counts_are_those_of_a_trained_adapter(tiny_unet):
         FunLoraConfig(target_modules=["conv1"], modules_to_save=["conv_out"]),
         FunLoraConfig(target_modules=set(), class_embedding="class_embedding"),
         LoraConfig(target_modules=["conv1"], r=3, bias="all"),
+        LoraConfig(target_modules=["conv1"], trainable_token_indices={"class_embedding": [0]}),
     ):
         found = parameters_per_class(tiny_unet, config)
         model = get_peft_model(copy.deepcopy(tiny_unet), copy.deepcopy(config))
@@ -302,7 +303,8 @@ def test_counts_are_those_of_a_trained_adapter(tiny_unet):
         assert found.with_vector == sum(trained.values())
         vectors = sum(n for name, n in trained.items() if "class_embedding" in name)
         assert found.with_vector - found.without_vector == vectors
-        assert vectors == (tiny_unet.class_embedding.embedding_dim if getattr(config, "class_embedding", None) else 0)
+        has_vector = getattr(config, "class_embedding", None) or getattr(config, "trainable_token_indices", None)
+        assert vectors == (tiny_unet.class_embedding.embedding_dim if has_vector else 0)
 
 
 def test_counts_by_operation_and_rank(cifar):

@@ -145,3 +145,19 @@ def test_all_conv_adapts_every_convolution():
         model = get_peft_model(unet, FunLoraConfig(target_modules="all-conv"))
     assert {name for name, _ in plain_modules(model) if name in expected} == expected
     assert set(model.targeted_module_names) == expected
+
+
+@pytest.mark.parametrize("name", ["attention", "condition, cross attention"])
+def test_no_targets_are_the_middle_of_the_decoder(name):
+    unet = build(name)
+    expected = set(decoder_middle(unet))
+    with torch.device("meta"):
+        model = get_peft_model(unet, FunLoraConfig())
+    assert set(model.targeted_module_names) == expected
+
+
+def test_no_targets_need_a_unet_of_known_order():
+    unet = build("plain")
+    unet.control = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match=r"Please specify `target_modules` .* the model is a UNet2DModel\."):
+        get_peft_model(unet, FunLoraConfig())

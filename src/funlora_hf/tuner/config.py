@@ -34,7 +34,8 @@ class FunLoraConfig(PeftConfig):
             True: the adapter starts as the identity. False: a random start that is not the identity, for tests.
         target_modules (`Union[list[str], str]`, *optional*):
             Names of modules to adapt, or a regex. Conv2d and Linear are supported. "all-conv" means every Conv2d.
-            None means the paper's selection, the middle of the decoder, on a `UNet2DModel`.
+            None means the paper's selection, the middle of the decoder, on a `UNet2DModel` or `UNet2DConditionModel`;
+            `select_layers` gives others.
         exclude_modules (`Union[list[str], str]`, *optional*):
             Names of modules not to adapt, or a regex.
         modules_to_save (`list[str]`, *optional*):
@@ -66,9 +67,7 @@ class FunLoraConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random (False)."})
     target_modules: list[str] | str | None = field(
         default=None,
-        metadata={
-            "help": "Modules to adapt: list, regex, 'all-conv', or None for the middle of a UNet2DModel's decoder."
-        },
+        metadata={"help": "Modules to adapt: list, regex, 'all-conv', or None for the middle of a U-Net's decoder."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules, or a regex, not to adapt."}

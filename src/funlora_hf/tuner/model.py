@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import UNet2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -15,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .adapter_model import AdapterModel, check_no_other_method
 from .config import FunLoraConfig
 from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear
-from .targets import ALL_CONV, conv_names, decoder_middle
+from .targets import ALL_CONV, conv_names, decoder_middle, knows_order
 
 
 class FunLoraModel(AdapterModel):
@@ -50,10 +49,11 @@ class FunLoraModel(AdapterModel):
 
     def _prepare_model(self, peft_config: FunLoraConfig, model: nn.Module) -> None:
         if peft_config.target_modules is None:
-            if not isinstance(model, UNet2DModel):
+            if not knows_order(model):
                 raise ValueError(
                     "Please specify `target_modules` in `peft_config`: None is the middle of the decoder of a "
-                    f"UNet2DModel, and the model is a {type(model).__name__}."
+                    "UNet2DModel or UNet2DConditionModel in its standard form, and the model is a "
+                    f"{type(model).__name__}."
                 )
             peft_config.target_modules = set(decoder_middle(model))
         elif peft_config.target_modules == ALL_CONV:
