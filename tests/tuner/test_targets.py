@@ -56,6 +56,7 @@ def test_the_order_of_other_models_is_not_known():
 def test_decoder_middle_of_cifar_is_40_to_54():
     unet = build("paper's cifar")
     assert decoder_middle(unet) == executed(unet)[40:55]
+    assert decoder_middle(unet)[0] == "up_blocks.1.resnets.1.conv_shortcut"
 
 
 def test_decoder_middle_of_imagenet_is_40_to_56():
