@@ -8,6 +8,8 @@ import pytest
 from backbones import build
 
 from funlora_hf import FunLoraConfig, parameters_per_class, select_layers
+from funlora_hf.continual.config import ModelArguments
+from funlora_hf.continual.peft_methods import peft_method
 
 
 CIFAR, IMAGENET = "paper's cifar", "paper's imagenet"
@@ -98,3 +100,34 @@ def test_totals_come_within_a_hundredth_of_a_million(backbone, classes, adapters
     base = sum(parameter.numel() for parameter in build(backbone, num_class_embeds=classes).parameters())
     total = base + adapters * count(backbone, "decoder-middle").without_vector
     assert abs(total - printed) < 0.012e6
+
+
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [
+        ("class_vector", 0),
+        ("vanilla_add", 9728),
+        ("vanilla_mul", 9728),
+        ("scale_shift", 11776),
+        ("lora_attention_fused", 18432),
+        # The same with diffusers' separate projections, which the paper has not.
+        ("lora_attention", 24576),
+        ("lora_conv_v1", 12288),
+        ("lora_conv_v2", 10752),
+        ("funlora", 10028),
+    ],
+)
+def test_comparison_methods_take_the_parameters_of_table_5(method, number):
+    unet = build(CIFAR)
+    chosen = peft_method(method)
+    chosen.prepare(unet)
+    found = parameters_per_class(unet, chosen.config(unet, ModelArguments(peft_method=method)))
+    assert found.without_vector == number
+    assert found.with_vector == number + 512
+
+
+@pytest.mark.parametrize("method", ["vanilla_add", "vanilla_mul"])
+def test_vanilla_of_rank_2_takes_twice_the_parameters(method):
+    unet = build(CIFAR)
+    config = peft_method(method).config(unet, ModelArguments(peft_method=method, rank=2))
+    assert parameters_per_class(unet, config).without_vector == 2 * 9728

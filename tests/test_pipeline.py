@@ -189,12 +189,13 @@ def test_an_adapter_without_a_label_asks_for_one(tiny_unet, tiny_pipe, tmp_path)
     assert tiny_pipe.load_adapter(tmp_path / "a", class_label=0) == 0
 
 
-def test_another_method_s_adapter_is_refused(tiny_unet, tiny_pipe, tmp_path):
-    model = get_peft_model(tiny_unet, LoraConfig(target_modules=["conv_out"]))
-    model.save_pretrained(tmp_path / "a")
-    model.unload()
-    with pytest.raises(ValueError, match=r"type .*LORA.*, expected FUNLORA"):
-        tiny_pipe.load_adapter(tmp_path / "a", class_label=0)
+def test_adapters_of_two_methods_do_not_mix(tiny_unet, pipe, tmp_path):
+    unet = UNet2DModel.from_config(tiny_unet.config)
+    get_peft_model(unet, LoraConfig(target_modules=["to_q"])).save_pretrained(tmp_path / "a")
+    classes = pipe.classes
+    with pytest.raises(ValueError, match=r"an adapter of type LORA, expected FUNLORA, as those loaded already"):
+        pipe.load_adapter(tmp_path / "a", class_label=0)
+    assert pipe.classes == classes
 
 
 @pytest.mark.parametrize("first", [True, False])

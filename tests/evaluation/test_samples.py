@@ -16,7 +16,7 @@ def draw(pipe, **overrides):
         "tolerance": 1e-3,
     }
     settings |= overrides
-    return draw_samples(pipe, 3, settings.pop("count"), **settings)
+    return draw_samples(pipe, 3, settings.pop("count"), **settings).images
 
 
 def test_samples_repeat_to_the_bit_and_differ_by_purpose(tiny_pipe):
@@ -29,6 +29,12 @@ def test_samples_repeat_to_the_bit_and_differ_by_purpose(tiny_pipe):
 
 def test_fewer_samples_are_the_first_of_more(tiny_pipe):
     assert torch.equal(draw(tiny_pipe, count=4), draw(tiny_pipe)[:4])
+
+
+def test_evaluations_are_those_of_a_batch(tiny_pipe):
+    settings = {"purpose": "probe", "seed": 0, "batch_size": 2, "num_inference_steps": 3, "tolerance": 1e-3}
+    for solver, nfe in (("euler", 3), ("heun", 6), ("rk4", 12)):
+        assert draw_samples(tiny_pipe, 3, 5, solver=solver, **settings).nfe == nfe
 
 
 def test_the_hash_sees_one_bit_the_shape_and_the_dtype():
