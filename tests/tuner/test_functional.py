@@ -356,7 +356,9 @@ def test_rank_of_float32_rounding_is_not_counted():
     assert numerical_rank(F.double()) > 1
 
 
-@pytest.mark.parametrize(("function", "with_omega", "bound"), [("identity", False, 1), ("shift", False, P)])
+@pytest.mark.parametrize(
+    ("function", "with_omega", "bound"), [("identity", False, 1), ("shift", False, P), ("power", False, P)]
+)
 def test_rank_of_functions_is_bounded(function, with_omega, bound):
     F = functional_matrix(*arguments(function, with_omega, rows=16, columns=16, r=1), function=function)
     assert numerical_rank(F) == bound
