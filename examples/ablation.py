@@ -30,7 +30,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         reference, ablation = parse(sys.argv[1:], AblationArguments, description=__doc__)
-        variants = variants_of(ablation.tables)
+        variants = variants_of(ablation.tables, ablation.variants)
         results = run_ablation(ablation, reference, variants)
     except (ValueError, FileExistsError, FileNotFoundError, ImportError, RuntimeError) as error:
         logging.getLogger(__name__).debug("details", exc_info=True)

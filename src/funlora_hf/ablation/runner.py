@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -28,6 +29,7 @@ from ..continual.run_folder import RunFolder
 from ..files import read_json, whole_folder, write_json
 from ..layer_selection import layer_importance, select_layers
 from ..run import RunArguments, run
+from ..tuner.functional import check_at_least_one
 from .variants import REFERENCE, Variant
 
 
@@ -42,6 +44,9 @@ class AblationArguments:
         default_factory=lambda: ["functions", "operations", "ratio", "layers", "rivals", "solvers"],
         metadata={"help": "Tables to make."},
     )
+    variants: list[str] | None = field(
+        default=None, metadata={"help": "Only these rows, by the names of their folders; None: all of the tables."}
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds, one base for each."})
     learning_rates: list[float] | None = field(
         default=None,
@@ -51,6 +56,14 @@ class AblationArguments:
         },
     )
     num_workers: int = field(default=1, metadata={"help": "Runs at a time."})
+
+    def __post_init__(self) -> None:
+        check_at_least_one("num_workers", self.num_workers)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"`seeds` is {self.seeds}, expected different numbers, at least one.")
+        for rate in self.learning_rates or ():
+            if not 0 < rate < math.inf:
+                raise ValueError(f"`learning_rates` has {rate:g}, expected numbers above 0.")
 
 
 @dataclass(frozen=True)

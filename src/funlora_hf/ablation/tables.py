@@ -32,7 +32,7 @@ def ablation_rows(results: Results, tables: Sequence[str]) -> list[dict[str, Any
     """One row for every variant of every table: table, variant, number of seeds, then mean and std of each column.
 
     Args:
-        results: key of a variant -> results of its runs, None for one that failed.
+        results: key of a variant -> results of its runs, None for one that failed; variants without are left out.
         tables: which to make.
 
     Returns:
@@ -41,7 +41,8 @@ def ablation_rows(results: Results, tables: Sequence[str]) -> list[dict[str, Any
     rows = []
     for table in tables:
         for variant in TABLES[table]:
-            rows.append({"table": table, "variant": variant.label, **_averages(results, variant)})
+            if variant.key in results:
+                rows.append({"table": table, "variant": variant.label, **_averages(results, variant)})
     return rows
 
 

@@ -109,11 +109,15 @@ TABLES: dict[str, tuple[Variant, ...]] = {
 }
 
 
-def variants_of(tables: Iterable[str]) -> list[Variant]:
+def variants_of(tables: Iterable[str], keys: Iterable[str] | None = None) -> list[Variant]:
     """Every run that these tables take, once, the reference and what others need first.
 
+    Args:
+        tables: names of tables.
+        keys: of the only variants wanted; None: all that the tables have.
+
     Raises:
-        ValueError: an unknown table.
+        ValueError: an unknown table, or a key that none of the tables has.
     """
     unknown = sorted(set(tables) - set(TABLES))
     if unknown:
@@ -121,6 +125,13 @@ def variants_of(tables: Iterable[str]) -> list[Variant]:
             f"`tables` has {', '.join(map(repr, unknown))}, expected some of: {', '.join(map(repr, TABLES))}."
         )
     by_key = {variant.key: variant for name in tables for variant in TABLES[name]}
+    if keys is not None:
+        missing = sorted(set(keys) - set(by_key))
+        if missing:
+            raise ValueError(
+                f"`variants` has {', '.join(map(repr, missing))}, expected some of: {', '.join(map(repr, by_key))}."
+            )
+        by_key = {key: by_key[key] for key in keys}
     every = {variant.key: variant for table in TABLES.values() for variant in table}
     for variant in list(by_key.values()):
         for key in (variant.needs, variant.rate_of):

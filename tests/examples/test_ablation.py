@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import command_line, digests
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ablation.py"
+
+
+def ablation(folder, *arguments, **overrides):
+    short = {
+        "output_dir": str(folder / "out"),
+        "max_images_per_class": 8,
+        "classes_per_task": 5,
+        "base_train_steps": 2,
+        "adapter_train_steps": 1,
+        "num_samples_per_class": 1,
+        **overrides,
+    }
+    command = [sys.executable, str(EXAMPLE), *command_line(**short), "--seeds", "0", "1", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    done = ablation(folder, "--tables", "operations", "solvers", "--learning_rates", "1e-2", "3e-2")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder / "out"
+
+
+def test_tables_of_every_variant_and_seed(finished):
+    rows = list(csv.DictReader((finished / "ablation.csv").open()))
+    assert [row["variant"] for row in rows if row["table"] == "operations"] == ["mul", "add", "mul-add"]
+    assert all(row["seeds"] == "2" for row in rows)
+    assert {row["variant"]: row["NFE"] for row in rows if row["table"] == "solvers"}["euler, 12 steps"] == "12"
+    record = json.loads((finished / "ablation.json").read_text())
+    assert record["rows"][0]["variant"] == "mul"
+    assert "torch" in record["versions"]
+    assert "--tables operations solvers" in record["command"]
+    assert (finished / "ablation.md").read_text().count("\n") == len(rows) + 2
+
+
+def test_variants_of_a_seed_share_its_base_and_differ(finished):
+    for seed in (0, 1):
+        runs = finished / f"seed_{seed}"
+        assert not (runs / "add" / "base").exists()
+        source = json.loads((runs / "add" / "adapters" / "class_5" / "adapter_config.json").read_text())
+        assert source["base_model_name_or_path"] == str(runs / "base" / "base" / "unet")
+    first, second = (digests(finished / "seed_0" / key / "adapters") for key in ("add", "mul_add"))
+    assert first.keys() == second.keys()
+    assert all(first[name] != second[name] for name in first if name.endswith("safetensors"))
+
+
+def test_solvers_sample_the_adapters_of_the_reference(finished):
+    runs = finished / "seed_1"
+    assert digests(runs / "euler_2" / "adapters") == digests(runs / "funlora" / "adapters")
+    assert json.loads((runs / "euler_2" / "results.json").read_text())["nfe"] == 2
+
+
+def test_the_chosen_rate_is_the_best_and_is_used(finished):
+    rates = json.loads((finished / "learning_rates.json").read_text())
+    for key, losses in rates["losses"].items():
+        best = min(losses, key=losses.__getitem__)
+        assert rates["chosen"][key] == float(best)
+        results = json.loads((finished / "seed_1" / key / "results.json").read_text())
+        assert results["settings"]["ContinualTrainingArguments"]["adapter_learning_rate"] == float(best)
+
+
+def test_started_again_it_only_runs_what_is_missing(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("adapter_model.safetensors")}
+    results = finished / "seed_0" / "add" / "results.json"
+    contents = json.loads(results.read_text())
+    results.unlink()
+    done = ablation(finished.parent, "--tables", "operations", "solvers", "--learning_rates", "1e-2", "3e-2")
+    assert done.returncode == 0, done.stderr[-4000:]
+    again = json.loads(results.read_text())
+    assert again["held_out_loss"] == contents["held_out_loss"]
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("adapter_model.safetensors")} == before
+
+
+def test_a_failed_variant_does_not_lose_the_others(tmp_path):
+    (tmp_path / "out" / "seed_0").mkdir(parents=True)
+    # A file where the folder of a run should be.
+    (tmp_path / "out" / "seed_0" / "add").mkdir()
+    (tmp_path / "out" / "seed_0" / "add" / "adapters").write_text("in the way")
+    done = ablation(tmp_path, "--tables", "operations")
+    assert done.returncode != 0
+    assert "error: runs of add failed" in done.stderr
+    rows = {row["variant"]: row["seeds"] for row in csv.DictReader((tmp_path / "out" / "ablation.csv").open())}
+    assert rows == {"mul": "2", "add": "1", "mul-add": "2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tables", "rivlas"), "`tables` has 'rivlas'"),
+        (("--seeds",), "`seeds` is"),
+        (("--num_workers", "0"), "`num_workers` should be a positive integer"),
+        (("--learning_rates", "-1"), "`learning_rates` has -1"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(arguments, words, tmp_path):
+    done = ablation(tmp_path, *arguments)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
