@@ -133,9 +133,12 @@ def variants_of(tables: Iterable[str], keys: Iterable[str] | None = None) -> lis
             )
         by_key = {key: by_key[key] for key in keys}
     every = {variant.key: variant for table in TABLES.values() for variant in table}
-    for variant in list(by_key.values()):
-        for key in (variant.needs, variant.rate_of):
-            if key is not None:
-                by_key.setdefault(key, every[key])
     by_key.setdefault(REFERENCE, every[REFERENCE])
+    waiting = list(by_key.values())
+    while waiting:
+        variant = waiting.pop()
+        for key in (variant.needs, variant.rate_of):
+            if key is not None and key not in by_key:
+                by_key[key] = every[key]
+                waiting.append(every[key])
     return sorted(by_key.values(), key=lambda variant: (variant.needs is not None, variant.key != REFERENCE))
