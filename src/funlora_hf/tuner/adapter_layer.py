@@ -218,10 +218,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The tuner checks all its layers before any is loaded; this is for a model without one around it.
-        parts = tuple(f"{prefix}{part}." for part in self.adapter_layer_names)
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         check_before_loading(
             {f"{prefix}{key}": parameter for key, parameter in self.adapter_tensors().items()},
-            {key: value for key, value in state_dict.items() if key.startswith(parts)},
+            {k: value for k, value in own.items() if k[len(prefix) :].partition(".")[0] in self.adapter_layer_names},
             saved_modules={},
         )
         super()._load_from_state_dict(state_dict, prefix, *args)
