@@ -219,7 +219,9 @@ def test_parameters_are_those_that_the_function_uses(function, operation, train_
 
 def test_adding_again_under_the_same_name_starts_anew():
     layer = wrap(make_conv("3x3"), operation="mul-add", init_weights=False)
+    layer.set_scale("default", 0.5)
     layer.update_layer("default", FunLoraConfig(function="shift", num_functions=3))
+    assert layer.scaling == {"default": 1}
     parameters = {name for name, _ in layer.named_parameters() if "base_layer" not in name}
     assert parameters == {"funlora_A.default", "funlora_B.default", "funlora_alpha.default"}
     x = images()
@@ -310,6 +312,95 @@ def test_several_active_adapters_multiply_and_sum():
     for active in (["a", "d"], ["a", "b"], ["b", "a"], ["b", "c"], ["d", "c", "b", "a"]):
         layer.set_adapter(active)
         close(layer(x), plain_output(layer.base_layer, x, numpy_weight(layer, active)), 1e-9)
+
+
+# Scale
+
+
+def scaled_weight(layer, scales):
+    """`numpy_weight` with a scale for every adapter: 1 + s (F - 1) for factors, s G for terms."""
+    weight = layer._original_weight().double().numpy()
+    for name, scale in scales.items():
+        if layer.settings[name].operation != "add":
+            weight = weight * (1 + scale * (numpy_matrix(layer, name) - 1))
+    for name, scale in scales.items():
+        operation = layer.settings[name].operation
+        if operation != "mul":
+            weight = weight + scale * numpy_matrix(layer, name, "add_" if operation == "mul-add" else "")
+    return torch.from_numpy(weight)
+
+
+@conv_cases
+@operations
+def test_scale_of_one_adapter(case, operation):
+    layer, x = wrap(make_conv(case), operation=operation, init_weights=False), images()
+    for scale in (0.25, -1, 3):
+        layer.set_scale("default", scale)
+        weight = scaled_weight(layer, {"default": scale})
+        close(weight, layer.weight + scale * (numpy_weight(layer) - layer.weight), 1e-10)
+        close(layer(x), plain_output(layer.base_layer, x, weight), 1e-9)
+    layer.set_scale("default", 0)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_scales_of_several_adapters_act_on_each():
+    layer = wrap(make_conv("3x3"), "a", operation="mul", init_weights=False)
+    add(layer, "b", operation="add", function="shift", init_weights=False)
+    add(layer, "c", operation="mul-add", function="power", init_weights=False)
+    scales, x = {"a": 0.5, "b": 2.0, "c": -0.3}, images()
+    layer.set_adapter(list(scales))
+    for name, scale in scales.items():
+        layer.set_scale(name, scale)
+    expected = plain_output(layer.base_layer, x, scaled_weight(layer, scales))
+    close(layer(x), expected, 1e-9)
+    layer.merge()
+    close(layer(x), expected, 1e-9)
+
+
+def test_scale_of_a_class_vector():
+    base, labels = nn.Embedding(2, 5).to(torch.float64), torch.tensor([1, 0, 1])
+    layer = wrap(base, "a", init_weights=False)
+    add(layer, "b", init_weights=False)
+    a, b = (layer.funlora_class_vector[name].detach() for name in "ab")
+    rows = base.weight.detach()[labels]
+    layer.set_scale("a", 0.25)
+    expected = 0.75 * rows + 0.25 * a
+    close(layer(labels), expected, 1e-12)
+    layer.set_adapter(["a", "b"])
+    close(layer(labels), (expected + b) / 2, 1e-12)
+    layer.merge()
+    close(layer(labels), (expected + b) / 2, 1e-12)
+    layer.unmerge()
+    layer.set_adapter(["a"])
+    layer.set_scale("a", 0)
+    close(layer(labels), rows, 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+def test_merged_weights_follow_the_scale_and_come_back():
+    layer = wrap(make_conv("3x3"), "a", init_weights=False)
+    add(layer, "b", init_weights=False)
+    before = layer.weight.detach().clone()
+    layer.merge(adapter_names=["a"])
+    layer.merge(adapter_names=["b"])
+    merged = layer.weight.detach().clone()
+    layer.set_scale("b", 0.5)
+    assert layer.merged_adapters == ["a", "b"]
+    close(layer.weight.data, scaled_weight(layer, {"a": 1, "b": 0.5}), 1e-10)
+    layer.set_scale("b", 1)
+    assert torch.equal(layer.weight, merged)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
+def test_another_scale_of_an_adapter_that_is_not_merged_leaves_the_merged_weight_alone():
+    layer = wrap(make_conv("3x3"), "a", init_weights=False)
+    add(layer, "b", init_weights=False)
+    layer.merge()
+    merged = layer.weight.detach().clone()
+    layer.set_scale("b", 0.5)
+    assert torch.equal(layer.weight, merged)
+    assert layer.merged_adapters == ["a"]
 
 
 # Merging
