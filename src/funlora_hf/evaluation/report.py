@@ -154,7 +154,8 @@ def _seconds(folder: RunFolder, records: Sequence[Mapping[str, Any]], report: fl
 
 def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, tuple[float, float]]:
     adapters = adapter_folders(folder.path / ADAPTERS_FOLDER)
-    if not adapters:
+    if not adapters or strategy.method_name == "vanilla_add":
+        # Importance is the distance of A and B from one, where all but vanilla LoRA start.
         return {}
     return layer_importance(adapters, order=execution_order(strategy.setting.base_dir))
 
