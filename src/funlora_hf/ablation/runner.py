@@ -214,15 +214,18 @@ def _run_job(job: Job) -> dict[str, Any] | None:
 
 
 def _run_or_read(job: Job) -> dict[str, Any]:
-    folder = RunFolder(job.folder)
+    folder, arguments = RunFolder(job.folder), job.arguments
+    settings = run_settings(arguments.data, arguments.model, arguments.training, arguments.evaluation)
+    if folder.results.is_file():
+        results = read_json(folder.results)
+        if results["settings"] == settings:
+            return results
     if job.adapters is not None and not (job.folder / ADAPTERS_FOLDER).is_dir():
         # A run that finds its adapters finished goes on with sampling.
-        arguments = job.arguments
-        settings = run_settings(arguments.data, arguments.model, arguments.training, arguments.evaluation)
         folder.open(settings, overwrite=False, resume=True)
         with whole_folder(job.folder / ADAPTERS_FOLDER) as temporary:
             shutil.copytree(job.adapters, temporary, dirs_exist_ok=True)
-    run(job.arguments)
+    run(arguments)
     return read_json(folder.results)
 
 
