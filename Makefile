@@ -7,7 +7,7 @@ ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECKED := src examples tests
 
-.PHONY: demo test style quality clean
+.PHONY: demo test test-oldest-peft style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -25,6 +25,11 @@ demo: .venv/installed
 test: quality
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+# The tests of what PEFT does for us, with the oldest peft that pyproject.toml allows.
+test-oldest-peft: .oldest-peft
+	PYTHONPATH="$(CURDIR)/.oldest-peft" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
+	  tests/tuner tests/test_pipeline.py tests/test_layer_selection.py
+
 quality: .venv/installed
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
@@ -38,5 +43,12 @@ style: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# Only peft itself: a folder that comes before .venv's packages.
+.oldest-peft: .venv/installed
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+	  "peft==$$(sed -n 's/.*"peft>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
+	touch $@
+
 clean:
-	rm -rf .venv outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .oldest-peft outputs .pytest_cache .ruff_cache .hypothesis
