@@ -16,7 +16,6 @@ from peft import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from peft.utils.error import NoMatchingPeftModuleError
 from peft_models import (
     CONDITION_UNET,
     PLAIN,
@@ -210,7 +209,7 @@ def test_target_modules(kind, config, chosen, class_embedding):
 
 
 def test_layer_indexes_that_no_layer_has():
-    with pytest.raises(NoMatchingPeftModuleError, match=r"layers_to_transform.*7.*layers_pattern.*resnets"):
+    with pytest.raises(ValueError, match=r"layers_to_transform.*7.*layers_pattern.*resnets"):
         UNET.model(class_embedding=None, target_modules=["conv1"], layers_to_transform=[7], layers_pattern="resnets")
 
 
