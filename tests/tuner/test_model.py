@@ -189,11 +189,6 @@ TARGETS = [
         {"target_modules": ["to_q"], "layers_to_transform": 1, "layers_pattern": ["attentions", "nothing"]},
         lambda name, conv: "attentions.1." in name and name.endswith("to_q"),
     ),
-    (
-        UNET,
-        {"target_modules": ["conv1"], "layers_to_transform": [1], "layers_pattern": "up_blocks"},
-        lambda name, conv: name.startswith("up_blocks.1.") and name.endswith("conv1"),
-    ),
 ]
 
 
