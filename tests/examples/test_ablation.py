@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_tables_of_every_variant_and_seed(finished):
     # The reference is always there.
     assert [row["variant"] for row in rows if row["table"] == "operations"] == ["mul", "add"]
     assert all(row["seeds"] == "2" for row in rows)
-    assert {row["variant"]: row["NFE"] for row in rows if row["table"] == "solvers"}["euler, 2 steps"] == "2.0"
+    assert {row["variant"]: row["NFE"] for row in rows if row["table"] == "solvers"}["euler, 2 steps"] == "2"
     record = json.loads((finished / "ablation.json").read_text())
     assert record["rows"][0]["variant"] == "mul"
     assert "torch" in record["versions"]
@@ -80,41 +81,30 @@ def test_the_chosen_rate_is_the_best_and_is_used(finished):
 
 
 def test_started_again_it_only_runs_what_is_missing(finished):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("adapter_model.safetensors")}
-    results = finished / "seed_0" / "add" / "results.json"
-    contents = json.loads(results.read_text())
-    results.unlink()
+    lost = finished / "seed_0" / "add"
+    before = digests(lost / "adapters")
+    others = {p: p.stat().st_mtime_ns for p in finished.rglob("results.json") if lost not in p.parents}
+    shutil.rmtree(lost)
     done = ablation(finished.parent, *ASKED)
     assert done.returncode == 0, done.stderr[-4000:]
-    again = json.loads(results.read_text())
-    assert again["held_out_loss"] == contents["held_out_loss"]
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("adapter_model.safetensors")} == before
+    assert digests(lost / "adapters") == before
+    assert all(path.stat().st_mtime_ns == time for path, time in others.items())
 
 
 def test_a_failed_variant_does_not_lose_the_others(tmp_path):
-    (tmp_path / "out" / "seed_0").mkdir(parents=True)
-    # A file where the folder of a run should be.
-    (tmp_path / "out" / "seed_0" / "add").mkdir()
+    (tmp_path / "out" / "seed_0" / "add").mkdir(parents=True)
+    # A file where a folder of the run should be.
     (tmp_path / "out" / "seed_0" / "add" / "adapters").write_text("in the way")
-    done = ablation(tmp_path, "--tables", "operations", "--variants", "add")
+    done = ablation(tmp_path, "--tables", "operations", "--variants", "add", "--seeds", "0")
     assert done.returncode != 0
     assert "error: runs of add failed" in done.stderr
     rows = {row["variant"]: row["seeds"] for row in csv.DictReader((tmp_path / "out" / "ablation.csv").open())}
-    assert rows == {"mul": "2", "add": "1"}
+    assert rows == {"mul": "1", "add": "0"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--tables", "rivlas"), "`tables` has 'rivlas'"),
-        (("--seeds",), "`seeds` is"),
-        (("--num_workers", "0"), "`num_workers` should be a positive integer"),
-        (("--learning_rates", "-1"), "`learning_rates` has -1"),
-    ],
-)
-def test_bad_arguments_end_in_one_line(arguments, words, tmp_path):
-    done = ablation(tmp_path, *arguments)
+def test_bad_arguments_end_in_one_line(tmp_path):
+    done = ablation(tmp_path, "--tables", "rivlas")
     assert done.returncode != 0
-    assert words in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: `tables` has 'rivlas'")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
