@@ -184,6 +184,11 @@ def gets_no_gradient(row: Any) -> bool:
 
 
 # PEFT's classes of tests
+#
+# Of `TestPeftCustomModel` and the classes like it, every test that is parametrised over methods is run, so that what a
+# later PEFT adds is run, too; of tests with a LoraConfig of their own, those named as `stand_in`, with ours in its place.
+# Not run: what is about another method or LoRA's own tensors (`TestLayerRepr`, `TestMultiRankAdapter`,
+# `TestDynamicDispatch`), models from the Hub, and PEFT's other modules, which are about language models.
 
 
 class TestPeftCustomModel(
