@@ -377,6 +377,8 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"strategy": "joint", "base_model": "mine"}, "`strategy` 'joint' trains on all tasks at once"),
         ({"report_to": "no-such-tracker"}, "`report_to` 'no-such-tracker'"),
         ({"target_modules": ["no_such_layer"]}, "no_such_layer"),
+        ({"classifier_architecture": "vit"}, "classifier_architecture is 'vit', expected one of auto, resnet18, cnn"),
+        ({"classifier_learning_rate": -1.0}, r"classifier_learning_rate is -1\.0"),
     ],
 )
 def test_bad_arguments_are_named(arguments, text, inside):

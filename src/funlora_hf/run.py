@@ -28,7 +28,7 @@ from .continual.run_folder import RunFolder
 from .continual.strategy import Setting, Strategy
 from .continual.trainer import ContinualTrainer
 from .data import ImageClassificationData, Task, assign_class_ids, load_image_data, split_into_tasks
-from .evaluation.evaluator import RunEvaluator
+from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.report import report_finished, report_run
 
 
@@ -37,7 +37,8 @@ class RunArguments:
     """All arguments of a run, checked against each other.
 
     Raises:
-        ValueError: `unet_config` is missing for other images than digits.
+        ValueError: `unet_config` is missing for other images than digits, or an argument of the classifier is out of
+            range.
     """
 
     data: DataArguments
@@ -46,6 +47,8 @@ class RunArguments:
     evaluation: EvaluationArguments
 
     def __post_init__(self) -> None:
+        # Checked now, not when the first task has been trained.
+        classifier_config(self.evaluation, self.training.max_train_steps)
         if self.model.unet_config is not None or self.model.base_model is not None:
             return
         if self.data.dataset_name != "digits" and self.training.update_class is None:

@@ -231,6 +231,9 @@ class EvaluationArguments:
         default=8, metadata={"help": "Images of every class drawn when it is learned and again at the end."}
     )
     held_out_sigmas: int = field(default=16, metadata={"help": "Times at which the held-out loss is measured."})
+    classifier_architecture: str = field(
+        default="auto", metadata={"help": "'resnet18', 'cnn' (small), or 'auto': by the size of the images."}
+    )
     classifier_epochs: int = field(default=20, metadata={"help": "Epochs of the classifier."})
     classifier_batch_size: int = field(default=100, metadata={"help": "Batch of the classifier."})
     classifier_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of the classifier."})

@@ -34,6 +34,26 @@ from .samples import Samples, draw_samples, tensor_sha256, to_uint8
 logger = logging.getLogger(__name__)
 
 
+def classifier_config(config: EvaluationArguments, max_train_steps: int | None) -> ClassifierConfig:
+    """How a run's arguments have its classifier trained.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    try:
+        return ClassifierConfig(
+            epochs=config.classifier_epochs,
+            batch_size=config.classifier_batch_size,
+            learning_rate=config.classifier_learning_rate,
+            crop_padding=config.classifier_crop_padding,
+            horizontal_flip=config.classifier_flip,
+            max_train_steps=max_train_steps,
+            architecture=config.classifier_architecture,
+        )
+    except ValueError as error:
+        raise ValueError(f"classifier_{error}") from error
+
+
 class RunEvaluator:
     """
     Args:
@@ -65,7 +85,7 @@ class RunEvaluator:
         self.config = config
         self.seed = seed
         self.accelerator = accelerator
-        self.max_train_steps = max_train_steps
+        self._classifier = classifier_config(config, max_train_steps)
         self._records = folder.checkpoints / "evaluation"
         self._synthetic = folder.checkpoints / "synthetic"
         self._probes = folder.checkpoints / "probes"
@@ -199,7 +219,7 @@ class RunEvaluator:
             torch.cat(images),
             torch.cat(labels),
             num_classes=len(seen),
-            config=self._classifier_config(),
+            config=self._classifier,
             seed=derive_seed(self.seed, "classifier", task.index),
             device=self.accelerator.device,
             description=f"classifier, task {task.index + 1}",
@@ -218,17 +238,6 @@ class RunEvaluator:
 
     def _real(self, class_id: int, task: Task) -> torch.Tensor:
         return self.data.images(class_id)
-
-    def _classifier_config(self) -> ClassifierConfig:
-        config = self.config
-        return ClassifierConfig(
-            epochs=config.classifier_epochs,
-            batch_size=config.classifier_batch_size,
-            learning_rate=config.classifier_learning_rate,
-            crop_padding=config.classifier_crop_padding,
-            horizontal_flip=config.classifier_flip,
-            max_train_steps=self.max_train_steps,
-        )
 
     def _count(self, class_id: int, split: str) -> int:
         return self.data.count(class_id, split=split) if class_id in self.data.class_names else 0
