@@ -62,6 +62,16 @@ def test_starts_as_the_base_to_the_bit_and_learns(bottleneck):
     assert model.base_model.model[0].conv_lora_B["default"].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("bottleneck", ["kernel", "rank"])
+def test_autocast_changes_no_weight(bottleneck):
+    layer = adapted(nn.Conv2d(4, 6, 3), bottleneck=bottleneck, r=2).base_model.model[0]
+    with torch.no_grad():
+        expected = layer.adapted_weight(["default"], layer.get_base_layer().weight)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            weight = layer.adapted_weight(["default"], layer.get_base_layer().weight)
+    assert torch.equal(weight, expected)
+
+
 def test_groups_and_dilation():
     conv = nn.Conv2d(4, 6, 3, groups=2, dilation=2)
     model = adapted(conv)

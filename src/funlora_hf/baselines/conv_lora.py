@@ -14,7 +14,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from ..tuner.adapter_layer import AdapterLayer
-from ..tuner.functional import check_at_least_one, check_choice
+from ..tuner.functional import check_at_least_one, check_choice, without_autocast
 from .model import ConvAdapterConfig, ConvAdapterModel
 
 
@@ -78,14 +78,15 @@ class ConvLoraConv2d(AdapterLayer):
         adapted = weight
         for name in adapter_names:
             config = self.settings[name]
-            product = self.conv_lora_B[name] @ self.conv_lora_A[name]
+            with without_autocast(weight.device.type):
+                product = self.conv_lora_B[name] @ self.conv_lora_A[name]
             adapted = adapted + product.view(weight.shape) * (self.scaling[name] * config.lora_alpha / config.r)
         return adapted.to(weight.dtype)
 
     def adapted_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
         """x `(batch, C_in, height, width)` -> `(batch, C_out, height', width')`."""
         base = self.get_base_layer()
-        return base._conv_forward(x, self.adapted_weight(adapter_names, base.weight), base.bias)
+        return base._conv_forward(x, self.effective_weight(adapter_names), base.bias)
 
 
 class ConvLoraModel(ConvAdapterModel):

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .tensor_checks import check_before_loading
+from .weight_cache import WeightCache
 
 
 BASE = "__base__"
@@ -75,11 +76,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # Merging multiplies, so it cannot be undone by arithmetic: the weight itself is kept. Not part of state_dict.
         self.register_buffer("_weight_before_merge", None, persistent=False)
+        self._weights = WeightCache()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Add (or start anew) the parameters of an adapter, on the device of the base's weight."""
+        self._weights.clear()
         self.settings[adapter_name] = config
         self.scaling[adapter_name] = 1.0
         for name in self.adapter_layer_names:
@@ -103,6 +106,29 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self, adapter_names: Sequence[str], x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """The layer's output with these adapters acting on all of `x`, each at its `scaling`."""
+
+    def effective_weight(self, adapter_names: Sequence[str]) -> torch.Tensor:
+        """`adapted_weight` of the base's own weight, without gradients computed once until something changes.
+
+        It must not be changed. A layer keeps one such weight, and during `mixed_batch` one for every adapter.
+        """
+        weight = self.get_base_layer().weight
+        return self._weights.get(
+            tuple((name, self.scaling[name]) for name in adapter_names),
+            lambda: self.adapted_weight(adapter_names, weight),
+            by_value=[tensor for name in adapter_names for tensor in self._tensors_of(name)],
+            by_version=[weight],
+        )
+
+    def keep_weights(self, capacity: int) -> int:
+        """Set how many effective weights to keep at a time; returns how many it was."""
+        before, self._weights.capacity = self._weights.capacity, capacity
+        return before
+
+    def train(self, mode: bool = True) -> AdapterLayer:
+        """Set training or evaluation, as of any module."""
+        self._weights.clear()
+        return super().train(mode)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """
@@ -225,6 +251,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             saved_modules={},
         )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _tensors_of(self, adapter_name: str) -> list[torch.Tensor]:
+        dictionaries = (getattr(self, part) for part in self.adapter_layer_names)
+        return [parameters[adapter_name] for parameters in dictionaries if adapter_name in parameters]
 
     def _original_weight(self) -> torch.Tensor:
         return self.weight.data if self._weight_before_merge is None else self._weight_before_merge

@@ -68,7 +68,7 @@ def functional_matrix(
     _check_factors(A, B)
     _check_coefficients(alpha, omega, function)
 
-    with _without_autocast(A.device.type):
+    with without_autocast(A.device.type):
         A, B, alpha, omega = (_at_least_float32(tensor) for tensor in (A, B, alpha, omega))
         if function == "identity":
             return _product(A, B)
@@ -186,16 +186,16 @@ def numerical_rank(F: torch.Tensor, tol: float | None = None) -> int:
     return int(torch.linalg.matrix_rank(matrix, atol=tol or 0.0, rtol=relative))
 
 
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast switched off; on the meta device, on which shapes are inferred, there is none."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+
+
 def check_at_least_one(field: str, value: object) -> None:
     """Raise a ValueError that names the field and the value, unless `value` is an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{field}` should be a positive integer value but the value passed is {value!r}.")
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    # The meta device, on which shapes are inferred, has no autocast to switch off.
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

@@ -110,7 +110,7 @@ class FunLoraConv2d(FunLoraFactorLayer):
         """x `(batch, C_in, height, width)` -> `(batch, C_out, height', width')`."""
         base = self.get_base_layer()
         # The convolution's own method: it knows its stride, padding mode, dilation and groups.
-        return base._conv_forward(x, self.adapted_weight(adapter_names, base.weight), base.bias)
+        return base._conv_forward(x, self.effective_weight(adapter_names), base.bias)
 
 
 class FunLoraLinear(FunLoraFactorLayer):
@@ -119,7 +119,7 @@ class FunLoraLinear(FunLoraFactorLayer):
     def adapted_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
         """x `(..., C_in)` -> `(..., C_out)`."""
         base = self.get_base_layer()
-        return nn.functional.linear(x, self.adapted_weight(adapter_names, base.weight), base.bias)
+        return nn.functional.linear(x, self.effective_weight(adapter_names), base.bias)
 
 
 class FunLoraClassVector(FunLoraLayer):
