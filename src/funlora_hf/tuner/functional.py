@@ -19,7 +19,7 @@ FUNCTIONS_WITH_OMEGA = ("cosine", "power")
 OPERATIONS = ("mul", "add", "mul-add")
 
 # Below this magnitude |x|^omega is continued linearly, so that its gradient stays finite at x = 0 for every omega.
-_SMALLEST_BASE = 1e-6
+SMALLEST_BASE = 1e-6
 
 
 def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
@@ -65,18 +65,16 @@ def functional_matrix(
     Source: arXiv 2510.02631, the functional matrix [text]; the range of the shift and omega = 1..p are [ours].
     """
     check_choice("function", function, FUNCTIONS)
-    _check_factors(A, B)
-    _check_coefficients(alpha, omega, function)
+    check_factors(A, B)
+    check_coefficients(alpha, omega, function)
 
     with without_autocast(A.device.type):
-        A, B, alpha, omega = (_at_least_float32(tensor) for tensor in (A, B, alpha, omega))
+        A, B, alpha, omega = (at_least_float32(tensor) for tensor in (A, B, alpha, omega))
         if function == "identity":
-            return _product(A, B)
+            return product(A, B)
         if function == "shift":
             return _shift(A, B, alpha)
-        product = _product(A, B)
-        terms = _cosine_terms(product, alpha, omega) if function == "cosine" else _power_terms(product, alpha, omega)
-        return torch.tensordot(alpha, terms, dims=1) / alpha.numel()
+        return weighted_sum(product(A, B), alpha, omega, function)
 
 
 def initial_alpha(
@@ -198,8 +196,14 @@ def check_at_least_one(field: str, value: object) -> None:
         raise ValueError(f"`{field}` should be a positive integer value but the value passed is {value!r}.")
 
 
-def _product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return A * B if A.shape[1] == 1 else A @ B
+
+
+def weighted_sum(x: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None, function: str) -> torch.Tensor:
+    """(1/p) sum_i alpha_i f_i(x) of `cosine` or `power`: x `(C_out, C_in)`, alpha and omega `(p,)` -> `(C_out, C_in)`."""
+    terms = _cosine_terms(x, alpha, omega) if function == "cosine" else _power_terms(x, alpha, omega)
+    return torch.tensordot(alpha, terms, dims=1) / alpha.numel()
 
 
 def _shift(A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -218,22 +222,22 @@ def _cosine_terms(product: torch.Tensor, alpha: torch.Tensor, omega: torch.Tenso
 def _power_terms(product: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None) -> torch.Tensor:
     if omega is None:
         return torch.stack([product**i for i in range(1, alpha.numel() + 1)])
-    base = product.abs().clamp(min=_SMALLEST_BASE)
+    base = product.abs().clamp(min=SMALLEST_BASE)
     return product * base ** (omega[:, None, None] - 1)
 
 
-def _at_least_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def at_least_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _check_factors(A: torch.Tensor, B: torch.Tensor) -> None:
+def check_factors(A: torch.Tensor, B: torch.Tensor) -> None:
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] != B.shape[0]:
         raise ValueError(
             f"`A` has shape {tuple(A.shape)} and `B` {tuple(B.shape)}, expected (C_out, r) and (r, C_in) with one r."
         )
 
 
-def _check_coefficients(alpha: torch.Tensor | None, omega: torch.Tensor | None, function: str) -> None:
+def check_coefficients(alpha: torch.Tensor | None, omega: torch.Tensor | None, function: str) -> None:
     if (alpha is None) != (function == "identity"):
         remedy = "leave it out" if function == "identity" else "pass a tensor of shape (p,), see `initial_alpha`"
         raise ValueError(f"`alpha` is {'None' if alpha is None else 'given'} for function={function!r}: {remedy}.")

@@ -1,6 +1,6 @@
 """Layers that put FunLoRA adapters around a Conv2d, a Linear or a class embedding.
 
-Knows PEFT's layer protocol and the maths of `functional.py`; knows nothing of models, training or files.
+Knows PEFT's layer protocol and the maths of `functional.py` and `kernels.py`; knows nothing of models, training or files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import nn
 
 from .adapter_layer import AdapterLayer, blend
 from .config import FunLoraConfig
-from .functional import default_omega, expand, functional_matrix, initial_alpha, reduced_size
+from .functional import default_omega, expand, initial_alpha, reduced_size
+from .kernels import functional_matrix
 
 
 class FunLoraLayer(AdapterLayer):
