@@ -5,9 +5,9 @@ SEEDS ?= 0
 STRATEGY ?= funlora
 ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-CHECKED := src examples tests
+CHECKED := src examples benchmarks tests
 
-.PHONY: demo test test-oldest-peft style quality clean
+.PHONY: demo test test-oldest-peft bench style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -29,6 +29,11 @@ test: quality
 test-oldest-peft: .oldest-peft
 	PYTHONPATH="$(CURDIR)/.oldest-peft" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
 	  tests/tuner tests/test_pipeline.py tests/test_layer_selection.py
+
+# Ratios of every claim about speed, into benchmarks/results; about 10 minutes on a machine that does nothing else.
+bench: .venv/installed
+	@set -e; for script in functional_matrix training_step evaluation; do $(BIN)/python benchmarks/$$script.py; done
+	$(BIN)/python benchmarks/interleaved.py > /dev/null
 
 quality: .venv/installed
 	$(BIN)/ruff check $(CHECKED)

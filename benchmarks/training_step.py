@@ -1,0 +1,45 @@
+"""A training step on the paper's U-Net: FunLoRA against the floor, and against training all weights.
+
+Floor: the same U-Net with the weights of the 15 adapted convolutions trainable and no adapter. FunLoRA's gradient passes
+through theirs, so it cannot need less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from backbone import adapted, batch, floor, paper_unet
+from interleaved import Comparison, compare, main
+
+
+def measure() -> list[Comparison]:
+    return [
+        against("floor", 8, lambda: floor(paper_unet()), goal="<= 1.04"),
+        against("floor", 32, lambda: floor(paper_unet()), goal="<= 1.02"),
+        against("all weights", 8, paper_unet, goal="<= 0.90"),
+    ]
+
+
+def against(other: str, size: int, make: Callable[[], torch.nn.Module], *, goal: str) -> Comparison:
+    """Forward, backward and an update by Adam."""
+    sides = {"FunLoRA": step(adapted(paper_unet(), "x"), size), other: step(make(), size)}
+    return compare(f"FunLoRA / {other}, batch {size}", sides, rounds=7 if size > 8 else 11, goal=goal)
+
+
+def step(model: torch.nn.Module, size: int) -> Callable[[], None]:
+    """One training step of a model, whenever it is called."""
+    model.train()
+    inputs, target = batch(size), torch.randn(size, 3, 32, 32)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def run() -> None:
+        torch.nn.functional.mse_loss(model(**inputs).sample, target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, __file__)
