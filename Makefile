@@ -32,7 +32,7 @@ test-oldest-peft: .oldest-peft
 
 # Ratios of every claim about speed, into benchmarks/results; about 10 minutes on a machine that does nothing else.
 bench: .venv/installed
-	@set -e; for script in functional_matrix training_step evaluation; do $(BIN)/python benchmarks/$$script.py; done
+	@set -e; for script in functional_matrix training_step evaluation adapter_bank; do $(BIN)/python benchmarks/$$script.py; done
 	$(BIN)/python benchmarks/interleaved.py > /dev/null
 
 quality: .venv/installed

@@ -1,5 +1,6 @@
 """FunLoRA for PEFT and diffusers: learn class after class, forget nothing. Importing it registers the method."""
 
+from .adapter_bank import AdapterBank
 from .layer_selection import conv_layers, layer_importance, parameters_per_class, select_layers
 from .pipeline import FunLoraPipeline, FunLoraPipelineOutput
 from .tuner import (
@@ -16,6 +17,7 @@ from .tuner import (
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AdapterBank",
     "FunLoraConfig",
     "FunLoraModel",
     "FunLoraPipeline",

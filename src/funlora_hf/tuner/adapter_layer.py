@@ -125,9 +125,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         before, self._weights.capacity = self._weights.capacity, capacity
         return before
 
+    def forget_weights(self) -> None:
+        """Drop the effective weights that are kept; for changes that torch cannot see."""
+        self._weights.clear()
+
     def train(self, mode: bool = True) -> AdapterLayer:
         """Set training or evaluation, as of any module."""
-        self._weights.clear()
+        self.forget_weights()
         return super().train(mode)
 
     def set_scale(self, adapter: str, scale: float) -> None:

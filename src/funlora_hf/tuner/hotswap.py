@@ -42,7 +42,7 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
 
     Source: [ours].
     """
-    inner = _wrapped_model(model)
+    inner = wrapped_model(model)
     layers = [module for module in inner.modules() if isinstance(module, AdapterLayer)]
     known = sorted({name for layer in layers for name in layer.settings})
     if adapter_name not in known:
@@ -52,8 +52,8 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
             f"Cannot hot-swap adapter {adapter_name!r} because it is currently merged into the base weights. Please "
             "unmerge the adapter first by calling `unmerge_adapter`."
         )
-    live = dict(_saved_tensors(inner, adapter_name))
-    given = {_plain(key): value for key, value in state_dict.items()}
+    live = dict(saved_tensors(inner, adapter_name))
+    given = {plain_key(key): value for key, value in state_dict.items()}
     problems = [*misnamed(live, given), *misshapen(live, given), *not_finite(given)]
     if problems:
         raise ValueError(f"The tensors do not fit adapter {adapter_name!r}, nothing was changed:\n{listed(problems)}")
@@ -62,7 +62,7 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
             tensor.copy_(given[key])
 
 
-def _wrapped_model(model: nn.Module) -> nn.Module:
+def wrapped_model(model: nn.Module) -> nn.Module:
     """The model that the adapters were put into, from what is around it."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(model, PeftModel):
@@ -70,18 +70,19 @@ def _wrapped_model(model: nn.Module) -> nn.Module:
     return model.model if isinstance(model, BaseTuner) else model
 
 
-def _saved_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
+def saved_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
     """The live tensors of an adapter by the key that PEFT saves them under, less PEFT's prefix."""
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer):
             for part in module.adapter_layer_names:
                 if adapter_name in getattr(module, part):
-                    yield _plain(f"{name}.{part}"), getattr(module, part)[adapter_name]
+                    yield plain_key(f"{name}.{part}"), getattr(module, part)[adapter_name]
         elif isinstance(module, AuxiliaryTrainingWrapper):
             tensors = module.state_dict()
             for saved, key in module.adapter_state_dict_load_map(adapter_name).items():
-                yield _plain(f"{name}.{saved}"), tensors[key]
+                yield plain_key(f"{name}.{saved}"), tensors[key]
 
 
-def _plain(key: str) -> str:
+def plain_key(key: str) -> str:
+    """The key of a saved tensor without the prefixes of PEFT and `torch.compile`."""
     return ".".join(part for part in key.split(".") if part != _COMPILED).removeprefix(_SAVED_PREFIX)

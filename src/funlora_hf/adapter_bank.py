@@ -1,0 +1,338 @@
+"""AdapterBank: any number of classes as rows of numbers, one of them live in a model at a time.
+
+Knows the tuner and adapters as PEFT saves them; knows no pipeline and no training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig, inject_adapter_in_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.autograd.graph import increment_version
+
+from .files import whole_file
+from .tuner import FunLoraConfig
+from .tuner.adapter_layer import AdapterLayer
+from .tuner.hotswap import plain_key, saved_tensors, wrapped_model
+from .tuner.tensor_checks import listed, misnamed, misshapen, not_finite
+
+
+# What all adapters of a bank share; which layers they have, their tensors show.
+_SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
+_ROWS = "adapters"
+_METADATA = "adapter_bank"
+
+
+class AdapterBank:
+    """
+    Many FunLoRA adapters of one configuration for one model, of which one is live.
+
+    PEFT's way, an adapter in the model for every class, takes time for each of them whenever one is added or switched on.
+    Here the model holds one adapter, and a class is one row of numbers: making it live is one copy, however many there
+    are, a compiled model stays compiled, and a thousand classes load from one file.
+
+    Args:
+        model (`torch.nn.Module`):
+            The base, such as a `UNet2DModel`; its layers are wrapped in place. Or a model that has this adapter already.
+        config (`FunLoraConfig`):
+            What the adapters are made of. Without `modules_to_save`.
+        adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
+
+    Raises:
+        ValueError: `modules_to_save`, or a model with other adapters, or with this one in another configuration.
+
+    Example:
+
+        ```py
+        >>> bank = AdapterBank(unet, FunLoraConfig.from_pretrained("outputs/digits/adapters/class_2"))
+        >>> for label in range(2, 10):
+        ...     bank.add(f"outputs/digits/adapters/class_{label}")
+        >>> bank.activate(7)
+        >>> bank.save("digits.safetensors")
+        ```
+
+    Source: [ours].
+    """
+
+    def __init__(self, model: nn.Module, config: FunLoraConfig, adapter_name: str = "live") -> None:
+        if config.modules_to_save:
+            raise ValueError(
+                f"`modules_to_save` is {list(config.modules_to_save)}, expected None: a bank holds adapters, not modules."
+            )
+        self.model = wrapped_model(model)
+        self.adapter_name = adapter_name
+        _check_alone(self.model, adapter_name)
+        if not _layers(self.model):
+            inject_adapter_in_model(replace(config, class_label=None, class_name=None), self.model, adapter_name)
+        self._layers = _layers(self.model)
+        self.config: FunLoraConfig = self._layers[0].settings[adapter_name]
+        _check_shared("config", config, self.config)
+        self._live = dict(saved_tensors(self.model, adapter_name))
+        self._row = self._tie()
+        self._rows: dict[int, torch.Tensor] = {}
+        self._names: dict[int, str] = {}
+        self._active: int | None = None
+        self.activate(None)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, class_label: object) -> bool:
+        return class_label in self._rows
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Ids and names of the classes in the bank, in the order in which they came."""
+        return dict(self._names)
+
+    @property
+    def live_tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters of the live adapter, by the keys that PEFT saves them under, less its prefix."""
+        return dict(self._live)
+
+    @property
+    def active(self) -> int | None:
+        """The live class; None: the base."""
+        return self._active
+
+    def activate(self, class_label: int | None) -> None:
+        """
+        Make a class live in the model, or None of them: the base.
+
+        Takes one copy of a few kilobytes, independent of how many classes there are. Not between a forward and its backward.
+
+        Raises:
+            ValueError: a class that is not in the bank or has numbers that are not finite, or a live adapter that is merged
+                into the base's weights. Nothing has changed then.
+        """
+        if any(layer.merged for layer in self._layers):
+            raise ValueError(f"Adapter {self.adapter_name!r} is merged into the base's weights: unmerge it first.")
+        if class_label is not None:
+            self._copy(self._row_of(class_label), class_label)
+        for layer in self._layers:
+            layer.forget_weights()
+            if layer.disable_adapters != (class_label is None):
+                layer.enable_adapters(class_label is not None)
+        self._active = class_label
+
+    def add(
+        self,
+        source: str | os.PathLike,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        class_label: int | None = None,
+        class_name: str | None = None,
+    ) -> int:
+        """
+        Add the class of a saved adapter. Only its JSON and its safetensors file are read.
+
+        Args:
+            source (`str` or `os.PathLike`): a folder written by PEFT's `save_pretrained`, or a repository on the Hub.
+            subfolder (`str`, *optional*): where in it the adapter lies.
+            revision (`str`, *optional*): branch, tag or commit of a repository.
+            class_label (`int`, *optional*): id of the class; None: the one in the adapter's config.
+            class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
+
+        Returns:
+            `int`: the id of the class.
+
+        Raises:
+            ValueError: no id or one that is taken, another configuration than the bank's, or tensors that are missing,
+                unexpected, of another shape or not finite. The bank is as it was then.
+            FileNotFoundError: a folder without `adapter_model.safetensors`.
+        """
+        source = os.fspath(source)
+        location = {"subfolder": subfolder, "revision": revision}
+        location = {key: value for key, value in location.items() if value is not None}
+        config = PeftConfig.from_pretrained(source, **location)
+        if not isinstance(config, FunLoraConfig):
+            raise ValueError(
+                f"`source` {source!r} holds an adapter of type {config.peft_type.value}, expected FUNLORA."
+            )
+        _check_shared(source, config, self.config)
+        class_label = config.class_label if class_label is None else class_label
+        if class_label is None:
+            raise ValueError(f"The adapter {source!r} does not say which class it is: pass `class_label`.")
+        tensors = load_file(_weights_file(source, **location))
+        return self.add_tensors(tensors, class_label=class_label, class_name=class_name or config.class_name)
+
+    def add_tensors(
+        self, state_dict: Mapping[str, torch.Tensor], *, class_label: int, class_name: str | None = None
+    ) -> int:
+        """
+        Add a class by its tensors, as PEFT saves them: what `get_peft_model_state_dict` gives.
+
+        Args and errors are those of `add`.
+        """
+        if class_label in self._rows:
+            raise ValueError(f"`class_label` is {class_label}, a class that is in the bank already: remove it first.")
+        given = {plain_key(key): value for key, value in state_dict.items()}
+        problems = [*misnamed(self._live, given), *misshapen(self._live, given), *not_finite(given)]
+        if problems:
+            raise ValueError(f"The tensors do not fit this bank, nothing was added:\n{listed(problems)}")
+        self._rows[class_label] = torch.cat([given[key].detach().reshape(-1).to(self._row) for key in self._live])
+        self._names[class_label] = class_name or str(class_label)
+        return class_label
+
+    def remove(self, class_label: int) -> None:
+        """Forget a class; if it is live, the base is live afterwards. Raises a ValueError for one that is not there."""
+        self._row_of(class_label)
+        if self._active == class_label:
+            self.activate(None)
+            self._copy(torch.zeros_like(self._row), class_label)
+        del self._rows[class_label]
+        del self._names[class_label]
+
+    def state_dict(self, class_label: int) -> dict[str, torch.Tensor]:
+        """A class's tensors by the keys that PEFT saves them under; copies. Raises a ValueError if it is not there."""
+        return {
+            f"base_model.model.{key}": part.clone() for key, part in self._parts(self._row_of(class_label)).items()
+        }
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write all classes into one safetensors file, which appears whole or not at all."""
+        layout = [[key, list(tensor.shape)] for key, tensor in self._live.items()]
+        classes = [[label, self._names[label]] for label in self._rows]
+        # One entry: safetensors writes several in any order, and equal banks shall give equal files.
+        metadata = {_METADATA: json.dumps({"config": self.config.to_dict(), "layout": layout, "classes": classes})}
+        rows = torch.stack(list(self._rows.values())) if self._rows else self._row.new_empty(0, self._row.numel())
+        with whole_file(Path(file)) as temporary:
+            save_file({_ROWS: rows.cpu()}, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, file: str | os.PathLike, model: nn.Module, adapter_name: str = "live") -> AdapterBank:
+        """
+        A bank from a file that `save` wrote. The rows stay in the file, which is mapped into memory, until they are used.
+
+        Args:
+            file (`str` or `os.PathLike`): to read; it must not change while the bank is in use.
+            model (`torch.nn.Module`): the base that the adapters were trained for.
+            adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
+
+        Raises:
+            ValueError: not a bank's file, or one that does not fit the model: which tensors, is said.
+            FileNotFoundError: no such file.
+        """
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"`file` is {os.fspath(file)!r}, which is not there.")
+        with safe_open(file, framework="pt") as opened:
+            metadata = json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
+        missing = [name for name in ("config", "layout", "classes") if name not in metadata]
+        if missing:
+            raise ValueError(
+                f"{os.fspath(file)!r} has no {', '.join(missing)}: it was not written by AdapterBank.save."
+            )
+        settings, layout, classes = (metadata[name] for name in ("config", "layout", "classes"))
+        bank = cls(model, _config(settings, os.fspath(file)), adapter_name)
+        stored = {key: torch.empty(shape, device="meta") for key, shape in layout}
+        problems = [*misnamed(bank._live, stored), *misshapen(bank._live, stored)]
+        if problems:
+            raise ValueError(f"{os.fspath(file)!r} does not fit this model:\n{listed(problems)}")
+        rows = load_file(file).get(_ROWS)
+        expected = (len(classes), bank._row.numel())
+        if rows is None or rows.shape != expected or not rows.is_floating_point():
+            found = "nothing" if rows is None else f"{rows.dtype} of shape {tuple(rows.shape)}"
+            raise ValueError(f"{os.fspath(file)!r} holds {found}, expected a row for every class, {expected}.")
+        order = _order(list(bank._live), list(stored), [tensor.numel() for tensor in stored.values()])
+        for (label, name), row in zip(classes, rows, strict=True):
+            bank._rows[int(label)] = row if order is None else row[order]
+            bank._names[int(label)] = str(name)
+        return bank
+
+    def _row_of(self, class_label: int) -> torch.Tensor:
+        if class_label not in self._rows:
+            known = ", ".join(map(str, list(self._rows)[:20])) or "none"
+            more = ", ..." if len(self._rows) > 20 else ""
+            raise ValueError(f"`class_label` is {class_label!r}, expected a class of the bank: {known}{more}.")
+        return self._rows[class_label]
+
+    def _copy(self, row: torch.Tensor, class_label: int) -> None:
+        """Give the live adapter these values."""
+        if not torch.isfinite(row).all():
+            raise ValueError(
+                f"Class {class_label} has numbers that are not finite: add it again from a sound adapter."
+            )
+        if not self._is_tied():
+            self._row = self._tie()
+        with torch.no_grad():
+            self._row.copy_(row)
+        # The parameters are views of the row, which autograd takes for tensors of their own.
+        for tensor in self._live.values():
+            increment_version(tensor)
+
+    def _parts(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
+        sizes = [tensor.numel() for tensor in self._live.values()]
+        parts = zip(self._live.items(), row.split(sizes), strict=True)
+        return {key: part.view(tensor.shape) for (key, tensor), part in parts}
+
+    def _tie(self) -> torch.Tensor:
+        """One row of numbers of which all live tensors are views, with their values."""
+        with torch.no_grad():
+            row = torch.cat([tensor.detach().reshape(-1) for tensor in self._live.values()])
+        for tensor, part in zip(self._live.values(), self._parts(row).values(), strict=True):
+            tensor.data = part
+        return row
+
+    def _is_tied(self) -> bool:
+        """Whether the live tensors are still views of the row: `model.to()` gives them storage of their own."""
+        address, step = self._row.data_ptr(), self._row.element_size()
+        for tensor in self._live.values():
+            if tensor.data_ptr() != address:
+                return False
+            address += tensor.numel() * step
+        return True
+
+
+def _layers(model: nn.Module) -> list[AdapterLayer]:
+    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
+
+
+def _check_alone(model: nn.Module, adapter_name: str) -> None:
+    others = sorted({name for layer in _layers(model) for name in layer.settings} - {adapter_name})
+    if others:
+        raise ValueError(
+            f"`model` has the adapters {', '.join(others)}, expected none besides {adapter_name!r}: unload them."
+        )
+
+
+def _config(settings: Mapping[str, Any], file: str) -> FunLoraConfig:
+    if settings.get("peft_type") != "FUNLORA":
+        raise ValueError(f"{file!r} holds adapters of type {settings.get('peft_type')}, expected FUNLORA.")
+    return FunLoraConfig(**{**settings, "inference_mode": True})
+
+
+def _check_shared(source: str, config: FunLoraConfig, expected: FunLoraConfig) -> None:
+    differ = [name for name in _SHARED if getattr(config, name) != getattr(expected, name)]
+    if differ:
+        found = ", ".join(f"`{name}` is {getattr(config, name)!r}, not {getattr(expected, name)!r}" for name in differ)
+        raise ValueError(f"The configuration of {source!r} does not fit this bank's: {found}. Use a bank of its own.")
+
+
+def _weights_file(source: str, subfolder: str | None = None, revision: str | None = None) -> Path:
+    folder = Path(source) / (subfolder or "")
+    if folder.is_dir():
+        file = folder / SAFETENSORS_WEIGHTS_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"{os.fspath(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}.")
+        return file
+    return Path(hf_hub_download(source, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, revision=revision))
+
+
+def _order(wanted: Sequence[str], stored: Sequence[str], sizes: Sequence[int]) -> Any:
+    """Indices that bring a stored row into the order wanted; None where it is that already."""
+    if list(wanted) == list(stored):
+        return None
+    numbers = dict(zip(stored, torch.arange(sum(sizes)).split(list(sizes)), strict=True))
+    return torch.cat([numbers[key] for key in wanted])
