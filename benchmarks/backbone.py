@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+import yaml
 from diffusers import UNet2DModel
 from peft import PeftModel, get_peft_model
 
 from funlora_hf import FunLoraConfig, select_layers
 
 
+RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "cifar10_2-2.yaml"
+
+
 def paper_unet() -> UNet2DModel:
     """35.75M parameters (arXiv 2510.02631; ten classes)."""
-    return UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        attention_head_dim=64,
-        dropout=0.1,
-        num_class_embeds=10,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    )
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    return UNet2DModel(**recipe["unet_config"], num_class_embeds=10)
 
 
 def config(**changes: object) -> FunLoraConfig:
