@@ -7,7 +7,7 @@ ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECKED := src examples benchmarks tests
 
-.PHONY: demo test test-oldest-peft bench style quality clean
+.PHONY: demo test test-slow test-oldest-peft bench style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -24,6 +24,10 @@ demo: .venv/installed
 
 test: quality
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# PEFT's own tests for all combinations of function, operation and target, of which `make test` runs some.
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m slow tests/tuner
 
 # The tests of what PEFT does for us, with the oldest peft that pyproject.toml allows.
 test-oldest-peft: .oldest-peft
