@@ -1,6 +1,6 @@
-"""F and its gradients, fast and with no more than one matrix kept for the backward pass; the maths is `functional.py`'s.
+"""F and its gradients on a CPU, fast and with no more than one matrix kept for the backward pass; as in `functional.py`.
 
-`cosine` at r = 1 on a CPU: F[m, n] = g(a_m b_n) with a smooth g, so over the range of a it is a polynomial of low degree to
+`cosine` at r = 1: F[m, n] = g(a_m b_n) with a smooth g, so over the range of a it is a polynomial of low degree to
 within rounding (which is also why its numerical rank is low). F is computed at K Chebyshev nodes in place of the entries
 of A, and one matrix product interpolates: F = L(a) F(nodes, b), with K of 15 to 40 instead of hundreds of rows.
 
@@ -38,13 +38,14 @@ def functional_matrix(
     F as `functional.functional_matrix` gives it, within rounding, with the same arguments, results and errors.
 
     While torch compiles, it is that function, of which a compiler makes one kernel; so it is for `shift` and `identity`,
-    which are matrix products, and for matrices of less than 128 x 128 entries.
+    which are matrix products, for matrices of less than 128 x 128 entries, and on other devices than the CPU: there, many
+    small kernels would cost more than a few large ones save.
 
     Source: arXiv 2510.02631, the functional matrix [text]; how it is computed is [ours].
     """
     check_factors(A, B)
-    small = A.shape[0] * B.shape[1] < SMALLEST_SIZE
-    if small or function not in ("cosine", "power") or torch.compiler.is_compiling():
+    reference = A.shape[0] * B.shape[1] < SMALLEST_SIZE or A.device.type != "cpu"
+    if reference or function not in ("cosine", "power") or torch.compiler.is_compiling():
         return functional.functional_matrix(A, B, alpha, omega, function=function)
     check_coefficients(alpha, omega, function)
     with functional.without_autocast(A.device.type):
@@ -72,10 +73,10 @@ class _Nodes(NamedTuple):
 def _nodes(along: torch.Tensor, across: torch.Tensor, omega: torch.Tensor) -> _Nodes | None:
     """How to interpolate cos(omega a b) over the entries a of `along`, to within the rounding of its dtype.
 
-    None where that does not pay, or cannot be decided: at r > 1, on other devices than the CPU (it would have to wait for
-    the values), under vmap, with values that are not finite, or with more than half as many nodes as entries.
+    None where that does not pay, or cannot be decided: at r > 1, under vmap, with values that are not finite, or with more
+    than half as many nodes as entries.
     """
-    if along.numel() != max(along.shape) or across.numel() != max(across.shape) or along.device.type != "cpu":
+    if along.numel() != max(along.shape) or across.numel() != max(across.shape):
         return None
     try:
         low, high = along.min().item(), along.max().item()
