@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from funlora_hf.tuner import functional, kernels
+from funlora_hf import FunLoraConfig
+from funlora_hf.tuner import FunLoraConv2d, functional, kernels
 from funlora_hf.tuner.kernels import functional_matrix
 
 
@@ -166,6 +168,27 @@ def test_power_has_finite_gradients_at_zero_and_next_to_it():
     found = value_and_gradients(functional_matrix, inputs, "power")
     assert all(torch.isfinite(tensor).all() for tensor in found)
     assert max(worst(found, value_and_gradients(functional.functional_matrix, inputs, "power"))) < 1e-11
+
+
+@methods
+@pytest.mark.parametrize("operation", ["mul", "add", "mul-add"])
+def test_a_layer_uses_them_in_forward_and_backward(function, learned, operation, monkeypatch):
+    """A layer of the paper's size against one that takes the reference."""
+    torch.manual_seed(0)
+    config = FunLoraConfig(function=function, train_omega=learned, operation=operation, init_weights=False)
+    layer = FunLoraConv2d(nn.Conv2d(160, 128, 3, padding=1), "x", config)
+    x = torch.randn(2, 160, 4, 4)
+    results = []
+    for size in (0, 10**9):
+        monkeypatch.setattr(kernels, "SMALLEST_SIZE", size)
+        layer.zero_grad()
+        output = layer(x)
+        output.square().mean().backward()
+        gradients = [p.grad.clone() for name, p in layer.named_parameters() if "funlora" in name]
+        assert gradients
+        results.append([output.detach(), *gradients])
+    assert not torch.equal(results[0][0], results[1][0])
+    assert max(worst(*results)) < 1e-4
 
 
 class Saved:
