@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import threading
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -194,11 +195,23 @@ def _run_all(jobs: Sequence[Job], num_workers: int, description: str) -> list[di
     results: list[dict[str, Any] | None] = [None] * len(jobs)
     # Fresh processes: each job then has the random state, the thread count and the accelerator to itself.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
         numbers = {pool.submit(_run_job, job): number for number, job in enumerate(jobs)}
         for future in tqdm(as_completed(numbers), total=len(jobs), desc=description):
             results[numbers[future]] = future.result()
     return results
+
+
+def end_with_parent() -> None:
+    """Have this worker end when the process that started it is gone: killed, it would leave runs that go on unseen, and
+    in the way of those that take over their folders."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _run_job(job: Job) -> dict[str, Any] | None:

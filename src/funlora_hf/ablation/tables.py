@@ -24,7 +24,8 @@ _COLUMNS: dict[str, tuple[int, Callable[[Mapping[str, Any]], float | None]]] = {
     "seconds": (0, lambda run: run["seconds"]["total"]),
     "learning rate": (4, lambda run: run["settings"]["ContinualTrainingArguments"]["adapter_learning_rate"]),
 }
-# Settings rather than measurements: the same in every run of a variant.
+# Settings rather than measurements: the same in every run of a variant, but for the numbers of layers that are chosen by
+# importance, of which the mean is shown.
 _WITHOUT_SPREAD = ("PPC", "PPC with vector", "learning rate")
 
 
