@@ -24,7 +24,7 @@ from torch.autograd.graph import increment_version
 from .files import whole_file
 from .tuner import FunLoraConfig
 from .tuner.adapter_layer import AdapterLayer
-from .tuner.hotswap import plain_key, saved_tensors, wrapped_model
+from .tuner.hotswap import SAVED_PREFIX, plain_key, saved_tensors, wrapped_model
 from .tuner.tensor_checks import listed, misnamed, misshapen, not_finite
 
 
@@ -197,9 +197,7 @@ class AdapterBank:
 
     def state_dict(self, class_label: int) -> dict[str, torch.Tensor]:
         """A class's tensors by the keys that PEFT saves them under; copies. Raises a ValueError if it is not there."""
-        return {
-            f"base_model.model.{key}": part.clone() for key, part in self._parts(self._row_of(class_label)).items()
-        }
+        return {f"{SAVED_PREFIX}{key}": part.clone() for key, part in self._parts(self._row_of(class_label)).items()}
 
     def save(self, file: str | os.PathLike) -> None:
         """Write all classes into one safetensors file, which appears whole or not at all."""

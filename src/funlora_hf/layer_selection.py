@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .tuner import FunLoraConfig
+from .tuner.hotswap import SAVED_PREFIX
 from .tuner.layer import FunLoraFactorLayer
 from .tuner.targets import (
     conv_names,
@@ -31,7 +32,6 @@ from .tuner.targets import (
 )
 
 
-_PREFIX = "base_model.model."
 # FunLoRA's own, or a row of the class embedding that PEFT trains as a token.
 _CLASS_VECTOR = re.compile(r"\.(funlora_class_vector|trainable_tokens_delta)\.")
 _RANGE = re.compile(r"(\d+)-(\d+)")
@@ -286,7 +286,7 @@ def layers_of_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, di
     """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
-        layer, found, name = key.removeprefix(_PREFIX).rpartition(".funlora_")
+        layer, found, name = key.removeprefix(SAVED_PREFIX).rpartition(".funlora_")
         if found:
             layers.setdefault(layer, {})[name] = tensor
     return {layer: tensors for layer, tensors in layers.items() if "A" in tensors}

@@ -15,7 +15,7 @@ from .adapter_layer import AdapterLayer
 from .tensor_checks import listed, misnamed, misshapen, not_finite
 
 
-_SAVED_PREFIX = "base_model.model."
+SAVED_PREFIX = "base_model.model."
 _COMPILED = "_orig_mod"
 
 
@@ -85,4 +85,4 @@ def saved_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, to
 
 def plain_key(key: str) -> str:
     """The key of a saved tensor without the prefixes of PEFT and `torch.compile`."""
-    return ".".join(part for part in key.split(".") if part != _COMPILED).removeprefix(_SAVED_PREFIX)
+    return ".".join(part for part in key.split(".") if part != _COMPILED).removeprefix(SAVED_PREFIX)

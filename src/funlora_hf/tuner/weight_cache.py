@@ -99,10 +99,8 @@ class _Sources:
     """Tensors as they were."""
 
     def __init__(self, by_value: Sequence[torch.Tensor], by_version: Sequence[torch.Tensor]) -> None:
-        compared = [tensor.device.type == "cpu" for tensor in by_value]
         self._values = [
-            tensor.detach().clone() if on_cpu else _Version(tensor)
-            for tensor, on_cpu in zip(by_value, compared, strict=True)
+            tensor.detach().clone() if tensor.device.type == "cpu" else _Version(tensor) for tensor in by_value
         ]
         self._versions = [_Version(tensor) for tensor in by_version]
 
