@@ -6,6 +6,7 @@ from .pipeline import FunLoraPipeline, FunLoraPipelineOutput
 from .tuner import (
     FunLoraConfig,
     FunLoraModel,
+    compile_functional_matrices,
     functional_matrix,
     hotswap_adapter,
     initial_alpha,
@@ -22,6 +23,7 @@ __all__ = [
     "FunLoraModel",
     "FunLoraPipeline",
     "FunLoraPipelineOutput",
+    "compile_functional_matrices",
     "conv_layers",
     "functional_matrix",
     "hotswap_adapter",

@@ -1,5 +1,8 @@
 """The fast F against the reference of `functional.py`, which its own tests hold against NumPy."""
 
+import shutil
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -121,9 +124,8 @@ def test_cosine_for_any_range_of_the_factors(rows, columns, p, spread, center, l
 
 def test_interpolation_matrix_is_lagranges():
     """Against the barycentric formula, in NumPy."""
-    nodes = kernels._Nodes(9, 0.7, 0.5)
     A = torch.linspace(0.2, 1.2, 22, dtype=torch.float64)[:, None]
-    x, matrix = kernels._interpolation(A, nodes)
+    x, matrix = kernels._interpolation(A, *kernels._places(kernels._Nodes(9, 0.7, 0.5)))
     x, weights = x.numpy()[:, 0], np.empty(9)
     for k in range(9):
         weights[k] = 1 / np.prod([x[k] - x[j] for j in range(9) if j != k])
@@ -136,7 +138,7 @@ def test_degree_is_enough_for_the_worst_cosine(z):
     for dtype, eps in ((torch.float32, 6e-8), (torch.float64, 1e-14)):
         degree = kernels._degree(z, torch.finfo(dtype).eps, limit=200)
         t = torch.linspace(-1, 1, 501, dtype=torch.float64)[:, None]
-        x, matrix = kernels._interpolation(t, kernels._Nodes(degree, 0.0, 1.0))
+        x, matrix = kernels._interpolation(t, *kernels._places(kernels._Nodes(degree, 0.0, 1.0)))
         for phase in (0.0, 1.0):
             assert (matrix @ torch.cos(z * x + phase) - torch.cos(z * t + phase)).abs().max() < max(
                 eps, 2e-14 * (1 + z)
@@ -224,6 +226,50 @@ def test_at_most_one_matrix_is_kept_for_the_backward_pass(function, learned, r):
     with Saved() as plain:
         functional.functional_matrix(*inputs, function=function)
     assert plain.total > 9 * F.numel() * F.element_size()
+
+
+@methods
+def test_what_other_devices_take_keeps_the_arguments_only(function, learned):
+    inputs = tensors(96, 160, learned=learned, dtype=torch.float32)
+    with Saved() as saved:
+        F = kernels._recomputed(*inputs, function)
+    assert saved.total < 0.1 * F.numel() * F.element_size()
+    recomputed = value_and_gradients(lambda *given, function: kernels._recomputed(*given, function), inputs, function)
+    expected = value_and_gradients(functional.functional_matrix, inputs, function)
+    assert all(torch.equal(own, plain) for own, plain in zip(recomputed, expected, strict=True))
+
+
+@pytest.mark.parametrize("p", [1, 2, 10, 64])
+def test_frequencies_of_the_ladder_come_by_recurrence(p):
+    x = torch.linspace(-7, 7, 101).reshape(1, -1)
+    cosines, sines = kernels._terms(x, torch.ones(p), None)
+    angles = np.arange(1, p + 1)[:, None, None] * x.double().numpy()
+    np.testing.assert_allclose(cosines.numpy(), np.cos(angles), atol=1e-7)
+    np.testing.assert_allclose(sines.numpy(), np.sin(angles), atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("learned", [False, True])
+def test_compiled_is_as_close_to_the_truth(learned):
+    torch._dynamo.reset()
+    compiled = partial(functional_matrix, compiled=True)
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
+    for rows, columns, spread in ((256, 384, 0.1), (128, 512, 0.3), (512, 256, 0.2)):
+        inputs = tensors(rows, columns, learned=learned, spread=spread, dtype=torch.float32)
+        wide = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
+        truth = value_and_gradients(functional.functional_matrix, wide, "cosine")
+        plain = worst(value_and_gradients(functional.functional_matrix, inputs, "cosine"), truth)
+        found = worst(value_and_gradients(compiled, inputs, "cosine"), truth)
+        assert all(own < 4 * other + 2e-6 for own, other in zip(found, plain, strict=True))
+    graphs = stats["unique_graphs"] - before
+    assert graphs >= 2
+    # Other values, and another number of nodes with them, compile nothing anew.
+    for seed, spread in ((1, 0.1), (2, 0.12)):
+        inputs = tensors(256, 384, learned=learned, spread=spread, dtype=torch.float32, seed=seed)
+        value_and_gradients(compiled, inputs, "cosine")
+    assert stats["unique_graphs"] - before == graphs
 
 
 def test_small_matrices_are_the_reference_to_the_bit(monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from funlora_hf import FunLoraConfig
 from funlora_hf.tuner import FunLoraClassVector, FunLoraConv2d, FunLoraLinear
@@ -162,6 +163,91 @@ def test_linear_equals_plain_linear_with_the_adapted_weight(function, operation,
     layer = wrap(make_linear(), function=function, operation=operation, r=2, ratio=3, init_weights=False)
     x = torch.randn(*shape, dtype=torch.float64)
     close(layer(x), plain_output(layer.base_layer, x, numpy_weight(layer)), 1e-10)
+
+
+class WeightGradients(TorchDispatchMode):
+    """Counts the convolutions whose backward makes a gradient of the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.count += args[-1][1]
+        return func(*args, **(kwargs or {}))
+
+
+@conv_cases
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_training_the_plain_product_needs_no_gradient_of_the_weight(case, ratio, monkeypatch):
+    monkeypatch.setattr("funlora_hf.tuner.layer.SMALLEST_SIZE", 0)
+    layer = wrap(make_conv(case), function="identity", ratio=ratio, init_weights=False)
+    x = images().requires_grad_()
+    expected = plain_output(layer.base_layer, x, numpy_weight(layer))
+    inputs = [x, layer.funlora_A["default"], layer.funlora_B["default"]]
+
+    def gradients(output):
+        return torch.autograd.grad((output * torch.cos(output.detach())).sum(), inputs)
+
+    with WeightGradients() as made:
+        output = layer(x)
+        found = gradients(output)
+    close(output, expected, 1e-10)
+    grouped = layer.base_layer.groups > 1
+    assert made.count == (1 if grouped else 0)
+    # The weight-multiplying form, at a size that is too small for the other.
+    monkeypatch.setattr("funlora_hf.tuner.layer.SMALLEST_SIZE", 10**9)
+    with WeightGradients() as made:
+        plain = gradients(layer(x))
+    assert made.count == 1
+    for own, other in zip(found, plain, strict=True):
+        close(own, other, 1e-9)
+
+
+def test_training_the_plain_product_of_a_linear_layer(monkeypatch):
+    monkeypatch.setattr("funlora_hf.tuner.layer.SMALLEST_SIZE", 0)
+    layer = wrap(make_linear(), function="identity", init_weights=False)
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    output = layer(x)
+    close(output, plain_output(layer.base_layer, x, numpy_weight(layer)), 1e-10)
+    output.sum().backward()
+    A, B = layer.funlora_A["default"], layer.funlora_B["default"]
+    weight, inputs = layer.base_layer.weight.detach(), x.reshape(-1, 4)
+    close(A.grad[:, 0], (inputs * B.detach() @ weight.T).sum(0), 1e-10)
+    close(B.grad[0], (A.detach() * weight).sum(0) * inputs.sum(0), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_the_plain_product_keeps_the_dtype(dtype, monkeypatch):
+    monkeypatch.setattr("funlora_hf.tuner.layer.SMALLEST_SIZE", 0)
+    layer = wrap(make_conv("3x3", dtype), function="identity", init_weights=False)
+    x = images(dtype)
+    output = layer(x)
+    assert output.dtype == dtype
+    close(output, plain_output(layer.base_layer, x, numpy_weight(layer)), 0.05)
+
+
+@pytest.mark.parametrize("change", [{"function": "cosine"}, {"operation": "add"}, {"r": 2}, "scale", "two"])
+def test_other_adapters_multiply_the_weight(change, monkeypatch):
+    monkeypatch.setattr("funlora_hf.tuner.layer.SMALLEST_SIZE", 0)
+    config = {"function": "identity", "init_weights": False}
+    layer = wrap(make_conv("3x3"), **{**config, **(change if isinstance(change, dict) else {})})
+    names = ["default"]
+    if change == "scale":
+        layer.set_scale("default", 0.5)
+        expected = (layer.base_layer.weight + numpy_weight(layer)) / 2
+    else:
+        if change == "two":
+            add(layer, "other", **config)
+            names.append("other")
+            layer.set_adapter(names)
+        expected = numpy_weight(layer, names)
+    with WeightGradients() as made:
+        output = layer(images())
+        output.sum().backward()
+    close(output, plain_output(layer.base_layer, images(), expected), 1e-10)
+    assert made.count == 1
 
 
 def test_linear_without_bias():

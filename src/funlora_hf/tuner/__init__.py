@@ -9,7 +9,13 @@ from .adapter_model import mixed_batch  # noqa: E402
 from .config import FunLoraConfig  # noqa: E402
 from .functional import functional_matrix, initial_alpha, numerical_rank  # noqa: E402
 from .hotswap import hotswap_adapter  # noqa: E402
-from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear  # noqa: E402
+from .layer import (  # noqa: E402
+    FunLoraClassVector,
+    FunLoraConv2d,
+    FunLoraLayer,
+    FunLoraLinear,
+    compile_functional_matrices,
+)
 from .model import FunLoraModel  # noqa: E402
 
 
@@ -22,6 +28,7 @@ __all__ = [
     "FunLoraLayer",
     "FunLoraLinear",
     "FunLoraModel",
+    "compile_functional_matrices",
     "functional_matrix",
     "hotswap_adapter",
     "initial_alpha",

@@ -24,7 +24,7 @@ BASE = "__base__"
 
 
 class AdapterGroups:
-    """A mixed batch, sorted by adapter once for all layers of a forward.
+    """A mixed batch, sorted by adapter once for all layers of a forward. A batch that comes sorted is only cut.
 
     Args:
         names: adapter of every sample, `"__base__"` for none.
@@ -36,18 +36,26 @@ class AdapterGroups:
         for index, name in enumerate(self.names):
             by_name.setdefault(name, []).append(index)
         self.sizes = {name: len(indices) for name, indices in by_name.items()}
-        self.order = torch.tensor([index for indices in by_name.values() for index in indices], dtype=torch.long)
-        self.inverse = torch.argsort(self.order)
+        order = [index for indices in by_name.values() for index in indices]
+        self._is_sorted = order == sorted(order)
+        order = torch.tensor(order, dtype=torch.long)
+        self._indices = {order.device: (order, torch.argsort(order))}
 
     def split(self, x: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """The samples of `x`, `(batch, ...)`, as one part for every adapter."""
-        parts = x[self.order.to(x.device)].split(list(self.sizes.values()))
-        return list(zip(self.sizes, parts, strict=True))
+        ordered = x if self._is_sorted else x[self._indices_on(x.device)[0]]
+        return list(zip(self.sizes, ordered.split(list(self.sizes.values())), strict=True))
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The inverse of `split`: `(batch, ...)` in the order of `names`."""
         joined = torch.cat(list(parts))
-        return joined[self.inverse.to(joined.device)]
+        return joined if self._is_sorted else joined[self._indices_on(joined.device)[1]]
+
+    def _indices_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Order and its inverse, moved to a device by the first layer that asks."""
+        if device not in self._indices:
+            self._indices[device] = tuple(indices.to(device) for indices in next(iter(self._indices.values())))
+        return self._indices[device]
 
 
 def blend(identity: torch.Tensor | float | None, value: torch.Tensor, scale: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""F and its gradients on a CPU, fast and with no more than one matrix kept for the backward pass; as in `functional.py`.
+"""F and its gradients, fast and with no more than one matrix kept for the backward pass; as in `functional.py`.
 
 `cosine` at r = 1: F[m, n] = g(a_m b_n) with a smooth g, so over the range of a it is a polynomial of low degree to
 within rounding (which is also why its numerical rank is low). F is computed at K Chebyshev nodes in place of the entries
@@ -11,13 +11,15 @@ rule. Pure functions of tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from . import functional
-from .functional import SMALLEST_BASE, check_coefficients, check_factors, default_omega
+from .functional import FUNCTIONS_WITH_OMEGA, SMALLEST_BASE, check_coefficients, check_factors, default_omega
 
 
 # Below this many entries the calls cost more than the arithmetic, and plain autograd is faster (measured on a CPU).
@@ -33,33 +35,58 @@ def functional_matrix(
     omega: torch.Tensor | None = None,
     *,
     function: str = "cosine",
+    compiled: bool = False,
 ) -> torch.Tensor:
     """
     F as `functional.functional_matrix` gives it, within rounding, with the same arguments, results and errors.
 
-    While torch compiles, it is that function, of which a compiler makes one kernel; so it is for `shift` and `identity`,
-    which are matrix products, for matrices of less than 128 x 128 entries, and on other devices than the CPU: there, many
-    small kernels would cost more than a few large ones save.
+    It is that function itself for `shift` and `identity`, which are matrix products; for matrices of less than
+    128 x 128 entries; and while torch compiles what is around it. On other devices than the CPU it is computed anew in the
+    backward pass instead of kept: there, many small kernels would cost more than a few large ones save.
+
+    Args:
+        A: as in `functional.functional_matrix`, and so are B, alpha, omega and function.
+        compiled: have `torch.compile` make kernels of it, once for all sizes. The first call of a process takes seconds
+            (tens of them if torch has never compiled it here), and a C++ compiler, on a GPU Triton.
 
     Source: arXiv 2510.02631, the functional matrix [text]; how it is computed is [ours].
     """
     check_factors(A, B)
-    reference = A.shape[0] * B.shape[1] < SMALLEST_SIZE or A.device.type != "cpu"
-    if reference or function not in ("cosine", "power") or torch.compiler.is_compiling():
+    too_small = A.shape[0] * B.shape[1] < SMALLEST_SIZE
+    if too_small or function not in FUNCTIONS_WITH_OMEGA or torch.compiler.is_compiling():
         return functional.functional_matrix(A, B, alpha, omega, function=function)
     check_coefficients(alpha, omega, function)
+    if A.device.type != "cpu":
+        if compiled:
+            return _compiled(functional.functional_matrix)(A, B, alpha, omega, function=function)
+        return _recomputed(A, B, alpha, omega, function)
     with functional.without_autocast(A.device.type):
         A, B, alpha, omega = (functional.at_least_float32(tensor) for tensor in (A, B, alpha, omega))
         if function == "power":
             return _TermByTerm.apply(functional.product(A, B), alpha, omega, _PowerLadder if omega is None else _Power)
+        a_first, b_first = _nodes(A, B, alpha, omega), _nodes(B, A, alpha, omega)
+        if a_first is not None and (b_first is None or a_first.count * B.numel() <= b_first.count * A.numel()):
+            return _InterpolatedCosine.apply(A, B, alpha, omega, a_first, compiled)
+        if b_first is not None:
+            return _InterpolatedCosine.apply(B.reshape(-1, 1), A.reshape(1, -1), alpha, omega, b_first, compiled).T
         if omega is None:
             omega = default_omega(alpha.numel()).to(A)
-        a_first, b_first = _nodes(A, B, omega), _nodes(B, A, omega)
-        if a_first is not None and (b_first is None or a_first.count * B.numel() <= b_first.count * A.numel()):
-            return _InterpolatedCosine.apply(A, B, alpha, omega, a_first)
-        if b_first is not None:
-            return _InterpolatedCosine.apply(B.T, A.T, alpha, omega, b_first).T
         return _TermByTerm.apply(functional.product(A, B), alpha, omega, _Cosine)
+
+
+def _recomputed(*tensors_and_function: Any) -> torch.Tensor:
+    """The reference, of which autograd keeps the arguments only."""
+
+    def reference(A: torch.Tensor, B: torch.Tensor, alpha: Any, omega: Any, function: str) -> torch.Tensor:
+        return functional.functional_matrix(A, B, alpha, omega, function=function)
+
+    return checkpoint(reference, *tensors_and_function, use_reentrant=False, preserve_rng_state=False)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled for tensors of any size."""
+    return torch.compile(function, dynamic=True)
 
 
 class _Nodes(NamedTuple):
@@ -70,7 +97,9 @@ class _Nodes(NamedTuple):
     half_width: float
 
 
-def _nodes(along: torch.Tensor, across: torch.Tensor, omega: torch.Tensor) -> _Nodes | None:
+def _nodes(
+    along: torch.Tensor, across: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None
+) -> _Nodes | None:
     """How to interpolate cos(omega a b) over the entries a of `along`, to within the rounding of its dtype.
 
     None where that does not pay, or cannot be decided: at r > 1, under vmap, with values that are not finite, or with more
@@ -80,7 +109,8 @@ def _nodes(along: torch.Tensor, across: torch.Tensor, omega: torch.Tensor) -> _N
         return None
     try:
         low, high = along.min().item(), along.max().item()
-        steepest = omega.abs().max().item() * across.abs().max().item()
+        highest = alpha.numel() if omega is None else omega.abs().max().item()
+        steepest = highest * across.abs().max().item()
     except RuntimeError:
         return None
     half_width = max((high - low) / 2, _SMALLEST_HALF_WIDTH)
@@ -104,59 +134,119 @@ def _degree(z: float, tolerance: float, limit: int) -> int | None:
 
 
 class _InterpolatedCosine(torch.autograd.Function):
-    """(1/p) sum_i alpha_i cos(omega_i A B): A `(C_out, 1)`, B `(1, C_in)`, alpha and omega `(p,)`."""
+    """(1/p) sum_i alpha_i cos(omega_i A B): A `(C_out, 1)`, B `(1, C_in)`, alpha and omega `(p,)`, or None for 1..p."""
 
     @staticmethod
     def forward(
-        ctx: Any, A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor, nodes: _Nodes
+        ctx: Any,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        alpha: torch.Tensor,
+        omega: torch.Tensor | None,
+        nodes: _Nodes,
+        compiled: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(A, B, alpha, omega)
-        ctx.nodes = nodes
-        at_nodes, matrix = _interpolation(A, nodes)
-        return matrix @ functional.weighted_sum(at_nodes * B, alpha, omega, "cosine")
+        ctx.places = _places(nodes)
+        ctx.compiled = compiled
+        return _of(_interpolated, compiled)(A, B, alpha, omega, *ctx.places)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         A, B, alpha, omega = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_gradients_of_reference((A, B, alpha, omega), gradient), None
+            return *_gradients_of_reference((A, B, alpha, omega), gradient), None, None
         with functional.without_autocast(A.device.type):
-            return *_gradients_by_interpolation(A, B, alpha, omega, gradient, ctx.nodes), None
+            found = _of(_gradients_by_interpolation, ctx.compiled)(A, B, alpha, omega, *ctx.places, gradient)
+        return *found, None, None
+
+
+def _of(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    return _compiled(function) if compiled else function
+
+
+def _places(nodes: _Nodes) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nodes as angles, of which the cosines lie on [-1, 1], `(K,)`, and center and half width, `(2,)`; float64.
+
+    Tensors, since a compiler would make one kernel for every number.
+    """
+    angles = (torch.arange(nodes.count, dtype=torch.float64) + 0.5) * (math.pi / nodes.count)
+    return angles, torch.tensor([nodes.center, nodes.half_width], dtype=torch.float64)
+
+
+def _interpolated(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    alpha: torch.Tensor,
+    omega: torch.Tensor | None,
+    node_angles: torch.Tensor,
+    interval: torch.Tensor,
+) -> torch.Tensor:
+    """F, `(C_out, C_in)`."""
+    at_nodes, matrix = _interpolation(A, node_angles, interval)
+    cosines, _ = _terms(at_nodes * B, alpha, omega)
+    return matrix @ (torch.tensordot(alpha, cosines, dims=1) / alpha.shape[0])
 
 
 def _gradients_by_interpolation(
     A: torch.Tensor,
     B: torch.Tensor,
     alpha: torch.Tensor,
-    omega: torch.Tensor,
+    omega: torch.Tensor | None,
+    node_angles: torch.Tensor,
+    interval: torch.Tensor,
     gradient: torch.Tensor,
-    nodes: _Nodes,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor | None, ...]:
     """The gradients of A, B, alpha and omega for a `gradient` of F, `(C_out, C_in)`."""
-    at_nodes, matrix = _interpolation(A, nodes)
+    at_nodes, matrix = _interpolation(A, node_angles, interval)
     products = at_nodes * B
-    angles = omega[:, None, None] * products
+    cosines, sines = _terms(products, alpha, omega)
     # What reaches F at the nodes; its sums with anything smooth in a are those over the entries of A.
-    at_nodes_gradient = matrix.T @ gradient / alpha.numel()
-    by_alpha = torch.mv(angles.cos().flatten(1), at_nodes_gradient.flatten())
-    sines = angles.sin_()
-    by_omega = -alpha * torch.mv(sines.flatten(1), (at_nodes_gradient * products).flatten())
-    slope = torch.tensordot(-alpha * omega, sines, dims=1)
+    at_nodes_gradient = matrix.T @ gradient / alpha.shape[0]
+    by_alpha = torch.mv(cosines.flatten(1), at_nodes_gradient.flatten())
+    by_omega = None
+    if omega is not None:
+        by_omega = -alpha * torch.mv(sines.flatten(1), (at_nodes_gradient * products).flatten())
+    frequencies = _ladder(alpha) if omega is None else omega
+    slope = torch.tensordot(-alpha * frequencies, sines, dims=1)
     by_B = (at_nodes_gradient * slope * at_nodes).sum(0, keepdim=True)
-    by_A = (gradient @ (slope * B).T * matrix).sum(1, keepdim=True) / alpha.numel()
+    by_A = (gradient @ (slope * B).T * matrix).sum(1, keepdim=True) / alpha.shape[0]
     return by_A, by_B, by_alpha, by_omega
 
 
-def _interpolation(A: torch.Tensor, nodes: _Nodes) -> tuple[torch.Tensor, torch.Tensor]:
+def _terms(x: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos(omega_i x) and sin(omega_i x), `(p, K, C_in)` each, for x `(K, C_in)`."""
+    if omega is not None:
+        angles = omega[:, None, None] * x
+        return angles.cos(), angles.sin()
+    # omega = 1..p: one cosine, and Chebyshev's recurrence, of which float64 takes what it loses.
+    first_cosine, first_sine = x.double().cos(), x.double().sin()
+    cosines, sines = [first_cosine], [first_sine]
+    before = (torch.ones_like(first_cosine), torch.zeros_like(first_sine))
+    for _ in range(alpha.shape[0] - 1):
+        after = (2 * first_cosine * cosines[-1] - before[0], 2 * first_cosine * sines[-1] - before[1])
+        before = (cosines[-1], sines[-1])
+        cosines.append(after[0])
+        sines.append(after[1])
+    return torch.stack(cosines).to(x), torch.stack(sines).to(x)
+
+
+def _ladder(alpha: torch.Tensor) -> torch.Tensor:
+    """omega = 1..p like alpha."""
+    return torch.arange(1, alpha.shape[0] + 1, dtype=alpha.dtype, device=alpha.device)
+
+
+def _interpolation(
+    A: torch.Tensor, node_angles: torch.Tensor, interval: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The nodes, `(K, 1)`, and the matrix `(C_out, K)` that takes values at the nodes to values at the entries of A.
 
     It is Lagrange's, made as T(t) times the discrete cosine transform, in float64: neither divides by small numbers.
     """
-    K, center, half_width = nodes
-    orders = torch.arange(K, dtype=torch.float64)
-    node_angles = (orders + 0.5) * (math.pi / K)
-    transform = torch.cos(orders[:, None] * node_angles) * (2 / K)
-    transform[0] /= 2
+    K = node_angles.shape[0]
+    center, half_width = interval.unbind()
+    orders = torch.arange(K, dtype=torch.float64, device=A.device)
+    transform = torch.cos(orders[:, None] * node_angles) * ((2 - (orders == 0).double()[:, None]) / K)
     t = ((A.double() - center) / half_width).clamp(-1, 1)
     matrix = torch.cos(t.acos() * orders) @ transform
     return (center + half_width * node_angles.cos()[:, None]).to(A), matrix.to(A)
