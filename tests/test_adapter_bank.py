@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 
-from funlora_hf import AdapterBank, FunLoraConfig
+from funlora_hf import AdapterBank, FunLoraConfig, mixed_batch
 
 
 LABELS = (3, 7, 5)
@@ -198,11 +198,88 @@ def test_any_history(steps):
         assert torch.equal(PLAIN.run(bank.model), base if live is None else outputs[live])
 
 
+@kinds
+def test_a_mixed_batch_is_that_of_as_many_adapters_in_the_model(kind, filled, tmp_path):
+    bank, outputs = filled(kind)
+    samples = len(next(iter(kind.batch().values())))
+    classes = [[7, None, 3, 5, 7, 3][index % 6] for index in range(samples)]
+    model = PeftModel.from_pretrained(kind.base(), tmp_path / "class_3", adapter_name="class_3")
+    for label in (5, 7):
+        model.load_adapter(tmp_path / f"class_{label}", f"class_{label}")
+    names = ["__base__" if label is None else f"class_{label}" for label in classes]
+    with mixed_batch(model.eval(), names):
+        expected = kind.run(model)
+    bank.activate(5)
+    random_numbers = torch.get_rng_state()
+    for _ in range(2):
+        with bank.mixed_batch(classes):
+            assert torch.equal(kind.run(bank.model), expected)
+    assert torch.equal(torch.get_rng_state(), random_numbers)
+    assert bank.active == 5
+    assert torch.equal(kind.run(bank.model), outputs[5])
+    bank.activate(None)
+    with bank.mixed_batch(classes):
+        assert torch.equal(kind.run(bank.model), expected)
+    assert torch.equal(kind.run(bank.model), kind.run(kind.base()))
+
+
+def test_a_mixed_batch_takes_as_many_adapters_as_it_has_classes(filled):
+    bank, _ = filled(PLAIN)
+    assert bank.adapter_names == ["live"]
+    first = bank.place([3, 7, 3])
+    assert set(first) == {3, 7}
+    second = bank.place([5, 7])
+    assert second[7] == first[7]
+    assert second[5] == first[3]
+    assert sorted(bank.adapter_names) == sorted(["live", *first.values()])
+    with pytest.raises(ValueError, match="`class_label` is 4, expected a class of the bank"):
+        bank.place([3, 4])
+    assert bank.place([5, 7]) == second
+
+
+def test_banks_beside_each_other(filled, tmp_path):
+    bank, outputs = filled(PLAIN)
+    config = {"function": "power", "operation": "mul-add", "target_modules": ["mlp.0"]}
+    model = PLAIN.model(class_label=8, **config)
+    expected = PLAIN.run(model)
+    model.save_pretrained(tmp_path / "class_8")
+    bank.activate(7)
+    other = AdapterBank(bank.model, FunLoraConfig.from_pretrained(tmp_path / "class_8"), "other", beside=[bank])
+    other.add(tmp_path / "class_8")
+    assert torch.equal(PLAIN.run(bank.model), outputs[7])
+    samples = len(next(iter(PLAIN.batch().values())))
+    with other.mixed_batch([8] * samples):
+        assert torch.equal(PLAIN.run(bank.model), expected)
+    assert torch.equal(PLAIN.run(bank.model), outputs[7])
+    with pytest.raises(ValueError, match="A bank beside others has no live class"):
+        other.activate(8)
+    other.unload()
+    assert torch.equal(PLAIN.run(bank.model), outputs[7])
+    bank.unload()
+    assert_equal(dict(bank.model.state_dict()), dict(PLAIN.base().state_dict()))
+
+
+def test_adapters_stay_in_float32_in_a_model_of_lower_precision(filled, tmp_path):
+    bank, _ = filled(PLAIN)
+    bank.model.to(torch.bfloat16)
+    bank.activate(3)
+    expected = load_file(tmp_path / "class_3" / "adapter_model.safetensors")
+    for key, tensor in bank.live_tensors.items():
+        assert torch.equal(tensor.detach(), expected[f"base_model.model.{key}"])
+    bank.remove(5)
+    bank.add(tmp_path / "class_5")
+    saved = load_file(tmp_path / "class_5" / "adapter_model.safetensors")
+    assert_equal(dict(sorted(bank.state_dict(5).items())), dict(sorted(saved.items())))
+
+
 def test_nothing_of_a_removed_class_stays_in_the_model(filled):
     bank, _ = filled(PLAIN)
     bank.activate(7)
+    name = bank.place([7])[7]
     bank.remove(7)
     assert all(not tensor.any() for tensor in bank.live_tensors.values())
+    for layer in funlora_layers(bank.model):
+        assert not any(tensor.any() for key, tensor in layer.adapter_tensors().items() if key.endswith(f".{name}"))
 
 
 def test_an_empty_bank_is_saved_and_loaded(tmp_path):
@@ -289,6 +366,7 @@ def test_a_bank_of_another_model_is_named(filled, tmp_path):
     wider = UNET.base(block_out_channels=(32, 96))
     with pytest.raises(ValueError, match=r"does not fit this model:\n- .*found shape"):
         AdapterBank.load(tmp_path / "bank.safetensors", wider)
+    assert not funlora_layers(wider)
 
 
 def test_rows_in_another_order_are_sorted(filled, tmp_path):

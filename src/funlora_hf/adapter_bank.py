@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,21 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.autograd.graph import increment_version
 
 from .files import whole_file
-from .tuner import FunLoraConfig
-from .tuner.adapter_layer import AdapterLayer
-from .tuner.hotswap import SAVED_PREFIX, plain_key, saved_tensors, wrapped_model
+from .tuner import FunLoraConfig, mixed_batch
+from .tuner.adapter_layer import BASE, AdapterLayer
+from .tuner.adapter_model import adapters_enabled
+from .tuner.flat_adapter import FlatAdapter
+from .tuner.hotswap import SAVED_PREFIX, plain_key, wrapped_model
+from .tuner.removal import remove_adapters
 from .tuner.tensor_checks import listed, misnamed, misshapen, not_finite
 
 
 # What all adapters of a bank share; which layers they have, their tensors show.
 _SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
+# What else says which layers an adapter has.
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _ROWS = "adapters"
 _METADATA = "adapter_bank"
 
@@ -40,7 +46,8 @@ class AdapterBank:
 
     PEFT's way, an adapter in the model for every class, takes time for each of them whenever one is added or switched on.
     Here the model holds one adapter, and a class is one row of numbers: making it live is one copy, however many there
-    are, a compiled model stays compiled, and a thousand classes load from one file.
+    are, a compiled model stays compiled, and a thousand classes load from one file. For a batch of several classes
+    (`mixed_batch`) the model gets as many more adapters as there are classes in the batch.
 
     Args:
         model (`torch.nn.Module`):
@@ -48,6 +55,8 @@ class AdapterBank:
         config (`FunLoraConfig`):
             What the adapters are made of. Without `modules_to_save`.
         adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
+        beside (sequence of `AdapterBank`, *optional*):
+            Banks that serve other configurations on the same model. This one's classes then act by `mixed_batch` only.
 
     Raises:
         ValueError: `modules_to_save`, or a model with other adapters, or with this one in another configuration.
@@ -65,25 +74,36 @@ class AdapterBank:
     Source: [ours].
     """
 
-    def __init__(self, model: nn.Module, config: FunLoraConfig, adapter_name: str = "live") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: FunLoraConfig,
+        adapter_name: str = "live",
+        *,
+        beside: Sequence[AdapterBank] = (),
+    ) -> None:
         if config.modules_to_save:
             raise ValueError(
                 f"`modules_to_save` is {list(config.modules_to_save)}, expected None: a bank holds adapters, not modules."
             )
         self.model = wrapped_model(model)
         self.adapter_name = adapter_name
-        _check_alone(self.model, adapter_name)
-        if not _layers(self.model):
-            inject_adapter_in_model(replace(config, class_label=None, class_name=None), self.model, adapter_name)
-        self._layers = _layers(self.model)
+        self._is_beside_others = bool(beside)
+        _check_alone(self.model, [adapter_name, *(name for bank in beside for name in bank.adapter_names)])
+        if not _layers(self.model, adapter_name):
+            _inject(self.model, replace(config, class_label=None, class_name=None), adapter_name)
+        self._layers = _layers(self.model, adapter_name)
         self.config: FunLoraConfig = self._layers[0].settings[adapter_name]
         _check_shared("config", config, self.config)
-        self._live = dict(saved_tensors(self.model, adapter_name))
-        self._row = self._tie()
+        self._live = FlatAdapter(self.model, adapter_name)
+        # Further adapters in the model, for mixed batches, and which of them hold which class.
+        self._others: list[FlatAdapter] = []
+        self._placed: dict[int, FlatAdapter] = {}
         self._rows: dict[int, torch.Tensor] = {}
         self._names: dict[int, str] = {}
         self._active: int | None = None
-        self.activate(None)
+        # A layer that another bank uses, too, may be at work for it.
+        self._switch([layer for layer in self._layers if set(layer.settings) == {adapter_name}], on=False)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -99,12 +119,21 @@ class AdapterBank:
     @property
     def live_tensors(self) -> dict[str, torch.Tensor]:
         """The parameters of the live adapter, by the keys that PEFT saves them under, less its prefix."""
-        return dict(self._live)
+        return dict(self._live.tensors)
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The adapters that the bank has put into the model: the live one, and those for mixed batches."""
+        return [self.adapter_name, *(adapter.name for adapter in self._others)]
 
     @property
     def active(self) -> int | None:
         """The live class; None: the base."""
         return self._active
+
+    def takes(self, config: FunLoraConfig) -> bool:
+        """Whether adapters of this configuration, from a saved adapter, are made as those of the bank."""
+        return all(getattr(config, name) == getattr(self.config, name) for name in (*_SHARED, *_TARGETS))
 
     def activate(self, class_label: int | None) -> None:
         """
@@ -116,15 +145,53 @@ class AdapterBank:
             ValueError: a class that is not in the bank or has numbers that are not finite, or a live adapter that is merged
                 into the base's weights. Nothing has changed then.
         """
-        if any(layer.merged for layer in self._layers):
-            raise ValueError(f"Adapter {self.adapter_name!r} is merged into the base's weights: unmerge it first.")
+        if self._is_beside_others and class_label is not None:
+            raise ValueError("A bank beside others has no live class: run its classes inside `mixed_batch`.")
+        self._check_unmerged()
         if class_label is not None:
-            self._copy(self._row_of(class_label), class_label)
-        for layer in self._layers:
-            layer.forget_weights()
-            if layer.disable_adapters != (class_label is None):
-                layer.enable_adapters(class_label is not None)
+            self._live.copy_(self._finite_row(class_label))
+        self._switch(self._layers, on=class_label is not None)
         self._active = class_label
+
+    @contextmanager
+    def mixed_batch(self, class_labels: Sequence[int | None]) -> Iterator[None]:
+        """
+        Run every sample of a batch through a class of its own, as the function `mixed_batch` does for adapters by name.
+
+        Args:
+            class_labels (`Sequence[int | None]`): the class of every sample; None: the base. Sorted by class they run fastest.
+
+        Raises:
+            ValueError: as `activate`, or a batch of another length.
+        """
+        placed = self.place([label for label in class_labels if label is not None])
+        names = [BASE if label is None else placed[label] for label in class_labels]
+        with adapters_enabled(self.model), mixed_batch(self.model, names):
+            yield
+
+    def place(self, class_labels: Collection[int]) -> dict[int, str]:
+        """
+        Have adapters in the model hold these classes, besides the live one.
+
+        Args:
+            class_labels (`Collection[int]`): classes of the bank; several times the same counts once.
+
+        Returns:
+            `dict[int, str]`: the name of each one's adapter. Valid until the next call.
+
+        Raises:
+            ValueError: as `activate`.
+        """
+        self._check_unmerged()
+        rows = {label: self._finite_row(label) for label in class_labels}
+        kept = {label: adapter for label, adapter in self._placed.items() if label in rows}
+        free = [adapter for adapter in self._others if adapter not in kept.values()]
+        for label in rows:
+            if label not in kept:
+                kept[label] = free.pop(0) if free else self._add_place()
+            kept[label].copy_(rows[label])
+        self._placed = kept
+        return {label: adapter.name for label, adapter in kept.items()}
 
     def add(
         self,
@@ -179,10 +246,11 @@ class AdapterBank:
         if class_label in self._rows:
             raise ValueError(f"`class_label` is {class_label}, a class that is in the bank already: remove it first.")
         given = {plain_key(key): value for key, value in state_dict.items()}
-        problems = [*misnamed(self._live, given), *misshapen(self._live, given), *not_finite(given)]
+        live = self._live.tensors
+        problems = [*misnamed(live, given), *misshapen(live, given), *not_finite(given)]
         if problems:
             raise ValueError(f"The tensors do not fit this bank, nothing was added:\n{listed(problems)}")
-        self._rows[class_label] = torch.cat([given[key].detach().reshape(-1).to(self._row) for key in self._live])
+        self._rows[class_label] = self._live.flatten(given)
         self._names[class_label] = class_name or str(class_label)
         return class_label
 
@@ -191,26 +259,43 @@ class AdapterBank:
         self._row_of(class_label)
         if self._active == class_label:
             self.activate(None)
-            self._copy(torch.zeros_like(self._row), class_label)
+            self._live.copy_(torch.zeros(self._live.numel))
+        if class_label in self._placed:
+            self._placed.pop(class_label).copy_(torch.zeros(self._live.numel))
         del self._rows[class_label]
         del self._names[class_label]
 
+    def unload(self) -> None:
+        """Take the bank's adapters off the model, which is the base again; the bank itself is of no more use."""
+        remove_adapters(self.model, self.adapter_names)
+
     def state_dict(self, class_label: int) -> dict[str, torch.Tensor]:
         """A class's tensors by the keys that PEFT saves them under; copies. Raises a ValueError if it is not there."""
-        return {f"{SAVED_PREFIX}{key}": part.clone() for key, part in self._parts(self._row_of(class_label)).items()}
+        return {
+            f"{SAVED_PREFIX}{key}": part.clone()
+            for key, part in self._live.unflatten(self._row_of(class_label)).items()
+        }
 
     def save(self, file: str | os.PathLike) -> None:
         """Write all classes into one safetensors file, which appears whole or not at all."""
-        layout = [[key, list(tensor.shape)] for key, tensor in self._live.items()]
+        layout = [[key, list(tensor.shape)] for key, tensor in self._live.tensors.items()]
         classes = [[label, self._names[label]] for label in self._rows]
         # One entry: safetensors writes several in any order, and equal banks shall give equal files.
         metadata = {_METADATA: json.dumps({"config": self.config.to_dict(), "layout": layout, "classes": classes})}
-        rows = torch.stack(list(self._rows.values())) if self._rows else self._row.new_empty(0, self._row.numel())
+        rows = [row.cpu() for row in self._rows.values()]
+        table = torch.stack(rows) if rows else torch.empty(0, self._live.numel)
         with whole_file(Path(file)) as temporary:
-            save_file({_ROWS: rows.cpu()}, temporary, metadata=metadata)
+            save_file({_ROWS: table}, temporary, metadata=metadata)
 
     @classmethod
-    def load(cls, file: str | os.PathLike, model: nn.Module, adapter_name: str = "live") -> AdapterBank:
+    def load(
+        cls,
+        file: str | os.PathLike,
+        model: nn.Module,
+        adapter_name: str = "live",
+        *,
+        beside: Sequence[AdapterBank] = (),
+    ) -> AdapterBank:
         """
         A bank from a file that `save` wrote. The rows stay in the file, which is mapped into memory, until they are used.
 
@@ -218,6 +303,7 @@ class AdapterBank:
             file (`str` or `os.PathLike`): to read; it must not change while the bank is in use.
             model (`torch.nn.Module`): the base that the adapters were trained for.
             adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
+            beside (sequence of `AdapterBank`, *optional*): as for [`AdapterBank`].
 
         Raises:
             ValueError: not a bank's file, or one that does not fit the model: which tensors, is said.
@@ -233,21 +319,30 @@ class AdapterBank:
                 f"{os.fspath(file)!r} has no {', '.join(missing)}: it was not written by AdapterBank.save."
             )
         settings, layout, classes = (metadata[name] for name in ("config", "layout", "classes"))
-        bank = cls(model, _config(settings, os.fspath(file)), adapter_name)
+        bank = cls(model, _config(settings, os.fspath(file)), adapter_name, beside=beside)
+        try:
+            bank._take_rows(os.fspath(file), layout, classes)
+        except Exception:
+            bank.unload()
+            raise
+        return bank
+
+    def _take_rows(self, file: str, layout: Sequence[Sequence], classes: Sequence[Sequence]) -> None:
+        """Fill the bank from a file of these tensors, `[key, shape]`, and classes, `[id, name]`."""
+        live = self._live.tensors
         stored = {key: torch.empty(shape, device="meta") for key, shape in layout}
-        problems = [*misnamed(bank._live, stored), *misshapen(bank._live, stored)]
+        problems = [*misnamed(live, stored), *misshapen(live, stored)]
         if problems:
-            raise ValueError(f"{os.fspath(file)!r} does not fit this model:\n{listed(problems)}")
+            raise ValueError(f"{file!r} does not fit this model:\n{listed(problems)}")
         rows = load_file(file).get(_ROWS)
-        expected = (len(classes), bank._row.numel())
+        expected = (len(classes), self._live.numel)
         if rows is None or rows.shape != expected or not rows.is_floating_point():
             found = "nothing" if rows is None else f"{rows.dtype} of shape {tuple(rows.shape)}"
-            raise ValueError(f"{os.fspath(file)!r} holds {found}, expected a row for every class, {expected}.")
-        order = _order(list(bank._live), list(stored), [tensor.numel() for tensor in stored.values()])
+            raise ValueError(f"{file!r} holds {found}, expected a row for every class, {expected}.")
+        order = _order(list(live), list(stored), [tensor.numel() for tensor in stored.values()])
         for (label, name), row in zip(classes, rows, strict=True):
-            bank._rows[int(label)] = row if order is None else row[order]
-            bank._names[int(label)] = str(name)
-        return bank
+            self._rows[int(label)] = row if order is None else row[order]
+            self._names[int(label)] = str(name)
 
     def _row_of(self, class_label: int) -> torch.Tensor:
         if class_label not in self._rows:
@@ -256,52 +351,58 @@ class AdapterBank:
             raise ValueError(f"`class_label` is {class_label!r}, expected a class of the bank: {known}{more}.")
         return self._rows[class_label]
 
-    def _copy(self, row: torch.Tensor, class_label: int) -> None:
-        """Give the live adapter these values."""
+    def _finite_row(self, class_label: int) -> torch.Tensor:
+        row = self._row_of(class_label)
         if not torch.isfinite(row).all():
             raise ValueError(
                 f"Class {class_label} has numbers that are not finite: add it again from a sound adapter."
             )
-        if not self._is_tied():
-            self._row = self._tie()
-        with torch.no_grad():
-            self._row.copy_(row)
-        # The parameters are views of the row, which autograd takes for tensors of their own.
-        for tensor in self._live.values():
-            increment_version(tensor)
-
-    def _parts(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
-        sizes = [tensor.numel() for tensor in self._live.values()]
-        parts = zip(self._live.items(), row.split(sizes), strict=True)
-        return {key: part.view(tensor.shape) for (key, tensor), part in parts}
-
-    def _tie(self) -> torch.Tensor:
-        """One row of numbers of which all live tensors are views, with their values."""
-        with torch.no_grad():
-            row = torch.cat([tensor.detach().reshape(-1) for tensor in self._live.values()])
-        for tensor, part in zip(self._live.values(), self._parts(row).values(), strict=True):
-            tensor.data = part
         return row
 
-    def _is_tied(self) -> bool:
-        """Whether the live tensors are still views of the row: `model.to()` gives them storage of their own."""
-        address, step = self._row.data_ptr(), self._row.element_size()
-        for tensor in self._live.values():
-            if tensor.data_ptr() != address:
-                return False
-            address += tensor.numel() * step
-        return True
+    def _check_unmerged(self) -> None:
+        if any(layer.merged for layer in self._layers):
+            raise ValueError(f"Adapter {self.adapter_name!r} is merged into the base's weights: unmerge it first.")
+
+    @staticmethod
+    def _switch(layers: Sequence[AdapterLayer], *, on: bool) -> None:
+        for layer in layers:
+            layer.forget_weights()
+            if layer.disable_adapters == on:
+                layer.enable_adapters(on)
+
+    def _add_place(self) -> FlatAdapter:
+        """One more adapter in the model."""
+        name = f"{self.adapter_name}_{len(self._others) + 1}"
+        # It gets other values at once, so its start must not take from the random numbers of who calls.
+        with torch.random.fork_rng(devices=[]):
+            for layer in self._layers:
+                layer.update_layer(name, self.config)
+        self._others.append(FlatAdapter(self.model, name))
+        return self._others[-1]
 
 
-def _layers(model: nn.Module) -> list[AdapterLayer]:
-    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
+def _layers(model: nn.Module, adapter_name: str) -> list[AdapterLayer]:
+    """The layers that have an adapter of this name."""
+    layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
+    return [layer for layer in layers if adapter_name in layer.settings]
 
 
-def _check_alone(model: nn.Module, adapter_name: str) -> None:
-    others = sorted({name for layer in _layers(model) for name in layer.settings} - {adapter_name})
+def _inject(model: nn.Module, config: FunLoraConfig, adapter_name: str) -> None:
+    """Put an adapter into a model; those that are active there stay so."""
+    active = {module: module.active_adapters for module in model.modules() if isinstance(module, AdapterLayer)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, model, adapter_name)
+    for layer, names in active.items():
+        layer.set_adapter(names, inference_mode=True)
+
+
+def _check_alone(model: nn.Module, own: Collection[str]) -> None:
+    layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
+    others = sorted({name for layer in layers for name in layer.settings} - set(own))
     if others:
         raise ValueError(
-            f"`model` has the adapters {', '.join(others)}, expected none besides {adapter_name!r}: unload them."
+            f"`model` has the adapters {', '.join(others)}, expected none besides {next(iter(own))!r}: unload them."
         )
 
 

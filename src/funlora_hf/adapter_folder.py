@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 
 from .files import read_json, whole_folder
 
@@ -63,12 +67,32 @@ def save_adapter(model: PeftModel, name: str, folder: Path, *, class_name: str |
             for file in written.iterdir():
                 os.replace(file, temporary / file.name)
             written.rmdir()
-        _card(model, name, class_name).save(temporary / "README.md")
+        parts = [parameter for key, parameter in model.named_parameters() if f".{name}." in f"{key}."]
+        parameters = sum(parameter.numel() for parameter in parts)
+        _card(model.peft_config[name], name, class_name, parameters).save(temporary / "README.md")
 
 
-def _card(model: PeftModel, name: str, class_name: str | None) -> ModelCard:
-    config = model.peft_config[name]
-    parts = [(key, parameter.numel()) for key, parameter in model.named_parameters() if f".{name}." in f"{key}."]
+def save_adapter_tensors(
+    config: PeftConfig, tensors: Mapping[str, torch.Tensor], folder: Path, *, class_name: str | None = None
+) -> None:
+    """
+    As `save_adapter`, the same bytes, for an adapter that is in no model.
+
+    Args:
+        config (`PeftConfig`): of the adapter.
+        tensors (`Mapping[str, torch.Tensor]`): by the keys that PEFT saves them under.
+        folder (`Path`): to write, `class_<id>`.
+        class_name (`str`, *optional*): of the class, for the card; None: the one in a FunLoRA adapter's config.
+    """
+    with whole_folder(folder) as temporary:
+        config.save_pretrained(os.fspath(temporary))
+        contents = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(contents, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        _card(config, folder.name, class_name, parameters).save(temporary / "README.md")
+
+
+def _card(config: PeftConfig, name: str, class_name: str | None, parameters: int) -> ModelCard:
     class_name = class_name or getattr(config, "class_name", None) or name
     class_label = getattr(config, "class_label", None)
     if class_label is None and name.removeprefix(_PREFIX).isdigit():
@@ -86,7 +110,7 @@ def _card(model: PeftModel, name: str, class_name: str | None) -> ModelCard:
         class_label="not set" if class_label is None else class_label,
         method=method,
         config=config.to_dict(),
-        parameters=sum(count for _, count in parts),
+        parameters=parameters,
     )
 
 

@@ -5,9 +5,8 @@ Knows the base, its adapters and the solvers; knows nothing of training or evalu
 
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -18,17 +17,14 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from tqdm.auto import tqdm
 
-from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name, save_adapter
+from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
+from .class_adapters import ClassAdapters
 from .flow_matching import sigma_to_timestep
 from .solvers import check_solver, solve
-from .tuner import mixed_batch
-from .tuner.adapter_layer import BASE
-from .tuner.adapter_model import AdapterModel
 
 
 @dataclass
@@ -95,7 +91,7 @@ class FunLoraPipeline(DiffusionPipeline):
         self.register_to_config(class_ids=class_ids, id2label=id2label)
         self._base_rows = {class_id: row for row, class_id in enumerate(class_ids)}
         self._names = dict(id2label)
-        self._peft_model: PeftModel | None = None
+        self._adapters = ClassAdapters(unet)
 
     @property
     def classes(self) -> dict[int, str]:
@@ -163,18 +159,22 @@ class FunLoraPipeline(DiffusionPipeline):
             dtype=torch.float32,
         )
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+        # Sorted by class, a batch need not be sorted in every adapted layer.
+        order = sorted(range(len(class_ids)), key=class_ids.__getitem__)
+        class_ids = [class_ids[index] for index in order]
         rows = self._embedding_rows(class_ids)
 
         def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
             return self._velocity(state, sigma, rows)
 
         steps = None if solver == "dopri5" else num_inference_steps
-        with self._adapters(class_ids), tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
+        with self._acting(class_ids), tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
             output = solve(
-                velocity, noise, self.scheduler.sigmas, solver=solver, rtol=rtol, atol=atol, on_step=bar.update
+                velocity, noise[order], self.scheduler.sigmas, solver=solver, rtol=rtol, atol=atol, on_step=bar.update
             )
 
-        images = (output.sample / 2 + 0.5).clamp(0, 1)
+        images = torch.empty_like(output.sample)
+        images[order] = (output.sample / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
@@ -202,7 +202,7 @@ class FunLoraPipeline(DiffusionPipeline):
             ValueError: unknown class.
         """
         class_ids = self._class_ids(class_labels)
-        with self._adapters(class_ids):
+        with self._acting(class_ids):
             return self._velocity(sample, sigma, self._embedding_rows(class_ids))
 
     def load_adapter(
@@ -238,7 +238,6 @@ class FunLoraPipeline(DiffusionPipeline):
         location = {"subfolder": subfolder, "revision": revision}
         location = {key: value for key, value in location.items() if value is not None}
         config = PeftConfig.from_pretrained(source, **location)
-        self._check_method(source, config)
         # Other methods' configs do not say which class an adapter makes.
         class_label = getattr(config, "class_label", None) if class_label is None else class_label
         if class_label is None:
@@ -248,15 +247,43 @@ class FunLoraPipeline(DiffusionPipeline):
             where = "the base knows" if class_label in self._base_rows else "an adapter is loaded for"
             raise ValueError(f"`class_label` is {class_label}, a class that {where} already: pass another one.")
         _check_names({**self._names, class_label: class_name})
-        self._inject(source, adapter_name(class_label), config, location)
+        self._adapters.add(source, class_label, config, location)
         self._names[class_label] = class_name
         return class_label
+
+    def load_adapter_bank(self, file: str | os.PathLike) -> list[int]:
+        """
+        Add all classes of a file written by [`AdapterBank.save`]; a thousand load like one.
+
+        Args:
+            file (`str` or `os.PathLike`): to read; it is mapped into memory and must not change meanwhile.
+
+        Returns:
+            `list[int]`: the ids of the classes.
+
+        Raises:
+            ValueError: not a bank's file, one that does not fit the base, or with ids or names that are taken. Nothing has
+                changed then.
+            FileNotFoundError: no such file.
+        """
+        bank = self._adapters.open_bank(file)
+        try:
+            taken = sorted(set(bank.classes) & set(self._names))
+            if taken:
+                raise ValueError(f"{os.fspath(file)!r} has the classes {taken}, which are known already: unload them.")
+            _check_names({**self._names, **bank.classes})
+        except ValueError:
+            bank.unload()
+            raise
+        self._adapters.add_bank(bank)
+        self._names.update(bank.classes)
+        return list(bank.classes)
 
     def unload_adapter(self, class_label: int) -> None:
         """Forget the class of an adapter. Raises a ValueError for a class that no adapter was loaded for."""
         if class_label not in self._names or class_label in self._base_rows:
             raise ValueError(f"`class_label` is {class_label}, expected a class loaded by `load_adapter`.")
-        self._remove(adapter_name(class_label))
+        self._adapters.remove(class_label)
         del self._names[class_label]
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -276,12 +303,8 @@ class FunLoraPipeline(DiffusionPipeline):
         super(FunLoraPipeline, base).save_pretrained(save_directory, **kwargs)
         for class_id in self._names:
             if class_id not in self._base_rows:
-                save_adapter(
-                    self._peft_model,
-                    adapter_name(class_id),
-                    Path(save_directory) / ADAPTERS_FOLDER / adapter_name(class_id),
-                    class_name=self._names[class_id],
-                )
+                folder = Path(save_directory) / ADAPTERS_FOLDER / adapter_name(class_id)
+                self._adapters.save(class_id, folder, class_name=self._names[class_id])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "FunLoraPipeline":
@@ -320,52 +343,8 @@ class FunLoraPipeline(DiffusionPipeline):
         output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float()), rows)
         return output.sample.to(sample.dtype)
 
-    def _adapters(self, class_ids: Sequence[int]) -> Any:
-        if self._peft_model is None:
-            return nullcontext()
-        names = [BASE if class_id in self._base_rows else adapter_name(class_id) for class_id in class_ids]
-        tuner = self._peft_model.base_model
-        if isinstance(tuner, AdapterModel):
-            return mixed_batch(self.unet, names)
-        return tuner._enable_peft_forward_hooks(adapter_names=names)
-
-    def _inject(self, source: str, name: str, config: PeftConfig, location: Mapping[str, Any]) -> None:
-        training = self.unet.training
-        try:
-            if self._peft_model is None:
-                self._peft_model = PeftModel(self.unet, config, adapter_name=name)
-            loaded = self._peft_model.load_adapter(source, adapter_name=name, **location)
-            # PEFT only warns of what is missing, and that part would act as the identity.
-            missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
-            if missing or loaded.unexpected_keys:
-                raise ValueError(f"missing tensors {missing}, unexpected tensors {loaded.unexpected_keys}")
-        except Exception as error:
-            self._remove(name)
-            raise ValueError(f"The adapter {source!r} does not fit this base: {error}") from error
-        finally:
-            self.unet.train(training)
-
-    def _check_method(self, source: str, config: PeftConfig) -> None:
-        if self._peft_model is not None and config.peft_type != self._peft_model.peft_type:
-            raise ValueError(
-                f"`source` {source!r} holds an adapter of type {config.peft_type.value}, expected "
-                f"{self._peft_model.peft_type.value}, as those loaded already: use a pipeline of its own."
-            )
-
-    def _remove(self, name: str) -> None:
-        """Take an adapter off the U-Net, whether it was loaded wholly or in part."""
-        for path, module in _adapted_modules(self.unet).items():
-            if name in module._get_available_adapters():
-                _delete_adapter(module, name)
-            if not module._get_available_adapters():
-                parent = self.unet.get_submodule(path.rpartition(".")[0])
-                setattr(parent, path.rpartition(".")[2], _base_module(module))
-        if self._peft_model is not None:
-            self._peft_model.peft_config.pop(name, None)
-            if not self._peft_model.peft_config:
-                self._peft_model = None
-        if self._peft_model is None and hasattr(self.unet, "peft_config"):
-            del self.unet.peft_config
+    def _acting(self, class_ids: Sequence[int]) -> AbstractContextManager:
+        return self._adapters.acting([None if class_id in self._base_rows else class_id for class_id in class_ids])
 
 
 def _check_names(id2label: Mapping[int, str]) -> None:
@@ -373,30 +352,6 @@ def _check_names(id2label: Mapping[int, str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
-
-
-def _adapted_modules(unet: UNet2DModel) -> dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper]:
-    """The modules that adapters have wrapped, by name; not what lies inside the wrappers."""
-    found: dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper] = {}
-    for path, module in unet.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not inside:
-            found[path] = module
-    return found
-
-
-def _base_module(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> torch.nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-
-
-def _delete_adapter(module: BaseTunerLayer | AuxiliaryTrainingWrapper, name: str) -> None:
-    with warnings.catch_warnings():
-        # Which adapter is active does not matter here: every call says which one each sample takes.
-        warnings.simplefilter("ignore", UserWarning)
-        if isinstance(module, BaseTunerLayer):
-            module.delete_adapter(name)
-        else:
-            module.delete_adapter(name, new_active_adapters=None)
 
 
 def _without_adapters(unet: UNet2DModel) -> UNet2DModel:

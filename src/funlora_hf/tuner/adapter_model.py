@@ -163,8 +163,9 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
         for layer in layers
     ]
     handles += [
-        # PEFT's own wrapper around `modules_to_save` takes the names as a list.
-        wrapper.register_forward_pre_hook(partial(_pass_adapter_groups, groups=list(adapter_names)), with_kwargs=True)
+        wrapper.register_forward_pre_hook(
+            partial(_pass_adapter_groups, groups=_names_for(wrapper, adapter_names)), with_kwargs=True
+        )
         for wrapper in wrappers
     ]
     try:
@@ -174,6 +175,30 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
             handle.remove()
         for layer, capacity in zip(layers, capacities, strict=True):
             layer.keep_weights(capacity)
+
+
+@contextmanager
+def adapters_enabled(model: nn.Module) -> Iterator[None]:
+    """Adapter layers of a model that are disabled are enabled inside the context, and disabled again behind it.
+
+    Args:
+        model: any module with adapter layers in it.
+
+    Source: [ours].
+    """
+    disabled = [module for module in model.modules() if isinstance(module, AdapterLayer) and module.disable_adapters]
+    for layer in disabled:
+        layer.enable_adapters(True)
+    try:
+        yield
+    finally:
+        for layer in disabled:
+            layer.enable_adapters(False)
+
+
+def _names_for(wrapper: AuxiliaryTrainingWrapper, adapter_names: Sequence[str]) -> list[str]:
+    """The names as PEFT's own wrapper around `modules_to_save` takes them; to an adapter without such it is the base's."""
+    return [name if name in wrapper._get_available_adapters() else BASE for name in adapter_names]
 
 
 def _pass_adapter_groups(

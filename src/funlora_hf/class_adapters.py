@@ -1,0 +1,171 @@
+"""The adapters of a U-Net by class, whatever they are made of: FunLoRA's in banks, others' in a PeftModel.
+
+Knows banks and PEFT; knows no pipeline, no sampling and no training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from .adapter_bank import AdapterBank
+from .adapter_folder import adapter_name, save_adapter, save_adapter_tensors
+from .tuner import FunLoraConfig, mixed_batch
+from .tuner.adapter_layer import BASE
+from .tuner.adapter_model import AdapterModel, adapters_enabled
+from .tuner.removal import remove_adapters
+
+
+class ClassAdapters:
+    """
+    Adapters on one model, one for a class.
+
+    FunLoRA adapters lie in an [`AdapterBank`] for each configuration. Those of other methods, and FunLoRA's with
+    `modules_to_save` and whatever comes after such, are adapters of a PeftModel. All are of one method.
+
+    Args:
+        model (`torch.nn.Module`): the base; its layers are wrapped in place while there are adapters.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._banks: dict[str, AdapterBank] = {}
+        self._peft_model: PeftModel | None = None
+        # What each class was loaded with, and the bank it is in, if any.
+        self._configs: dict[int, PeftConfig] = {}
+        self._bank_of: dict[int, AdapterBank] = {}
+
+    def add(self, source: str, class_label: int, config: PeftConfig, location: Mapping[str, str]) -> None:
+        """
+        Load the adapter of a class.
+
+        Args:
+            source (`str`): folder or repository, as PEFT saves an adapter.
+            class_label (`int`): a class that has none yet.
+            config (`PeftConfig`): the adapter's.
+            location (`Mapping[str, str]`): `subfolder` and `revision`, if any.
+
+        Raises:
+            ValueError: an adapter of another method than those loaded, or one that does not fit. Nothing has changed then.
+        """
+        self._check_method(source, config)
+        try:
+            bankable = isinstance(config, FunLoraConfig) and not config.modules_to_save
+            if bankable and self._peft_model is None:
+                self._add_to_bank(source, class_label, config, location)
+            else:
+                self._add_to_peft_model(source, class_label, config, location)
+        except Exception as error:
+            self._clean_up()
+            raise ValueError(f"The adapter {source!r} does not fit this base: {error}") from error
+        self._configs[class_label] = config
+
+    def open_bank(self, file: str | os.PathLike) -> AdapterBank:
+        """A bank from a file that [`AdapterBank.save`] wrote, on the model, for `add_bank`. Errors as in [`AdapterBank.load`]."""
+        return AdapterBank.load(file, self._model, self._free_name(), beside=list(self._banks.values()))
+
+    def add_bank(self, bank: AdapterBank) -> None:
+        """Take in all classes of a bank from `open_bank`, none of which is loaded yet."""
+        self._banks[bank.adapter_name] = bank
+        self._configs.update(dict.fromkeys(bank.classes, bank.config))
+        self._bank_of.update(dict.fromkeys(bank.classes, bank))
+
+    def remove(self, class_label: int) -> None:
+        """Forget the adapter of a class; modules that none is left in are the base's own again."""
+        bank = self._bank_of.pop(class_label, None)
+        if bank is not None:
+            bank.remove(class_label)
+        else:
+            remove_adapters(self._model, [adapter_name(class_label)])
+        del self._configs[class_label]
+        self._clean_up()
+
+    def save(self, class_label: int, folder: Path, *, class_name: str) -> None:
+        """Write the adapter of a class as PEFT reads it, under the id and name that it has here."""
+        config = copy(self._configs[class_label])
+        if isinstance(config, FunLoraConfig):
+            config.class_label, config.class_name = class_label, class_name
+        bank = self._bank_of.get(class_label)
+        if bank is not None:
+            save_adapter_tensors(config, bank.state_dict(class_label), folder, class_name=class_name)
+        else:
+            save_adapter(self._peft_model, adapter_name(class_label), folder, class_name=class_name)
+
+    @contextmanager
+    def acting(self, class_labels: Sequence[int | None]) -> Iterator[None]:
+        """Every sample of a batch runs through the adapter of its class; None: through the base.
+
+        Args:
+            class_labels: of every sample. Sorted by class they run fastest.
+        """
+        names: dict[int | None, str] = {None: BASE}
+        for label in class_labels:
+            if label is not None and label not in self._bank_of:
+                names[label] = adapter_name(label)
+        for bank in self._banks.values():
+            names |= bank.place([label for label in class_labels if self._bank_of.get(label) is bank])
+        with adapters_enabled(self._model), self._batch([names[label] for label in class_labels]):
+            yield
+
+    def _batch(self, names: list[str]) -> AbstractContextManager:
+        if not self._configs:
+            return nullcontext()
+        tuner = None if self._peft_model is None else self._peft_model.base_model
+        if tuner is None or isinstance(tuner, AdapterModel):
+            return mixed_batch(self._model, names)
+        return tuner._enable_peft_forward_hooks(adapter_names=names)
+
+    def _add_to_bank(self, source: str, class_label: int, config: FunLoraConfig, location: Mapping[str, str]) -> None:
+        for bank in self._banks.values():
+            if bank.takes(config):
+                break
+        else:
+            bank = AdapterBank(self._model, config, self._free_name(), beside=list(self._banks.values()))
+            self._banks[bank.adapter_name] = bank
+        bank.add(source, class_label=class_label, **location)
+        self._bank_of[class_label] = bank
+
+    def _add_to_peft_model(
+        self, source: str, class_label: int, config: PeftConfig, location: Mapping[str, str]
+    ) -> None:
+        name, training = adapter_name(class_label), self._model.training
+        try:
+            if self._peft_model is None:
+                self._peft_model = PeftModel(self._model, config, adapter_name=name)
+            loaded = self._peft_model.load_adapter(source, adapter_name=name, **location)
+            # PEFT only warns of what is missing, and that part would act as the identity.
+            missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
+            if missing or loaded.unexpected_keys:
+                raise ValueError(f"missing tensors {missing}, unexpected tensors {loaded.unexpected_keys}")
+        except Exception:
+            remove_adapters(self._model, [name])
+            raise
+        finally:
+            self._model.train(training)
+
+    def _check_method(self, source: str, config: PeftConfig) -> None:
+        loaded = next(iter(self._configs.values()), config)
+        if config.peft_type != loaded.peft_type:
+            raise ValueError(
+                f"`source` {source!r} holds an adapter of type {config.peft_type.value}, expected "
+                f"{loaded.peft_type.value}, as those loaded already: use a pipeline of its own."
+            )
+
+    def _clean_up(self) -> None:
+        """Take off the model what no class needs any more."""
+        for name, bank in list(self._banks.items()):
+            if not len(bank):
+                bank.unload()
+                del self._banks[name]
+        if self._configs.keys() == self._bank_of.keys():
+            self._peft_model = None
+
+    def _free_name(self) -> str:
+        numbers = (f"bank{number}" for number in range(len(self._banks) + 1))
+        return next(name for name in numbers if name not in self._banks)
