@@ -5,8 +5,11 @@ import itertools
 import pytest
 import torch
 from peft_models import PLAIN, UNET, adapter_parameters, close, funlora_layers, hooks, kinds, output
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from funlora_hf import mixed_batch
+from funlora_hf import FunLoraConfig, mixed_batch
+from funlora_hf.tuner import FunLoraConv2d
 
 
 MIXES = [["x", "y", "__base__", "x", "y"], ["x", "y", "__base__"], ["y", "y", "x"], ["__base__"] * 3, ["y"] * 3]
@@ -169,3 +172,71 @@ def test_training_a_mixed_batch_sums_the_gradients_of_the_samples(kind, gradient
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4 * expected[name].abs().max().item())
     assert not any(p.grad is not None for n, p in model.named_parameters() if "funlora_" not in n)
+
+
+# One convolution in groups
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+CASES = {
+    "plain": {"padding": 1},
+    "no bias": {"padding": 1, "bias": False},
+    "strides": {"stride": (2, 1), "padding": (1, 0)},
+    "same": {"padding": "same", "dilation": 2},
+    "valid": {"padding": "valid"},
+    "reflect": {"padding": (1, 2), "padding_mode": "reflect"},
+    "circular same": {"padding": "same", "padding_mode": "circular"},
+    "replicate": {"padding": 1, "padding_mode": "replicate"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_small_convolutions_run_in_groups(case, monkeypatch):
+    torch.manual_seed(0)
+    base = nn.Conv2d(4, 6, 3, dtype=torch.float64, **CASES[case]).requires_grad_(False)
+    layer = FunLoraConv2d(base, "x", FunLoraConfig(init_weights=False))
+    layer.update_layer("y", FunLoraConfig(init_weights=False, function="power"))
+    layer.set_adapter(["x", "y"])
+    names = ["x", "__base__", "y", "y", "x", "__base__"]
+    x = torch.randn(6, 4, 7, 9, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def run(expected_count):
+        with mixed_batch(layer, names), Convolutions() as made:
+            result = layer(x)
+        assert made.count == expected_count
+        return [result, *torch.autograd.grad((result * result.detach().cos()).sum(), inputs)]
+
+    found = run(1)
+    monkeypatch.setattr("funlora_hf.tuner.layer.LARGEST_GROUPED", 0)
+    for own, other in zip(found, run(3), strict=True):
+        close(own, other, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("convolution", "names"),
+    [
+        pytest.param({"kernel_size": 3}, ["x", "y", "x"], id="other numbers of samples"),
+        pytest.param({"kernel_size": 1}, ["x", "y"], id="1x1"),
+        pytest.param({"kernel_size": 3, "groups": 2}, ["x", "y"], id="groups of its own"),
+        pytest.param({"kernel_size": 3, "out_channels": 1024}, ["x", "y"], id="large"),
+    ],
+)
+def test_other_convolutions_run_adapter_by_adapter(convolution, names):
+    base = nn.Conv2d(**{"in_channels": 4, "out_channels": 6, **convolution})
+    layer = FunLoraConv2d(base, "x", FunLoraConfig(init_weights=False))
+    layer.update_layer("y", FunLoraConfig(init_weights=False))
+    with mixed_batch(layer, names), Convolutions() as made:
+        layer(torch.randn(len(names), 4, 5, 5))
+    assert made.count == 2

@@ -41,15 +41,21 @@ class AdapterGroups:
         order = torch.tensor(order, dtype=torch.long)
         self._indices = {order.device: (order, torch.argsort(order))}
 
+    def sort(self, x: torch.Tensor) -> torch.Tensor:
+        """The samples of `x`, `(batch, ...)`, adapter by adapter."""
+        return x if self._is_sorted else x[self._indices_on(x.device)[0]]
+
+    def unsort(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `sort`: `(batch, ...)` in the order of `names`."""
+        return x if self._is_sorted else x[self._indices_on(x.device)[1]]
+
     def split(self, x: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         """The samples of `x`, `(batch, ...)`, as one part for every adapter."""
-        ordered = x if self._is_sorted else x[self._indices_on(x.device)[0]]
-        return list(zip(self.sizes, ordered.split(list(self.sizes.values())), strict=True))
+        return list(zip(self.sizes, self.sort(x).split(list(self.sizes.values())), strict=True))
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The inverse of `split`: `(batch, ...)` in the order of `names`."""
-        joined = torch.cat(list(parts))
-        return joined if self._is_sorted else joined[self._indices_on(joined.device)[1]]
+        """The inverse of `split`."""
+        return self.unsort(torch.cat(list(parts)))
 
     def _indices_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Order and its inverse, moved to a device by the first layer that asks."""
@@ -244,6 +250,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             )
         if len(groups.sizes) == 1:
             return self._forward_with(list(groups.sizes), x, *args, **kwargs)
+        return self._forward_groups(groups, x, *args, **kwargs)
+
+    def _forward_groups(self, groups: AdapterGroups, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The output of a batch of two adapters at least."""
         return groups.join([self._forward_with([name], part, *args, **kwargs) for name, part in groups.split(x)])
 
     def adapter_tensors(self) -> dict[str, torch.Tensor]:
