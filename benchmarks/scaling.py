@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from adapter_bank import filled, switch
 from backbone import adapted, config, paper_unet
+from diffusers import FlowMatchEulerDiscreteScheduler
 from interleaved import RESULTS, Curve, Findings, Point, main, point, take_turns
 from peft import PeftModel
 
-from funlora_hf import AdapterBank
+from funlora_hf import AdapterBank, FunLoraPipeline
 from funlora_hf.adapter_folder import adapter_name, save_adapter
 from funlora_hf.evaluation.figures import BLUE, DPI, GREEN, ORANGE, STYLE, VERMILION
 from funlora_hf.files import read_json, whole_file
@@ -60,7 +61,8 @@ def measure(counts: Sequence[int] = COUNTS, peft_counts: Sequence[int] = PEFT_CO
                 "bank: load folders", {n: load_folders(folder, bank) for n, bank in banks.items()}, rounds=3
             ),
             in_milliseconds("PEFT model: make a class live", {n: set_adapter(m) for n, m in models.items()}, calls=5),
-            adding_to_peft(models),
+            adding("PEFT model: add a class", {n: add_adapter(m) for n, m in models.items()}),
+            adding("pipeline: load a class", {n: load_adapter(folder, n) for n in peft_counts}),
         ]
     tensors = len(next(iter(banks.values())).live_tensors)
     return Findings(curves=curves, facts={"tensors of an adapter, each an object of its own in a PEFT model": tensors})
@@ -151,17 +153,36 @@ def set_adapter(model: PeftModel) -> Callable[[], None]:
     return lambda: model.set_adapter(next(following))
 
 
-def adding_to_peft(models: Mapping[int, PeftModel], times: int = 5) -> Curve:
-    """One more adapter, and some more after it, in models that have so many."""
+def adding(name: str, sides: Mapping[int, Callable[[int], object]], times: int = 5) -> Curve:
+    """One more class, and some more after it, where there are so many."""
     points = []
-    for count, model in models.items():
+    for count, function in sides.items():
         milliseconds = []
         for number in range(times):
             started = time.perf_counter()
-            model.add_adapter(f"added_{number}", config())
+            function(number)
             milliseconds.append(1000 * (time.perf_counter() - started))
         points.append(point(count, milliseconds))
-    return Curve("PEFT model: add a class", "ms", points)
+    return Curve(name, "ms", points)
+
+
+def add_adapter(model: PeftModel) -> Callable[[int], object]:
+    return lambda number: model.add_adapter(f"added_{number}", config())
+
+
+def load_adapter(folder: Path, count: int) -> Callable[[int], object]:
+    """Loads one more class into a pipeline that has so many, as evaluation during training does."""
+    pipe = FunLoraPipeline(paper_unet(), FlowMatchEulerDiscreteScheduler())
+    path = class_folders(folder, 1)[0]
+    labels = itertools.count(len(pipe.classes))
+
+    def run(number: int) -> None:
+        label = next(labels)
+        pipe.load_adapter(path, class_label=label, class_name=f"class_{label}")
+
+    for number in range(count):
+        run(number)
+    return run
 
 
 def draw(results: Path, figure: Path) -> None:
@@ -176,8 +197,8 @@ def draw(results: Path, figure: Path) -> None:
     panels = {
         "Size": ("kB", [name for name in curves if curves[name]["unit"] == "kB"]),
         "Make a class live": ("milliseconds", [name for name in curves if name.endswith("make a class live")]),
-        "Add a class": ("milliseconds", [name for name in curves if "add a class" in name]),
-        "Load all classes": ("milliseconds", [name for name in curves if "load" in name]),
+        "Add a class": ("milliseconds", [name for name in curves if "add a class" in name or "load a class" in name]),
+        "Load all classes": ("milliseconds", [name for name in curves if name.startswith("bank: load")]),
     }
     with rc_context(STYLE), whole_file(figure) as temporary:
         canvas = Figure(figsize=(10, 7.5), layout="constrained")
