@@ -35,9 +35,11 @@ test-oldest-peft: .oldest-peft
 	PYTHONPATH="$(CURDIR)/.oldest-peft" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
 	  tests/tuner tests/test_pipeline.py tests/test_layer_selection.py
 
-# Ratios of every claim about speed, into benchmarks/results; about 6 minutes on a machine that does nothing else.
+# Ratios of every claim about speed, into benchmarks/results; about 13 minutes on a machine that does nothing else.
 bench: .venv/installed
-	@set -e; for script in functional_matrix training_step evaluation adapter_bank; do $(BIN)/python benchmarks/$$script.py; done
+	@set -e; for script in functional_matrix training_step evaluation adapter_bank rivals processes scaling; do \
+	  $(BIN)/python benchmarks/$$script.py; \
+	done
 	$(BIN)/python benchmarks/interleaved.py > /dev/null
 
 quality: .venv/installed

@@ -1,27 +1,12 @@
 """What the benchmarks have in common: turns, ratios, files."""
 
-import importlib.util
 import itertools
 import json
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
-
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def interleaved(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("interleaved", BENCHMARKS / "interleaved.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "interleaved", module)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -65,3 +50,50 @@ def test_a_page_of_all_results(interleaved, clock, tmp_path):
     assert "| one / other | one: 2 ms, other: 2 s | 0.001 (0.001 to 0.001) | <= 1 |" in page
     assert "About it." in page
     assert record["machine"] in page
+
+
+def test_more_than_two_sides_take_turns(interleaved, clock):
+    order = []
+    sides = {name: lambda name=name: order.append(name) for name in "abc"}
+    assert {side: len(values) for side, values in interleaved.take_turns("turns", sides, rounds=2).items()} == {
+        "a": 2,
+        "b": 2,
+        "c": 2,
+    }
+    assert "".join(order) == "cba" + "abc" + "cba"
+
+
+def test_rows_from_seconds_compare_round_by_round(interleaved):
+    row = interleaved.comparison("one / two", {"one": [4.0, 9.0, 20.0], "two": [2.0, 3.0, 5.0]})
+    assert (row.low, row.ratio, row.high) == (2.5, 3.0, 3.5)
+    assert row.seconds == {"one": 9.0, "two": 3.0}
+
+
+def test_a_point_has_median_and_quartiles(interleaved):
+    assert asdict(interleaved.point(10, [5.0, 1.0, 3.0, 2.0, 4.0])) == {
+        "classes": 10,
+        "value": 3.0,
+        "low": 2.0,
+        "high": 4.0,
+    }
+
+
+def test_a_script_writes_what_it_found_and_the_page_shows_it(interleaved, monkeypatch, tmp_path, capsys):
+    curve = interleaved.Curve(
+        "size", "kB", [interleaved.Point(1, 2.5, 2.5, 2.5), interleaved.Point(1000, 2500, 2500, 2500)]
+    )
+    short = interleaved.Curve("time", "ms", [interleaved.Point(1, 0.25, 0.2, 0.3)])
+    findings = interleaved.Findings(
+        skipped=[interleaved.Skipped("a rival", "no module")], curves=[curve, short], facts={"files are equal": True}
+    )
+    monkeypatch.setattr(sys, "argv", ["growth.py", "--output_dir", str(tmp_path), "--num_threads", "1"])
+    path = interleaved.main("About it.\n\nMore.", lambda: findings, "somewhere/growth.py")
+    assert path == tmp_path / "growth.json"
+    record = json.loads(path.read_text())
+    assert record["skipped"] == [{"name": "a rival", "reason": "no module"}]
+    assert (record["rows"], record["about"], record["threads"]) == ([], "About it.", 1)
+    assert "Skipped: a rival: no module" in capsys.readouterr().err
+    page = interleaved.summary(tmp_path)
+    assert "| what | 1 | 1,000 |\n|---|---|---|\n| size (kB) | 2.5 | 2,500 |\n| time (ms) | 0.25 |  |" in page
+    assert "Skipped: a rival: no module" in page
+    assert "files are equal: True" in page
