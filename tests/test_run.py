@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -18,9 +19,12 @@ from runs import digests, short_run
 from safetensors.torch import load_file
 
 from funlora_hf import FunLoraPipeline
+from funlora_hf.continual import time_limit
 from funlora_hf.continual import trainer as trainer_module
 from funlora_hf.continual.strategy import StepOutput
+from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
+from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError
 from funlora_hf.files import read_json, write_json
 from funlora_hf.run import run
@@ -350,6 +354,46 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(inside, mon
     assert run(short_run(resume_from_checkpoint="latest"))["zero_forgetting"]["identical"] is True
 
 
+def test_a_run_under_a_time_limit_goes_on_to_the_same_end(finished, inside, monkeypatch):
+    """By a clock that only looking at it moves. No task is judged twice."""
+    clock = itertools.count()
+    monkeypatch.setattr(time_limit, "monotonic", lambda: float(next(clock)))
+    judged, judge = [], RunEvaluator._accuracies
+    monkeypatch.setattr(
+        RunEvaluator, "_accuracies", lambda self, task, seen: judged.append(task) or judge(self, task, seen)
+    )
+    stops = []
+    results = None
+    while results is None and len(stops) < 20:
+        resume = "latest" if stops else None
+        try:
+            results = run(short_run(time_limit_minutes=17 / 60, resume_from_checkpoint=resume))
+        except TimeLimitReached as reached:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            stops.append(str(reached))
+    assert any("after step" in stop for stop in stops)
+    assert [task.index for task in judged] == [0, 1, 2]
+    assert digests(inside / "out" / "base") == digests(finished / "base")
+    assert digests(inside / "out" / "adapters") == digests(finished / "adapters")
+    expected = read_json(finished / "results.json")
+    for key in ("accuracy_matrix", "held_out_loss"):
+        assert results[key] == expected[key]
+
+
+def test_an_update_under_a_time_limit_goes_on_to_the_same_end(copy, monkeypatch):
+    shutil.copytree(copy, copy.parent / "before")
+    run(short_run(update_class=6))
+    expected = digests(copy / "adapters")
+    shutil.rmtree(copy)
+    shutil.copytree(copy.parent / "before", copy)
+    clock = itertools.count()
+    monkeypatch.setattr(time_limit, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(TimeLimitReached, match="after step 4 of 8 of phase 'update_class_6'"):
+        run(short_run(update_class=6, time_limit_minutes=5 / 60, checkpointing_steps=100))
+    run(short_run(update_class=6, resume_from_checkpoint="latest"))
+    assert digests(copy / "adapters") == expected
+
+
 def test_a_huge_learning_rate_is_stopped(inside):
     with pytest.raises(NonFiniteLossError, match="Lower the learning rate"):
         run(short_run(base_learning_rate=1e3, max_grad_norm=None, base_warmup_steps=0, base_train_steps=200))
@@ -362,6 +406,7 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"dataset_name": "digits", "classes_per_task": 0}, "`classes_per_task` should be a positive integer"),
         ({"function": "sine"}, "`function` is 'sine', expected one of"),
         ({"operation": "div"}, "`operation` is 'div', expected one of"),
+        ({"time_limit_minutes": 0.0}, r"`time_limit_minutes` is 0\.0, expected a number above 0"),
         ({"ratio": 0}, "`ratio` should be a positive integer"),
         ({"num_functions": 0}, "`num_functions` should be a positive integer"),
         ({"solver": "rk5"}, "`solver` is 'rk5', expected one of"),

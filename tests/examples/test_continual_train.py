@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,47 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.002)
     raise AssertionError(f"{path} did not appear")
+
+
+def test_a_run_whose_time_is_over_says_so_by_its_exit_code(uninterrupted, tmp_path, run_example):
+    done = run_example(*command_line(time_limit_minutes=1e-9), cwd=tmp_path, check=False)
+    assert done.returncode == 75
+    assert "`time_limit_minutes` 1e-09 is over: stopped before phase 'base'." in done.stderr
+    assert "Traceback" not in done.stderr
+    run_example(*command_line(resume_from_checkpoint="latest"), cwd=tmp_path)
+    assert digests(tmp_path / "out" / "adapters") == digests(uninterrupted / "adapters")
+
+
+# Each process has a clock of its own that only looking at it moves, the second one's faster.
+SLOW_AND_FAST = """
+import itertools, os, sys
+from funlora_hf.continual import time_limit
+ticks = itertools.count(step=1 + int(os.environ["RANK"]))
+time_limit.monotonic = lambda: float(next(ticks))
+sys.path.insert(0, {examples!r})
+import continual_train
+continual_train.main()
+"""
+
+
+def test_two_processes_stop_together_and_go_on_to_the_same_end(tmp_path, run_example):
+    (tmp_path / "clocked.py").write_text(SLOW_AND_FAST.format(examples=str(REPOSITORY / "examples")))
+    run_example(*command_line(output_dir="whole"), cwd=tmp_path, launcher=TORCHRUN)
+    stops = []
+    while len(stops) < 10:
+        resume = "latest" if stops else None
+        arguments = command_line(time_limit_minutes=18 / 60, resume_from_checkpoint=resume, checkpointing_steps=100)
+        done = run_example(*arguments, cwd=tmp_path, launcher=TORCHRUN, script=tmp_path / "clocked.py", check=False)
+        if done.returncode == 0:
+            break
+        found = re.findall(r"0.3 is over: stopped (.*?)\. What", done.stderr)
+        assert len(found) == 2, done.stderr[-4000:]
+        stops.append(found)
+    # The base is trained by both, which stop at one step though the clocks differ; adapters each by its own process.
+    assert any(len(set(pair)) == 1 and "of phase 'base'" in pair[0] for pair in stops), stops
+    assert any("of phase 'class_" in " ".join(pair) for pair in stops), stops
+    for part in ("base", "adapters"):
+        assert digests(tmp_path / "out" / part) == digests(tmp_path / "whole" / part)
 
 
 def test_accelerate_launch_starts_it(tmp_path, run_example):

@@ -159,6 +159,13 @@ class ContinualTrainingArguments:
         default=None, metadata={"help": "Cap on the steps of every phase: base, each class, classifier."}
     )
     checkpointing_steps: int = field(default=500, metadata={"help": "Steps between checkpoints inside a phase."})
+    time_limit_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop in good order, with a checkpoint, before a step that starts later; continual_train.py ends with "
+            "the exit code 75 then. An evaluation that has begun is finished."
+        },
+    )
     report_to: str = field(default="none", metadata={"help": "Tracker of accelerate: 'tensorboard', 'wandb', ..."})
 
     base_train_steps: int | None = field(default=700, metadata={"help": "Steps of task 1; None: base_epochs counts."})
@@ -200,6 +207,10 @@ class ContinualTrainingArguments:
             check_at_least_one(name, getattr(self, name))
         if self.max_train_steps is not None:
             check_at_least_one("max_train_steps", self.max_train_steps)
+        if self.time_limit_minutes is not None and not self.time_limit_minutes > 0:
+            raise ValueError(
+                f"`time_limit_minutes` is {self.time_limit_minutes}, expected a number above 0, or None for no limit."
+            )
         for phase in ("base", "adapter"):
             self._check_phase(phase)
 

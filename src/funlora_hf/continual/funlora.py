@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from diffusers import UNet2DModel
@@ -121,13 +121,15 @@ class FunLora(Strategy):
             losses = velocity_losses(module, batch, label_rows(phase.class_ids, batch.class_ids))
         else:
             # The adapter's own vector takes the place of the embedding, or of this row of it.
-            labels = torch.full_like(batch.class_ids, VECTOR_ROW)
-            names = [adapter_name(class_id) for class_id in batch.class_ids.tolist()]
-            # Where all samples are of one class, its adapter is the active one.
-            mixed = len(phase.class_ids) > 1
-            with mixed_batch(module, names) if mixed else nullcontext():
+            labels = torch.full((len(batch.class_ids),), VECTOR_ROW, device=batch.sample.device)
+            with self._adapters(phase, batch, module):
                 losses = velocity_losses(module, batch, labels)
         return StepOutput(losses, {"flow_matching": losses.detach()})
+
+    def _adapters(self, phase: Phase, batch: Batch, module: nn.Module) -> AbstractContextManager[None]:
+        if len(phase.class_ids) == 1:
+            return nullcontext()  # the adapter of the class is the active one
+        return mixed_batch(module, [adapter_name(class_id) for class_id in batch.class_ids.tolist()])
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         if phase.name == BASE_PHASE:
