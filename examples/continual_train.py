@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from funlora_hf.continual.compilation import CompilationError
 from funlora_hf.continual.config import (
     ContinualTrainingArguments,
     DataArguments,
@@ -32,6 +33,16 @@ from funlora_hf.evaluation.report import ForgettingError
 from funlora_hf.run import RunArguments, run
 
 
+# Errors whose message says all that there is to say.
+ERRORS = (
+    ValueError,
+    FileExistsError,
+    FileNotFoundError,
+    ImportError,
+    CompilationError,
+    NonFiniteLossError,
+    ForgettingError,
+)
 # Of sysexits.h, EX_TEMPFAIL: try again later.
 EXIT_TIME_LIMIT = 75
 
@@ -80,7 +91,7 @@ def main() -> None:
     except TimeLimitReached as reached:
         print(reached, file=sys.stderr)
         sys.exit(EXIT_TIME_LIMIT)
-    except (ValueError, FileExistsError, FileNotFoundError, ImportError, NonFiniteLossError, ForgettingError) as error:
+    except ERRORS as error:
         logging.getLogger(__name__).debug("details", exc_info=True)
         sys.exit(f"error: {error}")
 

@@ -43,7 +43,9 @@ def adapter_class(folder: Path) -> dict[str, Any]:
     return {"class_label": label, "class_name": name}
 
 
-def save_adapter(model: PeftModel, name: str, folder: Path, *, class_name: str | None = None) -> None:
+def save_adapter(
+    model: PeftModel, name: str, folder: Path, *, class_label: int | None = None, class_name: str | None = None
+) -> None:
     """
     Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors` and `README.md`.
 
@@ -53,6 +55,7 @@ def save_adapter(model: PeftModel, name: str, folder: Path, *, class_name: str |
         model (`PeftModel`): holds the adapter.
         name (`str`): of the adapter in the model.
         folder (`Path`): to write.
+        class_label (`int`, *optional*): id of the class, for the card; None: the one in the config, or in `name`.
         class_name (`str`, *optional*): of the class, for the card; None: the one in a FunLoRA adapter's config.
     """
     with whole_folder(folder) as temporary:
@@ -63,14 +66,15 @@ def save_adapter(model: PeftModel, name: str, folder: Path, *, class_name: str |
             for file in written.iterdir():
                 os.replace(file, temporary / file.name)
             written.rmdir()
-        _card(model, name, class_name).save(temporary / "README.md")
+        _card(model, name, class_label, class_name).save(temporary / "README.md")
 
 
-def _card(model: PeftModel, name: str, class_name: str | None) -> ModelCard:
+def _card(model: PeftModel, name: str, class_label: int | None, class_name: str | None) -> ModelCard:
     config = model.peft_config[name]
     parts = [(key, parameter.numel()) for key, parameter in model.named_parameters() if f".{name}." in f"{key}."]
     class_name = class_name or getattr(config, "class_name", None) or name
-    class_label = getattr(config, "class_label", None)
+    if class_label is None:
+        class_label = getattr(config, "class_label", None)
     if class_label is None and name.removeprefix(_PREFIX).isdigit():
         class_label = int(name.removeprefix(_PREFIX))
     method = config.peft_type.value

@@ -148,6 +148,16 @@ class ContinualTrainingArguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything: weights, order, noise, samples, classifier."})
     deterministic: bool = field(default=True, metadata={"help": "Use deterministic kernels on a GPU, too (slower)."})
     mixed_precision: str = field(default="no", metadata={"help": "'no', 'fp16' or 'bf16'."})
+    channels_last: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep U-Net and images in torch.channels_last, which GPUs convolve faster in low precision."
+        },
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata={"help": "Compile the blocks of the U-Net for training: once, whatever the number of classes."},
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches summed up for one step."})
     max_grad_norm: float | None = field(default=1.0, metadata={"help": "Clip the gradient's norm; None does not."})
     timestep_density: str = field(default="uniform", metadata={"help": "'uniform' or 'logit_normal'."})

@@ -26,6 +26,7 @@ from ..files import read_json, whole_file, write_json
 from ..seeds import derive_seed
 from .batches import PhaseBatches
 from .checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from .compilation import compilation_errors
 from .config import ContinualTrainingArguments
 from .devices import default_steps_between_reads
 from .funlora import FunLora
@@ -209,11 +210,13 @@ class ContinualTrainer:
             timestep_density=self.training.timestep_density,
             random_flip=self.random_flip,
             device=self.accelerator.device,
+            memory_format=torch.channels_last if self.training.channels_last else torch.preserve_format,
         )
         torch.manual_seed(derive_seed(self.training.seed, phase.name, "start"))
         trainable = build(phase)
         try:
-            steps = self._train(phase, trainable, batches)
+            with compilation_errors():
+                steps = self._train(phase, trainable, batches)
             if self._writes(phase):
                 self.strategy.end_phase(phase, trainable)
                 self._record_seconds(phase, steps, time.perf_counter() - started)
