@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -177,12 +179,59 @@ def test_recipes_are_understood(recipe):
         sys.path.pop(0)
     arguments = parse(["--config", str(recipe), "--seed", "5"])
     assert arguments.training.seed == 5
-    assert arguments.data.classes_per_task == int(recipe.stem.rsplit("-", 1)[1])
+    named_by_size = re.fullmatch(r".*-(\d+)", recipe.stem)
+    assert arguments.data.classes_per_task == (int(named_by_size[1]) if named_by_size else 2)
     given = yaml.safe_load(recipe.read_text())
     everything = {}
     for part in (arguments.data, arguments.model, arguments.training, arguments.evaluation):
         everything |= vars(part)
     assert {key: everything[key] for key in given} == given
+
+
+def test_the_fast_recipe_differs_in_how_it_trains_and_judges_alone():
+    paper, fast = (
+        yaml.safe_load((REPOSITORY / "examples" / "recipes" / f"{name}.yaml").read_text())
+        for name in ("cifar10_2-2", "cifar10_fast")
+    )
+    for key in (
+        "unet_config",
+        "dataset_name",
+        "classes_per_task",
+        "random_flip",
+        "classifier_epochs",
+        "num_samples_per_class",
+    ):
+        assert fast[key] == paper[key], key
+    assert fast["time_limit_minutes"] <= 8
+
+
+def test_the_fast_recipe_runs_on_images_of_a_folder(tmp_path, run_example):
+    """Cut short, with a small model, not compiled; in bfloat16 and channels_last, as it says."""
+    generator = np.random.default_rng(0)
+    for name in "abcd":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(5):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    unet = {
+        "sample_size": 32,
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    }
+    run_example(
+        *("--config", str(REPOSITORY / "examples" / "recipes" / "cifar10_fast.yaml"), "--label_column", "label"),
+        *("--dataset_name", "images", "--output_dir", "out", "--unet_config", json.dumps(unet)),
+        *("--max_train_steps", "2", "--base_batch_size", "4", "--adapter_batch_size", "4", "--torch_compile", "False"),
+        *("--num_samples_per_class", "4", "--num_probe_samples", "2", "--num_inference_steps", "2"),
+        *("--held_out_sigmas", "1", "--classifier_architecture", "cnn"),
+        cwd=tmp_path,
+    )
+    results = read_json(tmp_path / "out" / "results.json")
+    assert results["settings"]["ContinualTrainingArguments"]["channels_last"] is True
+    assert results["zero_forgetting"]["identical"] is True
 
 
 def test_the_digits_recipe_is_the_default():
