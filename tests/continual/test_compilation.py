@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partialmethod
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -42,7 +40,11 @@ def backend(monkeypatch):
     original = UNet2DModel.compile_repeated_blocks
 
     def use(backend):
-        monkeypatch.setattr(UNet2DModel, "compile_repeated_blocks", partialmethod(original, backend=backend))
+        monkeypatch.setattr(
+            UNet2DModel,
+            "compile_repeated_blocks",
+            lambda self, **kwargs: original(self, **{**kwargs, "backend": backend}),
+        )
 
     return use
 
