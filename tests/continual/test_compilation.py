@@ -98,7 +98,14 @@ def test_by_the_default_compiler(graphs):
         get_cpp_compiler()
     except InvalidCxxCompiler:
         pytest.skip("inductor finds no C++ compiler")
-    arguments = {"unet_config": UNET, "num_tasks": 2, "classes_per_task": 2}
+    unet = {
+        **UNET,
+        "block_out_channels": [8],
+        "down_block_types": ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+        "mid_block_type": None,
+    }
+    arguments = {"unet_config": unet, "num_tasks": 2, "classes_per_task": 2, "target_modules": ["decoder"]}
     run(short_run(**arguments, torch_compile=True, output_dir="compiled"))
     assert graphs["base"] < graphs["class_2"] == graphs["class_3"]
     torch._dynamo.reset()

@@ -172,8 +172,8 @@ class ContinualTrainingArguments:
     time_limit_minutes: float | None = field(
         default=None,
         metadata={
-            "help": "Stop in good order, with a checkpoint, before a step that starts later; continual_train.py ends with "
-            "the exit code 75 then. An evaluation that has begun is finished."
+            "help": "From this time after its start, the run begins no step and no evaluation of a task: it writes a "
+            "checkpoint and stops, continual_train.py with the exit code 75. None: no limit."
         },
     )
     report_to: str = field(default="none", metadata={"help": "Tracker of accelerate: 'tensorboard', 'wandb', ..."})

@@ -230,18 +230,9 @@ class ContinualTrainer:
         accelerator, settings = self.accelerator, phase.settings
         steps = self._steps(phase, batches)
         parameters = list(trainable.parameters.values())
-        on_gpu = accelerator.device.type == "cuda"
-        # On a CPU, as torch chooses; fused, a GPU takes one kernel for all parameters.
-        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=True if on_gpu else None)
-        ema = EMAModel(
-            parameters,
-            decay=settings.ema_decay,
-            update_after_step=int(settings.ema_start * steps),
-            foreach=on_gpu,
-        )
-        state = TrainingState(trainable.parameters, optimizer, ema)
+        state = self._training_state(trainable, settings, steps)
         done = self._resume(phase, state)
-        prepared = accelerator.prepare_optimizer(optimizer)
+        optimizer = accelerator.prepare_optimizer(state.optimizer)
         module = trainable.module if phase.independent else accelerator.prepare_model(trainable.module)
         losses = PendingLosses(self.steps_between_reads)
 
@@ -253,12 +244,12 @@ class ContinualTrainer:
                     self._read(phase, losses, bar)
                     self._checkpoint(phase, step, state)
                     raise self.limit.reached(f"after step {step} of {steps} of phase {phase.name!r}")
-                for group in optimizer.param_groups:
+                for group in state.optimizer.param_groups:
                     group["lr"] = learning_rate(settings, step)
-                losses.add(step, self._step(phase, module, batches, step, prepared, parameters))
+                losses.add(step, self._step(phase, module, batches, step, optimizer, parameters))
                 if losses.due:
                     self._read(phase, losses, bar)
-                ema.step(parameters)
+                state.ema.step(parameters)
                 self.strategy.after_step(phase)
                 bar.update()
                 if (step + 1) % self.training.checkpointing_steps == 0 and step + 1 < steps:
@@ -267,9 +258,18 @@ class ContinualTrainer:
             self._read(phase, losses, bar)
         if not phase.independent:
             accelerator.unwrap_model(module, keep_fp32_wrapper=False)
-        ema.copy_to(parameters)
+        state.ema.copy_to(parameters)
         self._check_finite(phase, steps, parameters)
         return steps
+
+    def _training_state(self, trainable: Trainable, settings: PhaseSettings, steps: int) -> TrainingState:
+        parameters = list(trainable.parameters.values())
+        # A GPU takes one kernel for all parameters; on a CPU, torch chooses.
+        on_gpu = self.accelerator.device.type == "cuda"
+        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=True if on_gpu else None)
+        start = int(settings.ema_start * steps)
+        ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=start, foreach=on_gpu)
+        return TrainingState(trainable.parameters, optimizer, ema)
 
     def _step(
         self, phase: Phase, module: Any, batches: PhaseBatches, step: int, optimizer: Any, parameters: list
