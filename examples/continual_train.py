@@ -4,6 +4,10 @@
     accelerate launch examples/continual_train.py --config examples/recipes/cifar10_2-2.yaml --seed 1
 
 `--help` lists all arguments; a recipe gives defaults, arguments on the command line win.
+
+Exit codes: 0, finished; 75 (EX_TEMPFAIL), `--time_limit_minutes` is over and `--resume_from_checkpoint latest` goes on; 1, an
+error; 2, an argument that is not known. Of a process that a launcher (torchrun, accelerate launch) has started, the launcher
+itself returns 1 for each but 0.
 """
 
 from __future__ import annotations
@@ -16,15 +20,31 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from funlora_hf.continual.compilation import CompilationError
 from funlora_hf.continual.config import (
     ContinualTrainingArguments,
     DataArguments,
     EvaluationArguments,
     ModelArguments,
 )
+from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
 from funlora_hf.evaluation.report import ForgettingError
 from funlora_hf.run import RunArguments, run
+
+
+# Errors whose message says all that there is to say.
+ERRORS = (
+    ValueError,
+    FileExistsError,
+    FileNotFoundError,
+    ImportError,
+    CompilationError,
+    NonFiniteLossError,
+    ForgettingError,
+)
+# Of sysexits.h, EX_TEMPFAIL: try again later.
+EXIT_TIME_LIMIT = 75
 
 
 def parse(arguments: list[str], *more: type, description: str = __doc__) -> Any:
@@ -68,7 +88,10 @@ def main() -> None:
     try:
         arguments = parse(sys.argv[1:])
         run(arguments)
-    except (ValueError, FileExistsError, FileNotFoundError, ImportError, NonFiniteLossError, ForgettingError) as error:
+    except TimeLimitReached as reached:
+        print(reached, file=sys.stderr)
+        sys.exit(EXIT_TIME_LIMIT)
+    except ERRORS as error:
         logging.getLogger(__name__).debug("details", exc_info=True)
         sys.exit(f"error: {error}")
 

@@ -60,8 +60,10 @@ def run_example():
         check: bool = True,
         timeout: int = 300,
         example: str = "continual_train.py",
+        script: Path | None = None,
     ):
-        command = [*(launcher or (sys.executable,)), str(REPOSITORY / "examples" / example), *arguments]
+        script = REPOSITORY / "examples" / example if script is None else script
+        command = [*(launcher or (sys.executable,)), str(script), *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False

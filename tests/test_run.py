@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -18,9 +19,12 @@ from runs import digests, short_run
 from safetensors.torch import load_file
 
 from funlora_hf import FunLoraPipeline
+from funlora_hf.continual import time_limit
 from funlora_hf.continual import trainer as trainer_module
 from funlora_hf.continual.strategy import StepOutput
+from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
+from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError
 from funlora_hf.files import read_json, write_json
 from funlora_hf.run import run
@@ -350,6 +354,100 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(inside, mon
     assert run(short_run(resume_from_checkpoint="latest"))["zero_forgetting"]["identical"] is True
 
 
+def test_a_run_under_a_time_limit_goes_on_to_the_same_end(finished, inside, monkeypatch):
+    """By a clock that only looking at it moves. No task is judged twice."""
+    clock = itertools.count()
+    monkeypatch.setattr(time_limit, "monotonic", lambda: float(next(clock)))
+    judged, judge = [], RunEvaluator._accuracies
+    monkeypatch.setattr(
+        RunEvaluator, "_accuracies", lambda self, task, seen: judged.append(task) or judge(self, task, seen)
+    )
+    stops = []
+    results = None
+    while results is None and len(stops) < 20:
+        resume = "latest" if stops else None
+        try:
+            results = run(short_run(time_limit_minutes=17 / 60, resume_from_checkpoint=resume))
+        except TimeLimitReached as reached:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            stops.append(str(reached))
+    assert any("after step" in stop for stop in stops)
+    assert [task.index for task in judged] == [0, 1, 2]
+    assert digests(inside / "out" / "base") == digests(finished / "base")
+    assert digests(inside / "out" / "adapters") == digests(finished / "adapters")
+    expected = read_json(finished / "results.json")
+    for key in ("accuracy_matrix", "held_out_loss"):
+        assert results[key] == expected[key]
+
+
+def test_channels_last_changes_how_tensors_lie_and_nothing_on_disk(finished, inside, monkeypatch):
+    from funlora_hf.continual.funlora import FunLora
+
+    original, draw, layouts = FunLora.training_step, RunEvaluator._draw, set()
+
+    def is_last(unet):
+        return unet.mid_block.resnets[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+    def step(self, phase, batch, module):
+        unet = module if phase.name == "base" else module.base_model.model
+        layouts.add((phase.name, is_last(unet), batch.sample.is_contiguous(memory_format=torch.channels_last)))
+        return original(self, phase, batch, module)
+
+    def sample(self, pipe, class_id, purpose):
+        layouts.add((purpose, is_last(pipe.unet)))
+        return draw(self, pipe, class_id, purpose)
+
+    monkeypatch.setattr(FunLora, "training_step", step)
+    monkeypatch.setattr(RunEvaluator, "_draw", sample)
+    results = run(short_run(channels_last=True))
+    assert layouts == {
+        *((name, True, True) for name in ("base", *(f"class_{class_id}" for class_id in range(4, 10)))),
+        ("probe", True),
+        ("synthetic", True),
+    }
+    for file in sorted(finished.rglob("*.safetensors")):
+        if file.relative_to(finished).parts[0] in ("base", "adapters"):
+            expected, tensors = load_file(file), load_file(inside / "out" / file.relative_to(finished))
+            assert [(key, tensor.shape) for key, tensor in tensors.items()] == [
+                (key, tensor.shape) for key, tensor in expected.items()
+            ]
+    expected = read_json(finished / "results.json")["held_out_loss"]["mean"]
+    assert results["held_out_loss"]["mean"] == pytest.approx(expected, rel=1e-2)
+
+    clock = itertools.count()
+    monkeypatch.setattr(time_limit, "monotonic", lambda: float(next(clock)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(TimeLimitReached, match="after step 5 of 12 of phase 'base'"):
+        run(short_run(channels_last=True, time_limit_minutes=6 / 60, overwrite_output_dir=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    whole = digests(inside / "out")
+    assert not any(name.startswith(("base", "adapters")) for name in whole)
+    assert (
+        run(short_run(channels_last=True, resume_from_checkpoint="latest"))["held_out_loss"]
+        == results["held_out_loss"]
+    )
+
+
+@pytest.mark.parametrize("name", ["channels_last", "torch_compile"])
+def test_what_changes_rounding_is_a_setting_of_the_run(name, copy):
+    with pytest.raises(ValueError, match=f"{name} was False and is True"):
+        run(short_run(resume_from_checkpoint="latest", **{name: True}))
+
+
+def test_an_update_under_a_time_limit_goes_on_to_the_same_end(copy, monkeypatch):
+    shutil.copytree(copy, copy.parent / "before")
+    run(short_run(update_class=6))
+    expected = digests(copy / "adapters")
+    shutil.rmtree(copy)
+    shutil.copytree(copy.parent / "before", copy)
+    clock = itertools.count()
+    monkeypatch.setattr(time_limit, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(TimeLimitReached, match="after step 4 of 8 of phase 'update_class_6'"):
+        run(short_run(update_class=6, time_limit_minutes=5 / 60, checkpointing_steps=100))
+    run(short_run(update_class=6, resume_from_checkpoint="latest"))
+    assert digests(copy / "adapters") == expected
+
+
 def test_a_huge_learning_rate_is_stopped(inside):
     with pytest.raises(NonFiniteLossError, match="Lower the learning rate"):
         run(short_run(base_learning_rate=1e3, max_grad_norm=None, base_warmup_steps=0, base_train_steps=200))
@@ -362,6 +460,11 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"dataset_name": "digits", "classes_per_task": 0}, "`classes_per_task` should be a positive integer"),
         ({"function": "sine"}, "`function` is 'sine', expected one of"),
         ({"operation": "div"}, "`operation` is 'div', expected one of"),
+        ({"time_limit_minutes": 0.0}, r"`time_limit_minutes` is 0\.0, expected a number above 0"),
+        (
+            {"torch_compile": True, "class_batches": "mixed"},
+            "`torch_compile` is set, but `class_batches` is 'mixed'",
+        ),
         ({"ratio": 0}, "`ratio` should be a positive integer"),
         ({"num_functions": 0}, "`num_functions` should be a positive integer"),
         ({"solver": "rk5"}, "`solver` is 'rk5', expected one of"),

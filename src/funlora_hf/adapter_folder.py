@@ -47,7 +47,9 @@ def adapter_class(folder: Path) -> dict[str, Any]:
     return {"class_label": label, "class_name": name}
 
 
-def save_adapter(model: PeftModel, name: str, folder: Path, *, class_name: str | None = None) -> None:
+def save_adapter(
+    model: PeftModel, name: str, folder: Path, *, class_label: int | None = None, class_name: str | None = None
+) -> None:
     """
     Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors` and `README.md`.
 
@@ -57,6 +59,7 @@ def save_adapter(model: PeftModel, name: str, folder: Path, *, class_name: str |
         model (`PeftModel`): holds the adapter.
         name (`str`): of the adapter in the model.
         folder (`Path`): to write.
+        class_label (`int`, *optional*): id of the class, for the card; None: the one in the config, or in `name`.
         class_name (`str`, *optional*): of the class, for the card; None: the one in a FunLoRA adapter's config.
     """
     with whole_folder(folder) as temporary:
@@ -69,7 +72,7 @@ def save_adapter(model: PeftModel, name: str, folder: Path, *, class_name: str |
             written.rmdir()
         parts = [parameter for key, parameter in model.named_parameters() if f".{name}." in f"{key}."]
         parameters = sum(parameter.numel() for parameter in parts)
-        _card(model.peft_config[name], name, class_name, parameters).save(temporary / "README.md")
+        _card(model.peft_config[name], name, class_label, class_name, parameters).save(temporary / "README.md")
 
 
 def save_adapter_tensors(
@@ -89,12 +92,15 @@ def save_adapter_tensors(
         contents = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(contents, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        _card(config, folder.name, class_name, parameters).save(temporary / "README.md")
+        _card(config, folder.name, None, class_name, parameters).save(temporary / "README.md")
 
 
-def _card(config: PeftConfig, name: str, class_name: str | None, parameters: int) -> ModelCard:
+def _card(
+    config: PeftConfig, name: str, class_label: int | None, class_name: str | None, parameters: int
+) -> ModelCard:
     class_name = class_name or getattr(config, "class_name", None) or name
-    class_label = getattr(config, "class_label", None)
+    if class_label is None:
+        class_label = getattr(config, "class_label", None)
     if class_label is None and name.removeprefix(_PREFIX).isdigit():
         class_label = int(name.removeprefix(_PREFIX))
     method = config.peft_type.value

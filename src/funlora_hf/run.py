@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +28,7 @@ from .continual.existing_base import ExistingBase, find_base
 from .continual.registry import strategy_class
 from .continual.run_folder import RunFolder
 from .continual.strategy import Setting, Strategy
+from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer
 from .data import ImageClassificationData, Task, assign_class_ids, load_image_data, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
@@ -73,15 +76,17 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
     Raises:
         ForgettingError: the samples of an earlier class, or the base, have changed. results.json is written all the
             same.
+        TimeLimitReached: `time_limit_minutes` is over; everything is on disk to go on from.
         ValueError, FileExistsError, FileNotFoundError: arguments that do not fit each other, the data or the folder.
     """
     training = arguments.training
+    limit = TimeLimit(training.time_limit_minutes)
     strategy_cls = strategy_class(training.strategy)
     _check_strategy(strategy_cls, arguments)
     accelerator = _accelerator(training)
     folder = RunFolder(Path(training.output_dir))
     if training.update_class is not None:
-        return _update(arguments, strategy_cls, folder, accelerator)
+        return _update(arguments, strategy_cls, folder, accelerator, limit)
     model = arguments.model
     base = None if model.base_model is None else find_base(model.base_model, revision=model.base_model_revision)
     data = _load_data(arguments, base)
@@ -101,8 +106,9 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
         accelerator=accelerator,
         max_train_steps=training.max_train_steps,
     )
-    _trainer(arguments, strategy, data, tasks, folder, accelerator, evaluator).train()
-    accelerator.end_training()
+    trainer = _trainer(arguments, strategy, data, tasks, folder, accelerator, limit, evaluator)
+    with _ends(accelerator):
+        trainer.train()
     if not accelerator.is_main_process:
         return None
     settings = run_settings(arguments.data, model, training, arguments.evaluation)
@@ -110,7 +116,11 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
 
 
 def _update(
-    arguments: RunArguments, strategy_cls: type[Strategy], folder: RunFolder, accelerator: Accelerator
+    arguments: RunArguments,
+    strategy_cls: type[Strategy],
+    folder: RunFolder,
+    accelerator: Accelerator,
+    limit: TimeLimit,
 ) -> None:
     """Train one adapter of a finished run again, on the images that its class has now."""
     if accelerator.is_main_process:
@@ -121,7 +131,8 @@ def _update(
     base = base.with_adapters(folder.path / ADAPTERS_FOLDER)
     data = _load_data(arguments, base)
     strategy = strategy_cls(_setting(arguments, folder, base, data, [], accelerator))
-    _trainer(arguments, strategy, data, [], folder, accelerator).update_class(arguments.training.update_class)
+    trainer = _trainer(arguments, strategy, data, [], folder, accelerator, limit)
+    trainer.update_class(arguments.training.update_class)
 
 
 def _check_strategy(strategy_cls: type[Strategy], arguments: RunArguments) -> None:
@@ -159,6 +170,17 @@ def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     return accelerator
+
+
+@contextmanager
+def _ends(accelerator: Accelerator) -> Iterator[None]:
+    """Ends trackers and the group of processes when training has ended, also where its time is over."""
+    try:
+        yield
+    except TimeLimitReached:
+        accelerator.end_training()
+        raise
+    accelerator.end_training()
 
 
 def _load_data(arguments: RunArguments, base: ExistingBase | None) -> ImageClassificationData:
@@ -237,6 +259,7 @@ def _trainer(
     tasks: list[Task],
     folder: RunFolder,
     accelerator: Accelerator,
+    limit: TimeLimit,
     evaluator: RunEvaluator | None = None,
 ) -> ContinualTrainer:
     return ContinualTrainer(
@@ -248,4 +271,5 @@ def _trainer(
         accelerator=accelerator,
         random_flip=arguments.data.random_flip,
         evaluator=evaluator,
+        limit=limit,
     )

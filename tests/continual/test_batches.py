@@ -8,8 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from funlora_hf.continual import batches as batches_module
 from funlora_hf.continual.batches import PhaseBatches
 from funlora_hf.continual.strategy import Phase, PhaseSettings
+from funlora_hf.seeds import generator_for
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 class Images:
@@ -22,10 +27,12 @@ class Images:
         return images
 
 
-def batches(batch_size: int = 4, name: str = "p", random_flip: bool = False, seed: int = 0) -> PhaseBatches:
+def batches(
+    batch_size: int = 4, name: str = "p", random_flip: bool = False, seed: int = 0, **arguments
+) -> PhaseBatches:
     phase_settings = PhaseSettings(1, None, batch_size, 1e-3, 0, 0.9, 0.0)
     phase = Phase(name, (4, 6), phase_settings, independent=False)
-    return PhaseBatches(Images(), phase, seed=seed, timestep_density="uniform", random_flip=random_flip)
+    return PhaseBatches(Images(), phase, seed=seed, timestep_density="uniform", random_flip=random_flip, **arguments)
 
 
 def values(batch) -> list[int]:
@@ -50,9 +57,10 @@ def test_labels_go_with_their_images():
     assert batch.class_ids.tolist() == [4 if value < 100 else 6 for value in values(batch)]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_shares", [2, 3, 4])
-def test_shares_make_up_the_whole_batch(num_shares):
-    source = batches(10)
+def test_shares_make_up_the_whole_batch(num_shares, device):
+    source = batches(10, random_flip=True, device=device)
     whole = source.batch(5)
     shares = [source.batch(5, share=share, num_shares=num_shares) for share in range(num_shares)]
     for name in ("sample", "class_ids", "noise", "sigma"):
@@ -78,6 +86,60 @@ def test_flips_mirror_about_half_of_the_images():
     mirrored = (flipped.sample != plain.sample).flatten(1).any(dim=1)
     assert torch.equal(flipped.sample[mirrored], plain.sample[mirrored].flip(-1))
     assert 0.45 < mirrored.float().mean() < 0.55
+
+
+def test_a_batch_is_what_it_has_always_been():
+    """Written out once more: which generator, and in what order it is drawn from."""
+    source = batches(6, random_flip=True)
+    batch = source.batch(3)
+    order = torch.cat([torch.randperm(8, generator=generator_for(0, "p", "order", epoch)) for epoch in (2, 3)])[2:8]
+    generator = generator_for(0, "p", "batch", 3)
+    sample = torch.cat([Images().images(4), Images().images(6)])[order].float() / 127.5 - 1
+    flip = torch.rand(6, generator=generator) < 0.5
+    sample[flip] = sample[flip].flip(-1)
+    sigma = torch.rand(6, generator=generator)
+    assert torch.equal(batch.sample, sample)
+    assert torch.equal(batch.sigma, sigma)
+    assert torch.equal(batch.noise, torch.randn(6, 1, 2, 2, generator=generator))
+    assert batch.class_ids.tolist() == [4 if index < 5 else 6 for index in order]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_too_many_for_the_device_give_the_same_batches(device, monkeypatch):
+    expected = batches(random_flip=True, device=device).batch(3)
+    monkeypatch.setattr(batches_module, "MOST_BYTES_ON_DEVICE", 0)
+    source = batches(random_flip=True, device=device)
+    assert source.images.device.type == "cpu"
+    for name in ("sample", "class_ids", "noise", "sigma"):
+        assert torch.equal(getattr(source.batch(3), name), getattr(expected, name))
+
+
+def test_images_of_a_phase_lie_on_the_device(monkeypatch):
+    """The meta device stands for one that is not the CPU, but has no random numbers."""
+    monkeypatch.setattr(PhaseBatches, "_noise", lambda self, shape, *_: torch.empty(shape, device="meta"))
+    for limit, place in ((8 * 4, "meta"), (8 * 4 - 1, "cpu")):
+        monkeypatch.setattr(batches_module, "MOST_BYTES_ON_DEVICE", limit)
+        source = batches(random_flip=True, device="meta")
+        assert source.images.device.type == place
+    batch = source.batch(0)
+    assert {getattr(batch, name).device.type for name in ("sample", "noise", "sigma")} == {"meta"}
+    assert batch.class_ids.device.type == "cpu"
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
+def test_a_gpu_draws_the_noise_itself_and_nothing_else():
+    here, there = batches(random_flip=True).batch(3), batches(random_flip=True, device="cuda").batch(3)
+    for name in ("sample", "class_ids", "sigma"):
+        assert torch.equal(getattr(there, name).cpu(), getattr(here, name))
+    assert not torch.equal(there.noise.cpu(), here.noise)
+    assert torch.equal(batches(random_flip=True, device="cuda").batch(3).noise, there.noise)
+
+
+def test_the_memory_format_changes_no_value():
+    plain, last = batches().batch(3), batches(memory_format=torch.channels_last).batch(3)
+    for name in ("sample", "noise"):
+        assert getattr(last, name).is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(getattr(last, name), getattr(plain, name))
 
 
 def test_an_epoch_is_counted_in_whole_batches():

@@ -7,11 +7,13 @@ from diffusers.training_utils import EMAModel
 from funlora_hf.continual.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
 
 
-def start(size: int = 3) -> TrainingState:
+def start(size: int = 3, fused: bool | None = None) -> TrainingState:
     torch.manual_seed(0)
-    parameters = {"a": torch.nn.Parameter(torch.randn(size)), "b/c.d": torch.nn.Parameter(torch.randn(2, 2))}
+    weight = torch.randn(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    parameters = {"a": torch.randn(size), "b/c.d": torch.randn(2, 2), "e": weight}
+    parameters = {name: torch.nn.Parameter(value) for name, value in parameters.items()}
     values = list(parameters.values())
-    return TrainingState(parameters, torch.optim.Adam(values, lr=0.1), EMAModel(values, decay=0.9))
+    return TrainingState(parameters, torch.optim.Adam(values, lr=0.1, fused=fused), EMAModel(values, decay=0.9))
 
 
 def train(state: TrainingState, steps: range) -> None:
@@ -23,19 +25,29 @@ def train(state: TrainingState, steps: range) -> None:
         state.ema.step(list(state.parameters.values()))
 
 
-def test_a_resumed_state_trains_on_as_if_nothing_had_happened(tmp_path):
-    uninterrupted = start()
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_resumed_state_trains_on_as_if_nothing_had_happened(fused, tmp_path):
+    uninterrupted = start(fused=fused)
     train(uninterrupted, range(10))
-    first = start()
+    first = start(fused=fused)
     train(first, range(4))
     save_checkpoint(tmp_path, 4, first)
 
-    resumed = start()
+    resumed = start(fused=fused)
     done = load_checkpoint(latest_checkpoint(tmp_path), resumed)
     assert done == 4
     train(resumed, range(done, 10))
     for name, tensor in uninterrupted.tensors().items():
         assert torch.equal(resumed.tensors()[name], tensor), name
+
+
+def test_what_the_optimizer_keeps_lies_as_its_parameter_does(tmp_path):
+    first, resumed = start(), start()
+    train(first, range(2))
+    load_checkpoint(save_checkpoint(tmp_path, 2, first), resumed)
+    for name, parameter in resumed.parameters.items():
+        for key, value in resumed.optimizer.state[parameter].items():
+            assert key == "step" or value.stride() == parameter.stride(), (name, key)
 
 
 def test_only_the_newest_is_kept(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import itertools
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from funlora_hf.continual import time_limit
 from funlora_hf.continual.config import ContinualTrainingArguments
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategy import Phase, PhaseSettings, StepOutput, Strategy, Trainable
-from funlora_hf.continual.trainer import ContinualTrainer, learning_rate
+from funlora_hf.continual.time_limit import TimeLimit, TimeLimitReached
+from funlora_hf.continual.trainer import ContinualTrainer, NonFiniteLossError, learning_rate
 from funlora_hf.data import Task
 
 
@@ -98,8 +101,8 @@ def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def train(strategy, path, resume=None, evaluator=None):
-    training = ContinualTrainingArguments(resume_from_checkpoint=resume, checkpointing_steps=1)
+def train(strategy, path, resume=None, evaluator=None, checkpointing_steps=1, **trainer_arguments):
+    training = ContinualTrainingArguments(resume_from_checkpoint=resume, checkpointing_steps=checkpointing_steps)
     folder = RunFolder(path)
     ContinualTrainer(
         strategy,
@@ -109,6 +112,7 @@ def train(strategy, path, resume=None, evaluator=None):
         folder=folder,
         accelerator=Accelerator(cpu=True),
         evaluator=evaluator,
+        **trainer_arguments,
     ).train()
 
 
@@ -150,6 +154,114 @@ def test_phases_come_before_the_evaluation_of_their_task(tmp_path):
     train(Recorder(tmp_path), tmp_path, evaluator=Evaluator())
     assert events == [e for t in range(3) for e in (f"task_{t + 1}", f"end {t}", f"judge {t}")]
     assert not list((tmp_path / "checkpoints").glob("*/step_*"))
+
+
+class Watched(torch.Tensor):
+    """A tensor that tells when its entries become Python numbers, for which a GPU would be waited for."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+            Watched.reads += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class WatchedLoss(RunningSum):
+    """Its loss is watched, and not finite at one step of the second task."""
+
+    nan_at = None
+
+    def training_step(self, phase, batch, module):
+        losses = super().training_step(phase, batch, module).losses
+        if phase.name == "task_2" and self.steps % 4 == self.nan_at:
+            losses = losses * float("nan")
+        return StepOutput(losses.as_subclass(Watched), {})
+
+
+@pytest.mark.parametrize(
+    ("steps_between_reads", "checkpointing_steps", "reads"), [(1, 100, 4), (3, 100, 2), (100, 100, 1), (100, 2, 2)]
+)
+def test_losses_are_read_no_more_often_than_asked(
+    steps_between_reads, checkpointing_steps, reads, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Watched, "reads", 0)
+    strategy, plain = WatchedLoss(tmp_path), RunningSum(tmp_path / "plain")
+    plain.folder.mkdir()
+    train(strategy, tmp_path, steps_between_reads=steps_between_reads, checkpointing_steps=checkpointing_steps)
+    assert Watched.reads == 3 * reads
+    train(plain, tmp_path / "plain")
+    assert torch.equal(strategy.total, plain.total)
+
+
+@pytest.mark.parametrize(
+    ("steps_between_reads", "checkpointing_steps", "steps"), [(1, 100, 1), (3, 100, 2), (100, 100, 4), (100, 2, 2)]
+)
+def test_a_loss_that_is_read_late_names_its_step(steps_between_reads, checkpointing_steps, steps, tmp_path):
+    strategy = WatchedLoss(tmp_path)
+    strategy.nan_at = 1
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 2 of phase 'task_2', class 1 \(b\)"):
+        train(strategy, tmp_path, steps_between_reads=steps_between_reads, checkpointing_steps=checkpointing_steps)
+    assert strategy.steps == 4 + steps
+    assert not list((tmp_path / "checkpoints").glob("task_2/step_*"))
+
+
+@pytest.mark.parametrize("ticks", [3, 5, 8])
+def test_a_run_in_pieces_is_the_run_in_one(ticks, tmp_path, monkeypatch):
+    """By a clock that only looking at it moves; every piece ends with all that it has done on disk."""
+    (tmp_path / "whole").mkdir()
+    whole = RunningSum(tmp_path / "whole")
+    train(whole, tmp_path / "whole")
+    clock = itertools.count()
+    monkeypatch.setattr(time_limit, "monotonic", lambda: float(next(clock)))
+    pieces, judged = [], []
+
+    class Evaluator:
+        def end_task(self, task):
+            if task not in judged:
+                judged.append(task)
+
+    while len(judged) < 3 and len(pieces) < 20:
+        resume = "latest" if pieces else None
+        pieces.append(RunningSum(tmp_path))
+        limit = TimeLimit(ticks / 60)
+        with suppress(TimeLimitReached):
+            train(pieces[-1], tmp_path, resume=resume, evaluator=Evaluator(), checkpointing_steps=100, limit=limit)
+    assert len(pieces) > 2
+    assert judged == TASKS
+    assert sum(piece.steps for piece in pieces) == whole.steps
+    assert torch.equal(pieces[-1].total, whole.total)
+
+
+def test_the_moment_of_a_stop_is_said(tmp_path, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(time_limit, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(TimeLimitReached, match=r"0.05 is over: stopped after step 2 of 4 of phase 'task_1'\."):
+        train(RunningSum(tmp_path), tmp_path, limit=TimeLimit(3 / 60))
+    assert [path.name for path in (tmp_path / "checkpoints" / "task_1").iterdir()] == ["step_2"]
+    with pytest.raises(TimeLimitReached, match="stopped before phase 'task_1'"):
+        train(RunningSum(tmp_path), tmp_path, resume="latest", limit=TimeLimit(1e-9))
+
+
+def test_all_processes_stop_when_one_has_to(tmp_path, monkeypatch):
+    """This one has time left, and is told that another has not."""
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    asked = []
+
+    def gather(self, flag):
+        asked.append(flag.item())
+        return torch.tensor([flag.item(), len(asked) >= 3])
+
+    monkeypatch.setattr(Accelerator, "gather", gather)
+    strategy = RunningSum(tmp_path)
+    with pytest.raises(TimeLimitReached, match="stopped after step 2 of 4 of phase 'task_1'"):
+        train(strategy, tmp_path, limit=TimeLimit(60))
+    assert strategy.steps == 2
+    assert asked == [0, 0, 0, 1]
+    asked.clear()
+    train(RunningSum(tmp_path), tmp_path, resume="latest")
+    assert asked == []
 
 
 def test_more_processes_than_images_in_a_batch_are_refused(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -102,6 +105,48 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
     raise AssertionError(f"{path} did not appear")
 
 
+def test_a_run_whose_time_is_over_says_so_by_its_exit_code(uninterrupted, tmp_path, run_example):
+    done = run_example(*command_line(time_limit_minutes=1e-9), cwd=tmp_path, check=False)
+    assert done.returncode == 75
+    assert "`time_limit_minutes` 1e-09 is over: stopped before phase 'base'." in done.stderr
+    assert "Traceback" not in done.stderr
+    run_example(*command_line(resume_from_checkpoint="latest"), cwd=tmp_path)
+    assert digests(tmp_path / "out" / "adapters") == digests(uninterrupted / "adapters")
+
+
+# Each process has a clock of its own that only looking at it moves, the second one's faster.
+SLOW_AND_FAST = """
+import itertools, os, sys
+from funlora_hf.continual import time_limit
+ticks = itertools.count(step=1 + int(os.environ["RANK"]))
+time_limit.monotonic = lambda: float(next(ticks))
+sys.path.insert(0, {examples!r})
+import continual_train
+continual_train.main()
+"""
+
+
+def test_two_processes_stop_together_and_go_on_to_the_same_end(tmp_path, run_example):
+    (tmp_path / "clocked.py").write_text(SLOW_AND_FAST.format(examples=str(REPOSITORY / "examples")))
+    (tmp_path / "whole").mkdir()
+    run_example(*command_line(), cwd=tmp_path / "whole", launcher=TORCHRUN)
+    stops = []
+    while len(stops) < 10:
+        resume = "latest" if stops else None
+        arguments = command_line(time_limit_minutes=22 / 60, resume_from_checkpoint=resume, checkpointing_steps=100)
+        done = run_example(*arguments, cwd=tmp_path, launcher=TORCHRUN, script=tmp_path / "clocked.py", check=False)
+        if done.returncode == 0:
+            break
+        found = re.findall(r"0.366667 is over: stopped (.*?)\. What", done.stderr)
+        assert len(found) == 2, done.stderr[-4000:]
+        stops.append(found)
+    # The base is trained by both, which stop at one step though the clocks differ; adapters each by its own process.
+    assert any(len(set(pair)) == 1 and "of phase 'base'" in pair[0] for pair in stops), stops
+    assert any("of phase 'class_" in " ".join(pair) for pair in stops), stops
+    for part in ("base", "adapters"):
+        assert digests(tmp_path / "out" / part) == digests(tmp_path / "whole" / "out" / part)
+
+
 def test_accelerate_launch_starts_it(tmp_path, run_example):
     launcher = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1")
     done = run_example(*command_line(max_train_steps=1), cwd=tmp_path, launcher=launcher)
@@ -134,12 +179,59 @@ def test_recipes_are_understood(recipe):
         sys.path.pop(0)
     arguments = parse(["--config", str(recipe), "--seed", "5"])
     assert arguments.training.seed == 5
-    assert arguments.data.classes_per_task == int(recipe.stem.rsplit("-", 1)[1])
+    named_by_size = re.fullmatch(r".*-(\d+)", recipe.stem)
+    assert arguments.data.classes_per_task == (int(named_by_size[1]) if named_by_size else 2)
     given = yaml.safe_load(recipe.read_text())
     everything = {}
     for part in (arguments.data, arguments.model, arguments.training, arguments.evaluation):
         everything |= vars(part)
     assert {key: everything[key] for key in given} == given
+
+
+def test_the_fast_recipe_differs_in_how_it_trains_and_judges_alone():
+    paper, fast = (
+        yaml.safe_load((REPOSITORY / "examples" / "recipes" / f"{name}.yaml").read_text())
+        for name in ("cifar10_2-2", "cifar10_fast")
+    )
+    for key in (
+        "unet_config",
+        "dataset_name",
+        "classes_per_task",
+        "random_flip",
+        "classifier_epochs",
+        "num_samples_per_class",
+    ):
+        assert fast[key] == paper[key], key
+    assert fast["time_limit_minutes"] <= 8
+
+
+def test_the_fast_recipe_runs_on_images_of_a_folder(tmp_path, run_example):
+    """Cut short, with a small model, not compiled; in bfloat16 and channels_last, as it says."""
+    generator = np.random.default_rng(0)
+    for name in "abcd":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(5):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    unet = {
+        "sample_size": 32,
+        "block_out_channels": [8, 16],
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    }
+    run_example(
+        *("--config", str(REPOSITORY / "examples" / "recipes" / "cifar10_fast.yaml"), "--label_column", "label"),
+        *("--dataset_name", "images", "--output_dir", "out", "--unet_config", json.dumps(unet)),
+        *("--max_train_steps", "2", "--base_batch_size", "4", "--adapter_batch_size", "4", "--torch_compile", "False"),
+        *("--num_samples_per_class", "4", "--num_probe_samples", "2", "--num_inference_steps", "2"),
+        *("--held_out_sigmas", "1", "--classifier_architecture", "cnn"),
+        cwd=tmp_path,
+    )
+    results = read_json(tmp_path / "out" / "results.json")
+    assert results["settings"]["ContinualTrainingArguments"]["channels_last"] is True
+    assert results["zero_forgetting"]["identical"] is True
 
 
 def test_the_digits_recipe_is_the_default():

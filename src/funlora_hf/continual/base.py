@@ -15,6 +15,8 @@ from diffusers.utils import logging as diffusers_logging
 from ..files import whole_folder
 from ..pipeline import FunLoraPipeline
 from ..seeds import derive_seed
+from .compilation import compile_blocks
+from .config import ContinualTrainingArguments
 from .strategy import Setting, Trainable
 
 
@@ -34,7 +36,16 @@ def trainable_unet(setting: Setting, num_classes: int) -> Trainable:
     unet = build_unet(
         setting.model.unet_config, num_classes, seed=setting.training.seed, device=setting.device
     ).train()
+    arrange(unet, setting.training, compiled=setting.training.torch_compile)
     return Trainable(unet, dict(unet.named_parameters()))
+
+
+def arrange(unet: UNet2DModel, training: ContinualTrainingArguments, *, compiled: bool) -> None:
+    """Lay a U-Net out in memory as the run asks for and, if `compiled`, have its blocks compiled; values stay."""
+    if training.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if compiled:
+        compile_blocks(unet)
 
 
 def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:
@@ -62,15 +73,17 @@ def save_base(unet: UNet2DModel, folder: Path, class_ids: Sequence[int], class_n
         pipe.save_pretrained(temporary)
 
 
-def load_pipeline(folder: Path, device: torch.device) -> FunLoraPipeline:
-    """The pipeline of a folder, for sampling, without progress bars of its own."""
+def load_pipeline(folder: Path, setting: Setting) -> FunLoraPipeline:
+    """The pipeline of a folder, for sampling on the run's device, without progress bars of its own."""
     bars = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:
-        pipe = FunLoraPipeline.from_pretrained(folder).to(device)
+        pipe = FunLoraPipeline.from_pretrained(folder).to(setting.device)
     finally:
         if bars:
             diffusers_logging.enable_progress_bar()
+    # Sampling keeps effective weights from call to call, for which compiled code has no use.
+    arrange(pipe.unet, setting.training, compiled=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

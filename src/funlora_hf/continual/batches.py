@@ -9,36 +9,56 @@ import torch
 
 from ..data import ImageClassificationData, to_model_range
 from ..flow_matching import sample_sigmas
-from ..seeds import generator_for
+from ..seeds import derive_seed, generator_for
+from .devices import on_device
 from .strategy import Batch, Phase
+
+
+# Images of a phase up to this many bytes are kept on a GPU as a whole: 50,000 of 32x32 pixels take 0.15 GB.
+MOST_BYTES_ON_DEVICE = 2 * 1024**3
 
 
 class PhaseBatches:
     """Batches of one phase's real images.
 
     Args:
-        data: gives the images of the phase's classes, which are decoded once and kept as uint8.
+        data: gives the images of the phase's classes, which are decoded once and kept as uint8: on the device, or on the
+            CPU if they take more than 2 GiB.
         phase: whose batches.
         seed: of the run.
         timestep_density: of sigma, "uniform" or "logit_normal".
         random_flip: flip images left to right with probability 1/2.
+        device: where batches go. Noise for the CPU is drawn there after flips and sigma, noise for another device on that
+            one; flips, sigma and order are the same everywhere.
+        memory_format: of images and noise.
 
     Raises:
         ValueError: the phase's classes have no images.
     """
 
     def __init__(
-        self, data: ImageClassificationData, phase: Phase, *, seed: int, timestep_density: str, random_flip: bool
+        self,
+        data: ImageClassificationData,
+        phase: Phase,
+        *,
+        seed: int,
+        timestep_density: str,
+        random_flip: bool,
+        device: torch.device | str = "cpu",
+        memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
         per_class = [data.images(class_id) for class_id in phase.class_ids]
-        self.images = torch.cat(per_class)
-        self.class_ids = torch.tensor(phase.class_ids).repeat_interleave(torch.tensor([len(x) for x in per_class]))
-        if not len(self.images):
+        images = torch.cat(per_class)
+        if not len(images):
             raise ValueError(f"The classes {phase.class_ids} of phase {phase.name!r} have no training images.")
+        self.device = torch.device(device)
+        self.images = images.to(self.device) if images.nbytes <= MOST_BYTES_ON_DEVICE else images
+        self.class_ids = torch.tensor(phase.class_ids).repeat_interleave(torch.tensor([len(x) for x in per_class]))
         self.phase = phase
         self.seed = seed
         self.timestep_density = timestep_density
         self.random_flip = random_flip
+        self.memory_format = memory_format
         self._permutation: tuple[int, torch.Tensor] = (-1, torch.empty(0))
 
     @property
@@ -55,19 +75,37 @@ class PhaseBatches:
             num_shares: into how many the batch is split.
 
         Returns:
-            [`Batch`] on the CPU.
+            [`Batch`].
         """
         size = self.phase.settings.batch_size
         indices = self._indices(number * size, size)
-        generator = generator_for(self.seed, self.phase.name, "batch", number)
-        sample = to_model_range(self.images[indices])
-        if self.random_flip:
-            flip = torch.rand(size, generator=generator) < 0.5
-            sample[flip] = sample[flip].flip(-1)
-        sigma = sample_sigmas(size, density=self.timestep_density, generator=generator)
-        noise = torch.randn(sample.shape, generator=generator)
         mine = slice(share, None, num_shares)
-        return Batch(sample[mine], self.class_ids[indices][mine], noise[mine], sigma[mine])
+        # On the CPU whatever the device, flips, sigma, noise in this order: results depend on it.
+        generator = generator_for(self.seed, self.phase.name, "batch", number)
+        flip = torch.rand(size, generator=generator) < 0.5 if self.random_flip else None
+        sigma = sample_sigmas(size, density=self.timestep_density, generator=generator)
+        sample = self._images(indices[mine], None if flip is None else flip[mine])
+        noise = self._noise((size, *sample.shape[1:]), number, generator)[mine]
+        return Batch(
+            sample.to(memory_format=self.memory_format),
+            self.class_ids[indices][mine],
+            noise.to(memory_format=self.memory_format),
+            on_device(sigma[mine], self.device),
+        )
+
+    def _images(self, indices: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
+        images = on_device(self.images[on_device(indices, self.images.device)], self.device)
+        sample = to_model_range(images)
+        if flip is None:
+            return sample
+        # Not by a mask as an index, whose number of entries the device would have to be asked for.
+        return torch.where(on_device(flip, self.device)[:, None, None, None], sample.flip(-1), sample)
+
+    def _noise(self, shape: tuple[int, ...], number: int, generator: torch.Generator) -> torch.Tensor:
+        if self.device.type != "cpu":
+            seed = derive_seed(self.seed, self.phase.name, "noise", number)
+            generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.device)
 
     def _indices(self, start: int, count: int) -> torch.Tensor:
         """Positions start .. start + count - 1 in an endless row of permutations."""

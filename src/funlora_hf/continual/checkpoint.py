@@ -57,10 +57,16 @@ class TrainingState:
             if key.startswith("optimizer/"):
                 _, state_name, name = key.split("/", 2)
                 parameter = self.parameters[name]
-                # Adam keeps its step counter on the CPU, everything else beside the parameter.
-                place = "cpu" if value.dim() == 0 else parameter.device
-                self.optimizer.state[parameter][state_name] = value.clone().to(place)
+                self.optimizer.state[parameter][state_name] = self._like(value, parameter)
         self.ema.optimization_step = ema_step
+
+    def _like(self, value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+        """A copy of an optimiser's tensor where the optimiser keeps it."""
+        if value.dim() == 0:
+            # Adam keeps its step counter on the CPU, but beside the parameter if it is fused.
+            return value.clone().to(parameter.device if self.optimizer.defaults.get("fused") else "cpu")
+        # With the parameter's strides: a fused optimiser takes all tensors of a parameter entry by entry.
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def save_checkpoint(folder: Path, step: int, state: TrainingState) -> Path:

@@ -148,6 +148,16 @@ class ContinualTrainingArguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything: weights, order, noise, samples, classifier."})
     deterministic: bool = field(default=True, metadata={"help": "Use deterministic kernels on a GPU, too (slower)."})
     mixed_precision: str = field(default="no", metadata={"help": "'no', 'fp16' or 'bf16'."})
+    channels_last: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep U-Net and images in torch.channels_last, which GPUs convolve faster in low precision."
+        },
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata={"help": "Compile the blocks of the U-Net for training: once, whatever the number of classes."},
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches summed up for one step."})
     max_grad_norm: float | None = field(default=1.0, metadata={"help": "Clip the gradient's norm; None does not."})
     timestep_density: str = field(default="uniform", metadata={"help": "'uniform' or 'logit_normal'."})
@@ -159,6 +169,13 @@ class ContinualTrainingArguments:
         default=None, metadata={"help": "Cap on the steps of every phase: base, each class, classifier."}
     )
     checkpointing_steps: int = field(default=500, metadata={"help": "Steps between checkpoints inside a phase."})
+    time_limit_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "From this time after its start, the run begins no step and no evaluation of a task: it writes a "
+            "checkpoint and stops, continual_train.py with the exit code 75. None: no limit."
+        },
+    )
     report_to: str = field(default="none", metadata={"help": "Tracker of accelerate: 'tensorboard', 'wandb', ..."})
 
     base_train_steps: int | None = field(default=700, metadata={"help": "Steps of task 1; None: base_epochs counts."})
@@ -200,6 +217,10 @@ class ContinualTrainingArguments:
             check_at_least_one(name, getattr(self, name))
         if self.max_train_steps is not None:
             check_at_least_one("max_train_steps", self.max_train_steps)
+        if self.time_limit_minutes is not None and not self.time_limit_minutes > 0:
+            raise ValueError(
+                f"`time_limit_minutes` is {self.time_limit_minutes}, expected a number above 0, or None for no limit."
+            )
         for phase in ("base", "adapter"):
             self._check_phase(phase)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from diffusers import UNet2DModel
@@ -20,7 +20,7 @@ from ..data import Task
 from ..layer_selection import ParametersPerClass, parameters_per_class
 from ..pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig, mixed_batch
-from .base import label_rows, load_pipeline, save_base, trainable_unet, unet_shape
+from .base import arrange, label_rows, load_pipeline, save_base, trainable_unet, unet_shape
 from .peft_methods import VECTOR_ROW, peft_method
 from .strategy import (
     Batch,
@@ -36,6 +36,9 @@ from .strategy import (
 
 
 BASE_PHASE = "base"
+# The adapter of a phase of one class is called this in the model, and by its class on disk: under the same name, and so with
+# the same guards, torch.compile takes the next class for the same code.
+LIVE = "live"
 
 
 class FunLora(Strategy):
@@ -63,6 +66,11 @@ class FunLora(Strategy):
             raise ValueError(
                 f"`class_batches` is 'mixed', which `peft_method` {self.method_name!r} cannot train: take 'homogeneous'."
             )
+        if self.setting.training.class_batches == "mixed" and self.setting.training.torch_compile:
+            raise ValueError(
+                "`torch_compile` is set, but `class_batches` is 'mixed', where every batch would be compiled anew: leave "
+                "one of the two out."
+            )
         self._count()
 
     def phases(self, task: Task) -> list[Phase]:
@@ -85,25 +93,25 @@ class FunLora(Strategy):
     def build(self, phase: Phase) -> Trainable:
         if phase.name == BASE_PHASE:
             return trainable_unet(self.setting, len(phase.class_ids))
-        first, *others = phase.class_ids
-        model = get_peft_model(self._frozen_unet(), self.adapter_config(first), adapter_name=adapter_name(first))
+        names = live_names(phase)
+        first, *others = names
+        model = get_peft_model(self._frozen_unet(), self.adapter_config(names[first]), adapter_name=first)
         start_class_vectors(model)
-        for class_id in others:
-            model.add_adapter(adapter_name(class_id), self.adapter_config(class_id))
+        for name in others:
+            model.add_adapter(name, self.adapter_config(names[name]))
         if others:
-            model.base_model.set_adapter([adapter_name(class_id) for class_id in phase.class_ids])
+            model.base_model.set_adapter(list(names))
         return self._trainable(model)
 
     def build_update(self, class_id: int) -> Trainable:
         """What `--update_class` trains: the class's adapter as it lies on disk, or a fresh one like it."""
-        name = adapter_name(class_id)
-        folder = os.fspath(self.adapters_dir / name)
+        folder = os.fspath(self.adapters_dir / adapter_name(class_id))
         if self.setting.training.update_mode == "continue":
-            model = PeftModel.from_pretrained(self._frozen_unet(), folder, adapter_name=name, is_trainable=True)
+            model = PeftModel.from_pretrained(self._frozen_unet(), folder, adapter_name=LIVE, is_trainable=True)
         else:
             config = PeftConfig.from_pretrained(folder)
             config.inference_mode = False
-            model = get_peft_model(self._frozen_unet(), config, adapter_name=name)
+            model = get_peft_model(self._frozen_unet(), config, adapter_name=LIVE)
             start_class_vectors(model)
         return self._trainable(model)
 
@@ -121,23 +129,28 @@ class FunLora(Strategy):
             losses = velocity_losses(module, batch, label_rows(phase.class_ids, batch.class_ids))
         else:
             # The adapter's own vector takes the place of the embedding, or of this row of it.
-            labels = torch.full_like(batch.class_ids, VECTOR_ROW)
-            names = [adapter_name(class_id) for class_id in batch.class_ids.tolist()]
-            # Where all samples are of one class, its adapter is the active one.
-            mixed = len(phase.class_ids) > 1
-            with mixed_batch(module, names) if mixed else nullcontext():
+            labels = torch.full((len(batch.class_ids),), VECTOR_ROW, device=batch.sample.device)
+            with self._adapters(phase, batch, module):
                 losses = velocity_losses(module, batch, labels)
         return StepOutput(losses, {"flow_matching": losses.detach()})
+
+    def _adapters(self, phase: Phase, batch: Batch, module: nn.Module) -> AbstractContextManager[None]:
+        if len(phase.class_ids) == 1:
+            return nullcontext()  # the adapter of the class is the active one
+        return mixed_batch(module, [adapter_name(class_id) for class_id in batch.class_ids.tolist()])
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         if phase.name == BASE_PHASE:
             setting = self.setting
             save_base(trainable.module.eval(), setting.base_dir, phase.class_ids, setting.class_names)
             return
-        for class_id in phase.class_ids:
-            name = adapter_name(class_id)
+        for name, class_id in live_names(phase).items():
             save_adapter(
-                trainable.module, name, self.adapters_dir / name, class_name=self.setting.class_names[class_id]
+                trainable.module,
+                name,
+                self.adapters_dir / adapter_name(class_id),
+                class_label=class_id,
+                class_name=self.setting.class_names[class_id],
             )
 
     def release_phase(self, phase: Phase, trainable: Trainable) -> None:
@@ -147,7 +160,7 @@ class FunLora(Strategy):
     @contextmanager
     def inference(self, class_ids: Sequence[int]) -> Iterator[FunLoraPipeline]:
         if self._pipe is None:
-            self._pipe = load_pipeline(self.setting.base_dir, self.setting.device)
+            self._pipe = load_pipeline(self.setting.base_dir, self.setting)
             peft_method(self.method_name).prepare(self._pipe.unet)
         for class_id in class_ids:
             if class_id not in self._pipe.classes:
@@ -187,6 +200,7 @@ class FunLora(Strategy):
             unet = UNet2DModel.from_pretrained(self.setting.base_dir, subfolder="unet")
             self._unet = unet.to(self.setting.device).requires_grad_(False)
             peft_method(self.method_name).prepare(self._unet)
+            arrange(self._unet, self.setting.training, compiled=self.setting.training.torch_compile)
             # PEFT takes the base's name, which goes into the adapter's config, from here.
             self._unet.name_or_path = self.setting.base_source
         return self._unet
@@ -205,6 +219,13 @@ class Frozen(FunLora):
     @property
     def method_name(self) -> str:
         return "class_vector"
+
+
+def live_names(phase: Phase) -> dict[str, int]:
+    """The classes of an adapter phase by the names of their adapters in the model."""
+    if len(phase.class_ids) == 1:
+        return {LIVE: phase.class_ids[0]}
+    return {adapter_name(class_id): class_id for class_id in phase.class_ids}
 
 
 def start_class_vectors(model: PeftModel) -> None:

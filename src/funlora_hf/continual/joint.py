@@ -76,7 +76,7 @@ class Joint(Strategy):
     @contextmanager
     def inference(self, class_ids: Sequence[int]) -> Iterator[FunLoraPipeline]:
         if self._pipe is None:
-            self._pipe = load_pipeline(self.model_dir, self.setting.device)
+            self._pipe = load_pipeline(self.model_dir, self.setting)
         yield self._pipe
 
     def parameters_per_class(self) -> dict[str, int | None]:

@@ -24,6 +24,7 @@ _FREE = {
     "resume_from_checkpoint",
     "report_to",
     "checkpointing_steps",
+    "time_limit_minutes",
     "joint_results",
     "update_class",
     "update_mode",

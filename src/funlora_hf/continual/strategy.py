@@ -21,6 +21,7 @@ from ..data import Task
 from ..flow_matching import flow_matching_loss, interpolate, sigma_to_timestep, velocity_target
 from ..pipeline import FunLoraPipeline
 from .config import ContinualTrainingArguments, ModelArguments
+from .devices import on_device
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,11 @@ class Trainable:
 
 @dataclass
 class Batch:
-    """One batch on the device.
+    """One batch, on the device but for the classes, which are read as numbers.
 
     Args:
         sample: real images, `(batch, channels, height, width)`, float32 in [-1, 1].
-        class_ids: `(batch,)`, int64.
+        class_ids: `(batch,)`, int64, on the CPU.
         noise: standard normal, of the shape of `sample`.
         sigma: `(batch,)`, float32 in [0, 1].
     """
@@ -227,11 +228,12 @@ def velocity_losses(module: nn.Module, batch: Batch, labels: torch.Tensor) -> to
     Args:
         module: a class-conditional U-Net.
         batch: what to train on.
-        labels: rows of its class embedding, `(batch,)`, int64.
+        labels: rows of its class embedding, `(batch,)`, int64, on the CPU or the device.
 
     Source: arXiv 2510.02631, conditional flow matching [text].
     """
     noisy = interpolate(batch.sample, batch.noise, batch.sigma)
+    labels = on_device(labels, noisy.device)
     model_output = module(noisy, sigma_to_timestep(batch.sigma), labels, return_dict=False)[0]
     return flow_matching_loss(model_output, velocity_target(batch.sample, batch.noise))
 

@@ -26,10 +26,14 @@ from ..files import read_json, whole_file, write_json
 from ..seeds import derive_seed
 from .batches import PhaseBatches
 from .checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from .compilation import compilation_errors
 from .config import ContinualTrainingArguments
+from .devices import default_steps_between_reads
 from .funlora import FunLora
+from .losses import PendingLosses, StepLoss
 from .run_folder import RunFolder
-from .strategy import Batch, Phase, PhaseSettings, Strategy, Trainable
+from .strategy import Phase, PhaseSettings, Strategy, Trainable
+from .time_limit import TimeLimit, TimeLimitReached
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +63,10 @@ class ContinualTrainer:
         accelerator ([`Accelerator`]): on what.
         random_flip (`bool`): flip training images at random.
         evaluator ([`Evaluator`], *optional*): told after every task.
+        limit ([`TimeLimit`], *optional*): when to stop; None: never.
+        steps_between_reads (`int`, *optional*):
+            After how many steps losses are read from the device; None: every step on the CPU, seldom on a GPU, which
+            would have to wait meanwhile.
     """
 
     def __init__(
@@ -72,6 +80,8 @@ class ContinualTrainer:
         accelerator: Accelerator,
         random_flip: bool = False,
         evaluator: Evaluator | None = None,
+        limit: TimeLimit | None = None,
+        steps_between_reads: int | None = None,
     ) -> None:
         self.strategy = strategy
         self.data = data
@@ -81,16 +91,20 @@ class ContinualTrainer:
         self.accelerator = accelerator
         self.random_flip = random_flip
         self.evaluator = evaluator
+        self.limit = TimeLimit(None) if limit is None else limit
+        self.steps_between_reads = steps_between_reads or default_steps_between_reads(accelerator.device)
 
     def train(self) -> None:
         """Run every phase that is not finished yet, and the evaluation after every task.
 
         Raises:
             NonFiniteLossError: names the class and the step; the last checkpoint is kept.
+            TimeLimitReached: on all processes, with a checkpoint where one was in the middle of a phase.
             ValueError: more processes than images in a batch that they share.
         """
         for task in self.tasks:
-            if not self._restore_task(task):
+            restored = self._restore_task(task)
+            if not restored:
                 self.strategy.begin_task(task)
                 self._run_phases(list(self.strategy.phases(task)))
                 self.accelerator.wait_for_everyone()
@@ -98,6 +112,9 @@ class ContinualTrainer:
                 self._store_task(task)
             self.accelerator.wait_for_everyone()
             if self.evaluator is not None:
+                # What an earlier run has trained is judged first of all, so that each run gets ahead.
+                if not restored and self._any_process(self.limit.is_over):
+                    raise self.limit.reached(f"before the evaluation of task {task.index + 1}")
                 self.evaluator.end_task(task)
                 self.accelerator.wait_for_everyone()
 
@@ -106,6 +123,7 @@ class ContinualTrainer:
 
         Raises:
             ValueError: the strategy has no adapters, or the class has none.
+            TimeLimitReached: as `train`.
         """
         strategy = self.strategy
         if not isinstance(strategy, FunLora):
@@ -122,8 +140,8 @@ class ContinualTrainer:
             PhaseSettings.of(self.training, "adapter"),
             independent=True,
         )
-        if self.accelerator.is_main_process:
-            self._run_phase(phase, build=lambda: strategy.build_update(class_id))
+        mine = [phase] if self.accelerator.is_main_process else []
+        self._run_in_time(mine, lambda phase: strategy.build_update(class_id))
         self.accelerator.wait_for_everyone()
 
     def _restore_task(self, task: Task) -> bool:
@@ -153,13 +171,37 @@ class ContinualTrainer:
                     f"The batch of phase {phase.name!r} has {phase.settings.batch_size} images for "
                     f"{self.accelerator.num_processes} processes: raise `base_batch_size`, or start fewer processes."
                 )
-        for phase in [*shared, *mine]:
-            if not self.strategy.is_finished(phase):
-                self._run_phase(phase, build=lambda phase=phase: self.strategy.build(phase))
+        self._run_in_time(
+            [phase for phase in [*shared, *mine] if not self.strategy.is_finished(phase)], self.strategy.build
+        )
+
+    def _run_in_time(self, phases: list[Phase], build: Callable[[Phase], Trainable]) -> None:
+        """Run this process's phases; at the end, all processes stop if one of them had to."""
+        stopped: TimeLimitReached | None = None
+        try:
+            for phase in phases:
+                if self._is_late(phase):
+                    raise self.limit.reached(f"before phase {phase.name!r}")
+                self._run_phase(phase, build)
                 if not phase.independent:
                     self.accelerator.wait_for_everyone()
+        except TimeLimitReached as reached:
+            stopped = reached
+        if self._any_process(stopped is not None):
+            raise stopped or self.limit.reached("since another process had to stop")
 
-    def _run_phase(self, phase: Phase, *, build: Callable[[], Trainable]) -> None:
+    def _is_late(self, phase: Phase) -> bool:
+        """Whether the time is over: for a phase that processes share, for any of them."""
+        return self.limit.is_over if phase.independent else self._any_process(self.limit.is_over)
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether the flag is set on any process. Without a time limit, processes are not asked."""
+        if not self.limit or self.accelerator.num_processes == 1:
+            return flag
+        flags = self.accelerator.gather(torch.tensor([int(flag)], device=self.accelerator.device))
+        return bool(flags.any())
+
+    def _run_phase(self, phase: Phase, build: Callable[[Phase], Trainable]) -> None:
         started = time.perf_counter()
         batches = PhaseBatches(
             self.data,
@@ -167,11 +209,14 @@ class ContinualTrainer:
             seed=self.training.seed,
             timestep_density=self.training.timestep_density,
             random_flip=self.random_flip,
+            device=self.accelerator.device,
+            memory_format=torch.channels_last if self.training.channels_last else torch.preserve_format,
         )
         torch.manual_seed(derive_seed(self.training.seed, phase.name, "start"))
-        trainable = build()
+        trainable = build(phase)
         try:
-            steps = self._train(phase, trainable, batches)
+            with compilation_errors():
+                steps = self._train(phase, trainable, batches)
             if self._writes(phase):
                 self.strategy.end_phase(phase, trainable)
                 self._record_seconds(phase, steps, time.perf_counter() - started)
@@ -185,45 +230,59 @@ class ContinualTrainer:
         accelerator, settings = self.accelerator, phase.settings
         steps = self._steps(phase, batches)
         parameters = list(trainable.parameters.values())
-        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
-        ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=int(settings.ema_start * steps))
-        state = TrainingState(trainable.parameters, optimizer, ema)
+        state = self._training_state(trainable, settings, steps)
         done = self._resume(phase, state)
-        prepared = accelerator.prepare_optimizer(optimizer)
+        optimizer = accelerator.prepare_optimizer(state.optimizer)
         module = trainable.module if phase.independent else accelerator.prepare_model(trainable.module)
+        losses = PendingLosses(self.steps_between_reads)
 
         with tqdm(total=steps, initial=done, desc=phase.name, **self._bar_options(phase)) as bar:
             for step in range(done, steps):
-                rate = learning_rate(settings, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                loss = self._step(phase, module, batches, step, prepared, parameters)
-                ema.step(parameters)
+                # Processes that share the phase ask each other, for which they wait anyway where losses are read.
+                asks = phase.independent or accelerator.num_processes == 1 or not losses
+                if step > done and asks and self._is_late(phase):
+                    self._read(phase, losses, bar)
+                    self._checkpoint(phase, step, state)
+                    raise self.limit.reached(f"after step {step} of {steps} of phase {phase.name!r}")
+                for group in state.optimizer.param_groups:
+                    group["lr"] = learning_rate(settings, step)
+                losses.add(step, self._step(phase, module, batches, step, optimizer, parameters))
+                if losses.due:
+                    self._read(phase, losses, bar)
+                state.ema.step(parameters)
                 self.strategy.after_step(phase)
                 bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                accelerator.log({f"{phase.name}/loss": loss, f"{phase.name}/lr": rate}, step=step)
                 if (step + 1) % self.training.checkpointing_steps == 0 and step + 1 < steps:
+                    self._read(phase, losses, bar)
                     self._checkpoint(phase, step + 1, state)
+            self._read(phase, losses, bar)
         if not phase.independent:
             accelerator.unwrap_model(module, keep_fp32_wrapper=False)
-        ema.copy_to(parameters)
+        state.ema.copy_to(parameters)
         self._check_finite(phase, steps, parameters)
         return steps
 
+    def _training_state(self, trainable: Trainable, settings: PhaseSettings, steps: int) -> TrainingState:
+        parameters = list(trainable.parameters.values())
+        # A GPU takes one kernel for all parameters; on a CPU, torch chooses.
+        on_gpu = self.accelerator.device.type == "cuda"
+        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=True if on_gpu else None)
+        start = int(settings.ema_start * steps)
+        ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=start, foreach=on_gpu)
+        return TrainingState(trainable.parameters, optimizer, ema)
+
     def _step(
         self, phase: Phase, module: Any, batches: PhaseBatches, step: int, optimizer: Any, parameters: list
-    ) -> float:
-        """One optimiser step, over `gradient_accumulation_steps` batches; returns its mean loss on this process."""
+    ) -> list[torch.Tensor]:
+        """One optimiser step; returns the losses of its `gradient_accumulation_steps` batches on this process."""
         accelerator = self.accelerator
         shares = 1 if phase.independent else accelerator.num_processes
         share = 0 if phase.independent else accelerator.process_index
         accumulated = self.training.gradient_accumulation_steps
-        total = 0.0
+        parts = []
         for part in range(accumulated):
             number = step * accumulated + part
-            batch = self._to_device(batches.batch(number, share=share, num_shares=shares))
-            batch = self.strategy.make_batch(phase, batch)
+            batch = self.strategy.make_batch(phase, batches.batch(number, share=share, num_shares=shares))
             # Dropout's randomness: of the step, and different in each share of a batch.
             torch.manual_seed(derive_seed(self.training.seed, phase.name, "step", number, share))
             with accelerator.accumulate(module):
@@ -232,16 +291,26 @@ class ContinualTrainer:
                 # DDP averages over processes: weighed so, the result is the mean over the whole batch, also where it
                 # does not split evenly.
                 loss = output.losses.sum() * shares / phase.settings.batch_size
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise NonFiniteLossError(self._non_finite_message(phase, step, value))
-                total += value / accumulated
+                parts.append(loss.detach())
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and self.training.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(parameters, self.training.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-        return total
+        return parts
+
+    def _read(self, phase: Phase, losses: PendingLosses, bar: tqdm) -> None:
+        """Report the losses that wait on the device, after a look at whether they are finite."""
+        for loss in losses.read():
+            self._check_loss(phase, loss)
+            bar.set_postfix(loss=f"{loss.mean:.3f}", refresh=False)
+            rate = learning_rate(phase.settings, loss.step)
+            self.accelerator.log({f"{phase.name}/loss": loss.mean, f"{phase.name}/lr": rate}, step=loss.step)
+
+    def _check_loss(self, phase: Phase, loss: StepLoss) -> None:
+        for value in loss.parts:
+            if not math.isfinite(value):
+                raise NonFiniteLossError(self._non_finite_message(phase, loss.step, value))
 
     def _steps(self, phase: Phase, batches: PhaseBatches) -> int:
         settings = phase.settings
@@ -268,7 +337,7 @@ class ContinualTrainer:
 
     def _check_finite(self, phase: Phase, step: int, parameters: list[torch.Tensor]) -> None:
         # A finite loss can have a gradient that is not: the parameters show it before the next loss does.
-        if not all(torch.isfinite(parameter).all() for parameter in parameters):
+        if not torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).all():
             raise NonFiniteLossError(self._non_finite_message(phase, step - 1, math.nan))
 
     def _record_seconds(self, phase: Phase, steps: int, seconds: float) -> None:
@@ -286,10 +355,6 @@ class ContinualTrainer:
             f"The loss is {value} at step {step + 1} of phase {phase.name!r}, class {classes}. {kept}; finished classes "
             "are safe. Lower the learning rate or raise the warm-up of this phase; under fp16, try bf16."
         )
-
-    def _to_device(self, batch: Batch) -> Batch:
-        device = self.accelerator.device
-        return Batch(*(getattr(batch, name).to(device) for name in ("sample", "class_ids", "noise", "sigma")))
 
     def _bar_options(self, phase: Phase) -> dict[str, Any]:
         # Each process shows its own independent phases on a line of its own.

@@ -1,0 +1,57 @@
+"""Losses that stay on the device until several are read at once. Knows tensors; knows nothing of what they are losses of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class StepLoss(NamedTuple):
+    """
+    Args:
+        step: from 0.
+        parts: the loss of each batch that the step was made of.
+    """
+
+    step: int
+    parts: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Over the batches of the step."""
+        return sum(part / len(self.parts) for part in self.parts)
+
+
+class PendingLosses:
+    """Keeps the losses of steps, in order, until they are read: to read one is to wait for the device.
+
+    Args:
+        every: steps after which they are due to be read, >= 1.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._pending: list[tuple[int, Sequence[torch.Tensor]]] = []
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    @property
+    def due(self) -> bool:
+        """Whether enough steps wait."""
+        return len(self) >= self.every
+
+    def add(self, step: int, parts: Sequence[torch.Tensor]) -> None:
+        """Keep the losses of a step: one scalar for each of its batches, at least one, without a graph."""
+        self._pending.append((step, parts))
+
+    def read(self) -> list[StepLoss]:
+        """All that wait, oldest first; none wait afterwards."""
+        if not self._pending:
+            return []
+        values = iter(torch.stack([part for _, parts in self._pending for part in parts]).tolist())
+        read = [StepLoss(step, [next(values) for _ in parts]) for step, parts in self._pending]
+        self._pending.clear()
+        return read
