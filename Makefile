@@ -37,7 +37,7 @@ test-oldest-peft: .oldest-peft
 
 # Ratios of every claim about speed, into benchmarks/results; about 13 minutes on a machine that does nothing else.
 bench: .venv/installed
-	@set -e; for script in functional_matrix training_step evaluation adapter_bank rivals processes scaling; do \
+	@set -e; for script in functional_matrix mixed_forms training_step evaluation adapter_bank rivals processes scaling; do \
 	  $(BIN)/python benchmarks/$$script.py; \
 	done
 	$(BIN)/python benchmarks/interleaved.py > /dev/null
