@@ -5,6 +5,7 @@ Knows the base, its adapters and the solvers; knows nothing of training or evalu
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -348,8 +349,7 @@ class FunLoraPipeline(DiffusionPipeline):
 
 
 def _check_names(id2label: Mapping[int, str]) -> None:
-    names = list(id2label.values())
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(id2label.values()).items() if count > 1)
     if twice:
         raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
 
