@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from interleaved import Comparison, Findings, Skipped, compare, main
+from interleaved import Comparison, Findings, Skipped, bytes_saved, compare, main
 
 from funlora_hf.tuner import functional, kernels
 
@@ -85,21 +86,9 @@ def kept_matrices() -> dict[str, float]:
         inputs = tensors(Case(function, learned=True))
         forms = {"plain autograd": functional.functional_matrix, "kernel": kernels.functional_matrix}
         for name, compute in forms.items():
-            kept[f"{function}, {name}"] = round(saved_bytes(partial(compute, *inputs, function=function)), 3)
+            bytes_of_all = bytes_saved(partial(compute, *inputs, function=function))
+            kept[f"{function}, {name}"] = round(bytes_of_all / (4 * math.prod(SHAPE)), 3)
     return kept
-
-
-def saved_bytes(forward: Callable[[], torch.Tensor]) -> float:
-    """What autograd keeps, each storage once, over the bytes of the result."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    return sum(storages.values()) / result.nbytes
 
 
 def tensors(case: Case) -> list[torch.Tensor]:

@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from backbone import RECIPE, adapted, batch, config, floor, paper_unet
 from diffusers import UNet2DModel
-from interleaved import RESULTS, Comparison, compare, environment, table
+from interleaved import RESULTS, Comparison, bytes_saved, compare, environment, table
 from torch import nn
 
 from funlora_hf import AdapterBank, mixed_batch
@@ -322,7 +322,8 @@ class Benchmark:
     def _mixture(self, mode: Mode) -> tuple[tuple[nn.Module, list[str]], tuple[nn.Module, list[str]], str]:
         """Two models with the adapter of each sample: of many classes, and of one."""
         size, classes = self.size.batch, [f"class_{number}" for number in range(self.size.mixture)]
-        mixed = [classes[sample % len(classes)] for sample in range(size)]
+        # As pipeline and trainer have them: sorted by class.
+        mixed = sorted(classes[sample % len(classes)] for sample in range(size))
         many, one = adapted(self._unet(mode), *classes), adapted(self._unet(mode), "x")
         return (many, mixed), (one, ["x"] * size), f"{len(classes)} classes in a batch of {size} / one class"
 
@@ -466,21 +467,6 @@ def estimate(arguments: RunArguments, base_rate: float, adapter_rate: float, sam
         f", pieces of {training.time_limit_minutes:g} minutes: {math.ceil(total / 60 / training.time_limit_minutes)}"
     )
     return [*lines, f"together {total:.0f} s = {total / 60:.1f} minutes, without classifiers and compilation{pieces}"]
-
-
-def bytes_saved(compute: Callable[[], object]) -> int:
-    """Bytes that autograd keeps of a computation for its backward, each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = compute()  # kept until all is counted: a storage that is given back may be another's soon
-    del result
-    return sum(storages.values())
 
 
 def wait_for(device: torch.device) -> None:

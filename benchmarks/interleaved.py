@@ -200,6 +200,21 @@ def main(description: str | None, measure: Callable[[], list[Comparison] | Findi
     return path
 
 
+def bytes_saved(compute: Callable[[], object]) -> int:
+    """Bytes that autograd keeps of a computation for its backward, each storage once."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = compute()  # kept until all is counted: a storage that is given back may be another's soon
+    del result
+    return sum(storages.values())
+
+
 def environment() -> dict[str, Any]:
     """What the seconds depend on."""
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, peft, funlora_hf)}

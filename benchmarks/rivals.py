@@ -132,7 +132,11 @@ def compiled() -> Callable[..., torch.Tensor]:
 @contextmanager
 def functional_matrix_by(compute: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Layers compute F by another function."""
-    with patch("funlora_hf.tuner.layer.functional_matrix", compute):
+
+    def computed(*tensors: torch.Tensor | None, function: str, compiled: bool) -> torch.Tensor:
+        return compute(*tensors, function=function)
+
+    with patch("funlora_hf.tuner.layer.functional_matrix", computed):
         yield
 
 

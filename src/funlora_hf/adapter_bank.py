@@ -101,6 +101,8 @@ class AdapterBank:
         self._placed: dict[int, FlatAdapter] = {}
         self._rows: dict[int, torch.Tensor] = {}
         self._names: dict[int, str] = {}
+        # Classes from a bank's file, of which no number has been read yet.
+        self._unchecked: set[int] = set()
         self._active: int | None = None
         # A layer that another bank uses, too, may be at work for it.
         self._switch([layer for layer in self._layers if set(layer.settings) == {adapter_name}], on=False)
@@ -262,6 +264,7 @@ class AdapterBank:
             self._live.copy_(torch.zeros(self._live.numel))
         if class_label in self._placed:
             self._placed.pop(class_label).copy_(torch.zeros(self._live.numel))
+        self._unchecked.discard(class_label)
         del self._rows[class_label]
         del self._names[class_label]
 
@@ -343,6 +346,7 @@ class AdapterBank:
         for (label, name), row in zip(classes, rows, strict=True):
             self._rows[int(label)] = row if order is None else row[order]
             self._names[int(label)] = str(name)
+            self._unchecked.add(int(label))
 
     def _row_of(self, class_label: int) -> torch.Tensor:
         if class_label not in self._rows:
@@ -353,10 +357,12 @@ class AdapterBank:
 
     def _finite_row(self, class_label: int) -> torch.Tensor:
         row = self._row_of(class_label)
-        if not torch.isfinite(row).all():
-            raise ValueError(
-                f"Class {class_label} has numbers that are not finite: add it again from a sound adapter."
-            )
+        if class_label in self._unchecked:
+            if not torch.isfinite(row).all():
+                raise ValueError(
+                    f"Class {class_label} has numbers that are not finite: add it again from a sound adapter."
+                )
+            self._unchecked.remove(class_label)
         return row
 
     def _check_unmerged(self) -> None:

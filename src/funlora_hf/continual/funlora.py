@@ -124,6 +124,11 @@ class FunLora(Strategy):
             config.class_name = self.setting.class_names[class_id]
         return config
 
+    def make_batch(self, phase: Phase, real: Batch) -> Batch:
+        # A mixed batch that is sorted by class need not be sorted in every adapted layer.
+        is_mixed = phase.name != BASE_PHASE and len(phase.class_ids) > 1
+        return real.reordered(real.class_ids.argsort(stable=True)) if is_mixed else real
+
     def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
         if phase.name == BASE_PHASE:
             losses = velocity_losses(module, batch, label_rows(phase.class_ids, batch.class_ids))

@@ -127,6 +127,11 @@ class Batch:
     noise: torch.Tensor
     sigma: torch.Tensor
 
+    def reordered(self, order: torch.Tensor) -> Batch:
+        """The same samples in another order, `(batch,)`, int64, on the CPU."""
+        moved = on_device(order, self.sample.device)
+        return Batch(self.sample[moved], self.class_ids[order], self.noise[moved], self.sigma[moved])
+
 
 @dataclass
 class StepOutput:

@@ -123,9 +123,10 @@ def initial_alpha(
     return torch.tensor([num_functions * value / squared_norm for value in values], dtype=dtype)
 
 
-def default_omega(num_functions: int) -> torch.Tensor:
-    """omega = 1..p, `(p,)`, float32. Source: [text] for `power`, [ours] for `cosine`."""
-    return torch.arange(1, num_functions + 1, dtype=torch.float32)
+def default_omega(num_functions: int, like: torch.Tensor | None = None) -> torch.Tensor:
+    """omega = 1..p, `(p,)`, float32 or as the tensor `like`. Source: [text] for `power`, [ours] for `cosine`."""
+    made = {"dtype": torch.float32} if like is None else {"dtype": like.dtype, "device": like.device}
+    return torch.arange(1, num_functions + 1, **made)
 
 
 def reduced_size(channels: int, ratio: int) -> int:
@@ -215,7 +216,7 @@ def _shift(A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor) -> torch.Tenso
 
 def _cosine_terms(product: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None) -> torch.Tensor:
     if omega is None:
-        omega = default_omega(alpha.numel()).to(product)
+        omega = default_omega(alpha.numel(), like=product)
     return torch.cos(omega[:, None, None] * product)
 
 

@@ -70,7 +70,7 @@ def functional_matrix(
         if b_first is not None:
             return _InterpolatedCosine.apply(B.reshape(-1, 1), A.reshape(1, -1), alpha, omega, b_first, compiled).T
         if omega is None:
-            omega = default_omega(alpha.numel()).to(A)
+            omega = default_omega(alpha.numel(), like=A)
         return _TermByTerm.apply(functional.product(A, B), alpha, omega, _Cosine)
 
 
@@ -207,7 +207,7 @@ def _gradients_by_interpolation(
     by_omega = None
     if omega is not None:
         by_omega = -alpha * torch.mv(sines.flatten(1), (at_nodes_gradient * products).flatten())
-    frequencies = _ladder(alpha) if omega is None else omega
+    frequencies = default_omega(alpha.shape[0], like=alpha) if omega is None else omega
     slope = torch.tensordot(-alpha * frequencies, sines, dims=1)
     by_B = (at_nodes_gradient * slope * at_nodes).sum(0, keepdim=True)
     by_A = (gradient @ (slope * B).T * matrix).sum(1, keepdim=True) / alpha.shape[0]
@@ -229,11 +229,6 @@ def _terms(x: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None) -> 
         cosines.append(after[0])
         sines.append(after[1])
     return torch.stack(cosines).to(x), torch.stack(sines).to(x)
-
-
-def _ladder(alpha: torch.Tensor) -> torch.Tensor:
-    """omega = 1..p like alpha."""
-    return torch.arange(1, alpha.shape[0] + 1, dtype=alpha.dtype, device=alpha.device)
 
 
 def _interpolation(
