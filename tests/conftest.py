@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from runs import REPOSITORY
 
 from funlora_hf import FunLoraPipeline
-
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ from funlora_hf.continual.config import (
 from funlora_hf.run import RunArguments
 
 
+REPOSITORY = Path(__file__).parents[1]
 TINY_UNET = {
     "sample_size": 8,
     "in_channels": 1,

@@ -2,15 +2,14 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
-from runs import TINY_UNET
+from runs import REPOSITORY, TINY_UNET
 
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = REPOSITORY / "benchmarks"
 NAMES = {path.stem for path in BENCHMARKS.glob("*.py")}
 
 

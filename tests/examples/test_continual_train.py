@@ -17,8 +17,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
-from runs import command_line, digests
+from runs import REPOSITORY, command_line, digests
 from safetensors.torch import load_file
 
 from funlora_hf.files import read_json
