@@ -35,7 +35,7 @@ test-oldest-peft: .oldest-peft
 	PYTHONPATH="$(CURDIR)/.oldest-peft" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
 	  tests/tuner tests/test_pipeline.py tests/test_layer_selection.py
 
-# Ratios of every claim about speed, into benchmarks/results; about 13 minutes on a machine that does nothing else.
+# Ratios of every claim about speed, into benchmarks/results; about 15 minutes on a machine that does nothing else.
 bench: .venv/installed
 	@set -e; for script in functional_matrix mixed_forms training_step evaluation adapter_bank rivals processes scaling; do \
 	  $(BIN)/python benchmarks/$$script.py; \

@@ -20,18 +20,13 @@ BATCHES = ((4, 8), (16, 2))
 
 
 def measure() -> list[Comparison]:
-    return [
-        forms(channels, size, kernel, adapters, images)
-        for channels, size in SIZES
-        for kernel in (1, 3)
-        for adapters, images in BATCHES
-    ]
+    return [forms(channels, size, adapters, images) for channels, size in SIZES for adapters, images in BATCHES]
 
 
-def forms(channels: int, size: int, kernel: int, adapters: int, images: int) -> Comparison:
+def forms(channels: int, size: int, adapters: int, images: int) -> Comparison:
     """Forward and backward; how many times as long a convolution for every adapter takes."""
     names = [f"class_{number}" for number in range(adapters)]
-    base = nn.Conv2d(channels, channels, kernel, padding=kernel // 2).requires_grad_(False)
+    base = nn.Conv2d(channels, channels, 3, padding=1).requires_grad_(False)
     adapted = FunLoraConv2d(base, names[0], FunLoraConfig(function="identity", init_weights=False))
     for name in names[1:]:
         adapted.update_layer(name, FunLoraConfig(function="identity", init_weights=False))
@@ -46,7 +41,7 @@ def forms(channels: int, size: int, kernel: int, adapters: int, images: int) -> 
 
         return run
 
-    name = f"{channels} channels, {size}x{size}, kernel {kernel}, {adapters} adapters with {images} images"
+    name = f"{channels} channels, {size}x{size}, kernel 3x3, {adapters} adapters with {images} images"
     default = layer.LARGEST_GROUPED
     try:
         return compare(name, {"one by one": step(0), "in groups": step(channels**2)}, rounds=7, calls=3)

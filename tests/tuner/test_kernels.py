@@ -242,7 +242,7 @@ def test_what_other_devices_take_keeps_the_arguments_only(function, learned):
 @pytest.mark.parametrize("p", [1, 2, 10, 64])
 def test_frequencies_of_the_ladder_come_by_recurrence(p):
     x = torch.linspace(-7, 7, 101).reshape(1, -1)
-    cosines, sines = kernels._terms(x, torch.ones(p), None)
+    cosines, sines = kernels._terms(x, torch.ones(p), None, with_sines=True)
     angles = np.arange(1, p + 1)[:, None, None] * x.double().numpy()
     np.testing.assert_allclose(cosines.numpy(), np.cos(angles), atol=1e-7)
     np.testing.assert_allclose(sines.numpy(), np.sin(angles), atol=1e-7)

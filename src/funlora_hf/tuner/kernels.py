@@ -146,19 +146,23 @@ class _InterpolatedCosine(torch.autograd.Function):
         nodes: _Nodes,
         compiled: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(A, B, alpha, omega)
-        ctx.places = _places(nodes)
+        if omega is None and not compiled:
+            omega = default_omega(alpha.numel(), like=alpha)
+        F, at_nodes, matrix = _of(_interpolated, compiled)(A, B, alpha, omega, *_places(nodes))
+        ctx.save_for_backward(A, B, alpha, omega, at_nodes, matrix)
         ctx.compiled = compiled
-        return _of(_interpolated, compiled)(A, B, alpha, omega, *ctx.places)
+        return F
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        A, B, alpha, omega = ctx.saved_tensors
+        A, B, alpha, omega, at_nodes, matrix = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_gradients_of_reference((A, B, alpha, omega), gradient), None, None
         with functional.without_autocast(A.device.type):
-            found = _of(_gradients_by_interpolation, ctx.compiled)(A, B, alpha, omega, *ctx.places, gradient)
-        return *found, None, None
+            *found, by_omega = _of(_gradients_by_interpolation, ctx.compiled)(
+                B, alpha, omega, at_nodes, matrix, gradient
+            )
+        return *found, by_omega if ctx.needs_input_grad[3] else None, None, None
 
 
 def _of(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
@@ -181,26 +185,24 @@ def _interpolated(
     omega: torch.Tensor | None,
     node_angles: torch.Tensor,
     interval: torch.Tensor,
-) -> torch.Tensor:
-    """F, `(C_out, C_in)`."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """F, `(C_out, C_in)`, and what `_interpolation` returns."""
     at_nodes, matrix = _interpolation(A, node_angles, interval)
-    cosines, _ = _terms(at_nodes * B, alpha, omega)
-    return matrix @ (torch.tensordot(alpha, cosines, dims=1) / alpha.shape[0])
+    cosines, _ = _terms(at_nodes * B, alpha, omega, with_sines=False)
+    return matrix @ (_weighted(alpha, cosines) / alpha.shape[0]), at_nodes, matrix
 
 
 def _gradients_by_interpolation(
-    A: torch.Tensor,
     B: torch.Tensor,
     alpha: torch.Tensor,
     omega: torch.Tensor | None,
-    node_angles: torch.Tensor,
-    interval: torch.Tensor,
+    at_nodes: torch.Tensor,
+    matrix: torch.Tensor,
     gradient: torch.Tensor,
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of A, B, alpha and omega for a `gradient` of F, `(C_out, C_in)`."""
-    at_nodes, matrix = _interpolation(A, node_angles, interval)
     products = at_nodes * B
-    cosines, sines = _terms(products, alpha, omega)
+    cosines, sines = _terms(products, alpha, omega, with_sines=True)
     # What reaches F at the nodes; its sums with anything smooth in a are those over the entries of A.
     at_nodes_gradient = matrix.T @ gradient / alpha.shape[0]
     by_alpha = torch.mv(cosines.flatten(1), at_nodes_gradient.flatten())
@@ -208,27 +210,41 @@ def _gradients_by_interpolation(
     if omega is not None:
         by_omega = -alpha * torch.mv(sines.flatten(1), (at_nodes_gradient * products).flatten())
     frequencies = default_omega(alpha.shape[0], like=alpha) if omega is None else omega
-    slope = torch.tensordot(-alpha * frequencies, sines, dims=1)
+    slope = _weighted(-alpha * frequencies, sines)
     by_B = (at_nodes_gradient * slope * at_nodes).sum(0, keepdim=True)
     by_A = (gradient @ (slope * B).T * matrix).sum(1, keepdim=True) / alpha.shape[0]
     return by_A, by_B, by_alpha, by_omega
 
 
-def _terms(x: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos(omega_i x) and sin(omega_i x), `(p, K, C_in)` each, for x `(K, C_in)`."""
+def _terms(
+    x: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None, *, with_sines: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """cos(omega_i x) and, if wanted, sin(omega_i x), `(p, K, C_in)` each, for x `(K, C_in)`. None stands for omega = 1..p."""
     if omega is not None:
         angles = omega[:, None, None] * x
-        return angles.cos(), angles.sin()
-    # omega = 1..p: one cosine, and Chebyshev's recurrence, of which float64 takes what it loses.
-    first_cosine, first_sine = x.double().cos(), x.double().sin()
-    cosines, sines = [first_cosine], [first_sine]
-    before = (torch.ones_like(first_cosine), torch.zeros_like(first_sine))
-    for _ in range(alpha.shape[0] - 1):
-        after = (2 * first_cosine * cosines[-1] - before[0], 2 * first_cosine * sines[-1] - before[1])
-        before = (cosines[-1], sines[-1])
-        cosines.append(after[0])
-        sines.append(after[1])
-    return torch.stack(cosines).to(x), torch.stack(sines).to(x)
+        return angles.cos(), angles.sin() if with_sines else None
+    # One cosine and one sine, and Chebyshev's recurrence, which in float64 loses nothing that float32 shows.
+    x64 = x.double()
+    cosine = x64.cos()
+    cosines = _recurrence(torch.ones_like(cosine), cosine, cosine, alpha.shape[0]).to(x)
+    if not with_sines:
+        return cosines, None
+    return cosines, _recurrence(torch.zeros_like(cosine), x64.sin(), cosine, alpha.shape[0]).to(x)
+
+
+def _recurrence(zeroth: torch.Tensor, first: torch.Tensor, cosine: torch.Tensor, count: int) -> torch.Tensor:
+    """y_1 .. y_count of y_(n + 1) = 2 cos(x) y_n - y_(n - 1), which cos(n x) and sin(n x) obey; `(count, ...)`."""
+    found = [zeroth, first]
+    while len(found) <= count:
+        found.append(2 * cosine * found[-1] - found[-2])
+    return torch.stack(found[1:])
+
+
+def _weighted(weights: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+    """sum_i weights_i terms_i: weights `(p,)`, terms `(p, K, C_in)`. A compiler makes it part of what makes the terms."""
+    if torch.compiler.is_compiling():
+        return (weights[:, None, None] * terms).sum(0)
+    return torch.tensordot(weights, terms, dims=1)
 
 
 def _interpolation(
