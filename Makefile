@@ -25,10 +25,10 @@ demo: .venv/installed
 test: quality
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-# PEFT's own tests for all combinations of function, operation and target, of which `make test` runs some, and what waits for a
-# compiler. Where they cannot be had, pytest says why and ends with 5: no tests.
+# What `make test` leaves out for its time: PEFT's own tests for all combinations of function, operation and target, of which it
+# runs some, long compilations, and more of runs that are killed or stop by themselves.
 test-slow: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m slow tests/tuner tests/continual || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m slow
 
 # The tests of what PEFT does for us, with the oldest peft that pyproject.toml allows.
 test-oldest-peft: .oldest-peft

@@ -36,6 +36,7 @@ def start(*arguments, check=True):
     return done
 
 
+@pytest.mark.slow
 def test_everything_is_measured(tmp_path):
     before = {path: path.read_bytes() for path in (BENCHMARKS / "results").iterdir()}
     done = start("--device", "cpu", "--small", "--output_dir", str(tmp_path))

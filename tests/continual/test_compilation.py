@@ -72,7 +72,9 @@ def check_files(compiled: str, plain: str, classes: range) -> None:
             torch.testing.assert_close(tensor, theirs[key], atol=2e-4, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("unet", [UNET, ATTENTION], ids=["plain", "attention"])
+@pytest.mark.parametrize(
+    "unet", [pytest.param(UNET, id="plain"), pytest.param(ATTENTION, id="attention", marks=pytest.mark.slow)]
+)
 def test_the_second_class_compiles_nothing_anew(unet, backend, graphs):
     backend("aot_eager")
     run(short_run(unet_config=unet, torch_compile=True, output_dir="compiled"))
@@ -85,6 +87,7 @@ def test_the_second_class_compiles_nothing_anew(unet, backend, graphs):
     check_files("compiled", "plain", range(4, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["scale_shift", "lora_conv_v2", "lora_attention"])
 def test_nor_does_it_with_another_method(method, backend, graphs):
     backend("eager")

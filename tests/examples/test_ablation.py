@@ -91,6 +91,7 @@ def test_started_again_it_only_runs_what_is_missing(finished):
     assert all(path.stat().st_mtime_ns == time for path, time in others.items())
 
 
+@pytest.mark.slow
 def test_a_failed_variant_does_not_lose_the_others(tmp_path):
     (tmp_path / "out" / "seed_0" / "add").mkdir(parents=True)
     # A file where a folder of the run should be.

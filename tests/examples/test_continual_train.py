@@ -69,10 +69,10 @@ def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_exa
 @pytest.mark.parametrize(
     "moment",
     [
-        "checkpoints/base/step_6",
+        pytest.param("checkpoints/base/step_6", marks=pytest.mark.slow),
         "checkpoints/class_5/step_3",
-        "adapters/class_4",
-        "checkpoints/class_9/step_6",
+        pytest.param("adapters/class_4", marks=pytest.mark.slow),
+        pytest.param("checkpoints/class_9/step_6", marks=pytest.mark.slow),
         "checkpoints/evaluation/task_2.json",
     ],
 )
@@ -125,6 +125,7 @@ continual_train.main()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_go_on_to_the_same_end(tmp_path, run_example):
     (tmp_path / "clocked.py").write_text(SLOW_AND_FAST.format(examples=str(REPOSITORY / "examples")))
     (tmp_path / "whole").mkdir()
