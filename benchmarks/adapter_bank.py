@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from backbone import adapted, config, paper_unet
+from diffusers import UNet2DModel
 from interleaved import Comparison, compare, main
 
 from funlora_hf import AdapterBank
@@ -49,9 +50,9 @@ def loading(folder: Path, count: int = 1000) -> Comparison:
     return compare(f"load {count:,} classes / one by PEFT's load_adapter", sides, rounds=7, goal="<= 20 ms")
 
 
-def filled(count: int) -> AdapterBank:
-    """A bank of classes with random numbers."""
-    bank = AdapterBank(paper_unet(), config())
+def filled(count: int, unet: UNet2DModel | None = None) -> AdapterBank:
+    """A bank of classes with random numbers, on the paper's U-Net or another."""
+    bank = AdapterBank(paper_unet() if unet is None else unet, config())
     for label in range(count):
         state = {key: torch.randn_like(value) for key, value in bank.live_tensors.items()}
         bank.add_tensors(state, class_label=label)

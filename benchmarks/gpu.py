@@ -24,8 +24,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from backbone import RECIPE, adapted, batch, config, floor, paper_unet
+from adapter_bank import filled, switch
+from backbone import RECIPE, adapted, batch, floor, paper_unet
 from diffusers import UNet2DModel
+from functional_matrix import Case, tensors
 from interleaved import RESULTS, Comparison, bytes_saved, compare, environment, table
 from torch import nn
 
@@ -177,8 +179,7 @@ class Benchmark:
 
     def functional_matrix(self) -> None:
         """F and its gradients in three ways, the reference against each of the others."""
-        shape, p = self.size.matrix, 10
-        inputs, gradient = self._factors(shape, p)
+        inputs, gradient = self._factors()
         ways = {
             "kernels.functional_matrix": kernels.functional_matrix,
             "torch.compile": torch.compile(functional.functional_matrix, backend=self.backend, dynamic=False),
@@ -189,12 +190,12 @@ class Benchmark:
 
         for name, compute in ways.items():
             sides = {"reference": partial(run, functional.functional_matrix), name: partial(run, compute)}
-            title = f"F forward and backward, {shape}, p = {p}: reference / {name}"
+            title = f"F forward and backward, {self.size.matrix}, p = 10: reference / {name}"
             self._compare(title, sides, calls=10 * self.size.calls, goal=">= 5")
 
     def saved_bytes(self) -> None:
         """What F keeps for its backward."""
-        inputs, _ = self._factors(self.size.matrix, 10)
+        inputs, _ = self._factors()
         compiled = torch.compile(functional.functional_matrix, backend=self.backend, dynamic=False)
         ways = {"reference": functional.functional_matrix, "kernels": kernels.functional_matrix, "compiled": compiled}
         values = {name: bytes_saved(lambda compute=compute: compute(*inputs)) for name, compute in ways.items()}
@@ -229,12 +230,9 @@ class Benchmark:
 
     def bank(self) -> None:
         """Making a class live, and loading all of them."""
-        many, few = self._bank(self.size.many), self._bank(self.size.few)
+        many, few = (filled(count, self._unet(FLOAT32)) for count in (self.size.many, self.size.few))
         names = {bank: f"{len(bank):,} classes" for bank in (many, few)}
-        sides = {}
-        for bank, name in names.items():
-            following = itertools.cycle(bank.classes)
-            sides[name] = lambda bank=bank, following=following: bank.activate(next(following))
+        sides = {name: switch(bank) for bank, name in names.items()}
         title = f"AdapterBank.activate, of {names[many]} / of {names[few]}"
         self._compare(title, sides, calls=10 * self.size.calls, goal="1, at <= 0.2 ms")
         with tempfile.TemporaryDirectory() as folder:
@@ -327,18 +325,11 @@ class Benchmark:
         many, one = adapted(self._unet(mode), *classes), adapted(self._unet(mode), "x")
         return (many, mixed), (one, ["x"] * size), f"{len(classes)} classes in a batch of {size} / one class"
 
-    def _bank(self, count: int) -> AdapterBank:
-        bank = AdapterBank(self._unet(FLOAT32), config())
-        for label in range(count):
-            state = {key: torch.randn_like(value) for key, value in bank.live_tensors.items()}
-            bank.add_tensors(state, class_label=label)
-        return bank
-
-    def _factors(self, shape: tuple[int, int], p: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-        A, B = 1 + 0.1 * torch.randn(shape[0], 1), 1 + 0.1 * torch.randn(1, shape[1])
-        alpha, omega = torch.randn(p), torch.arange(1.0, p + 1) + 0.1 * torch.randn(p)
-        inputs = [tensor.to(self.device).requires_grad_() for tensor in (A, B, alpha, omega)]
-        return inputs, torch.randn(shape, device=self.device)
+    def _factors(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """What F is made of, and a gradient of F."""
+        made = tensors(Case("cosine", learned=True, shape=self.size.matrix))
+        inputs = [tensor.detach().to(self.device).requires_grad_() for tensor in made]
+        return inputs, torch.randn(self.size.matrix, device=self.device)
 
     def _inputs(self, mode: Mode) -> dict[str, torch.Tensor]:
         inputs = {name: tensor.to(self.device) for name, tensor in batch(self.size.batch).items()}

@@ -24,7 +24,7 @@ from torch import nn
 
 from .files import whole_file
 from .tuner import FunLoraConfig, mixed_batch
-from .tuner.adapter_layer import BASE, AdapterLayer
+from .tuner.adapter_layer import BASE, AdapterLayer, adapter_layers
 from .tuner.adapter_model import adapters_enabled
 from .tuner.flat_adapter import FlatAdapter
 from .tuner.hotswap import SAVED_PREFIX, plain_key, wrapped_model
@@ -389,13 +389,12 @@ class AdapterBank:
 
 def _layers(model: nn.Module, adapter_name: str) -> list[AdapterLayer]:
     """The layers that have an adapter of this name."""
-    layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
-    return [layer for layer in layers if adapter_name in layer.settings]
+    return [layer for layer in adapter_layers(model) if adapter_name in layer.settings]
 
 
 def _inject(model: nn.Module, config: FunLoraConfig, adapter_name: str) -> None:
     """Put an adapter into a model; those that are active there stay so."""
-    active = {module: module.active_adapters for module in model.modules() if isinstance(module, AdapterLayer)}
+    active = {layer: layer.active_adapters for layer in adapter_layers(model)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, adapter_name)
@@ -404,8 +403,7 @@ def _inject(model: nn.Module, config: FunLoraConfig, adapter_name: str) -> None:
 
 
 def _check_alone(model: nn.Module, own: Collection[str]) -> None:
-    layers = (module for module in model.modules() if isinstance(module, AdapterLayer))
-    others = sorted({name for layer in layers for name in layer.settings} - set(own))
+    others = sorted({name for layer in adapter_layers(model) for name in layer.settings} - set(own))
     if others:
         raise ValueError(
             f"`model` has the adapters {', '.join(others)}, expected none besides {next(iter(own))!r}: unload them."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from pathlib import Path
 
@@ -104,6 +104,9 @@ class ClassAdapters:
         Args:
             class_labels: of every sample. Sorted by class they run fastest.
         """
+        if not self._configs:
+            yield
+            return
         names: dict[int | None, str] = {None: BASE}
         for label in class_labels:
             if label is not None and label not in self._bank_of:
@@ -114,8 +117,6 @@ class ClassAdapters:
             yield
 
     def _batch(self, names: list[str]) -> AbstractContextManager:
-        if not self._configs:
-            return nullcontext()
         tuner = None if self._peft_model is None else self._peft_model.base_model
         if tuner is None or isinstance(tuner, AdapterModel):
             return mixed_batch(self._model, names)

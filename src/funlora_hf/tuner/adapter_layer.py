@@ -292,6 +292,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 parameters[adapter_name] = parameters[adapter_name].to(device)
 
 
+def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
+    """The adapter layers in a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
+
+
 def _refuse_other_method(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     wraps = name == "base_layer" and isinstance(module, BaseTunerLayer)
     if wraps and isinstance(submodule, AdapterLayer):

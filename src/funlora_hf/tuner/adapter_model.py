@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .adapter_layer import BASE, AdapterGroups, AdapterLayer
+from .adapter_layer import BASE, AdapterGroups, AdapterLayer, adapter_layers
 from .tensor_checks import check_before_loading
 
 
@@ -65,7 +65,7 @@ class AdapterModel(BaseTuner):
         if autocast_adapter_dtype:
             return
         # The layers keep adapters in float32; who switches that off, as PEFT allows, gets the dtype of the base.
-        for layer in (module for module in self.modules() if isinstance(module, AdapterLayer)):
+        for layer in adapter_layers(self):
             for parameters in (getattr(layer, name) for name in layer.adapter_layer_names):
                 if adapter_name in parameters:
                     parameters[adapter_name].data = parameters[adapter_name].data.to(layer.weight.dtype)
@@ -85,7 +85,7 @@ class AdapterModel(BaseTuner):
             adapter_names (`list[str]`, *optional*): the adapters to merge; None means the active ones.
             safe_merge (`bool`, *optional*): refuse weights that are not finite.
         """
-        layers = [layer for layer in self.modules() if isinstance(layer, AdapterLayer)]
+        layers = adapter_layers(self)
         before = [list(layer.merged_adapters) for layer in layers]
         try:
             super().merge_adapter(adapter_names, safe_merge=safe_merge)
@@ -150,7 +150,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
 
     Source: [ours].
     """
-    layers = [module for module in model.modules() if isinstance(module, AdapterLayer)]
+    layers = adapter_layers(model)
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     known = {name for layer in layers for name in layer.settings}
     unknown = sorted(set(adapter_names) - known - {BASE})
@@ -186,7 +186,7 @@ def adapters_enabled(model: nn.Module) -> Iterator[None]:
 
     Source: [ours].
     """
-    disabled = [module for module in model.modules() if isinstance(module, AdapterLayer) and module.disable_adapters]
+    disabled = [layer for layer in adapter_layers(model) if layer.disable_adapters]
     for layer in disabled:
         layer.enable_adapters(True)
     try:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .adapter_layer import AdapterLayer
+from .adapter_layer import AdapterLayer, adapter_layers
 from .tensor_checks import listed, misnamed, misshapen, not_finite
 
 
@@ -43,7 +43,7 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
     Source: [ours].
     """
     inner = wrapped_model(model)
-    layers = [module for module in inner.modules() if isinstance(module, AdapterLayer)]
+    layers = adapter_layers(inner)
     known = sorted({name for layer in layers for name in layer.settings})
     if adapter_name not in known:
         raise ValueError(f"`adapter_name` is {adapter_name!r}, expected an adapter of the model: {known}.")
