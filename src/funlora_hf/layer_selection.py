@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import nn
 
+from .adapter_shape import adapted_shape
 from .tuner import FunLoraConfig
 from .tuner.hotswap import SAVED_PREFIX
 from .tuner.layer import FunLoraFactorLayer
@@ -205,7 +205,7 @@ def parameters_per_class(model: nn.Module, config: PeftConfig) -> ParametersPerC
 
     Source: arXiv 2510.02631, Tables I, II, IV and V [exact].
     """
-    adapted = _adapted_shape(model, config)
+    adapted = adapted_shape(model, config)
     total = vectors = 0
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
@@ -398,41 +398,9 @@ def _fill_budget(
 def _parameters_by_layer(model: nn.Module, layers: Sequence[str], config: PeftConfig) -> dict[str, int]:
     config = copy.deepcopy(config)
     config.target_modules = set(layers)
-    adapted = _adapted_shape(model, config)
+    adapted = adapted_shape(model, config)
     costs = dict.fromkeys(layers, 0)
     for name, module in plain_modules(adapted):
         if name in costs and isinstance(module, BaseTunerLayer):
             costs[name] = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return costs
-
-
-def _adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
-    """A copy of the model on the meta device, its adapters replaced by one of `config`."""
-    config = copy.deepcopy(config)
-    # A configuration read from a file is one for inference, with nothing to train.
-    config.inference_mode = False
-    config.base_model_name_or_path = None
-    model = without_peft(model)
-    tensors = [*model.parameters(), *model.buffers()]
-    # deepcopy takes what the memo holds instead of copying it.
-    memo = {id(tensor): _without_values(tensor) for tensor in tensors}
-    shape = _without_adapters(copy.deepcopy(model, memo)).requires_grad_(False)
-    with torch.device("meta"):
-        return get_peft_model(shape, config)
-
-
-def _without_values(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _without_adapters(model: nn.Module) -> nn.Module:
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                setattr(parent, name, child.get_base_layer())
-            elif isinstance(child, AuxiliaryTrainingWrapper):
-                setattr(parent, name, child.original_module)
-    # What PEFT and diffusers take for a sign of adapters.
-    model.__dict__.pop("peft_config", None)
-    return model

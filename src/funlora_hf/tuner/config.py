@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from types import UnionType
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
 from .functional import FUNCTIONS, FUNCTIONS_WITH_OMEGA, OPERATIONS, check_at_least_one, check_choice
+
+
+# Precisions that bases are loaded in.
+FINGERPRINT_DTYPES = ("float32", "bfloat16", "float16")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass
@@ -51,9 +59,13 @@ class FunLoraConfig(PeftConfig):
             Id of the class that the adapter generates.
         class_name (`str`, *optional*):
             Its name.
+        base_fingerprint (`dict[str, str]`, *optional*):
+            SHA-256 of the base that the adapter was trained for, by the precision that it is loaded in: what
+            `base_fingerprints` returns. An adapter that has it loads onto no other base. Source: [ours].
 
     Raises:
-        ValueError: for an unknown function or operation and for numbers out of range, naming the field.
+        ValueError: for an unknown function or operation, for numbers out of range and for fields of another type, naming
+            the field.
 
     Source: arXiv 2510.02631 for r, function, num_functions, operation and ratio [text].
     """
@@ -86,6 +98,9 @@ class FunLoraConfig(PeftConfig):
     )
     class_label: int | None = field(default=None, metadata={"help": "Id of the class that the adapter generates."})
     class_name: str | None = field(default=None, metadata={"help": "Name of the class that the adapter generates."})
+    base_fingerprint: dict[str, str] | None = field(
+        default=None, metadata={"help": "SHA-256 of the base that the adapter was trained for, by precision."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +110,15 @@ class FunLoraConfig(PeftConfig):
         check_at_least_one("ratio", self.ratio)
         check_choice("function", self.function, FUNCTIONS)
         check_choice("operation", self.operation, OPERATIONS)
+        for name in ("train_omega", "init_weights"):
+            _check_type(name, getattr(self, name), bool, "True or False")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_names(name, getattr(self, name), single=True)
+        _check_names("modules_to_save", self.modules_to_save, single=False)
+        for name in ("class_embedding", "class_name"):
+            _check_type(name, getattr(self, name), str | None, "text or None")
+        _check_class_label(self.class_label)
+        _check_fingerprint(self.base_fingerprint)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -114,3 +138,35 @@ class FunLoraConfig(PeftConfig):
     def to_dict(self) -> dict:
         """The configuration as a dictionary; sets come sorted, so that equal adapters give equal files."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+
+def _check_type(name: str, value: object, expected: type | UnionType, text: str) -> None:
+    if not isinstance(value, expected):
+        raise ValueError(f"`{name}` is {value!r}, expected {text}.")
+
+
+def _check_names(name: str, value: object, *, single: bool) -> None:
+    if value is None or (single and isinstance(value, str)):
+        return
+    listed = isinstance(value, (Sequence, Set)) and not isinstance(value, str)
+    if not listed or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(f"`{name}` is {value!r}, expected {'a regex, ' if single else ''}a list of names, or None.")
+
+
+def _check_class_label(value: object) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63):
+        raise ValueError(f"`class_label` is {value!r}, expected an id from 0 to 2**63 - 1, or None.")
+
+
+def _check_fingerprint(value: object) -> None:
+    if value is None:
+        return
+    if (
+        not isinstance(value, Mapping)
+        or not value
+        or not all(key in FINGERPRINT_DTYPES and _SHA256.fullmatch(str(entry)) for key, entry in value.items())
+    ):
+        raise ValueError(
+            f"`base_fingerprint` is {value!r}, expected 64 hexadecimal digits for each of "
+            f"{', '.join(map(repr, FINGERPRINT_DTYPES))}, or None: see `base_fingerprints`."
+        )

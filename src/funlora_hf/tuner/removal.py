@@ -25,7 +25,7 @@ def remove_adapters(model: nn.Module, names: Collection[str]) -> None:
                 _delete_adapter(module, name)
         if not module._get_available_adapters():
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, _base_module(module))
+            setattr(model.get_submodule(parent), child, base_module(module))
     if not hasattr(model, "peft_config"):
         return
     for name in names:
@@ -39,12 +39,18 @@ def adapted_modules(model: nn.Module) -> dict[str, BaseTunerLayer | AuxiliaryTra
     found: dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not inside:
+        if is_wrapper(module) and not inside:
             found[path] = module
     return found
 
 
-def _base_module(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> nn.Module:
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether PEFT has put this module around one of the model's own."""
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def base_module(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> nn.Module:
+    """What a wrapper of PEFT's has wrapped."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
 
 

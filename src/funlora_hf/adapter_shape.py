@@ -1,0 +1,60 @@
+"""Names and shapes of what an adapter holds on a model, found without memory for it. Knows PEFT; knows no files."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .tuner.targets import without_peft
+
+
+def adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
+    """A copy of a model on the meta device, its adapters replaced by one of `config`.
+
+    Neither the model nor the configuration is changed.
+
+    Raises:
+        ValueError: what PEFT raises for targets that the model does not have.
+    """
+    config = copy.deepcopy(config)
+    # A configuration read from a file is one for inference, with nothing to train.
+    config.inference_mode = False
+    config.base_model_name_or_path = None
+    model = without_peft(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    # deepcopy takes what the memo holds instead of copying it.
+    memo = {id(tensor): _without_values(tensor) for tensor in tensors}
+    shape = _without_adapters(copy.deepcopy(model, memo)).requires_grad_(False)
+    with torch.device("meta"):
+        return get_peft_model(shape, config)
+
+
+def adapter_tensor_shapes(model: nn.Module, config: PeftConfig) -> dict[str, torch.Tensor]:
+    """The tensors that an adapter of `config` saves, by the keys that PEFT saves them under, on the meta device.
+
+    Raises:
+        ValueError: what PEFT raises for targets that the model does not have.
+    """
+    return get_peft_model_state_dict(adapted_shape(model, config), save_embedding_layers=False)
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
+    # What PEFT and diffusers take for a sign of adapters.
+    model.__dict__.pop("peft_config", None)
+    return model
