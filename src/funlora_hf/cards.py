@@ -27,7 +27,14 @@ _TAGS = ("continual-learning", "flow-matching", "class-conditional-image-generat
 _MARKUP = str.maketrans({character: f"\\{character}" for character in "`*_[]<>|~&#$"})
 # The Hub takes two backslashes before a bracket for mathematics.
 _MARKUP[ord("\\")] = "&#92;"
+_YAML_BREAKS = str.maketrans("\x85\u2028\u2029", "   ")  # PyYAML does not read them as it writes them
 _JOINERS = "\u200c\u200d"  # not printable, yet parts of words and of emoji
+
+# Stands in a snippet for what is not on the Hub.
+_BASE = "path/to/base"
+_THIS = "path/to/this/folder"
+# The folder of a pipeline that holds its adapters.
+_OWN = "adapters/"
 
 _Facts = list[tuple[str, str]]
 
@@ -85,7 +92,7 @@ class ClassRow:
     @property
     def folder(self) -> str | None:
         """The folder that `link` names, if it names one."""
-        if self.link is None or (_repository(self.link) and not self.link.startswith(("./", "adapters/"))):
+        if self.link is None or (_repository(self.link) and not self.link.startswith(("./", _OWN))):
             return None
         return self.link.removeprefix("./").strip("/")
 
@@ -127,6 +134,7 @@ def adapter_card(
     results = results or {}
     source, base = _repository(place.source), _repository(place.base)
     accuracy = _class_accuracy(results, class_label)
+    class_name = class_name.translate(_YAML_BREAKS)
     name = class_name if source is None else "/".join(filter(None, [source.split("/")[1], place.subfolder]))
     data = ModelCardData(
         library_name="peft",
@@ -152,11 +160,11 @@ def adapter_card(
         base_is_unet=place.base_is_unet,
         # The comparison methods are registered with PEFT by a module of their own.
         package="funlora_hf.baselines" if type(config).__module__.startswith("funlora_hf.baselines") else "funlora_hf",
-        pipeline_arguments=_arguments(base or "path/to/base", revision=place.base_revision),
+        pipeline_arguments=_arguments(base or _BASE, revision=place.base_revision),
         unet_arguments=_arguments(
-            base or "path/to/base", subfolder=None if place.base_is_unet else "unet", revision=place.base_revision
+            base or _BASE, subfolder=None if place.base_is_unet else "unet", revision=place.base_revision
         ),
-        adapter_arguments=_arguments(source or "path/to/this/folder", subfolder=source and place.subfolder),
+        adapter_arguments=_arguments(source or _THIS, subfolder=source and place.subfolder),
         class_label=1000 if class_label is None else class_label,
         has_label=class_label is not None,
         passes_label=class_label is None or getattr(config, "class_label", None) != class_label,
@@ -209,17 +217,17 @@ def base_card(
     given = results.get("settings", {}).get("ModelArguments", {}).get("base_model")
     return _card_of_many(
         data,
-        "base",
         classes,
-        repo_id,
-        repo_id,
-        revision,
-        revision,
-        results,
-        samples,
+        repo_id=repo_id,
+        revision=revision,
+        results=results,
+        samples=samples,
+        pipeline_arguments=_arguments(repo_id or _THIS, revision=revision),
         # A run that was given its base did not train it.
         training=[] if given else _training(results, "base"),
         fingerprints=_fingerprints(base_fingerprints),
+        base_labels=[row.class_label for row in classes if row.kind == "base"][:4],
+        kind="base",
     )
 
 
@@ -263,59 +271,49 @@ def adapters_card(
     )
     return _card_of_many(
         data,
-        "adapters",
         classes,
-        repo_id,
-        base,
-        None,
-        base_revision,
-        results,
-        samples,
+        repo_id=repo_id,
+        revision=None,
+        results=results,
+        samples=samples,
+        pipeline_arguments=_arguments(base or _BASE, revision=base_revision),
+        unet_arguments=_arguments(base or _BASE, subfolder="unet", revision=base_revision),
         training=_training(results, "adapter"),
-        fingerprints=[],
+        base_link=_base_link(base, base_revision),
+        kind="adapter",
     )
 
 
 def _card_of_many(
     data: ModelCardData,
-    kind: str,
     classes: Sequence[ClassRow],
+    *,
     repo_id: str | None,
-    base: str | None,
     revision: str | None,
-    base_revision: str | None,
     results: Mapping[str, Any],
     samples: str | None,
-    *,
-    training: _Facts,
-    fingerprints: _Facts,
+    kind: str,
+    **parts: Any,
 ) -> ModelCard:
-    base_labels = [row.class_label for row in classes if row.kind == "base"][:4]
     example = next((row for row in classes if row.kind == "adapter" and row.link), None)
-    place = repo_id or "path/to/this/folder"
+    # A pipeline loads the adapters in its own folder by itself.
+    is_loaded = kind == "base" and repo_id is None and example is not None and (example.folder or "").startswith(_OWN)
     return ModelCard.from_template(
         data,
         template_str=_template("base_card_template.md"),
         kind=kind,
         title=_text(data.model_name),
-        base=base,
-        base_link=_base_link(base, base_revision),
-        num_classes=sum(row.kind == ("base" if kind == "base" else "adapter") for row in classes),
-        num_adapters=sum(row.kind == "adapter" for row in classes),
-        pipeline_arguments=_arguments(
-            place if kind == "base" else base or "path/to/base", revision=base_revision or None
-        ),
-        unet_arguments=_arguments(base or "path/to/base", subfolder="unet", revision=base_revision),
-        base_labels=base_labels,
+        num_classes=sum(row.kind == kind for row in classes),
         adapter_label=None if example is None else example.class_label,
-        adapter_arguments=None if example is None else _example_arguments(example, place, revision),
+        is_loaded=is_loaded,
+        adapter_arguments=None if example is None else _example_arguments(example, repo_id, revision),
         samples=samples and quote(samples),
         table=_class_table(classes, repo_id, revision),
+        is_measured=any(row.accuracy is not None for row in classes),
         accuracies=_accuracies(results),
         judge=_judge(results),
-        training=training,
-        fingerprints=fingerprints,
         versions=_versions(results),
+        **parts,
     )
 
 
@@ -339,10 +337,10 @@ def _arguments(place: str, **others: str | None) -> str:
     return ", ".join([json.dumps(place), *named])
 
 
-def _example_arguments(row: ClassRow, place: str, revision: str | None) -> str:
+def _example_arguments(row: ClassRow, repo_id: str | None, revision: str | None) -> str:
     if row.repository is not None:
         return _arguments(row.repository)
-    return _arguments(place, subfolder=row.folder, revision=revision)
+    return _arguments(repo_id or _THIS, subfolder=row.folder, revision=revision)
 
 
 def _repository(name: str | None) -> str | None:
@@ -406,7 +404,6 @@ def _eval_results(
             task_type=_TASK,
             dataset_type=dataset,
             dataset_name=dataset,
-            dataset_split="test",
             metric_type="accuracy",
             metric_name=name,
             metric_value=round(value, 2),
@@ -426,13 +423,22 @@ def _accuracies(results: Mapping[str, Any], accuracy: float | None = None) -> _F
     return [(name, f"{value:.2f}") for name, value in values.items() if value is not None]
 
 
-def _judge(results: Mapping[str, Any]) -> str:
-    """How the accuracies came about, in a sentence."""
+def _judge(results: Mapping[str, Any]) -> str | None:
+    """How the accuracies came about, in a sentence; None if the results do not say so."""
+    if not results.get("tasks"):
+        return None
     trained_on = "synthetic images" if _judged_by_synthetic_images(results) else "real images"
     dataset, classes = _dataset(results), results.get("class_order")
-    tested_on = "real test images" + ("" if dataset is None else f" of {_text(dataset)}")
+    tested_on = "real images" + ("" if dataset is None else f" of {_text(dataset)}")
     which = f"the {len(classes)} classes of the run" if classes else "the classes of the run"
-    return f"All in %: a classifier of {which}, trained on {trained_on}, is tested on {tested_on}."
+    judge = f"All in %: a classifier of {which}, trained on {trained_on}, is tested on {tested_on} that nothing was trained on."
+    settings = results.get("settings", {}).get("EvaluationArguments", {})
+    count, solver = settings.get("num_samples_per_class"), settings.get("solver")
+    if trained_on == "synthetic images" and count and solver:
+        steps = settings.get("num_inference_steps")
+        in_steps = "" if solver == "dopri5" or steps is None else f" in {steps} steps"
+        judge += f" There were {count:,} of every class, sampled by {_text(solver)}{in_steps}."
+    return judge
 
 
 def _adapter_facts(
