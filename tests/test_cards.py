@@ -144,8 +144,8 @@ def test_an_adapter_s_card_has_the_facts():
         "![Samples of this class](samples.png)",
         "torch 2.13.0, peft 0.21.2",
         "Its base is [me/base](https://huggingface.co/me/base/tree/v1), revision v1.",
-        "trained on synthetic images, is tested on real images of uoft-cs/cifar10",
-        "1,000 of every class, sampled by heun in 6 steps",
+        "trained on synthetic images (after the first task, on real ones), is tested on real images of uoft-cs/cifar10",
+        "1,000 synthetic images of every class, sampled by heun in 6 steps",
     ):
         assert text in card.text
 
@@ -366,8 +366,8 @@ def test_a_name_is_shown_as_it_is(name):
     expected = " ".join(printable.split()) or "(no name)"
     shown = ["".join(child.content for child in token.children) for token in inline]
     assert all(child.type in ("text", "text_special") for token in inline[:1] for child in token.children)
-    assert shown[0] == expected
-    assert shown[shown.index("class") + 1] == f"7 ({expected})"
+    assert shown[0] == ("class 7" if name == "7" else expected)
+    assert shown[shown.index("class") + 1] == ("7" if name == "7" else f"7 ({expected})")
 
 
 def execute(code, places):

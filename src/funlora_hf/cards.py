@@ -154,6 +154,8 @@ def adapter_card(
         data,
         template_str=_template("model_card_template.md"),
         name=_text(class_name),
+        # A number alone says little.
+        title=f"class {class_label}" if class_name == str(class_label) else _text(class_name),
         method="[FunLoRA](https://arxiv.org/abs/2510.02631)" if is_funlora else _text(config.peft_type.value),
         base=base,
         base_link=_base_link(base, place.base_revision),
@@ -427,17 +429,18 @@ def _judge(results: Mapping[str, Any]) -> str | None:
     """How the accuracies came about, in a sentence; None if the results do not say so."""
     if not results.get("tasks"):
         return None
-    trained_on = "synthetic images" if _judged_by_synthetic_images(results) else "real images"
+    is_synthetic = _judged_by_synthetic_images(results)
+    trained_on = "synthetic images (after the first task, on real ones)" if is_synthetic else "real images"
     dataset, classes = _dataset(results), results.get("class_order")
     tested_on = "real images" + ("" if dataset is None else f" of {_text(dataset)}")
     which = f"the {len(classes)} classes of the run" if classes else "the classes of the run"
     judge = f"All in %: a classifier of {which}, trained on {trained_on}, is tested on {tested_on} that nothing was trained on."
     settings = results.get("settings", {}).get("EvaluationArguments", {})
     count, solver = settings.get("num_samples_per_class"), settings.get("solver")
-    if trained_on == "synthetic images" and count and solver:
+    if is_synthetic and count and solver:
         steps = settings.get("num_inference_steps")
         in_steps = "" if solver == "dopri5" or steps is None else f" in {steps} steps"
-        judge += f" There were {count:,} of every class, sampled by {_text(solver)}{in_steps}."
+        judge += f" There were {count:,} synthetic images of every class, sampled by {_text(solver)}{in_steps}."
     return judge
 
 
@@ -450,7 +453,7 @@ def _adapter_facts(
     results: Mapping[str, Any],
 ) -> _Facts:
     named = _text(class_name)
-    facts = [("class", named if class_label is None else f"{class_label} ({named})")]
+    facts = [("class", named if class_label is None or class_name == str(class_label) else f"{class_label} ({named})")]
     if isinstance(config, FunLoraConfig):
         facts.append(("function", config.function))
         if config.function != "identity":
