@@ -22,7 +22,7 @@ def test_a_folder_has_config_weights_and_card(tiny_unet, tmp_path):
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "peft"
     numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert f"| parameters, class vector included | {numbers} |" in card.text
+    assert f"| parameters, class vector included | {numbers:,} |" in card.text
     assert "# seven" in card.text
 
 

@@ -24,8 +24,10 @@ from funlora_hf.continual import trainer as trainer_module
 from funlora_hf.continual.strategy import StepOutput
 from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
+from funlora_hf.data import load_image_data
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError
+from funlora_hf.evaluation.samples import to_uint8
 from funlora_hf.files import read_json, write_json
 from funlora_hf.run import run
 
@@ -79,7 +81,12 @@ def test_the_folder_keeps_the_contract(finished):
             "adapter_model.safetensors",
         }
     figures = {path.name for path in (finished / "figures").iterdir()}
-    assert figures == {"accuracy.png", "layer_importance.png", *(f"samples_task_{t}.png" for t in (1, 2, 3))}
+    assert figures == {
+        "accuracy.png",
+        "layer_importance.png",
+        *(f"samples_task_{t}.png" for t in (1, 2, 3)),
+        *(f"class_{class_id}.png" for class_id in range(10)),
+    }
 
 
 def test_results_have_the_contract_s_keys(finished):
@@ -101,6 +108,58 @@ def test_results_have_the_contract_s_keys(finished):
     assert results["zero_forgetting"]["base_sha256_before"] == results["zero_forgetting"]["base_sha256_after"]
     assert results["versions"]["peft"]
     assert results["seconds"]["total"] > 0
+
+
+def test_task_accuracies_are_the_means_of_their_classes_by_images(finished):
+    results = read_json(finished / "results.json")
+    data = load_image_data("digits", image_size=8, channels=1, max_images_per_class=12)
+    for task, row in enumerate(results["accuracy_matrix"]):
+        per_class = read_json(finished / f"checkpoints/evaluation/task_{task + 1}.json")["class_accuracies"]
+        assert list(per_class) == [str(c) for classes in results["tasks"][: task + 1] for c in classes]
+        for classes, accuracy in zip(results["tasks"], row, strict=False):
+            counts = [data.count(c, split="test") for c in classes]
+            means = [per_class[str(c)] for c in classes]
+            assert accuracy == pytest.approx(np.average(means, weights=counts))
+    assert results["class_accuracy"] == per_class
+    assert len(set(per_class.values())) > 1
+
+
+def test_a_class_s_picture_shows_its_samples(copy, monkeypatch):
+    """Those that are drawn again by the seed after the run has deleted them; equal samples give equal bytes."""
+    before = digests(copy / "figures")
+    shutil.rmtree(copy / "figures")
+    (copy / "results.json").unlink()
+    restore_samples(copy)
+    drawn, draw = {}, RunEvaluator._draw
+
+    def remember(self, pipe, class_id, purpose):
+        samples = draw(self, pipe, class_id, purpose)
+        if purpose == "synthetic":
+            drawn[class_id] = to_uint8(samples.images)
+        return samples
+
+    monkeypatch.setattr(RunEvaluator, "_draw", remember)
+    run(short_run(resume_from_checkpoint="latest"))
+    assert digests(copy / "figures") == before
+    for class_id, images in drawn.items():
+        grid = np.asarray(PIL.Image.open(copy / "figures" / f"class_{class_id}.png"))
+        assert grid.shape == (2 * 66, 4 * 66, 3)  # six images of 8x8, eight times as large, with an edge
+        np.testing.assert_array_equal(grid[70:132:8, 70:132:8, 1], images[5, 0])
+
+
+def test_a_record_without_accuracies_of_classes_is_reported_without(copy, monkeypatch):
+    (copy / "results.json").unlink()
+    restore_samples(copy)
+    monkeypatch.setattr(RunEvaluator, "forget_samples", lambda self: None)
+    expected = run(short_run(resume_from_checkpoint="latest"))
+    (copy / "results.json").unlink()
+    for path in (copy / "checkpoints" / "evaluation").glob("task_*.json"):
+        record = read_json(path)
+        del record["class_accuracies"]
+        write_json(path, record)
+    results = run(short_run(resume_from_checkpoint="latest"))
+    assert results["class_accuracy"] is None
+    assert results["accuracy_matrix"] == expected["accuracy_matrix"]
 
 
 def test_parameters_per_class_are_those_of_the_file(finished):
@@ -259,7 +318,9 @@ def test_updating_a_class_changes_its_folder_alone(mode, copy):
     run(short_run(update_class=6, update_mode=mode, max_images_per_class=6, function="power"))
     after = digests(copy)
     changed = {name for name in before | after if before.get(name) != after.get(name)}
-    assert changed == {"adapters/class_6/adapter_model.safetensors"}
+    # The picture of the class's samples goes: it showed the adapter that was.
+    assert changed == {"adapters/class_6/adapter_model.safetensors", "figures/class_6.png"}
+    assert "figures/class_6.png" not in after
     FunLoraPipeline.from_pretrained(copy / "base").load_adapter(copy / "adapters" / "class_6")
 
 

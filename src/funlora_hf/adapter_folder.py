@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
+from .cards import adapter_card
 from .files import read_json, whole_folder
 
 
@@ -72,7 +72,7 @@ def save_adapter(
             written.rmdir()
         parts = [parameter for key, parameter in model.named_parameters() if f".{name}." in f"{key}."]
         parameters = sum(parameter.numel() for parameter in parts)
-        _card(model.peft_config[name], name, class_label, class_name, parameters).save(temporary / "README.md")
+        _write_card(model.peft_config[name], name, class_label, class_name, parameters, temporary)
 
 
 def save_adapter_tensors(
@@ -92,36 +92,27 @@ def save_adapter_tensors(
         contents = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(contents, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        _card(config, folder.name, None, class_name, parameters).save(temporary / "README.md")
+        _write_card(config, folder.name, None, class_name, parameters, temporary)
 
 
-def _card(
-    config: PeftConfig, name: str, class_label: int | None, class_name: str | None, parameters: int
-) -> ModelCard:
+def _write_card(
+    config: PeftConfig,
+    name: str,
+    class_label: int | None,
+    class_name: str | None,
+    parameters: int,
+    folder: Path,
+) -> None:
     class_name = class_name or getattr(config, "class_name", None) or name
     if class_label is None:
         class_label = getattr(config, "class_label", None)
     if class_label is None and name.removeprefix(_PREFIX).isdigit():
         class_label = int(name.removeprefix(_PREFIX))
-    method = config.peft_type.value
-    data = ModelCardData(
-        library_name="peft",
-        tags=[method.lower(), "continual-learning", "flow-matching", "diffusers"],
+    card = adapter_card(
+        config,
+        class_label=class_label,
         class_name=class_name,
-    )
-    return ModelCard.from_template(
-        data,
-        template_str=_template(),
-        class_name=class_name,
-        class_label="not set" if class_label is None else class_label,
-        method=method,
-        config=config.to_dict(),
         parameters=parameters,
+        num_bytes=(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
     )
-
-
-def _template() -> str:
-    packaged = files("funlora_hf").joinpath("model_card_template.md")
-    # In an editable install the template is not inside the package but at the top of the repository.
-    source = packaged if packaged.is_file() else Path(__file__).parents[2] / "model_card_template.md"
-    return source.read_text(encoding="utf-8")
+    card.save(folder / "README.md")

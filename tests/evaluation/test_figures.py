@@ -11,6 +11,7 @@ from PIL import Image
 
 from funlora_hf.evaluation.figures import (
     accuracy_curve,
+    class_grid,
     coefficients_by_layer,
     layer_importance,
     rank_by_layer,
@@ -61,6 +62,54 @@ def ticks(axis):
 def images(count, *, channels=3, size=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32), (3, 64), (1, 100)])
+@pytest.mark.parametrize("count", [1, 3, 5, 16, 20])
+def test_class_grid_has_four_columns_of_whole_pixels(tmp_path, count, channels, size):
+    path, shown = tmp_path / "figures" / "class_0.png", images(count, channels=channels, size=size)
+    class_grid(shown, path)
+    found = check(path)
+    factor = {8: 8, 32: 2, 64: 1, 100: 1}[size]
+    cell = factor * size + 2
+    rows, columns = {1: (1, 1), 3: (1, 3), 5: (2, 4), 16: (4, 4), 20: (4, 4)}[count]
+    assert found.shape == (rows * cell, columns * cell, 3)
+    for place in range(rows * columns):
+        top, left = place // columns * cell, place % columns * cell
+        tile = found[top : top + cell, left : left + cell]
+        edge = np.ones((cell, cell), dtype=bool)
+        edge[1:-1, 1:-1] = False
+        assert (tile[edge] == 255).all()
+        if place < count:
+            expected = np.broadcast_to(shown[place].permute(1, 2, 0).numpy(), (size, size, 3))
+            np.testing.assert_array_equal(tile[1:-1, 1:-1], expected.repeat(factor, axis=0).repeat(factor, axis=1))
+        else:
+            assert (tile == 255).all()
+
+
+def test_equal_images_make_an_equal_class_grid_without_matplotlib(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    contents = []
+    for seed in (0, 0, 1):
+        class_grid(images(6, seed=seed), tmp_path / "grid.png")
+        contents.append((tmp_path / "grid.png").read_bytes())
+    assert contents[0] == contents[1] != contents[2]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (images(2).float(), r"images is torch.float32 \(2, 3, 8, 8\), expected uint8"),
+        (images(2)[0], r"images is torch.uint8 \(3, 8, 8\), expected uint8"),
+        (images(0), r"images has shape \(0, 3, 8, 8\), expected"),
+        (images(2, channels=2), r"images has shape \(2, 2, 8, 8\), expected"),
+    ],
+)
+def test_class_grid_names_bad_images(tmp_path, given, text):
+    with pytest.raises(ValueError, match=text):
+        class_grid(given, tmp_path / "grid.png")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("classes", "channels"), [(1, 1), (2, 3), (10, 1), (100, 3)])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..adapter_folder import adapter_name
 from ..files import read_json, recover_folder, write_json
 
 
@@ -46,6 +47,10 @@ class RunFolder:
         self.figures = path / "figures"
         self.checkpoints = path / "checkpoints"
         self._settings = self.checkpoints / "run.json"
+
+    def class_figure(self, class_id: int) -> Path:
+        """Where the samples of a class are shown."""
+        return self.figures / f"{adapter_name(class_id)}.png"
 
     def open(self, settings: Mapping[str, Any], *, overwrite: bool, resume: bool) -> None:
         """Take the folder for a run with these settings; one process calls this.

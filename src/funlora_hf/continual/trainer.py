@@ -121,6 +121,8 @@ class ContinualTrainer:
     def update_class(self, class_id: int) -> None:
         """Train the adapter of one class again on the images it has now; no other file of the run changes.
 
+        The picture of the class's samples goes, since it shows those of the adapter that was.
+
         Raises:
             ValueError: the strategy has no adapters, or the class has none.
             TimeLimitReached: as `train`.
@@ -142,6 +144,9 @@ class ContinualTrainer:
         )
         mine = [phase] if self.accelerator.is_main_process else []
         self._run_in_time(mine, lambda phase: strategy.build_update(class_id))
+        if mine:
+            # It shows what the class was.
+            self.folder.class_figure(class_id).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
 
     def _restore_task(self, task: Task) -> bool:

@@ -273,8 +273,12 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, *, batch_siz
     """
     _check_images(images)
     _check_labels(labels, count=len(images), num_classes=None)
-    correct = predict(classifier, images, batch_size=batch_size) == labels.cpu()
-    return 100.0 * int(correct.sum()) / len(labels)
+    return percentage(predict(classifier, images, batch_size=batch_size) == labels.cpu())
+
+
+def percentage(correct: Tensor) -> float:
+    """Share of what is true in a boolean tensor `(N,)`, N at least 1, in %, range [0, 100]."""
+    return 100.0 * int(correct.sum()) / len(correct)
 
 
 class _ResNet18(nn.Module):

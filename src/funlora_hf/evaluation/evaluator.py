@@ -26,7 +26,8 @@ from ..data import ImageClassificationData, Task
 from ..files import folder_sha256, read_json, whole_file, write_json
 from ..pipeline import FunLoraPipeline
 from ..seeds import derive_seed
-from .classifier import ClassifierConfig, accuracy, train_classifier
+from .classifier import ClassifierConfig, percentage, predict, train_classifier
+from .figures import class_grid
 from .held_out import held_out_loss
 from .samples import Samples, draw_samples, tensor_sha256, to_uint8
 
@@ -86,6 +87,7 @@ class RunEvaluator:
         self.seed = seed
         self.accelerator = accelerator
         self._classifier = classifier_config(config, max_train_steps)
+        self._folder = folder
         self._records = folder.checkpoints / "evaluation"
         self._synthetic = folder.checkpoints / "synthetic"
         self._probes = folder.checkpoints / "probes"
@@ -110,9 +112,11 @@ class RunEvaluator:
         self.accelerator.wait_for_everyone()
         sampled = time.perf_counter()
         if self.accelerator.is_main_process:
-            row = self._accuracies(task, seen)
+            for class_id in task.class_ids:
+                class_grid(self.synthetic_images(class_id, task), self._folder.class_figure(class_id))
+            row, per_class = self._accuracies(task, seen)
             seconds = {"sampling": sampled - started, "classifier": time.perf_counter() - sampled}
-            write_json(record, {"accuracies": row, "seconds": seconds})
+            write_json(record, {"accuracies": row, "class_accuracies": per_class, "seconds": seconds})
 
     def synthetic_images(self, class_id: int, task: Task) -> torch.Tensor:
         """The images sampled of a class after a task, uint8, `(n, channels, height, width)`."""
@@ -201,8 +205,11 @@ class RunEvaluator:
             tolerance=config.solver_tolerance,
         )
 
-    def _accuracies(self, task: Task, seen: list[int]) -> list[float] | None:
-        """Row of the accuracy matrix: % on the test images of each task so far; None where it cannot be measured."""
+    def _accuracies(self, task: Task, seen: list[int]) -> tuple[list[float], dict[str, float]] | tuple[None, None]:
+        """Row of the accuracy matrix, % on the test images of each task so far, and % on those of each class.
+
+        Both None where it cannot be measured.
+        """
         first = self.tasks[0].class_ids
         without_train = [c for c in first if not self._count(c, "train")]
         without_test = [c for c in seen if not self._count(c, "test")]
@@ -211,7 +218,7 @@ class RunEvaluator:
                 "No accuracy: the dataset has no real images of classes %s, which the classifier needs.",
                 sorted({*without_train, *without_test}),
             )
-            return None
+            return None, None
         source = self._real if task.index == 0 else self.synthetic_images
         images = [source(class_id, task) for class_id in seen]
         labels = [torch.full((len(part),), row) for row, part in enumerate(images)]
@@ -224,12 +231,15 @@ class RunEvaluator:
             device=self.accelerator.device,
             description=f"classifier, task {task.index + 1}",
         )
-        row = []
+        row, per_class = [], {}
         for earlier in self.tasks[: task.index + 1]:
             tests = [self._test_images(class_id) for class_id in earlier.class_ids]
             truth = [torch.full((len(x),), seen.index(c)) for c, x in zip(earlier.class_ids, tests, strict=True)]
-            row.append(accuracy(classifier, torch.cat(tests), torch.cat(truth)))
-        return row
+            correct = predict(classifier, torch.cat(tests)) == torch.cat(truth)
+            row.append(percentage(correct))
+            parts = correct.split([len(test) for test in tests])
+            per_class |= {str(c): percentage(part) for c, part in zip(earlier.class_ids, parts, strict=True)}
+        return row, per_class
 
     def _test_images(self, class_id: int) -> torch.Tensor:
         if class_id not in self._tests:

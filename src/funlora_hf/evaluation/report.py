@@ -110,6 +110,8 @@ def report_run(
         "class_names": {str(class_id): name for class_id, name in strategy.setting.class_names.items()},
         "tasks": [list(task.class_ids) for task in tasks],
         **accuracies,
+        # A record of before it was measured has none.
+        "class_accuracy": records[-1].get("class_accuracies"),
         "held_out_loss": {"mean": sum(losses.values()) / len(losses) if losses else None, "per_class": losses},
         **strategy.parameters_per_class(),
         "nfe": evaluator.nfe(),
