@@ -34,6 +34,6 @@ SERVER.environment = {
     "no_proxy": "127.0.0.1",
 }
 # What would lead elsewhere, from the shell that started the tests.
-for name in ("TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH", "HF_DATASETS_CACHE"):
+for name in ("TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN_PATH"):
     os.environ.pop(name, None)
 os.environ.update(SERVER.environment)

@@ -308,7 +308,9 @@ class HubServer:
     def _settings(self, call: Call, repo: str) -> Answer:
         repository = self._writable(call, repo)
         asked = call.json
-        repository.private = asked.get("private", asked.get("visibility", "private" * repository.private) == "private")
+        if "visibility" in asked:
+            repository.private = asked["visibility"] == "private"
+        repository.private = bool(asked.get("private", repository.private))
         repository.gated = bool(asked.get("gated", repository.gated))
         return _json({"private": repository.private, "gated": repository.gated})
 

@@ -7,11 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import UNet2DModel
 from hub_server import READ_TOKEN
 from huggingface_hub import (
+    _CACHED_NO_EXIST,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
@@ -31,6 +36,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+
+from funlora_hf import FunLoraPipeline
 
 
 REPO = "user/model"
@@ -108,7 +116,7 @@ def test_upload_folder_and_file(hub, api, tmp_path):
     assert len(hub.commits(REPO)) == 3
 
 
-def test_an_lfs_file_too_large_for_memory_in_one_piece_is_streamed_whole(hub, api, tmp_path):
+def test_an_lfs_file_of_several_megabytes(hub, api, tmp_path):
     api.create_repo(REPO)
     content = os.urandom(3 * 1024 * 1024)
     (tmp_path / "weights.safetensors").write_bytes(content)
@@ -250,8 +258,7 @@ def test_what_is_missing(hub, api):
         snapshot_download(REPO, revision="v9")
     with pytest.raises(EntryNotFoundError):
         hf_hub_download(REPO, "b.txt")
-    # as with the Hub, the client remembers that the file is missing
-    assert try_to_load_from_cache(REPO, "b.txt") is not None
+    assert try_to_load_from_cache(REPO, "b.txt") is _CACHED_NO_EXIST
 
 
 def test_delete_files_and_folders(hub, api):
@@ -279,6 +286,29 @@ def test_model_card(hub, api):
     assert [info.id for info in api.list_models(author="user", filter="funlora")] == [REPO]
 
 
+def test_models_of_diffusers_and_peft(hub, tiny_unet):
+    tiny_unet.push_to_hub("user/unet")
+    loaded = UNet2DModel.from_pretrained("user/unet")
+    assert {"config.json", "diffusion_pytorch_model.safetensors"} <= set(hub.files("user/unet"))
+    for name, weight in tiny_unet.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
+    adapted = get_peft_model(tiny_unet, LoraConfig(target_modules=["conv1"], init_lora_weights=False))
+    adapted.push_to_hub("user/adapter")
+    pulled = PeftModel.from_pretrained(loaded, "user/adapter")
+    expected = get_peft_model_state_dict(adapted)
+    assert expected
+    for name, weight in get_peft_model_state_dict(pulled).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_pipeline_of_diffusers(hub, tiny_pipe):
+    tiny_pipe.push_to_hub("user/pipeline")
+    pulled = FunLoraPipeline.from_pretrained("user/pipeline")
+    assert pulled.config["class_ids"] == tiny_pipe.config["class_ids"]
+    for name, weight in tiny_pipe.unet.state_dict().items():
+        assert torch.equal(weight, pulled.unet.state_dict()[name]), name
+
+
 def test_cards_that_the_hub_refuses(hub, api):
     api.create_repo(REPO)
     wrong_base = b"---\nbase_model: /home/someone/base\n---\n"
@@ -295,17 +325,21 @@ def test_who_may_read_and_write(hub, api):
     hub.commit("user/gated", {"a.txt": b"1"})
     hub.create("user/gated")
     api.update_repo_settings("user/gated", gated="manual")
+    hub.create("user/hidden")
+    api.update_repo_settings("user/hidden", private=True)
     assert api.model_info("user/private").private
     for token in (False, READ_TOKEN):
         with pytest.raises(RepositoryNotFoundError):
             api.model_info("user/private", token=token)
+        with pytest.raises(RepositoryNotFoundError):
+            api.model_info("user/hidden", token=token)
         with pytest.raises(GatedRepoError, match="restricted"):
             hf_hub_download("user/gated", "a.txt", token=token)
         with pytest.raises(HfHubHTTPError):
             api.upload_file(repo_id="user/gated", path_or_fileobj=b"", path_in_repo="a", token=token)
         with pytest.raises(HfHubHTTPError):
             api.create_repo("user/new", token=token)
-    assert hub.repos() == ["user/gated", "user/private"]
+    assert hub.repos() == ["user/gated", "user/hidden", "user/private"]
     assert len(hub.commits("user/gated")) == 2
 
 
@@ -407,6 +441,23 @@ def test_a_download_that_is_cut_resumes(hub, waits):
     assert hub.requests.count(("GET", f"/{REPO}/resolve/main/w.safetensors")) == 3
 
 
+def test_parts_of_a_file(hub):
+    hub.commit(REPO, {"w.safetensors": WEIGHTS})
+
+    def part(asked: str):
+        url = f"{hub.url}/{REPO}/resolve/main/w.safetensors"
+        return urllib.request.urlopen(urllib.request.Request(url, headers={"Range": asked}))
+
+    with part("bytes=1000-1003") as answer:
+        assert answer.status == 206
+        assert answer.headers["Content-Range"] == f"bytes 1000-1003/{len(WEIGHTS)}"
+        assert answer.read() == WEIGHTS[1000:1004]
+    with part("bytes=1000-") as answer:
+        assert answer.read() == WEIGHTS[1000:]
+    with pytest.raises(urllib.error.HTTPError, match="416"):
+        part(f"bytes={len(WEIGHTS)}-")
+
+
 def test_a_download_that_is_always_cut_leaves_no_file(hub, waits):
     hub.commit(REPO, {"w.safetensors": WEIGHTS})
     hub.cut(method="GET", path="/resolve/", after_bytes=0, times=None)
@@ -490,6 +541,15 @@ def test_a_pointer_without_its_content_is_refused(hub, api):
     operation._upload_mode, operation._is_uploaded = "lfs", True
     with pytest.raises(BadRequestError, match="LFS pointer pointed to a file that does not exist"):
         api.create_commit(REPO, [operation], commit_message="Pointer")
+
+
+def test_mistakes_of_the_server_are_told(hub):
+    request = urllib.request.Request(f"{hub.url}/api/repos/create", data=b"no JSON", method="POST")
+    request.add_header("Authorization", "Bearer hf_test")
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    assert error.value.code == 500
+    assert "JSONDecodeError" in hub.errors.pop()
 
 
 def test_a_process_of_its_own(hub):
