@@ -8,6 +8,7 @@ uploads, paging, and the redirect of downloads to another host.
 from __future__ import annotations
 
 import base64
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -127,8 +128,10 @@ class HubServer:
         threading.Thread(target=self._httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
+        """Listens no longer, and hangs up on those who are still connected."""
         self._httpd.shutdown()
         self._httpd.server_close()
+        self._httpd.hang_up()
 
     @property
     def url(self) -> str:
@@ -219,7 +222,7 @@ class HubServer:
         self._add(Fault("corrupt", "GET", path, times, change=change))
 
     def race(self, repo: str, files: Mapping[str, bytes | None], message: str = "Someone else's commit") -> None:
-        """Commits `files` just before the next commit request of `repo` is looked at."""
+        """Commits `files` just before the next commit request of `repo` is looked at; called twice, before the next two."""
         with self._lock:
             self._races.append((repo, dict(files), message))
 
@@ -507,11 +510,12 @@ class HubServer:
         repository = self._writable(call, repo)
         if call.flag("create_pr"):
             raise HubError(400, "This server has no pull requests")
-        for race in [race for race in self._races if race[0] == repo]:
-            self._races.remove(race)
-            self.commit(repo, race[1], race[2], revision=revision)
         if revision not in repository.branches:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        race = next((race for race in self._races if race[0] == repo), None)
+        if race is not None:
+            self._races.remove(race)
+            self.commit(repo, race[1], race[2], revision=revision)
         lines = [json.loads(line) for line in call.body.splitlines() if line.strip()]
         header = lines[0]["value"]
         head = repository.branches[revision]
@@ -724,6 +728,20 @@ class _Listener(ThreadingHTTPServer):
     def __init__(self, hub: HubServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.hub = hub
+        self._connections: set[socket.socket] = set()
+
+    def process_request(self, request, client_address) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request, client_address) -> None:
         """Clients may leave when they like: what goes wrong in endpoints is kept by the handler."""

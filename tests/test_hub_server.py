@@ -9,12 +9,13 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DModel
-from hub_server import READ_TOKEN
+from hub_server import READ_TOKEN, HubServer
 from huggingface_hub import (
     _CACHED_NO_EXIST,
     CommitOperationAdd,
@@ -521,9 +522,42 @@ def test_someone_else_commits_first(hub, api):
     assert hub.files(REPO).items() >= {"a.txt": b"1", "b.txt": b"theirs"}.items()
     now = hub.commits(REPO)[0].oid
     api.upload_file(repo_id=REPO, path_or_fileobj=b"2", path_in_repo="a.txt", parent_commit=now)
-    hub.race(REPO, {"b.txt": b"again"})
-    api.upload_file(repo_id=REPO, path_or_fileobj=b"3", path_in_repo="a.txt")
-    assert hub.files(REPO).items() >= {"a.txt": b"3", "b.txt": b"again"}.items()
+    assert hub.files(REPO)["a.txt"] == b"2"
+
+
+def test_races_come_one_at_a_time(hub, api):
+    hub.create(REPO)
+    hub.race(REPO, {"theirs.txt": b"1"})
+    hub.race(REPO, {"theirs.txt": b"2"})
+    api.upload_file(repo_id=REPO, path_or_fileobj=b"", path_in_repo="a.txt")
+    assert hub.files(REPO)["theirs.txt"] == b"1"
+    api.upload_file(repo_id=REPO, path_or_fileobj=b"", path_in_repo="b.txt")
+    assert hub.files(REPO)["theirs.txt"] == b"2"
+    assert len(hub.commits(REPO)) == 5
+
+
+def test_clients_at_the_same_time(hub, api):
+    hub.create(REPO)
+    with ThreadPoolExecutor(8) as pool:
+        for done in [
+            pool.submit(api.upload_file, repo_id=REPO, path_or_fileobj=b"%d" % i, path_in_repo=f"{i}.bin")
+            for i in range(16)
+        ]:
+            done.result()
+    assert hub.files(REPO).items() >= {f"{i}.bin": b"%d" % i for i in range(16)}.items()
+    assert len(hub.commits(REPO)) == 17
+
+
+def test_a_server_that_is_gone(hub):
+    other = HubServer()
+    other.start()
+    url = other.url
+    other.commit(REPO, {"a.txt": b"1"})
+    path = hf_hub_download(REPO, "a.txt", endpoint=url)
+    other.stop()
+    with pytest.raises(Exception, match=r"refused|Cannot connect"):
+        HfApi(endpoint=url).model_info(REPO)
+    assert hf_hub_download(REPO, "a.txt", endpoint=url) == path
 
 
 def test_skip_hits_a_later_request(hub, api):
