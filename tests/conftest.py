@@ -1,12 +1,23 @@
-"""What several test modules need: a small U-Net, a small pipeline, one thread."""
+"""What several test modules need: a small U-Net, a small pipeline, one thread, a Hub."""
 
 from __future__ import annotations
 
+# First, since the libraries below import huggingface_hub, which reads its environment once.
+from hub_environment import HOME, SERVER
+
+
+# isort: split
+
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub.file_download
+import huggingface_hub.utils._http
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
@@ -45,6 +56,26 @@ def tiny_pipe(tiny_unet) -> FunLoraPipeline:
     pipe = FunLoraPipeline(tiny_unet, FlowMatchEulerDiscreteScheduler(), class_ids=[3, 5], id2label={3: "three"})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def hub():
+    """The process's Hub server, empty and without faults, and an empty cache; `hub.environment` is for subprocesses."""
+    SERVER.reset()
+    shutil.rmtree(HOME / "hub", ignore_errors=True)
+    yield SERVER
+    errors = SERVER.errors
+    SERVER.reset()
+    assert not errors, errors
+
+
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    """Lets the client retry at once, and returns the seconds it would have waited."""
+    seconds: list[float] = []
+    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=seconds.append, time=time.time))
+    return seconds
 
 
 @pytest.fixture
