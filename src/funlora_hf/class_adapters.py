@@ -20,6 +20,7 @@ from .tuner import FunLoraConfig, mixed_batch
 from .tuner.adapter_layer import BASE
 from .tuner.adapter_model import AdapterModel, adapters_enabled
 from .tuner.removal import remove_adapters
+from .tuner.save_guard import guard_saving
 
 
 class ClassAdapters:
@@ -138,6 +139,7 @@ class ClassAdapters:
         name, training = adapter_name(class_label), self._model.training
         try:
             if self._peft_model is None:
+                guard_saving(self._model)
                 self._peft_model = PeftModel(self._model, config, adapter_name=name)
             loaded = self._peft_model.load_adapter(source, adapter_name=name, **location)
             # PEFT only warns of what is missing, and that part would act as the identity.
