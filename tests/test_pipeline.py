@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.integrate import solve_ivp
@@ -250,3 +250,39 @@ def test_a_bfloat16_unet_keeps_its_state_in_float32(pipe):
     rounded = pipe([3, 7], generator=generator(), output_type="pt").images
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: model, lambda model: model.base_model], ids=["PeftModel", "tuner"])
+def test_a_peft_model_is_no_base(tiny_unet, wrapped):
+    model = wrapped(get_peft_model(tiny_unet, FunLoraConfig()))
+    with pytest.raises(ValueError, match=rf"`unet` is a {type(model).__name__}, .*`unet.unload\(\)`.*`load_adapter`"):
+        FunLoraPipeline(model, FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FunLoraConfig(),
+        FunLoraConfig(modules_to_save=["conv_out"]),
+        LoraConfig(target_modules=["conv1"]),
+        LoraConfig(target_modules=["conv1"], trainable_token_indices={"class_embedding": [0]}),
+    ],
+    ids=["bank", "whole module", "LoRA", "LoRA and row"],
+)
+def test_a_u_net_with_the_pipeline_s_adapters_is_not_saved_alone(tiny_pipe, config, tmp_path):
+    unet = tiny_pipe.unet
+    get_peft_model(copy.deepcopy(unet), config).save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    for _ in range(2):
+        tiny_pipe.load_adapter(tmp_path / "a", class_label=7)
+        stock = DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
+        for save in (unet.save_pretrained, stock.save_pretrained):
+            with pytest.raises(ValueError, match="has adapters in it"):
+                save(tmp_path / "refused")
+        tiny_pipe.save_pretrained(tmp_path / "saved")
+        again = FunLoraPipeline.from_pretrained(tmp_path / "saved")
+        assert again.classes.keys() == {3, 5, 7}
+        tiny_pipe.unload_adapter(7)
+        unet.save_pretrained(tmp_path / "plain")
+        loaded = UNet2DModel.from_pretrained(tmp_path / "plain")
+        assert all(torch.equal(tensor, unet.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+        assert "save_pretrained" not in vars(unet)

@@ -1,6 +1,7 @@
 """FunLoRA for PEFT and diffusers: learn class after class, forget nothing. Importing it registers the method."""
 
 from .adapter_bank import AdapterBank
+from .export import merge_class
 from .layer_selection import conv_layers, layer_importance, parameters_per_class, select_layers
 from .pipeline import FunLoraPipeline, FunLoraPipelineOutput
 from .tuner import (
@@ -29,6 +30,7 @@ __all__ = [
     "hotswap_adapter",
     "initial_alpha",
     "layer_importance",
+    "merge_class",
     "mixed_batch",
     "numerical_rank",
     "parameters_per_class",

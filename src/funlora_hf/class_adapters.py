@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+import torch
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from torch import nn
 
 from .adapter_bank import AdapterBank
@@ -20,6 +21,7 @@ from .tuner import FunLoraConfig, mixed_batch
 from .tuner.adapter_layer import BASE
 from .tuner.adapter_model import AdapterModel, adapters_enabled
 from .tuner.removal import remove_adapters
+from .tuner.save_guard import guard_saving
 
 
 class ClassAdapters:
@@ -97,6 +99,33 @@ class ClassAdapters:
         else:
             save_adapter(self._peft_model, adapter_name(class_label), folder, class_name=class_name)
 
+    @torch.no_grad()
+    def merged(self, class_label: int | None) -> nn.Module:
+        """A copy of the model with the adapter of a class merged into its weights, and no adapters; None: of the base.
+
+        Raises:
+            ValueError: an adapter that cannot be merged.
+        """
+        bank = self._bank_of.get(class_label)
+        held = None if class_label is None or bank is not None else adapter_name(class_label)
+        names = {adapter_name(label) for label in self._configs if label not in self._bank_of}
+        names |= {name for bank in self._banks.values() for name in bank.adapter_names}
+        # The layers themselves are merged, not what a file of them would hold: some methods change the base as they start.
+        model, peft_model = deepcopy((self._model, self._peft_model))
+        remove_adapters(model, names - {held})
+        if class_label is None:
+            return model
+        if bank is not None:
+            # The start of an adapter must not take from the random numbers of who calls.
+            with torch.random.fork_rng(devices=[]):
+                peft_model = PeftModel(model, deepcopy(bank.config), adapter_name=adapter_name(class_label))
+            set_peft_model_state_dict(peft_model, bank.state_dict(class_label), adapter_name(class_label))
+        peft_model.set_adapter(adapter_name(class_label))
+        try:
+            return peft_model.merge_and_unload(safe_merge=True)
+        except (NotImplementedError, ValueError) as error:
+            raise ValueError(f"The adapter of class {class_label} cannot be merged: {error}") from error
+
     @contextmanager
     def acting(self, class_labels: Sequence[int | None]) -> Iterator[None]:
         """Every sample of a batch runs through the adapter of its class; None: through the base.
@@ -138,6 +167,7 @@ class ClassAdapters:
         name, training = adapter_name(class_label), self._model.training
         try:
             if self._peft_model is None:
+                guard_saving(self._model)
                 self._peft_model = PeftModel(self._model, config, adapter_name=name)
             loaded = self._peft_model.load_adapter(source, adapter_name=name, **location)
             # PEFT only warns of what is missing, and that part would act as the identity.

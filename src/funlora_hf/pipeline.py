@@ -18,8 +18,8 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from tqdm.auto import tqdm
 
 from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
@@ -73,6 +73,11 @@ class FunLoraPipeline(DiffusionPipeline):
         id2label: Optional[dict] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
+        if isinstance(unet, (PeftModel, PeftMixedModel, BaseTuner)):
+            raise ValueError(
+                f"`unet` is a {type(unet).__name__}, expected the UNet2DModel in it, without adapters: save the adapter with "
+                "`save_pretrained`, pass `unet.unload()`, and add the adapter with `load_adapter`."
+            )
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"`scheduler` is a {type(scheduler).__name__}, expected a FlowMatchEulerDiscreteScheduler: the base must "

@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .adapter_layer import BASE, AdapterGroups, AdapterLayer, adapter_layers
+from .save_guard import guard_saving, release_saving
 from .tensor_checks import check_before_loading
 
 
@@ -37,6 +38,16 @@ class AdapterModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         # PEFT looks the model type up here, which a UNet has not; `_prepare_model` sees the model itself.
         return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter's layers into a model, as PEFT does; until they are off again, diffusers does not save the model."""
+        guard_saving(model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        release_saving(model)
+        return model
 
     def _create_and_replace(
         self,

@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .save_guard import release_saving
+
 
 def remove_adapters(model: nn.Module, names: Collection[str]) -> None:
     """Take adapters off a model, whether they were put in wholly or in part.
@@ -26,6 +28,7 @@ def remove_adapters(model: nn.Module, names: Collection[str]) -> None:
         if not module._get_available_adapters():
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, base_module(module))
+    release_saving(model)
     if not hasattr(model, "peft_config"):
         return
     for name in names:
