@@ -7,7 +7,7 @@ ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECKED := src examples benchmarks tests
 
-.PHONY: demo test test-slow test-oldest-peft bench style quality clean
+.PHONY: demo space test test-slow test-oldest-peft test-space bench style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -22,6 +22,10 @@ demo: .venv/installed
 	done; \
 	if [ "$(words $(SEEDS))" != 1 ]; then $(BIN)/python examples/summarize_runs.py $$all; fi
 
+# A page to look at outputs/digits, or at what is named: make space ARGS='--base path/to/base --adapters path/to/adapters'
+space: .space/installed
+	PYTHONPATH="$(CURDIR)/.space" $(BIN)/python examples/space/app.py $(ARGS)
+
 test: quality
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
@@ -34,6 +38,10 @@ test-slow: .venv/installed
 test-oldest-peft: .oldest-peft
 	PYTHONPATH="$(CURDIR)/.oldest-peft" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
 	  tests/tuner tests/test_pipeline.py tests/test_layer_selection.py
+
+# The page in a browser: needs Chromium and its driver.
+test-space: .space/installed
+	PYTHONPATH="$(CURDIR)/.space" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/examples/test_space.py
 
 # Ratios of every claim about speed, into benchmarks/results; about 15 minutes on a machine that does nothing else.
 bench: .venv/installed
@@ -62,5 +70,12 @@ style: .venv/installed
 	  "peft==$$(sed -n 's/.*"peft>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
 	touch $@
 
+# Gradio wants another pillow than constraints.txt has: a folder that comes before .venv's packages.
+.space/installed: .venv/installed
+	rm -rf .space
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target .space \
+	  --constraint <(grep -v '^pillow==' constraints.txt) $$(sed -n 's/^space = \["\(.*\)"\]/\1/p' pyproject.toml) selenium
+	touch $@
+
 clean:
-	rm -rf .venv .oldest-peft outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .space .oldest-peft outputs .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.integrate import solve_ivp
@@ -111,6 +112,72 @@ def test_output_types_and_evaluations(pipe, solver, nfe):
     np.testing.assert_array_equal(array.images[..., 0], tensor.images[:, 0].numpy())
     assert [image.size for image in images] == [(8, 8), (8, 8)]
     np.testing.assert_array_equal(np.asarray(images[1]), (array.images[1, ..., 0] * 255).round().astype("uint8"))
+
+
+@pytest.mark.parametrize(("solver", "nfe"), [("heun", 8), ("rk4", 16)])
+@pytest.mark.parametrize(("first", "second"), [(3, "seven"), (9, 7), (5, 3), (7, 7)])
+def test_interpolation_ends_at_the_plain_classes(pipe, first, second, solver, nfe):
+    way = pipe.interpolate(first, second, [1.0, 0.5, 0.0], 4, solver, generator=generator(), output_type="pt")
+    for index, label in ((2, first), (0, second)):
+        plain = pipe([label], 4, solver, generator=generator(), output_type="pt")
+        torch.testing.assert_close(way.images[index : index + 1], plain.images, atol=1e-5, rtol=0)
+        assert way.nfe == plain.nfe == nfe
+
+
+def test_between_the_ends_velocities_are_mixed(plain_unet, pipe, adapters):
+    adapted = PeftModel.from_pretrained(copy.deepcopy(plain_unet), adapters / "class_7")
+    noise = torch.randn(1, 1, 8, 8, generator=generator())
+    images = pipe.interpolate(5, "seven", 5, generator=generator(), output_type="pt").images
+    assert images.shape == (5, 1, 8, 8)
+    for image, weight in zip(images, (0, 0.25, 0.5, 0.75, 1), strict=True):
+
+        def mixed(x, timestep, row, weight=weight):
+            first, second = plain_unet(x, timestep, torch.tensor([1])), adapted(x, timestep, torch.tensor([0]))
+            return UNet2DOutput((1 - weight) * first.sample + weight * second.sample)
+
+        by_hand = _integrate_by_hand(mixed, noise, None)
+        torch.testing.assert_close(image[None], by_hand, atol=1e-5, rtol=0)
+    # The middle is no mixture of the images at the ends.
+    assert (images[2] - (images[0] + images[4]) / 2).abs().max() > 1e-3
+
+
+def test_interpolation_takes_other_peft_methods(tiny_unet, tiny_pipe, tmp_path):
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["conv_out", "conv1"], init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(tiny_unet), config)
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    tiny_pipe.load_adapter(tmp_path / "lora", class_label=8)
+    images = tiny_pipe.interpolate(8, 3, 2, generator=generator(), output_type="pt").images
+    for image, label in zip(images, (8, 3), strict=True):
+        plain = tiny_pipe(label, generator=generator(), output_type="pt").images
+        torch.testing.assert_close(image[None], plain, atol=1e-5, rtol=0)
+    assert (images[0] - images[1]).abs().max() > 1e-2
+
+
+def test_interpolation_gives_the_usual_output_types(pipe):
+    array = pipe.interpolate(3, 7, 3, 2, generator=generator(), output_type="np").images
+    images, nfe = pipe.interpolate(3, 7, 3, 2, generator=generator(), return_dict=False)
+    assert (array.shape, nfe) == ((3, 8, 8, 1), 4)
+    for image, values in zip(images, array, strict=True):
+        np.testing.assert_array_equal(np.asarray(image), (values[..., 0] * 255).round().astype("uint8"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"class_label_2": 4}, r"`class_labels` has 4, expected ids or names of known classes"),
+        ({"weights": []}, r"`weights` is \[\], expected numbers in \[0, 1\]"),
+        ({"weights": [0.5, 1.5]}, r"`weights` is \[0.5, 1.5\], expected numbers in \[0, 1\]"),
+        ({"weights": [float("nan")]}, "`weights` is .*nan"),
+        ({"weights": 1}, "`weights` is 1, expected at least 2 images"),
+        ({"solver": "midpoint"}, "`solver` is 'midpoint', expected one of"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
+        ({"output_type": "latent"}, "`output_type` is 'latent'"),
+    ],
+)
+def test_bad_interpolations_are_named(pipe, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        pipe.interpolate(**{"class_label_1": 3, "class_label_2": 7, **arguments})
 
 
 def test_dopri5_agrees_with_scipy(pipe):

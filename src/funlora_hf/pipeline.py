@@ -6,7 +6,7 @@ Knows the base, its adapters and the solvers; knows nothing of training or evalu
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
 from .class_adapters import ClassAdapters
 from .flow_matching import sigma_to_timestep
-from .solvers import check_solver, solve
+from .solvers import SolverOutput, check_solver, solve
 
 
 @dataclass
@@ -147,24 +147,9 @@ class FunLoraPipeline(DiffusionPipeline):
 
         Source: arXiv 2510.02631, sampling by an ODE solver [text]; the default solver and steps are [ours].
         """
-        check_solver(solver)
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"`output_type` is {output_type!r}, expected 'pil', 'np' or 'pt'.")
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` is {num_inference_steps}, expected at least 1.")
+        _check_sampling(solver, num_inference_steps, output_type)
         class_ids = self._class_ids(class_labels)
-
-        config = self.unet.config
-        height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-        device = self._execution_device
-        # The state stays in float32, whatever the U-Net computes in: its rounding would add up over the steps.
-        noise = randn_tensor(
-            (len(class_ids), config.in_channels, height, width),
-            generator=generator,
-            device=device,
-            dtype=torch.float32,
-        )
-        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+        noise = self._noise(len(class_ids), generator)
         # Sorted by class, a batch need not be sorted in every adapted layer.
         order = sorted(range(len(class_ids)), key=class_ids.__getitem__)
         class_ids = [class_ids[index] for index in order]
@@ -173,22 +158,76 @@ class FunLoraPipeline(DiffusionPipeline):
         def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
             return self._velocity(state, sigma, rows)
 
-        steps = None if solver == "dopri5" else num_inference_steps
-        with self._acting(class_ids), tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
-            output = solve(
-                velocity, noise[order], self.scheduler.sigmas, solver=solver, rtol=rtol, atol=atol, on_step=bar.update
-            )
+        with self._acting(class_ids):
+            output = self._solve(velocity, noise[order], num_inference_steps, solver, rtol, atol)
+        sample = torch.empty_like(output.sample)
+        sample[order] = output.sample
+        return self._output(sample, output.nfe, output_type, return_dict)
 
-        images = torch.empty_like(output.sample)
-        images[order] = (output.sample / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, output.nfe
-        return FunLoraPipelineOutput(images=images, nfe=output.nfe)
+    @torch.no_grad()
+    def interpolate(
+        self,
+        class_label_1: int | str,
+        class_label_2: int | str,
+        weights: int | Sequence[float] | torch.Tensor = 8,
+        num_inference_steps: int = 10,
+        solver: str = "heun",
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> FunLoraPipelineOutput | tuple:
+        r"""
+        Images on the way from one class to another, all from the same noise.
+
+        At every evaluation both classes give their velocity for every image, and the image of weight w moves with
+        `(1 - w) * velocity_1 + w * velocity_2`: weight 0 is the first class as [`~FunLoraPipeline.__call__`] samples it
+        from that noise, weight 1 the second. Base and adapter classes may mix.
+
+        Args:
+            class_label_1 (`int` or `str`): the class of weight 0, by id or by name.
+            class_label_2 (`int` or `str`): the class of weight 1.
+            weights (`int` or a sequence of `float`, *optional*, defaults to 8):
+                One weight in [0, 1] for every image wanted, or how many, at least 2, evenly spaced from 0 to 1.
+            num_inference_steps (`int`, *optional*, defaults to 10):
+                Steps of the fixed-step solvers; "dopri5" chooses its own.
+            solver (`str`, *optional*, defaults to "heun"):
+                "euler" (1 evaluation of the U-Net a step), "heun" (2), "rk4" (4) or "dopri5" (adaptive).
+            rtol (`float`, *optional*, defaults to 1e-5): Relative tolerance of "dopri5".
+            atol (`float`, *optional*, defaults to 1e-5): Absolute tolerance of "dopri5".
+            generator (`torch.Generator`, *optional*):
+                Makes the one noise, and with it the images, repeatable.
+            output_type (`str`, *optional*, defaults to "pil"): "pil", "np" or "pt".
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`FunLoraPipelineOutput`] instead of a tuple.
+
+        Returns:
+            [`FunLoraPipelineOutput`] or `tuple`: the images, in the order of the weights, and the number of evaluations:
+            both classes of all weights run in one batch, twice as large as there are weights.
+
+        Raises:
+            ValueError: unknown class, solver or output type, weights out of range or none, or less than one step.
+
+        Source: [ours].
+        """
+        _check_sampling(solver, num_inference_steps, output_type)
+        weights = _interpolation_weights(weights)
+        (class_1,) = self._class_ids([class_label_1])
+        (class_2,) = self._class_ids([class_label_2])
+        noise = self._noise(1, generator)
+        noise = noise.expand(len(weights), *noise.shape[1:])
+        weights = weights.to(noise).view(-1, 1, 1, 1)
+        class_ids = [class_1] * len(noise) + [class_2] * len(noise)
+        rows = self._embedding_rows(class_ids)
+
+        def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+            first, second = self._velocity(torch.cat([state, state]), sigma, rows).chunk(2)
+            return (1 - weights) * first + weights * second
+
+        with self._acting(class_ids):
+            output = self._solve(velocity, noise, num_inference_steps, solver, rtol, atol)
+        return self._output(output.sample, output.nfe, output_type, return_dict)
 
     def predict_velocity(
         self, sample: torch.Tensor, sigma: torch.Tensor, class_labels: int | str | Sequence[int | str] | torch.Tensor
@@ -349,8 +388,73 @@ class FunLoraPipeline(DiffusionPipeline):
         output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float()), rows)
         return output.sample.to(sample.dtype)
 
+    def _noise(self, batch: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+        config = self.unet.config
+        height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+        # The state stays in float32, whatever the U-Net computes in: its rounding would add up over the steps.
+        return randn_tensor(
+            (batch, config.in_channels, height, width),
+            generator=generator,
+            device=self._execution_device,
+            dtype=torch.float32,
+        )
+
+    def _solve(
+        self,
+        velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        noise: torch.Tensor,
+        num_inference_steps: int,
+        solver: str,
+        rtol: float,
+        atol: float,
+    ) -> SolverOutput:
+        """From noise to data on the scheduler's grid, with a progress bar."""
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+        steps = None if solver == "dopri5" else num_inference_steps
+        with tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
+            return solve(
+                velocity, noise, self.scheduler.sigmas, solver=solver, rtol=rtol, atol=atol, on_step=bar.update
+            )
+
+    def _output(
+        self, sample: torch.Tensor, nfe: int, output_type: str, return_dict: bool
+    ) -> FunLoraPipelineOutput | tuple:
+        """Samples in [-1, 1] as the images that the caller asked for."""
+        images = (sample / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, nfe
+        return FunLoraPipelineOutput(images=images, nfe=nfe)
+
     def _acting(self, class_ids: Sequence[int]) -> AbstractContextManager:
         return self._adapters.acting([None if class_id in self._base_rows else class_id for class_id in class_ids])
+
+
+def _check_sampling(solver: str, num_inference_steps: int, output_type: str) -> None:
+    check_solver(solver)
+    if output_type not in ("pil", "np", "pt"):
+        raise ValueError(f"`output_type` is {output_type!r}, expected 'pil', 'np' or 'pt'.")
+    if num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` is {num_inference_steps}, expected at least 1.")
+
+
+def _interpolation_weights(weights: int | Sequence[float] | torch.Tensor) -> torch.Tensor:
+    """One weight for every image, in float32."""
+    if isinstance(weights, int):
+        if weights < 2:
+            raise ValueError(
+                f"`weights` is {weights}, expected at least 2 images, or a sequence of weights in [0, 1]."
+            )
+        return torch.linspace(0, 1, weights)
+    tensor = torch.as_tensor(weights, dtype=torch.float32).reshape(-1)
+    # Written so that NaN is refused, too.
+    if not len(tensor) or not ((tensor >= 0) & (tensor <= 1)).all():
+        raise ValueError(f"`weights` is {weights}, expected numbers in [0, 1], one for every image wanted.")
+    return tensor
 
 
 def _check_names(id2label: Mapping[int, str]) -> None:
