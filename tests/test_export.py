@@ -24,7 +24,6 @@ METHODS = {
     "lora": lambda: LoraConfig(
         target_modules=[*ATTENTION, "conv1"], init_lora_weights=False, trainable_token_indices=ROW
     ),
-    "pissa": lambda: LoraConfig(target_modules=ATTENTION, r=2, init_lora_weights="pissa", trainable_token_indices=ROW),
     "whole embedding": lambda: LoraConfig(
         target_modules=["to_q"], init_lora_weights=False, use_rslora=True, modules_to_save=["class_embedding"]
     ),

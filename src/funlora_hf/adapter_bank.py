@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from peft import PeftConfig, inject_adapter_in_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .adapter_folder import adapter_folders
+from .adapter_folder import adapter_name as class_adapter_name
+from .base_model import load_base
 from .files import whole_file
+from .fingerprint import FingerprintCheck
+from .saved_adapter import ADAPTER_FILES, SavedAdapter, fetch, read_adapter
 from .tuner import FunLoraConfig, mixed_batch
 from .tuner.adapter_layer import BASE, AdapterLayer, adapter_layers
 from .tuner.adapter_model import adapters_enabled
@@ -34,8 +37,6 @@ from .tuner.tensor_checks import listed, misnamed, misshapen, not_finite
 
 # What all adapters of a bank share; which layers they have, their tensors show.
 _SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
-# What else says which layers an adapter has.
-_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _ROWS = "adapters"
 _METADATA = "adapter_bank"
 
@@ -96,6 +97,7 @@ class AdapterBank:
         self.config: FunLoraConfig = self._layers[0].settings[adapter_name]
         _check_shared("config", config, self.config)
         self._live = FlatAdapter(self.model, adapter_name)
+        self._base = FingerprintCheck(self.model)
         # Further adapters in the model, for mixed batches, and which of them hold which class.
         self._others: list[FlatAdapter] = []
         self._placed: dict[int, FlatAdapter] = {}
@@ -133,9 +135,11 @@ class AdapterBank:
         """The live class; None: the base."""
         return self._active
 
-    def takes(self, config: FunLoraConfig) -> bool:
-        """Whether adapters of this configuration, from a saved adapter, are made as those of the bank."""
-        return all(getattr(config, name) == getattr(self.config, name) for name in (*_SHARED, *_TARGETS))
+    def takes(self, adapter: SavedAdapter) -> bool:
+        """Whether an adapter is made as those of the bank: by its config, names and shapes."""
+        live, given = self._live.tensors, {plain_key(key): shape for key, shape in adapter.shapes.items()}
+        shared = all(getattr(adapter.config, name) == getattr(self.config, name) for name in _SHARED)
+        return shared and not misnamed(live, given) and not misshapen(live, given)
 
     def activate(self, class_label: int | None) -> None:
         """
@@ -203,6 +207,8 @@ class AdapterBank:
         revision: str | None = None,
         class_label: int | None = None,
         class_name: str | None = None,
+        local_files_only: bool = False,
+        ignore_base_fingerprint: bool = False,
     ) -> int:
         """
         Add the class of a saved adapter. Only its JSON and its safetensors file are read.
@@ -213,29 +219,32 @@ class AdapterBank:
             revision (`str`, *optional*): branch, tag or commit of a repository.
             class_label (`int`, *optional*): id of the class; None: the one in the adapter's config.
             class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
+            local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache.
+            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): add it also if it was trained for another base.
 
         Returns:
             `int`: the id of the class.
 
         Raises:
+            BaseMismatchError: the adapter was trained for another base.
             ValueError: no id or one that is taken, another configuration than the bank's, or tensors that are missing,
                 unexpected, of another shape or not finite. The bank is as it was then.
-            FileNotFoundError: a folder without `adapter_model.safetensors`.
+            FileNotFoundError: a folder without an adapter, or no such repository.
         """
-        source = os.fspath(source)
-        location = {"subfolder": subfolder, "revision": revision}
-        location = {key: value for key, value in location.items() if value is not None}
-        config = PeftConfig.from_pretrained(source, **location)
+        adapter = read_adapter(source, subfolder=subfolder, revision=revision, local_files_only=local_files_only)
+        config = adapter.config
         if not isinstance(config, FunLoraConfig):
             raise ValueError(
-                f"`source` {source!r} holds an adapter of type {config.peft_type.value}, expected FUNLORA."
+                f"`source` {adapter.source!r} holds an adapter of type {config.peft_type.value}, expected FUNLORA."
             )
-        _check_shared(source, config, self.config)
+        _check_shared(adapter.source, config, self.config)
         class_label = config.class_label if class_label is None else class_label
         if class_label is None:
-            raise ValueError(f"The adapter {source!r} does not say which class it is: pass `class_label`.")
-        tensors = load_file(_weights_file(source, **location))
-        return self.add_tensors(tensors, class_label=class_label, class_name=class_name or config.class_name)
+            raise ValueError(f"The adapter {adapter.source!r} does not say which class it is: pass `class_label`.")
+        if not ignore_base_fingerprint:
+            self._base.check(config, adapter.source)
+        self._check_fits(adapter.shapes)
+        return self.add_tensors(adapter.tensors(), class_label=class_label, class_name=class_name or config.class_name)
 
     def add_tensors(
         self, state_dict: Mapping[str, torch.Tensor], *, class_label: int, class_name: str | None = None
@@ -247,14 +256,18 @@ class AdapterBank:
         """
         if class_label in self._rows:
             raise ValueError(f"`class_label` is {class_label}, a class that is in the bank already: remove it first.")
+        self._rows[class_label] = self._live.flatten(self._check_fits(state_dict))
+        self._names[class_label] = class_name or str(class_label)
+        return class_label
+
+    def _check_fits(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors by the live adapter's keys."""
         given = {plain_key(key): value for key, value in state_dict.items()}
         live = self._live.tensors
         problems = [*misnamed(live, given), *misshapen(live, given), *not_finite(given)]
         if problems:
             raise ValueError(f"The tensors do not fit this bank, nothing was added:\n{listed(problems)}")
-        self._rows[class_label] = self._live.flatten(given)
-        self._names[class_label] = class_name or str(class_label)
-        return class_label
+        return given
 
     def remove(self, class_label: int) -> None:
         """Forget a class; if it is live, the base is live afterwards. Raises a ValueError for one that is not there."""
@@ -298,6 +311,7 @@ class AdapterBank:
         adapter_name: str = "live",
         *,
         beside: Sequence[AdapterBank] = (),
+        ignore_base_fingerprint: bool = False,
     ) -> AdapterBank:
         """
         A bank from a file that `save` wrote. The rows stay in the file, which is mapped into memory, until they are used.
@@ -307,8 +321,10 @@ class AdapterBank:
             model (`torch.nn.Module`): the base that the adapters were trained for.
             adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
             beside (sequence of `AdapterBank`, *optional*): as for [`AdapterBank`].
+            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): load adapters of another base, too.
 
         Raises:
+            BaseMismatchError: the adapters were trained for another base.
             ValueError: not a bank's file, or one that does not fit the model: which tensors, is said.
             FileNotFoundError: no such file.
         """
@@ -322,9 +338,68 @@ class AdapterBank:
                 f"{os.fspath(file)!r} has no {', '.join(missing)}: it was not written by AdapterBank.save."
             )
         settings, layout, classes = (metadata[name] for name in ("config", "layout", "classes"))
-        bank = cls(model, _config(settings, os.fspath(file)), adapter_name, beside=beside)
+        config = _config(settings, os.fspath(file))
+        if not ignore_base_fingerprint:
+            FingerprintCheck(model).check(config, os.fspath(file))
+        bank = cls(model, config, adapter_name, beside=beside)
         try:
             bank._take_rows(os.fspath(file), layout, classes)
+        except Exception:
+            bank.unload()
+            raise
+        return bank
+
+    @classmethod
+    def from_hub(
+        cls,
+        source: str | os.PathLike,
+        model: nn.Module | None = None,
+        *,
+        classes: Collection[int] | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        ignore_base_fingerprint: bool = False,
+    ) -> AdapterBank:
+        """
+        A bank of the classes in a repository that has a folder `class_<id>` for each, as `push_all` lays them out.
+
+        Args:
+            source (`str` or `os.PathLike`): the repository, or a folder laid out like it.
+            model (`torch.nn.Module`, *optional*): the base; None: the U-Net that the adapters' configs name, which is loaded.
+            classes (collection of `int`, *optional*): the ids wanted, of which alone files are fetched; None: all there are.
+            revision (`str`, *optional*): branch, tag or commit of the repository.
+            local_files_only (`bool`, *optional*, defaults to `False`): take all from the cache, without asking the Hub.
+            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): add adapters of another base, too.
+
+        Returns:
+            [`AdapterBank`], on `bank.model`.
+
+        Raises:
+            BaseMismatchError: an adapter was trained for another base.
+            ValueError: no `model`, and the configs name none that can be loaded; adapters of several configurations; or as `add`.
+                The model is then as it was.
+            FileNotFoundError: no such repository, or a class that it has not.
+        """
+        names = ["class_*"] if classes is None else [class_adapter_name(label) for label in classes]
+        files = [f"{name}/{file}" for name in names for file in ADAPTER_FILES]
+        root = fetch(source, files, revision=revision, local_files_only=local_files_only)
+        folders = adapter_folders(root) if classes is None else [root / name for name in names]
+        if not folders:
+            raise FileNotFoundError(f"{os.fspath(source)!r} has no folder class_<id>, expected one for each class.")
+        first = read_adapter(folders[0])
+        if not isinstance(first.config, FunLoraConfig):
+            raise ValueError(
+                f"{os.fspath(source)!r} holds adapters of type {first.config.peft_type.value}, expected FUNLORA."
+            )
+        if model is None:
+            model = load_base(first.config, local_files_only=local_files_only)
+        if not ignore_base_fingerprint:
+            FingerprintCheck(model).check(first.config, first.source)
+        first.check_fits(model)
+        bank = cls(model, first.exact_config)
+        try:
+            for folder in folders:
+                bank.add(folder, ignore_base_fingerprint=ignore_base_fingerprint)
         except Exception:
             bank.unload()
             raise
@@ -421,16 +496,6 @@ def _check_shared(source: str, config: FunLoraConfig, expected: FunLoraConfig) -
     if differ:
         found = ", ".join(f"`{name}` is {getattr(config, name)!r}, not {getattr(expected, name)!r}" for name in differ)
         raise ValueError(f"The configuration of {source!r} does not fit this bank's: {found}. Use a bank of its own.")
-
-
-def _weights_file(source: str, subfolder: str | None = None, revision: str | None = None) -> Path:
-    folder = Path(source) / (subfolder or "")
-    if folder.is_dir():
-        file = folder / SAFETENSORS_WEIGHTS_NAME
-        if not file.is_file():
-            raise FileNotFoundError(f"{os.fspath(folder)!r} has no {SAFETENSORS_WEIGHTS_NAME}.")
-        return file
-    return Path(hf_hub_download(source, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, revision=revision))
 
 
 def _order(wanted: Sequence[str], stored: Sequence[str], sizes: Sequence[int]) -> Any:

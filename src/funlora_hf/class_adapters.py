@@ -6,7 +6,7 @@ Knows banks and PEFT; knows no pipeline, no sampling and no training.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
 from pathlib import Path
@@ -17,6 +17,8 @@ from torch import nn
 
 from .adapter_bank import AdapterBank
 from .adapter_folder import adapter_name, save_adapter, save_adapter_tensors
+from .fingerprint import FingerprintCheck
+from .saved_adapter import SavedAdapter
 from .tuner import FunLoraConfig, mixed_batch
 from .tuner.adapter_layer import BASE
 from .tuner.adapter_model import AdapterModel, adapters_enabled
@@ -37,40 +39,49 @@ class ClassAdapters:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._base = FingerprintCheck(model)
         self._banks: dict[str, AdapterBank] = {}
         self._peft_model: PeftModel | None = None
         # What each class was loaded with, and the bank it is in, if any.
         self._configs: dict[int, PeftConfig] = {}
         self._bank_of: dict[int, AdapterBank] = {}
 
-    def add(self, source: str, class_label: int, config: PeftConfig, location: Mapping[str, str]) -> None:
+    def add(self, adapter: SavedAdapter, class_label: int, *, ignore_base_fingerprint: bool = False) -> None:
         """
         Load the adapter of a class.
 
         Args:
-            source (`str`): folder or repository, as PEFT saves an adapter.
+            adapter ([`SavedAdapter`]): as it was found.
             class_label (`int`): a class that has none yet.
-            config (`PeftConfig`): the adapter's.
-            location (`Mapping[str, str]`): `subfolder` and `revision`, if any.
+            ignore_base_fingerprint (`bool`): load it also if it was trained for another base.
 
         Raises:
+            BaseMismatchError: the adapter was trained for another base.
             ValueError: an adapter of another method than those loaded, or one that does not fit. Nothing has changed then.
         """
-        self._check_method(source, config)
+        self._check_method(adapter)
+        if not ignore_base_fingerprint:
+            self._base.check(adapter.config, adapter.source)
         try:
-            bankable = isinstance(config, FunLoraConfig) and not config.modules_to_save
+            bankable = isinstance(adapter.config, FunLoraConfig) and not adapter.config.modules_to_save
             if bankable and self._peft_model is None:
-                self._add_to_bank(source, class_label, config, location)
+                self._add_to_bank(adapter, class_label)
             else:
-                self._add_to_peft_model(source, class_label, config, location)
+                self._add_to_peft_model(adapter, class_label)
         except Exception as error:
             self._clean_up()
-            raise ValueError(f"The adapter {source!r} does not fit this base: {error}") from error
-        self._configs[class_label] = config
+            raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {error}") from error
+        self._configs[class_label] = adapter.config
 
-    def open_bank(self, file: str | os.PathLike) -> AdapterBank:
+    def open_bank(self, file: str | os.PathLike, *, ignore_base_fingerprint: bool = False) -> AdapterBank:
         """A bank from a file that [`AdapterBank.save`] wrote, on the model, for `add_bank`. Errors as in [`AdapterBank.load`]."""
-        return AdapterBank.load(file, self._model, self._free_name(), beside=list(self._banks.values()))
+        return AdapterBank.load(
+            file,
+            self._model,
+            self._free_name(),
+            beside=list(self._banks.values()),
+            ignore_base_fingerprint=ignore_base_fingerprint,
+        )
 
     def add_bank(self, bank: AdapterBank) -> None:
         """Take in all classes of a bank from `open_bank`, none of which is loaded yet."""
@@ -151,25 +162,28 @@ class ClassAdapters:
             return mixed_batch(self._model, names)
         return tuner._enable_peft_forward_hooks(adapter_names=names)
 
-    def _add_to_bank(self, source: str, class_label: int, config: FunLoraConfig, location: Mapping[str, str]) -> None:
-        for bank in self._banks.values():
-            if bank.takes(config):
-                break
-        else:
-            bank = AdapterBank(self._model, config, self._free_name(), beside=list(self._banks.values()))
+    def _add_to_bank(self, adapter: SavedAdapter, class_label: int) -> None:
+        tensors = adapter.tensors()
+        bank = next((bank for bank in self._banks.values() if bank.takes(adapter)), None)
+        if bank is None:
+            adapter.check_fits(self._model)
+            bank = AdapterBank(self._model, adapter.exact_config, self._free_name(), beside=list(self._banks.values()))
             self._banks[bank.adapter_name] = bank
-        bank.add(source, class_label=class_label, **location)
+        bank.add_tensors(tensors, class_label=class_label)
         self._bank_of[class_label] = bank
 
-    def _add_to_peft_model(
-        self, source: str, class_label: int, config: PeftConfig, location: Mapping[str, str]
-    ) -> None:
+    def _add_to_peft_model(self, adapter: SavedAdapter, class_label: int) -> None:
         name, training = adapter_name(class_label), self._model.training
+        adapter.check_fits(self._model)
+        tensors = adapter.tensors()
         try:
             if self._peft_model is None:
                 guard_saving(self._model)
-                self._peft_model = PeftModel(self._model, config, adapter_name=name)
-            loaded = self._peft_model.load_adapter(source, adapter_name=name, **location)
+                self._peft_model = PeftModel(self._model, adapter.exact_config, adapter_name=name)
+            else:
+                self._peft_model.add_adapter(name, adapter.exact_config)
+            self._peft_model.eval()
+            loaded = set_peft_model_state_dict(self._peft_model, tensors, adapter_name=name)
             # PEFT only warns of what is missing, and that part would act as the identity.
             missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
             if missing or loaded.unexpected_keys:
@@ -180,11 +194,12 @@ class ClassAdapters:
         finally:
             self._model.train(training)
 
-    def _check_method(self, source: str, config: PeftConfig) -> None:
-        loaded = next(iter(self._configs.values()), config)
-        if config.peft_type != loaded.peft_type:
+    def _check_method(self, adapter: SavedAdapter) -> None:
+        found = adapter.config.peft_type
+        loaded = next(iter(self._configs.values()), adapter.config)
+        if found != loaded.peft_type:
             raise ValueError(
-                f"`source` {source!r} holds an adapter of type {config.peft_type.value}, expected "
+                f"`source` {adapter.source!r} holds an adapter of type {found.value}, expected "
                 f"{loaded.peft_type.value}, as those loaded already: use a pipeline of its own."
             )
 

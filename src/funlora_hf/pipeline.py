@@ -4,7 +4,6 @@ Knows the base, its adapters and the solvers; knows nothing of training or evalu
 """
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,14 +17,17 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from peft import PeftConfig, PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from tqdm.auto import tqdm
 
 from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
 from .class_adapters import ClassAdapters
+from .fingerprint import base_tensors
 from .flow_matching import sigma_to_timestep
+from .saved_adapter import read_adapter
 from .solvers import SolverOutput, check_solver, solve
+from .tuner.removal import adapted_modules
 
 
 @dataclass
@@ -258,9 +260,11 @@ class FunLoraPipeline(DiffusionPipeline):
         class_label: int | None = None,
         class_name: str | None = None,
         revision: str | None = None,
+        local_files_only: bool = False,
+        ignore_base_fingerprint: bool = False,
     ) -> int:
         """
-        Add the class of an adapter.
+        Add the class of an adapter. Only its JSON and its safetensors file are read, and nothing in them is run.
 
         Args:
             source (`str` or `os.PathLike`):
@@ -271,37 +275,43 @@ class FunLoraPipeline(DiffusionPipeline):
             class_label (`int`, *optional*): id under which to ask for the class; None: the one in the adapter's config.
             class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
             revision (`str`, *optional*): branch, tag or commit of a repository.
+            local_files_only (`bool`, *optional*, defaults to `False`):
+                Take a repository from the cache, without asking the Hub.
+            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`):
+                Load the adapter also if it was trained for another base.
 
         Returns:
             `int`: the id of the class.
 
         Raises:
+            BaseMismatchError: the adapter was trained for another base (a ValueError).
             ValueError: no id, an id or a name that is taken, an adapter of another method than those loaded, or one
                 that does not fit the base. Nothing has changed then.
+            FileNotFoundError: no such folder, repository, revision or adapter in it.
         """
-        source = os.fspath(source)
-        location = {"subfolder": subfolder, "revision": revision}
-        location = {key: value for key, value in location.items() if value is not None}
-        config = PeftConfig.from_pretrained(source, **location)
+        adapter = read_adapter(source, subfolder=subfolder, revision=revision, local_files_only=local_files_only)
+        config = adapter.config
         # Other methods' configs do not say which class an adapter makes.
         class_label = getattr(config, "class_label", None) if class_label is None else class_label
         if class_label is None:
-            raise ValueError(f"The adapter {source!r} does not say which class it is: pass `class_label`.")
+            raise ValueError(f"The adapter {adapter.source!r} does not say which class it is: pass `class_label`.")
         class_name = class_name or getattr(config, "class_name", None) or str(class_label)
         if class_label in self._names:
             where = "the base knows" if class_label in self._base_rows else "an adapter is loaded for"
             raise ValueError(f"`class_label` is {class_label}, a class that {where} already: pass another one.")
         _check_names({**self._names, class_label: class_name})
-        self._adapters.add(source, class_label, config, location)
+        self._adapters.add(adapter, class_label, ignore_base_fingerprint=ignore_base_fingerprint)
         self._names[class_label] = class_name
         return class_label
 
-    def load_adapter_bank(self, file: str | os.PathLike) -> list[int]:
+    def load_adapter_bank(self, file: str | os.PathLike, *, ignore_base_fingerprint: bool = False) -> list[int]:
         """
         Add all classes of a file written by [`AdapterBank.save`]; a thousand load like one.
 
         Args:
             file (`str` or `os.PathLike`): to read; it is mapped into memory and must not change meanwhile.
+            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`):
+                Load the adapters also if they were trained for another base.
 
         Returns:
             `list[int]`: the ids of the classes.
@@ -311,7 +321,7 @@ class FunLoraPipeline(DiffusionPipeline):
                 changed then.
             FileNotFoundError: no such file.
         """
-        bank = self._adapters.open_bank(file)
+        bank = self._adapters.open_bank(file, ignore_base_fingerprint=ignore_base_fingerprint)
         try:
             taken = sorted(set(bank.classes) & set(self._names))
             if taken:
@@ -353,7 +363,9 @@ class FunLoraPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "FunLoraPipeline":
-        """As [`DiffusionPipeline.from_pretrained`]; adapters in `adapters/` of a local folder are loaded, too."""
+        """As [`DiffusionPipeline.from_pretrained`], reading safetensors only; adapters in `adapters/` of a local folder are
+        loaded, too."""
+        kwargs.setdefault("use_safetensors", True)
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for folder in adapter_folders(Path(pretrained_model_name_or_path) / ADAPTERS_FOLDER):
             pipe.load_adapter(folder, **adapter_class(folder))
@@ -465,14 +477,9 @@ def _check_names(id2label: Mapping[int, str]) -> None:
 
 def _without_adapters(unet: UNet2DModel) -> UNet2DModel:
     """A U-Net without adapters that shares the base's tensors."""
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
-    if any(layer.merged for layer in layers):
-        raise ValueError("Adapters are merged into the base's weights: call `unmerge_adapter` before saving.")
-    if not layers:
+    if not adapted_modules(unet):
         return unet
     with torch.device("meta"):
         base = UNet2DModel.from_config(unet.config)
-    # Wrappers put parts of their own into the names of what they wrap.
-    plain = {re.sub(r"\.(token_adapter|base_layer|original_module)\b", "", k): v for k, v in unet.state_dict().items()}
-    base.load_state_dict({name: plain[name] for name in base.state_dict()}, assign=True)
+    base.load_state_dict(base_tensors(unet), assign=True)
     return base
