@@ -18,6 +18,7 @@ import sys
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser
 
 from funlora_hf.continual.compilation import CompilationError
@@ -27,6 +28,7 @@ from funlora_hf.continual.config import (
     EvaluationArguments,
     ModelArguments,
 )
+from funlora_hf.continual.publishing import PushError
 from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
 from funlora_hf.evaluation.report import ForgettingError
@@ -42,6 +44,8 @@ ERRORS = (
     CompilationError,
     NonFiniteLossError,
     ForgettingError,
+    PushError,
+    HfHubHTTPError,
 )
 # Of sysexits.h, EX_TEMPFAIL: try again later.
 EXIT_TIME_LIMIT = 75

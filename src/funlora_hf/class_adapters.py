@@ -17,13 +17,13 @@ from torch import nn
 
 from .adapter_bank import AdapterBank
 from .adapter_folder import adapter_name, save_adapter, save_adapter_tensors
+from .adapter_loading import put_adapter
 from .fingerprint import FingerprintCheck
 from .saved_adapter import SavedAdapter
 from .tuner import FunLoraConfig, mixed_batch
 from .tuner.adapter_layer import BASE
 from .tuner.adapter_model import AdapterModel, adapters_enabled
 from .tuner.removal import remove_adapters
-from .tuner.save_guard import guard_saving
 
 
 class ClassAdapters:
@@ -67,7 +67,7 @@ class ClassAdapters:
             if bankable and self._peft_model is None:
                 self._add_to_bank(adapter, class_label)
             else:
-                self._add_to_peft_model(adapter, class_label)
+                self._peft_model = put_adapter(self._model, self._peft_model, adapter, adapter_name(class_label))
         except Exception as error:
             self._clean_up()
             raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {error}") from error
@@ -171,28 +171,6 @@ class ClassAdapters:
             self._banks[bank.adapter_name] = bank
         bank.add_tensors(tensors, class_label=class_label)
         self._bank_of[class_label] = bank
-
-    def _add_to_peft_model(self, adapter: SavedAdapter, class_label: int) -> None:
-        name, training = adapter_name(class_label), self._model.training
-        adapter.check_fits(self._model)
-        tensors = adapter.tensors()
-        try:
-            if self._peft_model is None:
-                guard_saving(self._model)
-                self._peft_model = PeftModel(self._model, adapter.exact_config, adapter_name=name)
-            else:
-                self._peft_model.add_adapter(name, adapter.exact_config)
-            self._peft_model.eval()
-            loaded = set_peft_model_state_dict(self._peft_model, tensors, adapter_name=name)
-            # PEFT only warns of what is missing, and that part would act as the identity.
-            missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
-            if missing or loaded.unexpected_keys:
-                raise ValueError(f"missing tensors {missing}, unexpected tensors {loaded.unexpected_keys}")
-        except Exception:
-            remove_adapters(self._model, [name])
-            raise
-        finally:
-            self._model.train(training)
 
     def _check_method(self, adapter: SavedAdapter) -> None:
         found = adapter.config.peft_type

@@ -25,11 +25,12 @@ from .continual.config import (
     run_settings,
 )
 from .continual.existing_base import ExistingBase, find_base
+from .continual.publishing import Publisher
 from .continual.registry import strategy_class
 from .continual.run_folder import RunFolder
 from .continual.strategy import Setting, Strategy
 from .continual.time_limit import TimeLimit, TimeLimitReached
-from .continual.trainer import ContinualTrainer
+from .continual.trainer import ContinualTrainer, Evaluator
 from .data import ImageClassificationData, Task, assign_class_ids, load_image_data, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.report import report_finished, report_run
@@ -74,6 +75,7 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
         `dict`: the contents of results.json; None after `update_class`, and on all processes but the main one.
 
     Raises:
+        PushError: `push_to_hub`, but the finished run could not be pushed.
         ForgettingError: the samples of an earlier class, or the base, have changed. results.json is written all the
             same.
         TimeLimitReached: `time_limit_minutes` is over; everything is on disk to go on from.
@@ -94,8 +96,9 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
     strategy = strategy_cls(_setting(arguments, folder, base, data, tasks, accelerator))
     strategy.check()
     _open_folder(folder, arguments, accelerator)
+    publisher = _publisher(training, tasks, accelerator)
     if folder.results.is_file():
-        return report_finished(folder) if accelerator.is_main_process else None
+        return _finished(folder, publisher) if accelerator.is_main_process else None
     evaluator = RunEvaluator(
         strategy,
         data,
@@ -106,13 +109,41 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
         accelerator=accelerator,
         max_train_steps=training.max_train_steps,
     )
-    trainer = _trainer(arguments, strategy, data, tasks, folder, accelerator, limit, evaluator)
+    listener = evaluator if publisher is None else _Listeners(evaluator, publisher)
+    trainer = _trainer(arguments, strategy, data, tasks, folder, accelerator, limit, listener)
     with _ends(accelerator):
         trainer.train()
     if not accelerator.is_main_process:
         return None
     settings = run_settings(arguments.data, model, training, arguments.evaluation)
-    return report_run(evaluator, settings=settings, folder=folder, num_processes=accelerator.num_processes)
+    results = report_run(evaluator, settings=settings, folder=folder, num_processes=accelerator.num_processes)
+    if publisher is not None:
+        publisher.end_run()
+    return results
+
+
+@dataclass
+class _Listeners:
+    """Tells one after the other that a task is over; the second is only on the main process."""
+
+    evaluator: RunEvaluator
+    publisher: Publisher
+
+    def end_task(self, task: Task) -> None:
+        self.evaluator.end_task(task)
+        self.publisher.end_task(task)
+
+
+def _publisher(training: ContinualTrainingArguments, tasks: list[Task], accelerator: Accelerator) -> Publisher | None:
+    """What pushes the run, on the main process; None: nothing does."""
+    return Publisher(training, tasks) if training.push_to_hub and accelerator.is_main_process else None
+
+
+def _finished(folder: RunFolder, publisher: Publisher | None) -> dict[str, Any]:
+    results = report_finished(folder)
+    if publisher is not None:
+        publisher.end_run()
+    return results
 
 
 def _update(
@@ -260,7 +291,7 @@ def _trainer(
     folder: RunFolder,
     accelerator: Accelerator,
     limit: TimeLimit,
-    evaluator: RunEvaluator | None = None,
+    evaluator: Evaluator | None = None,
 ) -> ContinualTrainer:
     return ContinualTrainer(
         strategy,

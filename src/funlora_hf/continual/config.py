@@ -178,6 +178,20 @@ class ContinualTrainingArguments:
     )
     report_to: str = field(default="none", metadata={"help": "Tracker of accelerate: 'tensorboard', 'wandb', ..."})
 
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Push base and adapters to the Hub: a tagged commit for each task, when it is over."},
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository to push to, 'user/repo'; None: yours, named as output_dir is."}
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether a repository that is made is private; None: as your account is set."}
+    )
+    hub_license: str | None = field(
+        default=None, metadata={"help": "Identifier of a licence for the cards: 'mit', ..."}
+    )
+
     base_train_steps: int | None = field(default=700, metadata={"help": "Steps of task 1; None: base_epochs counts."})
     base_epochs: int | None = field(default=None, metadata={"help": "Epochs of task 1, if base_train_steps is None."})
     base_batch_size: int = field(default=32, metadata={"help": "Batch of task 1, over all processes."})
@@ -220,6 +234,14 @@ class ContinualTrainingArguments:
         if self.time_limit_minutes is not None and not self.time_limit_minutes > 0:
             raise ValueError(
                 f"`time_limit_minutes` is {self.time_limit_minutes}, expected a number above 0, or None for no limit."
+            )
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError(
+                f"`hub_model_id` is {self.hub_model_id!r} but `push_to_hub` is not set: set it, or leave both out."
+            )
+        if self.push_to_hub and self.update_class is not None:
+            raise ValueError(
+                "`push_to_hub` is set and `update_class` given, expected one of them: update the class, then `funlora push`."
             )
         for phase in ("base", "adapter"):
             self._check_phase(phase)

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save_adapter
 from ..data import Task
+from ..fingerprint import base_fingerprints
 from ..layer_selection import ParametersPerClass, parameters_per_class
 from ..pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig, mixed_batch
@@ -53,6 +54,7 @@ class FunLora(Strategy):
         super().__init__(setting)
         self.adapters_dir = setting.output_dir / ADAPTERS_FOLDER
         self._unet: UNet2DModel | None = None
+        self._base_fingerprint: dict[str, str] | None = None
         self._pipe: FunLoraPipeline | None = None
 
     @property
@@ -95,10 +97,11 @@ class FunLora(Strategy):
             return trainable_unet(self.setting, len(phase.class_ids))
         names = live_names(phase)
         first, *others = names
-        model = get_peft_model(self._frozen_unet(), self.adapter_config(names[first]), adapter_name=first)
+        unet = self._frozen_unet()
+        model = get_peft_model(unet, self._marked_config(names[first]), adapter_name=first)
         start_class_vectors(model)
         for name in others:
-            model.add_adapter(name, self.adapter_config(names[name]))
+            model.add_adapter(name, self._marked_config(names[name]))
         if others:
             model.base_model.set_adapter(list(names))
         return self._trainable(model)
@@ -122,6 +125,13 @@ class FunLora(Strategy):
         if isinstance(config, FunLoraConfig):
             config.class_label = class_id
             config.class_name = self.setting.class_names[class_id]
+        return config
+
+    def _marked_config(self, class_id: int) -> PeftConfig:
+        """The same, with the fingerprint of the base, which has to be there."""
+        config = self.adapter_config(class_id)
+        if isinstance(config, FunLoraConfig):
+            config.base_fingerprint = self._base_fingerprint
         return config
 
     def make_batch(self, phase: Phase, real: Batch) -> Batch:
@@ -202,7 +212,8 @@ class FunLora(Strategy):
 
     def _frozen_unet(self) -> UNet2DModel:
         if self._unet is None:
-            unet = UNet2DModel.from_pretrained(self.setting.base_dir, subfolder="unet")
+            unet = UNet2DModel.from_pretrained(self.setting.base_dir, subfolder="unet", use_safetensors=True)
+            self._base_fingerprint = base_fingerprints(unet)
             self._unet = unet.to(self.setting.device).requires_grad_(False)
             peft_method(self.method_name).prepare(self._unet)
             arrange(self._unet, self.setting.training, compiled=self.setting.training.torch_compile)

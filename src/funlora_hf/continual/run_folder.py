@@ -30,6 +30,10 @@ _FREE = {
     "update_class",
     "update_mode",
     "deterministic",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_license",
 }
 
 

@@ -1,0 +1,73 @@
+"""Pushes a run while it goes: a commit for each task. A Hub that fails stops no training; the end of the run catches up.
+
+Knows the run's folder and the Hub; knows no strategy.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data import Task
+from ..hub import push_all
+from ..hub_repository import HubRepository
+from .config import ContinualTrainingArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+class PushError(RuntimeError):
+    """The run is finished and on disk, but not on the Hub."""
+
+
+class Publisher:
+    """
+    Args:
+        training: says where to push.
+        tasks: all tasks of the run.
+
+    Raises:
+        HfHubHTTPError, OSError: the repository can be neither found nor made, before anything is trained.
+    """
+
+    def __init__(self, training: ContinualTrainingArguments, tasks: Sequence[Task]) -> None:
+        self._output_dir = Path(training.output_dir)
+        self._license = training.hub_license
+        self._tasks = tasks
+        name = training.hub_model_id or self._output_dir.resolve().name
+        self.repo_id = HubRepository(name, private=training.hub_private_repo).repo_id
+
+    def end_task(self, task: Task) -> None:
+        """Push what has been learned so far. The last task waits for the results, which belong into its cards."""
+        if task.index + 1 == len(self._tasks):
+            return
+        try:
+            self._push(self._tasks[: task.index + 1])
+        except Exception as error:
+            logger.warning(
+                "Task %s was not pushed to %s, a later task will be: %s", task.index + 1, self.repo_id, error
+            )
+
+    def end_run(self) -> None:
+        """
+        Push everything that is not on the Hub yet.
+
+        Raises:
+            PushError: it could not be pushed.
+        """
+        try:
+            self._push(self._tasks)
+        except Exception as error:
+            raise PushError(
+                f"The run in {self._output_dir} is finished, but could not be pushed to {self.repo_id}: {error}. Push it by: "
+                f"funlora push {self._output_dir} {self.repo_id}"
+            ) from error
+
+    def _push(self, tasks: Sequence[Task]) -> None:
+        commits = push_all(
+            self._output_dir, self.repo_id, tasks=[task.class_ids for task in tasks], license=self._license
+        )
+        for commit in commits:
+            logger.info("Pushed %s: %s", commit.commit_message, commit.commit_url)

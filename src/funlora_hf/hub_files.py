@@ -1,0 +1,199 @@
+"""What a repository shows of a base, of an adapter and of all its classes: files and cards, made from folders.
+
+Knows folders, configs and cards; asks no Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from .adapter_folder import adapter_class
+from .base_model import UNET_FOLDER
+from .cards import ClassRow, Place, adapter_card
+from .files import read_json
+from .fingerprint import base_fingerprints
+from .hub_index import CARD
+from .saved_adapter import SavedAdapter, read_adapter
+
+
+SAMPLES = "samples.png"
+PIPELINE = "model_index.json"
+# What diffusers writes of a pipeline; the card is ours.
+_BASE_FILES = ("*.json", "*/*.json", "*/*.safetensors", "*/*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Base:
+    """
+    How others find a base.
+
+    Args:
+        repo_id: "user/repo"; None: it is not on the Hub.
+        revision: branch, tag or commit; None: the main branch.
+        is_unet: the repository is the U-Net itself, not a pipeline.
+    """
+
+    repo_id: str | None
+    revision: str | None = None
+    is_unet: bool = False
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """
+    A base on this machine.
+
+    Args:
+        folder: of its pipeline.
+        classes: id -> name, by row of the class embedding.
+        fingerprints: as `base_fingerprints`.
+    """
+
+    folder: Path
+    classes: dict[int, str]
+    fingerprints: dict[str, str]
+
+    @property
+    def tag(self) -> str:
+        """Name of a tag for just these weights."""
+        return f"base-{self.fingerprints['float32'][:12]}"
+
+    def files(self) -> dict[str, Path | bytes]:
+        """What the repository gets: JSON and safetensors, without adapters."""
+        files: dict[str, Path | bytes] = {}
+        for path in sorted({path for pattern in _BASE_FILES for path in self.folder.glob(pattern)}):
+            name = path.relative_to(self.folder).as_posix()
+            files[name] = _without_path(path) if path.suffix == ".json" else path
+        return files
+
+
+def read_base(folder: Path) -> BaseFolder:
+    """Look at the base in a folder.
+
+    Raises:
+        FileNotFoundError: no pipeline in it.
+    """
+    if not (folder / PIPELINE).is_file():
+        raise FileNotFoundError(f"{os.fspath(folder)!r} has no {PIPELINE}, expected a pipeline's folder.")
+    index = read_json(folder / PIPELINE)
+    unet = UNet2DModel.from_pretrained(folder, subfolder=UNET_FOLDER, use_safetensors=True)
+    ids = index.get("class_ids") or list(range(unet.config.num_class_embeds or 0))
+    names = {int(class_id): name for class_id, name in (index.get("id2label") or {}).items()}
+    return BaseFolder(folder, {c: names.get(c, str(c)) for c in ids}, base_fingerprints(unet))
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """
+    An adapter on this machine, found sound.
+
+    Args:
+        adapter: its files.
+        class_label: of its class.
+        class_name: of its class.
+        samples: picture of its samples, if there is one.
+    """
+
+    adapter: SavedAdapter
+    class_label: int
+    class_name: str
+    samples: Path | None
+
+    @property
+    def base_on_hub(self) -> Base:
+        """The base that its config names, if that is a repository; a path of this machine tells others nothing."""
+        config = self.adapter.config
+        named = config.base_model_name_or_path
+        return Base(named, config.revision) if named and is_repository(named) else Base(None)
+
+    def row(self, results: Mapping[str, Any] | None, link: str) -> ClassRow:
+        """Its line in a table of classes."""
+        accuracy = ((results or {}).get("class_accuracy") or {}).get(str(self.class_label))
+        size = (self.adapter.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+        return ClassRow(self.class_label, self.class_name, "adapter", self.adapter.numel, size, accuracy, link)
+
+    def files(
+        self,
+        repo_id: str,
+        subfolder: str | None,
+        base: Base,
+        *,
+        results: Mapping[str, Any] | None = None,
+        license: str | None = None,
+    ) -> dict[str, Path | bytes]:
+        """What the repository gets: config, with the base as others find it, weights, card and picture."""
+        folder = self.adapter.folder
+        settings = read_json(folder / CONFIG_NAME)
+        settings["base_model_name_or_path"], settings["revision"] = base.repo_id, base.revision
+        weights = folder / SAFETENSORS_WEIGHTS_NAME
+        card = adapter_card(
+            self.adapter.config,
+            class_label=self.class_label,
+            class_name=self.class_name,
+            parameters=self.adapter.numel,
+            num_bytes=weights.stat().st_size,
+            place=Place(repo_id, subfolder, base.repo_id, base.revision, base.is_unet),
+            results=results,
+            samples=SAMPLES if self.samples else None,
+            license=license,
+        )
+        files: dict[str, Path | bytes] = {
+            CONFIG_NAME: json.dumps(settings, indent=2, sort_keys=True).encode(),
+            SAFETENSORS_WEIGHTS_NAME: weights,
+            CARD: str(card).encode(),
+        }
+        if self.samples:
+            files[SAMPLES] = self.samples
+        return {f"{subfolder}/{name}" if subfolder else name: content for name, content in files.items()}
+
+
+def read_adapter_folder(folder: Path, *, samples: Path | None = None) -> AdapterFolder:
+    """Look at the adapter in a folder, and at every number of it, before others get it.
+
+    Raises:
+        FileNotFoundError: no adapter in it.
+        ValueError: a damaged one.
+    """
+    adapter = read_adapter(folder)
+    adapter.tensors()
+    found = adapter_class(folder)
+    name = found["class_name"] or str(found["class_label"])
+    return AdapterFolder(adapter, found["class_label"], name, samples if samples and samples.is_file() else None)
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is that of a repository, "user/repo", and not a folder of this machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not os.path.exists(name)
+
+
+def warn_without_base(adapter: str) -> None:
+    """Say that others cannot find the base of what is about to be pushed."""
+    warnings.warn(
+        f"{adapter} is pushed without the name of its base, which is only known by a path of this machine: nobody else can tell "
+        "what to load it onto. Push the base with `push_base` and pass its repository as `base_model`.",
+        stacklevel=3,
+    )
+
+
+def _without_path(file: Path) -> bytes:
+    """A JSON file of diffusers without the name of the folder that the model once came from."""
+    settings = read_json(file)
+    if not isinstance(settings, dict) or "_name_or_path" not in settings:
+        return file.read_bytes()
+    del settings["_name_or_path"]
+    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
