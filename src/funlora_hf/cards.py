@@ -18,6 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 
 from .tuner import FunLoraConfig
+from .tuner.config import FINGERPRINT_DTYPES
 
 
 _HUB = "https://huggingface.co"
@@ -509,7 +510,10 @@ def _unless(value: Any, usual: Any) -> Any:
 
 
 def _fingerprints(fingerprints: Mapping[str, str] | None) -> _Facts:
-    return [(_text(dtype), f"`{_text(digest)}`") for dtype, digest in (fingerprints or {}).items() if digest]
+    fingerprints = fingerprints or {}
+    # A file may have brought them in another order.
+    known = [dtype for dtype in FINGERPRINT_DTYPES if fingerprints.get(dtype)]
+    return [(dtype, f"`{_text(fingerprints[dtype])}`") for dtype in known]
 
 
 def _versions(results: Mapping[str, Any]) -> str:
