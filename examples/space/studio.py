@@ -11,11 +11,11 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from huggingface_hub import snapshot_download
 from PIL import ImageDraw, ImageFont
 
 from funlora_hf import FunLoraPipeline
 from funlora_hf.adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
+from funlora_hf.saved_adapter import ADAPTER_FILES, fetch
 
 
 TILE = 64
@@ -75,8 +75,7 @@ class Studio:
         run = Path(base) / "base"
         if (run / "model_index.json").is_file():
             base, adapters = os.fspath(run), adapters or base
-        # Weights in pickle files could run code.
-        pipe = FunLoraPipeline.from_pretrained(base, use_safetensors=True)
+        pipe = FunLoraPipeline.from_pretrained(base)
         pipe.set_progress_bar_config(disable=True)
         for folder in _adapter_folders(adapters) if adapters else []:
             pipe.load_adapter(folder, **adapter_class(folder))
@@ -211,9 +210,8 @@ def draw_grid(
 
 
 def _adapter_folders(source: str) -> list[Path]:
-    root = Path(source)
-    if not root.is_dir():
-        root = Path(snapshot_download(source, allow_patterns=["class_*/*", f"{ADAPTERS_FOLDER}/class_*/*"]))
+    names = [f"class_*/{file}" for file in (*ADAPTER_FILES, "README.md")]
+    root = fetch(source, [*names, *(f"{ADAPTERS_FOLDER}/{name}" for name in names)])
     folders = adapter_folders(root) or adapter_folders(root / ADAPTERS_FOLDER)
     if not folders:
         raise ValueError(f"`adapters` is {source!r}, expected `class_<id>` folders in it or in its `adapters` folder.")

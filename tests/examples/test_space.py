@@ -17,7 +17,7 @@ import pytest
 import torch
 from runs import REPOSITORY, write_adapters
 
-from funlora_hf import FunLoraPipeline
+from funlora_hf import FunLoraPipeline, push_all
 
 
 SPACE = REPOSITORY / "examples" / "space"
@@ -92,6 +92,18 @@ def test_classes_come_and_go(studio, run, tmp_path):
     assert studio.sample([6], images=1, **SETTINGS).images == 1
 
 
+def test_base_and_classes_come_from_the_hub(studio, run, hub):
+    push_all(run, "user/digits")
+    studio.load("user/digits", "user/digits")
+    assert studio.added_classes.keys() == {2, 4}
+    studio.remove_class(4)
+    assert studio.add_class("user/digits", subfolder="class_4", class_label=9, class_name="nine") == 9
+    assert studio.sample([9, 3], images=1, **SETTINGS).images == 2
+    with pytest.raises(FileNotFoundError, match="'user/other' is neither a folder that is there nor a repository"):
+        studio.add_class("user/other", subfolder="class_4")
+    assert studio.classes[9] == "nine"
+
+
 def test_what_fails_changes_nothing(studio, run, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for action in (
@@ -109,7 +121,6 @@ def test_what_fails_changes_nothing(studio, run, tmp_path, monkeypatch):
         (lambda: studio.load(str(run / "base"), str(tmp_path / "empty")), "`adapters` is .*empty"),
         (lambda: studio.add_class(""), "`source` is empty"),
         (lambda: studio.add_class(str(run / "adapters" / "class_2")), "`class_label` is 2"),
-        (lambda: studio.add_class(str(tmp_path / "nowhere")), "nowhere"),
         (lambda: studio.remove_class(3), "`class_label` is 3"),
         (lambda: studio.remove_class(None), "`class_label` is None"),
         (lambda: studio.sample([], images=1, **SETTINGS), "`class_labels` is empty"),
@@ -118,6 +129,8 @@ def test_what_fails_changes_nothing(studio, run, tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=text):
             action()
+    with pytest.raises(FileNotFoundError, match="nowhere' is neither a folder that is there"):
+        studio.add_class(str(tmp_path / "nowhere"))
     with pytest.raises((OSError, ValueError), match="nowhere"):
         studio.load(str(tmp_path / "nowhere"))
     with pytest.raises((OSError, ValueError), match="nobody/nothing"):
