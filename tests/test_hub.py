@@ -396,6 +396,17 @@ def test_a_deleted_class_is_gone_everywhere(hub, run_folder, history):
         delete_class(3, pipeline=pipe)
 
 
+def test_a_class_with_a_repository_of_its_own_is_deleted(hub, run_folder):
+    push_all(run_folder, REPO, layout="repositories")
+    hub.commit("user/other", {"a": b"b"})
+    assert delete_class(8, repo_id=REPO) == ["repo_id"]
+    assert f"{REPO}-class_8" not in hub.repos()
+    assert {f"{REPO}-class_7", "user/other"} <= set(hub.repos())
+    assert not any(b"class_8" in content or b"name 8" in content for content in contents(hub).values())
+    with pytest.raises(ValueError, match="none of the places given has"):
+        delete_class(8, repo_id=REPO)
+
+
 @pytest.mark.parametrize("strategy", ["funlora", "joint"])
 def test_a_run_pushes_itself(hub, tmp_path, strategy):
     arguments = short_run(

@@ -178,10 +178,11 @@ def push_all(
 
 def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "keep") -> CommitInfo | None:
     """
-    Delete the folder of a class and its line in the card from a repository, in one commit.
+    Delete the folder of a class and its line in the card from a repository, in one commit; or the class's own repository and
+    that line, if it was pushed with `layout="repositories"`.
 
     Args:
-        repo_id (`str`): of the repository, laid out as `push_all` does by default.
+        repo_id (`str`): of the repository, laid out as `push_all` does.
         class_label (`int`): id of the class.
         history (`str`, *optional*, defaults to `"keep"`):
             "keep": earlier commits and tags still have the class, for who asks for them. "squash": the newest commit becomes
@@ -195,13 +196,17 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
     """
     check_choice("history", history, ("keep", "squash"))
     repository = HubRepository(repo_id, create=False)
+    present = repository.files()
+    rows = [row for row in _known(repo_id, present).adapters.values() if row.class_label == class_label]
     done = None
-    if any(name.startswith(f"{adapter_name(class_label)}/") for name in repository.files()):
+    if rows:
         done = repository.commit(
             lambda present: _known(repo_id, present).without(class_label).files(repo_id),
             f"Delete class {class_label}",
             delete=[adapter_name(class_label)],
         )
+    if _own_repository(repo_id, class_label) in [row.repository for row in rows]:
+        HubRepository(_own_repository(repo_id, class_label), create=False).delete()
     if history == "squash":
         repository.forget_history(keep_tags=lambda tag: tag.startswith("base-"))
     return done
@@ -344,7 +349,7 @@ def _push_repositories(
     if PIPELINE not in repository.files():
         push_own()
     for label, adapter in run.adapters.items():
-        own = HubRepository(f"{repository.repo_id}-{adapter_name(label)}", private=private)
+        own = HubRepository(_own_repository(repository.repo_id, label), private=private)
         files = adapter.files(own.repo_id, None, base, results=run.results, license=license)
         commits.append(own.commit(lambda present, files=files: files, f"Class {label} ({adapter.class_name})"))
         rows.append(adapter.row(run.results, own.repo_id))
@@ -393,6 +398,11 @@ def _known(repo_id: str, present: set[str]) -> HubIndex:
             name = getattr(read_config(folder), "class_name", None) or str(label)
             others[folder.name] = ClassRow(label, name, "adapter", None, None, None, folder.name)
     return replace(index, adapters={**index.adapters, **others})
+
+
+def _own_repository(repo_id: str, class_label: int) -> str:
+    """Where a class is in the layout "repositories"."""
+    return f"{repo_id}-{adapter_name(class_label)}"
 
 
 def _weights(class_label: int) -> str:

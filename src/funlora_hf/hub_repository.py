@@ -96,6 +96,10 @@ class HubRepository:
                 time.sleep(seconds)
         raise AssertionError  # the last try returns or raises
 
+    def delete(self) -> None:
+        """Delete the repository, if it is there."""
+        self._api.delete_repo(self.repo_id, missing_ok=True)
+
     def tag(self, *names: str) -> None:
         """Tag the newest commit by each of these names that no tag has yet."""
         for name in sorted(set(names) - set(self.tags())):
