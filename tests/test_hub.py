@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from runs import digests, short_run, write_adapters
 from safetensors.torch import load, load_file
 
@@ -262,6 +262,20 @@ def test_one_adapter_of_a_model(hub, tiny_unet):
     assert json.loads(contents(hub, "user/own")["adapter_config.json"])["class_label"] == 6
     with pytest.raises(ValueError, match="`adapter_name` is 'class_5', expected one of: class_4"):
         push_adapter(model, "class_5", REPO)
+
+
+def test_stock_auto_classes_where_the_base_is_the_unet_itself(hub, tiny_unet, tmp_path):
+    config = FunLoraConfig(class_embedding="class_embedding", init_weights=False)
+    tiny_unet.save_pretrained(tmp_path)
+    hub.commit("user/unet", {path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    model = get_peft_model(tiny_unet, config, adapter_name="class_4").eval()
+    push_adapter(model, "class_4", REPO, base_model="user/unet")
+    assert "`AutoPeftModel` finds the U-Net by itself" in contents(hub)["class_4/README.md"].decode()
+    again = AutoPeftModel.from_pretrained(REPO, subfolder="class_4").eval()
+    sample = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, output = (m(sample, torch.tensor(300.0), torch.tensor([0, 1])).sample for m in (model, again))
+    torch.testing.assert_close(output, expected)
 
 
 def test_an_adapter_joins_others_in_their_repository(hub, run_folder, tiny_unet):
