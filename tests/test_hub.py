@@ -270,8 +270,10 @@ def test_stock_auto_classes_where_the_base_is_the_unet_itself(hub, tiny_unet, tm
     hub.commit("user/unet", {path.name: path.read_bytes() for path in tmp_path.iterdir()})
     model = get_peft_model(tiny_unet, config, adapter_name="class_4").eval()
     push_adapter(model, "class_4", REPO, base_model="user/unet")
-    assert "`AutoPeftModel` finds the U-Net by itself" in contents(hub)["class_4/README.md"].decode()
-    again = AutoPeftModel.from_pretrained(REPO, subfolder="class_4").eval()
+    assert "`AutoPeftModel` does not work here" in contents(hub)["class_4/README.md"].decode()
+    push_adapter(model, "class_4", "user/own", base_model="user/unet", subfolder=None)
+    assert "`AutoPeftModel` finds the U-Net by itself" in contents(hub, "user/own")["README.md"].decode()
+    again = AutoPeftModel.from_pretrained("user/own").eval()
     sample = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, output = (m(sample, torch.tensor(300.0), torch.tensor([0, 1])).sample for m in (model, again))

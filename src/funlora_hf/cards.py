@@ -161,6 +161,7 @@ def adapter_card(
         base=base,
         base_link=_base_link(base, place.base_revision),
         base_is_unet=place.base_is_unet,
+        in_subfolder=place.subfolder is not None,
         # The comparison methods are registered with PEFT by a module of their own.
         package="funlora_hf.baselines" if type(config).__module__.startswith("funlora_hf.baselines") else "funlora_hf",
         pipeline_arguments=_arguments(base or _BASE, revision=place.base_revision),
