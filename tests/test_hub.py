@@ -412,6 +412,19 @@ def test_a_deleted_class_is_gone_everywhere(hub, run_folder, history):
         delete_class(3, pipeline=pipe)
 
 
+def test_a_damaged_class_of_someone_else_can_be_deleted(hub, run_folder):
+    push_all(run_folder, REPO)
+    bad = {"class_30/adapter_config.json": b"{", "class_30/adapter_model.safetensors": b"x"}
+    hub.commit(REPO, bad)
+    push_all(run_folder, REPO)
+    assert "class_30" in contents(hub)["README.md"].decode()
+    assert delete_class(30, repo_id=REPO) == ["repo_id"]
+    assert not any("class_30" in name or b"class_30" in content for name, content in contents(hub).items())
+    hub.commit("user/plain", {**bad, "README.md": b"mine"})
+    delete_class(30, repo_id="user/plain")
+    assert contents(hub, "user/plain") == {"README.md": b"mine"}
+
+
 def test_a_class_with_a_repository_of_its_own_is_deleted(hub, run_folder):
     push_all(run_folder, REPO, layout="repositories")
     hub.commit("user/other", {"a": b"b"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,24 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 
-from .adapter_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save_adapter
+from .adapter_folder import adapter_name, save_adapter
 from .cards import ClassRow
-from .files import read_json
 from .fingerprint import base_fingerprints
-from .hub_files import PIPELINE, AdapterFolder, Base, BaseFolder, read_adapter_folder, read_base, warn_without_base
-from .hub_index import INDEX, HubIndex, read_index, results_without, shown_results
+from .hub_contents import known_contents, root_files, root_files_without
+from .hub_files import (
+    PIPELINE,
+    Base,
+    BaseFolder,
+    RunToPush,
+    read_adapter_folder,
+    read_base,
+    read_run,
+    warn_without_base,
+)
+from .hub_index import HubIndex, shown_results
 from .hub_repository import HubRepository
 from .pipeline import FunLoraPipeline
-from .saved_adapter import ADAPTER_FILES, fetch, read_config
+from .saved_adapter import ADAPTER_FILES
 from .tuner import FunLoraConfig
 from .tuner.functional import check_choice
 
@@ -66,7 +75,7 @@ def push_base(
     repository = HubRepository(repo_id, private=private)
     index = _index(Base(repository.repo_id, base.tag), base, license=license)
     done = repository.commit(
-        lambda present: {**base.files(), **_root_files(repository.repo_id, present, index)}, commit_message
+        lambda present: {**base.files(), **root_files(repository.repo_id, present, index)}, commit_message
     )
     repository.tag(base.tag)
     return done
@@ -123,7 +132,7 @@ def push_adapter(
 
         def files(present: set[str]) -> _Files:
             own = adapter.files(repository.repo_id, where, base, license=license)
-            return own if where is None else {**own, **_root_files(repository.repo_id, present, index)}
+            return own if where is None else {**own, **root_files(repository.repo_id, present, index)}
 
         return repository.commit(files, commit_message or f"Class {label} ({adapter.class_name})")
 
@@ -166,7 +175,7 @@ def push_all(
         HfHubHTTPError: the Hub refused; commits before it stay.
     """
     check_choice("layout", layout, LAYOUTS)
-    run = _read_run(Path(output_dir), own_base=base_model is None, tasks=tasks)
+    run = read_run(Path(output_dir), own_base=base_model is None, tasks=tasks)
     repository = HubRepository(repo_id, private=private)
     base = _base_of(run, repository.repo_id, base_model, base_revision)
     if base.repo_id is None and run.adapters:
@@ -197,11 +206,11 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
     check_choice("history", history, ("keep", "squash"))
     repository = HubRepository(repo_id, create=False)
     present = repository.files()
-    rows = [row for row in _known(repo_id, present).adapters.values() if row.class_label == class_label]
+    rows = [row for row in known_contents(repo_id, present).adapters.values() if row.class_label == class_label]
     done = None
     if rows:
         done = repository.commit(
-            lambda present: _known(repo_id, present).without(class_label).files(repo_id),
+            lambda present: root_files_without(repo_id, present, class_label),
             f"Delete class {class_label}",
             delete=[adapter_name(class_label)],
         )
@@ -212,58 +221,7 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
     return done
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A run's folder: its base (None: it had one from elsewhere), adapters by id, tasks, and results, if it has ended."""
-
-    base: BaseFolder | None
-    adapters: dict[int, AdapterFolder]
-    tasks: list[list[int]]
-    results: Mapping[str, Any] | None
-
-    @property
-    def base_tags(self) -> list[str]:
-        return [] if self.base is None else [self.base.tag]
-
-
-def _read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | None) -> _Run:
-    results = read_json(folder / "results.json") if (folder / "results.json").is_file() else None
-    trained = next((folder / name for name in ("base", "model") if (folder / name).is_dir()), None)
-    base = read_base(trained) if trained is not None and own_base else None
-    adapters = {}
-    for path in adapter_folders(folder / ADAPTERS_FOLDER):
-        found = read_adapter_folder(path, samples=folder / "figures" / f"{path.name}.png")
-        adapters[found.class_label] = found
-    if base is None and not adapters:
-        raise FileNotFoundError(
-            f"`output_dir` {os.fspath(folder)!r} has neither base/ nor model/ nor adapters/, expected the folder of a run."
-        )
-    results = _results_now(results, folder, adapters)
-    if tasks is None:
-        tasks = (results or {}).get("tasks") or [[] if base is None else list(base.classes), list(adapters)]
-    named = {label for task in tasks for label in task}
-    late = [label for label in adapters if label not in named]
-    return _Run(base, adapters, [*map(list, tasks), *([late] if late else [])], results)
-
-
-def _results_now(
-    results: Mapping[str, Any] | None, folder: Path, adapters: Mapping[int, AdapterFolder]
-) -> dict[str, Any] | None:
-    """The results of a run as far as they hold for what is in its folder now."""
-    if results is None:
-        return None
-    # What an adapter made and none makes any more has been deleted.
-    later = {label for task in results.get("tasks", [])[1:] for label in task}
-    with_adapters = bool(adapters) or (folder / ADAPTERS_FOLDER).is_dir()
-    now = results_without(results, later - adapters.keys() if with_adapters else ())
-    if now.get("class_accuracy"):
-        # An updated class has no picture any more, and its accuracy was that of the adapter before.
-        pictures = {path.stem for path in (folder / "figures").glob("class_*.png")}
-        now["class_accuracy"] = {c: v for c, v in now["class_accuracy"].items() if f"class_{c}" in pictures}
-    return now
-
-
-def _base_of(run: _Run, repo_id: str, base_model: str | None, base_revision: str | None) -> Base:
+def _base_of(run: RunToPush, repo_id: str, base_model: str | None, base_revision: str | None) -> Base:
     if base_model is not None:
         return _looked_at(Base(base_model, base_revision))
     if run.base is not None:
@@ -279,7 +237,9 @@ def _looked_at(base: Base) -> Base:
     return replace(base, is_unet=HubRepository(base.repo_id, create=False).is_unet(base.revision))
 
 
-def _push_subfolders(run: _Run, repository: HubRepository, base: Base, *, license: str | None) -> list[CommitInfo]:
+def _push_subfolders(
+    run: RunToPush, repository: HubRepository, base: Base, *, license: str | None
+) -> list[CommitInfo]:
     present = repository.files()
     # A run's base is its first task.
     waiting = [
@@ -310,7 +270,7 @@ def _push_subfolders(run: _Run, repository: HubRepository, base: Base, *, licens
 
 
 def _subfolder_files(
-    run: _Run,
+    run: RunToPush,
     repo_id: str,
     base: Base,
     labels: Sequence[int],
@@ -326,11 +286,11 @@ def _subfolder_files(
     shown = [label for label in run.adapters if label in labels or _weights(label) in present]
     rows = [run.adapters[label].row(run.results, adapter_name(label)) for label in shown]
     index = _index(base, run.base, rows, results=run.results, license=license)
-    return made | _root_files(repo_id, present, index)
+    return made | root_files(repo_id, present, index)
 
 
 def _push_repositories(
-    run: _Run, repository: HubRepository, base: Base, *, license: str | None, private: bool | None
+    run: RunToPush, repository: HubRepository, base: Base, *, license: str | None, private: bool | None
 ) -> list[CommitInfo]:
     commits = []
     rows = []
@@ -340,7 +300,7 @@ def _push_repositories(
         files = run.base.files() if run.base is not None else {}
         commits.append(
             repository.commit(
-                lambda present: {**files, **_root_files(repository.repo_id, present, index)},
+                lambda present: {**files, **root_files(repository.repo_id, present, index)},
                 "Base" if not rows else "List of classes",
             )
         )
@@ -374,30 +334,6 @@ def _index(
         results=shown_results(results),
         license=license,
     )
-
-
-def _root_files(repo_id: str, present: set[str], index: HubIndex) -> _Files:
-    """Card and index of a repository with these files, to which `index` adds."""
-    return dict(_known(repo_id, present).updated(index).files(repo_id))
-
-
-def _known(repo_id: str, present: set[str]) -> HubIndex:
-    """What a repository holds already: what its index says, and adapters that came by other ways."""
-    folders = {name.partition("/")[0] for name in present if name.endswith(f"/{ADAPTER_FILES[1]}")}
-    root = fetch(repo_id, [INDEX, f"class_*/{ADAPTER_FILES[0]}"]) if folders or INDEX in present else None
-    index = HubIndex()
-    if INDEX in present:
-        index = read_index((root / INDEX).read_text(encoding="utf-8"))
-        index = index.only(
-            [row.link for row in index.adapters.values() if row.folder is None or row.folder in folders]
-        )
-    others = {}
-    for folder in adapter_folders(root) if folders else ():
-        if folder.name in folders and folder.name not in index.adapters:
-            label = int(folder.name.removeprefix("class_"))
-            name = getattr(read_config(folder), "class_name", None) or str(label)
-            others[folder.name] = ClassRow(label, name, "adapter", None, None, None, folder.name)
-    return replace(index, adapters={**index.adapters, **others})
 
 
 def _own_repository(repo_id: str, class_label: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .adapter_folder import adapter_class
+from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from .base_model import UNET_FOLDER
 from .cards import ClassRow, Place, adapter_card
 from .files import read_json
 from .fingerprint import base_fingerprints
-from .hub_index import CARD
+from .hub_index import CARD, results_without
 from .saved_adapter import SavedAdapter, read_adapter
 
 
@@ -170,6 +170,69 @@ def read_adapter_folder(folder: Path, *, samples: Path | None = None) -> Adapter
     found = adapter_class(folder)
     name = found["class_name"] or str(found["class_label"])
     return AdapterFolder(adapter, found["class_label"], name, samples if samples and samples.is_file() else None)
+
+
+@dataclass(frozen=True)
+class RunToPush:
+    """A run's folder: its base (None: it had one from elsewhere), adapters by id, tasks, and results, if it has ended."""
+
+    base: BaseFolder | None
+    adapters: dict[int, AdapterFolder]
+    tasks: list[list[int]]
+    results: Mapping[str, Any] | None
+
+    @property
+    def base_tags(self) -> list[str]:
+        """The tag of its base, if it has one."""
+        return [] if self.base is None else [self.base.tag]
+
+
+def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | None) -> RunToPush:
+    """Look at the folder of a run.
+
+    Args:
+        folder: of the run.
+        own_base: whether its base is pushed with it, if it has one.
+        tasks: ids of the classes by task; None: those in results.json.
+
+    Raises:
+        FileNotFoundError: no folder of a run.
+        ValueError: a damaged adapter.
+    """
+    results = read_json(folder / "results.json") if (folder / "results.json").is_file() else None
+    trained = next((folder / name for name in ("base", "model") if (folder / name).is_dir()), None)
+    base = read_base(trained) if trained is not None and own_base else None
+    adapters = {}
+    for path in adapter_folders(folder / ADAPTERS_FOLDER):
+        found = read_adapter_folder(path, samples=folder / "figures" / f"{path.name}.png")
+        adapters[found.class_label] = found
+    if base is None and not adapters:
+        raise FileNotFoundError(
+            f"`output_dir` {os.fspath(folder)!r} has neither base/ nor model/ nor adapters/, expected the folder of a run."
+        )
+    results = _results_now(results, folder, adapters)
+    if tasks is None:
+        tasks = (results or {}).get("tasks") or [[] if base is None else list(base.classes), list(adapters)]
+    named = {label for task in tasks for label in task}
+    late = [label for label in adapters if label not in named]
+    return RunToPush(base, adapters, [*map(list, tasks), *([late] if late else [])], results)
+
+
+def _results_now(
+    results: Mapping[str, Any] | None, folder: Path, adapters: Mapping[int, AdapterFolder]
+) -> dict[str, Any] | None:
+    """The results of a run as far as they hold for what is in its folder now."""
+    if results is None:
+        return None
+    # What an adapter made and none makes any more has been deleted.
+    later = {label for task in results.get("tasks", [])[1:] for label in task}
+    with_adapters = bool(adapters) or (folder / ADAPTERS_FOLDER).is_dir()
+    now = results_without(results, later - adapters.keys() if with_adapters else ())
+    if now.get("class_accuracy"):
+        # An updated class has no picture any more, and its accuracy was that of the adapter before.
+        pictures = {path.stem for path in (folder / "figures").glob("class_*.png")}
+        now["class_accuracy"] = {c: v for c, v in now["class_accuracy"].items() if f"class_{c}" in pictures}
+    return now
 
 
 def is_repository(name: str) -> bool:
