@@ -37,7 +37,8 @@ test-slow: .venv/installed
 # The tests of what PEFT does for us, with the oldest peft that pyproject.toml allows.
 test-oldest-peft: .oldest-peft
 	PYTHONPATH="$(CURDIR)/.oldest-peft" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
-	  tests/tuner tests/test_pipeline.py tests/test_layer_selection.py
+	  tests/tuner tests/test_pipeline.py tests/test_layer_selection.py tests/test_class_adapters.py tests/test_saved_adapter.py \
+	  tests/test_hub.py
 
 # The page in a browser: needs Chromium and its driver.
 test-space: .space/installed
