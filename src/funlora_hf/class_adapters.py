@@ -12,18 +12,19 @@ from copy import copy, deepcopy
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from .adapter_bank import AdapterBank
 from .adapter_folder import adapter_name, save_adapter, save_adapter_tensors
 from .fingerprint import FingerprintCheck
-from .saved_adapter import SavedAdapter
+from .saved_adapter import SavedAdapter, brief, exact_targets, restore_targets
 from .tuner import FunLoraConfig, mixed_batch
 from .tuner.adapter_layer import BASE
 from .tuner.adapter_model import AdapterModel, adapters_enabled
 from .tuner.removal import remove_adapters
 from .tuner.save_guard import guard_saving
+from .tuner.tensor_checks import listed, not_finite
 
 
 class ClassAdapters:
@@ -70,7 +71,7 @@ class ClassAdapters:
                 self._add_to_peft_model(adapter, class_label)
         except Exception as error:
             self._clean_up()
-            raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {error}") from error
+            raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {brief(error)}") from error
         self._configs[class_label] = adapter.config
 
     def open_bank(self, file: str | os.PathLike, *, ignore_base_fingerprint: bool = False) -> AdapterBank:
@@ -127,10 +128,12 @@ class ClassAdapters:
         if class_label is None:
             return model
         if bank is not None:
+            tensors = bank.state_dict(class_label)
             # The start of an adapter must not take from the random numbers of who calls.
             with torch.random.fork_rng(devices=[]):
-                peft_model = PeftModel(model, deepcopy(bank.config), adapter_name=adapter_name(class_label))
-            set_peft_model_state_dict(peft_model, bank.state_dict(class_label), adapter_name(class_label))
+                config = deepcopy(exact_targets(bank.config, tensors))
+                peft_model = PeftModel(model, config, adapter_name=adapter_name(class_label))
+            set_peft_model_state_dict(peft_model, tensors, adapter_name(class_label))
         peft_model.set_adapter(adapter_name(class_label))
         try:
             return peft_model.merge_and_unload(safe_merge=True)
@@ -188,6 +191,13 @@ class ClassAdapters:
             missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
             if missing or loaded.unexpected_keys:
                 raise ValueError(f"missing tensors {missing}, unexpected tensors {loaded.unexpected_keys}")
+            # Numbers that the file holds in a wider type may be too large here.
+            problems = not_finite(
+                get_peft_model_state_dict(self._peft_model, adapter_name=name, save_embedding_layers=False)
+            )
+            if problems:
+                raise ValueError(f"it has numbers that are too large:\n{listed(problems)}")
+            restore_targets(self._peft_model.peft_config[name], adapter.config)
         except Exception:
             remove_adapters(self._model, [name])
             raise
