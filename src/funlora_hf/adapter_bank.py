@@ -246,8 +246,9 @@ class AdapterBank:
                 f"`modules_to_save` of {adapter.source!r} is {list(config.modules_to_save)}, expected None: a bank holds "
                 "adapters, not modules."
             )
-        self._check_fits(adapter.shapes)
-        return self.add_tensors(adapter.tensors(), class_label=class_label, class_name=class_name or config.class_name)
+        what = f"The tensors of {adapter.source!r}"
+        self._check_fits(adapter.shapes, what)
+        return self._add(adapter.tensors(), class_label, class_name or config.class_name, what)
 
     def add_tensors(
         self, state_dict: Mapping[str, torch.Tensor], *, class_label: int, class_name: str | None = None
@@ -257,16 +258,19 @@ class AdapterBank:
 
         Args and errors are those of `add`.
         """
+        return self._add(state_dict, class_label, class_name, "The tensors")
+
+    def _add(self, state_dict: Mapping[str, torch.Tensor], class_label: int, class_name: str | None, what: str) -> int:
         if class_label in self._rows:
             raise ValueError(f"`class_label` is {class_label}, a class that is in the bank already: remove it first.")
-        row = self._live.flatten(self._check_fits(state_dict))
+        row = self._live.flatten(self._check_fits(state_dict, what))
         if not torch.isfinite(row).all():
-            raise ValueError(f"The tensors have numbers that are too large for {row.dtype}, nothing was added.")
+            raise ValueError(f"{what} have numbers that are too large for {row.dtype}, nothing was added.")
         self._rows[class_label] = row
         self._names[class_label] = class_name or str(class_label)
         return class_label
 
-    def _check_fits(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _check_fits(self, state_dict: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
         """The tensors by the live adapter's keys."""
         given = {plain_key(key): value for key, value in state_dict.items()}
         live = self._live.tensors
@@ -274,7 +278,7 @@ class AdapterBank:
         if len(given) < len(state_dict):
             problems.append(f"{len(state_dict) - len(given)} tensors come twice, expected each of them once")
         if problems:
-            raise ValueError(f"The tensors do not fit this bank, nothing was added:\n{listed(problems)}")
+            raise ValueError(f"{what} do not fit this bank, nothing was added:\n{listed(problems)}")
         return given
 
     def remove(self, class_label: int) -> None:

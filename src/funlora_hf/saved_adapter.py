@@ -14,7 +14,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -51,6 +51,8 @@ MOST_BASES = 4
 # No U-Net has as many parameters, nor any method as large a rank or count.
 MOST_TENSORS = 20_000
 MOST_COUNT = 2**20
+# An empty tensor takes no byte, whatever its shape is.
+_MOST_SIZE = 2**40
 _MOST_TEXT = 1000
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CLASS_VECTOR = "funlora_class_vector"
@@ -253,6 +255,9 @@ def read_shapes(folder: Path) -> dict[str, torch.Tensor]:
         odd = sorted({dtype for _, dtype in kinds.values()} - DTYPES.keys())
         if odd:
             raise ValueError(f"it has tensors of type {', '.join(odd)}, expected {', '.join(DTYPES)}")
+        large = [shape for shape, _ in kinds.values() if max(shape, default=0) > _MOST_SIZE]
+        if large:
+            raise ValueError(f"it has a tensor of shape {large[0]}")
         if len(kinds) > MOST_TENSORS:
             raise ValueError(f"it has {len(kinds)} tensors, expected {MOST_TENSORS} at most")
         return {key: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for key, (shape, dtype) in kinds.items()}
@@ -269,18 +274,17 @@ def parse_json(content: str | bytes, source: str) -> Any:
         raise ValueError(f"{source!r} is no JSON: {brief(error)}.") from error
 
 
-def exact_targets(config: PeftConfig, keys: Iterable[str]) -> PeftConfig:
+def exact_targets(config: PeftConfig, keys: Collection[str]) -> PeftConfig:
     """
     The config with just those layers as targets that saved tensors, by their keys, belong to.
 
-    What names layers by a regex is replaced, since some take forever. Another method's list of names stays as it is.
+    What names layers by a regex is replaced, since some take forever. Another method's list of names stays as it is, if it
+    is not longer than what it made.
     """
-    is_plain = not isinstance(config, FunLoraConfig) and not (
-        isinstance(getattr(config, "target_modules", None), str)
-        or getattr(config, "exclude_modules", None)
-        or getattr(config, "layers_pattern", None)
-    )
-    if is_plain:
+    targets = getattr(config, "target_modules", None)
+    is_list = isinstance(targets, (list, set, tuple)) and len(targets) <= len(keys)
+    runs_regex = getattr(config, "exclude_modules", None) or getattr(config, "layers_pattern", None)
+    if not isinstance(config, FunLoraConfig) and (targets is None or is_list) and not runs_regex:
         return config
     layers = _adapted_layers(config, keys)
     exact = copy.copy(config)
@@ -444,7 +448,8 @@ def _finite(number: str) -> float:
 
 def brief(error: BaseException) -> str:
     """What an error says, as far as it can be read."""
-    return shortened(str(error).strip() or type(error).__name__, _MOST_TEXT)
+    text, _, _ = str(error).partition("\nException raised from")  # what torch adds of its own code
+    return shortened(text.strip() or type(error).__name__, _MOST_TEXT)
 
 
 def _first_line(error: Exception) -> str:
