@@ -743,7 +743,7 @@ BANK_EXAMPLES = {
     "negative id": {"classes": [[-1, "a"], [1, "b"]]},
     "id as text": {"classes": [["1", "a"], [2, "b"]]},
     "name as number": {"classes": [[1, 1], [2, "b"]]},
-    "escape in a name": {"classes": [[1, "\x1b[2J"], [2, "b"]]},
+    "half a surrogate pair": {"classes": [[1, "\ud800"], [2, "b"]]},
     "the same names": {"classes": [[1, "a"], [2, "a"]]},
     "a base class": {"classes": [[3, "a"], [2, "b"]]},
     "numbers": {"classes": 5},

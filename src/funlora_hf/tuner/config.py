@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import UnionType
@@ -165,16 +164,18 @@ def check_class_label(value: object) -> None:
 
 
 def check_class_name(value: str | None) -> None:
-    """Raise a ValueError unless the name of a class is text of moderate length without control characters, or None."""
+    """Raise a ValueError unless the name of a class is text of moderate length that can be written, or None."""
     if value is None:
         return
-    # Control characters would act on a terminal, and surrogates cannot be written to a file.
-    bad = sorted({character for character in value if unicodedata.category(character) in ("Cc", "Cs")})
-    if bad or len(value) > MOST_NAME_CHARACTERS:
-        raise ValueError(
-            f"`class_name` is {shortened(repr(value), 100)}, of {len(value)} characters, expected text without control "
-            f"characters of {MOST_NAME_CHARACTERS} at most."
-        )
+    if len(value) > MOST_NAME_CHARACTERS:
+        problem = f"of {len(value)} characters"
+    elif any("\ud800" <= character <= "\udfff" for character in value):
+        problem = "with half a surrogate pair in it"
+    else:
+        return
+    raise ValueError(
+        f"`class_name` is {shortened(repr(value), 100)}, {problem}, expected text of {MOST_NAME_CHARACTERS} characters at most."
+    )
 
 
 def _check_layer_indexes(value: object) -> None:
