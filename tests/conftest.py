@@ -21,7 +21,7 @@ import huggingface_hub.utils._http
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
-from runs import REPOSITORY
+from runs import REPOSITORY, make_tiny_unet
 
 from funlora_hf import FunLoraPipeline
 
@@ -37,18 +37,7 @@ def _one_thread():
 
 @pytest.fixture
 def tiny_unet() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        num_class_embeds=2,
-    ).eval()
+    return make_tiny_unet()
 
 
 @pytest.fixture

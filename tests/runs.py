@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DModel
 from peft import get_peft_model
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline
@@ -55,6 +56,12 @@ SHORT = {
     "classifier_epochs": 1,
 }
 PARTS = (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments)
+
+
+def make_tiny_unet() -> UNet2DModel:
+    """A U-Net of two classes whose forward takes milliseconds, always with the same weights."""
+    torch.manual_seed(0)
+    return UNet2DModel(**{**TINY_UNET, "dropout": 0.0, "num_class_embeds": 2}).eval()
 
 
 def short_run(**overrides) -> RunArguments:

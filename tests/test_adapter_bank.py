@@ -346,7 +346,10 @@ def rewrite(file, rows, **changes):
     [
         ({"classes": None}, "has no classes: it was not written by AdapterBank.save"),
         ({"config": {"peft_type": "LORA"}}, "adapters of type LORA, expected FUNLORA"),
-        ({"layout": [["elsewhere.funlora_A", [3, 1]]]}, r"does not fit this model:\n- "),
+        (
+            {"layout": [["elsewhere.funlora_A", [3, 1]]]},
+            r"does not fit this model: .* not found in the base model:\n- elsewhere",
+        ),
         ({"classes": [[1, "one"]]}, r"of shape \(3, \d+\), expected a row for every class, \(1, "),
     ],
 )
@@ -361,10 +364,10 @@ def test_files_that_are_no_banks_of_this_model_are_named(change, text, filled, t
 def test_a_bank_of_another_model_is_named(filled, tmp_path):
     bank, _ = filled(UNET)
     bank.save(tmp_path / "bank.safetensors")
-    with pytest.raises(ValueError, match=r"not found in the base model|has no such module"):
+    with pytest.raises(ValueError, match="not found in the base model"):
         AdapterBank.load(tmp_path / "bank.safetensors", PLAIN.base())
     wider = UNET.base(block_out_channels=(32, 96))
-    with pytest.raises(ValueError, match=r"does not fit this model:\n- .*found shape"):
+    with pytest.raises(ValueError, match=r"does not fit this model: .*\n- .*found shape"):
         AdapterBank.load(tmp_path / "bank.safetensors", wider)
     assert not funlora_layers(wider)
 

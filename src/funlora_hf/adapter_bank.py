@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from .adapter_folder import adapter_folders
@@ -25,7 +24,8 @@ from .adapter_folder import adapter_name as class_adapter_name
 from .base_model import load_base
 from .files import whole_file
 from .fingerprint import FingerprintCheck
-from .saved_adapter import ADAPTER_FILES, SavedAdapter, fetch, read_adapter
+from .saved_adapter import ADAPTER_FILES, SavedAdapter, exact_targets, fetch, read_adapter, restore_targets
+from .saved_bank import METADATA, ROWS, SavedBank, read_bank
 from .tuner import FunLoraConfig, mixed_batch
 from .tuner.adapter_layer import BASE, AdapterLayer, adapter_layers
 from .tuner.adapter_model import adapters_enabled
@@ -37,8 +37,6 @@ from .tuner.tensor_checks import listed, misnamed, misshapen, not_finite
 
 # What all adapters of a bank share; which layers they have, their tensors show.
 _SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
-_ROWS = "adapters"
-_METADATA = "adapter_bank"
 
 
 class AdapterBank:
@@ -243,8 +241,14 @@ class AdapterBank:
             raise ValueError(f"The adapter {adapter.source!r} does not say which class it is: pass `class_label`.")
         if not ignore_base_fingerprint:
             self._base.check(config, adapter.source)
-        self._check_fits(adapter.shapes)
-        return self.add_tensors(adapter.tensors(), class_label=class_label, class_name=class_name or config.class_name)
+        if config.modules_to_save:
+            raise ValueError(
+                f"`modules_to_save` of {adapter.source!r} is {list(config.modules_to_save)}, expected None: a bank holds "
+                "adapters, not modules."
+            )
+        what = f"The tensors of {adapter.source!r}"
+        self._check_fits(adapter.shapes, what)
+        return self._add(adapter.tensors(), class_label, class_name or config.class_name, what)
 
     def add_tensors(
         self, state_dict: Mapping[str, torch.Tensor], *, class_label: int, class_name: str | None = None
@@ -254,19 +258,27 @@ class AdapterBank:
 
         Args and errors are those of `add`.
         """
+        return self._add(state_dict, class_label, class_name, "The tensors")
+
+    def _add(self, state_dict: Mapping[str, torch.Tensor], class_label: int, class_name: str | None, what: str) -> int:
         if class_label in self._rows:
             raise ValueError(f"`class_label` is {class_label}, a class that is in the bank already: remove it first.")
-        self._rows[class_label] = self._live.flatten(self._check_fits(state_dict))
+        row = self._live.flatten(self._check_fits(state_dict, what))
+        if not torch.isfinite(row).all():
+            raise ValueError(f"{what} have numbers that are too large for {row.dtype}, nothing was added.")
+        self._rows[class_label] = row
         self._names[class_label] = class_name or str(class_label)
         return class_label
 
-    def _check_fits(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _check_fits(self, state_dict: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
         """The tensors by the live adapter's keys."""
         given = {plain_key(key): value for key, value in state_dict.items()}
         live = self._live.tensors
         problems = [*misnamed(live, given), *misshapen(live, given), *not_finite(given)]
+        if len(given) < len(state_dict):
+            problems.append(f"{len(state_dict) - len(given)} tensors come twice, expected each of them once")
         if problems:
-            raise ValueError(f"The tensors do not fit this bank, nothing was added:\n{listed(problems)}")
+            raise ValueError(f"{what} do not fit this bank, nothing was added:\n{listed(problems)}")
         return given
 
     def remove(self, class_label: int) -> None:
@@ -297,11 +309,11 @@ class AdapterBank:
         layout = [[key, list(tensor.shape)] for key, tensor in self._live.tensors.items()]
         classes = [[label, self._names[label]] for label in self._rows]
         # One entry: safetensors writes several in any order, and equal banks shall give equal files.
-        metadata = {_METADATA: json.dumps({"config": self.config.to_dict(), "layout": layout, "classes": classes})}
+        metadata = {METADATA: json.dumps({"config": self.config.to_dict(), "layout": layout, "classes": classes})}
         rows = [row.cpu() for row in self._rows.values()]
         table = torch.stack(rows) if rows else torch.empty(0, self._live.numel)
         with whole_file(Path(file)) as temporary:
-            save_file({_ROWS: table}, temporary, metadata=metadata)
+            save_file({ROWS: table}, temporary, metadata=metadata)
 
     @classmethod
     def load(
@@ -330,20 +342,16 @@ class AdapterBank:
         """
         if not Path(file).is_file():
             raise FileNotFoundError(f"`file` is {os.fspath(file)!r}, which is not there.")
-        with safe_open(file, framework="pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
-        missing = [name for name in ("config", "layout", "classes") if name not in metadata]
-        if missing:
-            raise ValueError(
-                f"{os.fspath(file)!r} has no {', '.join(missing)}: it was not written by AdapterBank.save."
-            )
-        settings, layout, classes = (metadata[name] for name in ("config", "layout", "classes"))
-        config = _config(settings, os.fspath(file))
+        saved = read_bank(file)
         if not ignore_base_fingerprint:
-            FingerprintCheck(model).check(config, os.fspath(file))
-        bank = cls(model, config, adapter_name, beside=beside)
+            FingerprintCheck(model).check(saved.config, saved.file)
+        saved.check_fits(model)
+        is_new = not _layers(wrapped_model(model), adapter_name)
+        bank = cls(model, exact_targets(saved.config, saved.shapes), adapter_name, beside=beside)
+        if is_new:
+            restore_targets(bank.config, saved.config)
         try:
-            bank._take_rows(os.fspath(file), layout, classes)
+            bank._take_rows(saved)
         except Exception:
             bank.unload()
             raise
@@ -405,23 +413,14 @@ class AdapterBank:
             raise
         return bank
 
-    def _take_rows(self, file: str, layout: Sequence[Sequence], classes: Sequence[Sequence]) -> None:
-        """Fill the bank from a file of these tensors, `[key, shape]`, and classes, `[id, name]`."""
+    def _take_rows(self, saved: SavedBank) -> None:
+        """Fill the bank from a file, of which no number is read."""
         live = self._live.tensors
-        stored = {key: torch.empty(shape, device="meta") for key, shape in layout}
-        problems = [*misnamed(live, stored), *misshapen(live, stored)]
-        if problems:
-            raise ValueError(f"{file!r} does not fit this model:\n{listed(problems)}")
-        rows = load_file(file).get(_ROWS)
-        expected = (len(classes), self._live.numel)
-        if rows is None or rows.shape != expected or not rows.is_floating_point():
-            found = "nothing" if rows is None else f"{rows.dtype} of shape {tuple(rows.shape)}"
-            raise ValueError(f"{file!r} holds {found}, expected a row for every class, {expected}.")
-        order = _order(list(live), list(stored), [tensor.numel() for tensor in stored.values()])
-        for (label, name), row in zip(classes, rows, strict=True):
-            self._rows[int(label)] = row if order is None else row[order]
-            self._names[int(label)] = str(name)
-            self._unchecked.add(int(label))
+        order = _order(list(live), list(saved.shapes), [tensor.numel() for tensor in saved.shapes.values()])
+        for (label, name), row in zip(saved.classes.items(), saved.rows(), strict=True):
+            self._rows[label] = row if order is None else row[order]
+            self._names[label] = name
+            self._unchecked.add(label)
 
     def _row_of(self, class_label: int) -> torch.Tensor:
         if class_label not in self._rows:
@@ -433,7 +432,8 @@ class AdapterBank:
     def _finite_row(self, class_label: int) -> torch.Tensor:
         row = self._row_of(class_label)
         if class_label in self._unchecked:
-            if not torch.isfinite(row).all():
+            # A number of a wider type may be too large for the adapter's.
+            if not torch.isfinite(self._live.cast(row)).all():
                 raise ValueError(
                     f"Class {class_label} has numbers that are not finite: add it again from a sound adapter."
                 )
@@ -483,12 +483,6 @@ def _check_alone(model: nn.Module, own: Collection[str]) -> None:
         raise ValueError(
             f"`model` has the adapters {', '.join(others)}, expected none besides {next(iter(own))!r}: unload them."
         )
-
-
-def _config(settings: Mapping[str, Any], file: str) -> FunLoraConfig:
-    if settings.get("peft_type") != "FUNLORA":
-        raise ValueError(f"{file!r} holds adapters of type {settings.get('peft_type')}, expected FUNLORA.")
-    return FunLoraConfig(**{**settings, "inference_mode": True})
 
 
 def _check_shared(source: str, config: FunLoraConfig, expected: FunLoraConfig) -> None:

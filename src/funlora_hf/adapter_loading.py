@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from copy import copy
 
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from .adapter_folder import adapter_name as class_adapter_name
 from .fingerprint import FingerprintCheck
-from .saved_adapter import SavedAdapter, read_adapter
+from .saved_adapter import SavedAdapter, brief, read_adapter, restore_targets
 from .tuner.removal import remove_adapters
 from .tuner.save_guard import guard_saving
 from .tuner.targets import without_peft
+from .tuner.tensor_checks import listed, not_finite
 
 
 def load_adapter(
@@ -65,7 +65,7 @@ def load_adapter(
     try:
         return put_adapter(without_peft(model), peft_model, adapter, adapter_name).eval()
     except Exception as error:
-        raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {error}") from error
+        raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {brief(error)}") from error
 
 
 def put_adapter(base: nn.Module, peft_model: PeftModel | None, adapter: SavedAdapter, name: str) -> PeftModel:
@@ -98,8 +98,11 @@ def put_adapter(base: nn.Module, peft_model: PeftModel | None, adapter: SavedAda
         missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
         if missing or loaded.unexpected_keys:
             raise ValueError(f"missing tensors {missing}, unexpected tensors {loaded.unexpected_keys}")
-        # What is saved again is the config that came.
-        peft_model.peft_config[name] = copy(adapter.config)
+        # Numbers that the file holds in a wider type may be too large here.
+        problems = not_finite(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
+        if problems:
+            raise ValueError(f"it has numbers that are too large:\n{listed(problems)}")
+        restore_targets(peft_model.peft_config[name], adapter.config)
         peft_model.eval()
     except Exception:
         remove_adapters(base, [name])

@@ -19,7 +19,7 @@ from .adapter_bank import AdapterBank
 from .adapter_folder import adapter_name, save_adapter, save_adapter_tensors
 from .adapter_loading import put_adapter
 from .fingerprint import FingerprintCheck
-from .saved_adapter import SavedAdapter
+from .saved_adapter import SavedAdapter, brief, exact_targets
 from .tuner import FunLoraConfig, mixed_batch
 from .tuner.adapter_layer import BASE
 from .tuner.adapter_model import AdapterModel, adapters_enabled
@@ -70,7 +70,7 @@ class ClassAdapters:
                 self._peft_model = put_adapter(self._model, self._peft_model, adapter, adapter_name(class_label))
         except Exception as error:
             self._clean_up()
-            raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {error}") from error
+            raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {brief(error)}") from error
         self._configs[class_label] = adapter.config
 
     def open_bank(self, file: str | os.PathLike, *, ignore_base_fingerprint: bool = False) -> AdapterBank:
@@ -127,10 +127,12 @@ class ClassAdapters:
         if class_label is None:
             return model
         if bank is not None:
+            tensors = bank.state_dict(class_label)
             # The start of an adapter must not take from the random numbers of who calls.
             with torch.random.fork_rng(devices=[]):
-                peft_model = PeftModel(model, deepcopy(bank.config), adapter_name=adapter_name(class_label))
-            set_peft_model_state_dict(peft_model, bank.state_dict(class_label), adapter_name(class_label))
+                config = deepcopy(exact_targets(bank.config, tensors))
+                peft_model = PeftModel(model, config, adapter_name=adapter_name(class_label))
+            set_peft_model_state_dict(peft_model, tensors, adapter_name(class_label))
         peft_model.set_adapter(adapter_name(class_label))
         try:
             return peft_model.merge_and_unload(safe_merge=True)

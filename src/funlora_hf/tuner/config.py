@@ -11,11 +11,13 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .functional import FUNCTIONS, FUNCTIONS_WITH_OMEGA, OPERATIONS, check_at_least_one, check_choice
+from .tensor_checks import shortened
 
 
 # Precisions that bases are loaded in.
 FINGERPRINT_DTYPES = ("float32", "bfloat16", "float16")
 _SHA256 = re.compile("[0-9a-f]{64}")
+MOST_NAME_CHARACTERS = 1000
 
 
 @dataclass
@@ -115,9 +117,11 @@ class FunLoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_names(name, getattr(self, name), single=True)
         _check_names("modules_to_save", self.modules_to_save, single=False)
-        for name in ("class_embedding", "class_name"):
+        for name in ("class_embedding", "class_name", "base_model_name_or_path", "revision"):
             _check_type(name, getattr(self, name), str | None, "text or None")
-        _check_class_label(self.class_label)
+        check_class_name(self.class_name)
+        _check_layer_indexes(self.layers_to_transform)
+        check_class_label(self.class_label)
         _check_fingerprint(self.base_fingerprint)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -153,9 +157,31 @@ def _check_names(name: str, value: object, *, single: bool) -> None:
         raise ValueError(f"`{name}` is {value!r}, expected {'a regex, ' if single else ''}a list of names, or None.")
 
 
-def _check_class_label(value: object) -> None:
+def check_class_label(value: object) -> None:
+    """Raise a ValueError unless the id of a class is an integer that torch can hold, from 0 on, or None."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63):
         raise ValueError(f"`class_label` is {value!r}, expected an id from 0 to 2**63 - 1, or None.")
+
+
+def check_class_name(value: str | None) -> None:
+    """Raise a ValueError unless the name of a class is text of moderate length that can be written, or None."""
+    if value is None:
+        return
+    if len(value) > MOST_NAME_CHARACTERS:
+        problem = f"of {len(value)} characters"
+    elif any("\ud800" <= character <= "\udfff" for character in value):
+        problem = "with half a surrogate pair in it"
+    else:
+        return
+    raise ValueError(
+        f"`class_name` is {shortened(repr(value), 100)}, {problem}, expected text of {MOST_NAME_CHARACTERS} characters at most."
+    )
+
+
+def _check_layer_indexes(value: object) -> None:
+    entries = value if isinstance(value, (Sequence, Set)) and not isinstance(value, str) else [value]
+    if value is not None and not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
+        raise ValueError(f"`layers_to_transform` is {value!r}, expected an index, a list of them, or None.")
 
 
 def _check_fingerprint(value: object) -> None:
@@ -164,7 +190,10 @@ def _check_fingerprint(value: object) -> None:
     if (
         not isinstance(value, Mapping)
         or not value
-        or not all(key in FINGERPRINT_DTYPES and _SHA256.fullmatch(str(entry)) for key, entry in value.items())
+        or not all(
+            key in FINGERPRINT_DTYPES and isinstance(entry, str) and _SHA256.fullmatch(entry)
+            for key, entry in value.items()
+        )
     ):
         raise ValueError(
             f"`base_fingerprint` is {value!r}, expected 64 hexadecimal digits for each of "

@@ -35,6 +35,10 @@ class FlatAdapter:
         """Tensors by the keys of `tensors` as a row `(numel,)` of its own, on the device and in the dtype of this adapter's."""
         return torch.cat([tensors[key].detach().reshape(-1).to(self._row) for key in self.tensors])
 
+    def cast(self, row: torch.Tensor) -> torch.Tensor:
+        """A row as it would be in this adapter: in its dtype, on its device."""
+        return row.to(self._row)
+
     def unflatten(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of a row `(numel,)`, as views of it."""
         sizes = [tensor.numel() for tensor in self.tensors.values()]

@@ -131,7 +131,8 @@ def default_omega(num_functions: int, like: torch.Tensor | None = None) -> torch
 
 def reduced_size(channels: int, ratio: int) -> int:
     """Entries that a factor keeps for `channels` at the reduction `ratio`: rounded up. Source: Table IV [exact]."""
-    return math.ceil(channels / ratio)
+    # In integers: a ratio may be larger than any float.
+    return -(-channels // ratio)
 
 
 def expand(F: torch.Tensor, ratio: int, shape: torch.Size) -> torch.Tensor:
@@ -148,7 +149,9 @@ def expand(F: torch.Tensor, ratio: int, shape: torch.Size) -> torch.Tensor:
     Source: Table IV [exact] for the counts; which channels share an entry is [ours].
     """
     if ratio > 1:
-        F = F.repeat_interleave(ratio, dim=0)[: shape[0]].repeat_interleave(ratio, dim=1)[:, : shape[1]]
+        # No more copies of an entry than there are channels, however large the ratio is.
+        rows, columns = (min(ratio, size) for size in shape[:2])
+        F = F.repeat_interleave(rows, dim=0)[: shape[0]].repeat_interleave(columns, dim=1)[:, : shape[1]]
     return F.reshape(*F.shape, *(1 for _ in shape[2:]))
 
 

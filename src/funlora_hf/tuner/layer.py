@@ -250,4 +250,4 @@ def compile_functional_matrices(model: nn.Module) -> None:
 
 def _widened(factor: torch.Tensor, ratio: int, size: int) -> torch.Tensor:
     """A factor's entries, each for `ratio` neighbouring channels, `(size,)`."""
-    return factor.flatten().repeat_interleave(ratio)[:size]
+    return factor.flatten().repeat_interleave(min(ratio, size))[:size]

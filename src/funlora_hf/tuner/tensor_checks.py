@@ -8,6 +8,8 @@ import torch
 
 
 _LISTED = 10
+# Characters of a line: names from a file may be of any length.
+_LINE = 300
 
 
 def misnamed(live: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
@@ -42,8 +44,13 @@ def not_finite(given: Mapping[str, torch.Tensor]) -> list[str]:
 
 def listed(problems: Iterable[str]) -> str:
     """The lines in order of their keys, each once and not more of them than can be read."""
-    lines = [f"- {problem}" for problem in sorted(set(problems))]
+    lines = [f"- {shortened(problem, _LINE)}" for problem in sorted(set(problems))]
     return "\n".join(lines if len(lines) <= _LISTED else [*lines[:_LISTED], f"- and {len(lines) - _LISTED} more"])
+
+
+def shortened(text: str, length: int) -> str:
+    """The text, its middle left out if it is longer than `length`."""
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
 def check_before_loading(
