@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from .adapter_folder import adapter_folders
@@ -26,6 +25,7 @@ from .base_model import load_base
 from .files import whole_file
 from .fingerprint import FingerprintCheck
 from .saved_adapter import ADAPTER_FILES, SavedAdapter, fetch, read_adapter
+from .saved_bank import METADATA, ROWS, SavedBank, read_bank
 from .tuner import FunLoraConfig, mixed_batch
 from .tuner.adapter_layer import BASE, AdapterLayer, adapter_layers
 from .tuner.adapter_model import adapters_enabled
@@ -37,8 +37,6 @@ from .tuner.tensor_checks import listed, misnamed, misshapen, not_finite
 
 # What all adapters of a bank share; which layers they have, their tensors show.
 _SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
-_ROWS = "adapters"
-_METADATA = "adapter_bank"
 
 
 class AdapterBank:
@@ -297,11 +295,11 @@ class AdapterBank:
         layout = [[key, list(tensor.shape)] for key, tensor in self._live.tensors.items()]
         classes = [[label, self._names[label]] for label in self._rows]
         # One entry: safetensors writes several in any order, and equal banks shall give equal files.
-        metadata = {_METADATA: json.dumps({"config": self.config.to_dict(), "layout": layout, "classes": classes})}
+        metadata = {METADATA: json.dumps({"config": self.config.to_dict(), "layout": layout, "classes": classes})}
         rows = [row.cpu() for row in self._rows.values()]
         table = torch.stack(rows) if rows else torch.empty(0, self._live.numel)
         with whole_file(Path(file)) as temporary:
-            save_file({_ROWS: table}, temporary, metadata=metadata)
+            save_file({ROWS: table}, temporary, metadata=metadata)
 
     @classmethod
     def load(
@@ -328,22 +326,12 @@ class AdapterBank:
             ValueError: not a bank's file, or one that does not fit the model: which tensors, is said.
             FileNotFoundError: no such file.
         """
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"`file` is {os.fspath(file)!r}, which is not there.")
-        with safe_open(file, framework="pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
-        missing = [name for name in ("config", "layout", "classes") if name not in metadata]
-        if missing:
-            raise ValueError(
-                f"{os.fspath(file)!r} has no {', '.join(missing)}: it was not written by AdapterBank.save."
-            )
-        settings, layout, classes = (metadata[name] for name in ("config", "layout", "classes"))
-        config = _config(settings, os.fspath(file))
+        saved = read_bank(file)
         if not ignore_base_fingerprint:
-            FingerprintCheck(model).check(config, os.fspath(file))
-        bank = cls(model, config, adapter_name, beside=beside)
+            FingerprintCheck(model).check(saved.config, saved.file)
+        bank = cls(model, saved.config, adapter_name, beside=beside)
         try:
-            bank._take_rows(os.fspath(file), layout, classes)
+            bank._take_rows(saved)
         except Exception:
             bank.unload()
             raise
@@ -405,23 +393,17 @@ class AdapterBank:
             raise
         return bank
 
-    def _take_rows(self, file: str, layout: Sequence[Sequence], classes: Sequence[Sequence]) -> None:
-        """Fill the bank from a file of these tensors, `[key, shape]`, and classes, `[id, name]`."""
-        live = self._live.tensors
-        stored = {key: torch.empty(shape, device="meta") for key, shape in layout}
+    def _take_rows(self, saved: SavedBank) -> None:
+        """Fill the bank from a file."""
+        live, stored = self._live.tensors, saved.shapes
         problems = [*misnamed(live, stored), *misshapen(live, stored)]
         if problems:
-            raise ValueError(f"{file!r} does not fit this model:\n{listed(problems)}")
-        rows = load_file(file).get(_ROWS)
-        expected = (len(classes), self._live.numel)
-        if rows is None or rows.shape != expected or not rows.is_floating_point():
-            found = "nothing" if rows is None else f"{rows.dtype} of shape {tuple(rows.shape)}"
-            raise ValueError(f"{file!r} holds {found}, expected a row for every class, {expected}.")
+            raise ValueError(f"{saved.file!r} does not fit this model:\n{listed(problems)}")
         order = _order(list(live), list(stored), [tensor.numel() for tensor in stored.values()])
-        for (label, name), row in zip(classes, rows, strict=True):
-            self._rows[int(label)] = row if order is None else row[order]
-            self._names[int(label)] = str(name)
-            self._unchecked.add(int(label))
+        for (label, name), row in zip(saved.classes.items(), saved.rows(), strict=True):
+            self._rows[label] = row if order is None else row[order]
+            self._names[label] = name
+            self._unchecked.add(label)
 
     def _row_of(self, class_label: int) -> torch.Tensor:
         if class_label not in self._rows:
@@ -483,12 +465,6 @@ def _check_alone(model: nn.Module, own: Collection[str]) -> None:
         raise ValueError(
             f"`model` has the adapters {', '.join(others)}, expected none besides {next(iter(own))!r}: unload them."
         )
-
-
-def _config(settings: Mapping[str, Any], file: str) -> FunLoraConfig:
-    if settings.get("peft_type") != "FUNLORA":
-        raise ValueError(f"{file!r} holds adapters of type {settings.get('peft_type')}, expected FUNLORA.")
-    return FunLoraConfig(**{**settings, "inference_mode": True})
 
 
 def _check_shared(source: str, config: FunLoraConfig, expected: FunLoraConfig) -> None:
