@@ -152,6 +152,17 @@ def test_info_of_one_adapter_and_of_a_bank(command, run_folder, tmp_path):
     assert out.rstrip().endswith("classes 17 (from a bank)")
 
 
+def test_names_of_others_fake_no_lines(command, run_folder):
+    config = run_folder / "adapters" / "class_7" / "adapter_config.json"
+    write_json(config, {**read_json(config), "class_name": "cat\x1b[2J\nadapter class_9: ok", "target_modules": "\n"})
+    for name in ("info", "verify", "sample"):
+        options = ["--num_inference_steps", "1", "--output", run_folder / "a.png"] if name == "sample" else []
+        code, out, _ = command(name, run_folder, *options)
+        assert code == 0
+        assert "\x1b" not in out
+        assert not [line for line in out.splitlines() if line.startswith("adapter class_9")]
+
+
 def test_info_shows_another_base(command, run_folder, tiny_pipe):
     with torch.no_grad():
         tiny_pipe.unet.conv_in.weight[0] += 1e-3

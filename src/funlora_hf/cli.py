@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from typing import TextIO
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -83,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _progress_only_on_a_terminal():
             return given.run(given)
     except (HfHubHTTPError, _NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"error: {_text(error)}", file=sys.stderr)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        for line in [f"error: {lines[0]}", *lines[1:_ERROR_LINES]]:
+            _say(line, file=sys.stderr)
         return 1
 
 
@@ -114,11 +117,11 @@ def _info(given: argparse.Namespace) -> int:
         print(json.dumps(asdict(found), indent=2))
         return 0
     if found.base is not None:
-        print(_base_line(found.base))
+        _say(_base_line(found.base))
     for adapter in found.adapters:
-        print(_adapter_line(adapter))
+        _say(_adapter_line(adapter))
     for bank in found.banks:
-        print(_bank_line(bank))
+        _say(_bank_line(bank))
     return 0
 
 
@@ -135,7 +138,7 @@ def _verify(given: argparse.Namespace) -> int:
         print(json.dumps({"ok": ok, "verdicts": [asdict(verdict) for verdict in verdicts]}, indent=2))
     else:
         for verdict in verdicts:
-            print(verdict)
+            _say(str(verdict))
     return 0 if ok else 1
 
 
@@ -173,8 +176,8 @@ def _sample(given: argparse.Namespace) -> int:
     ]
     image_grid(to_uint8(torch.cat(images)), given.output, columns=given.num_images)
     for row, class_id in enumerate(class_ids, start=1):
-        print(f"row {row}: {_class_text(class_id, pipe.classes[class_id])}")
-    print(given.output)
+        _say(f"row {row}: {_class_text(class_id, pipe.classes[class_id])}")
+    _say(given.output)
     return 0
 
 
@@ -202,9 +205,9 @@ def _push(given: argparse.Namespace) -> int:
         license=given.license,
     )
     for commit in commits:
-        print(commit.commit_url)
+        _say(commit.commit_url)
     if not commits:
-        print(f"{given.repo_id} has all of it already: no commit was made.")
+        _say(f"{given.repo_id} has all of it already: no commit was made.")
     return 0
 
 
@@ -230,9 +233,9 @@ def _pull(given: argparse.Namespace) -> int:
         local_files_only=given.local_files_only,
     )
     for folder in written:
-        print(folder)
+        _say(str(folder))
     if not written:
-        print(f"{given.output_dir} has all of it already: nothing was written.")
+        _say(f"{given.output_dir} has all of it already: nothing was written.")
     return 0
 
 
@@ -335,9 +338,12 @@ def _on_base(adapter: AdapterDescription | BankDescription) -> str:
     return f"base {adapter.base_model or 'not named'} ({matches})"
 
 
-def _text(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "\n".join(lines[:_ERROR_LINES]) or type(error).__name__
+def _say(line: str, *, file: TextIO | None = None) -> None:
+    """Print a line that may have names of others in it, which could move the cursor or fake lines of their own."""
+    file = sys.stdout if file is None else file
+    line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+    encoding = file.encoding or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding), file=file)
 
 
 @contextmanager
