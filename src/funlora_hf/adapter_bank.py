@@ -340,8 +340,6 @@ class AdapterBank:
             ValueError: not a bank's file, or one that does not fit the model: which tensors, is said.
             FileNotFoundError: no such file.
         """
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"`file` is {os.fspath(file)!r}, which is not there.")
         saved = read_bank(file)
         if not ignore_base_fingerprint:
             FingerprintCheck(model).check(saved.config, saved.file)

@@ -28,19 +28,24 @@ def adapter_name(class_id: int) -> str:
 
 def adapter_folders(adapters: Path) -> list[Path]:
     """The `class_<id>` folders below `adapters` by rising id; empty if there are none."""
-    folders = [path for path in adapters.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    return sorted((path for path in adapters.glob(f"{_PREFIX}*") if folder_class(path) is not None), key=folder_class)
+
+
+def folder_class(folder: Path) -> int | None:
+    """The id in the name of a folder `class_<id>`; None for another name."""
+    number = folder.name.removeprefix(_PREFIX)
+    return int(number) if folder.name.startswith(_PREFIX) and number.isdecimal() else None
 
 
 def adapter_class(folder: Path) -> dict[str, Any]:
-    """Which class an adapter folder of a run makes: `{"class_label": id, "class_name": name or None}`.
+    """Which class an adapter folder of a run makes: `{"class_label": id or None, "class_name": name or None}`.
 
     FunLoRA's configuration says so; other methods' do not, and the folder's name and the card do.
     """
     settings = read_json(folder / "adapter_config.json")
     label, name = settings.get("class_label"), settings.get("class_name")
     if label is None:
-        label = int(folder.name.removeprefix(_PREFIX))
+        label = folder_class(folder)
     card = folder / "README.md"
     if name is None and card.is_file():
         name = ModelCard.load(card).data.to_dict().get("class_name")

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DModel
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
-from .base_model import UNET_FOLDER
+from .base_model import PIPELINE, base_classes, read_unet
 from .cards import ClassRow, Place, adapter_card
 from .files import read_json
 from .fingerprint import base_fingerprints
@@ -28,7 +27,6 @@ from .saved_adapter import SavedAdapter, read_adapter
 
 
 SAMPLES = "samples.png"
-PIPELINE = "model_index.json"
 # What diffusers writes of a pipeline; the card is ours.
 _BASE_FILES = ("*.json", "*/*.json", "*/*.safetensors", "*/*.safetensors.index.json")
 
@@ -83,14 +81,11 @@ def read_base(folder: Path) -> BaseFolder:
 
     Raises:
         FileNotFoundError: no pipeline in it.
+        ValueError: a U-Net that cannot be loaded.
     """
     if not (folder / PIPELINE).is_file():
         raise FileNotFoundError(f"{os.fspath(folder)!r} has no {PIPELINE}, expected a pipeline's folder.")
-    index = read_json(folder / PIPELINE)
-    unet = UNet2DModel.from_pretrained(folder, subfolder=UNET_FOLDER, use_safetensors=True)
-    ids = index.get("class_ids") or list(range(unet.config.num_class_embeds or 0))
-    names = {int(class_id): name for class_id, name in (index.get("id2label") or {}).items()}
-    return BaseFolder(folder, {c: names.get(c, str(c)) for c in ids}, base_fingerprints(unet))
+    return BaseFolder(folder, base_classes(folder), base_fingerprints(read_unet(folder)))
 
 
 @dataclass(frozen=True)

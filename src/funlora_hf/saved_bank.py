@@ -45,23 +45,32 @@ class SavedBank:
     classes: dict[int, str]
     table: tuple[int, ...] | None
 
+    @property
+    def numel(self) -> int:
+        """How many numbers a class has."""
+        return sum(tensor.numel() for tensor in self.shapes.values())
+
     def check_fits(self, model: nn.Module) -> None:
         """Raise a ValueError unless a row is just what the config makes on a model, of which no memory is taken."""
         try:
             check_tensors(self.config, self.shapes, model)
         except ValueError as error:
             raise ValueError(f"{self.file!r} does not fit this model: {error}") from error
-        expected = (len(self.classes), sum(tensor.numel() for tensor in self.shapes.values()))
-        if self.table != expected:
-            found = "nothing" if self.table is None else f"a table of shape {self.table}"
-            raise ValueError(f"{self.file!r} holds {found}, expected a row for every class, {expected}.")
+        self._check_table()
 
     def rows(self) -> torch.Tensor:
-        """The numbers, `(classes, numel)`, mapped into memory."""
+        """The numbers, `(classes, numel)`, mapped into memory. Raises a ValueError for another table, or a damaged file."""
+        self._check_table()
         try:
             return load_file(self.file)[ROWS]
         except (SafetensorError, OSError) as error:
             unsound(Path(self.file), error)
+
+    def _check_table(self) -> None:
+        expected = (len(self.classes), self.numel)
+        if self.table != expected:
+            found = "nothing" if self.table is None else f"a table of shape {self.table}"
+            raise ValueError(f"{self.file!r} holds {found}, expected a row for every class, {expected}.")
 
 
 def read_bank(file: str | os.PathLike) -> SavedBank:

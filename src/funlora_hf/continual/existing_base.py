@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusers import UNet2DModel
 
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
-from ..files import read_json
+from ..base_model import base_classes
 from ..pipeline import FunLoraPipeline
 
 
@@ -58,18 +58,13 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
             f"`base_model` is {name!r}, expected a pipeline folder with a model_index.json, such as the base/ folder of "
             "a run."
         )
-    index = read_json(folder / "model_index.json")
     config = UNet2DModel.load_config(folder, subfolder="unet")
-    rows = config.get("num_class_embeds") or 0
-    if not rows:
+    if not config.get("num_class_embeds"):
         raise ValueError(
             f"`base_model` {name!r} has a U-Net without a class embedding (`num_class_embeds`), which class vectors "
             "stand in for: train a class-conditional base."
         )
-    ids = index.get("class_ids") or list(range(rows))
-    names = {int(class_id): label for class_id, label in (index.get("id2label") or {}).items()}
-    classes = {class_id: names.get(class_id, str(class_id)) for class_id in ids}
-    base = ExistingBase(folder, source, classes, config["sample_size"], config["in_channels"])
+    base = ExistingBase(folder, source, base_classes(folder), config["sample_size"], config["in_channels"])
     return base.with_adapters(folder / ADAPTERS_FOLDER)
 
 

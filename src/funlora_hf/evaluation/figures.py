@@ -122,11 +122,30 @@ def class_grid(images: Tensor, path: str | os.PathLike[str]) -> None:
     Source: [ours].
     """
     _check_images("images", images)
+    image_grid(images[:CLASS_GRID_IMAGES], path, columns=CLASS_GRID_COLUMNS)
+
+
+def image_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int) -> None:
+    """Draws images row by row, each on white. Needs no matplotlib.
+
+    Small images are enlarged by a whole factor, each pixel to a square. Equal images give equal bytes.
+
+    Args:
+        images: uint8 (N, C, H, W), range 0..255, C = 1 or 3.
+        path: the PNG to write; its folder is made if it is missing.
+        columns: images in a row.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
+
+    Source: [ours].
+    """
+    _check_images("images", images)
     target = _png_path(path)
     _, _, height, width = images.shape
     factor = max(1, round(GRID_CELL / max(height, width)))
-    tiles = [_tile(image, factor) for image in images[:CLASS_GRID_IMAGES]]
-    columns = min(CLASS_GRID_COLUMNS, len(tiles))
+    tiles = [_tile(image, factor) for image in images]
+    columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)
     blank = PIL.Image.new("RGB", tiles[0].size, "white")
     grid = make_image_grid(tiles + [blank] * (rows * columns - len(tiles)), rows, columns)

@@ -1,0 +1,427 @@
+"""The command: what it prints, writes and returns, and that errors are said in a few lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from runs import REPOSITORY, digests, write_adapters
+
+from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint, base_fingerprints
+from funlora_hf.cli import COMMANDS, main
+from funlora_hf.files import read_json, write_json
+
+
+REPO = "user/digits"
+
+
+@pytest.fixture
+def run_folder(tiny_pipe, tmp_path):
+    """A base of 3 and 5, and adapters of 7 and 8 that carry its fingerprint."""
+    fingerprint = base_fingerprints(tiny_pipe.unet)
+    for label in (7, 8):
+        write_adapters(
+            tiny_pipe,
+            tmp_path / "run",
+            classes=[label],
+            base=label == 7,
+            class_label=label,
+            class_name=f"name {label}",
+            base_fingerprint=fingerprint,
+        )
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command in this process; returns exit code, stdout and stderr."""
+
+    def start(*arguments):
+        try:
+            code = main([os.fspath(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return start
+
+
+@pytest.fixture
+def fails(command):
+    """Runs a command that must fail with a readable error, and returns that."""
+
+    def start(*arguments):
+        code, out, err = command(*arguments)
+        assert (code, out) == (1, "")
+        start_of_error = err.index("error: ")
+        assert "Traceback" not in err
+        assert len(err[start_of_error:].splitlines()) <= 12
+        return err[start_of_error:]
+
+    return start
+
+
+def damage(run_folder, label=7):
+    (run_folder / "adapters" / f"class_{label}" / "adapter_config.json").write_text("{")
+
+
+def bank_of(run_folder, file):
+    unet = FunLoraPipeline.from_pretrained(run_folder / "base").unet
+    bank = AdapterBank(unet, FunLoraConfig.from_pretrained(run_folder / "adapters" / "class_7"))
+    bank.add(run_folder / "adapters" / "class_7", class_label=17, class_name="from a bank")
+    bank.save(file)
+    return file
+
+
+def pixels(file):
+    with PIL.Image.open(file) as image:
+        assert image.format == "PNG"
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("arguments", [[], *([entry.name] for entry in COMMANDS)])
+def test_help_says_the_exit_codes(command, arguments):
+    code, out, _ = command(*arguments, "--help")
+    assert code == 0
+    assert "exit codes: 0 done" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["other"], ["info"], ["info", "a", "--what"], ["sample", "a", "--num_images", "0"], ["push", "a"]],
+)
+def test_unknown_arguments_are_a_usage_error(command, arguments):
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert "usage: funlora" in err
+
+
+def test_info_of_a_run(command, run_folder, tiny_pipe):
+    code, out, _ = command("info", run_folder)
+    assert code == 0
+    base, seven, eight = out.splitlines()
+    count = sum(parameter.numel() for parameter in tiny_pipe.unet.parameters())
+    assert f"{count:,} parameters" in base
+    assert base_fingerprint(tiny_pipe.unet) in base
+    assert base.endswith("classes 3 (three), 5")
+    assert seven.startswith("adapter adapters/class_7: class 7 (name 7), FUNLORA cosine mul, ")
+    assert "class 8 (name 8)" in eight
+    assert seven.endswith("base not named (matches)")
+
+
+def test_info_as_json(command, run_folder, tiny_pipe, tmp_path):
+    bank_of(run_folder, run_folder / "bank.safetensors")
+    code, out, _ = command("info", run_folder, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["base"]["classes"] == {"3": "three", "5": "5"}
+    weights = run_folder / "adapters" / "class_7" / "adapter_model.safetensors"
+    adapter = found["adapters"][0]
+    assert adapter["num_bytes"] == weights.stat().st_size
+    assert (adapter["class_label"], adapter["class_name"], adapter["base_matches"]) == (7, "name 7", True)
+    (bank,) = found["banks"]
+    assert bank["classes"] == {"17": "from a bank"}
+    assert bank["parameters_per_class"] == adapter["parameters"]
+    assert bank["base_matches"] is True
+
+
+@pytest.mark.parametrize("place", ["base", "base/unet"])
+def test_info_of_a_pipeline_and_of_a_unet(command, run_folder, tiny_pipe, place):
+    code, out, _ = command("info", run_folder / place)
+    assert code == 0
+    assert base_fingerprint(tiny_pipe.unet) in out
+    assert len(out.splitlines()) == 1
+
+
+def test_info_of_one_adapter_and_of_a_bank(command, run_folder, tmp_path):
+    code, out, _ = command("info", run_folder, "--subfolder", "adapters/class_8")
+    assert (code, len(out.splitlines())) == (0, 1)
+    assert out.rstrip().endswith("(not checked)")
+    code, out, _ = command("info", bank_of(run_folder, tmp_path / "bank.safetensors"))
+    assert code == 0
+    assert out.startswith("bank bank.safetensors: FUNLORA cosine mul, ")
+    assert out.rstrip().endswith("classes 17 (from a bank)")
+
+
+def test_names_of_others_fake_no_lines(command, run_folder):
+    config = run_folder / "adapters" / "class_7" / "adapter_config.json"
+    write_json(config, {**read_json(config), "class_name": "cat\x1b[2J\nadapter class_9: ok", "target_modules": "\n"})
+    for name in ("info", "verify", "sample"):
+        options = ["--num_inference_steps", "1", "--output", run_folder / "a.png"] if name == "sample" else []
+        code, out, _ = command(name, run_folder, *options)
+        assert code == 0
+        assert "\x1b" not in out
+        assert not [line for line in out.splitlines() if line.startswith("adapter class_9")]
+
+
+def test_info_shows_another_base(command, run_folder, tiny_pipe):
+    with torch.no_grad():
+        tiny_pipe.unet.conv_in.weight[0] += 1e-3
+    tiny_pipe.save_pretrained(run_folder / "base")
+    _, out, _ = command("info", run_folder)
+    assert out.count("(DOES NOT MATCH)") == 2
+
+
+def test_sample_draws_what_the_pipeline_does(command, run_folder, tmp_path):
+    """Tile by tile, pixel by pixel; classes by id and by name; equal whatever else is drawn."""
+    file = tmp_path / "new" / "grid.png"
+    arguments = ["sample", run_folder, "--num_images", "3", "--num_inference_steps", "2", "--output", file]
+    code, out, _ = command(*arguments, "--classes", "three", "7", "name 8")
+    assert (code, out.splitlines()) == (0, ["row 1: 3 (three)", "row 2: 7 (name 7)", "row 3: 8 (name 8)", str(file)])
+    grid = pixels(file)
+    side = 8 * 8 + 2
+    assert grid.shape == (3 * side, 3 * side, 3)
+    command(*arguments, "--classes", "8")
+    assert np.array_equal(pixels(file), grid[2 * side :])
+    command(*arguments, "--classes", "8", "--seed", "1")
+    assert not np.array_equal(pixels(file), grid[2 * side :])
+    tile = grid[1 : 1 + 64, 1 : 1 + 64]
+    assert np.array_equal(tile, tile[::8, ::8].repeat(8, axis=0).repeat(8, axis=1))
+
+
+def test_sample_takes_adapters_and_banks_from_elsewhere(command, run_folder, tmp_path):
+    alone = shutil.move(run_folder / "adapters", tmp_path / "alone")
+    shutil.copytree(alone, run_folder / "adapters")
+    bank = bank_of(run_folder, tmp_path / "bank.safetensors")
+    shutil.rmtree(run_folder / "adapters")
+    options = ["--num_images", "2", "--solver", "euler", "--num_inference_steps", "1", "--output", tmp_path / "a.png"]
+    code, out, _ = command("sample", run_folder / "base", "--adapters", alone, bank, *options)
+    assert code == 0
+    assert [line.split()[2] for line in out.splitlines()[:-1]] == ["3", "5", "7", "8", "17"]
+    grid = pixels(tmp_path / "a.png")
+    assert len(grid) == 5 * 66
+    # Class 17 is class 7 by another name, from other noise.
+    assert not np.array_equal(grid[2 * 66 : 3 * 66], grid[4 * 66 :])
+
+
+def test_sample_of_a_saved_pipeline_loads_its_adapters_once(command, run_folder, tmp_path):
+    pipe = FunLoraPipeline.from_pretrained(run_folder / "base")
+    pipe.load_adapter(run_folder / "adapters" / "class_7")
+    pipe.save_pretrained(tmp_path / "saved")
+    code, out, _ = command("sample", tmp_path / "saved", "--num_inference_steps", "1", "--output", tmp_path / "a.png")
+    assert code == 0
+    assert "row 3: 7 (name 7)" in out
+
+
+def test_sample_says_what_is_wrong(fails, run_folder, tmp_path):
+    assert "`--classes` has 'cat', expected ids or names of: 3 (three), 5, 7 (name 7), 8 (name 8)" in fails(
+        "sample", run_folder, "--classes", "7", "cat"
+    )
+    assert "holds no pipeline" in fails("sample", run_folder / "adapters")
+    assert "`--device` is 'cuda:99'" in fails("sample", run_folder, "--device", "cuda:99")
+    assert "expected a name ending in .png" in fails(
+        "sample", run_folder, "--classes", "7", "--num_inference_steps", "1", "--output", tmp_path / "a.jpg"
+    )
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in fails(
+        "sample", run_folder, "--classes", "7", "--num_inference_steps", "1", "--output", tmp_path / "file" / "a.png"
+    )
+
+
+def test_sample_of_an_adapter_of_another_base(fails, run_folder, tiny_pipe):
+    with torch.no_grad():
+        tiny_pipe.unet.conv_in.weight[0] += 1e-3
+    tiny_pipe.save_pretrained(run_folder / "base")
+    assert "was trained for another base" in fails("sample", run_folder)
+
+
+@pytest.mark.parametrize("name", ["info", "sample", "verify"])
+def test_a_missing_folder_and_repository(fails, hub, tmp_path, name):
+    assert "is neither a folder that is there nor the name of a repository" in fails(name, tmp_path / "nowhere")
+    assert "is neither a folder that is there nor a repository that you may read" in fails(name, "user/nothing")
+
+
+def test_info_of_a_damaged_adapter(fails, run_folder):
+    damage(run_folder)
+    assert "class_7/adapter_config.json' is no JSON" in fails("info", run_folder)
+
+
+def test_verify(command, run_folder, tiny_pipe):
+    code, out, _ = command("verify", run_folder)
+    assert code == 0
+    assert out.splitlines() == [
+        f"base base: ok, fingerprint {base_fingerprint(tiny_pipe.unet)}",
+        "adapter adapters/class_7: ok, made for this base",
+        "adapter adapters/class_8: ok, made for this base",
+    ]
+    damage(run_folder)
+    code, out, _ = command("verify", run_folder)
+    assert code == 1
+    assert out.splitlines()[1].startswith("adapter adapters/class_7: FAILED: ")
+    assert out.splitlines()[2] == "adapter adapters/class_8: ok, made for this base"
+    code, out, _ = command("verify", run_folder, "--json")
+    found = json.loads(out)
+    assert (code, found["ok"]) == (1, False)
+    assert [verdict["ok"] for verdict in found["verdicts"]] == [True, False, True]
+
+
+def test_verify_against_another_base(command, run_folder, tiny_pipe, tmp_path):
+    with torch.no_grad():
+        tiny_pipe.unet.conv_in.weight[0] += 1e-3
+    tiny_pipe.save_pretrained(tmp_path / "other")
+    code, out, _ = command("verify", run_folder / "adapters", "--base", tmp_path / "other")
+    assert code == 1
+    assert out.count("FAILED: The adapter") == out.count("was trained for another base") == 2
+
+
+@pytest.mark.parametrize("layout", ["subfolders", "repositories"])
+def test_push_and_pull_give_the_run_back(command, hub, run_folder, tmp_path, layout):
+    code, out, _ = command("push", run_folder, REPO, "--layout", layout, "--license", "mit")
+    assert code == 0
+    assert len(out.splitlines()) >= 2
+    assert all(f"{REPO}" in line and "/commit/" in line for line in out.splitlines())
+    assert "license: mit" in hub.files(REPO)["README.md"].decode()
+    code, out, _ = command("push", run_folder, REPO, "--layout", layout, "--license", "mit")
+    assert (code, out) == (0, f"{REPO} has all of it already: no commit was made.\n")
+    there = tmp_path / "there"
+    sources = [REPO] if layout == "subfolders" else [f"{REPO}-class_7", f"{REPO}-class_8"]
+    for source in sources:
+        code, out, _ = command("pull", source, there)
+        assert code == 0
+    assert command("pull", REPO, there, "--with_base")[0] == 0
+    assert {path.name for path in there.iterdir()} == {"base", "adapters"}
+    assert digests(there / "base") == digests(run_folder / "base")
+    for label in (7, 8):
+        weights = Path("adapters") / f"class_{label}" / "adapter_model.safetensors"
+        assert (there / weights).read_bytes() == (run_folder / weights).read_bytes()
+    code, out, _ = command("verify", there)
+    assert (code, out.count("made for this base")) == (0, 2)
+
+
+def test_push_private_with_its_base_elsewhere(command, hub, run_folder):
+    command("push", run_folder, "user/base")
+    assert command("push", run_folder, REPO, "--private", "--base_model", "user/base")[0] == 0
+    assert "model_index.json" not in hub.files(REPO)
+    assert json.loads(hub.files(REPO)["class_7/adapter_config.json"])["base_model_name_or_path"] == "user/base"
+
+
+def test_pull_takes_the_classes_asked_for_and_nothing_else(command, hub, run_folder, tmp_path):
+    command("push", run_folder, REPO)
+    hub.commit(REPO, {"class_8/evil.py": b"x", "class_8/samples.png": b"png", "unet/model.bin": b"x"})
+    there = tmp_path / "there"
+    asked = len(hub.requests)
+    code, out, _ = command("pull", REPO, there, "--classes", "8")
+    assert (code, out) == (0, f"{there / 'adapters' / 'class_8'}\n")
+    assert not any("class_7" in path or "unet" in path for _, path in hub.requests[asked:])
+    assert sorted(digests(there)) == [
+        f"adapters/class_8/{name}"
+        for name in ("README.md", "adapter_config.json", "adapter_model.safetensors", "samples.png")
+    ]
+    command("pull", REPO, there, "--with_base")
+    assert not [name for name in digests(there) if name.endswith((".py", ".bin"))]
+    before = digests(there)
+    assert command("pull", REPO, there)[:2] == (0, f"{there} has all of it already: nothing was written.\n")
+    assert digests(there) == before
+
+
+def test_pull_overwrites_only_when_told(command, fails, hub, run_folder, tmp_path):
+    command("push", run_folder, REPO)
+    there = tmp_path / "there"
+    command("pull", REPO, there, "--classes", "8")
+    card = there / "adapters" / "class_8" / "README.md"
+    card.write_text("mine")
+    before = digests(there)
+    error = fails("pull", REPO, there)
+    assert "class_8: there already, with other content" in error
+    assert "--overwrite" in error
+    assert digests(there) == before
+    code, out, _ = command("pull", REPO, there, "--overwrite")
+    assert (code, len(out.splitlines())) == (0, 2)
+    assert card.read_text() != "mine"
+
+
+def test_pull_writes_nothing_that_is_unsound(command, fails, hub, run_folder, tmp_path):
+    command("push", run_folder, REPO)
+    there = tmp_path / "there"
+    weights = hub.files(REPO)["class_8/adapter_model.safetensors"]
+    hub.commit(REPO, {"class_8/adapter_model.safetensors": weights[:-4]})
+    assert "'class_8' of 'user/digits'" in fails("pull", REPO, there)
+    assert not there.exists()
+    assert command("pull", REPO, there, "--classes", "7")[0] == 0
+    assert "has no class_9, expected class_7, class_8" in fails(
+        "pull", run_folder, tmp_path / "local", "--classes", "9"
+    )
+    assert "has no class_9" in fails("pull", REPO, there, "--classes", "9")
+    assert "holds no base" in fails("pull", run_folder / "adapters", tmp_path / "local", "--with_base")
+
+
+def test_pull_to_a_run_of_another_base(command, fails, hub, run_folder, tiny_pipe, tmp_path):
+    command("push", run_folder, REPO)
+    with torch.no_grad():
+        tiny_pipe.unet.conv_in.weight[0] += 1e-3
+    tiny_pipe.save_pretrained(tmp_path / "there" / "base")
+    before = digests(tmp_path / "there")
+    assert "was trained for another base" in fails("pull", REPO, tmp_path / "there")
+    assert "there already, with other content" in fails("pull", REPO, tmp_path / "there", "--with_base")
+    assert digests(tmp_path / "there") == before
+
+
+def test_pull_of_an_adapter_that_says_it_is_another(fails, run_folder, tmp_path):
+    config = run_folder / "adapters" / "class_7" / "adapter_config.json"
+    write_json(config, {**read_json(config), "class_label": 8})
+    assert "its folder is 'class_7', but its config says class 8" in fails("pull", run_folder, tmp_path / "there")
+    own = shutil.move(config.parent, tmp_path / "seven")
+    assert "makes class 8, which is not in [7]" in fails("pull", own, tmp_path / "there", "--classes", "7")
+    assert not (tmp_path / "there").exists()
+
+
+def test_pull_to_a_place_that_cannot_be_written(fails, run_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in fails("pull", run_folder, tmp_path / "file" / "there")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_push_says_what_is_wrong(fails, hub, run_folder, tmp_path):
+    assert "expected the folder of a run" in fails("push", tmp_path / "nowhere", REPO)
+    hub.fail(status=403, path="/api/repos/create")
+    assert "403" in fails("push", run_folder, REPO)
+    hub.clear_faults()
+    damage(run_folder)
+    assert "is no JSON" in fails("push", run_folder, REPO)
+    assert not hub.repos()
+
+
+def test_a_hub_that_does_not_answer(run_folder, hub, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    done = run_module("push", str(run_folder), REPO, HF_ENDPOINT=endpoint, **home(hub, tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_in_a_process_of_its_own_from_the_hub(hub, run_folder, command, tmp_path):
+    """Only results on stdout, which a script reads."""
+    command("push", run_folder, REPO)
+    done = run_module("verify", REPO, "--json", **home(hub, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert [verdict["name"] for verdict in json.loads(done.stdout)["verdicts"]] == [REPO, "class_7", "class_8"]
+    assert "%|" not in done.stderr
+
+
+def home(hub, tmp_path):
+    return {name: value for name, value in hub.environment.items() if name != "HF_ENDPOINT"} | {
+        "HF_HOME": str(tmp_path / "home")
+    }
+
+
+def run_module(*arguments, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src"), **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "funlora_hf", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
