@@ -31,7 +31,7 @@ LABEL = 7
 LAYERS = ["conv_in", "up_blocks.0.resnets.1.conv1"]
 # No example may take more memory than this, nor longer than a hang would; neither is a measurement.
 MOST_MEMORY = 2**29
-HANG = 60
+HANG = 20
 # Exponential in the length of a name that they do not match.
 HOSTILE = [r"(([a-z0-9_]+\.?)+)+!", r"^(([a-z])+.)+[A-Z]([a-z])+$", r"(.*.*.*.*.*)*!", r"(a|a|b)*(([^.]+)*\.*)*!"]
 ABSURD = [-1, 0, 2, 10**9, 10**12, 2**31, 2**62, 2**63, 2**64, 10**30, 1.0, 1e9, 1e300, True, None, "1", [1]]
@@ -83,6 +83,10 @@ def numbers(content):
             array = np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry["dtype"]])
         arrays[key] = array.astype(np.float32).reshape(entry["shape"])
     return arrays
+
+
+class _HangError(BaseException):
+    """Not an Exception: what is under test turns those into a ValueError."""
 
 
 class Subject:
@@ -140,6 +144,7 @@ class Subject:
             assert str(self.folder) in text or "`" in text or text.startswith("Class "), text
             assert len(text) < 5000, text[:5000]
             assert "alloc" not in text.lower(), text
+            assert "MemoryError" not in text, text
             return None
         finally:
             signal.alarm(0)
@@ -215,7 +220,7 @@ def subject(tmp_path_factory):
     """Built once: it is the point that nothing changes it."""
 
     def hangs(*_):
-        raise AssertionError("it hangs")
+        raise _HangError
 
     before = signal.signal(signal.SIGALRM, hangs)
     limits = resource.getrlimit(resource.RLIMIT_AS)
