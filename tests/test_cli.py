@@ -390,6 +390,16 @@ def test_push_says_what_is_wrong(fails, hub, run_folder, tmp_path):
     assert not hub.repos()
 
 
+def test_delete_takes_a_class_out_of_folder_and_repository(command, fails, hub, run_folder):
+    command("push", str(run_folder), "user/digits")
+    places = ("--output_dir", str(run_folder), "--repo_id", "user/digits")
+    code, output, _ = command("delete", "7", *places)
+    assert (code, output.splitlines()[0]) == (0, "deleted class 7 from user/digits")
+    assert not (run_folder / "adapters" / "class_7").exists()
+    assert not any(name.startswith("class_7") for name in hub.files("user/digits"))
+    assert "`class_label` is 7, which none of the places given has" in fails("delete", "7", *places)
+
+
 def test_a_hub_that_does_not_answer(run_folder, hub, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

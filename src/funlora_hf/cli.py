@@ -32,6 +32,7 @@ from .hub import LAYOUTS, push_all
 from .pipeline import FunLoraPipeline
 from .pulling import pull
 from .solvers import SOLVERS
+from .unlearning import delete_class
 from .verification import verify
 
 
@@ -211,6 +212,25 @@ def _push(given: argparse.Namespace) -> int:
     return 0
 
 
+def _add_delete_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("class_label", type=int, metavar="ID", help="id of the class")
+    parser.add_argument("--output_dir", help="folder of a run or of a saved pipeline that it is deleted from")
+    parser.add_argument("--repo_id", help="repository that it is deleted from")
+    parser.add_argument(
+        "--history",
+        choices=("keep", "squash"),
+        default="keep",
+        help="whether earlier commits of the repository keep it (default: %(default)s)",
+    )
+
+
+def _delete(given: argparse.Namespace) -> int:
+    places = {"output_dir": given.output_dir, "repo_id": given.repo_id}
+    for place in delete_class(given.class_label, **places, history=given.history):
+        _say(f"deleted class {given.class_label} from {places[place]}")
+    return 0
+
+
 def _add_pull_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="repository with folders class_<id>, or with one adapter")
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="gets adapters/class_<id>/, and base/ --with_base")
@@ -244,6 +264,7 @@ COMMANDS = (
     Command("sample", "Draw images of classes, a row for each, into a PNG", _add_sample_arguments, _sample),
     Command("push", "Push a run to the Hub: its base and a folder for each class", _add_push_arguments, _push),
     Command("pull", "Fetch classes from the Hub into the folder of a run", _add_pull_arguments, _pull),
+    Command("delete", "Delete a class from a folder and from a repository", _add_delete_arguments, _delete),
     Command("verify", "Check files, numbers and fingerprints, a line for each thing", _add_verify_arguments, _verify),
 )
 
