@@ -343,12 +343,14 @@ class AdapterBank:
         saved = read_bank(file)
         if not ignore_base_fingerprint:
             FingerprintCheck(model).check(saved.config, saved.file)
-        saved.check_fits(model)
         is_new = not _layers(wrapped_model(model), adapter_name)
+        if is_new:
+            saved.check_fits(model)
         bank = cls(model, exact_targets(saved.config, saved.shapes), adapter_name, beside=beside)
         if is_new:
             restore_targets(bank.config, saved.config)
         try:
+            saved.check_row(bank.live_tensors)
             bank._take_rows(saved)
         except Exception:
             bank.unload()

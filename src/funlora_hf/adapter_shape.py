@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -10,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .tuner.targets import without_peft
+from .tuner.targets import plain_modules, without_peft
 
 
 def adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
@@ -34,13 +35,37 @@ def adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
         return get_peft_model(shape, config)
 
 
-def adapter_tensor_shapes(model: nn.Module, config: PeftConfig) -> dict[str, torch.Tensor]:
+def adapter_tensor_shapes(
+    model: nn.Module, config: PeftConfig, *, layers: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors that an adapter of `config` saves, by the keys that PEFT saves them under, on the meta device.
+
+    Args:
+        model: the base, with adapters or without.
+        config: of the adapter.
+        layers: names of all modules that it is about, where they are known: then no others are looked at, which is faster.
 
     Raises:
         ValueError: what PEFT raises for targets that the model does not have.
     """
-    return get_peft_model_state_dict(adapted_shape(model, config), save_embedding_layers=False)
+    part = model if layers is None else _only(model, layers)
+    return get_peft_model_state_dict(adapted_shape(part, config), save_embedding_layers=False)
+
+
+def _only(model: nn.Module, layers: Collection[str]) -> nn.Module:
+    """A model of these modules alone, by their names; the modules themselves, not copies."""
+    # What is wrapped comes behind its wrapper.
+    found = {name: module for name, module in plain_modules(model) if name in layers}
+    root = nn.Module()
+    for name in sorted(found):
+        *parents, last = name.split(".")
+        place = root
+        for parent in parents:
+            if parent not in place._modules:
+                place.add_module(parent, nn.Module())
+            place = place._modules[parent]
+        place.add_module(last, found[name])
+    return root
 
 
 def _without_values(tensor: torch.Tensor) -> torch.Tensor:

@@ -324,8 +324,12 @@ def check_tensors(config: PeftConfig, shapes: Mapping[str, torch.Tensor], model:
     most = MOST_BASES * sum(parameter.numel() for parameter in without_peft(model).parameters())
     if _numel(shapes) > most:
         raise ValueError(f"it holds {_numel(shapes)} numbers, expected {most} at most: {MOST_BASES} times the base's.")
+    exact = exact_targets(config, shapes)
+    if isinstance(config, FunLoraConfig):
+        # A start as the identity takes no time on the meta device, and its shapes are those of any other.
+        exact.init_weights = True
     try:
-        expected = adapter_tensor_shapes(model, exact_targets(config, shapes))
+        expected = adapter_tensor_shapes(model, exact, layers=_layers(config, shapes, model))
     except Exception as error:  # PEFT may stumble over anything where a value makes no sense
         raise ValueError(f"its config makes no adapter of this model: {brief(error)}") from error
     expected = {plain_key(key): tensor for key, tensor in expected.items()}
@@ -335,6 +339,18 @@ def check_tensors(config: PeftConfig, shapes: Mapping[str, torch.Tensor], model:
         problems.append(f"{len(shapes) - len(given)} tensors come twice, expected each of them once")
     if problems:
         raise ValueError(f"its tensors are not those of its config on this model:\n{listed(problems)}")
+
+
+def _layers(config: PeftConfig, keys: Iterable[str], model: nn.Module) -> set[str] | None:
+    """All modules of a model that FunLoRA's config and tensors are about; None: they cannot be told."""
+    layers = _adapted_layers(config, keys)
+    inside = any(other.startswith(f"{name}.") for name in layers for other in layers)
+    if not isinstance(config, FunLoraConfig) or config.modules_to_save or inside:
+        return None
+    vector = config.class_embedding
+    if vector is None:
+        return layers
+    return layers | {name for name, _ in plain_modules(model) if name == vector or name.endswith(f".{vector}")}
 
 
 def _numel(shapes: Mapping[str, torch.Tensor]) -> int:

@@ -17,7 +17,7 @@ from torch import nn
 from .saved_adapter import DTYPES, check_tensors, config_from, parse_json, unsound
 from .tuner import FunLoraConfig
 from .tuner.config import check_class_label, check_class_name
-from .tuner.tensor_checks import shortened
+from .tuner.tensor_checks import listed, misnamed, misshapen, shortened
 
 
 ROWS = "adapters"
@@ -57,6 +57,12 @@ class SavedBank:
         except ValueError as error:
             raise ValueError(f"{self.file!r} does not fit this model: {error}") from error
         self._check_table()
+
+    def check_row(self, live: Mapping[str, torch.Tensor]) -> None:
+        """Raise a ValueError unless a row is just what these tensors of an adapter in a model hold."""
+        problems = [*misnamed(live, self.shapes), *misshapen(live, self.shapes)]
+        if problems:
+            raise ValueError(f"{self.file!r} does not fit this model:\n{listed(problems)}")
 
     def rows(self) -> torch.Tensor:
         """The numbers, `(classes, numel)`, mapped into memory. Raises a ValueError for another table, or a damaged file."""
