@@ -32,7 +32,7 @@ test: quality
 # What `make test` leaves out for its time: PEFT's own tests for all combinations of function, operation and target, of which it
 # runs some, long compilations, and more of runs that are killed or stop by themselves.
 test-slow: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow
 
 # The tests of what PEFT does for us, with the oldest peft that pyproject.toml allows.
 test-oldest-peft: .oldest-peft
