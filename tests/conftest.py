@@ -21,9 +21,9 @@ import huggingface_hub.utils._http
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
-from runs import REPOSITORY, make_tiny_unet
+from runs import REPOSITORY, make_tiny_unet, write_adapters
 
-from funlora_hf import FunLoraPipeline
+from funlora_hf import FunLoraPipeline, base_fingerprints
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +65,23 @@ def waits(monkeypatch) -> list[float]:
     for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=seconds.append, time=time.time))
     return seconds
+
+
+@pytest.fixture
+def run_folder(tiny_pipe, tmp_path):
+    """A base of 3 and 5, and adapters of 7 and 8 that carry its fingerprint."""
+    fingerprint = base_fingerprints(tiny_pipe.unet)
+    for label in (7, 8):
+        write_adapters(
+            tiny_pipe,
+            tmp_path / "run",
+            classes=[label],
+            base=label == 7,
+            class_label=label,
+            class_name=f"name {label}",
+            base_fingerprint=fingerprint,
+        )
+    return tmp_path / "run"
 
 
 @pytest.fixture

@@ -14,31 +14,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from runs import REPOSITORY, digests, write_adapters
+from runs import REPOSITORY, digests
 
-from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint, base_fingerprints
+from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint
 from funlora_hf.cli import COMMANDS, main
 from funlora_hf.files import read_json, write_json
 
 
 REPO = "user/digits"
-
-
-@pytest.fixture
-def run_folder(tiny_pipe, tmp_path):
-    """A base of 3 and 5, and adapters of 7 and 8 that carry its fingerprint."""
-    fingerprint = base_fingerprints(tiny_pipe.unet)
-    for label in (7, 8):
-        write_adapters(
-            tiny_pipe,
-            tmp_path / "run",
-            classes=[label],
-            base=label == 7,
-            class_label=label,
-            class_name=f"name {label}",
-            base_fingerprint=fingerprint,
-        )
-    return tmp_path / "run"
 
 
 @pytest.fixture

@@ -8,30 +8,13 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import digests, write_adapters
+from runs import digests
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint, base_fingerprints, push_all
+from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint, push_all
 from funlora_hf.files import read_json, write_json
 from funlora_hf.verification import verify
-
-
-@pytest.fixture
-def run_folder(tiny_pipe, tmp_path):
-    """A base of 3 and 5, and adapters of 7 and 8 that carry its fingerprint."""
-    fingerprint = base_fingerprints(tiny_pipe.unet)
-    for label in (7, 8):
-        write_adapters(
-            tiny_pipe,
-            tmp_path / "run",
-            classes=[label],
-            base=label == 7,
-            class_label=label,
-            class_name=f"name {label}",
-            base_fingerprint=fingerprint,
-        )
-    return tmp_path / "run"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from .adapter_folder import adapter_folders
+from .adapter_folder import adapter_folders, folder_class
 from .cards import ClassRow
 from .hub_index import INDEX, HubIndex, read_index
 from .saved_adapter import ADAPTER_FILES, fetch, read_config
@@ -32,7 +32,7 @@ def known_contents(repo_id: str, present: set[str]) -> HubIndex:
     others = {}
     for folder in adapter_folders(root) if folders else ():
         if folder.name in folders and folder.name not in index.adapters:
-            label = int(folder.name.removeprefix("class_"))
+            label = folder_class(folder)
             others[folder.name] = ClassRow(
                 label, _class_name(folder) or str(label), "adapter", None, None, None, folder.name
             )
