@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from ..adapter_folder import ADAPTERS_FOLDER
+from ..classifier import ClassifierConfig, percentage, predict, train_classifier
 from ..continual.config import EvaluationArguments
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
@@ -26,7 +27,6 @@ from ..data import ImageClassificationData, Task
 from ..files import folder_sha256, read_json, whole_file, write_json
 from ..pipeline import FunLoraPipeline
 from ..seeds import derive_seed
-from .classifier import ClassifierConfig, percentage, predict, train_classifier
 from .figures import class_grid
 from .held_out import held_out_loss
 from .samples import Samples, draw_samples, tensor_sha256, to_uint8
