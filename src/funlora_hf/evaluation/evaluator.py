@@ -26,10 +26,10 @@ from ..continual.strategy import Strategy
 from ..data import ImageClassificationData, Task
 from ..files import folder_sha256, read_json, whole_file, write_json
 from ..pipeline import FunLoraPipeline
+from ..sampling import Samples, draw_samples, tensor_sha256, to_uint8
 from ..seeds import derive_seed
 from .figures import class_grid
 from .held_out import held_out_loss
-from .samples import Samples, draw_samples, tensor_sha256, to_uint8
 
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Draws the images that a run is judged by. Knows the pipeline and seeds, no training."""
+"""Draws images of a class, repeatably. Knows the pipeline and seeds, no training."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..pipeline import FunLoraPipeline
-from ..seeds import generator_for
+from .pipeline import FunLoraPipeline
+from .seeds import generator_for
 
 
 class Samples(NamedTuple):
