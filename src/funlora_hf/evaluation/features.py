@@ -76,7 +76,7 @@ class InceptionFeatures(FeatureExtractor):
                 f"{_FID_EXTRA}, or choose `image_quality` 'classifier'."
             ) from error
         try:
-            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
         except OSError as error:  # urllib's errors are OSErrors
             raise OSError(
                 f"the weights of Inception, which the extra of {_FID_EXTRA} downloads when they are first used, cannot be "
