@@ -136,8 +136,8 @@ def _value(entry: str, key: str, text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"`strategies` has {entry!r}, where {key!r} is no YAML: {text!r}.") from error
-    # YAML 1.1 reads 2e-3, which has no point, as text.
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
+    # YAML 1.1 reads 2e-3 and 1.5e3, without a point or a sign, as text.
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
         return float(value)
     return value
 

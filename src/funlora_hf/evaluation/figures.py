@@ -561,11 +561,11 @@ def _check_percentages(name: str, values: Sequence[float], *, length: int) -> No
             raise ValueError(f"{name}[{place}] is {value!r}, expected a number in [0, 100]; accuracies are in %")
 
 
-def shorten(name: str) -> str:
-    """Leaves out the middle of a long name, since both ends tell names apart."""
-    if len(name) <= LONGEST_LABEL:
+def shorten(name: str, length: int = LONGEST_LABEL) -> str:
+    """Leaves out the middle of a name of more characters than `length`, since both ends tell names apart."""
+    if len(name) <= length:
         return name
-    kept = (LONGEST_LABEL - 1) // 2
+    kept = (length - 1) // 2
     return f"{name[:kept]}…{name[-kept:]}"
 
 
