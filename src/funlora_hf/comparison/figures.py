@@ -193,7 +193,7 @@ def forgetting_figure(
     matplotlib = import_matplotlib()
     tasks = max(len(matrix) for matrix in matrices.values())
     side = min(max(0.22 * tasks, 1.5), 3.4)
-    columns = min(len(matrices), max(1, int(7.6 / (side + 0.35))))
+    columns = min(len(matrices), max(1, int(8.2 / (side + 0.35))))
     rows = math.ceil(len(matrices) / columns)
     with matplotlib.rc_context(STYLE):
         size = (columns * (side + 0.35) + 0.9, rows * (side + 0.45) + 0.45)

@@ -38,24 +38,24 @@ _STYLE = """
   :root { --ink: #e8e8e8; --soft: #a5a5a5; --line: #3a3d42; --ground: #16181b; --raised: #1f2226; --bad: #ff9c85; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1.25rem 1rem 3rem; background: var(--ground); color: var(--ink);
+body { margin: 0 auto; max-width: 104rem; padding: 1.25rem 1rem 3rem; background: var(--ground); color: var(--ink);
   font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem; }
 p, dd, li, figcaption { max-width: 46rem; }
 .soft, figcaption, .note { color: var(--soft); font-size: .9rem; }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
-table { border-collapse: separate; border-spacing: 0; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+table { border-collapse: separate; border-spacing: 0; font-size: .82rem; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: .35rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 thead th { background: var(--raised); font-weight: 600; vertical-align: bottom; }
-thead tr:last-child th { font-weight: 500; white-space: normal; min-width: 4.6rem; }
+thead tr:last-child th { font-weight: 500; line-height: 1.25; white-space: normal; min-width: 4.2rem; }
 thead th.group { text-align: center; border-bottom-color: transparent; }
 .first { border-left: 1px solid var(--line); }
 tbody tr:last-child > * { border-bottom: 0; }
 th.name { position: sticky; left: 0; text-align: left; background: var(--raised); border-right: 1px solid var(--line);
-  font-weight: 600; max-width: 11rem; white-space: normal; overflow-wrap: anywhere; z-index: 1; }
+  font-weight: 600; min-width: 8.5rem; max-width: 12rem; white-space: normal; overflow-wrap: break-word; z-index: 1; }
 figure { margin: 0 0 1rem; }
-figure img { display: block; max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line);
+figure img { display: block; max-width: min(100%, 60rem); height: auto; background: #ffffff; border: 1px solid var(--line);
   border-radius: .5rem; padding: .5rem; }
 figcaption { margin-top: .4rem; }
 .failed { border-left: .25rem solid var(--bad); padding-left: .75rem; }
@@ -65,7 +65,7 @@ dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 code { font: .85em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; white-space: pre-wrap; }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
-  th.name { max-width: 8rem; } }
+  th.name { min-width: 7rem; max-width: 8rem; } }
 @media print { body { max-width: none; padding: 0; } .wide { overflow: visible; border: 0; } figure { break-inside: avoid; } }
 """
 
