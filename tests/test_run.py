@@ -27,9 +27,9 @@ from funlora_hf.continual.trainer import NonFiniteLossError
 from funlora_hf.data import load_image_data
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError
-from funlora_hf.evaluation.samples import to_uint8
 from funlora_hf.files import read_json, write_json
 from funlora_hf.run import run
+from funlora_hf.sampling import to_uint8
 
 
 @pytest.fixture(scope="module")

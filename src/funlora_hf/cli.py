@@ -27,10 +27,10 @@ from .base_model import PIPELINE
 from .contents import find_contents
 from .description import AdapterDescription, BankDescription, BaseDescription, describe
 from .evaluation.figures import image_grid
-from .evaluation.samples import draw_samples, to_uint8
 from .hub import LAYOUTS, push_all
 from .pipeline import FunLoraPipeline
 from .pulling import pull
+from .sampling import draw_samples, to_uint8
 from .solvers import SOLVERS
 from .unlearning import delete_class
 from .verification import verify

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,6 +26,7 @@ from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, ada
 from .class_adapters import ClassAdapters
 from .fingerprint import base_tensors
 from .flow_matching import sigma_to_timestep
+from .guidance import Guidance
 from .saved_adapter import read_adapter
 from .solvers import SolverOutput, check_solver, solve
 from .tuner.removal import adapted_modules
@@ -122,6 +124,7 @@ class FunLoraPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        guidance: Guidance | None = None,
     ) -> FunLoraPipelineOutput | tuple:
         r"""
         The call function to the pipeline for generation.
@@ -140,6 +143,8 @@ class FunLoraPipeline(DiffusionPipeline):
             output_type (`str`, *optional*, defaults to "pil"): "pil", "np" or "pt".
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`FunLoraPipelineOutput`] instead of a tuple.
+            guidance ([`Guidance`], *optional*):
+                Steers the samples to where a score of the image, such as a classifier's, is higher.
 
         Returns:
             [`FunLoraPipelineOutput`] or `tuple`: the images, in the order asked, and the number of evaluations.
@@ -161,6 +166,7 @@ class FunLoraPipeline(DiffusionPipeline):
             return self._velocity(state, sigma, rows)
 
         with self._acting(class_ids):
+            velocity = velocity if guidance is None else partial(guidance, velocity)
             output = self._solve(velocity, noise[order], num_inference_steps, solver, rtol, atol)
         sample = torch.empty_like(output.sample)
         sample[order] = output.sample

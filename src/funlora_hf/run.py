@@ -53,6 +53,7 @@ class RunArguments:
     def __post_init__(self) -> None:
         # Checked now, not when the first task has been trained.
         classifier_config(self.evaluation, self.training.max_train_steps)
+        _check_strategy(self)
         if self.model.unet_config is not None or self.model.base_model is not None:
             return
         if self.data.dataset_name != "digits" and self.training.update_class is None:
@@ -84,7 +85,6 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
     training = arguments.training
     limit = TimeLimit(training.time_limit_minutes)
     strategy_cls = strategy_class(training.strategy)
-    _check_strategy(strategy_cls, arguments)
     accelerator = _accelerator(training)
     folder = RunFolder(Path(training.output_dir))
     if training.update_class is not None:
@@ -166,11 +166,20 @@ def _update(
     trainer.update_class(arguments.training.update_class)
 
 
-def _check_strategy(strategy_cls: type[Strategy], arguments: RunArguments) -> None:
-    if "all_tasks" in strategy_cls.requires and arguments.model.base_model is not None:
+def _check_strategy(arguments: RunArguments) -> None:
+    strategy_cls = strategy_class(arguments.training.strategy)
+    strategy_cls.make_options(arguments.training.strategy_options or {})
+    base_model = arguments.model.base_model
+    if "all_tasks" in strategy_cls.requires and base_model is not None:
         raise ValueError(
             f"`strategy` {strategy_cls.name!r} trains on all tasks at once, so it cannot add classes to `base_model` "
-            f"{arguments.model.base_model!r}: leave one of the two out."
+            f"{base_model!r}: leave one of the two out."
+        )
+    unmet = sorted(strategy_cls.requires - {"all_tasks"})
+    if unmet:
+        raise ValueError(
+            f"`strategy` {strategy_cls.name!r} requires {', '.join(map(repr, unmet))}, which a run of a class-conditional "
+            "U-Net does not have: choose another strategy."
         )
     if arguments.model.peft_method != "funlora" and strategy_cls.name != "funlora":
         raise ValueError(
@@ -280,6 +289,7 @@ def _setting(
         model=arguments.model,
         training=arguments.training,
         device=accelerator.device,
+        num_images={class_id: data.count(class_id) for class_id in data.class_names},
     )
 
 

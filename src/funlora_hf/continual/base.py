@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from torch import nn
 
 from ..files import whole_folder
 from ..pipeline import FunLoraPipeline
@@ -40,6 +41,22 @@ def trainable_unet(setting: Setting, num_classes: int) -> Trainable:
     return Trainable(unet, dict(unet.named_parameters()))
 
 
+def set_class_vectors(unet: UNet2DModel, vectors: torch.Tensor, num_classes: int) -> None:
+    """Give a U-Net another class embedding, in place: these vectors, and for more classes their mean, as FunLoRA's vector
+    starts.
+
+    Args:
+        unet: with a class embedding.
+        vectors: `(n, dim)`, n <= num_classes.
+        num_classes: rows afterwards.
+    """
+    embedding = nn.Embedding(num_classes, vectors.shape[1])
+    with torch.no_grad():
+        embedding.weight.copy_(torch.cat([vectors, vectors.mean(dim=0).expand(num_classes - len(vectors), -1)]))
+    unet.class_embedding = embedding.to(unet.device)
+    unet.register_to_config(num_class_embeds=num_classes)
+
+
 def arrange(unet: UNet2DModel, training: ContinualTrainingArguments, *, compiled: bool) -> None:
     """Lay a U-Net out in memory as the run asks for and, if `compiled`, have its blocks compiled; values stay."""
     if training.channels_last:
@@ -67,10 +84,16 @@ def _unet(unet_config: Mapping, num_classes: int) -> UNet2DModel:
 
 def save_base(unet: UNet2DModel, folder: Path, class_ids: Sequence[int], class_names: Mapping[int, str]) -> None:
     """Write a pipeline folder whose class embedding has the row i for `class_ids[i]`; whole or not at all."""
+    with whole_folder(folder) as temporary:
+        make_pipeline(unet, class_ids, class_names).save_pretrained(temporary)
+
+
+def make_pipeline(unet: UNet2DModel, class_ids: Sequence[int], class_names: Mapping[int, str]) -> FunLoraPipeline:
+    """A pipeline whose U-Net has the row i of its class embedding for `class_ids[i]`, without progress bars of its own."""
     names = {class_id: class_names[class_id] for class_id in class_ids}
     pipe = FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler(), list(class_ids), names)
-    with whole_folder(folder) as temporary:
-        pipe.save_pretrained(temporary)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def load_pipeline(folder: Path, setting: Setting) -> FunLoraPipeline:

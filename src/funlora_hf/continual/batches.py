@@ -91,6 +91,7 @@ class PhaseBatches:
             self.class_ids[indices][mine],
             noise.to(memory_format=self.memory_format),
             on_device(sigma[mine], self.device),
+            number,
         )
 
     def _images(self, indices: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,15 +32,17 @@ class TrainingState:
         parameters: by name.
         optimizer: the plain optimiser of exactly these parameters, in this order.
         ema: their moving average.
+        buffers: by name, that training changes besides.
     """
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     ema: EMAModel
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors of the state on the CPU, by a flat name."""
-        tensors = {}
+        tensors = {f"buffer/{name}": buffer for name, buffer in self.buffers.items()}
         for index, (name, parameter) in enumerate(self.parameters.items()):
             tensors[f"parameter/{name}"] = parameter.detach()
             tensors[f"ema/{name}"] = self.ema.shadow_params[index]
@@ -58,6 +60,8 @@ class TrainingState:
                 _, state_name, name = key.split("/", 2)
                 parameter = self.parameters[name]
                 self.optimizer.state[parameter][state_name] = self._like(value, parameter)
+        for name, buffer in self.buffers.items():
+            buffer.copy_(tensors[f"buffer/{name}"])
         self.ema.optimization_step = ema_step
 
     def _like(self, value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:

@@ -6,8 +6,11 @@ The defaults are the digits run. Knows nothing of models, data or devices.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import yaml
 
 from ..flow_matching import TIMESTEP_DENSITIES
 from ..solvers import check_solver
@@ -95,7 +98,10 @@ class ModelArguments:
     train_omega: bool = field(default=True, metadata={"help": "Learn the frequencies or exponents."})
     operation: str = field(default="mul", metadata={"help": "'mul', 'add' or 'mul-add'."})
     rank: int | None = field(
-        default=None, metadata={"help": "Rank of the product A B; None: 1, with LoRA on attention the paper's 2."}
+        default=None,
+        metadata={
+            "help": "Rank of the product A B; None: 1, with LoRA on attention the paper's 2, with a LoRA for all classes 8."
+        },
     )
     ratio: int = field(default=1, metadata={"help": "One entry of A and B for this many neighbouring channels."})
     target_modules: list[str] | None = field(
@@ -145,6 +151,10 @@ class ContinualTrainingArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete the run that is in the folder."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest': go on where a run stopped."})
     strategy: str = field(default="funlora", metadata={"help": "How to learn one task after another."})
+    strategy_options: list[str] | None = field(
+        default=None,
+        metadata={"help": "Options of the strategy as key=value; in a recipe, a mapping. See docs/strategies."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of everything: weights, order, noise, samples, classifier."})
     deterministic: bool = field(default=True, metadata={"help": "Use deterministic kernels on a GPU, too (slower)."})
     mixed_precision: str = field(default="no", metadata={"help": "'no', 'fp16' or 'bf16'."})
@@ -216,6 +226,7 @@ class ContinualTrainingArguments:
     )
 
     def __post_init__(self) -> None:
+        self.strategy_options = _parse_options(self.strategy_options)
         check_choice("class_batches", self.class_batches, CLASS_BATCHES)
         check_choice("update_mode", self.update_mode, UPDATE_MODES)
         check_choice("timestep_density", self.timestep_density, TIMESTEP_DENSITIES)
@@ -298,6 +309,19 @@ class EvaluationArguments:
             "classifier_batch_size",
         ):
             check_at_least_one(name, getattr(self, name))
+
+
+def _parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any] | None:
+    """`key=value` texts as a mapping, with values read as in a recipe; a mapping as it is, and None if it is empty."""
+    if isinstance(given, Mapping):
+        return dict(given) or None
+    options = {}
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key or key in options:
+            raise ValueError(f"`strategy_options` has {text!r}, expected key=value, with each key once.")
+        options[key] = yaml.safe_load(value)
+    return options or None
 
 
 def run_settings(*arguments: Any) -> dict[str, Any]:

@@ -192,9 +192,9 @@ class FunLora(Strategy):
         }
 
     def memory_report(self) -> dict[str, int]:
-        persistent = folder_bytes([self.setting.base_dir, *adapter_folders(self.adapters_dir)])
+        base, adapters = folder_bytes([self.setting.base_dir]), folder_bytes(adapter_folders(self.adapters_dir))
         # Adam's two moments, the moving average and the gradient of one adapter, in float32.
-        return {"persistent": persistent, "transient": 4 * 4 * self._count().with_vector}
+        return {"persistent": base + adapters, "per_class": adapters, "transient": 4 * 4 * self._count().with_vector}
 
     def _count(self) -> ParametersPerClass:
         config = self.adapter_config(next(iter(self.setting.class_names)))

@@ -84,4 +84,4 @@ class Joint(Strategy):
 
     def memory_report(self) -> dict[str, int]:
         persistent = folder_bytes([self.model_dir])
-        return {"persistent": persistent, "transient": 4 * persistent}
+        return {"persistent": persistent, "per_class": 0, "transient": 4 * persistent}

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from .finetune import Finetune
 from .funlora import Frozen, FunLora
 from .joint import Joint
+from .low_rank import MagMax, MergeInit, MergeOrthogonal, NaiveLora
 from .strategy import Strategy
 
 
-STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in (FunLora, Frozen, Joint)}
+_CLASSES: tuple[type[Strategy], ...] = (
+    FunLora,
+    Frozen,
+    Joint,
+    Finetune,
+    NaiveLora,
+    MergeInit,
+    MergeOrthogonal,
+    MagMax,
+)
+STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _CLASSES}
 
 
 def strategy_class(name: str) -> type[Strategy]:

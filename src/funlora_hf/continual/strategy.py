@@ -10,9 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ class Setting:
         model: the base's and the adapters' shape.
         training: steps, rates, seed.
         device: where modules are built.
+        num_images: class id -> number of its real training images; classes without are missing or 0.
     """
 
     output_dir: Path
@@ -49,6 +50,11 @@ class Setting:
     model: ModelArguments
     training: ContinualTrainingArguments
     device: torch.device
+    num_images: Mapping[int, int] = field(default_factory=dict)
+
+    def seen(self, task: Task) -> tuple[int, ...]:
+        """Ids of all classes up to a task, in order."""
+        return tuple(class_id for known in self.tasks[: task.index + 1] for class_id in known.class_ids)
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,12 @@ class Trainable:
     Args:
         module: called in the forward pass.
         parameters: by name, in an order that never changes.
+        buffers: by name, that training changes besides: running means of batch normalisation.
     """
 
     module: nn.Module
     parameters: dict[str, nn.Parameter]
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -120,17 +128,25 @@ class Batch:
         class_ids: `(batch,)`, int64, on the CPU.
         noise: standard normal, of the shape of `sample`.
         sigma: `(batch,)`, float32 in [0, 1].
+        number: of the batch in its phase, from 0: all that a strategy may tell batches apart by.
     """
 
     sample: torch.Tensor
     class_ids: torch.Tensor
     noise: torch.Tensor
     sigma: torch.Tensor
+    number: int = 0
 
     def reordered(self, order: torch.Tensor) -> Batch:
         """The same samples in another order, `(batch,)`, int64, on the CPU."""
         moved = on_device(order, self.sample.device)
-        return Batch(self.sample[moved], self.class_ids[order], self.noise[moved], self.sigma[moved])
+        return replace(
+            self,
+            sample=self.sample[moved],
+            class_ids=self.class_ids[order],
+            noise=self.noise[moved],
+            sigma=self.sigma[moved],
+        )
 
 
 @dataclass
@@ -149,10 +165,14 @@ class Strategy(ABC):
     """How to learn one task after another."""
 
     name: ClassVar[str]
+    options_class: ClassVar[type | None] = None
+    """Dataclass of what `--strategy_options` may set, validated at construction; None: there are no options."""
     requires: ClassVar[frozenset[str]] = frozenset()
-    """What it needs of the setting, checked before the start: "all_tasks" (images of every task at once)."""
-    grows_with_tasks: ClassVar[bool] = False
-    """Declared growth of what is kept; others must keep a constant amount."""
+    """What it needs of the setting, checked before the start: "all_tasks" (images of every task at once), or whatever else
+    no setting here has ("text", "past_adapters"), so that it is refused."""
+    grows_with_tasks: bool = False
+    """Declared growth of what is kept. Of all others, the trainer checks that they keep a constant amount from the second
+    task on, but for what `memory_report` counts as "per_class"."""
     learning_changes_past_classes: ClassVar[bool] = True
     """False: what a class's samples look like never changes once its task is over."""
     has_frozen_base: ClassVar[bool] = False
@@ -160,6 +180,22 @@ class Strategy(ABC):
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+
+    @classmethod
+    def make_options(cls, given: Mapping[str, Any]) -> Any:
+        """The options as an `options_class`; None if there is none.
+
+        Raises:
+            ValueError: an option that the strategy does not know, or a value out of its range.
+        """
+        known = [] if cls.options_class is None else [option.name for option in fields(cls.options_class)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            expected = f"some of: {', '.join(map(repr, known))}" if known else "none: it has no options"
+            raise ValueError(
+                f"`strategy_options` has {', '.join(map(repr, unknown))}, but `strategy` {cls.name!r} expects {expected}."
+            )
+        return None if cls.options_class is None else cls.options_class(**given)
 
     @property
     def method_name(self) -> str | None:
@@ -171,7 +207,7 @@ class Strategy(ABC):
         """Raise a ValueError for a setting that cannot work, before anything is written or trained."""
 
     def begin_task(self, task: Task) -> None:  # noqa: B027 - most strategies have nothing to do here
-        """Called before the phases of a task."""
+        """Called before the phases of a task, by every process; also when a run goes on in the middle of the task."""
 
     @abstractmethod
     def phases(self, task: Task) -> Iterable[Phase]:
@@ -224,7 +260,13 @@ class Strategy(ABC):
 
     @abstractmethod
     def memory_report(self) -> dict[str, int]:
-        """Bytes kept between tasks ("persistent") and while training ("transient")."""
+        """Bytes kept between tasks ("persistent"), those among them of which every class needs its own, such as its row of
+        the class embedding ("per_class"), and those held while training ("transient")."""
+
+    def own_classifier(self) -> nn.Module | None:
+        """The classifier that the strategy has trained itself, to the logits of the classes seen, in order; None: it trains
+        none."""
+        return None
 
 
 def velocity_losses(module: nn.Module, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
@@ -241,6 +283,13 @@ def velocity_losses(module: nn.Module, batch: Batch, labels: torch.Tensor) -> to
     labels = on_device(labels, noisy.device)
     model_output = module(noisy, sigma_to_timestep(batch.sigma), labels, return_dict=False)[0]
     return flow_matching_loss(model_output, velocity_target(batch.sample, batch.noise))
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of the tensors in a safetensors file, without its header."""
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    return path.stat().st_size - 8 - header
 
 
 def folder_bytes(folders: Iterable[Path], *, suffix: str = ".safetensors") -> int:

@@ -17,12 +17,11 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..adapter_folder import adapter_name
 from ..data import ImageClassificationData, Task
-from ..files import read_json, whole_file, write_json
+from ..files import read_json, write_json
 from ..seeds import derive_seed
 from .batches import PhaseBatches
 from .checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -33,10 +32,14 @@ from .funlora import FunLora
 from .losses import PendingLosses, StepLoss
 from .run_folder import RunFolder
 from .strategy import Phase, PhaseSettings, Strategy, Trainable
+from .strategy_state import keep_memory_report, load_task_state, save_task_state
 from .time_limit import TimeLimit, TimeLimitReached
 
 
 logger = logging.getLogger(__name__)
+
+# Folder of the seconds that belong to a task and to no phase.
+PREPARATION = "preparation"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -105,11 +108,7 @@ class ContinualTrainer:
         for task in self.tasks:
             restored = self._restore_task(task)
             if not restored:
-                self.strategy.begin_task(task)
-                self._run_phases(list(self.strategy.phases(task)))
-                self.accelerator.wait_for_everyone()
-                self.strategy.end_task(task)
-                self._store_task(task)
+                self._learn_task(task)
             self.accelerator.wait_for_everyone()
             if self.evaluator is not None:
                 # What an earlier run has trained is judged first of all, so that each run gets ahead.
@@ -149,21 +148,51 @@ class ContinualTrainer:
             self.folder.class_figure(class_id).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
 
+    def _learn_task(self, task: Task) -> None:
+        phases = list(self.strategy.phases(task))
+        self._check_access(task, phases)
+        started = time.perf_counter()
+        self.strategy.begin_task(task)
+        if self.accelerator.is_main_process:
+            self._record_preparation(task, time.perf_counter() - started)
+        # What is prepared may lie on disk, where the phases of other processes find it.
+        self.accelerator.wait_for_everyone()
+        self._run_phases(phases)
+        self.accelerator.wait_for_everyone()
+        self.strategy.end_task(task)
+        if self.accelerator.is_main_process:
+            save_task_state(self._task_state(task), self.strategy)
+            keep_memory_report(self.folder, task, self.strategy)
+
+    def _check_access(self, task: Task, phases: list[Phase]) -> None:
+        """Real images of other tasks are only for a strategy that says that it needs them."""
+        if "all_tasks" in self.strategy.requires:
+            return
+        for phase in phases:
+            others = sorted(set(phase.class_ids) - set(task.class_ids))
+            if others:
+                raise ValueError(
+                    f"Phase {phase.name!r} of `strategy` {self.strategy.name!r} asks for real images of classes {others}, "
+                    f"which task {task.index + 1} does not have. A strategy that must see them says so: requires = "
+                    'frozenset({"all_tasks"}).'
+                )
+
     def _restore_task(self, task: Task) -> bool:
         """Take up the strategy's state behind a task that an earlier run has finished; False if none has."""
         path = self._task_state(task)
         finished = path.is_file() and all(self.strategy.is_finished(phase) for phase in self.strategy.phases(task))
         if finished:
-            self.strategy.load_state_dict(load_file(path))
+            load_task_state(path, self.strategy)
         return finished
-
-    def _store_task(self, task: Task) -> None:
-        if self.accelerator.is_main_process:
-            with whole_file(self._task_state(task)) as temporary:
-                save_file(self.strategy.state_dict(), temporary)
 
     def _task_state(self, task: Task) -> Path:
         return self.folder.checkpoints / "strategy" / f"task_{task.index + 1}.safetensors"
+
+    def _record_preparation(self, task: Task, seconds: float) -> None:
+        # A task that is begun again after a restart adds to what it took before.
+        before = preparation_seconds(self.folder).get(task.index, 0.0)
+        path = self.folder.checkpoints / PREPARATION / f"task_{task.index + 1}.json"
+        write_json(path, {"seconds": before + seconds, "task": task.index})
 
     def _run_phases(self, phases: list[Phase]) -> None:
         shared = [phase for phase in phases if not phase.independent]
@@ -274,7 +303,7 @@ class ContinualTrainer:
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=True if on_gpu else None)
         start = int(settings.ema_start * steps)
         ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=start, foreach=on_gpu)
-        return TrainingState(trainable.parameters, optimizer, ema)
+        return TrainingState(trainable.parameters, optimizer, ema, trainable.buffers)
 
     def _step(
         self, phase: Phase, module: Any, batches: PhaseBatches, step: int, optimizer: Any, parameters: list
@@ -287,9 +316,9 @@ class ContinualTrainer:
         parts = []
         for part in range(accumulated):
             number = step * accumulated + part
-            batch = self.strategy.make_batch(phase, batches.batch(number, share=share, num_shares=shares))
-            # Dropout's randomness: of the step, and different in each share of a batch.
+            # Randomness of a strategy's batch and of dropout: of the step, and different in each share of a batch.
             torch.manual_seed(derive_seed(self.training.seed, phase.name, "step", number, share))
+            batch = self.strategy.make_batch(phase, batches.batch(number, share=share, num_shares=shares))
             with accelerator.accumulate(module):
                 with accelerator.autocast():
                     output = self.strategy.training_step(phase, batch, module)
@@ -349,6 +378,7 @@ class ContinualTrainer:
         # One file a phase: phases of one task end on several processes at once.
         images = steps * phase.settings.batch_size * self.training.gradient_accumulation_steps
         record = {"seconds": seconds, "steps": steps, "images": images, "process": self.accelerator.process_index}
+        record["task"] = next((task.index for task in self.tasks if set(phase.class_ids) <= set(task.class_ids)), None)
         if not phase.name.startswith("update_"):
             write_json(self.folder.checkpoints / "seconds" / f"{phase.name}.json", record)
 
@@ -384,5 +414,12 @@ def learning_rate(settings: PhaseSettings, step: int) -> float:
 
 
 def phase_seconds(folder: RunFolder) -> dict[str, dict[str, float]]:
-    """What each finished phase of a run took: `{phase: {seconds, steps, images, process}}`."""
+    """What each finished phase of a run took: `{phase: {seconds, steps, images, process, task}}`; the task counts from 0, and
+    is None for a phase of several tasks' images."""
     return {path.stem: read_json(path) for path in sorted((folder.checkpoints / "seconds").glob("*.json"))}
+
+
+def preparation_seconds(folder: RunFolder) -> dict[int, float]:
+    """What was spent before the first phase of each task, such as on images to replay: `{task, from 0: seconds}`."""
+    records = [read_json(path) for path in (folder.checkpoints / PREPARATION).glob("*.json")]
+    return {record["task"]: record["seconds"] for record in records}

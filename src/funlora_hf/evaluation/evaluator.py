@@ -19,17 +19,17 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from ..adapter_folder import ADAPTERS_FOLDER
+from ..classifier import ClassifierConfig, percentage, predict, train_classifier
 from ..continual.config import EvaluationArguments
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
 from ..data import ImageClassificationData, Task
 from ..files import folder_sha256, read_json, whole_file, write_json
 from ..pipeline import FunLoraPipeline
+from ..sampling import Samples, draw_samples, tensor_sha256, to_uint8
 from ..seeds import derive_seed
-from .classifier import ClassifierConfig, percentage, predict, train_classifier
 from .figures import class_grid
 from .held_out import held_out_loss
-from .samples import Samples, draw_samples, tensor_sha256, to_uint8
 
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Trains the classifier that judges a run and measures its accuracy; it knows nothing of generators, adapters or tasks."""
+"""Trains a classifier of images and measures its accuracy; it knows nothing of generators, adapters or tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from ..data import to_model_range
+from .data import to_model_range
 
 
 ARCHITECTURES = ("auto", "resnet18", "cnn")

@@ -9,8 +9,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from funlora_hf.evaluation import classifier as module
-from funlora_hf.evaluation.classifier import ClassifierConfig, accuracy, build_classifier, predict, train_classifier
+from funlora_hf import classifier as module
+from funlora_hf.classifier import ClassifierConfig, accuracy, build_classifier, predict, train_classifier
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Draws the images that a run is judged by. Knows the pipeline and seeds, no training."""
+"""Draws images of a class, repeatably. Knows the pipeline and seeds, no training."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..pipeline import FunLoraPipeline
-from ..seeds import generator_for
+from .guidance import Guidance
+from .pipeline import FunLoraPipeline
+from .seeds import generator_for
 
 
 class Samples(NamedTuple):
@@ -34,7 +35,8 @@ def draw_samples(
     batch_size: int,
     solver: str,
     num_inference_steps: int,
-    tolerance: float,
+    tolerance: float = 1e-5,
+    guidance: Guidance | None = None,
 ) -> Samples:
     """Images of one class, repeatable to the bit on one machine and thread count.
 
@@ -48,6 +50,7 @@ def draw_samples(
         solver: as in the pipeline.
         num_inference_steps: as in the pipeline.
         tolerance: rtol and atol of "dopri5".
+        guidance: as in the pipeline.
 
     Returns:
         [`Samples`].
@@ -65,6 +68,7 @@ def draw_samples(
             atol=tolerance,
             generator=generator,
             output_type="pt",
+            guidance=guidance,
         )
         parts.append(output.images.cpu())
         evaluations.append(output.nfe)

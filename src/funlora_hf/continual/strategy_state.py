@@ -1,0 +1,79 @@
+"""What a strategy keeps after a task: its state on disk, and the proof that it does not grow unless it says so.
+
+Knows strategies by their interface and the folder of a run; knows nothing of training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..data import Task
+from ..files import read_json, whole_file, write_json
+from .run_folder import RunFolder
+from .strategy import Strategy
+
+
+class GrowingStateError(RuntimeError):
+    """A strategy that promises a constant state keeps more than it did."""
+
+
+def save_task_state(path: Path, strategy: Strategy) -> None:
+    """Write `strategy.state_dict()`, and whose it is."""
+    with whole_file(path) as temporary:
+        save_file(strategy.state_dict(), temporary, metadata={"strategy": strategy.name})
+
+
+def load_task_state(path: Path, strategy: Strategy) -> None:
+    """The inverse of `save_task_state`.
+
+    Raises:
+        ValueError: the state of another strategy.
+    """
+    with safe_open(path, framework="pt") as file:
+        owner = (file.metadata() or {}).get("strategy", strategy.name)
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    if owner != strategy.name:
+        raise ValueError(
+            f"{path} holds the state of `strategy` {owner!r}, expected {strategy.name!r}: resume with the strategy that the run "
+            "was started with, or start anew with --overwrite_output_dir."
+        )
+    strategy.load_state_dict(state)
+
+
+def keep_memory_report(folder: RunFolder, task: Task, strategy: Strategy) -> None:
+    """Write what is kept after a task, and hold it against what was kept after the second one.
+
+    The first task may make what the later ones start from. Counted are what the strategy reports, without what every class
+    needs of its own, and its `state_dict`.
+
+    Raises:
+        GrowingStateError: it has grown, and the strategy does not declare growth.
+    """
+    state = sum(tensor.nbytes for tensor in strategy.state_dict().values())
+    write_json(_report(folder, task.index), {**strategy.memory_report(), "state": state})
+    if strategy.grows_with_tasks or task.index < 2:
+        return
+    before, now = (_constant_bytes(folder, index) for index in (1, task.index))
+    if now > before:
+        raise GrowingStateError(
+            f"`strategy` {strategy.name!r} kept {before} bytes after task 2 and keeps {now} after task {task.index + 1}, expected "
+            "no more: set grows_with_tasks = True, or free what is not needed in `end_task`."
+        )
+
+
+def memory_reports(folder: RunFolder) -> list[dict[str, int]]:
+    """What was kept after each task, in order."""
+    count = len(list(folder.checkpoints.glob("memory/task_*.json")))
+    return [read_json(_report(folder, index)) for index in range(count)]
+
+
+def _constant_bytes(folder: RunFolder, index: int) -> int:
+    report = read_json(_report(folder, index))
+    return report["persistent"] - report.get("per_class", 0) + report["state"]
+
+
+def _report(folder: RunFolder, index: int) -> Path:
+    return folder.checkpoints / "memory" / f"task_{index + 1}.json"
