@@ -21,8 +21,9 @@ from pathlib import Path
 from continual_train import parse
 
 from funlora_hf.ablation.runner import AblationArguments, run_ablation
-from funlora_hf.ablation.tables import ablation_rows, as_csv, as_markdown
+from funlora_hf.ablation.tables import ablation_rows, as_markdown
 from funlora_hf.ablation.variants import variants_of
+from funlora_hf.evaluation.tables import as_csv
 from funlora_hf.files import whole_file
 
 

@@ -1,8 +1,9 @@
-"""Seeds of everything in a run, derived from one. Knows nothing else."""
+"""Seeds of runs, and of everything in a run, derived from one. Knows nothing else."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -24,3 +25,9 @@ def derive_seed(seed: int, *keys: str | int) -> int:
 def generator_for(seed: int, *keys: str | int) -> torch.Generator:
     """A CPU generator with that seed; noise drawn on the CPU is the same on every device."""
     return torch.Generator().manual_seed(derive_seed(seed, *keys))
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise a ValueError unless the `seeds` of several runs differ, and there is one."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"`seeds` is {list(seeds)}, expected different numbers, at least one.")

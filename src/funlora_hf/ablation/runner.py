@@ -1,40 +1,29 @@
-"""Runs the variants of an ablation over seeds, several at a time, on one base per seed. Resumes where it stopped.
+"""Runs the variants of an ablation over seeds, on one base per seed.
 
-Knows variants and whole runs; knows nothing of what happens inside a run.
+Knows variants and jobs; knows nothing of what happens inside a run, nor of how runs share the machine.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import multiprocessing
 import os
-import shutil
-import threading
-import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from tqdm.auto import tqdm
 
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
-from ..continual.config import LATEST, run_settings
-from ..continual.run_folder import RunFolder
-from ..files import read_json, whole_folder, write_json
+from ..files import read_json, write_json
+from ..jobs import Job, run_jobs, with_changes
 from ..layer_selection import layer_importance, select_layers
-from ..run import RunArguments, run
+from ..run import RunArguments
+from ..seeds import check_seeds
 from ..tuner.functional import check_at_least_one
 from .variants import REFERENCE, Variant
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,26 +49,10 @@ class AblationArguments:
 
     def __post_init__(self) -> None:
         check_at_least_one("num_workers", self.num_workers)
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"`seeds` is {self.seeds}, expected different numbers, at least one.")
+        check_seeds(self.seeds)
         for rate in self.learning_rates or ():
             if not 0 < rate < math.inf:
                 raise ValueError(f"`learning_rates` has {rate:g}, expected numbers above 0.")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run.
-
-    Args:
-        arguments: of the run.
-        folder: its output folder.
-        adapters: folder of adapters to take instead of training them, or None.
-    """
-
-    arguments: RunArguments
-    folder: Path
-    adapters: Path | None = None
 
 
 def run_ablation(
@@ -103,7 +76,7 @@ def run_ablation(
     bases = [
         Job(_base_run(reference, seed, output_dir), output_dir / f"seed_{seed}" / "base") for seed in ablation.seeds
     ]
-    if None in _run_all(bases, ablation.num_workers, "bases"):
+    if None in _results(bases, ablation.num_workers, "bases"):
         raise RuntimeError(f"A base could not be trained: see the log.txt of the runs in {output_dir}.")
     rates = _learning_rates(ablation, reference, variants, output_dir)
     results: dict[str, list[dict[str, Any] | None]] = {}
@@ -113,10 +86,14 @@ def run_ablation(
             for seed in ablation.seeds:
                 rate = rates.get(variant.rate_of or variant.key)
                 jobs.append(_job(reference, variant, seed, rate, output_dir))
-        done = iter(_run_all(jobs, ablation.num_workers, "runs"))
+        done = iter(_results(jobs, ablation.num_workers, "runs"))
         for variant in wave:
             results[variant.key] = [next(done) for _ in ablation.seeds]
     return results
+
+
+def _results(jobs: Sequence[Job], num_workers: int, description: str) -> list[dict[str, Any] | None]:
+    return [outcome.results for outcome in run_jobs(jobs, num_workers, description=description)]
 
 
 def _waves(variants: Sequence[Variant]) -> list[list[Variant]]:
@@ -171,7 +148,7 @@ def _learning_rates(
             cheap = {"num_tasks": 2, "validation_fraction": 0.2, "num_samples_per_class": 1, "num_probe_samples": 1}
             cheap |= {"classifier_epochs": 1, "output_dir": os.fspath(folder)}
             jobs.append(Job(with_changes(job.arguments, cheap), folder))
-    done = iter(_run_all(jobs, ablation.num_workers, "learning rates"))
+    done = iter(_results(jobs, ablation.num_workers, "learning rates"))
     losses = {variant.key: {rate: _new_loss(next(done)) for rate in ablation.learning_rates} for variant in own}
     chosen = {}
     for key, by_rate in losses.items():
@@ -188,72 +165,3 @@ def _new_loss(results: dict[str, Any] | None) -> float | None:
         return None
     losses = results["held_out_loss"]["per_class"]
     return mean(losses[str(class_id)] for class_id in results["tasks"][-1])
-
-
-def _run_all(jobs: Sequence[Job], num_workers: int, description: str) -> list[dict[str, Any] | None]:
-    """The results of the jobs in their order; None where one failed."""
-    results: list[dict[str, Any] | None] = [None] * len(jobs)
-    # Fresh processes: each job then has the random state, the thread count and the accelerator to itself.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=end_with_parent) as pool:
-        numbers = {pool.submit(_run_job, job): number for number, job in enumerate(jobs)}
-        for future in tqdm(as_completed(numbers), total=len(jobs), desc=description):
-            results[numbers[future]] = future.result()
-    return results
-
-
-def end_with_parent() -> None:
-    """Have this worker end when the process that started it is gone: killed, it would leave runs that go on unseen, and
-    in the way of those that take over their folders."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _run_job(job: Job) -> dict[str, Any] | None:
-    job.folder.mkdir(parents=True, exist_ok=True)
-    log = open(job.folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed by the next line
-    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        try:
-            return _run_or_read(job)
-        except Exception:
-            traceback.print_exc()
-    logger.error("A run failed, the others go on: see %s.", job.folder / "log.txt")
-    return None
-
-
-def _run_or_read(job: Job) -> dict[str, Any]:
-    folder, arguments = RunFolder(job.folder), job.arguments
-    settings = run_settings(arguments.data, arguments.model, arguments.training, arguments.evaluation)
-    if folder.results.is_file():
-        results = read_json(folder.results)
-        if results["settings"] == settings:
-            return results
-    if job.adapters is not None and not (job.folder / ADAPTERS_FOLDER).is_dir():
-        # A run that finds its adapters finished goes on with sampling.
-        folder.open(settings, overwrite=False, resume=True)
-        with whole_folder(job.folder / ADAPTERS_FOLDER) as temporary:
-            shutil.copytree(job.adapters, temporary, dirs_exist_ok=True)
-    run(arguments)
-    return read_json(folder.results)
-
-
-def with_changes(reference: RunArguments, changes: dict[str, Any]) -> RunArguments:
-    """Arguments in which some are replaced, whatever dataclass they belong to.
-
-    Raises:
-        ValueError: an argument that no dataclass has.
-    """
-    changes = {"resume_from_checkpoint": LATEST, "overwrite_output_dir": False, **changes}
-    parts = {}
-    for part in fields(reference):
-        value = getattr(reference, part.name)
-        own = {key: changes.pop(key) for key in [f.name for f in fields(value)] if key in changes}
-        parts[part.name] = replace(value, **own)
-    if changes:
-        raise ValueError(f"`changes` has {', '.join(map(repr, changes))}, which no run takes as an argument.")
-    return RunArguments(**parts)

@@ -1,13 +1,12 @@
-"""What an ablation came to, as one Markdown and one CSV table. Reads results; runs nothing."""
+"""What an ablation came to, as the rows of a table and as Markdown. Reads results; runs nothing."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from ..evaluation.tables import spread_text
 from .variants import TABLES, Variant
 
 
@@ -47,15 +46,6 @@ def ablation_rows(results: Results, tables: Sequence[str]) -> list[dict[str, Any
     return rows
 
 
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as one Markdown table, each cell "mean ± standard deviation over the seeds"."""
     lines = [
@@ -86,10 +76,7 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
         return "-"
     if column == "learning rate":
         return f"{row[column]:g}"
-    spread = row.get(f"{column} std")
-    shown = f"{row[column]:,.{digits}f}"
-    # A spread that rounds to nothing (the evaluations of a fixed-step solver) is no news.
-    return shown if not spread or spread < 0.5 * 10**-digits else f"{shown} ± {spread:.{digits}f}"
+    return spread_text(row[column], row.get(f"{column} std"), digits)
 
 
 def _mean_of_adapter_classes(run: Mapping[str, Any]) -> float:

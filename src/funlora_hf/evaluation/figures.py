@@ -45,6 +45,7 @@ STYLE = {
     "ytick.labelsize": 9,
 }
 DPI = 150
+GRID_COLOUR = "#DDDDDD"
 # Side, in pixels, that one image of the grid should reach; small images are enlarged by a whole factor up to it.
 GRID_CELL = 64
 # A grid of many classes is tall: its images are kept smaller.
@@ -84,8 +85,8 @@ def sample_grid(
     if isinstance(images_per_class, bool) or not isinstance(images_per_class, int) or images_per_class < 1:
         raise ValueError(f"images_per_class is {images_per_class!r}, expected an integer of at least 1; try 10")
     canvas, cell = _grid_canvas(images_by_class, images_per_class=images_per_class)
-    target = _png_path(path)
-    matplotlib = _matplotlib()
+    target = png_path(path)
+    matplotlib = import_matplotlib()
     height, width = canvas.shape[:2]
     with matplotlib.rc_context(STYLE):
         # The axes fill the figure pixel for pixel, so nothing is resampled; the names lie outside, and the tight
@@ -93,10 +94,10 @@ def sample_grid(
         figure = matplotlib.figure.Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.imshow(canvas, interpolation="nearest", aspect="auto")
-        pitch = cell + _gap(cell)
+        pitch = cell + gap_between(cell)
         axes.set_yticks(
             [row * pitch + (cell - 1) / 2 for row in range(len(images_by_class))],
-            labels=[_shorten(name) for name in images_by_class],
+            labels=[shorten(name) for name in images_by_class],
         )
         axes.set_xticks([])
         axes.tick_params(length=0, pad=6)
@@ -104,7 +105,7 @@ def sample_grid(
         if title is not None:
             # Left-aligned, so that a title longer than a narrow grid does not run over the names.
             axes.set_title(title, loc="left", pad=8)
-        _save(figure, target)
+        save_figure(figure, target)
 
 
 def class_grid(images: Tensor, path: str | os.PathLike[str]) -> None:
@@ -121,7 +122,7 @@ def class_grid(images: Tensor, path: str | os.PathLike[str]) -> None:
 
     Source: [ours].
     """
-    _check_images("images", images)
+    check_images("images", images)
     image_grid(images[:CLASS_GRID_IMAGES], path, columns=CLASS_GRID_COLUMNS)
 
 
@@ -140,8 +141,8 @@ def image_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int) ->
 
     Source: [ours].
     """
-    _check_images("images", images)
-    target = _png_path(path)
+    check_images("images", images)
+    target = png_path(path)
     _, _, height, width = images.shape
     factor = max(1, round(GRID_CELL / max(height, width)))
     tiles = [_tile(image, factor) for image in images]
@@ -198,8 +199,8 @@ def accuracy_curve(
         raise ValueError(
             f"classes_seen is {list(classes_seen)}, expected increasing numbers; count the classes so far"
         )
-    target = _png_path(path)
-    matplotlib = _matplotlib()
+    target = png_path(path)
+    matplotlib = import_matplotlib()
     lowest = min([*average_accuracies, *(joint or [])])
     bottom = 5 * math.floor((lowest - 0.5) / 5) if lowest > 80 else 0
     with matplotlib.rc_context(STYLE):
@@ -208,7 +209,7 @@ def accuracy_curve(
         # Markers crowd a line of many tasks.
         marker_size = 5 if len(classes_seen) <= 20 else 3
         axes.set_ylim(bottom, 100)
-        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axes.grid(axis="y", color=GRID_COLOUR, linewidth=0.6)
         axes.set_axisbelow(True)
         if joint is not None:
             axes.plot(
@@ -239,7 +240,7 @@ def accuracy_curve(
         if title is not None:
             axes.set_title(title)
         axes.legend(loc="best")
-        _save(figure, target)
+        save_figure(figure, target)
 
 
 def layer_importance(
@@ -267,8 +268,8 @@ def layer_importance(
     Source: the quantity, arXiv 2510.02631, layer importance [text]; the drawing [ours].
     """
     _check_over_classes("importance", importance)
-    target = _png_path(path)
-    matplotlib = _matplotlib()
+    target = png_path(path)
+    matplotlib = import_matplotlib()
     means = [mean for mean, _ in importance.values()]
     deviations = [deviation for _, deviation in importance.values()]
     names, shared = _without_shared_parts(list(importance))
@@ -285,12 +286,12 @@ def layer_importance(
         )
         _name_layers(axes, names)
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        axes.grid(axis="x", color=GRID_COLOUR, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.set_xlabel(f"{xlabel}\nlayers: {shared}" if shared else xlabel)
         if title is not None:
             axes.set_title(title)
-        _save(figure, target)
+        save_figure(figure, target)
 
 
 def rank_by_layer(
@@ -332,8 +333,8 @@ def rank_by_layer(
         )
     for group, by_layer in ranks.items():
         _check_over_classes(f"ranks[{group!r}]", by_layer, lowest=0)
-    target = _png_path(path)
-    matplotlib = _matplotlib()
+    target = png_path(path)
+    matplotlib = import_matplotlib()
     layers = list(dict.fromkeys(layer for by_layer in ranks.values() for layer in by_layer))
     names, shared = _without_shared_parts(layers)
     # Beside each other, so that equal ranks do not hide each other.
@@ -361,7 +362,7 @@ def rank_by_layer(
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True))
-        axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+        axes.grid(axis="x", color=GRID_COLOUR, linewidth=0.6)
         boundaries = [place - 0.5 for place in range(1, len(layers))]
         axes.hlines(boundaries, 0, 1, transform=axes.get_yaxis_transform(), color="#EEEEEE", linewidth=0.6, zorder=0)
         axes.set_axisbelow(True)
@@ -371,7 +372,7 @@ def rank_by_layer(
         figure.legend(loc="outside upper center", ncols=min(len(ranks), 4))
         if title is not None:
             axes.set_title(title)
-        _save(figure, target)
+        save_figure(figure, target)
 
 
 def coefficients_by_layer(
@@ -397,8 +398,8 @@ def coefficients_by_layer(
     Source: the quantities, arXiv 2510.02631, Figure 5 [text]; the drawing [ours].
     """
     layers, size = _check_panels(panels)
-    target = _png_path(path)
-    matplotlib = _matplotlib()
+    target = png_path(path)
+    matplotlib = import_matplotlib()
     names, shared = _without_shared_parts(layers)
     with matplotlib.rc_context(STYLE):
         height = 0.19 * max(len(layers), 6)
@@ -425,12 +426,12 @@ def coefficients_by_layer(
             figure.supxlabel(f"layers: {shared}", fontsize=STYLE["axes.labelsize"])
         if title is not None:
             figure.suptitle(title, fontsize=STYLE["axes.titlesize"])
-        _save(figure, target)
+        save_figure(figure, target)
 
 
 def _name_layers(axes: Any, names: Sequence[str]) -> None:
     """Writes the names of the layers at 0, 1, ... of the vertical axis."""
-    axes.set_yticks(range(len(names)), labels=[_shorten(name) for name in names], fontsize=8)
+    axes.set_yticks(range(len(names)), labels=[shorten(name) for name in names], fontsize=8)
     axes.tick_params(axis="y", length=0)
     # The long name needs the height of several rows.
     axes.set_ylabel("layer, in order of execution" if len(names) >= 10 else "layer")
@@ -468,7 +469,7 @@ def _check_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[
     return layers, size
 
 
-def _matplotlib() -> ModuleType:
+def import_matplotlib() -> ModuleType:
     """Returns matplotlib with the parts used here, or says which extra brings it."""
     try:
         import matplotlib
@@ -479,19 +480,22 @@ def _matplotlib() -> ModuleType:
     return matplotlib
 
 
-def _png_path(path: str | os.PathLike[str]) -> Path:
+def png_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a figure. Raises a ValueError if it does not end in .png."""
     target = Path(path)
     if target.suffix.lower() != ".png":
         raise ValueError(f"path is {str(target)!r}, expected a name ending in .png; only PNG is written")
     return target
 
 
-def _save(figure: Any, target: Path) -> None:
+def save_figure(figure: Any, target: Path) -> None:
+    """Writes a matplotlib figure as a whole PNG on white, cut to what it shows."""
     with whole_file(target) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1, facecolor="white")
 
 
-def _gap(cell: int) -> int:
+def gap_between(cell: int) -> int:
+    """Pixels between the images of a grid whose images are `cell` pixels high."""
     return max(2, cell // 16)
 
 
@@ -509,7 +513,7 @@ def _grid_canvas(images_by_class: Mapping[str, Tensor], *, images_per_class: int
         raise ValueError("images_by_class is empty, expected at least one class; sample some images first")
     shapes = set()
     for name, images in images_by_class.items():
-        _check_images(f"images_by_class[{name!r}]", images)
+        check_images(f"images_by_class[{name!r}]", images)
         shapes.add(tuple(images.shape[1:]))
     if len(shapes) > 1:
         raise ValueError(
@@ -520,7 +524,7 @@ def _grid_canvas(images_by_class: Mapping[str, Tensor], *, images_per_class: int
     factor = max(1, round(side / max(height, width)))
     columns = min(images_per_class, max(len(images) for images in images_by_class.values()))
     cell_height, cell_width = height * factor, width * factor
-    gap = _gap(cell_height)
+    gap = gap_between(cell_height)
     canvas = np.full(
         (len(images_by_class) * (cell_height + gap) - gap, columns * (cell_width + gap) - gap, 3), 255, dtype=np.uint8
     )
@@ -533,7 +537,8 @@ def _grid_canvas(images_by_class: Mapping[str, Tensor], *, images_per_class: int
     return canvas, cell_height
 
 
-def _check_images(name: str, images: Tensor) -> None:
+def check_images(name: str, images: Tensor) -> None:
+    """Raises a ValueError unless the images are uint8 `(N, C, H, W)`, N of at least 1 and C of 1 or 3."""
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
         found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"{name} is {found}, expected uint8 (N, C, H, W); convert it first")
@@ -556,11 +561,11 @@ def _check_percentages(name: str, values: Sequence[float], *, length: int) -> No
             raise ValueError(f"{name}[{place}] is {value!r}, expected a number in [0, 100]; accuracies are in %")
 
 
-def _shorten(name: str) -> str:
-    """Leaves out the middle of a long name, since both ends tell names apart."""
-    if len(name) <= LONGEST_LABEL:
+def shorten(name: str, length: int = LONGEST_LABEL) -> str:
+    """Leaves out the middle of a name of more characters than `length`, since both ends tell names apart."""
+    if len(name) <= length:
         return name
-    kept = (LONGEST_LABEL - 1) // 2
+    kept = (length - 1) // 2
     return f"{name[:kept]}…{name[-kept:]}"
 
 

@@ -1,7 +1,9 @@
-"""What runs came to, as text for the terminal. Reads results, measures nothing."""
+"""What runs came to, as text for the terminal, and how tables write numbers. Reads results, measures nothing."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -50,6 +52,30 @@ def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
             spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
             lines.append(f"{name:<18}{mean(values):>8.{digits}f}{spread}")
     return "\n".join(lines)
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def spread_text(average: float | None, deviation: float | None, digits: int) -> str:
+    """A cell of a table: "mean ± standard deviation", "-" without a mean.
+
+    Args:
+        average: or None.
+        deviation: or None, where there is one value only. One that rounds to nothing (the evaluations of a fixed-step
+            solver) is no news and left out.
+        digits: after the point.
+    """
+    if average is None:
+        return "-"
+    shown = f"{average:,.{digits}f}"
+    return shown if not deviation or deviation < 0.5 * 10**-digits else f"{shown} ± {deviation:,.{digits}f}"
 
 
 def _what(results: Mapping[str, Any]) -> str:

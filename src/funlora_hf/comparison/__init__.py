@@ -1,0 +1,1 @@
+"""Several strategies on the same tasks and seeds: which runs that takes, running them, and showing what they came to."""
