@@ -51,7 +51,7 @@ def make_strategy(name: str, folder: Path, *, tasks=TASKS, data=None, model=None
         "base_batch_size": 4,
         "adapter_train_steps": 4,
         "adapter_batch_size": 4,
-        "checkpointing_steps": 2,
+        "checkpointing_steps": 100,
         "strategy_options": OPTIONS.get(name),
         "output_dir": str(folder),
         **training,

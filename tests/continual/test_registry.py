@@ -94,11 +94,15 @@ def test_the_loop_refuses_a_phase_that_asks_for_past_images(tmp_path):
     ],
 )
 def test_a_restart_inside_a_phase_changes_nothing(name, phase, step, whole, tmp_path):
-    first = make_strategy(name, tmp_path)
+    first = make_strategy(name, tmp_path, checkpointing_steps=2)
     stop_at(first, phase, step)
     with pytest.raises(KeyboardInterrupt):
         learn(first)
-    learn(make_strategy(name, tmp_path, resume_from_checkpoint="latest"))
+    second = make_strategy(name, tmp_path, resume_from_checkpoint="latest")
+    built, build = [], second.build
+    second.build = lambda phase: built.append(phase.name) or build(phase)
+    learn(second)
+    assert built[0] == phase
     assert results_of(tmp_path) == results_of(whole(name))
 
 
