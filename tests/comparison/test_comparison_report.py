@@ -131,6 +131,19 @@ def test_nothing_says_where_it_was_made(written):
     assert record["failed"][1]["error"] == "FileNotFoundError: no train.parquet; see https://hub.org/a/b"
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("--output_dir=/home/me/out --x ~/y ../z/a b/c", "--output_dir=out --x ~/y ../z/a b/c"),
+        ("'/home/me/my runs/out/' /tmp/a:/tmp/b", "'my runs/out/' a:b"),
+        ("https://hub.org/a/b s3://bucket/key 3/4 -/+", "https://hub.org/a/b s3://bucket/key 3/4 -/+"),
+    ],
+)
+def test_absolute_paths_keep_their_last_part(tmp_path, text, shown):
+    write_comparison(made_up_comparison(tmp_path, seeds=(0,)), tmp_path, command=text)
+    assert read_json(tmp_path / "comparison.json")["command"] == shown
+
+
 def test_the_files_agree(written):
     folder, compared, markdown = written
     record = json.loads((folder / "comparison.json").read_text())
