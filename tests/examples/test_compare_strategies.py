@@ -49,17 +49,10 @@ def rows(out: Path) -> dict[str, dict[str, str]]:
     return {row["strategy"]: row for row in csv.DictReader((out / "comparison.csv").open(encoding="utf-8"))}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--strategies", "frozen", "jiont"), "error: `strategy` is 'jiont', expected one of"),
-        (("--strategies", "frozen", "joint:seed=3"), "error: `strategies` has 'joint:seed=3' with 'seed', expected"),
-    ],
-)
-def test_bad_arguments_end_in_one_line_before_anything_is_written(compare, tmp_path, arguments, words):
-    done = compare(tmp_path, *arguments, check=False)
+def test_bad_arguments_end_in_one_line_before_anything_is_written(compare, tmp_path):
+    done = compare(tmp_path, "--strategies", "frozen", "joint:seed=3", check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(words)
+    assert done.stderr.splitlines()[-1].startswith("error: `strategies` has 'joint:seed=3' with 'seed', expected")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
