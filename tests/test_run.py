@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from types import ModuleType
 
 import numpy as np
 import PIL.Image
@@ -19,12 +20,14 @@ from runs import digests, short_run
 from safetensors.torch import load_file
 
 from funlora_hf import FunLoraPipeline
+from funlora_hf.classifier import ClassifierConfig, train_classifier
 from funlora_hf.continual import time_limit
 from funlora_hf.continual import trainer as trainer_module
 from funlora_hf.continual.strategy import StepOutput
 from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
-from funlora_hf.data import load_image_data
+from funlora_hf.data import load_image_data, to_model_range
+from funlora_hf.evaluation import evaluator as evaluator_module
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError
 from funlora_hf.files import read_json, write_json
@@ -108,6 +111,123 @@ def test_results_have_the_contract_s_keys(finished):
     assert results["zero_forgetting"]["base_sha256_before"] == results["zero_forgetting"]["base_sha256_after"]
     assert results["versions"]["peft"]
     assert results["seconds"]["total"] > 0
+
+
+def test_image_quality_compares_the_samples_with_the_test_images(finished, inside):
+    """Those of the last task, class by class, in features of a classifier that nothing in the run has touched."""
+    shutil.copytree(finished, inside / "out")
+    (inside / "out" / "results.json").unlink()
+    restore_samples(inside / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunEvaluator, "forget_samples", lambda self: None)
+        results = run(short_run(resume_from_checkpoint="latest"))
+    data = load_image_data("digits", image_size=8, channels=1, max_images_per_class=12)
+    real, drawn = [], []
+    for class_id in range(10):
+        test = data.images(class_id, split="test")
+        sampled = load_file(f"out/checkpoints/synthetic/all/class_{class_id}.safetensors")["images"]
+        assert len(test) > len(sampled) == 6
+        real.append(test[[len(test) * i // 6 for i in range(6)]])
+        drawn.append(sampled)
+    labels = torch.arange(10).repeat_interleave(12)
+    recipe = ClassifierConfig(epochs=1, crop_padding=0, horizontal_flip=False)
+    images = torch.cat([data.images(class_id) for class_id in range(10)])
+    classifier = train_classifier(images, labels, num_classes=10, config=recipe, seed=0)
+    with torch.no_grad():
+        features = [classifier[:-1](to_model_range(torch.cat(part))).double() for part in (real, drawn)]
+    means, covariances = [f.mean(dim=0) for f in features], [f.T.cov() for f in features]
+    cross = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
+    distance = (means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * cross
+    quality = results["image_quality"]
+    assert quality == read_json(finished / "results.json")["image_quality"]
+    assert quality["frechet_distance"] == pytest.approx(distance.item(), rel=1e-4)
+    assert 0 <= quality["precision"] <= 1
+    assert 0 <= quality["recall"] <= 1
+    counts = {"extractor": "classifier", "neighbours": 5, "num_real": 60, "num_generated": 60}
+    assert {name: quality[name] for name in counts} == counts
+
+
+def test_nothing_else_depends_on_image_quality(finished, copy, monkeypatch):
+    expected = read_json(finished / "results.json")
+    (copy / "results.json").unlink()
+    restore_samples(copy)
+    measured = []
+    monkeypatch.setattr(evaluator_module, "compare_images", lambda *args, **kwargs: measured.append(args))
+    results = run(short_run(resume_from_checkpoint="latest", image_quality="none"))
+    assert not measured
+    assert results["image_quality"] is None
+    own = {"image_quality", "seconds", "settings"}
+    assert {k: v for k, v in results.items() if k not in own} == {k: v for k, v in expected.items() if k not in own}
+
+
+def test_one_sample_of_a_class_is_enough_to_finish(inside, caplog):
+    quality = run(short_run(num_samples_per_class=1, num_tasks=1))["image_quality"]
+    assert (quality["num_real"], quality["num_generated"], quality["neighbours"]) == (4, 4, 3)
+    assert math.isfinite(quality["frechet_distance"])
+    assert "by 3 neighbours instead of 5" in caplog.text
+
+
+def test_a_run_of_one_class_is_not_measured(inside, caplog):
+    """A classifier of one class learns nothing that images could be compared by."""
+    results = run(short_run(classes_per_task=1, num_tasks=1))
+    assert results["image_quality"] is None
+    assert "No image quality: of the classes [0]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("failure", "text"),
+    [
+        ("torchmetrics", r'pip install "funlora-hf[demo]"'),
+        ("training", "phase classifier: the loss is nan"),
+    ],
+)
+def test_a_failing_measure_loses_no_results(failure, text, copy, caplog, monkeypatch):
+    expected = read_json(copy / "results.json")
+    (copy / "results.json").unlink()
+    restore_samples(copy)
+    if failure == "torchmetrics":
+        monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    else:
+
+        def diverge(*args, **kwargs):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(evaluator_module, "reference_features", diverge)
+    results = run(short_run(resume_from_checkpoint="latest"))
+    assert results["image_quality"] is None
+    assert results["LA"] == expected["LA"]
+    assert read_json(copy / "results.json") == results
+    assert "No image quality: " in caplog.text
+    assert text in caplog.text
+
+
+def test_a_run_that_cannot_have_inception_does_not_begin(inside, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ImportError, match=r'pip install "funlora-hf\[fid\]"'):
+        run(short_run(image_quality="inception"))
+    assert not (inside / "out").exists()
+
+
+def test_a_run_measures_fid(copy, capsys, monkeypatch):
+    """With a stand-in for torch-fidelity's Inception, whose features are the pixels."""
+
+    class Pixels(torch.nn.Module):
+        def __init__(self, name, features_list):
+            super().__init__()
+
+        def forward(self, x):
+            return (x.flatten(1).float(),)
+
+    package, module = ModuleType("torch_fidelity"), ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = Pixels
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    (copy / "results.json").unlink()
+    restore_samples(copy)
+    quality = run(short_run(resume_from_checkpoint="latest", image_quality="inception"))["image_quality"]
+    assert quality["extractor"] == "inception"
+    assert quality["frechet_distance"] > 0
+    assert f"FID               {quality['frechet_distance']:>8.2f}" in capsys.readouterr().out
 
 
 def test_task_accuracies_are_the_means_of_their_classes_by_images(finished):
@@ -542,6 +662,8 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"report_to": "no-such-tracker"}, "`report_to` 'no-such-tracker'"),
         ({"target_modules": ["no_such_layer"]}, "no_such_layer"),
         ({"classifier_architecture": "vit"}, "classifier_architecture is 'vit', expected one of auto, resnet18, cnn"),
+        ({"image_quality": "fid"}, "`image_quality` is 'fid', expected one of: 'classifier', 'inception', 'none'"),
+        ({"image_quality_neighbours": 0}, "`image_quality_neighbours` should be a positive integer"),
         ({"classifier_learning_rate": -1.0}, r"classifier_learning_rate is -1\.0"),
     ],
 )

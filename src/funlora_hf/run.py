@@ -33,6 +33,7 @@ from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer, Evaluator
 from .data import ImageClassificationData, Task, assign_class_ids, load_image_data, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
+from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_finished, report_run
 
 
@@ -76,6 +77,7 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
         `dict`: the contents of results.json; None after `update_class`, and on all processes but the main one.
 
     Raises:
+        ImportError, OSError: `image_quality` is "inception", which cannot be had; nothing is written.
         PushError: `push_to_hub`, but the finished run could not be pushed.
         ForgettingError: the samples of an earlier class, or the base, have changed. results.json is written all the
             same.
@@ -95,6 +97,8 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
     tasks = _tasks(arguments, data, base)
     strategy = strategy_cls(_setting(arguments, folder, base, data, tasks, accelerator))
     strategy.check()
+    if arguments.evaluation.image_quality == "inception" and accelerator.is_main_process:
+        InceptionFeatures()  # downloads its weights, or fails now, not after days
     _open_folder(folder, arguments, accelerator)
     publisher = _publisher(training, tasks, accelerator)
     if folder.results.is_file():

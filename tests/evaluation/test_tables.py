@@ -37,6 +37,39 @@ def test_the_summary_says_what_was_measured():
         assert expected in text
 
 
+QUALITY = {
+    "extractor": "classifier",
+    "frechet_distance": 5.408,
+    "precision": 0.9,
+    "recall": 0.8,
+    "neighbours": 5,
+    "num_real": 360,
+    "num_generated": 360,
+}
+
+
+def test_only_in_the_features_of_inception_is_the_distance_called_fid():
+    text = summary_table({**results(0, 98.0), "image_quality": QUALITY})
+    assert "Frechet distance      5.41\nprecision            0.900\nrecall               0.800\n" in text
+    assert "FID" not in text
+    assert "FID                   5.41" in summary_table(
+        {**results(0, 98.0), "image_quality": {**QUALITY, "extractor": "inception"}}
+    )
+    for without in ({}, {"image_quality": None}):
+        assert "recall" not in summary_table({**results(0, 98.0), **without})
+
+
+def test_image_quality_has_a_mean_where_all_runs_measured_it_alike():
+    def run(seed, **changes):
+        return {**results(seed, 98.0), "image_quality": {**QUALITY, **changes}}
+
+    text = mean_table([run(0), run(1, frechet_distance=7.408, recall=0.6)])
+    assert "Frechet distance      6.41 +- 1.41" in text
+    assert "recall               0.700 +- 0.141" in text
+    for other in (results(1, 98.0), run(1, extractor="inception"), run(1, num_real=100), run(1, neighbours=3)):
+        assert "recall" not in mean_table([run(0), other])
+
+
 def test_what_was_not_measured_is_said():
     unmeasured = {**results(0, 98.0), **dict.fromkeys(("A", "LA", "AIA", "forgetting"))}
     assert "not measured" in summary_table(unmeasured)

@@ -20,6 +20,7 @@ from ..tuner.functional import check_at_least_one, check_choice
 
 CLASS_BATCHES = ("homogeneous", "mixed")
 UPDATE_MODES = ("continue", "retrain")
+IMAGE_QUALITY = ("classifier", "inception", "none")
 LATEST = "latest"
 
 DIGITS_UNET = {
@@ -293,12 +294,24 @@ class EvaluationArguments:
     classifier_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of the classifier."})
     classifier_crop_padding: int = field(default=0, metadata={"help": "Padding of the random crop, in pixels."})
     classifier_flip: bool = field(default=False, metadata={"help": "Flip the classifier's images at random."})
+    image_quality: str = field(
+        default="classifier",
+        metadata={
+            "help": "Features in which Frechet distance, precision and recall are measured at the end: of a 'classifier' "
+            "trained on all real images, of 'inception' (FID; needs the extra fid), or 'none'."
+        },
+    )
+    image_quality_neighbours: int = field(
+        default=5,
+        metadata={"help": "Neighbours that set the radius in which precision and recall see two images alike."},
+    )
     joint_results: str | None = field(
         default=None, metadata={"help": "results.json of a joint run, drawn beside the accuracy if it exists."}
     )
 
     def __post_init__(self) -> None:
         check_solver(self.solver)
+        check_choice("image_quality", self.image_quality, IMAGE_QUALITY)
         for name in (
             "num_samples_per_class",
             "sampling_batch_size",
@@ -307,6 +320,7 @@ class EvaluationArguments:
             "held_out_sigmas",
             "classifier_epochs",
             "classifier_batch_size",
+            "image_quality_neighbours",
         ):
             check_at_least_one(name, getattr(self, name))
 

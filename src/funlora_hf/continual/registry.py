@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from .finetune import Finetune
 from .funlora import Frozen, FunLora
+from .guide import Guide
 from .joint import Joint
 from .low_rank import MagMax, MergeInit, MergeOrthogonal, NaiveLora
+from .replay import Replay
 from .strategy import Strategy
 
 
@@ -18,6 +20,8 @@ _CLASSES: tuple[type[Strategy], ...] = (
     MergeInit,
     MergeOrthogonal,
     MagMax,
+    Replay,
+    Guide,
 )
 STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _CLASSES}
 

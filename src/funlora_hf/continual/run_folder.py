@@ -27,6 +27,8 @@ _FREE = {
     "checkpointing_steps",
     "time_limit_minutes",
     "joint_results",
+    "image_quality",
+    "image_quality_neighbours",
     "update_class",
     "update_mode",
     "deterministic",

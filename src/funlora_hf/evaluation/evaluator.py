@@ -1,4 +1,4 @@
-"""Judges a run while it goes: samples, classifier, accuracy matrix, the proof of zero forgetting.
+"""Judges a run while it goes: samples, classifier, accuracy matrix, image quality, the proof of zero forgetting.
 
 Told by the trainer when a task is over; keeps what it found in the run's folder, so that a resumed run does not measure
 twice. Knows strategies by their interface only.
@@ -10,6 +10,7 @@ import logging
 import platform
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,8 +29,10 @@ from ..files import folder_sha256, read_json, whole_file, write_json
 from ..pipeline import FunLoraPipeline
 from ..sampling import Samples, draw_samples, tensor_sha256, to_uint8
 from ..seeds import derive_seed
+from .features import FeatureExtractor, InceptionFeatures
 from .figures import class_grid
 from .held_out import held_out_loss
+from .image_quality import compare_images, match_classes, reference_features
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +68,7 @@ class RunEvaluator:
         seed: of the run.
         folder: of the run.
         accelerator: for its processes and device.
-        max_train_steps: cap on the classifier's steps.
+        max_train_steps: cap on the classifiers' steps.
     """
 
     def __init__(
@@ -142,6 +145,41 @@ class RunEvaluator:
                     pipe, class_id, self._test_images(class_id), num_sigmas=self.config.held_out_sigmas, seed=self.seed
                 )
         return losses
+
+    def image_quality(self) -> dict[str, Any] | None:
+        """How near the images sampled after the last task are to the test images, over all classes that have any.
+
+        Returns:
+            The fields of [`ImageQuality`]; None if it is not asked for, or there are too few real images.
+
+        Raises:
+            ImportError: a package that measures it is not installed.
+            OSError: the weights of Inception are not to be had.
+            RuntimeError: the reference classifier's loss is not finite.
+        """
+        if self.config.image_quality == "none":
+            return None
+        classes = [class_id for task in self.tasks for class_id in task.class_ids]
+        tested = [class_id for class_id in classes if self._count(class_id, "test")]
+        trained = [class_id for class_id in classes if self._count(class_id, "train")]
+        if not tested or len(trained) < 2:
+            logger.warning(
+                "No image quality: of the classes %s, %d have test images and %d training images, expected at least one "
+                "and two.",
+                classes,
+                len(tested),
+                len(trained),
+            )
+            return None
+        real, generated = match_classes(
+            {class_id: self._test_images(class_id) for class_id in tested},
+            {class_id: self.synthetic_images(class_id, self.tasks[-1]) for class_id in tested},
+        )
+        if len(real) < 2:
+            logger.warning("No image quality: there is only one pair of a real and a sampled image to compare.")
+            return None
+        extractor = self._extractor(trained)
+        return asdict(compare_images(real, generated, extractor, neighbours=self.config.image_quality_neighbours))
 
     def zero_forgetting(self) -> dict[str, Any] | None:
         """Whether each class's first samples come out the same to the bit, and the base's folder, too.
@@ -240,6 +278,14 @@ class RunEvaluator:
             parts = correct.split([len(test) for test in tests])
             per_class |= {str(c): percentage(part) for c, part in zip(earlier.class_ids, parts, strict=True)}
         return row, per_class
+
+    def _extractor(self, classes: list[int]) -> FeatureExtractor:
+        device = self.accelerator.device
+        if self.config.image_quality == "inception":
+            return InceptionFeatures().to(device)
+        return reference_features(
+            {class_id: self.data.images(class_id) for class_id in classes}, config=self._classifier, device=device
+        )
 
     def _test_images(self, class_id: int) -> torch.Tensor:
         if class_id not in self._tests:

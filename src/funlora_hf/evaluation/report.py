@@ -101,6 +101,7 @@ def report_run(
     except ImportError as error:
         # matplotlib is an extra, and no reason to lose the results of days.
         logger.warning("No figures: %s", error)
+    image_quality = _image_quality(evaluator)
     results = {
         "strategy": strategy.name,
         "peft_method": strategy.method_name,
@@ -113,6 +114,7 @@ def report_run(
         # A record of before it was measured has none.
         "class_accuracy": records[-1].get("class_accuracies"),
         "held_out_loss": {"mean": sum(losses.values()) / len(losses) if losses else None, "per_class": losses},
+        "image_quality": image_quality,
         **strategy.parameters_per_class(),
         "nfe": evaluator.nfe(),
         "layer_importance": {layer: {"mean": m, "std": s} for layer, (m, s) in importance.items()},
@@ -152,6 +154,15 @@ def _seconds(folder: RunFolder, records: Sequence[Mapping[str, Any]], report: fl
         "report": report,
     }
     return {**parts, "total": sum(parts.values()), "phases": phases}
+
+
+def _image_quality(evaluator: RunEvaluator) -> dict[str, Any] | None:
+    try:
+        return evaluator.image_quality()
+    except (ImportError, OSError, RuntimeError) as error:
+        # An extra, a download, or a network of its own that fails: no reason to lose the results of days either.
+        logger.warning("No image quality: %s", error)
+        return None
 
 
 def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, tuple[float, float]]:

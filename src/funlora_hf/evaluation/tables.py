@@ -23,6 +23,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
     losses = results["held_out_loss"]
     if losses["mean"] is not None:
         lines.append(f"{'held-out loss':<18}{losses['mean']:>8.4f}")
+    for name, (digits, value) in _image_quality(results).items():
+        lines.append(f"{name:<18}{value:>8.{digits}f}")
     if results["parameters_per_class"] is not None:
         with_vector = results["parameters_per_class_with_vector"]
         lines.append(f"{'PPC':<18}{results['parameters_per_class']:>8} ({with_vector} with the class vector)")
@@ -42,6 +44,7 @@ def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
         "AIA (%)": (2, [run["AIA"] for run in runs]),
         "forgetting (%)": (2, [run["forgetting"] for run in runs]),
         "held-out loss": (4, [run["held_out_loss"]["mean"] for run in runs]),
+        **_image_quality_of_all(runs),
         "seconds": (0, [run["seconds"]["total"] for run in runs]),
     }
     for name, (digits, values) in rows.items():
@@ -79,6 +82,32 @@ def _what(results: Mapping[str, Any]) -> str:
     method = results.get("peft_method")
     named = results["strategy"] == "funlora" and method not in (None, "funlora")
     return f"{results['strategy']} ({method})" if named else results["strategy"]
+
+
+def _image_quality(results: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
+    """Name -> digits and value of what was measured of a run's images; results of before it was measured have none."""
+    quality = results.get("image_quality")
+    if quality is None:
+        return {}
+    return {
+        # Only Inception's features make the distance FID.
+        "FID" if quality["extractor"] == "inception" else "Frechet distance": (2, quality["frechet_distance"]),
+        "precision": (3, quality["precision"]),
+        "recall": (3, quality["recall"]),
+    }
+
+
+def _image_quality_of_all(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, list[float]]]:
+    """The same of several runs; empty unless all were measured in the same way."""
+    measured = [_image_quality(run) for run in runs]
+    ways = {
+        tuple(run["image_quality"][key] for key in ("extractor", "neighbours", "num_real", "num_generated"))
+        for run, quality in zip(runs, measured, strict=True)
+        if quality
+    }
+    if not all(measured) or len(ways) > 1:
+        return {}
+    return {name: (digits, [quality[name][1] for quality in measured]) for name, (digits, _) in measured[0].items()}
 
 
 def _samples_text(zero: Mapping[str, Any]) -> str:

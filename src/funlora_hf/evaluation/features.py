@@ -1,0 +1,127 @@
+"""Features of images, in which sets of images are compared; it knows nothing of runs, classes or distances."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from ..data import to_model_range
+
+
+_FID_EXTRA = 'pip install "funlora-hf[fid]"'
+
+
+class FeatureExtractor(nn.Module):
+    """Maps images, uint8 `(N, C, H, W)` in 0..255, to features, float `(N, D)`.
+
+    Attributes:
+        name: what results call it.
+    """
+
+    name: str
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features, float `(N, D)`, of images, uint8 `(N, C, H, W)` on the extractor's device."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it maps images to features.")
+
+
+class ClassifierFeatures(FeatureExtractor):
+    """What a classifier hands to its last layer: D is 256 for the small network and 512 for ResNet-18.
+
+    Distances in these features say which of two generators is nearer to the real images as this classifier sees them.
+    They have no unit and must not be compared with those of another classifier, nor with FID. [ours]
+
+    Args:
+        classifier: as `build_classifier` makes it, trained; it is copied.
+
+    Raises:
+        ValueError: a network without a linear layer.
+    """
+
+    name = "classifier"
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.network = _without_head(classifier).eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features, float32 `(N, D)`, of images, uint8 `(N, C, H, W)` with the C that the classifier was built for."""
+        return self.network(to_model_range(images))
+
+
+class InceptionFeatures(FeatureExtractor):
+    """The 2048 features of Inception v3 that FID is measured in, by torch-fidelity (the extra `fid`).
+
+    torch-fidelity resizes the images to 299x299 as the TensorFlow original does, and downloads the original's weights
+    (91 MB) once, into the cache of `torch.hub`. Grey images are repeated as three channels.
+
+    Raises:
+        ImportError: torch-fidelity, or torchvision which it needs, is not installed.
+        OSError: the weights are neither in the cache nor to be downloaded.
+
+    Source: Heusel et al. 2017, arXiv 1706.08500 [text].
+    """
+
+    name = "inception"
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError(
+                f"the features of Inception need torch-fidelity and torchvision ({error}); install them with: "
+                f"{_FID_EXTRA}, or choose `image_quality` 'classifier'."
+            ) from error
+        try:
+            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
+        except OSError as error:  # urllib's errors are OSErrors
+            raise OSError(
+                f"the weights of Inception, which the extra of {_FID_EXTRA} downloads when they are first used, cannot be "
+                f"had: {error}. Connect to the network once, put the file that torch-fidelity asks for into "
+                f"{torch.hub.get_dir()}/checkpoints, or choose `image_quality` 'classifier'."
+            ) from error
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features, float32 `(N, 2048)`, of images, uint8 `(N, 1 or 3, H, W)`."""
+        return self.network(images.expand(-1, 3, -1, -1))[0]
+
+
+@torch.no_grad()
+def extract_features(extractor: FeatureExtractor, images: torch.Tensor, *, batch_size: int = 100) -> torch.Tensor:
+    """Features of any number of images, on the extractor's device.
+
+    Args:
+        extractor: maps a batch.
+        images: uint8 `(N, C, H, W)`, 0..255, N >= 1, on any device.
+        batch_size: images at once.
+
+    Returns:
+        float `(N, D)`, on the device of the extractor's weights.
+
+    Raises:
+        ValueError: images that are not as described.
+    """
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
+        found = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ValueError(f"`images` is {found}, expected a uint8 tensor in 0..255: convert it first.")
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(f"`images` has shape {tuple(images.shape)}, expected (N, C, H, W) with at least one image.")
+    weight = next(extractor.parameters(), None)
+    device = torch.device("cpu") if weight is None else weight.device
+    return torch.cat([extractor(batch.to(device)) for batch in images.split(batch_size)])
+
+
+def _without_head(classifier: nn.Module) -> nn.Module:
+    """A copy whose last linear layer hands on what it is given."""
+    network = copy.deepcopy(classifier)
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(
+            f"`classifier` is a {type(classifier).__name__} without a linear layer, expected a network that ends with "
+            "one: build it by `build_classifier`."
+        )
+    network.set_submodule(linear[-1], nn.Identity())
+    return network

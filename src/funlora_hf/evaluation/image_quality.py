@@ -1,0 +1,307 @@
+"""How near generated images are to real ones: Frechet distance, precision, recall; knows nothing of runs and adapters.
+
+All three compare two sets of images in the feature space of an extractor.
+
+- The Frechet distance [text: Heusel et al. 2017, arXiv 1706.08500] is that of the two normal distributions with the
+  sets' means m and covariances S:
+
+      |m_r - m_g|^2 + trace(S_r + S_g - 2 (S_r S_g)^(1/2))
+
+  Only in the features of Inception is it FID. In those of a classifier [ours] it has no unit that means something
+  elsewhere.
+- Precision and recall [text: Kynkaanniemi et al. 2019, arXiv 1904.06991]. Every image of a set has a ball whose radius
+  is the distance to its k-th nearest neighbour in the set. Precision is the share of generated images that lie in the
+  ball of a real one, recall the share of real images that lie in the ball of a generated one.
+
+What they must not be compared with: values of another extractor, of a classifier that was trained on other classes,
+images or settings, of other numbers of images (all three are biased, the Frechet distance by about D / N), or of another k.
+A set of fewer images than features has a covariance that is not of full rank: the distance is still defined, and says less.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..classifier import ClassifierConfig, train_classifier
+from ..tuner.functional import check_at_least_one
+from .features import ClassifierFeatures, FeatureExtractor, extract_features
+
+
+logger = logging.getLogger(__name__)
+
+# Not the run's seed: distances of two runs are compared only if one network has measured both.
+REFERENCE_SEED = 0
+# Rows of a matrix of distances that are in memory at once.
+_BLOCK = 1000
+
+
+class PrecisionRecall(NamedTuple):
+    """Shares in [0, 1], see the module."""
+
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class ImageQuality:
+    """How near generated images are to real ones, see the module.
+
+    Args:
+        extractor: name of the features.
+        frechet_distance: 0 for equal means and covariances; FID if, and only if, `extractor` is "inception".
+        precision: share of the generated images that look real.
+        recall: share of the real images that the generator covers.
+        neighbours: the k of precision and recall.
+        num_real: real images.
+        num_generated: generated images.
+    """
+
+    extractor: str
+    frechet_distance: float
+    precision: float
+    recall: float
+    neighbours: int
+    num_real: int
+    num_generated: int
+
+
+def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
+    """Frechet distance of two sets of features, in float64 by torchmetrics.
+
+    Args:
+        real: float `(N, D)`, N >= 2.
+        generated: float `(M, D)`, M >= 2.
+
+    Returns:
+        A number >= 0, in squared units of the features.
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+        ValueError: features that are not as described, or not finite.
+
+    Source: arXiv 1706.08500, equation 6 [text].
+    """
+    _check_features(real, generated)
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        raise ImportError(
+            f'the Frechet distance needs torchmetrics ({error}); install it with: pip install "funlora-hf[demo]"'
+        ) from error
+    # Only the main process measures: a metric that synchronises would wait for the others for ever.
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), sync_on_compute=False)
+    metric.update(real.cpu().double(), real=True)
+    metric.update(generated.cpu().double(), real=False)
+    # Rounding takes equal sets to either side of zero.
+    return max(0.0, metric.compute().item())
+
+
+@torch.no_grad()
+def precision_recall(real: torch.Tensor, generated: torch.Tensor, *, neighbours: int) -> PrecisionRecall:
+    """Precision and recall of two sets of features by balls to the k-th nearest neighbour.
+
+    Memory grows with N + M, not with their product.
+
+    Args:
+        real: float `(N, D)`, on any device.
+        generated: float `(M, D)`, on the same device.
+        neighbours: k, at least 1 and less than N and M.
+
+    Returns:
+        [`PrecisionRecall`].
+
+    Raises:
+        ValueError: features that are not as described, or not finite; too few images for `neighbours`.
+
+    Source: arXiv 1904.06991, equations 1 and 2 [text]: a ball has its edge, so equal images lie in each other's, even
+        where a generator repeats one image and all its radii are 0.
+    """
+    _check_features(real, generated)
+    check_at_least_one("neighbours", neighbours)
+    fewest = min(len(real), len(generated))
+    if neighbours >= fewest:
+        raise ValueError(
+            f"`neighbours` is {neighbours}, expected less than the images of the smaller set, {fewest}: compare more "
+            "images, or take fewer neighbours."
+        )
+    return PrecisionRecall(
+        precision=_share_inside(generated, real, _radii(real, neighbours)),
+        recall=_share_inside(real, generated, _radii(generated, neighbours)),
+    )
+
+
+def compare_images(
+    real: torch.Tensor, generated: torch.Tensor, extractor: FeatureExtractor, *, neighbours: int
+) -> ImageQuality:
+    """All measures of two sets of images.
+
+    Args:
+        real: uint8 `(N, C, H, W)`, N >= 2.
+        generated: uint8 `(M, C, H, W)`, M >= 2.
+        extractor: maps images to features.
+        neighbours: k of precision and recall. Sets of k images or fewer are measured with as many as they allow, and a
+            warning; the result says how many.
+
+    Returns:
+        [`ImageQuality`].
+
+    Raises:
+        ImportError: torchmetrics is not installed.
+        ValueError: images that are not as described, fewer than two of a kind, or features that are not finite.
+    """
+    check_at_least_one("neighbours", neighbours)
+    features = extract_features(extractor, real), extract_features(extractor, generated)
+    distance = frechet_distance(*features)
+    most = min(len(real), len(generated)) - 1
+    if neighbours > most:
+        logger.warning(
+            "Precision and recall by %d neighbours instead of %d: there are only %d real and %d generated images.",
+            most,
+            neighbours,
+            len(real),
+            len(generated),
+        )
+        neighbours = most
+    shares = precision_recall(*features, neighbours=neighbours)
+    return ImageQuality(
+        extractor=extractor.name,
+        frechet_distance=distance,
+        precision=shares.precision,
+        recall=shares.recall,
+        neighbours=neighbours,
+        num_real=len(real),
+        num_generated=len(generated),
+    )
+
+
+def match_classes(
+    real: Mapping[int, torch.Tensor], generated: Mapping[int, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two sets of images in which every class has the same share.
+
+    Of each class that both have, as many images of a kind are taken as the kind with fewer has: real ones evenly
+    spaced in their order, generated ones from the first on. Otherwise a class that is rare on one side would count as
+    a fault of the generator.
+
+    Args:
+        real: class id -> uint8 `(n, C, H, W)`, n >= 0.
+        generated: class id -> uint8 `(m, C, H, W)`, m >= 0.
+
+    Returns:
+        Real and generated images, uint8 `(N, C, H, W)` each, in the order of the class ids.
+
+    Raises:
+        ValueError: no class has images of both kinds.
+
+    Source: [ours].
+    """
+    pairs = []
+    for class_id in sorted(real.keys() & generated.keys()):
+        available, drawn = real[class_id], generated[class_id]
+        count = min(len(available), len(drawn))
+        if count:
+            spaced = torch.arange(count) * len(available) // count
+            pairs.append((available[spaced], drawn[:count]))
+    if not pairs:
+        raise ValueError(
+            f"`real` has images of the classes {sorted(real)} and `generated` of {sorted(generated)}, expected at least "
+            "one class with images of both kinds."
+        )
+    return torch.cat([real_part for real_part, _ in pairs]), torch.cat([drawn_part for _, drawn_part in pairs])
+
+
+def reference_features(
+    images: Mapping[int, torch.Tensor], *, config: ClassifierConfig, device: str | torch.device = "cpu"
+) -> ClassifierFeatures:
+    """Features of a classifier that is trained on real images of all classes with a seed of its own.
+
+    The same images and recipe give the same features, whatever the seed and strategy of a run and the order of its
+    classes.
+
+    Args:
+        images: class id -> uint8 `(n, C, H, W)`, for at least two classes.
+        config: the recipe.
+        device: where to train.
+
+    Returns:
+        [`ClassifierFeatures`] on `device`.
+
+    Raises:
+        ValueError: fewer than two classes, between which a classifier learns nothing.
+        RuntimeError: the training's loss is not finite.
+
+    Source: [ours].
+    """
+    if len(images) < 2:
+        raise ValueError(
+            f"`images` has the classes {sorted(images)}, expected at least two: a classifier learns nothing from one."
+        )
+    parts = [images[class_id] for class_id in sorted(images)]
+    classifier = train_classifier(
+        torch.cat(parts),
+        torch.cat([torch.full((len(part),), label) for label, part in enumerate(parts)]),
+        num_classes=len(parts),
+        config=config,
+        seed=REFERENCE_SEED,
+        device=device,
+        description="classifier of image quality",
+    )
+    return ClassifierFeatures(classifier)
+
+
+class _Given(nn.Identity):
+    """Stands where torchmetrics expects an extractor: its "images" are features already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
+def _radii(features: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """Distance of each point to its k-th nearest neighbour; `(N, D)` -> `(N,)`."""
+    # The nearest of all is the point itself.
+    return torch.cat(
+        [
+            _distances(block, features).topk(neighbours + 1, largest=False).values[:, -1]
+            for block in features.split(_BLOCK)
+        ]
+    )
+
+
+def _share_inside(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
+    """Share of the points that lie in the ball of at least one centre."""
+    inside = [(_distances(block, centres) <= radii).any(dim=1) for block in points.split(_BLOCK)]
+    return torch.cat(inside).double().mean().item()
+
+
+def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    # By differences: the faster way by a product has no exact zero for equal points.
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _check_features(real: torch.Tensor, generated: torch.Tensor) -> None:
+    for name, features in (("real", real), ("generated", generated)):
+        if not isinstance(features, torch.Tensor) or not features.is_floating_point() or features.ndim != 2:
+            found = (
+                f"{features.dtype} {tuple(features.shape)}"
+                if isinstance(features, torch.Tensor)
+                else type(features).__name__
+            )
+            raise ValueError(f"`{name}` is {found}, expected features as a float tensor (N, D).")
+        if len(features) < 2 or features.shape[1] == 0:
+            raise ValueError(
+                f"`{name}` has shape {tuple(features.shape)}, expected (N, D) with N at least 2: one image has no spread."
+            )
+        if not features.isfinite().all():
+            raise ValueError(f"`{name}` has features that are not finite: look at the extractor's weights.")
+    if real.shape[1] != generated.shape[1]:
+        raise ValueError(
+            f"`generated` has {generated.shape[1]} features and `real` {real.shape[1]}, expected as many: take both from "
+            "one extractor."
+        )
