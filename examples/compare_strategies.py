@@ -44,7 +44,7 @@ def main() -> None:
     failed = failures(compared)
     if failed:
         runs = ", ".join(f"{label} (seed {seed})" for label, seed, _ in failed)
-        sys.exit(f"error: {len(failed)} runs failed: {runs}: see their log.txt in {output_dir}")
+        sys.exit(f"error: failed runs: {runs}: see their log.txt in {output_dir}")
 
 
 if __name__ == "__main__":

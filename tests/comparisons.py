@@ -16,7 +16,14 @@ from funlora_hf.jobs import Outcome
 
 NAMES = (
     *("funlora", "frozen", "joint", "finetune", "naive_lora", "merge_init", "merge_orthogonal"),
-    *("magmax", "replay", "guide", "merge_orthogonal (merge=svd)", "magmax (batch)", "replay (few)"),
+    *(
+        "magmax",
+        "replay",
+        "guide",
+        "merge_orthogonal (merge=svd, orthogonal=released)",
+        "magmax (batch)",
+        "replay (few)",
+    ),
 )
 GROWING = ("funlora", "frozen")
 REPLAYING = ("replay", "guide", "replay (few)")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from comparisons import made_up_results
 from runs import short_run
 
 from funlora_hf.continual.config import run_settings
@@ -53,23 +54,30 @@ class Deadly(type(Path())):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def finished_job(folder):
+def finished_job(folder, *, forgotten=None):
     """A job that only has to be read."""
     arguments = short_run(output_dir=str(folder))
     settings = run_settings(*(getattr(arguments, name) for name in ("data", "model", "training", "evaluation")))
-    write_json(folder / "results.json", {"folder": folder.name, "settings": settings})
+    results = made_up_results("funlora", seed=0)
+    zero_forgetting = {"identical": forgotten is None, "classes_compared": 10, "classes_changed": forgotten or []}
+    zero_forgetting |= {"base_sha256_before": "0", "base_sha256_after": "0"}
+    written = {"seconds": {"total": 1.0}, "settings": settings, "zero_forgetting": zero_forgetting}
+    write_json(folder / "results.json", {**results, **written, "folder": folder.name})
     return Job(arguments, folder)
 
 
 def test_no_failure_loses_the_others(tmp_path):
     broken = Job(short_run(dataset_name=str(tmp_path / "nowhere")), tmp_path / "broken")
     deadly = Job(short_run(), Deadly(tmp_path / "deadly"))
-    jobs = [broken, deadly, *(finished_job(tmp_path / name) for name in "abc")]
-    first, second, *rest = run_jobs(jobs, 2, description="runs")
+    forgetful = finished_job(tmp_path / "forgetful", forgotten=[3])
+    jobs = [broken, deadly, forgetful, *(finished_job(tmp_path / name) for name in "abc")]
+    first, second, third, *rest = run_jobs(jobs, 2, description="runs")
     assert (first.results, second.results) == (None, None)
     assert "nowhere" in first.error
     assert "Traceback" in (tmp_path / "broken" / "log.txt").read_text()
     assert "killed" in second.error
+    # What failed when it was finished does not pass when it is read.
+    assert (third.results, third.error.partition(":")[0]) == (None, "ForgettingError")
     assert [(outcome.results["folder"], outcome.error) for outcome in rest] == [("a", None), ("b", None), ("c", None)]
 
 

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from .adapter_folder import ADAPTERS_FOLDER
 from .continual.config import LATEST, run_settings
 from .continual.run_folder import RunFolder
+from .evaluation.report import report_finished
 from .files import read_json, whole_folder
 from .run import RunArguments, run
 
@@ -170,10 +171,10 @@ def _run_job(job: Job) -> Outcome:
 def _run_or_read(job: Job) -> dict[str, Any]:
     folder, arguments = RunFolder(job.folder), job.arguments
     settings = run_settings(arguments.data, arguments.model, arguments.training, arguments.evaluation)
-    if folder.results.is_file() and not arguments.training.overwrite_output_dir:
-        results = read_json(folder.results)
-        if results["settings"] == settings:
-            return results
+    anew = arguments.training.overwrite_output_dir
+    if not anew and folder.results.is_file() and read_json(folder.results)["settings"] == settings:
+        # At once, without the data; raises what the run did that found something forgotten.
+        return report_finished(folder)
     if job.adapters is not None and not (job.folder / ADAPTERS_FOLDER).is_dir():
         # A run that finds its adapters finished goes on with sampling.
         folder.open(settings, overwrite=False, resume=True)

@@ -89,7 +89,7 @@ def parse_choices(entries: Sequence[str]) -> list[Choice]:
 
 def _parse(entry: str) -> Choice:
     name, _, rest = str(entry).partition(":")
-    options_class = getattr(strategy_class(name), "options_class", None)
+    options_class = strategy_class(name).options_class
     known_options = [field.name for field in fields(options_class)] if options_class is not None else []
     known_arguments = [
         field.name
@@ -137,15 +137,17 @@ def _value(entry: str, key: str, text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(f"`strategies` has {entry!r}, where {key!r} is no YAML: {text!r}.") from error
     # YAML 1.1 reads 2e-3 and 1.5e3, without a point or a sign, as text.
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
-        return float(value)
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text):
+        return float(text)
     return value
 
 
 def _check_options(entry: str, options_class: type, options: Mapping[str, Any]) -> None:
     try:
         options_class(**options)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        raise ValueError(f"`strategies` has {entry!r} with a value of the wrong kind: {error}.") from error
+    except ValueError as error:
         raise ValueError(f"`strategies` has {entry!r}, which cannot be had: {error}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,8 @@ MOST_STRATEGIES = 2 * len(COLOURS)
 PLOT_WIDTH = 4.2
 PLOT_HEIGHT = 3.0
 LABEL_HEIGHT = 0.17
+# Long enough for the options, which tell strategies of one name apart.
+LONGEST_LABEL = 64
 # Numbers in the cells of larger matrices could not be read.
 MOST_TASKS_WITH_NUMBERS = 12
 # Of a cell of the grid of samples.
@@ -203,7 +206,7 @@ def forgetting_figure(
             axes.set_axis_off()
         for axes, (name, matrix) in zip(panels.flat, matrices.items(), strict=False):
             cells = _matrix_panel(axes, matrix)
-            axes.set_title(shorten(name, int(side * 15)), fontsize=9)
+            axes.set_title(textwrap.fill(shorten(name, LONGEST_LABEL), int(side * 15)), fontsize=9)
         figure.supxlabel("tested on task", fontsize=STYLE["axes.labelsize"])
         figure.supylabel("after task", fontsize=STYLE["axes.labelsize"])
         # Beside the first rows only: as high as the figure, it would be read from nowhere.
@@ -262,7 +265,7 @@ def samples_figure(
         axes.imshow(canvas, interpolation="nearest", aspect="auto")
         axes.set_yticks(
             [row * (height + gap) + (height - 1) / 2 for row in range(len(samples))],
-            labels=[shorten(name) for name in samples],
+            labels=[textwrap.fill(shorten(name, LONGEST_LABEL), 30) for name in samples],
         )
         axes.set_xticks(
             [column * (width + gap) + (width - 1) / 2 for column in range(tasks)],
@@ -341,7 +344,7 @@ def _label_lines(axes: Any, ends: Mapping[str, float], *, names: Sequence[str] |
         axes.plot(
             key, [place] * 3, transform=axes.transAxes, clip_on=False, markevery=[1], **look.style(markersize=4.5)
         )
-        axes.text(1.14, place, shorten(name), transform=axes.transAxes, va="center", fontsize=9)
+        axes.text(1.14, place, shorten(name, LONGEST_LABEL), transform=axes.transAxes, va="center", fontsize=9)
 
 
 def _apart(levels: Sequence[float], gap: float) -> list[float]:

@@ -6,7 +6,6 @@ import logging
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -35,8 +34,8 @@ _NOTES = (
     "the strategy trains itself.",
     "Held-out loss: of flow matching, on test images. Frechet distance, precision and recall compare samples with test "
     "images by the features of the network that the heading names; distances by different networks do not compare.",
-    "Training counts the images that pass through the network, and with its seconds what prepares a task, such as sampling "
-    "what is replayed. NFE: evaluations of the network for one batch of samples. PPC: numbers kept for each class.",
+    "Training images: those that passed through the network, the same ones again included. Training seconds include what "
+    "prepares a task, such as sampling what is replayed. NFE: evaluations of the network for one batch of samples. PPC: numbers kept for each class.",
 )
 
 
@@ -276,5 +275,4 @@ def _machine() -> str:
 
 def _without_folders(text: str) -> str:
     """Text whose absolute paths have lost all but their last part: where they lie is no one else's business."""
-    text = text.replace(tempfile.gettempdir() + os.sep, os.sep)
-    return re.sub(r"(?<![\w.:/~-])/(?:[^/\s'\"=,:]+/)*(?=[^/\s'\"])", "", text)
+    return re.sub(r"(?<![\w./~-])/(?:[^/\s'\"=,:]+/)*(?=[^/\s'\"])", "", text)

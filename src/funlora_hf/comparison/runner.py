@@ -117,7 +117,7 @@ def _check_reference(reference: RunArguments) -> None:
             f"`update_class` is {training.update_class}, expected None: a comparison trains whole runs. Use "
             "continual_train.py."
         )
-    options = getattr(training, "strategy_options", None)
+    options = training.strategy_options
     if options:
         raise ValueError(
             f"`strategy_options` is {options}, which not every strategy takes: give them with the strategy, as in "
@@ -132,5 +132,7 @@ def _job(reference: RunArguments, choice: Choice, seed: int) -> Job:
         changes |= {"overwrite_output_dir": True, "resume_from_checkpoint": None}
     try:
         return Job(with_changes(reference, changes), folder)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        raise ValueError(f"`strategies` has {choice.label!r} with a value of the wrong kind: {error}.") from error
+    except ValueError as error:
         raise ValueError(f"`strategies` has {choice.label!r}, whose run cannot be had: {error}") from error

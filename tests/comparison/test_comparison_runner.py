@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+from comparisons import made_up_comparison
+from runs import short_run
+
+from funlora_hf.comparison import runner
+from funlora_hf.comparison.runner import ComparisonArguments, failures, run_comparison
+from funlora_hf.jobs import Outcome
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"seeds": []}, r"`seeds` is \[\], expected different numbers"),
+        ({"num_workers": 0}, "`num_workers` should be a positive integer"),
+        ({"strategies": []}, r"`strategies` is \[\], expected a list"),
+        ({"strategies": ["funlora", "nothing"]}, "`strategy` is 'nothing', expected one of"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        ComparisonArguments(**arguments)
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """The jobs that were to be run; none is."""
+    asked = []
+
+    def record(jobs, num_workers, *, description):
+        asked.extend(jobs)
+        return [Outcome(results={"folder": str(job.folder)}) for job in jobs]
+
+    monkeypatch.setattr(runner, "run_jobs", record)
+    return asked
+
+
+def test_every_strategy_runs_with_every_seed_in_a_folder_of_its_own(jobs, tmp_path):
+    comparison = ComparisonArguments(
+        strategies=["joint", "magmax:compared=cumulative,base_train_steps=5"], seeds=[4, 2]
+    )
+    reference = short_run(output_dir=str(tmp_path / "out"))
+    compared = run_comparison(comparison, reference)
+    assert len({job.folder for job in jobs}) == 4
+    assert [(job.arguments.training.strategy, job.arguments.training.seed) for job in jobs] == [
+        ("joint", 4),
+        ("magmax", 4),
+        ("joint", 2),
+        ("magmax", 2),
+    ]
+    for job in jobs:
+        assert job.arguments.training.output_dir == str(job.folder)
+        assert job.folder.parent == tmp_path / "out" / f"seed_{job.arguments.training.seed}"
+        assert job.arguments.training.resume_from_checkpoint == "latest"
+        assert asdict(job.arguments.data) == asdict(reference.data)
+    assert jobs[1].arguments.training.strategy_options == {"compared": "cumulative"}
+    assert jobs[1].arguments.training.base_train_steps == 5
+    assert jobs[0].arguments.training.base_train_steps == reference.training.base_train_steps
+    for one in compared:
+        assert [outcome.results["folder"] for outcome in one.outcomes] == [str(folder) for folder in one.folders]
+        assert [folder.parent.name for folder in one.folders] == ["seed_4", "seed_2"]
+
+
+def test_overwriting_starts_every_run_anew(jobs, tmp_path):
+    reference = short_run(output_dir=str(tmp_path), overwrite_output_dir=True)
+    run_comparison(ComparisonArguments(strategies=["joint"], seeds=[0]), reference)
+    training = jobs[0].arguments.training
+    assert (training.overwrite_output_dir, training.resume_from_checkpoint) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("reference", "strategy", "words"),
+    [
+        ({"push_to_hub": True}, "joint", "`push_to_hub` is set, but the runs of a comparison"),
+        ({"update_class": 3}, "joint", "`update_class` is 3, expected None"),
+        (
+            {"strategy": "magmax", "strategy_options": {"scaling": 1.0}},
+            "joint",
+            "give them with the strategy, as in --strategies name:key=value",
+        ),
+        (
+            {},
+            "joint:adapter_learning_rate=fast",
+            "'joint .adapter_learning_rate=fast.' with a value of the wrong kind",
+        ),
+        ({}, "joint:solver=eluer", "whose run cannot be had: `solver` is 'eluer'"),
+        ({"base_model": "somewhere"}, "joint", "cannot add classes to `base_model` 'somewhere'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_runs(jobs, tmp_path, reference, strategy, words):
+    with pytest.raises(ValueError, match=words):
+        run_comparison(
+            ComparisonArguments(strategies=["funlora", strategy], seeds=[0]),
+            short_run(output_dir=str(tmp_path), **reference),
+        )
+    assert not jobs
+    assert not list(tmp_path.iterdir())
+
+
+def test_failures_are_named_with_their_seed(tmp_path):
+    compared = made_up_comparison(tmp_path, failed=(("frozen", 1), ("joint", 0)))
+    assert [(label, seed) for label, seed, _ in failures(compared)] == [("frozen", 1), ("joint", 0)]
+    assert [len(one.finished) for one in compared] == [3, 2, 2]
