@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from funlora_hf.comparison.choices import Choice
 from funlora_hf.comparison.runner import Compared
+from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.evaluation.report import accuracy_results
 from funlora_hf.jobs import Outcome
 
@@ -74,7 +75,7 @@ def made_up_results(name: str, seed: int, *, tasks: int = 5) -> dict:
 
 
 def made_up_samples(folder: Path, name: str, *, tasks: int = 5, channels: int = 1, size: int = 8) -> None:
-    """A run's samples.safetensors: a bright square that fades into noise as tasks go by."""
+    """A run's first samples: a bright square that fades into noise as tasks go by."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     tensors = {}
     for t in range(tasks):
@@ -84,8 +85,9 @@ def made_up_samples(folder: Path, name: str, *, tasks: int = 5, channels: int = 
             shape[..., 1 + class_id % 2 : size // 2 + 2, 2 : size - 2] = 255
             share = 1.0 if name in ("funlora", "joint") else 0.75 ** (t - class_id // 2)
             tensors[f"task_{t + 1}/class_{class_id}"] = (share * shape + (1 - share) * noise).to(torch.uint8)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "samples.safetensors")
+    path = RunFolder(folder).samples
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
 
 
 def made_up_comparison(

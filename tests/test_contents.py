@@ -25,7 +25,7 @@ ADAPTER = "adapter_config.json"
     ("files", "expected"),
     [
         (["base/model_index.json", f"adapters/class_10/{ADAPTER}", f"adapters/class_9/{ADAPTER}"], ["base", 9, 10]),
-        (["base/model_index.json", "model/model_index.json"], ["base"]),
+        (["base/model_index.json", "model/model_index.json"], ["model"]),
         (["model/model_index.json", "bank.safetensors"], ["model", "bank.safetensors"]),
         (["model_index.json", f"adapters/class_7/{ADAPTER}"], [".", 7]),
         (["config.json", "diffusion_pytorch_model.safetensors"], ["."]),

@@ -87,6 +87,7 @@ def test_the_folder_keeps_the_contract(finished):
     assert figures == {
         "accuracy.png",
         "layer_importance.png",
+        "samples.safetensors",
         *(f"samples_task_{t}.png" for t in (1, 2, 3)),
         *(f"class_{class_id}.png" for class_id in range(10)),
     }
@@ -385,6 +386,70 @@ def test_other_strategies_run_to_the_end(strategy, inside):
         assert read_json(inside / "out/checkpoints/seconds/joint.json")["steps"] == 12 + 6 * 8
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    ["replay", *(pytest.param(name, marks=pytest.mark.slow) for name in ("finetune", "merge_orthogonal", "guide"))],
+)
+def test_strategies_that_change_past_classes_run_to_the_end(strategy, inside, capsys):
+    options = {"num_inference_steps": 1, "classifier_train_steps": 2} if strategy in ("replay", "guide") else {}
+    results = run(short_run(strategy=strategy, strategy_options=options, rank=2))
+    assert results["strategy_options"] == options
+    assert results["zero_forgetting"] is None
+    assert "parameters_per_class" in results
+    assert FunLoraPipeline.from_pretrained("out/model").base_classes == list(range(10))
+    assert [sorted(map(int, losses)) for losses in results["held_out_loss_by_task"]] == [[*range(n)] for n in (4, 8, 10)]
+    assert results["held_out_loss_by_task"][-1] == results["held_out_loss"]["per_class"]
+    seconds = results["seconds"]
+    assert sum(seconds["training_per_task"]) == pytest.approx(seconds["training"])
+    assert [len(seconds[key]) for key in ("training_per_task", "preparation_per_task")] == [3, 3]
+    phases = [read_json(path) for path in (inside / "out/checkpoints/seconds").iterdir()]
+    assert sum(results["training_images_per_task"]) == sum(phase["images"] for phase in phases)
+    assert results["memory_per_task"][-1] == {**results["memory"], "state": 0}
+    own = results["own_classifier"]
+    assert (own is not None) == (strategy in ("replay", "guide"))
+    assert own is None or [len(row) for row in own["accuracy_matrix"]] == [1, 2, 3]
+    assert ("own classifier" in capsys.readouterr().out) == (own is not None)
+    samples = load_file("out/figures/samples.safetensors")
+    assert set(samples) == {f"task_{t}/class_{c}" for t, n in ((1, 4), (2, 8), (3, 10)) for c in range(n)}
+    assert {(tensor.dtype, tuple(tensor.shape)) for tensor in samples.values()} == {(torch.uint8, (6, 1, 8, 8))}
+
+
+def test_a_strategy_goes_on_from_an_existing_base(finished, inside):
+    """With the classes of the base first, and the base as it was."""
+    shutil.copytree(finished / "base", inside / "base")
+    before = digests(inside / "base")
+    results = run(short_run(strategy="finetune", base_model="base", unet_config=None))
+    assert results["tasks"][0] == [0, 1, 2, 3]
+    assert digests(inside / "base") == before
+    pipe = FunLoraPipeline.from_pretrained("out/model")
+    assert pipe.base_classes == list(range(10))
+    assert results["memory_per_task"][0]["persistent"] > 0
+
+
+def test_a_base_with_adapters_is_refused_by_a_strategy_without(finished, inside):
+    shutil.copytree(finished / "base", inside / "base")
+    shutil.copytree(finished / "adapters", inside / "base" / "adapters")
+    with pytest.raises(ValueError, match=r"`base_model` knows the classes .* `strategy` 'finetune' needs a base without"):
+        run(short_run(strategy="finetune", base_model="base", unet_config=None, num_tasks=None))
+
+
+def test_first_samples_are_those_that_were_judged(finished):
+    samples = load_file(finished / "figures/samples.safetensors")
+    assert samples["task_3/class_9"].shape == (6, 1, 8, 8)
+    with Image.open(finished / "figures/class_9.png") as picture:
+        # The picture of the class shows the same images, enlarged.
+        corner = np.asarray(picture.convert("L"))
+    shown = samples["task_3/class_9"][0, 0].numpy()
+    side = corner.shape[1] // 4 // 8
+    assert any(
+        np.array_equal(corner[top : top + 8 * side : side, left : left + 8 * side : side], shown)
+        for top in range(12)
+        for left in range(12)
+    )
+    # A class that never changes shows the same samples after every task.
+    assert torch.equal(samples["task_1/class_0"], samples["task_3/class_0"])
+
+
 def test_results_do_not_depend_on_matplotlib(inside, monkeypatch, caplog):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -664,6 +729,16 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"classifier_architecture": "vit"}, "classifier_architecture is 'vit', expected one of auto, resnet18, cnn"),
         ({"image_quality": "fid"}, "`image_quality` is 'fid', expected one of: 'classifier', 'inception', 'none'"),
         ({"image_quality_neighbours": 0}, "`image_quality_neighbours` should be a positive integer"),
+        ({"strategy_options": ["merge"]}, "`strategy_options` has 'merge', expected key=value, with each key once"),
+        ({"strategy_options": ["a=1", "a=2"]}, "`strategy_options` has 'a=2', expected key=value, with each key once"),
+        ({"strategy_options": ["merge=svd"]}, "has 'merge', but `strategy` 'funlora' expects none: it has no options"),
+        ({"strategy": "magmax", "strategy_options": {"scaling": 2}}, "`scaling` is 2, which only compared='cumulative'"),
+        ({"strategy": "replay", "class_batches": "mixed"}, "`class_batches` is 'mixed', which `strategy` 'replay' does not"),
+        ({"strategy": "naive_lora", "peft_method": "vanilla_add"}, "`peft_method` is 'vanilla_add', which `strategy`"),
+        (
+            {"strategy": "merge_orthogonal", "classes_per_task": 1, "rank": 8},
+            "`orthogonal` is 'nullspace', but before the last of 9 tasks with `rank` 8",
+        ),
         ({"classifier_learning_rate": -1.0}, r"classifier_learning_rate is -1\.0"),
     ],
 )

@@ -17,6 +17,8 @@ from .files import read_json
 
 UNET_FOLDER = "unet"
 PIPELINE = "model_index.json"
+# Where the generator of a run lies: a strategy that trains it on after task 1 leaves another one than the base.
+GENERATOR_FOLDERS = ("model", "base")
 
 
 def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .adapter_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name
-from .base_model import PIPELINE, UNET_FOLDER
+from .base_model import GENERATOR_FOLDERS, PIPELINE, UNET_FOLDER
 from .hub_files import SAMPLES
 from .hub_index import CARD, INDEX
 from .saved_adapter import ADAPTER_FILES, fetch
@@ -19,7 +19,7 @@ ADAPTER_CONTENTS = (*ADAPTER_FILES, CARD, SAMPLES)
 BASE_CONTENTS = (PIPELINE, f"{UNET_FOLDER}/*.json", f"{UNET_FOLDER}/*.safetensors", "scheduler/*.json")
 # A U-Net without a pipeline around it.
 _UNET_CONTENTS = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index.json")
-_BASE_PLACES = ("base", "model", ".")
+_BASE_PLACES = (*GENERATOR_FOLDERS, ".")
 _OTHER_WEIGHTS = ("adapter_model", "diffusion_pytorch_model")
 
 

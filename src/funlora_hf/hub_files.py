@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
-from .base_model import PIPELINE, base_classes, read_unet
+from .base_model import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
 from .cards import ClassRow, Place, adapter_card
 from .files import read_json
 from .fingerprint import base_fingerprints
@@ -195,7 +195,7 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
         ValueError: a damaged adapter.
     """
     results = read_json(folder / "results.json") if (folder / "results.json").is_file() else None
-    trained = next((folder / name for name in ("base", "model") if (folder / name).is_dir()), None)
+    trained = next((folder / name for name in GENERATOR_FOLDERS if (folder / name).is_dir()), None)
     base = read_base(trained) if trained is not None and own_base else None
     adapters = {}
     for path in adapter_folders(folder / ADAPTERS_FOLDER):

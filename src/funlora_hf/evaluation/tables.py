@@ -20,6 +20,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
         lines.append("")
         for key, name in (("LA", "LA (%)"), ("AIA", "AIA (%)"), ("forgetting", "forgetting (%)")):
             lines.append(f"{name:<18}{results[key]:>8.2f}")
+    if results.get("own_classifier") is not None:
+        lines.append(f"{'own classifier':<18}{results['own_classifier']['LA']:>8.2f} (LA in %)")
     losses = results["held_out_loss"]
     if losses["mean"] is not None:
         lines.append(f"{'held-out loss':<18}{losses['mean']:>8.4f}")
