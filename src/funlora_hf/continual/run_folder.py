@@ -17,7 +17,7 @@ from ..files import read_json, recover_folder, write_json
 
 logger = logging.getLogger(__name__)
 
-CONTENTS = ("base", "adapters", "model", "results.json", "figures", "checkpoints", "logs")
+CONTENTS = ("base", "adapters", "model", "results.json", "samples.safetensors", "figures", "checkpoints", "logs")
 # Settings that say how to run, not what comes out.
 _FREE = {
     "output_dir",
@@ -50,6 +50,7 @@ class RunFolder:
         self.path = path
         self.base = path / "base"
         self.results = path / "results.json"
+        self.samples = path / "samples.safetensors"
         self.figures = path / "figures"
         self.checkpoints = path / "checkpoints"
         self._settings = self.checkpoints / "run.json"

@@ -232,6 +232,8 @@ class Sequential(Strategy):
         kept = {name: tensor.detach().to(device) for name, tensor in kept.items()}
         vectors = kept.pop(CLASS_VECTORS, unet.class_embedding.weight.detach())
         set_class_vectors(unet, vectors, len(self.setting.seen(task)))
+        # Or diffusers would write where the base lies on this machine.
+        unet.register_to_config(_name_or_path="")
         return unet, kept
 
 

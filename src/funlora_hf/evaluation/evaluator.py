@@ -10,6 +10,7 @@ import logging
 import platform
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..adapter_folder import ADAPTERS_FOLDER
 from ..classifier import ClassifierConfig, percentage, predict, train_classifier
@@ -119,7 +121,11 @@ class RunEvaluator:
                 class_grid(self.synthetic_images(class_id, task), self._folder.class_figure(class_id))
             row, per_class = self._accuracies(task, seen)
             seconds = {"sampling": sampled - started, "classifier": time.perf_counter() - sampled}
-            write_json(record, {"accuracies": row, "class_accuracies": per_class, "seconds": seconds})
+            measured = {"accuracies": row, "class_accuracies": per_class, "seconds": seconds}
+            measured["own_classifier"] = self._own_accuracies(task, seen)
+            if self.strategy.learning_changes_past_classes:
+                measured["held_out_losses"] = self.held_out_losses(seen)
+            write_json(record, measured)
 
     def synthetic_images(self, class_id: int, task: Task) -> torch.Tensor:
         """The images sampled of a class after a task, uint8, `(n, channels, height, width)`."""
@@ -135,9 +141,30 @@ class RunEvaluator:
         """What was measured after each task."""
         return [read_json(self._records / f"task_{task.index + 1}.json") for task in self.tasks]
 
-    def held_out_losses(self) -> dict[str, float]:
-        """Held-out loss of every class that has test images, at the end of the run."""
-        classes = [c for task in self.tasks for c in task.class_ids if self._count(c, "test")]
+    def keep_first_samples(self, path: Path, count: int = 8) -> None:
+        """Write the first samples of every class after every task, to look at them side by side.
+
+        Args:
+            path: a safetensors file: `task_<t>/class_<id>`, t from 1, uint8 `(n, channels, height, width)`, n <= count.
+            count: of each.
+        """
+        tensors, seen = {}, []
+        for task in self.tasks:
+            seen += task.class_ids
+            for class_id in seen:
+                images = self.synthetic_images(class_id, task)[:count]
+                tensors[f"task_{task.index + 1}/class_{class_id}"] = images.contiguous()
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary)
+
+    def held_out_losses(self, classes: Sequence[int] | None = None) -> dict[str, float]:
+        """Held-out loss of classes, of those that have test images, by the generator as it is now.
+
+        Args:
+            classes: their ids; None: all of the run.
+        """
+        classes = [c for task in self.tasks for c in task.class_ids] if classes is None else classes
+        classes = [class_id for class_id in classes if self._count(class_id, "test")]
         losses = {}
         with self.strategy.inference(classes) as pipe:
             for class_id in classes:
@@ -269,6 +296,17 @@ class RunEvaluator:
             device=self.accelerator.device,
             description=f"classifier, task {task.index + 1}",
         )
+        return self._tested(classifier, task, seen)
+
+    def _own_accuracies(self, task: Task, seen: list[int]) -> list[float] | None:
+        """Row of the accuracy matrix of the classifier that the strategy itself has trained; None: there is none."""
+        classifier = self.strategy.own_classifier()
+        if classifier is None or not all(self._count(class_id, "test") for class_id in seen):
+            return None
+        return self._tested(classifier, task, seen)[0]
+
+    def _tested(self, classifier: nn.Module, task: Task, seen: list[int]) -> tuple[list[float], dict[str, float]]:
+        """A classifier's % of right answers on the test images of each task so far, and on those of each class."""
         row, per_class = [], {}
         for earlier in self.tasks[: task.index + 1]:
             tests = [self._test_images(class_id) for class_id in earlier.class_ids]

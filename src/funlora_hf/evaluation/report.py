@@ -15,7 +15,9 @@ import torch
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
-from ..continual.trainer import phase_seconds
+from ..continual.strategy_state import memory_reports
+from ..continual.trainer import phase_seconds, preparation_seconds
+from ..data import Task
 from ..files import read_json, write_json
 from ..layer_selection import layer_importance
 from .adapter_analysis import execution_order
@@ -104,6 +106,7 @@ def report_run(
     image_quality = _image_quality(evaluator)
     results = {
         "strategy": strategy.name,
+        "strategy_options": strategy.setting.training.strategy_options or {},
         "peft_method": strategy.method_name,
         "dataset": evaluator.data.name,
         "seed": evaluator.seed,
@@ -114,12 +117,16 @@ def report_run(
         # A record of before it was measured has none.
         "class_accuracy": records[-1].get("class_accuracies"),
         "held_out_loss": {"mean": sum(losses.values()) / len(losses) if losses else None, "per_class": losses},
+        "held_out_loss_by_task": _held_out_by_task(records, losses, tasks),
+        "own_classifier": _own_classifier(records),
         "image_quality": image_quality,
         **strategy.parameters_per_class(),
         "nfe": evaluator.nfe(),
         "layer_importance": {layer: {"mean": m, "std": s} for layer, (m, s) in importance.items()},
         "memory": strategy.memory_report(),
-        "seconds": _seconds(folder, records, time.perf_counter() - started),
+        "memory_per_task": memory_reports(folder),
+        "training_images_per_task": images_per_task(folder, len(tasks)),
+        "seconds": _seconds(folder, records, len(tasks), time.perf_counter() - started),
         "zero_forgetting": zero_forgetting,
         "settings": settings,
         "versions": {name: version(name) for name in _PACKAGES},
@@ -130,6 +137,7 @@ def report_run(
             "num_threads": torch.get_num_threads(),
         },
     }
+    evaluator.keep_first_samples(folder.samples)
     write_json(folder.results, results)
     evaluator.forget_samples()
     print(summary_table(results))
@@ -145,15 +153,52 @@ def report_finished(folder: RunFolder) -> dict[str, Any]:
     return results
 
 
-def _seconds(folder: RunFolder, records: Sequence[Mapping[str, Any]], report: float) -> dict[str, Any]:
-    phases = {name: record["seconds"] for name, record in phase_seconds(folder).items()}
+def images_per_task(folder: RunFolder, num_tasks: int) -> list[int]:
+    """Images that the phases of each task were trained on, repeated ones counted. A phase of the images of several tasks is
+    counted in the first."""
+    counts = [0] * num_tasks
+    for record in phase_seconds(folder).values():
+        counts[record.get("task") or 0] += record["images"]
+    return counts
+
+
+def _held_out_by_task(
+    records: Sequence[Mapping[str, Any]], final: Mapping[str, float], tasks: Sequence[Task]
+) -> list[dict[str, float]]:
+    """Held-out losses of the classes seen after each task; those of classes that never change are the last ones."""
+    by_task, seen = [], []
+    for task, record in zip(tasks, records, strict=True):
+        seen += [str(class_id) for class_id in task.class_ids]
+        unchanged = {class_id: final[class_id] for class_id in seen if class_id in final}
+        by_task.append(record.get("held_out_losses") or unchanged)
+    return by_task
+
+
+def _own_classifier(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    rows = [record.get("own_classifier") for record in records]
+    return None if None in rows else accuracy_results(rows)
+
+
+def _seconds(folder: RunFolder, records: Sequence[Mapping[str, Any]], num_tasks: int, report: float) -> dict[str, Any]:
+    recorded = phase_seconds(folder)
+    phases = {name: record["seconds"] for name, record in recorded.items()}
+    preparation = preparation_seconds(folder)
+    per_task = [preparation.get(index, 0.0) for index in range(num_tasks)]
+    for record in recorded.values():
+        per_task[record.get("task") or 0] += record["seconds"]
     parts = {
-        "training": sum(phases.values()),
+        "training": sum(phases.values()) + sum(preparation.values()),
         "sampling": sum(record["seconds"]["sampling"] for record in records),
         "classifier": sum(record["seconds"]["classifier"] for record in records),
         "report": report,
     }
-    return {**parts, "total": sum(parts.values()), "phases": phases}
+    return {
+        **parts,
+        "total": sum(parts.values()),
+        "phases": phases,
+        "preparation_per_task": [preparation.get(index, 0.0) for index in range(num_tasks)],
+        "training_per_task": per_task,
+    }
 
 
 def _image_quality(evaluator: RunEvaluator) -> dict[str, Any] | None:

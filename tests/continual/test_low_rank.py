@@ -1,0 +1,205 @@
+"""Strategies of one LoRA after another, on a tiny U-Net: starts that change nothing, and what is left of a task."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from runs import make_tiny_unet
+from strategies import make_strategy
+
+from funlora_hf.continual.low_rank import Pair, add_deltas, get_pairs, pack, set_pairs, unpack
+
+
+STARTING_FRESH = [
+    ("merge_init", {}),
+    ("merge_orthogonal", {}),
+    ("merge_orthogonal", {"merge": "svd"}),
+    ("merge_orthogonal", {"merge": "dense"}),
+    ("merge_orthogonal", {"merge": "factor_sum", "orthogonal": "released"}),
+    ("magmax", {}),
+    ("magmax", {"compared": "cumulative"}),
+]
+TARGETS = ["attention", "convolutions", "both"]
+
+
+def learned_pairs(strategy, seed):
+    """What a task might have learned: pairs of every layer that the strategy adapts."""
+    torch.manual_seed(seed)
+    layers = dict(make_tiny_unet().named_modules())
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name in strategy.target_modules(make_tiny_unet()):
+        weight = layers[name].weight.flatten(1)
+        A = torch.randn(strategy.rank, weight.shape[1], generator=generator) / 4
+        pairs[name] = Pair(A, torch.randn(len(weight), strategy.rank, generator=generator) / 4)
+    return pairs
+
+
+def output(module):
+    generator = torch.Generator().manual_seed(3)
+    sample = torch.randn(4, 1, 8, 8, generator=generator)
+    with torch.no_grad():
+        return module.eval()(sample, torch.tensor(500.0), torch.tensor([0, 1, 0, 1]), return_dict=False)[0]
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize(("name", "options"), STARTING_FRESH)
+def test_a_fresh_pair_changes_no_output_by_a_bit(name, options, targets, tmp_path):
+    strategy = make_strategy(name, tmp_path, strategy_options={"targets": targets, **options})
+    kept = strategy.merge({}, learned_pairs(strategy, 1))
+    expected = make_tiny_unet()
+    add_deltas(expected, strategy.training_deltas(kept))
+    assert not torch.equal(output(expected), output(make_tiny_unet()))
+    trainable = strategy.trainable(make_tiny_unet(), kept)
+    pairs = get_pairs(trainable.module)
+    assert all(not B.any() and A.any() for A, B in pairs.values())
+    assert torch.equal(output(trainable.module), output(expected))
+
+
+def test_naive_lora_goes_on_with_its_pair_on_the_base(tmp_path):
+    strategy = make_strategy("naive_lora", tmp_path)
+    learned = learned_pairs(strategy, 1)
+    kept = strategy.merge({}, learned)
+    trainable = strategy.trainable(make_tiny_unet(), kept)
+    for layer, pair in get_pairs(trainable.module).items():
+        assert torch.equal(pair.A, learned[layer].A)
+        assert torch.equal(pair.B, learned[layer].B)
+    merged = make_tiny_unet()
+    strategy.load(merged, kept)
+    torch.testing.assert_close(output(trainable.module), output(merged))
+
+
+@pytest.mark.parametrize(("name", "options"), [("naive_lora", {}), *STARTING_FRESH])
+def test_only_the_lora_and_the_class_vectors_are_trained(name, options, tmp_path):
+    strategy = make_strategy(name, tmp_path, strategy_options=options)
+    trainable = strategy.trainable(make_tiny_unet(), {})
+    required = {name for name, p in trainable.module.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "class_embedding" in name for name in required)
+    assert len(required) == len(trainable.parameters) == 2 * len(get_pairs(trainable.module)) + 1
+    numbers = sum(p.numel() for name, p in trainable.parameters.items() if "lora_" in name)
+    assert strategy.trained_bytes(0) == 4 * numbers
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_targets_are_attention_and_the_convolutions_that_funlora_adapts(targets, tmp_path):
+    convolution = "up_blocks.0.resnets.0.conv1"
+    strategy = make_strategy(
+        "naive_lora", tmp_path, strategy_options={"targets": targets}, model={"target_modules": [convolution]}
+    )
+    attention = [f"mid_block.attentions.0.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    expected = {"attention": attention, "convolutions": [convolution], "both": [*attention, convolution]}[targets]
+    assert sorted(strategy.target_modules(make_tiny_unet())) == sorted(expected)
+
+
+def test_layers_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match="the U-Net has no conv_nowhere"):
+        make_strategy(
+            "naive_lora",
+            tmp_path,
+            strategy_options={"targets": "convolutions"},
+            model={"target_modules": ["conv_nowhere"]},
+        )
+
+
+def dense(strategy, kept):
+    return strategy.deltas(kept)
+
+
+def products(pairs):
+    return {layer: pair.B @ pair.A for layer, pair in pairs.items()}
+
+
+def test_merge_init_adds_products(tmp_path):
+    strategy = make_strategy("merge_init", tmp_path)
+    first, second = learned_pairs(strategy, 1), learned_pairs(strategy, 2)
+    kept = strategy.merge(strategy.merge({}, first), second)
+    for layer, delta in dense(strategy, kept).items():
+        torch.testing.assert_close(delta, products(first)[layer] + products(second)[layer])
+
+
+@pytest.mark.parametrize("merge", ["concat", "dense", "svd", "factor_sum"])
+def test_merge_orthogonal_keeps_the_sum_in_the_form_asked_for(merge, tmp_path):
+    strategy = make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge})
+    first, second = learned_pairs(strategy, 1), learned_pairs(strategy, 2)
+    kept = strategy.merge(strategy.merge({}, first), second)
+    rank = {"concat": 4, "svd": 2, "factor_sum": 2}.get(merge)
+    for layer, delta in dense(strategy, kept).items():
+        total = products(first)[layer] + products(second)[layer]
+        if merge == "factor_sum":
+            cross = first[layer].B @ second[layer].A + second[layer].B @ first[layer].A
+            torch.testing.assert_close(delta, total + cross)
+        elif merge == "svd":
+            error = torch.linalg.svdvals(total)[2:].norm()
+            torch.testing.assert_close((delta - total).norm(), error)
+        else:
+            torch.testing.assert_close(delta, total)
+        assert rank is None or kept[f"{layer}/A"].shape[0] == rank
+
+
+@pytest.mark.parametrize("merge", ["concat", "dense", "svd"])
+def test_a_task_starts_where_earlier_ones_react_to_nothing(merge, tmp_path):
+    strategy = make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge})
+    kept = strategy.merge(strategy.merge({}, learned_pairs(strategy, 1)), learned_pairs(strategy, 2))
+    start = get_pairs(strategy.trainable(make_tiny_unet(), kept).module)
+    for layer, delta in dense(strategy, kept).items():
+        assert (delta @ start[layer].A.T).norm() < 1e-5 * delta.norm() * start[layer].A.norm()
+
+
+@pytest.mark.parametrize(("merge", "rank", "taken"), [("concat", 9, 9), ("dense", 9, 9), ("svd", 9, 9)])
+def test_a_nullspace_that_would_run_out_is_refused_before_the_start(merge, rank, taken, tmp_path):
+    """Two later tasks of 9 dimensions each, and attention of 16 inputs."""
+    with pytest.raises(
+        ValueError, match=rf"before the last of 2 tasks with `rank` {rank} .* would have {taken} of its 16"
+    ):
+        make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge}, model={"rank": rank})
+    make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge}, model={"rank": 8})
+    assert not list(tmp_path.iterdir())
+
+
+def test_magmax_compares_a_task_s_own_change_or_all_changes(tmp_path):
+    running, cumulative = (
+        make_strategy("magmax", tmp_path, strategy_options=options)
+        for options in ({}, {"compared": "cumulative", "scaling": 0.5})
+    )
+    pairs = [learned_pairs(running, seed) for seed in (1, 2, 3)]
+    kept, kept_all = {}, {}
+    for learned in pairs:
+        kept, kept_all = running.merge(kept, learned), cumulative.merge(kept_all, learned)
+    layer = next(iter(pairs[0]))
+    changes = torch.stack([products(learned)[layer] for learned in pairs])
+    sums = changes.cumsum(dim=0)
+    for strategy, state, candidates, scale in ((running, kept, changes, 1), (cumulative, kept_all, sums, 0.5)):
+        largest = candidates.abs().argmax(dim=0, keepdim=True)
+        expected = candidates.gather(0, largest)[0] * scale
+        torch.testing.assert_close(strategy.deltas(state)[layer], expected)
+    torch.testing.assert_close(running.training_deltas(kept)[layer], running.deltas(kept)[layer])
+    torch.testing.assert_close(cumulative.training_deltas(kept_all)[layer], sums[-1])
+
+
+def test_pairs_survive_the_file_and_the_model(tmp_path):
+    strategy = make_strategy("naive_lora", tmp_path, strategy_options={"targets": "both"})
+    pairs = learned_pairs(strategy, 1)
+    assert list(unpack(pack(pairs))) == list(pairs)
+    model = strategy.trainable(make_tiny_unet(), {}).module
+    set_pairs(model, unpack(pack(pairs)))
+    for layer, pair in get_pairs(model).items():
+        assert torch.equal(pair.A, pairs[layer].A)
+        assert torch.equal(pair.B, pairs[layer].B)
+
+
+def test_adding_deltas_is_merging_the_lora(tmp_path):
+    """PEFT's own merge gives the same weights."""
+    strategy = make_strategy("naive_lora", tmp_path, strategy_options={"targets": "both"})
+    pairs = learned_pairs(strategy, 1)
+    trainable = strategy.trainable(make_tiny_unet(), {})
+    set_pairs(trainable.module, pairs)
+    config = trainable.module.peft_config["default"]
+    other = get_peft_model(make_tiny_unet(), copy.deepcopy(config))
+    set_pairs(other, pairs)
+    merged, added = other.merge_and_unload(), make_tiny_unet()
+    add_deltas(added, products(pairs))
+    for key, tensor in merged.state_dict().items():
+        torch.testing.assert_close(added.state_dict()[key], tensor)
