@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ..continual.run_folder import RunFolder
 from ..evaluation.tables import as_csv
 from ..files import whole_file, write_json
 from .figures import MOST_STRATEGIES, accuracy_figure, cost_figure, forgetting_figure, samples_figure
@@ -24,7 +25,6 @@ from .tables import Column, Row, as_markdown, columns_of, flat_rows, rows_of
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = "samples.safetensors"
 _SAMPLE_KEY = re.compile(r"task_(\d+)/class_(\d+)")
 _NOTES = (
     'Mean and standard deviation (n - 1) over the seeds; "-" where there is none.',
@@ -185,8 +185,9 @@ def _draw_samples(compared: Sequence[Compared], path: Path) -> bool:
     samples = {}
     for one in compared:
         for outcome, folder in zip(one.outcomes, one.folders, strict=True):
-            if outcome.results is not None and (folder / SAMPLES).is_file():
-                per_task = _first_classes(outcome.results, folder / SAMPLES)
+            path_of_samples = RunFolder(folder).samples
+            if outcome.results is not None and path_of_samples.is_file():
+                per_task = _first_classes(outcome.results, path_of_samples)
                 if per_task:
                     samples[one.choice.label] = per_task
                     break
