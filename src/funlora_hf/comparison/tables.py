@@ -72,7 +72,7 @@ def columns_of(compared: Sequence[Compared]) -> list[Column]:
             "own_classifier_LA", "accuracy", "own classifier's LA (%)", 2, lambda run: _in(run, "own_classifier", "LA")
         ),
         Column("held_out_loss", "images", "held-out loss", 4, lambda run: _in(run, "held_out_loss", "mean")),
-        Column("frechet_distance", "images", distance, 2, lambda run: _in(run, "image_quality", "frechet_distance")),
+        Column("frechet_distance", "images", distance, 3, lambda run: _in(run, "image_quality", "frechet_distance")),
         Column("precision", "images", f"precision ({judge})", 3, lambda run: _in(run, "image_quality", "precision")),
         Column("recall", "images", f"recall ({judge})", 3, lambda run: _in(run, "image_quality", "recall")),
         Column("training_seconds", "work", "training (s)", 1, training_seconds),
