@@ -397,7 +397,9 @@ def test_strategies_that_change_past_classes_run_to_the_end(strategy, inside, ca
     assert results["zero_forgetting"] is None
     assert "parameters_per_class" in results
     assert FunLoraPipeline.from_pretrained("out/model").base_classes == list(range(10))
-    assert [sorted(map(int, losses)) for losses in results["held_out_loss_by_task"]] == [[*range(n)] for n in (4, 8, 10)]
+    assert [sorted(map(int, losses)) for losses in results["held_out_loss_by_task"]] == [
+        [*range(n)] for n in (4, 8, 10)
+    ]
     assert results["held_out_loss_by_task"][-1] == results["held_out_loss"]["per_class"]
     seconds = results["seconds"]
     assert sum(seconds["training_per_task"]) == pytest.approx(seconds["training"])
@@ -429,7 +431,9 @@ def test_a_strategy_goes_on_from_an_existing_base(finished, inside):
 def test_a_base_with_adapters_is_refused_by_a_strategy_without(finished, inside):
     shutil.copytree(finished / "base", inside / "base")
     shutil.copytree(finished / "adapters", inside / "base" / "adapters")
-    with pytest.raises(ValueError, match=r"`base_model` knows the classes .* `strategy` 'finetune' needs a base without"):
+    with pytest.raises(
+        ValueError, match=r"`base_model` knows the classes .* `strategy` 'finetune' needs a base without"
+    ):
         run(short_run(strategy="finetune", base_model="base", unet_config=None, num_tasks=None))
 
 
@@ -732,8 +736,14 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"strategy_options": ["merge"]}, "`strategy_options` has 'merge', expected key=value, with each key once"),
         ({"strategy_options": ["a=1", "a=2"]}, "`strategy_options` has 'a=2', expected key=value, with each key once"),
         ({"strategy_options": ["merge=svd"]}, "has 'merge', but `strategy` 'funlora' expects none: it has no options"),
-        ({"strategy": "magmax", "strategy_options": {"scaling": 2}}, "`scaling` is 2, which only compared='cumulative'"),
-        ({"strategy": "replay", "class_batches": "mixed"}, "`class_batches` is 'mixed', which `strategy` 'replay' does not"),
+        (
+            {"strategy": "magmax", "strategy_options": {"scaling": 2}},
+            "`scaling` is 2, which only compared='cumulative'",
+        ),
+        (
+            {"strategy": "replay", "class_batches": "mixed"},
+            "`class_batches` is 'mixed', which `strategy` 'replay' does not",
+        ),
         ({"strategy": "naive_lora", "peft_method": "vanilla_add"}, "`peft_method` is 'vanilla_add', which `strategy`"),
         (
             {"strategy": "merge_orthogonal", "classes_per_task": 1, "rank": 8},

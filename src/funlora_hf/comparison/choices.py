@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..continual.config import ContinualTrainingArguments, EvaluationArguments, ModelArguments
+from ..continual.config import ContinualTrainingArguments, EvaluationArguments, ModelArguments, parse_value
 from ..continual.registry import strategy_class
 
 
@@ -89,8 +89,8 @@ def parse_choices(entries: Sequence[str]) -> list[Choice]:
 
 def _parse(entry: str) -> Choice:
     name, _, rest = str(entry).partition(":")
-    options_class = strategy_class(name).options_class
-    known_options = [field.name for field in fields(options_class)] if options_class is not None else []
+    strategy_cls = strategy_class(name)
+    known_options = strategy_cls.known_options()
     known_arguments = [
         field.name
         for part in (ModelArguments, ContinualTrainingArguments, EvaluationArguments)
@@ -110,8 +110,10 @@ def _parse(entry: str) -> Choice:
                 f"`strategies` has {entry!r} with {key!r}, expected {LABEL!r}, an option of {name!r} "
                 f"({', '.join(known_options) or 'it has none'}) or an argument of its run ({', '.join(known_arguments)})."
             )
-    if options:
-        _check_options(entry, options_class, options)
+    try:
+        strategy_cls.make_options(options)
+    except ValueError as error:
+        raise ValueError(f"`strategies` has {entry!r}, which cannot be had: {error}") from error
     shown = ", ".join(f"{key}={text}" for key, text in texts.items())
     label = label or (f"{name} ({shown})" if shown else name)
     return Choice(name, options, arguments, label, _key(name, {**options, **arguments}))
@@ -133,22 +135,9 @@ def _split(entry: str, rest: str) -> dict[str, str]:
 
 def _value(entry: str, key: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return parse_value(text)
     except yaml.YAMLError as error:
         raise ValueError(f"`strategies` has {entry!r}, where {key!r} is no YAML: {text!r}.") from error
-    # YAML 1.1 reads 2e-3 and 1.5e3, without a point or a sign, as text.
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text):
-        return float(text)
-    return value
-
-
-def _check_options(entry: str, options_class: type, options: Mapping[str, Any]) -> None:
-    try:
-        options_class(**options)
-    except TypeError as error:
-        raise ValueError(f"`strategies` has {entry!r} with a value of the wrong kind: {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"`strategies` has {entry!r}, which cannot be had: {error}") from error
 
 
 def _key(name: str, values: Mapping[str, Any]) -> str:

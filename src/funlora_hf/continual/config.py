@@ -6,6 +6,7 @@ The defaults are the digits run. Knows nothing of models, data or devices.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -334,8 +335,23 @@ def _parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str,
         key, equals, value = text.partition("=")
         if not equals or not key or key in options:
             raise ValueError(f"`strategy_options` has {text!r}, expected key=value, with each key once.")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = parse_value(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"`strategy_options` has {text!r}, expected a value in YAML: {error}.") from error
     return options or None
+
+
+def parse_value(text: str) -> Any:
+    """A value of the command line as a recipe would have it.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    # YAML 1.1 reads 2e-3 and 1.5e3, without a point or a sign, as text.
+    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text):
+        return float(text)
+    return yaml.safe_load(text)
 
 
 def run_settings(*arguments: Any) -> dict[str, Any]:

@@ -182,20 +182,32 @@ class Strategy(ABC):
         self.setting = setting
 
     @classmethod
+    def known_options(cls) -> list[str]:
+        """Names of the options."""
+        return [] if cls.options_class is None else [option.name for option in fields(cls.options_class)]
+
+    @classmethod
     def make_options(cls, given: Mapping[str, Any]) -> Any:
         """The options as an `options_class`; None if there is none.
 
         Raises:
             ValueError: an option that the strategy does not know, or a value out of its range.
         """
-        known = [] if cls.options_class is None else [option.name for option in fields(cls.options_class)]
+        known = cls.known_options()
         unknown = sorted(set(given) - set(known))
         if unknown:
             expected = f"some of: {', '.join(map(repr, known))}" if known else "none: it has no options"
             raise ValueError(
                 f"`strategy_options` has {', '.join(map(repr, unknown))}, but `strategy` {cls.name!r} expects {expected}."
             )
-        return None if cls.options_class is None else cls.options_class(**given)
+        if cls.options_class is None:
+            return None
+        try:
+            return cls.options_class(**given)
+        except TypeError as error:
+            raise ValueError(
+                f"`strategy_options` is {dict(given)} with a value of the wrong kind for `strategy` {cls.name!r}: {error}."
+            ) from error
 
     @property
     def method_name(self) -> str | None:
