@@ -440,7 +440,7 @@ def test_a_base_with_adapters_is_refused_by_a_strategy_without(finished, inside)
 def test_first_samples_are_those_that_were_judged(finished):
     samples = load_file(finished / "figures/samples.safetensors")
     assert samples["task_3/class_9"].shape == (6, 1, 8, 8)
-    with Image.open(finished / "figures/class_9.png") as picture:
+    with PIL.Image.open(finished / "figures/class_9.png") as picture:
         # The picture of the class shows the same images, enlarged.
         corner = np.asarray(picture.convert("L"))
     shown = samples["task_3/class_9"][0, 0].numpy()

@@ -1,0 +1,175 @@
+"""The pages of the strategies: complete, with links and commands that hold, and an example that runs as it stands there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+import yaml
+from runs import REPOSITORY, short_run
+from safetensors.torch import load_file
+
+from funlora_hf.continual.registry import STRATEGIES
+from funlora_hf.run import run
+
+
+PAGES = REPOSITORY / "docs" / "strategies"
+VECTORS = "class_embedding.weight"
+HUGE = 1e6
+
+
+def page(name: str) -> str:
+    return (PAGES / f"{name}.md").read_text(encoding="utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """Of headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_page_has_every_option_with_its_default(name):
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", page(name).partition("\n## Options\n")[2], re.MULTILINE)
+    options_class = STRATEGIES[name].options_class
+    defaults = {} if options_class is None else {option.name: option.default for option in fields(options_class)}
+    # A default is written as it would be given: it is read as the command line reads it.
+    assert {option: yaml.safe_load(text) for option, text in rows} == defaults
+    assert len(rows) == len(defaults)
+    assert defaults or "**Options:** none." in page(name)
+
+
+def test_the_index_has_every_strategy_and_no_other():
+    assert re.findall(r"^\| \[`(\w+)`\]\((\w+)\.md\)", page("README"), re.MULTILINE) == [(n, n) for n in STRATEGIES]
+    assert {path.stem for path in PAGES.iterdir()} == {*STRATEGIES, "README", "writing_your_own"}
+
+
+@pytest.mark.parametrize("path", sorted(PAGES.glob("*.md")), ids=lambda path: path.stem)
+def test_internal_links_resolve(path):
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("http://", "https://")):
+            continue
+        target, _, anchor = link.partition("#")
+        found = path if not target else path.parent / target
+        assert found.is_file(), link
+        assert not anchor or anchor in anchors(found.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_command_of_a_page_is_understood(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    from continual_train import parse
+
+    (command,) = re.findall(r"^    (accelerate launch (?:.*\\\n)*.*)$", page(name), re.MULTILINE)
+    launcher, arguments = shlex.split(command)[:3], shlex.split(command.replace("\\\n", " "))[3:]
+    assert launcher == ["accelerate", "launch", "examples/continual_train.py"]
+    assert parse(arguments).training.strategy == name
+
+
+@pytest.fixture(scope="module")
+def l2_anchor(tmp_path_factory):
+    """The example, as a file of its own, in the registry."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", page("writing_your_own"), re.MULTILINE | re.DOTALL)
+    path = tmp_path_factory.mktemp("example") / "l2_anchor_example.py"
+    path.write_text(code, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, path.stem, module)
+        spec.loader.exec_module(module)
+        patched.setitem(STRATEGIES, module.L2Anchor.name, module.L2Anchor)
+        yield module.L2Anchor
+
+
+def example_run(folder, strategy, *, resume=None, **options):
+    """Three tasks of one digit each, few steps; returns results.json and the generator's weights at the end."""
+    arguments = short_run(
+        output_dir=str(folder),
+        strategy=strategy,
+        strategy_options=options or None,
+        classes_per_task=1,
+        num_tasks=3,
+        base_train_steps=2,
+        image_quality="none",
+        num_samples_per_class=2,
+        num_inference_steps=1,
+        resume_from_checkpoint=resume,
+    )
+    return run(arguments), load_file(folder / "checkpoints" / "generator" / "task_3.safetensors")
+
+
+@pytest.fixture(scope="module")
+def held(l2_anchor, tmp_path_factory):
+    """A run of the example with a huge penalty: its folder, results and weights."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("held")
+    try:
+        return folder, *example_run(folder, "l2_anchor", penalty=HUGE)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def distance(weights, folder) -> float:
+    """Largest change since the base of a weight that is no class vector."""
+    base = load_file(folder / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+    return max((weights[name] - base[name]).abs().max().item() for name in base if name != VECTORS)
+
+
+def test_the_example_does_what_its_page_says(l2_anchor, held, tmp_path):
+    finetune, plain = example_run(tmp_path / "finetune", "finetune")
+    free, unheld = example_run(tmp_path / "free", "l2_anchor", penalty=0)
+    assert free["strategy"] == "l2_anchor"
+    assert free["strategy_options"] == {"penalty": 0}
+    assert free["accuracy_matrix"] == finetune["accuracy_matrix"]
+    assert free["held_out_loss"] == finetune["held_out_loss"]
+    assert plain.keys() == unheld.keys()
+    assert all(torch.equal(plain[name], unheld[name]) for name in plain)
+
+    folder, results, weights = held
+    # Two tasks, each of which may move a weight by a few learning rates.
+    assert distance(weights, folder) < 4e-3
+    assert distance(weights, folder) < distance(plain, tmp_path / "finetune") / 4
+    assert not torch.equal(weights[VECTORS][2], weights[VECTORS][:2].mean(dim=0))
+    constant = [report["persistent"] - report["per_class"] for report in results["memory_per_task"]]
+    assert constant[1] == constant[2]
+    assert results["memory"]["transient"] > finetune["memory"]["transient"]
+
+
+def test_the_example_goes_on_after_stops(l2_anchor, held, tmp_path, monkeypatch):
+    """One between tasks 2 and 3, and one inside task 3."""
+    steps = []
+    end_task = l2_anchor.end_task
+
+    def stop_between(strategy, task):
+        end_task(strategy, task)
+        if task.index == 1:
+            raise KeyboardInterrupt
+
+    def stop_inside(strategy, phase):
+        steps.append(phase.name)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    for hook, stop, resume in (("end_task", stop_between, None), ("after_step", stop_inside, "latest")):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(l2_anchor, hook, stop)
+            example_run(tmp_path, "l2_anchor", penalty=HUGE, resume=resume)
+    assert steps == ["task_3"] * 5
+    assert [path.name for path in (tmp_path / "checkpoints" / "task_3").iterdir()] == ["step_3"]
+    _, weights = example_run(tmp_path, "l2_anchor", penalty=HUGE, resume="latest")
+    assert all(torch.equal(held[2][name], weights[name]) for name in weights)
+
+
+def test_the_example_refuses_options_out_of_range(l2_anchor):
+    for wrong in (-1, "1e3"):
+        with pytest.raises(ValueError, match=r"`penalty` is .* expected a number of at least 0"):
+            short_run(strategy="l2_anchor", strategy_options={"penalty": wrong})
+    with pytest.raises(ValueError, match="`strategy_options` has 'lambda', but `strategy` 'l2_anchor' expects"):
+        short_run(strategy="l2_anchor", strategy_options={"lambda": 1})
