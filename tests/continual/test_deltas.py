@@ -48,7 +48,7 @@ def test_concatenation_is_the_dense_sum_and_factor_sum_adds_the_cross_terms(shap
         np.testing.assert_allclose(product(summed_factors(old, new)).numpy(), dense + cross, atol=1e-12)
 
 
-@given(st.integers(1, 4), st.integers(0, 99))
+@given(st.integers(1, 7), st.integers(0, 99))
 @settings(deadline=None, max_examples=20)
 def test_truncation_is_the_nearest_of_its_rank(rank, seed):
     delta = product(pair(4, seed=seed))

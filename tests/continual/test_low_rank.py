@@ -94,8 +94,29 @@ def test_targets_are_attention_and_the_convolutions_that_funlora_adapts(targets,
     assert sorted(strategy.target_modules(make_tiny_unet())) == sorted(expected)
 
 
+@pytest.mark.parametrize(
+    ("given", "count"), [(["conv1", "conv2"], None), (["up_blocks.*conv1"], None), (["0-1"], 2), (None, None)]
+)
+def test_convolutions_are_named_as_for_funlora(given, count, tmp_path):
+    """By the ends of names, one regex, or a preset: PEFT puts FunLoRA onto the same ones."""
+    strategy = make_strategy(
+        "naive_lora", tmp_path, strategy_options={"targets": "convolutions"}, model={"target_modules": given}
+    )
+    names = strategy.target_modules(make_tiny_unet())
+    funlora = make_strategy("funlora", tmp_path, model={"target_modules": given, "rank": 1})
+    model = get_peft_model(make_tiny_unet(), funlora.adapter_config(0))
+    assert names == model.targeted_module_names or sorted(names) == sorted(model.targeted_module_names)
+    assert len(names) == (count or len(names)) > 0
+
+
+def test_a_released_start_of_rank_one_is_refused(tmp_path):
+    options = {"orthogonal": "released", "merge": "factor_sum"}
+    with pytest.raises(ValueError, match="`rank` is 1, for which orthogonal='released' starts A at zero"):
+        make_strategy("merge_orthogonal", tmp_path, strategy_options=options, model={"rank": 1})
+
+
 def test_layers_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(ValueError, match="the U-Net has no conv_nowhere"):
+    with pytest.raises(ValueError, match=r"`target_modules` \['conv_nowhere'\], which name no layer of the U-Net"):
         make_strategy(
             "naive_lora",
             tmp_path,

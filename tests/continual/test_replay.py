@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,6 +189,17 @@ def test_a_classifier_goes_on_with_the_weights_that_it_had(learned):
     head = [key for key in kept if kept[key].dim() and len(kept[key]) == 5]
     assert len(head) == 2
     assert not any(torch.equal(grown[key][4:], kept[key][4:]) for key in head)
+
+
+@pytest.mark.parametrize("architecture", ["cnn", "resnet18"])
+@pytest.mark.parametrize("classes", [5, 64])
+def test_the_head_is_counted_whatever_the_number_of_classes(architecture, classes, learned, monkeypatch):
+    """64 is also a width of both networks."""
+    strategy, _ = learned
+    monkeypatch.setattr(strategy, "options", replace(strategy.options, classifier_architecture=architecture))
+    monkeypatch.setattr(type(strategy.setting), "seen", lambda setting, task: tuple(range(classes)))
+    head = [module for module in strategy._untrained(classes).modules() if isinstance(module, nn.Linear)][-1]
+    assert strategy._head_bytes(TASKS[0]) == head.weight.nbytes + head.bias.nbytes
 
 
 def test_running_means_of_the_classifier_are_part_of_a_phase(learned):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 
 class Pair(NamedTuple):
@@ -46,13 +47,15 @@ def truncated(delta: torch.Tensor, rank: int) -> Pair:
 
     Args:
         delta: `(out, in)`.
-        rank: r, at most min(out, in).
+        rank: r; beyond min(out, in) the pair is filled up with zeros.
 
     Source: Eckart and Young; its use here is [ours].
     """
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
     root = S[:rank].sqrt()
-    return Pair(root[:, None] * Vh[:rank], U[:, :rank] * root)
+    A, B = root[:, None] * Vh[:rank], U[:, :rank] * root
+    missing = rank - len(root)
+    return Pair(functional.pad(A, (0, 0, 0, missing)), functional.pad(B, (0, missing)))
 
 
 def larger_magnitude(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -115,7 +118,7 @@ def rank_space_start(gaussian: torch.Tensor, accumulated: torch.Tensor) -> torch
 
     Source: what the released code of arXiv 2410.04891 does [code], its direction is [ours].
     """
-    unit = torch.nn.functional.normalize(accumulated, dim=0)
+    unit = functional.normalize(accumulated, dim=0)
     direction = gaussian[:, :1]
     columns = direction - unit * (unit * direction).sum(dim=0, keepdim=True)
     if len(gaussian) == 1:

@@ -75,6 +75,10 @@ class Guide(Replay):
             del self._live
             self._rounds, self._joined = [], {}
 
+    def _replay_bytes(self) -> int:
+        # One set for the generator, one for the classifier.
+        return 2 * super()._replay_bytes()
+
     def _batches(self, phase: Phase) -> int:
         training = self.setting.training
         cap = training.max_train_steps

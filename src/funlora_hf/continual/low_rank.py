@@ -8,7 +8,7 @@ Source: arXiv 2410.04891: strategies [text], details [code] where a docstring sa
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..layer_selection import resolve_targets
@@ -141,16 +142,13 @@ class LowRank(Sequential):
             names |= {f"{name}.{projection}" for name in attentions for projection in _PROJECTIONS}
         if targets in ("convolutions", "both"):
             chosen = self.setting.model.target_modules
-            names |= set(resolve_targets(unet, "decoder-middle" if chosen is None else chosen))
-        modules = dict(unet.named_modules())
-        missing = sorted(names - set(modules))
-        if missing or not names:
-            found = f"the U-Net has no {', '.join(missing)}" if missing else "the U-Net has no attention"
+            names |= set(_matching(unet, resolve_targets(unet, "decoder-middle" if chosen is None else chosen)))
+        if not names:
             raise ValueError(
-                f"`targets` is {targets!r} and `target_modules` {self.setting.model.target_modules!r}, but {found}: choose other "
-                f"targets ({', '.join(map(repr, TARGETS))}), or name layers that it has."
+                f"`targets` is {targets!r} and `target_modules` {self.setting.model.target_modules!r}, which name no layer of the "
+                f"U-Net: choose other targets ({', '.join(map(repr, TARGETS))}), or name layers that it has."
             )
-        return [name for name in modules if name in names]
+        return [name for name, _ in unet.named_modules() if name in names]
 
     @abstractmethod
     def deltas(self, kept: Kept) -> Deltas:
@@ -253,6 +251,11 @@ class MergeOrthogonal(LowRank):
         super().check()
         if self.options.orthogonal == "nullspace":
             self._check_dimensions()
+        elif self.rank == 1:
+            raise ValueError(
+                "`rank` is 1, for which orthogonal='released' starts A at zero, so that nothing is learned: take 2 or more, or "
+                "orthogonal=nullspace."
+            )
 
     def deltas(self, kept: Kept) -> Deltas:
         if self.options.merge == "dense":
@@ -292,10 +295,11 @@ class MergeOrthogonal(LowRank):
             else:
                 taken = min(self.rank, outputs) if tasks > 1 else 0
             if taken + self.rank > inputs:
+                keeps_rank = self.options.merge in ("svd", "factor_sum")
+                other = "" if keeps_rank else ", or take merge=svd, which keeps the rank of what was learned"
                 raise ValueError(
                     f"`orthogonal` is 'nullspace', but before the last of {tasks} tasks with `rank` {self.rank} the layer {name} "
-                    f"would have {taken} of its {inputs} inputs taken, and {self.rank} more are needed: lower the rank, or take "
-                    "merge=svd, which keeps the rank of what was learned."
+                    f"would have {taken} of its {inputs} inputs taken, and {self.rank} more are needed: lower the rank{other}."
                 )
 
 
@@ -322,6 +326,15 @@ class MagMax(LowRank):
                 merged[f"{layer}/trained"] = delta
             merged[f"{layer}/delta"] = larger_magnitude(past[layer], delta) if past else delta
         return merged
+
+
+def _matching(unet: UNet2DModel, targets: Sequence[str] | str) -> list[str]:
+    """Names of the convolutions and linear layers that PEFT would find by these targets: names, their ends, or one regex."""
+    if not isinstance(targets, str) and len(targets) == 1:
+        (targets,) = targets  # a regex, or a name, which is one for itself
+    config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
+    layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    return [name for name in layers if check_target_module_exists(config, name)]
 
 
 def add_deltas(unet: UNet2DModel, deltas: Mapping[str, torch.Tensor]) -> None:

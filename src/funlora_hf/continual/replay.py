@@ -143,13 +143,7 @@ class Replay(Finetune):
 
     def _classifier(self, task: Task, kept: Task | None) -> nn.Module:
         """A classifier of the classes seen up to a task, with the weights of an earlier one as far as it has them."""
-        shape = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
-        classifier = build_classifier(
-            len(self.setting.seen(task)),
-            channels=shape["in_channels"],
-            image_size=shape["sample_size"],
-            architecture=self.options.classifier_architecture,
-        )
+        classifier = self._untrained(len(self.setting.seen(task)))
         state = classifier.state_dict()
         for name, tensor in self.classifiers.load(kept).items():
             if tensor.dim():
@@ -158,12 +152,22 @@ class Replay(Finetune):
                 state[name].copy_(tensor)
         return classifier.to(self.setting.device)
 
+    def _untrained(self, num_classes: int) -> nn.Module:
+        shape = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
+        return build_classifier(
+            num_classes,
+            channels=shape["in_channels"],
+            image_size=shape["sample_size"],
+            architecture=self.options.classifier_architecture,
+        )
+
     def _head_bytes(self, task: Task) -> int:
-        # What differs between a classifier of n classes and one of a class more.
-        tensors = self.classifiers.load(task)
         classes = len(self.setting.seen(task))
-        *_, weight, bias = (t for t in tensors.values() if t.is_floating_point() and t.dim() and len(t) == classes)
-        return weight.nbytes + bias.nbytes
+        with torch.device("meta"):
+            smaller, larger = (
+                sum(p.nbytes for p in self._untrained(count).parameters()) for count in (classes, classes + 1)
+            )
+        return classes * (larger - smaller)
 
     def _replay_bytes(self) -> int:
         """Of the images generated for the last task, the most there are."""

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..classifier import ARCHITECTURES
 from ..data import to_model_range
 from ..files import whole_file
 from ..guidance import Guidance
 from ..pipeline import FunLoraPipeline
 from ..sampling import draw_samples, to_uint8
 from ..solvers import check_solver
-from ..tuner.functional import check_at_least_one
+from ..tuner.functional import check_at_least_one, check_choice
 from .devices import on_device
 from .strategy import Batch
 
@@ -53,6 +54,7 @@ class ReplayOptions:
             check_at_least_one("images_per_class", self.images_per_class)
         for name in ("num_inference_steps", "sampling_batch_size", "classifier_train_steps", "classifier_batch_size"):
             check_at_least_one(name, getattr(self, name))
+        check_choice("classifier_architecture", self.classifier_architecture, ARCHITECTURES)
         if not 0 < self.classifier_learning_rate <= 1:
             raise ValueError(
                 f"`classifier_learning_rate` is {self.classifier_learning_rate}, expected a number above 0, at most 1."
@@ -110,7 +112,8 @@ class GeneratedImages:
 
 
 def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int) -> Batch:
-    """A batch in which labels are uniform over all classes: real images of new ones, generated ones of past ones.
+    """A batch in which past and new classes have shares in proportion to their number: generated images of the past ones,
+    which are drawn uniformly over classes and over the images of each, and real images of new ones as they come.
 
     Draws from torch's global generator of the CPU.
 
