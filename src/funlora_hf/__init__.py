@@ -4,6 +4,7 @@ from .adapter_bank import AdapterBank
 from .adapter_loading import load_adapter
 from .export import merge_class
 from .fingerprint import BaseMismatchError, base_fingerprint, base_fingerprints
+from .guidance import Guidance
 from .hub import delete_class_from_hub, push_adapter, push_all, push_base
 from .layer_selection import conv_layers, layer_importance, parameters_per_class, select_layers
 from .pipeline import FunLoraPipeline, FunLoraPipelineOutput
@@ -29,6 +30,7 @@ __all__ = [
     "FunLoraModel",
     "FunLoraPipeline",
     "FunLoraPipelineOutput",
+    "Guidance",
     "base_fingerprint",
     "base_fingerprints",
     "compile_functional_matrices",
