@@ -76,6 +76,19 @@ def velocity(pipe, label):
         return pipe.predict_velocity(sample, torch.tensor([0.3, 0.8]), [label] * 2)
 
 
+def test_a_run_s_generator_is_pushed_rather_than_its_base(tiny_pipe, tmp_path, hub):
+    """Of strategies with one generator for all classes: `base/` is what they started from."""
+    tiny_pipe.save_pretrained(tmp_path / "out" / "base")
+    with torch.no_grad():
+        for parameter in tiny_pipe.unet.parameters():
+            parameter.add_(1)
+    tiny_pipe.save_pretrained(tmp_path / "out" / "model")
+    push_all(tmp_path / "out", REPO)
+    pulled = FunLoraPipeline.from_pretrained(REPO).unet.state_dict()
+    for key, tensor in tiny_pipe.unet.state_dict().items():
+        assert torch.equal(pulled[key], tensor), key
+
+
 def test_a_run_is_pushed_task_by_task(hub, run_folder):
     before = digests(run_folder)
     commits = push_all(run_folder, REPO)

@@ -150,6 +150,31 @@ def test_the_model_folder_holds_the_generator_of_the_last_task(name, whole):
         assert torch.equal(tensor, expected[key]), key
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("magmax", {"compared": "cumulative", "scaling": 0.5, "targets": "both"}),
+        ("merge_orthogonal", {"orthogonal": "released", "merge": "factor_sum"}),
+        pytest.param("magmax", {"compared": "cumulative"}, marks=slow),
+        pytest.param("naive_lora", {"targets": "convolutions"}, marks=slow),
+        pytest.param("merge_init", {"targets": "both"}, marks=slow),
+        *(
+            pytest.param("merge_orthogonal", {"merge": merge, "targets": "both"}, marks=slow)
+            for merge in ("svd", "dense", "factor_sum")
+        ),
+        pytest.param("merge_orthogonal", {"orthogonal": "released", "merge": "svd"}, marks=slow),
+        pytest.param("replay", {"images_per_class": 2, "solver": "euler", "num_inference_steps": 1}, marks=slow),
+        pytest.param("guide", {"guidance_scale": 0.0, "refreshes": 9, "num_inference_steps": 1}, marks=slow),
+    ],
+)
+def test_a_strategy_runs_with_other_options(name, options, tmp_path):
+    strategy = learn(make_strategy(name, tmp_path, strategy_options=options))
+    classes = [class_id for task in TASKS for class_id in task.class_ids]
+    with strategy.inference(classes) as pipe:
+        assert list(pipe.classes) == classes
+        assert all(tensor.isfinite().all() for tensor in pipe.unet.state_dict().values())
+
+
 @pytest.mark.parametrize("name", SEQUENTIAL)
 def test_one_file_is_kept_and_the_base_stays(name, whole):
     folder = whole(name)

@@ -1,8 +1,11 @@
 """What strategies share."""
 
+import pytest
 import torch
+from safetensors.torch import save_file
 
-from funlora_hf.continual.strategy import Batch
+from funlora_hf.continual.config import ContinualTrainingArguments
+from funlora_hf.continual.strategy import Batch, tensor_bytes
 
 
 def test_a_reordered_batch_has_the_same_samples():
@@ -13,3 +16,38 @@ def test_a_reordered_batch_has_the_same_samples():
     for to, origin in enumerate((1, 3, 0, 2)):
         for name in ("sample", "noise", "sigma"):
             assert torch.equal(getattr(moved, name)[to], getattr(batch, name)[origin])
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (None, None),
+        ([], None),
+        ({}, None),
+        (["merge=svd", "scaling=1e-1", "n=3"], {"merge": "svd", "scaling": 0.1, "n": 3}),
+        (
+            ["a=1.5E3", "b=true", "c=null", "d=[1, 2]", "e=x=y"],
+            {"a": 1500.0, "b": True, "c": None, "d": [1, 2], "e": "x=y"},
+        ),
+        ({"merge": "svd"}, {"merge": "svd"}),
+    ],
+)
+def test_options_are_read_as_in_a_recipe(given, options):
+    assert ContinualTrainingArguments(strategy_options=given).strategy_options == options
+
+
+@pytest.mark.parametrize("given", ["merge", "=1", ""])
+def test_an_option_without_key_or_value_is_named(given):
+    with pytest.raises(ValueError, match=f"`strategy_options` has '{given}', expected key=value"):
+        ContinualTrainingArguments(strategy_options=[given])
+
+
+def test_an_option_that_is_no_yaml_is_named():
+    with pytest.raises(ValueError, match=r"`strategy_options` has 'a=\[1', expected a value in YAML"):
+        ContinualTrainingArguments(strategy_options=["a=[1"])
+
+
+def test_bytes_of_tensors_do_not_depend_on_names_or_numbers_of_them(tmp_path):
+    tensors = {"a": torch.zeros(3, 5), "b" * 100: torch.zeros(7, dtype=torch.int64)}
+    save_file(tensors, tmp_path / "file.safetensors")
+    assert tensor_bytes(tmp_path / "file.safetensors") == 3 * 5 * 4 + 7 * 8

@@ -66,6 +66,26 @@ def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_exa
         )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["finetune", "merge_orthogonal", "replay", "guide"])
+def test_a_strategy_of_one_generator_trains_on_two_processes(strategy, tmp_path, run_example):
+    """They share every batch, so rounding differs, and no more."""
+    options = ["--strategy_options", "num_inference_steps=1", "classifier_train_steps=2"]
+    arguments = command_line(strategy=strategy, rank=2, num_tasks=2, image_quality="none")
+    arguments += options if strategy in ("replay", "guide") else []
+    weights = {}
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        run_example(*arguments, "--output_dir", name, cwd=tmp_path, launcher=launcher)
+        weights[name] = load_file(tmp_path / name / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+        assert read_json(tmp_path / name / "results.json")["environment"]["num_processes"] == (2 if launcher else 1)
+    if strategy in ("replay", "guide"):
+        return  # each process draws its share of the mixture by its own seed
+    for key, value in weights["one"].items():
+        torch.testing.assert_close(
+            weights["two"][key], value, atol=2e-3, rtol=2e-2, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
 @pytest.mark.parametrize(
     "moment",
     [

@@ -63,7 +63,12 @@ class KeptFile:
     def save(self, task: Task, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write the file of a task, whole or not at all."""
         with whole_file(self.path(task)) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+            # Copies: two of them may be one tensor, which the format does not know.
+            copies = {
+                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in tensors.items()
+            }
+            save_file(copies, temporary)
 
     def load(self, task: Task | None) -> dict[str, torch.Tensor]:
         """The tensors of a task on the CPU; none for None."""
