@@ -21,6 +21,10 @@ from .config import ContinualTrainingArguments
 from .strategy import Setting, Trainable
 
 
+# Task 1's phase, the same for all strategies that start from a base.
+BASE_PHASE = "base"
+
+
 def build_unet(unet_config: Mapping, num_classes: int, *, seed: int, device: torch.device) -> UNet2DModel:
     """A new U-Net with a class embedding; the same seed gives the same weights, whatever was drawn before.
 

@@ -21,7 +21,7 @@ from ..fingerprint import base_fingerprints
 from ..layer_selection import ParametersPerClass, parameters_per_class
 from ..pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig, mixed_batch
-from .base import arrange, label_rows, load_pipeline, save_base, trainable_unet, unet_shape
+from .base import BASE_PHASE, arrange, label_rows, load_pipeline, save_base, trainable_unet, unet_shape
 from .peft_methods import VECTOR_ROW, peft_method
 from .strategy import (
     Batch,
@@ -36,7 +36,6 @@ from .strategy import (
 )
 
 
-BASE_PHASE = "base"
 # The adapter of a phase of one class is called this in the model, and by its class on disk: under the same name, and so with
 # the same guards, torch.compile takes the next class for the same code.
 LIVE = "live"

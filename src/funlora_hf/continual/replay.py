@@ -15,9 +15,8 @@ from torch.nn import functional
 
 from ..classifier import build_classifier
 from ..data import Task
-from .base import label_rows
+from .base import BASE_PHASE, label_rows
 from .finetune import Finetune
-from .funlora import BASE_PHASE
 from .replayed import GeneratedImages, ReplayOptions, mix
 from .sequential import KeptFile, scaled
 from .strategy import Batch, Phase, PhaseSettings, Setting, StepOutput, Trainable, tensor_bytes

@@ -21,9 +21,17 @@ from ..base_model import base_classes
 from ..data import Task
 from ..files import whole_file
 from ..pipeline import FunLoraPipeline
-from .base import arrange, label_rows, make_pipeline, save_base, set_class_vectors, trainable_unet, unet_shape
+from .base import (
+    BASE_PHASE,
+    arrange,
+    label_rows,
+    make_pipeline,
+    save_base,
+    set_class_vectors,
+    trainable_unet,
+    unet_shape,
+)
 from .config import ContinualTrainingArguments
-from .funlora import BASE_PHASE
 from .strategy import (
     Batch,
     Phase,
