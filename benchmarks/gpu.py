@@ -32,8 +32,9 @@ from interleaved import RESULTS, Comparison, bytes_saved, compare, environment, 
 from torch import nn
 
 from funlora_hf import AdapterBank, mixed_batch
+from funlora_hf.continual.base import BASE_PHASE
 from funlora_hf.continual.compilation import compile_blocks
-from funlora_hf.continual.funlora import BASE_PHASE, FunLora
+from funlora_hf.continual.funlora import FunLora
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategy import Phase, Setting
 from funlora_hf.continual.trainer import ContinualTrainer
