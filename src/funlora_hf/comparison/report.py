@@ -25,6 +25,7 @@ from .tables import Column, Row, as_markdown, columns_of, flat_rows, rows_of
 
 logger = logging.getLogger(__name__)
 
+_LEAST_SECONDS = 0.01
 _SAMPLE_KEY = re.compile(r"task_(\d+)/class_(\d+)")
 _NOTES = (
     'Mean and standard deviation (n - 1) over the seeds; "-" where there is none.',
@@ -174,11 +175,17 @@ def _draw_forgetting(compared: Sequence[Compared], path: Path) -> bool:
 
 
 def _draw_cost(compared: Sequence[Compared], path: Path) -> bool:
-    seconds = _by_label(compared, lambda run: (run.get("seconds") or {}).get("training_per_task"))
+    seconds = _by_label(compared, _seconds_per_task)
     memory = _by_label(compared, lambda run: [task["persistent"] for task in run.get("memory_per_task") or []])
     if seconds or memory:
         cost_figure(_means(seconds), _means(memory), path)
     return bool(seconds or memory)
+
+
+def _seconds_per_task(run: Mapping[str, Any]) -> list[float]:
+    """Of training; a task in which only the clock was looked at has none."""
+    per_task = (run.get("seconds") or {}).get("training_per_task") or []
+    return [value if value > _LEAST_SECONDS else 0.0 for value in per_task]
 
 
 def _draw_samples(compared: Sequence[Compared], path: Path) -> bool:
