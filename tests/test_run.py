@@ -430,7 +430,7 @@ def test_a_strategy_goes_on_from_an_existing_base(finished, inside):
 
 def test_a_base_with_adapters_is_refused_by_a_strategy_without(finished, inside):
     shutil.copytree(finished / "base", inside / "base")
-    shutil.copytree(finished / "adapters", inside / "base" / "adapters")
+    shutil.copytree(finished / "adapters/class_4", inside / "base/adapters/class_4")
     with pytest.raises(
         ValueError, match=r"`base_model` knows the classes .* `strategy` 'finetune' needs a base without"
     ):
