@@ -463,6 +463,7 @@ def test_results_do_not_depend_on_matplotlib(inside, monkeypatch, caplog):
     assert 'pip install "funlora-hf[demo]"' in caplog.text
 
 
+@pytest.mark.slow
 def test_the_joint_run_is_drawn_beside_another(inside):
     run(short_run(strategy="joint", output_dir="joint"))
     without = run(short_run(output_dir="without"))
@@ -560,7 +561,7 @@ def test_mixed_class_batches_train_all_adapters_of_a_task(inside):
     "arguments",
     [
         {"mixed_precision": "bf16"},
-        {"gradient_accumulation_steps": 2, "timestep_density": "logit_normal"},
+        pytest.param({"gradient_accumulation_steps": 2, "timestep_density": "logit_normal"}, marks=pytest.mark.slow),
         {"class_order_seed": 3, "random_flip": True, "max_grad_norm": None},
         {"function": "identity", "operation": "add", "rank": 2, "ratio": 2, "target_modules": ["all-conv"]},
         {"base_train_steps": None, "base_epochs": 2, "adapter_train_steps": None, "adapter_epochs": 1},
@@ -630,6 +631,7 @@ def test_a_run_under_a_time_limit_goes_on_to_the_same_end(finished, inside, monk
         assert results[key] == expected[key]
 
 
+@pytest.mark.slow
 def test_channels_last_changes_how_tensors_lie_and_nothing_on_disk(finished, inside, monkeypatch):
     from funlora_hf.continual.funlora import FunLora
 

@@ -10,9 +10,11 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from comparisons import NAMES, made_up_comparison
 
+from funlora_hf.comparison.figures import cost_figure
 from funlora_hf.comparison.report import write_comparison
 from funlora_hf.files import read_json
 from funlora_hf.jobs import Outcome
@@ -105,6 +107,22 @@ def test_the_page_holds_the_figures_as_they_are_in_their_folder(written):
     assert sorted(path.name for path in (folder / "figures").iterdir()) == sorted(
         f"{name}.png" for name in ("accuracy", "forgetting", "samples", "cost")
     )
+
+
+def test_a_task_without_training_costs_nothing_in_the_figure(tmp_path, monkeypatch):
+    """Joint only looks at the clock for tasks in which it trains nothing. Drawn are means over the seeds."""
+    compared = made_up_comparison(tmp_path, ("joint", "funlora"))
+    for outcome in compared[0].outcomes:
+        outcome.results["seconds"]["training_per_task"][1:] = [2e-5, 9e-6, 1e-4, 3e-5]
+    drawn = []
+    monkeypatch.setattr(
+        "funlora_hf.comparison.report.cost_figure",
+        lambda seconds, *others: drawn.append(seconds) or cost_figure(seconds, *others),
+    )
+    write_comparison(compared, tmp_path, command=COMMAND)
+    assert drawn[0]["joint"] == pytest.approx([150, 0, 0, 0, 0], abs=0)
+    expected = np.mean([outcome.results["seconds"]["training_per_task"] for outcome in compared[1].outcomes], axis=0)
+    np.testing.assert_allclose(drawn[0]["funlora"], expected)
 
 
 def test_failed_runs_are_named_everywhere(written):

@@ -72,9 +72,8 @@ def check_files(compiled: str, plain: str, classes: range) -> None:
             torch.testing.assert_close(tensor, theirs[key], atol=2e-4, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize(
-    "unet", [pytest.param(UNET, id="plain"), pytest.param(ATTENTION, id="attention", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("unet", [pytest.param(UNET, id="plain"), pytest.param(ATTENTION, id="attention")])
 def test_the_second_class_compiles_nothing_anew(unet, backend, graphs):
     backend("aot_eager")
     run(short_run(unet_config=unet, torch_compile=True, output_dir="compiled"))

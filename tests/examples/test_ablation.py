@@ -80,6 +80,7 @@ def test_the_chosen_rate_is_the_best_and_is_used(finished):
         assert results["settings"]["ContinualTrainingArguments"]["adapter_learning_rate"] == float(best)
 
 
+@pytest.mark.slow
 def test_started_again_it_only_runs_what_is_missing(finished):
     lost = finished / "seed_0" / "add"
     before = digests(lost / "adapters")

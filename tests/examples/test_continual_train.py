@@ -52,6 +52,7 @@ def test_two_processes_give_the_adapters_of_one(uninterrupted, tmp_path, run_exa
     assert results["two"]["zero_forgetting"]["identical"] is True
 
 
+@pytest.mark.slow
 def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_example):
     """Without dropout, whose randomness is of the process; an odd batch splits unevenly."""
     unet = {**json.loads(command_line()[command_line().index("--unet_config") + 1]), "dropout": 0.0}
@@ -93,7 +94,7 @@ def test_a_strategy_of_one_generator_trains_on_two_processes(strategy, tmp_path,
         "checkpoints/class_5/step_3",
         pytest.param("adapters/class_4", marks=pytest.mark.slow),
         pytest.param("checkpoints/class_9/step_6", marks=pytest.mark.slow),
-        "checkpoints/evaluation/task_2.json",
+        pytest.param("checkpoints/evaluation/task_2.json", marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_ends_with_the_same_adapters(moment, uninterrupted, tmp_path, run_example):
@@ -124,6 +125,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
     raise AssertionError(f"{path} did not appear")
 
 
+@pytest.mark.slow
 def test_a_run_whose_time_is_over_says_so_by_its_exit_code(uninterrupted, tmp_path, run_example):
     done = run_example(*command_line(time_limit_minutes=1e-9), cwd=tmp_path, check=False)
     assert done.returncode == 75
@@ -225,6 +227,7 @@ def test_the_fast_recipe_differs_in_how_it_trains_and_judges_alone():
     assert fast["time_limit_minutes"] <= 8
 
 
+@pytest.mark.slow
 def test_the_fast_recipe_runs_on_images_of_a_folder(tmp_path, run_example):
     """Cut short, with a small model, not compiled; in bfloat16 and channels_last, as it says."""
     generator = np.random.default_rng(0)
