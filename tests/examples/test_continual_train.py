@@ -286,6 +286,7 @@ def test_bad_input_ends_with_one_line(arguments, text, tmp_path, run_example):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (CIFAR10 / "train.parquet").is_file(), reason=f"no CIFAR-10 parquet files in {CIFAR10.name}/")
 def test_real_cifar10_runs_through_its_recipe(tmp_path, run_example):
     """A smaller model and few steps; the recipe's split, flips, sampler and ResNet-18."""
