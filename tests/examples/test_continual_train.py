@@ -17,13 +17,14 @@ import PIL.Image
 import pytest
 import torch
 import yaml
-from runs import REPOSITORY, command_line, digests
+from runs import REPOSITORY, TINY_UNET, command_line, digests
 from safetensors.torch import load_file
 
 from funlora_hf.files import read_json
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+WITHOUT_DROPOUT = {**TINY_UNET, "dropout": 0.0}
 CIFAR10 = Path(os.environ.get("FUNLORA_TEST_DATA", REPOSITORY.parent / "shared" / "data" / "cifar10"))
 
 
@@ -55,8 +56,7 @@ def test_two_processes_give_the_adapters_of_one(uninterrupted, tmp_path, run_exa
 @pytest.mark.slow
 def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_example):
     """Without dropout, whose randomness is of the process; an odd batch splits unevenly."""
-    unet = {**json.loads(command_line()[command_line().index("--unet_config") + 1]), "dropout": 0.0}
-    arguments = command_line(unet_config=unet, base_batch_size=9, classes_per_task=9)
+    arguments = command_line(unet_config=WITHOUT_DROPOUT, base_batch_size=9, classes_per_task=9)
     weights = {}
     for name, launcher in (("one", ()), ("two", TORCHRUN)):
         run_example(*arguments, "--output_dir", name, cwd=tmp_path, launcher=launcher)
@@ -71,9 +71,8 @@ def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_exa
 @pytest.mark.parametrize("strategy", ["finetune", "merge_orthogonal", "replay", "guide"])
 def test_a_strategy_of_one_generator_trains_on_two_processes(strategy, tmp_path, run_example):
     """They share every batch, so rounding differs, and no more; without dropout, whose randomness is of the process."""
-    unet = {**json.loads(command_line()[command_line().index("--unet_config") + 1]), "dropout": 0.0}
     options = ["--strategy_options", "num_inference_steps=1", "classifier_train_steps=2"]
-    arguments = command_line(strategy=strategy, rank=2, num_tasks=2, image_quality="none", unet_config=unet)
+    arguments = command_line(strategy=strategy, rank=2, num_tasks=2, image_quality="none", unet_config=WITHOUT_DROPOUT)
     arguments += options if strategy in ("replay", "guide") else []
     weights = {}
     for name, launcher in (("one", ()), ("two", TORCHRUN)):
