@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from funlora_hf.files import read_json
 
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 WITHOUT_DROPOUT = {**TINY_UNET, "dropout": 0.0}
 CIFAR10 = Path(os.environ.get("FUNLORA_TEST_DATA", REPOSITORY.parent / "shared" / "data" / "cifar10"))
 
