@@ -7,7 +7,7 @@ ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECKED := src examples benchmarks tests
 
-.PHONY: demo space test test-slow test-oldest-peft test-space bench style quality clean
+.PHONY: demo space test test-slow soak test-oldest-peft test-space bench style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -33,6 +33,10 @@ test: quality
 # runs some, long compilations, and more of runs that are killed or stop by themselves.
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow
+
+# What docs/reliability.md promises, tried many times: kills, full disks, hostile files, 200 classes in one process; hours.
+soak: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m soak
 
 # The tests of what PEFT does for us, with the oldest peft that pyproject.toml allows.
 test-oldest-peft: .oldest-peft
