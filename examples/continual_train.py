@@ -5,9 +5,9 @@
 
 `--help` lists all arguments; a recipe gives defaults, arguments on the command line win.
 
-Exit codes: 0, finished; 75 (EX_TEMPFAIL), `--time_limit_minutes` is over and `--resume_from_checkpoint latest` goes on; 1, an
-error; 2, an argument that is not known. Of a process that a launcher (torchrun, accelerate launch) has started, the launcher
-itself returns 1 for each but 0.
+Exit codes: 0, finished; 75 (EX_TEMPFAIL), `--time_limit_minutes` is over, and 143, SIGTERM has come: after both,
+`--resume_from_checkpoint latest` goes on; 1, an error; 2, an argument that is not known. Of a process that a launcher
+(torchrun, accelerate launch) has started, the launcher itself returns 1 for each but 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import sys
 from typing import Any
 
 import yaml
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser
 
 from funlora_hf.continual.compilation import CompilationError
@@ -29,23 +28,24 @@ from funlora_hf.continual.config import (
     ModelArguments,
 )
 from funlora_hf.continual.publishing import PushError
+from funlora_hf.continual.termination import Terminated, Termination
 from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
 from funlora_hf.evaluation.report import ForgettingError
+from funlora_hf.folder_lock import FolderInUseError
 from funlora_hf.run import RunArguments, run
 
 
 # Errors whose message says all that there is to say.
 ERRORS = (
     ValueError,
-    FileExistsError,
-    FileNotFoundError,
+    OSError,
     ImportError,
+    FolderInUseError,
     CompilationError,
     NonFiniteLossError,
     ForgettingError,
     PushError,
-    HfHubHTTPError,
 )
 # Of sysexits.h, EX_TEMPFAIL: try again later.
 EXIT_TIME_LIMIT = 75
@@ -91,7 +91,11 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         arguments = parse(sys.argv[1:])
-        run(arguments)
+        with Termination() as termination:
+            run(arguments, termination=termination)
+    except Terminated as terminated:
+        print(terminated, file=sys.stderr)
+        raise
     except TimeLimitReached as reached:
         print(reached, file=sys.stderr)
         sys.exit(EXIT_TIME_LIMIT)

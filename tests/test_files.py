@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
+import shutil
 
 import pytest
+from safetensors import SafetensorError
 
-from funlora_hf.files import folder_sha256, read_json, recover_folder, whole_file, whole_folder, write_json
+from funlora_hf.files import (
+    WriteError,
+    folder_sha256,
+    read_json,
+    recover_folder,
+    remove_folder,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 
 
 def names(folder):
@@ -38,6 +50,43 @@ def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
             (temporary / content).write_text(content)
     assert names(tmp_path) == ["a"]
     assert names(tmp_path / "a") == ["new"]
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_what_cannot_be_written_is_named_with_its_cause(whole, tmp_path):
+    (tmp_path / "a").write_text("a file, where a folder is wanted")
+    with (
+        pytest.raises(
+            WriteError, match=r"a/b could not be written \(.*(Not a directory|File exists).*Make room"
+        ) as error,
+        whole(tmp_path / "a" / "b"),
+    ):
+        pytest.fail("nothing can be written here")
+    assert error.value.errno == error.value.__cause__.errno
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error")])
+def test_an_error_on_the_way_leaves_the_old_and_is_named_once(error, tmp_path):
+    write_json(tmp_path / "a" / "b.json", 1)
+    with pytest.raises(WriteError) as raised, whole_folder(tmp_path / "a") as folder, whole_file(folder / "c"):
+        raise error
+    assert str(raised.value).count("could not be written") == 1
+    assert raised.value.errno == getattr(error, "errno", None)
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == ["b.json"]
+
+
+def test_a_removed_folder_is_gone_or_cleaned_up_later(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+        remove_folder(tmp_path / "a")
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".writing-")
+    recover_folder(tmp_path)
+    remove_folder(tmp_path / "a")
+    assert names(tmp_path) == []
 
 
 def test_recovery_after_a_kill_between_the_two_renames(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,23 +13,36 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced-"
 
 
+class WriteError(OSError):
+    """A file or folder could not be written: the disk is full, read-only or gone. What was there before is as it was."""
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; renamed to `path` when the block ends well, removed when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A temporary path to write to; renamed to `path` when the block ends well, removed when it does not.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            # A disk that cannot be written to can leave it there; `recover_folder` takes it away.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -37,23 +51,63 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     A folder that stood at `path` is set aside under another name for the moment of the exchange; `recover_folder`
     brings it back if the process is killed just then.
+
+    Raises:
+        WriteError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
-    temporary.mkdir()
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for entry in [*temporary.rglob("*"), temporary]:
+                _sync(entry)
+            replaced = path.with_name(f"{_REPLACED}{path.name}")
+            if path.exists():
+                os.replace(path, replaced)
+            os.replace(temporary, path)
+            _sync(path.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder that is there; a kill leaves all of it, or what `recover_folder` takes away."""
+    leaving = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+    with contextlib.suppress(OSError):
+        os.replace(path, leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says of whatever keeps a file from being written which file it is."""
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as stream:
-                    os.fsync(stream.fileno())
-        replaced = path.with_name(f"{_REPLACED}{path.name}")
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(temporary, path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        # safetensors has an error of its own for a full disk, without the number.
+        code = error.errno if isinstance(error, OSError) else None
+        raise WriteError(
+            code,
+            f"{path} could not be written ({error}), and what was there before is as it was. Make room, or see that the "
+            "folder can be written to, and go on.",
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Have the disk keep a file, or the names in a folder, before anything that counts on it is written."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return  # folders cannot be opened on Windows, which keeps names by itself
+    try:
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
 
 
 def recover_folder(folder: Path) -> None:
@@ -82,6 +136,16 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        # hashlib.file_digest is of Python 3.11.
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def folder_sha256(folder: Path, *, leave_out: Iterable[str] = ()) -> str:
     """SHA-256 over names and bytes of all files below a folder, hidden ones apart.
 
@@ -99,5 +163,5 @@ def folder_sha256(folder: Path, *, leave_out: Iterable[str] = ()) -> str:
         if not path.is_file() or parts[0] in leave_out or any(part.startswith(".") for part in parts):
             continue
         digest.update("/".join(parts).encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(bytes.fromhex(file_sha256(path)))
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,12 +29,14 @@ from .continual.publishing import Publisher
 from .continual.registry import strategy_class
 from .continual.run_folder import RunFolder
 from .continual.strategy import Setting, Strategy
+from .continual.termination import Termination
 from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer, Evaluator
 from .data import ImageClassificationData, Task, assign_class_ids, load_image_data, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_finished, report_run
+from .folder_lock import folder_lock
 
 
 @dataclass
@@ -66,12 +68,13 @@ class RunArguments:
         self.model.unet_config = dict(DIGITS_UNET)
 
 
-def run(arguments: RunArguments) -> dict[str, Any] | None:
+def run(arguments: RunArguments, *, termination: Termination | None = None) -> dict[str, Any] | None:
     """
     Train, evaluate and report; resumes where a run stopped if it is told to.
 
     Args:
         arguments ([`RunArguments`]): what to do.
+        termination ([`Termination`], *optional*): an entered one, for a run that SIGTERM has to end at a checkpoint.
 
     Returns:
         `dict`: the contents of results.json; None after `update_class`, and on all processes but the main one.
@@ -82,16 +85,18 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
         ForgettingError: the samples of an earlier class, or the base, have changed. results.json is written all the
             same.
         TimeLimitReached: `time_limit_minutes` is over; everything is on disk to go on from.
+        Terminated: SIGTERM has come; likewise.
+        FolderInUseError: another run is at work in `output_dir`.
+        WriteError: a file could not be written; what is finished is safe.
         ValueError, FileExistsError, FileNotFoundError: arguments that do not fit each other, the data or the folder.
     """
-    training = arguments.training
-    limit = TimeLimit(training.time_limit_minutes)
+    training, model = arguments.training, arguments.model
+    stops = _Stops(TimeLimit(training.time_limit_minutes), termination)
     strategy_cls = strategy_class(training.strategy)
     accelerator = _accelerator(training)
     folder = RunFolder(Path(training.output_dir))
     if training.update_class is not None:
-        return _update(arguments, strategy_cls, folder, accelerator, limit)
-    model = arguments.model
+        return _update(arguments, strategy_cls, folder, accelerator, stops)
     base = None if model.base_model is None else find_base(model.base_model, revision=model.base_model_revision)
     data = _load_data(arguments, base)
     tasks = _tasks(arguments, data, base)
@@ -99,7 +104,22 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
     strategy.check()
     if arguments.evaluation.image_quality == "inception" and accelerator.is_main_process:
         InceptionFeatures()  # downloads its weights, or fails now, not after days
-    _open_folder(folder, arguments, accelerator)
+    with _held(folder, accelerator):
+        _open_folder(folder, arguments, accelerator)
+        return _learn(arguments, strategy, data, tasks, folder, accelerator, stops)
+
+
+def _learn(
+    arguments: RunArguments,
+    strategy: Strategy,
+    data: ImageClassificationData,
+    tasks: list[Task],
+    folder: RunFolder,
+    accelerator: Accelerator,
+    stops: _Stops,
+) -> dict[str, Any] | None:
+    """Train, evaluate and report in the folder, which is opened."""
+    training = arguments.training
     publisher = _publisher(training, tasks, accelerator)
     if folder.results.is_file():
         return _finished(folder, publisher) if accelerator.is_main_process else None
@@ -114,16 +134,30 @@ def run(arguments: RunArguments) -> dict[str, Any] | None:
         max_train_steps=training.max_train_steps,
     )
     listener = evaluator if publisher is None else _Listeners(evaluator, publisher)
-    trainer = _trainer(arguments, strategy, data, tasks, folder, accelerator, limit, listener)
+    trainer = _trainer(arguments, strategy, data, tasks, folder, accelerator, stops, listener)
     with _ends(accelerator):
         trainer.train()
     if not accelerator.is_main_process:
         return None
-    settings = run_settings(arguments.data, model, training, arguments.evaluation)
+    folder.check_there()
+    settings = run_settings(arguments.data, arguments.model, training, arguments.evaluation)
     results = report_run(evaluator, settings=settings, folder=folder, num_processes=accelerator.num_processes)
     if publisher is not None:
         publisher.end_run()
     return results
+
+
+@dataclass
+class _Stops:
+    """What may end a run before its end."""
+
+    limit: TimeLimit
+    termination: Termination | None
+
+
+def _held(folder: RunFolder, accelerator: Accelerator) -> AbstractContextManager[None]:
+    """The folder's lock, which the main process holds for all."""
+    return folder_lock(folder.path) if accelerator.is_main_process else nullcontext()
 
 
 @dataclass
@@ -155,18 +189,30 @@ def _update(
     strategy_cls: type[Strategy],
     folder: RunFolder,
     accelerator: Accelerator,
-    limit: TimeLimit,
+    stops: _Stops,
 ) -> None:
     """Train one adapter of a finished run again, on the images that its class has now."""
-    if accelerator.is_main_process:
-        folder.check_update()
-    accelerator.wait_for_everyone()
+    folder.check_update()
+    with _held(folder, accelerator):
+        if accelerator.is_main_process:
+            folder.recover_adapters()
+        accelerator.wait_for_everyone()
+        _train_again(arguments, strategy_cls, folder, accelerator, stops)
+
+
+def _train_again(
+    arguments: RunArguments,
+    strategy_cls: type[Strategy],
+    folder: RunFolder,
+    accelerator: Accelerator,
+    stops: _Stops,
+) -> None:
     model = arguments.model
     base = find_base(model.base_model or os.fspath(folder.base), revision=model.base_model_revision)
     base = base.with_adapters(folder.path / ADAPTERS_FOLDER)
     data = _load_data(arguments, base)
     strategy = strategy_cls(_setting(arguments, folder, base, data, [], accelerator))
-    trainer = _trainer(arguments, strategy, data, [], folder, accelerator, limit)
+    trainer = _trainer(arguments, strategy, data, [], folder, accelerator, stops)
     trainer.update_class(arguments.training.update_class)
 
 
@@ -304,7 +350,7 @@ def _trainer(
     tasks: list[Task],
     folder: RunFolder,
     accelerator: Accelerator,
-    limit: TimeLimit,
+    stops: _Stops,
     evaluator: Evaluator | None = None,
 ) -> ContinualTrainer:
     return ContinualTrainer(
@@ -316,5 +362,6 @@ def _trainer(
         accelerator=accelerator,
         random_flip=arguments.data.random_flip,
         evaluator=evaluator,
-        limit=limit,
+        limit=stops.limit,
+        termination=stops.termination,
     )

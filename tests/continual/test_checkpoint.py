@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import hashlib
+import os
+
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from funlora_hf.continual.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from funlora_hf.continual.checkpoint import (
+    TrainingState,
+    latest_checkpoint,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
 
 
 def start(size: int = 3, fused: bool | None = None) -> TrainingState:
@@ -31,7 +40,7 @@ def test_a_resumed_state_trains_on_as_if_nothing_had_happened(fused, tmp_path):
     train(uninterrupted, range(10))
     first = start(fused=fused)
     train(first, range(4))
-    save_checkpoint(tmp_path, 4, first)
+    save_checkpoint(tmp_path, 4, first, total_limit=2)
 
     resumed = start(fused=fused)
     done = load_checkpoint(latest_checkpoint(tmp_path), resumed)
@@ -44,19 +53,69 @@ def test_a_resumed_state_trains_on_as_if_nothing_had_happened(fused, tmp_path):
 def test_what_the_optimizer_keeps_lies_as_its_parameter_does(tmp_path):
     first, resumed = start(), start()
     train(first, range(2))
-    load_checkpoint(save_checkpoint(tmp_path, 2, first), resumed)
+    load_checkpoint(save_checkpoint(tmp_path, 2, first, total_limit=2), resumed)
     for name, parameter in resumed.parameters.items():
         for key, value in resumed.optimizer.state[parameter].items():
             assert key == "step" or value.stride() == parameter.stride(), (name, key)
 
 
-def test_only_the_newest_is_kept(tmp_path):
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(1, ["step_100"]), (2, ["step_10", "step_100"]), (None, ["step_10", "step_100", "step_5"])]
+)
+def test_the_newest_are_kept(limit, kept, tmp_path):
     state = start()
     for step in (5, 10, 100):
         train(state, range(1))
-        save_checkpoint(tmp_path, step, state)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_100"]
-    assert sorted(path.name for path in (tmp_path / "step_100").iterdir()) == ["state.json", "state.safetensors"]
+        save_checkpoint(tmp_path, step, state, total_limit=limit)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    assert sorted(path.name for path in (tmp_path / "step_100").iterdir()) == ["state.safetensors", "state.sha256"]
+
+
+def test_the_checksum_is_what_sha256sum_reads(tmp_path):
+    path = save_checkpoint(tmp_path, 1, start(), total_limit=None)
+    expected = hashlib.sha256((path / "state.safetensors").read_bytes()).hexdigest()
+    assert (path / "state.sha256").read_text() == f"{expected}  state.safetensors\n"
+
+
+def flip(path, share):
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "bit": lambda path, share: flip(path / "state.safetensors", share),
+    "bit of the checksum": lambda path, share: flip(
+        path / "state.sha256", share / 2
+    ),  # the name behind it says nothing
+    "cut short": lambda path, share: os.truncate(path / "state.safetensors", int(share * 1000)),
+    "empty checksum": lambda path, share: (path / "state.sha256").write_bytes(b""),
+    "no text": lambda path, share: (path / "state.sha256").write_bytes(b"\xff\xfe" * 40),
+    "no tensors": lambda path, share: (path / "state.safetensors").unlink(),
+    "no checksum": lambda path, share: (path / "state.sha256").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, share, tmp_path, caplog):
+    state, expected = start(), {}
+    for step in (1, 2):
+        train(state, range(1))
+        expected[step] = state.tensors()
+        newest = save_checkpoint(tmp_path, step, state, total_limit=2)
+    DAMAGE[damage](newest, share)
+    resumed = start()
+    assert load_newest(tmp_path, resumed) == 1
+    assert f"The checkpoint {newest} is damaged" in caplog.text
+    for name, tensor in resumed.tensors().items():
+        assert torch.equal(tensor, expected[1][name]), name
+
+    DAMAGE[damage](tmp_path / "step_1", share)
+    untouched = start()
+    assert load_newest(tmp_path, untouched) == 0
+    for name, tensor in start().tensors().items():
+        assert torch.equal(untouched.tensors()[name], tensor), name
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
@@ -65,6 +124,6 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
 
 
 def test_another_configuration_is_named(tmp_path):
-    save_checkpoint(tmp_path, 1, start(size=3))
+    save_checkpoint(tmp_path, 1, start(size=3), total_limit=None)
     with pytest.raises(ValueError, match=r"another configuration: for a it holds shape \(3,\), expected shape \(4,\)"):
         load_checkpoint(tmp_path / "step_1", start(size=4))

@@ -66,6 +66,22 @@ def test_a_folder_of_unknown_origin_is_refused(tmp_path):
         RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=True)
 
 
+def test_a_folder_that_is_lost_meanwhile_is_missed(run, tmp_path):
+    run.check_there()
+    run.check_there()
+    run.path.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"was deleted or moved during the run"):
+        run.check_there()
+    (tmp_path / "moved").rename(run.path)
+    run.check_there()
+
+
+def test_a_folder_without_settings_has_none_to_lose(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.check_there()
+    folder.check_there()
+
+
 def test_an_update_needs_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="`update_class` has nothing to update"):
         RunFolder(tmp_path).check_update()

@@ -239,7 +239,7 @@ def test_the_moment_of_a_stop_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(time_limit, "monotonic", lambda: float(next(clock)))
     with pytest.raises(TimeLimitReached, match=r"0.05 is over: stopped after step 2 of 4 of phase 'task_1'\."):
         train(RunningSum(tmp_path), tmp_path, limit=TimeLimit(3 / 60))
-    assert [path.name for path in (tmp_path / "checkpoints" / "task_1").iterdir()] == ["step_2"]
+    assert {path.name for path in (tmp_path / "checkpoints" / "task_1").iterdir()} == {"step_1", "step_2"}
     with pytest.raises(TimeLimitReached, match="stopped before phase 'task_1'"):
         train(RunningSum(tmp_path), tmp_path, resume="latest", limit=TimeLimit(1e-9))
 

@@ -1,4 +1,4 @@
-"""Checkpoints inside a phase: safetensors and JSON, never pickled, whole or not at all.
+"""Checkpoints inside a phase: safetensors, never pickled, whole or not at all, with a checksum.
 
 Order, noise and dropout of every step are derived from the run's seed (seeds.py), so the step says all of the random
 state and of the position in the data. Knows optimisers and tensors; knows nothing of strategies.
@@ -6,22 +6,30 @@ state and of the position in the data. Knows optimisers and tensors; knows nothi
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from ..files import read_json, whole_folder, write_json
+from ..files import file_sha256, remove_folder, whole_folder
 
+
+logger = logging.getLogger(__name__)
 
 _STEP = "step_"
 _TENSORS = "state.safetensors"
-_NUMBERS = "state.json"
+# As `sha256sum --check` reads it.
+_CHECKSUM = "state.sha256"
+
+
+class DamagedCheckpointError(ValueError):
+    """The files of a checkpoint are not what was written."""
 
 
 @dataclass
@@ -73,15 +81,17 @@ class TrainingState:
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def save_checkpoint(folder: Path, step: int, state: TrainingState) -> Path:
-    """Write `folder/step_<step>/` and drop the older ones once it is there."""
+def save_checkpoint(folder: Path, step: int, state: TrainingState, *, total_limit: int | None) -> Path:
+    """Write `folder/step_<step>/` and, once it is there, drop the oldest beyond `total_limit`; None keeps all."""
     path = folder / f"{_STEP}{step}"
     with whole_folder(path) as temporary:
-        save_file(state.tensors(), temporary / _TENSORS)
-        write_json(temporary / _NUMBERS, {"step": step, "ema_step": state.ema.optimization_step})
-    for older in _checkpoints(folder):
-        if older != path:
-            shutil.rmtree(older, ignore_errors=True)
+        numbers = {"step": str(step), "ema_step": str(state.ema.optimization_step)}
+        save_file(state.tensors(), temporary / _TENSORS, metadata=numbers)
+        checksum = f"{file_sha256(temporary / _TENSORS)}  {_TENSORS}\n"
+        (temporary / _CHECKSUM).write_text(checksum, encoding="utf-8")
+    if total_limit is not None:
+        for older in _checkpoints(folder)[:-total_limit]:
+            remove_folder(older)
     return path
 
 
@@ -91,6 +101,23 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def load_newest(folder: Path, state: TrainingState) -> int:
+    """Load the newest checkpoint that is not damaged, in place; says of each that is, and goes back to the one before.
+
+    Returns:
+        The number of optimiser steps done; 0, with the state as it was, if there is no sound checkpoint.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
+    for path in reversed(_checkpoints(folder)):
+        try:
+            return load_checkpoint(path, state)
+        except DamagedCheckpointError as damage:
+            logger.warning("%s Going back to the one before it, or to the start of the phase.", damage)
+    return 0
+
+
 def load_checkpoint(path: Path, state: TrainingState) -> int:
     """Load a checkpoint in place.
 
@@ -98,9 +125,10 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
         The number of optimiser steps done.
 
     Raises:
+        DamagedCheckpointError: a file is missing, or is not the one that was written; nothing is loaded.
         ValueError: it holds other tensors than the phase trains, so it is of another configuration.
     """
-    tensors, numbers = load_file(path / _TENSORS), read_json(path / _NUMBERS)
+    tensors, numbers = _read(path)
     for name, parameter in state.parameters.items():
         saved = tensors.get(f"parameter/{name}")
         if saved is None or saved.shape != parameter.shape:
@@ -110,8 +138,23 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
                 f"{tuple(parameter.shape)}. Resume with the settings it was written with, or start anew with "
                 "--overwrite_output_dir."
             )
-    state.load(tensors, numbers["ema_step"])
-    return numbers["step"]
+    state.load(tensors, int(numbers["ema_step"]))
+    return int(numbers["step"])
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and numbers of a checkpoint whose checksum is right."""
+    try:
+        written = (path / _CHECKSUM).read_text(encoding="utf-8").split(maxsplit=1)[:1]
+        found = file_sha256(path / _TENSORS)
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"The checkpoint {path} is damaged: {error}.") from error
+    if written != [found]:
+        raise DamagedCheckpointError(
+            f"The checkpoint {path} is damaged: the SHA-256 of {_TENSORS} is {found}, expected {' '.join(written)}."
+        )
+    with safe_open(path / _TENSORS, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a mapping
 
 
 def _checkpoints(folder: Path) -> list[Path]:

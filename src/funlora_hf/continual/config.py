@@ -181,6 +181,12 @@ class ContinualTrainingArguments:
         default=None, metadata={"help": "Cap on the steps of every phase: base, each class, classifier."}
     )
     checkpointing_steps: int = field(default=500, metadata={"help": "Steps between checkpoints inside a phase."})
+    checkpoints_total_limit: int | None = field(
+        default=2,
+        metadata={
+            "help": "How many checkpoints of a phase to keep, the oldest going first; a damaged one falls back to the one before; None: all."
+        },
+    )
     time_limit_minutes: float | None = field(
         default=None,
         metadata={
@@ -242,8 +248,9 @@ class ContinualTrainingArguments:
             raise ValueError("`overwrite_output_dir` and `resume_from_checkpoint` exclude each other: pass one.")
         for name in ("gradient_accumulation_steps", "checkpointing_steps", "base_batch_size", "adapter_batch_size"):
             check_at_least_one(name, getattr(self, name))
-        if self.max_train_steps is not None:
-            check_at_least_one("max_train_steps", self.max_train_steps)
+        for name in ("max_train_steps", "checkpoints_total_limit"):
+            if getattr(self, name) is not None:
+                check_at_least_one(name, getattr(self, name))
         if self.time_limit_minutes is not None and not self.time_limit_minutes > 0:
             raise ValueError(
                 f"`time_limit_minutes` is {self.time_limit_minutes}, expected a number above 0, or None for no limit."

@@ -25,6 +25,7 @@ _FREE = {
     "resume_from_checkpoint",
     "report_to",
     "checkpointing_steps",
+    "checkpoints_total_limit",
     "time_limit_minutes",
     "joint_results",
     "image_quality",
@@ -54,6 +55,7 @@ class RunFolder:
         self.samples = self.figures / "samples.safetensors"
         self.checkpoints = path / "checkpoints"
         self._settings = self.checkpoints / "run.json"
+        self._was_there: bool | None = None
 
     def class_figure(self, class_id: int) -> Path:
         """Where the samples of a class are shown."""
@@ -88,6 +90,17 @@ class RunFolder:
         self._warn_if_fresh(resume, present)
         write_json(self._settings, settings)
 
+    def check_there(self) -> None:
+        """Raise a FileNotFoundError if the folder has lost the settings that it had when this was first called: to write on
+        would leave a part of a run where a whole one was."""
+        if self._was_there is None:
+            self._was_there = self._settings.is_file()
+        if self._was_there and not self._settings.is_file():
+            raise FileNotFoundError(
+                f"`output_dir` {self.path} was deleted or moved during the run, so that nothing more is written there. Bring it "
+                "back and pass --resume_from_checkpoint latest, or start anew."
+            )
+
     def check_update(self) -> None:
         """Raise a FileNotFoundError unless the folder holds a run whose adapters can be updated."""
         if not (self.path / "adapters").is_dir():
@@ -95,6 +108,9 @@ class RunFolder:
                 f"`output_dir` {self.path} has no adapters/ folder, so `update_class` has nothing to update. Name the "
                 "folder of a run."
             )
+
+    def recover_adapters(self) -> None:
+        """Clean up what a killed process has left among the adapters."""
         recover_folder(self.path / "adapters")
 
     def _warn_if_fresh(self, resume: bool, present: list[str]) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from ..adapter_folder import adapter_name
 from ..data import ImageClassificationData, Task
-from ..files import read_json, write_json
+from ..files import read_json, remove_folder, write_json
 from ..seeds import derive_seed
 from .batches import PhaseBatches
-from .checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import TrainingState, latest_checkpoint, load_newest, save_checkpoint
 from .compilation import compilation_errors
 from .config import ContinualTrainingArguments
 from .devices import default_steps_between_reads
@@ -33,6 +33,7 @@ from .losses import PendingLosses, StepLoss
 from .run_folder import RunFolder
 from .strategy import Phase, PhaseSettings, Strategy, Trainable
 from .strategy_state import keep_memory_report, load_task_state, save_task_state
+from .termination import Terminated, Termination
 from .time_limit import TimeLimit, TimeLimitReached
 
 
@@ -44,6 +45,14 @@ PREPARATION = "preparation"
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite."""
+
+
+class _Reason(IntEnum):
+    """Why to stop; where processes have several reasons, the last counts for all of them."""
+
+    NONE = 0
+    TIME = 1
+    SIGNAL = 2
 
 
 class Evaluator(Protocol):
@@ -67,6 +76,7 @@ class ContinualTrainer:
         random_flip (`bool`): flip training images at random.
         evaluator ([`Evaluator`], *optional*): told after every task.
         limit ([`TimeLimit`], *optional*): when to stop; None: never.
+        termination ([`Termination`], *optional*): whether SIGTERM has come; None: not listened to.
         steps_between_reads (`int`, *optional*):
             After how many steps losses are read from the device; None: every step on the CPU, seldom on a GPU, which
             would have to wait meanwhile.
@@ -84,6 +94,7 @@ class ContinualTrainer:
         random_flip: bool = False,
         evaluator: Evaluator | None = None,
         limit: TimeLimit | None = None,
+        termination: Termination | None = None,
         steps_between_reads: int | None = None,
     ) -> None:
         self.strategy = strategy
@@ -95,6 +106,9 @@ class ContinualTrainer:
         self.random_flip = random_flip
         self.evaluator = evaluator
         self.limit = TimeLimit(None) if limit is None else limit
+        self.termination = Termination() if termination is None else termination
+        # Processes ask each other only if there may be something to say.
+        self._asks = bool(self.limit) or termination is not None
         self.steps_between_reads = steps_between_reads or default_steps_between_reads(accelerator.device)
 
     def train(self) -> None:
@@ -103,8 +117,12 @@ class ContinualTrainer:
         Raises:
             NonFiniteLossError: names the class and the step; the last checkpoint is kept.
             TimeLimitReached: on all processes, with a checkpoint where one was in the middle of a phase.
+            Terminated: likewise, but without waiting for processes that have phases of their own and no signal.
+            FileNotFoundError: the run's folder was deleted or moved meanwhile.
+            WriteError: a file could not be written; what is finished is safe.
             ValueError: more processes than images in a batch that they share.
         """
+        self.folder.check_there()
         for task in self.tasks:
             restored = self._restore_task(task)
             if not restored:
@@ -112,8 +130,9 @@ class ContinualTrainer:
             self.accelerator.wait_for_everyone()
             if self.evaluator is not None:
                 # What an earlier run has trained is judged first of all, so that each run gets ahead.
-                if not restored and self._any_process(self.limit.is_over):
-                    raise self.limit.reached(f"before the evaluation of task {task.index + 1}")
+                if not restored:
+                    self._stop_if(self._agreed(self._reason()), f"before the evaluation of task {task.index + 1}")
+                self.folder.check_there()
                 self.evaluator.end_task(task)
                 self.accelerator.wait_for_everyone()
 
@@ -205,35 +224,49 @@ class ContinualTrainer:
                     f"The batch of phase {phase.name!r} has {phase.settings.batch_size} images for "
                     f"{self.accelerator.num_processes} processes: raise `base_batch_size`, or start fewer processes."
                 )
-        self._run_in_time(
-            [phase for phase in [*shared, *mine] if not self.strategy.is_finished(phase)], self.strategy.build
-        )
+        finished = [phase for phase in [*shared, *mine] if self.strategy.is_finished(phase)]
+        for phase in finished:
+            self._drop_checkpoints(phase)
+        self._run_in_time([phase for phase in [*shared, *mine] if phase not in finished], self.strategy.build)
 
     def _run_in_time(self, phases: list[Phase], build: Callable[[Phase], Trainable]) -> None:
-        """Run this process's phases; at the end, all processes stop if one of them had to."""
-        stopped: TimeLimitReached | None = None
+        """Run this process's phases; at the end, all processes stop if the time of one of them was over."""
+        reached: TimeLimitReached | None = None
         try:
             for phase in phases:
-                if self._is_late(phase):
-                    raise self.limit.reached(f"before phase {phase.name!r}")
+                self._stop_if(self._due(phase), f"before phase {phase.name!r}")
                 self._run_phase(phase, build)
                 if not phase.independent:
                     self.accelerator.wait_for_everyone()
-        except TimeLimitReached as reached:
-            stopped = reached
-        if self._any_process(stopped is not None):
-            raise stopped or self.limit.reached("since another process had to stop")
+        except TimeLimitReached as error:
+            reached = error
+        reason = self._agreed(_Reason.NONE if reached is None else _Reason.TIME)
+        if reached is not None:
+            raise reached
+        self._stop_if(reason, "since another process had to stop")
 
-    def _is_late(self, phase: Phase) -> bool:
-        """Whether the time is over: for a phase that processes share, for any of them."""
-        return self.limit.is_over if phase.independent else self._any_process(self.limit.is_over)
+    def _reason(self) -> _Reason:
+        """Why this process has to stop now."""
+        if self.termination.requested:
+            return _Reason.SIGNAL
+        return _Reason.TIME if self.limit.is_over else _Reason.NONE
 
-    def _any_process(self, flag: bool) -> bool:
-        """Whether the flag is set on any process. Without a time limit, processes are not asked."""
-        if not self.limit or self.accelerator.num_processes == 1:
-            return flag
-        flags = self.accelerator.gather(torch.tensor([int(flag)], device=self.accelerator.device))
-        return bool(flags.any())
+    def _due(self, phase: Phase) -> _Reason:
+        """Why to stop now; in a phase that processes share, one reason for all of them."""
+        return self._reason() if phase.independent else self._agreed(self._reason())
+
+    def _agreed(self, reason: _Reason) -> _Reason:
+        """The gravest reason of any process; all of them call this."""
+        if self.accelerator.num_processes == 1 or not self._asks:
+            return reason
+        reasons = self.accelerator.gather(torch.tensor([int(reason)], device=self.accelerator.device))
+        return _Reason(int(reasons.max()))
+
+    def _stop_if(self, reason: _Reason, where: str) -> None:
+        if reason is _Reason.SIGNAL:
+            raise Terminated(where)
+        if reason is _Reason.TIME:
+            raise self.limit.reached(where)
 
     def _run_phase(self, phase: Phase, build: Callable[[Phase], Trainable]) -> None:
         started = time.perf_counter()
@@ -249,16 +282,17 @@ class ContinualTrainer:
         torch.manual_seed(derive_seed(self.training.seed, phase.name, "start"))
         trainable = build(phase)
         try:
-            with compilation_errors():
-                steps = self._train(phase, trainable, batches)
-            if self._writes(phase):
-                self.strategy.end_phase(phase, trainable)
-                self._record_seconds(phase, steps, time.perf_counter() - started)
+            with self.termination.deferred():
+                with compilation_errors():
+                    steps = self._train(phase, trainable, batches)
+                if self._writes(phase):
+                    self.folder.check_there()
+                    self.strategy.end_phase(phase, trainable)
+                    self._record_seconds(phase, steps, time.perf_counter() - started)
         finally:
             self.strategy.release_phase(phase, trainable)
             self.accelerator.free_memory()
-        if self._writes(phase):
-            shutil.rmtree(self.folder.checkpoints / phase.name, ignore_errors=True)
+        self._drop_checkpoints(phase)
 
     def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> int:
         accelerator, settings = self.accelerator, phase.settings
@@ -274,10 +308,10 @@ class ContinualTrainer:
             for step in range(done, steps):
                 # Processes that share the phase ask each other, for which they wait anyway where losses are read.
                 asks = phase.independent or accelerator.num_processes == 1 or not losses
-                if step > done and asks and self._is_late(phase):
+                if step > done and asks and (reason := self._due(phase)):
                     self._read(phase, losses, bar)
                     self._checkpoint(phase, step, state)
-                    raise self.limit.reached(f"after step {step} of {steps} of phase {phase.name!r}")
+                    self._stop_if(reason, f"after step {step} of {steps} of phase {phase.name!r}")
                 for group in state.optimizer.param_groups:
                     group["lr"] = learning_rate(settings, step)
                 losses.add(step, self._step(phase, module, batches, step, optimizer, parameters))
@@ -357,13 +391,18 @@ class ContinualTrainer:
     def _resume(self, phase: Phase, state: TrainingState) -> int:
         if self.training.resume_from_checkpoint is None:
             return 0
-        path = latest_checkpoint(self.folder.checkpoints / phase.name)
-        return 0 if path is None else load_checkpoint(path, state)
+        return load_newest(self.folder.checkpoints / phase.name, state)
 
     def _checkpoint(self, phase: Phase, step: int, state: TrainingState) -> None:
         self._check_finite(phase, step, list(state.parameters.values()))
         if self._writes(phase):
-            save_checkpoint(self.folder.checkpoints / phase.name, step, state)
+            self.folder.check_there()
+            limit = self.training.checkpoints_total_limit
+            save_checkpoint(self.folder.checkpoints / phase.name, step, state, total_limit=limit)
+
+    def _drop_checkpoints(self, phase: Phase) -> None:
+        if self._writes(phase):
+            remove_folder(self.folder.checkpoints / phase.name)
 
     def _writes(self, phase: Phase) -> bool:
         """Whether this process writes the files of a phase: its own phase, or one that all share and it leads."""

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from funlora_hf.continual.termination import EXIT_CODE, Terminated, Termination
+
+
+def test_outside_of_steps_it_stops_at_once():
+    expected = r"SIGTERM: stopped outside the steps of a phase.*--resume_from_checkpoint latest"
+    with pytest.raises(Terminated, match=expected), Termination():
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal was not heard")
+
+
+def test_steps_see_it_and_stop_when_they_can():
+    with Termination() as termination:
+        with termination.deferred():
+            assert not termination.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert termination.requested
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_it_is_not_an_error_that_others_catch():
+    with Termination(), pytest.raises(Terminated) as raised:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:
+            pytest.fail("caught by somebody who expects errors")
+    assert raised.value.code == EXIT_CODE == 143
+
+
+def test_afterwards_the_signal_is_whose_it_was():
+    before = signal.getsignal(signal.SIGTERM)
+    with Termination():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_process_that_does_not_stop_is_ended():
+    """Steps that take too long, or a collective that waits for a process that is gone."""
+    code = """
+import os, signal, time
+from funlora_hf.continual.termination import Termination
+
+with Termination(grace=0.2) as termination, termination.deferred():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == EXIT_CODE
+
+
+def test_a_process_that_stops_in_time_is_left_alone():
+    code = """
+import os, signal, time
+from funlora_hf.continual.termination import Terminated, Termination
+
+try:
+    with Termination(grace=0.2):
+        os.kill(os.getpid(), signal.SIGTERM)
+except Terminated:
+    time.sleep(0.5)
+    print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n")
