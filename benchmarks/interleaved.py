@@ -103,12 +103,14 @@ class Findings:
         skipped: rows that could not be measured.
         curves: growth with the number of classes.
         facts: whatever else is worth recording, JSON-able, by name.
+        series: numbers to draw, too many for a table, by name.
     """
 
     rows: Sequence[Comparison] = ()
     skipped: Sequence[Skipped] = ()
     curves: Sequence[Curve] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def compare(
