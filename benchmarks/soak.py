@@ -12,10 +12,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -24,6 +26,7 @@ import numpy as np
 import PIL.Image
 import psutil
 import torch
+from diffusers import UNet2DModel
 from interleaved import RESULTS, Comparison, Curve, Findings, Point, comparison, main, point
 from torch import nn
 
@@ -60,7 +63,8 @@ UNET = {
 LEARN = "learn a class"
 SAMPLE = "draw its samples"
 JUDGE = "train and test a classifier of all classes so far"
-SECONDS = {LEARN: "learning", SAMPLE: "sampling", JUDGE: "judging"}
+YARDSTICK = "the same work each time"
+SECONDS = {LEARN: "learning", SAMPLE: "sampling", JUDGE: "judging", YARDSTICK: "yardstick"}
 MEMORY = "resident memory"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "soak.png"
 
@@ -74,6 +78,7 @@ class Look:
         learning: seconds from the end of the task before to the evaluation; None: this is the first task.
         sampling: seconds of the evaluation until all images are drawn.
         judging: seconds of the rest of it.
+        yardstick: seconds of work that is always the same, done right after: by them the machine's own pace shows.
         memory: resident, in bytes.
         tensors: that are alive.
         modules: that are alive.
@@ -85,6 +90,7 @@ class Look:
     learning: float | None
     sampling: float
     judging: float
+    yardstick: float
     memory: int
     tensors: int
     modules: int
@@ -200,17 +206,28 @@ def watched(run_folder: Path, looks: list[Look]) -> Iterator[None]:
     """Looks at the process after every task of a run, outside the seconds that are counted."""
     end_task = RunEvaluator.end_task
     ended: list[float] = []
+    unet = UNet2DModel(**UNET).eval()
 
     def end_and_look(evaluator: RunEvaluator, task: Task) -> None:
         learning = time.perf_counter() - ended.pop() if ended else None
         end_task(evaluator, task)
         seconds = read_json(run_folder / "checkpoints" / "evaluation" / f"task_{task.index + 1}.json")["seconds"]
         classes = sum(len(earlier.class_ids) for earlier in evaluator.tasks[: task.index + 1])
-        looks.append(Look(classes, learning, seconds["sampling"], seconds["classifier"], **held()))
+        looks.append(Look(classes, learning, seconds["sampling"], seconds["classifier"], pace(unet), **held()))
         ended.append(time.perf_counter())
 
     with mock.patch.object(RunEvaluator, "end_task", end_and_look):
         yield
+
+
+@torch.no_grad()
+def pace(unet: UNet2DModel, forwards: int = 20) -> float:
+    """Seconds of some forwards, which no number of classes changes."""
+    sample = torch.zeros(TRAIN_IMAGES, UNET["in_channels"], UNET["sample_size"], UNET["sample_size"])
+    started = time.perf_counter()
+    for _ in range(forwards):
+        unet(sample, 0.5)
+    return time.perf_counter() - started
 
 
 def held() -> dict[str, int]:
@@ -256,17 +273,21 @@ def curves(looks: Sequence[Look]) -> list[Curve]:
 
 
 def ratios(looks: Sequence[Look]) -> list[Comparison]:
-    """Seconds of the last classes over those of early ones, the first window left out: a process warms up."""
+    """Seconds of the last classes over those of early ones, the first window left out: a process warms up.
+
+    In the first row by the machine's pace, in seconds of the yardstick: what else a shared machine does cancels.
+    """
     parts = windows(looks)
     last, *_, early, _ = reversed(parts)
     names = {end: f"classes {end - WINDOW + 1} to {end}" for end in (last, early)}
-    return [
-        comparison(
-            f"{what}: {names[last]} / {names[early]}",
-            {names[end]: [getattr(look, field) for look in parts[end]] for end in (last, early)},
-        )
-        for what, field in SECONDS.items()
-    ]
+
+    def row(what: str, value: Callable[[Look], float]) -> Comparison:
+        title = f"{what}: {names[last]} / {names[early]}"
+        return comparison(title, {names[end]: [value(look) for look in parts[end]] for end in (last, early)})
+
+    usual = median(look.yardstick for look in looks)
+    at_usual_pace = row(f"{LEARN}, at the machine's usual pace", lambda look: look.learning * usual / look.yardstick)
+    return [at_usual_pace, *(row(what, attrgetter(field)) for what, field in SECONDS.items())]
 
 
 def series(looks: Sequence[Look]) -> dict[str, list[float]]:
@@ -296,10 +317,11 @@ def draw(results: Path, figure: Path) -> None:
         goal = 1.1 * memory[classes.index(WINDOW)]
         left.axhline(goal, color=VERMILION, linestyle="--", label=f"1.1 times that at class {WINDOW}")
         left.set(title="Memory of the process", xlabel="classes", ylabel="MB", ylim=(0, 1.15 * goal))
-        for what, color in zip(SECONDS, (BLUE, GREEN, ORANGE), strict=True):
-            right.plot(classes, seen[f"{what} (s)"], ".", color=color, label=what)
+        for what, color in zip(SECONDS, (BLUE, GREEN, ORANGE, GREY), strict=True):
+            right.plot(classes, seen[f"{what} (s)"], ".", markersize=4, color=color, label=what)
         right.set(title="Time of a class", xlabel="classes", ylabel="seconds")
-        right.set_ylim(bottom=0)
+        # Room for the names of what is drawn, above it.
+        right.set_ylim(0, 1.6 * right.get_ylim()[1])
         for axes in (left, right):
             axes.grid(visible=True, color=GREY, alpha=0.3)
             axes.legend()

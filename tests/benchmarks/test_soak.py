@@ -66,6 +66,7 @@ def made_up(soak, leak: int):
             learning=None if number == 4 else 0.5,
             sampling=0.1,
             judging=number / 1000,
+            yardstick=0.2,
             memory=100_000_000 + leak * number * 1_000_000,
             tensors=leak * number,
             modules=7,
@@ -90,7 +91,7 @@ def test_a_leak_and_a_class_that_was_lost_show(soak, tmp_path, monkeypatch):
     by_name = {curve.name: {point.classes: point.value for point in curve.points} for curve in findings.curves}
     assert by_name[soak.MEMORY] == {20: 140.0, 40: 180.0, 60: 220.0}
     assert by_name[soak.JUDGE] == {20: 12.5, 40: 30.5, 60: 50.5}
-    assert [round(row.ratio, 3) for row in findings.rows[:2]] == [1, 1]
+    assert [round(row.ratio, 3) for row in findings.rows] == [1, 1, 1, 1.656, 1]
 
     (tmp_path / "soak.json").write_text(json.dumps(asdict(findings)))
     soak.draw(tmp_path / "soak.json", tmp_path / "soak.png")
