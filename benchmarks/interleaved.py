@@ -243,7 +243,7 @@ def growth(curves: Sequence[Curve]) -> str:
     lines = [f"| what | {' | '.join(f'{count:,}' for count in counts)} |", "|---" * (1 + len(counts)) + "|"]
     for curve in curves:
         values = {
-            point.classes: f"{point.value:,.3g}" if point.value < 1000 else f"{point.value:,.0f}"
+            point.classes: f"{point.value:,.3g}" if point.value < 999.5 else f"{point.value:,.0f}"
             for point in curve.points
         }
         cells = " | ".join(values.get(count, "") for count in counts)
