@@ -48,9 +48,9 @@ test-oldest-peft: .oldest-peft
 test-space: .space/installed
 	PYTHONPATH="$(CURDIR)/.space" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/examples/test_space.py
 
-# Ratios of every claim about speed, into benchmarks/results; about 15 minutes on a machine that does nothing else.
+# Ratios of every claim about speed, into benchmarks/results; about 20 minutes on a machine that does nothing else.
 bench: .venv/installed
-	@set -e; for script in functional_matrix mixed_forms training_step evaluation adapter_bank rivals processes scaling; do \
+	@set -e; for script in functional_matrix mixed_forms training_step evaluation adapter_bank rivals processes scaling soak; do \
 	  $(BIN)/python benchmarks/$$script.py; \
 	done
 	$(BIN)/python benchmarks/interleaved.py > /dev/null

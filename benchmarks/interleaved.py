@@ -103,12 +103,14 @@ class Findings:
         skipped: rows that could not be measured.
         curves: growth with the number of classes.
         facts: whatever else is worth recording, JSON-able, by name.
+        series: numbers to draw, too many for a table, by name.
     """
 
     rows: Sequence[Comparison] = ()
     skipped: Sequence[Skipped] = ()
     curves: Sequence[Curve] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def compare(
@@ -241,7 +243,7 @@ def growth(curves: Sequence[Curve]) -> str:
     lines = [f"| what | {' | '.join(f'{count:,}' for count in counts)} |", "|---" * (1 + len(counts)) + "|"]
     for curve in curves:
         values = {
-            point.classes: f"{point.value:,.3g}" if point.value < 1000 else f"{point.value:,.0f}"
+            point.classes: f"{point.value:,.3g}" if point.value < 999.5 else f"{point.value:,.0f}"
             for point in curve.points
         }
         cells = " | ".join(values.get(count, "") for count in counts)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
@@ -29,6 +30,9 @@ from .tables import summary_table
 
 
 logger = logging.getLogger(__name__)
+
+# Each grid shows all classes up to its task: drawn after every one of many tasks, they would take as much as the training.
+MOST_SAMPLE_GRIDS = 20
 
 _PACKAGES = (
     "funlora-hf",
@@ -162,6 +166,13 @@ def images_per_task(folder: RunFolder, num_tasks: int) -> list[int]:
     return counts
 
 
+def tasks_with_grid(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks after which the samples of all classes are drawn: up to 20 all of them, of more 20 at even distances, with the
+    first and the last."""
+    count = min(len(tasks), MOST_SAMPLE_GRIDS)
+    return [tasks[index] for index in np.linspace(0, len(tasks) - 1, count).round().astype(int)]
+
+
 def _held_out_by_task(
     records: Sequence[Mapping[str, Any]], final: Mapping[str, float], tasks: Sequence[Task]
 ) -> list[dict[str, float]]:
@@ -226,9 +237,8 @@ def _figures(
 ) -> None:
     strategy, tasks = evaluator.strategy, evaluator.tasks
     names = strategy.setting.class_names
-    seen: list[int] = []
-    for task in tasks:
-        seen += task.class_ids
+    for task in tasks_with_grid(tasks):
+        seen = strategy.setting.seen(task)
         images = {names[class_id]: evaluator.synthetic_images(class_id, task) for class_id in seen}
         path = folder.figures / f"samples_task_{task.index + 1}.png"
         sample_grid(images, path, title=f"Samples after task {task.index + 1}")
