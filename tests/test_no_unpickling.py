@@ -188,8 +188,14 @@ def write_data(file: Path) -> None:
     Dataset.from_dict({"image": list(images), "label": list(labels)}, features=features).to_parquet(file)
 
 
-@pytest.mark.parametrize("launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.slow, id="two-processes")])
-def test_a_run_that_stops_and_goes_on_unpickles_nothing_and_writes_in_its_folder_only(launcher, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "starts"),
+    [
+        pytest.param((), ["1,4,12,0,sample,update"], id="one process"),
+        pytest.param(TORCHRUN, ["4", "8", "0"], marks=pytest.mark.slow, id="two processes"),
+    ],
+)
+def test_a_run_that_stops_and_goes_on_unpickles_nothing_and_writes_in_its_folder_only(launcher, starts, tmp_path):
     """Its classes have the worst names, of which none becomes a path."""
     write_data(tmp_path / "data.parquet")
     inner = tmp_path / "a" / "b" / "c"
@@ -209,12 +215,18 @@ def test_a_run_that_stops_and_goes_on_unpickles_nothing_and_writes_in_its_folder
         "TORCHINDUCTOR_CACHE_DIR": str(inner / "temporary"),
     }
     script = str(REPOSITORY / "tests" / "guarded_run.py")
-    arguments = [str(tmp_path / "data.parquet"), "out", *map(str, allowed)]
-    command = [sys.executable, *launcher, script, *arguments]
-    done = subprocess.run(
-        command, cwd=inner, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    output = ""
+    for steps in starts:
+        arguments = [str(tmp_path / "data.parquet"), "out", steps, *map(str, allowed)]
+        command = [sys.executable, *launcher, script, *arguments]
+        done = subprocess.run(
+            command, cwd=inner, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-20000:]
+        output += done.stdout
+    # In the base's steps and in a class's.
+    assert re.search("stopped after step . of 4 of phase 'base'", output)
+    assert re.search("stopped (after step . of 4 of|before) phase 'class_", output)
     # Files that are written by libraries in Rust or C raise no event.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "data.parquet"]
     assert sorted(path.name for path in inner.iterdir()) == ["home", "out", "temporary"]
