@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .tuner.tensor_checks import shortened
+
 
 # Edge of an image; diffusers' largest U-Nets have 256.
 MOST_SAMPLE_SIZE = 4096
@@ -39,9 +41,6 @@ def check_unet_config(config: Mapping[str, Any], *, field: str) -> None:
         for entry in entries:
             # Written so that NaN is refused, too.
             if isinstance(entry, (int, float)) and not -most <= entry <= most:
-                raise ValueError(f"`{field}.{name}` has {_short(entry)}, expected numbers of {most} at most.")
-
-
-def _short(number: float) -> str:
-    # Python refuses to write integers of thousands of digits.
-    return f"{number:g}" if isinstance(number, float) or abs(number) < 10**300 else "a number of more than 300 digits"
+                raise ValueError(
+                    f"`{field}.{name}` has {shortened(repr(entry), 100)}, expected numbers of {most} at most."
+                )
