@@ -17,7 +17,6 @@ import logging
 import sys
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
 from funlora_hf.continual.compilation import CompilationError
@@ -33,6 +32,7 @@ from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
 from funlora_hf.evaluation.report import ForgettingError
 from funlora_hf.folder_lock import FolderInUseError
+from funlora_hf.recipe import read_recipe
 from funlora_hf.run import RunArguments, run
 
 
@@ -72,17 +72,30 @@ def parse(arguments: list[str], *more: type, description: str = __doc__) -> Any:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     if given.config is not None:
-        with open(given.config, encoding="utf-8") as file:
-            recipe = yaml.safe_load(file) or {}
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(recipe) - known)
-        if unknown:
-            parser.error(f"{given.config}: unknown keys {', '.join(unknown)}; --help lists the known ones")
-        parser.set_defaults(**recipe)
-    # The last one holds --config, which belongs to no dataclass.
-    data, model, training, evaluation, *others, _ = parser.parse_args_into_dataclasses(rest)
-    run_arguments = RunArguments(data, model, training, evaluation)
+        take_recipe(parser, given.config)
+    try:
+        # The last one holds --config, which belongs to no dataclass.
+        data, model, training, evaluation, *others, _ = parser.parse_args_into_dataclasses(rest)
+        run_arguments = RunArguments(data, model, training, evaluation)
+    except ValueError as error:
+        if given.config is None:
+            raise
+        raise ValueError(f"{error} (the arguments are those of {given.config!r} and of the command line)") from error
     return (run_arguments, *others) if more else run_arguments
+
+
+def take_recipe(parser: HfArgumentParser, path: str) -> None:
+    """Give the parser a recipe's values as defaults; it ends as for an argument that is not known, with 2."""
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
+    try:
+        recipe = read_recipe(path, known=actions)
+        for key, value in recipe.items():
+            # argparse itself reads a default that is text, as of 2e-3, and then names no file.
+            if isinstance(value, str):
+                parser._get_value(actions[key], value)
+    except (ValueError, argparse.ArgumentError) as error:
+        parser.error(f"{path}: {error}")
+    parser.set_defaults(**recipe)
 
 
 def main() -> None:

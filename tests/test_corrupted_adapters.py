@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from hypothesis import HealthCheck, example, given, settings
+from hostile import ABSURD, HANG, HOSTILE, JSON, MOST_MEMORY, examples, guarded, pack, unpack
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -30,22 +31,6 @@ from funlora_hf.fingerprint import base_fingerprints
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LABEL = 7
 LAYERS = ["conv_in", "up_blocks.0.resnets.1.conv1"]
-# No example may take more memory than this, nor longer than a hang would; neither is a measurement.
-MOST_MEMORY = 2**29
-HANG = 20
-# Exponential in the length of a name that they do not match.
-HOSTILE = [r"(([a-z0-9_]+\.?)+)+!", r"^(([a-z])+.)+[A-Z]([a-z])+$", r"(.*.*.*.*.*)*!", r"(a|a|b)*(([^.]+)*\.*)*!"]
-ABSURD = [-1, 0, 2, 10**9, 10**12, 2**31, 2**62, 2**63, 2**64, 10**30, 1.0, 1e9, 1e300, True, None, "1", [1]]
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=8)
-    | st.sampled_from([*ABSURD, *HOSTILE, "conv_in", "conv_in.weight", "class_embedding", "all-linear", ""]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=6,
-)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Unexpected keyword arguments", "ignore:Already found a", "ignore:The following rank_pattern"
 )
@@ -53,25 +38,6 @@ OUT_OF_MEMORY = re.compile(
     r"(can.?t|cannot|unable to|tried to) allocate|Allocator|out of memory|not enough memory", re.IGNORECASE
 )
 TIMES = pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow, id="ten-times-as-many")])
-
-
-def examples(count):
-    return settings(
-        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
-
-
-# Files in the safetensors format, sound or not, by the format's description and without the library.
-
-
-def pack(header, body):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + body
-
-
-def unpack(content):
-    (size,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
 def numbers(content):
@@ -87,10 +53,6 @@ def numbers(content):
             array = np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry["dtype"]])
         arrays[key] = array.astype(np.float32).reshape(entry["shape"])
     return arrays
-
-
-class _HangError(BaseException):
-    """Not an Exception: what is under test turns those into a ValueError."""
 
 
 class Subject:
@@ -223,20 +185,9 @@ def velocity(unet, rows=(0, 0)):
 def subject(tmp_path_factory):
     """Built once: it is the point that nothing changes it."""
 
-    def hangs(*_):
-        raise _HangError
-
-    before = signal.signal(signal.SIGALRM, hangs)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
     subject = Subject(tmp_path_factory.mktemp("corrupted"))
-    statm = Path("/proc/self/statm")
-    if statm.is_file():
-        # What takes absurd amounts of memory fails, in place of the machine.
-        used = int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**32, limits[1]))
-    yield subject
-    resource.setrlimit(resource.RLIMIT_AS, limits)
-    signal.signal(signal.SIGALRM, before)
+    with guarded():
+        yield subject
     subject.check_loads()
 
 

@@ -13,12 +13,41 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 
 from .files import read_json
+from .tuner.config import check_class_label, check_class_name
+from .tuner.tensor_checks import shortened
+from .unet_config import check_unet_config
 
 
 UNET_FOLDER = "unet"
 PIPELINE = "model_index.json"
 # Where the generator of a run lies: a strategy that trains it on after task 1 leaves another one than the base.
 GENERATOR_FOLDERS = ("model", "base")
+# Ids and names of a thousand classes have some 50 kB.
+MOST_CONFIG = 2**24
+_COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
+
+
+def check_base_folder(folder: Path) -> None:
+    """
+    Raise a ValueError that names the file, unless a pipeline's or a U-Net's JSON names just the classes of such a base, and no
+    sizes beyond reason: diffusers imports whatever library a file names, and builds whatever it asks for.
+    """
+    if (folder / PIPELINE).is_file():
+        index = _mapping(folder / PIPELINE)
+        for name, expected in _COMPONENTS.items():
+            if name in index and index[name] != list(expected):
+                raise ValueError(
+                    f"{os.fspath(folder / PIPELINE)!r} has `{name}` {shortened(repr(index[name]), 100)}, expected "
+                    f"{list(expected)}: no other library is loaded."
+                )
+        if not isinstance(index.get("_class_name"), str):
+            raise ValueError(
+                f"{os.fspath(folder / PIPELINE)!r} has `_class_name` {shortened(repr(index.get('_class_name')), 100)}, expected "
+                "the name of a pipeline: no code of a folder is run."
+            )
+    for place in (folder / UNET_FOLDER / "config.json", folder / "config.json"):
+        if place.is_file():
+            check_unet_config(_mapping(place), field=os.fspath(place))
 
 
 def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:
@@ -37,6 +66,8 @@ def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DMo
         raise ValueError(
             "`base_model_name_or_path` is None: the adapter's config names no base. Pass `model`, its U-Net."
         )
+    if Path(name).is_dir():
+        check_base_folder(Path(name))
     errors = []
     for subfolder in (UNET_FOLDER, None):
         try:
@@ -47,7 +78,7 @@ def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DMo
                 local_files_only=local_files_only,
                 use_safetensors=True,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             errors.append(error)
     raise ValueError(
         f"`base_model_name_or_path` is {name!r}, from which no UNet2DModel could be loaded: {errors[0]} Pass `model`, the base's "
@@ -62,13 +93,18 @@ def base_classes(folder: Path) -> dict[int, str]:
         OSError: no U-Net in the folder.
         ValueError: a file that is not the JSON of a pipeline.
     """
+    check_base_folder(folder)
     try:
-        index = read_json(folder / PIPELINE) if (folder / PIPELINE).is_file() else {}
+        index = _mapping(folder / PIPELINE) if (folder / PIPELINE).is_file() else {}
         rows = UNet2DModel.load_config(folder, subfolder=_unet_subfolder(folder)).get("num_class_embeds") or 0
         ids = index.get("class_ids") or list(range(rows))
         names = {int(class_id): str(name) for class_id, name in (index.get("id2label") or {}).items()}
-        return {int(class_id): names.get(int(class_id), str(class_id)) for class_id in ids}
-    except (ValueError, TypeError, AttributeError) as error:
+        classes = {int(class_id): names.get(int(class_id), str(class_id)) for class_id in ids}
+        for class_id, name in classes.items():
+            check_class_label(class_id)
+            check_class_name(name)
+        return classes
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"The classes of the base {os.fspath(folder)!r} cannot be read: {error}") from error
 
 
@@ -79,11 +115,13 @@ def read_unet(folder: Path) -> UNet2DModel:
     Raises:
         ValueError: it cannot be loaded, or its file lacks tensors or has others; diffusers alone only warns of these.
     """
+    check_base_folder(folder)
     try:
         unet, found = UNet2DModel.from_pretrained(
             folder, subfolder=_unet_subfolder(folder), use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    # Whatever a U-Net's constructor raises for arguments of a file.
+    except Exception as error:
         raise ValueError(f"The U-Net in {os.fspath(folder)!r} cannot be loaded: {error}") from error
     wrong = {
         name: found.get(name) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if found.get(name)
@@ -92,6 +130,13 @@ def read_unet(folder: Path) -> UNet2DModel:
         listed = "; ".join(f"{name}: {', '.join(map(str, list(keys)[:5]))}" for name, keys in wrong.items())
         raise ValueError(f"The U-Net in {os.fspath(folder)!r} has not the tensors that its config makes: {listed}.")
     return unet.eval()
+
+
+def _mapping(file: Path) -> dict:
+    value = read_json(file, most_bytes=MOST_CONFIG)
+    if not isinstance(value, dict):
+        raise ValueError(f"{os.fspath(file)!r} holds a {type(value).__name__}, expected a mapping.")
+    return value
 
 
 def _unet_subfolder(folder: Path) -> str | None:

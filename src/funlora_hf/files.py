@@ -13,11 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced-"
+# The largest of ours, results.json, has a few numbers for each pair of a class and a task.
+MOST_JSON = 2**27
 
 
 class WriteError(OSError):
@@ -131,9 +135,39 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no JSON, cut short for instance, or more than `most_bytes`; it names the file.
+    """
+    try:
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise ValueError(f"it has {size} bytes, expected {most_bytes} at most")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is no sound JSON file: {error}.") from error
+
+
+def read_tensors(path: Path, *, remedy: str) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Args:
+        path: of the file.
+        remedy: what to do if it is damaged, a clause.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged; it names the file and the remedy.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{os.fspath(path)!r} is not a sound safetensors file ({error}): {remedy}.") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -23,13 +23,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from tqdm.auto import tqdm
 
 from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
+from .base_model import check_base_folder
 from .class_adapters import ClassAdapters
 from .fingerprint import base_tensors
 from .flow_matching import sigma_to_timestep
 from .guidance import Guidance
 from .saved_adapter import read_adapter
 from .solvers import SolverOutput, check_solver, solve
+from .tuner.config import check_class_label, check_class_name
 from .tuner.removal import adapted_modules
+from .tuner.tensor_checks import shortened
 
 
 @dataclass
@@ -89,14 +92,13 @@ class FunLoraPipeline(DiffusionPipeline):
             )
         self.register_modules(unet=unet, scheduler=scheduler)
         rows = 0 if unet.config.num_class_embeds is None else unet.config.num_class_embeds
-        class_ids = list(range(rows)) if class_ids is None else [int(class_id) for class_id in class_ids]
+        class_ids, id2label = _as_classes(range(rows) if class_ids is None else class_ids, id2label or {})
         if len(class_ids) != rows or len(set(class_ids)) != rows:
             raise ValueError(
                 f"`class_ids` is {class_ids}, expected {rows} different ids: one for each row of the U-Net's class "
                 "embedding (`num_class_embeds`)."
             )
-        names = {int(class_id): str(name) for class_id, name in (id2label or {}).items()}
-        id2label = {class_id: names.get(class_id, str(class_id)) for class_id in class_ids}
+        id2label = {class_id: id2label.get(class_id, str(class_id)) for class_id in class_ids}
         _check_names(id2label)
         self.register_to_config(class_ids=class_ids, id2label=id2label)
         self._base_rows = {class_id: row for row, class_id in enumerate(class_ids)}
@@ -377,6 +379,13 @@ class FunLoraPipeline(DiffusionPipeline):
             pipe.load_adapter(folder, **adapter_class(folder))
         return pipe
 
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As [`ConfigMixin.load_config`]. A folder is checked first, before diffusers imports the libraries that it names."""
+        if Path(pretrained_model_name_or_path).is_dir():
+            check_base_folder(Path(pretrained_model_name_or_path))
+        return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+
     def _class_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.reshape(-1).tolist()
@@ -475,7 +484,22 @@ def _interpolation_weights(weights: int | Sequence[float] | torch.Tensor) -> tor
     return tensor
 
 
+def _as_classes(class_ids: Sequence, id2label: Mapping) -> tuple[list[int], dict[int, str]]:
+    """Ids, and names by ids, as a file may have them."""
+    try:
+        ids = [int(class_id) for class_id in class_ids]
+        return ids, {int(class_id): str(name) for class_id, name in id2label.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"`class_ids` is {shortened(repr(class_ids), 100)} and `id2label` {shortened(repr(id2label), 100)}, expected a list "
+            f"of ids and a mapping of ids to names: {error}."
+        ) from error
+
+
 def _check_names(id2label: Mapping[int, str]) -> None:
+    for class_id, name in id2label.items():
+        check_class_label(class_id)
+        check_class_name(name)
     twice = sorted(name for name, count in Counter(id2label.values()).items() if count > 1)
     if twice:
         raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")

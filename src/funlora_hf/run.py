@@ -37,6 +37,7 @@ from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_finished, report_run
 from .folder_lock import folder_lock
+from .tuner.config import check_class_name
 
 
 @dataclass
@@ -288,6 +289,9 @@ def _load_data(arguments: RunArguments, base: ExistingBase | None) -> ImageClass
         revision=given.dataset_revision,
         max_images_per_class=given.max_images_per_class,
     )
+    for name in data.class_names.values():
+        # Now, not when its adapter has been trained.
+        check_class_name(name)
     if base is None:
         return data
     return data.with_class_ids(assign_class_ids(list(data.class_names.values()), base.classes))

@@ -17,6 +17,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
+from ..field_types import check_field_types
 from ..files import read_json, write_json
 from ..jobs import Job, run_jobs, with_changes
 from ..layer_selection import layer_importance, select_layers
@@ -48,6 +49,7 @@ class AblationArguments:
     num_workers: int = field(default=1, metadata={"help": "Runs at a time."})
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         check_at_least_one("num_workers", self.num_workers)
         check_seeds(self.seeds)
         for rate in self.learning_rates or ():

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
-
 from ..continual.config import ContinualTrainingArguments, EvaluationArguments, ModelArguments, parse_value
 from ..continual.registry import strategy_class
 
@@ -136,7 +134,7 @@ def _split(entry: str, rest: str) -> dict[str, str]:
 def _value(entry: str, key: str, text: str) -> Any:
     try:
         return parse_value(text)
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise ValueError(f"`strategies` has {entry!r}, where {key!r} is no YAML: {text!r}.") from error
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..field_types import check_field_types
 from ..jobs import Job, Outcome, run_jobs, with_changes
 from ..run import RunArguments
 from ..seeds import check_seeds
@@ -34,6 +35,7 @@ class ComparisonArguments:
     num_workers: int = field(default=1, metadata={"help": "Runs at a time; they share the cores."})
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         check_at_least_one("num_workers", self.num_workers)
         check_seeds(self.seeds)
         self.choices()

@@ -5,6 +5,8 @@ Shared by strategies; knows nothing of adapters, batches or the loop.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -76,13 +78,29 @@ def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:
         ValueError: arguments that UNet2DModel does not take.
     """
     with torch.device("meta"):
-        return _unet(unet_config, num_classes)
+        unet = _unet(unet_config, num_classes)
+    numbers = sum(parameter.numel() for parameter in unet.parameters())
+    if 4 * numbers > (memory := _memory()):
+        raise ValueError(
+            f"`unet_config` makes a UNet2DModel of {numbers} parameters, {4 * numbers} bytes, expected less than the memory of "
+            f"this machine, {memory}: choose fewer `block_out_channels`."
+        )
+    return unet
+
+
+def _memory() -> float:
+    """Bytes of the machine; infinite where it cannot be told."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def _unet(unet_config: Mapping, num_classes: int) -> UNet2DModel:
     try:
         return UNet2DModel(**{**unet_config, "num_class_embeds": num_classes})
-    except (TypeError, ValueError) as error:
+    # Whatever a U-Net's constructor raises for arguments of a recipe.
+    except Exception as error:
         raise ValueError(f"`unet_config` does not make a UNet2DModel: {error}") from error
 
 

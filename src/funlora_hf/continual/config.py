@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import yaml
-
+from ..field_types import check_field_types
 from ..flow_matching import TIMESTEP_DENSITIES
+from ..recipe import load_yaml
 from ..solvers import check_solver
 from ..tuner import FunLoraConfig
 from ..tuner.functional import check_at_least_one, check_choice
+from ..tuner.tensor_checks import shortened
+from ..unet_config import check_unet_config
 
 
 CLASS_BATCHES = ("homogeneous", "mixed")
@@ -64,6 +66,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         check_at_least_one("classes_per_task", self.classes_per_task)
         if self.num_tasks is not None:
             check_at_least_one("num_tasks", self.num_tasks)
@@ -118,15 +121,19 @@ class ModelArguments:
         if isinstance(self.unet_config, str):
             try:
                 self.unet_config = json.loads(self.unet_config)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"`unet_config` is {self.unet_config!r}, expected a JSON mapping: {error}."
+                    f"`unet_config` is {shortened(repr(self.unet_config), 100)}, expected a JSON mapping: {error}."
                 ) from error
         if self.unet_config is not None and not isinstance(self.unet_config, dict):
-            raise ValueError(f"`unet_config` is {self.unet_config!r}, expected a mapping of UNet2DModel arguments.")
+            raise ValueError(
+                f"`unet_config` is {shortened(repr(self.unet_config), 100)}, expected a mapping of UNet2DModel arguments."
+            )
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
+        check_field_types(self)
         if self.unet_config is not None:
+            check_unet_config(self.unet_config, field="unet_config")
             _check_halving(self.unet_config)
         if self.rank is not None:
             check_at_least_one("rank", self.rank)
@@ -235,6 +242,7 @@ class ContinualTrainingArguments:
 
     def __post_init__(self) -> None:
         self.strategy_options = _parse_options(self.strategy_options)
+        check_field_types(self, leave_out=["strategy_options"])
         check_choice("class_batches", self.class_batches, CLASS_BATCHES)
         check_choice("update_mode", self.update_mode, UPDATE_MODES)
         check_choice("timestep_density", self.timestep_density, TIMESTEP_DENSITIES)
@@ -318,6 +326,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         check_solver(self.solver)
         check_choice("image_quality", self.image_quality, IMAGE_QUALITY)
         for name in (
@@ -337,6 +346,10 @@ def _parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str,
     """`key=value` texts as a mapping, with values read as in a recipe; a mapping as it is, and None if it is empty."""
     if isinstance(given, Mapping):
         return dict(given) or None
+    if not isinstance(given, (list, type(None))) or not all(isinstance(text, str) for text in given or ()):
+        raise ValueError(
+            f"`strategy_options` is {shortened(repr(given), 100)}, expected key=value, or in a recipe a mapping."
+        )
     options = {}
     for text in given or ():
         key, equals, value = text.partition("=")
@@ -344,7 +357,7 @@ def _parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str,
             raise ValueError(f"`strategy_options` has {text!r}, expected key=value, with each key once.")
         try:
             options[key] = parse_value(value)
-        except yaml.YAMLError as error:
+        except ValueError as error:
             raise ValueError(f"`strategy_options` has {text!r}, expected a value in YAML: {error}.") from error
     return options or None
 
@@ -353,12 +366,12 @@ def parse_value(text: str) -> Any:
     """A value of the command line as a recipe would have it.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        ValueError: it is no YAML.
     """
     # YAML 1.1 reads 2e-3 and 1.5e3, without a point or a sign, as text.
     if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text):
         return float(text)
-    return yaml.safe_load(text)
+    return load_yaml(text)
 
 
 def run_settings(*arguments: Any) -> dict[str, Any]:
@@ -367,9 +380,14 @@ def run_settings(*arguments: Any) -> dict[str, Any]:
 
 
 def _check_halving(unet_config: dict) -> None:
-    blocks = len(unet_config.get("block_out_channels", (0, 0, 0, 0)))
+    channels = unet_config.get("block_out_channels", (0, 0, 0, 0))
+    if not isinstance(channels, (list, tuple)) or not channels:
+        raise ValueError(
+            f"`unet_config.block_out_channels` is {channels!r}, expected a list: the channels of each block."
+        )
+    blocks = len(channels)
     size = unet_config.get("sample_size")
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"`unet_config.sample_size` is {size!r}, expected the edge of a square image in pixels.")
     factor = 2 ** (blocks - 1)
     if size % factor:

@@ -9,8 +9,9 @@ from pathlib import Path
 from diffusers import UNet2DModel
 
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
-from ..base_model import base_classes
+from ..base_model import base_classes, check_base_folder
 from ..pipeline import FunLoraPipeline
+from ..tuner.functional import check_at_least_one
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
             f"`base_model` is {name!r}, expected a pipeline folder with a model_index.json, such as the base/ folder of "
             "a run."
         )
+    check_base_folder(folder)
     config = UNet2DModel.load_config(folder, subfolder="unet")
+    for name in ("sample_size", "in_channels"):
+        check_at_least_one(name, config.get(name))
     if not config.get("num_class_embeds"):
         raise ValueError(
             f"`base_model` {name!r} has a U-Net without a class embedding (`num_class_embeds`), which class vectors "

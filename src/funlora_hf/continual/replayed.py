@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ..classifier import ARCHITECTURES
 from ..data import to_model_range
-from ..files import whole_file
+from ..files import read_tensors, whole_file
 from ..guidance import Guidance
 from ..pipeline import FunLoraPipeline
 from ..sampling import draw_samples, to_uint8
@@ -103,7 +103,7 @@ class GeneratedImages:
                 )
                 with whole_file(path) as temporary:
                     save_file({"images": to_uint8(samples.images)}, temporary)
-            images[class_id] = load_file(path)["images"]
+            images[class_id] = read_tensors(path, remedy="delete it, and it is drawn again")["images"]
         return images
 
     def delete(self) -> None:

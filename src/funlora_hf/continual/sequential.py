@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ..base_model import base_classes
 from ..data import Task
-from ..files import whole_file
+from ..files import read_tensors, whole_file
 from ..pipeline import FunLoraPipeline
 from .base import (
     BASE_PHASE,
@@ -80,7 +80,8 @@ class KeptFile:
 
     def load(self, task: Task | None) -> dict[str, torch.Tensor]:
         """The tensors of a task on the CPU; none for None."""
-        return {} if task is None else load_file(self.path(task))
+        remedy = "the generator of its task is lost; start anew with --overwrite_output_dir"
+        return {} if task is None else read_tensors(self.path(task), remedy=remedy)
 
     def drop_before(self, task: Task, tasks: Sequence[Task]) -> None:
         """Delete the files of earlier tasks; several processes may do so at once."""
@@ -216,7 +217,7 @@ class Sequential(Strategy):
         path = self.kept.path(newest)
         return {
             "persistent": tensor_bytes(path) + (base if self.needs_base else 0),
-            "per_class": load_file(path)[CLASS_VECTORS].nbytes,
+            "per_class": self.kept.load(newest)[CLASS_VECTORS].nbytes,
             "transient": transient,
         }
 

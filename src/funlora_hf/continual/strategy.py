@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..data import Task
+from ..field_types import check_field_types
 from ..flow_matching import flow_matching_loss, interpolate, sigma_to_timestep, velocity_target
 from ..pipeline import FunLoraPipeline
 from .config import ContinualTrainingArguments, ModelArguments
@@ -203,11 +204,13 @@ class Strategy(ABC):
         if cls.options_class is None:
             return None
         try:
-            return cls.options_class(**given)
+            options = cls.options_class(**given)
         except TypeError as error:
             raise ValueError(
                 f"`strategy_options` is {dict(given)} with a value of the wrong kind for `strategy` {cls.name!r}: {error}."
             ) from error
+        check_field_types(options)
+        return options
 
     @property
     def method_name(self) -> str | None:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..data import Task
-from ..files import read_json, whole_file, write_json
+from ..files import read_json, read_tensors, whole_file, write_json
 from .run_folder import RunFolder
 from .strategy import Strategy
 
@@ -32,9 +32,9 @@ def load_task_state(path: Path, strategy: Strategy) -> None:
     Raises:
         ValueError: the state of another strategy.
     """
+    state = read_tensors(path, remedy="what the strategy kept is lost; start anew with --overwrite_output_dir")
     with safe_open(path, framework="pt") as file:
         owner = (file.metadata() or {}).get("strategy", strategy.name)
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     if owner != strategy.name:
         raise ValueError(
             f"{path} holds the state of `strategy` {owner!r}, expected {strategy.name!r}: resume with the strategy that the run "

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from ..adapter_folder import ADAPTERS_FOLDER
@@ -27,7 +27,7 @@ from ..continual.config import EvaluationArguments
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
 from ..data import ImageClassificationData, Task
-from ..files import folder_sha256, read_json, whole_file, write_json
+from ..files import folder_sha256, read_json, read_tensors, whole_file, write_json
 from ..pipeline import FunLoraPipeline
 from ..sampling import Samples, draw_samples, tensor_sha256, to_uint8
 from ..seeds import derive_seed
@@ -129,13 +129,13 @@ class RunEvaluator:
 
     def synthetic_images(self, class_id: int, task: Task) -> torch.Tensor:
         """The images sampled of a class after a task, uint8, `(n, channels, height, width)`."""
-        return load_file(self._sample_path(class_id, task))["images"]
+        return self._samples(class_id, task)["images"]
 
     def nfe(self) -> float:
         """How often the U-Net ran for the images of a class, as the mean over the classes after the last task."""
         task = self.tasks[-1]
         classes = [class_id for earlier in self.tasks for class_id in earlier.class_ids]
-        return mean(load_file(self._sample_path(class_id, task))["nfe"].item() for class_id in classes)
+        return mean(self._samples(class_id, task)["nfe"].item() for class_id in classes)
 
     def records(self) -> list[dict[str, Any]]:
         """What was measured after each task."""
@@ -250,6 +250,15 @@ class RunEvaluator:
             samples = self._draw(pipe, class_id, "synthetic")
             with whole_file(path) as temporary:
                 save_file({"images": to_uint8(samples.images), "nfe": torch.tensor(samples.nfe)}, temporary)
+
+    def _samples(self, class_id: int, task: Task) -> dict[str, torch.Tensor]:
+        # The generator as it was after an earlier task is gone, if tasks change it.
+        if self.strategy.learning_changes_past_classes and task != self.tasks[-1]:
+            remedy = "start anew with --overwrite_output_dir"
+        else:
+            record = self._records / f"task_{task.index + 1}.json"
+            remedy = f"delete it and {record}, and --resume_from_checkpoint latest draws it again"
+        return read_tensors(self._sample_path(class_id, task), remedy=remedy)
 
     def _sample_path(self, class_id: int, task: Task) -> Path:
         # A class that never changes is sampled once for all tasks: the same seed would give the same images.
