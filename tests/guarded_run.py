@@ -17,6 +17,8 @@ from pathlib import Path
 from time import monotonic
 from typing import ClassVar
 
+from write_events import on_write
+
 
 class UnpickledError(BaseException):
     """Not an Exception: nothing is to get over it."""
@@ -58,30 +60,12 @@ def forbid_writing(allowed: list[Path]) -> set[str]:
     """Raise where anything is opened to write, made, renamed or deleted elsewhere; returns the paths that were, as a run goes on."""
     roots, written = [os.path.realpath(folder) for folder in allowed], set()
 
-    def check(path, dir_fd=-1) -> None:
-        if not isinstance(path, (str, bytes, os.PathLike)):
-            return
-        path = os.fsdecode(path)
-        place = os.path.realpath(path if dir_fd == -1 else f"/proc/self/fd/{dir_fd}/{path}")
+    def check(place: str) -> None:
         written.add(place)
-        if path != os.devnull and not any(place == root or place.startswith(root + os.sep) for root in roots):
+        if place != os.devnull and not any(place == root or place.startswith(root + os.sep) for root in roots):
             raise WroteOutsideError(place)
 
-    def hook(event: str, arguments) -> None:
-        if event == "open":
-            path, mode, flags = arguments
-            if set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                check(path)
-        elif event in ("os.mkdir", "os.remove", "os.rmdir"):
-            check(arguments[0], arguments[-1])
-        elif event in ("os.rename", "os.link"):
-            check(arguments[1], arguments[3])
-        elif event == "os.symlink":
-            check(arguments[1], arguments[2])
-        elif event in ("os.chmod", "os.truncate"):
-            check(arguments[0])
-
-    sys.addaudithook(hook)
+    on_write(check)
     return written
 
 

@@ -180,8 +180,9 @@ class ContinualTrainer:
         self.accelerator.wait_for_everyone()
         self.strategy.end_task(task)
         if self.accelerator.is_main_process:
-            save_task_state(self._task_state(task), self.strategy)
             keep_memory_report(self.folder, task, self.strategy)
+            # Last, since a task that has this file is not begun again.
+            save_task_state(self._task_state(task), self.strategy)
 
     def _check_access(self, task: Task, phases: list[Phase]) -> None:
         """Real images of other tasks are only for a strategy that says that it needs them."""
@@ -287,8 +288,9 @@ class ContinualTrainer:
                     steps = self._train(phase, trainable, batches)
                 if self._writes(phase):
                     self.folder.check_there()
-                    self.strategy.end_phase(phase, trainable)
+                    # First, since a phase that has ended is not run again.
                     self._record_seconds(phase, steps, time.perf_counter() - started)
+                    self.strategy.end_phase(phase, trainable)
         finally:
             self.strategy.release_phase(phase, trainable)
             self.accelerator.free_memory()
