@@ -60,7 +60,7 @@ def forbid_writing(allowed: list[Path]) -> set[str]:
     """Raise where anything is opened to write, made, renamed or deleted elsewhere; returns the paths that were, as a run goes on."""
     roots, written = [os.path.realpath(folder) for folder in allowed], set()
 
-    def check(place: str) -> None:
+    def check(_: str, place: str) -> None:
         written.add(place)
         if place != os.devnull and not any(place == root or place.startswith(root + os.sep) for root in roots):
             raise WroteOutsideError(place)

@@ -23,6 +23,7 @@ from funlora_hf import FunLoraPipeline
 from funlora_hf.classifier import ClassifierConfig, train_classifier
 from funlora_hf.continual import time_limit
 from funlora_hf.continual import trainer as trainer_module
+from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategy import StepOutput
 from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
@@ -120,7 +121,7 @@ def test_image_quality_compares_the_samples_with_the_test_images(finished, insid
     (inside / "out" / "results.json").unlink()
     restore_samples(inside / "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunEvaluator, "forget_samples", lambda self: None)
+        patch.setattr(RunFolder, "forget_samples", lambda self: None)
         results = run(short_run(resume_from_checkpoint="latest"))
     data = load_image_data("digits", image_size=8, channels=1, max_images_per_class=12)
     real, drawn = [], []
@@ -271,7 +272,7 @@ def test_a_class_s_picture_shows_its_samples(copy, monkeypatch):
 def test_a_record_without_accuracies_of_classes_is_reported_without(copy, monkeypatch):
     (copy / "results.json").unlink()
     restore_samples(copy)
-    monkeypatch.setattr(RunEvaluator, "forget_samples", lambda self: None)
+    monkeypatch.setattr(RunFolder, "forget_samples", lambda self: None)
     expected = run(short_run(resume_from_checkpoint="latest"))
     (copy / "results.json").unlink()
     for path in (copy / "checkpoints" / "evaluation").glob("task_*.json"):

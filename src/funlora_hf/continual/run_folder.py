@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter_folder import adapter_name
-from ..files import read_json, recover_folder, write_json
+from ..files import read_json, recover_folder, remove_folder, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class RunFolder:
         self.figures = path / "figures"
         self.samples = self.figures / "samples.safetensors"
         self.checkpoints = path / "checkpoints"
+        self.synthetic = self.checkpoints / "synthetic"
         self._settings = self.checkpoints / "run.json"
         self._was_there: bool | None = None
 
@@ -89,6 +90,10 @@ class RunFolder:
             recover_folder(self.path)
         self._warn_if_fresh(resume, present)
         write_json(self._settings, settings)
+
+    def forget_samples(self) -> None:
+        """Delete the synthetic images, which only a run that goes on needs."""
+        remove_folder(self.synthetic)
 
     def check_there(self) -> None:
         """Raise a FileNotFoundError if the folder has lost the settings that it had when this was first called: to write on

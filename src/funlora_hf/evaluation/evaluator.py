@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -94,7 +93,7 @@ class RunEvaluator:
         self._classifier = classifier_config(config, max_train_steps)
         self._folder = folder
         self._records = folder.checkpoints / "evaluation"
-        self._synthetic = folder.checkpoints / "synthetic"
+        self._synthetic = folder.synthetic
         self._probes = folder.checkpoints / "probes"
         # Decoded once: every later task is tested on the images of all earlier ones.
         self._tests: dict[int, torch.Tensor] = {}
@@ -239,10 +238,6 @@ class RunEvaluator:
             "base_sha256_before": before,
             "base_sha256_after": after,
         }
-
-    def forget_samples(self) -> None:
-        """Delete the sampled images, which only the classifier and the figures needed."""
-        shutil.rmtree(self._synthetic, ignore_errors=True)
 
     def _sample_class(self, pipe: FunLoraPipeline, class_id: int, task: Task) -> None:
         path = self._sample_path(class_id, task)

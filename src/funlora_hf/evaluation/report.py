@@ -143,7 +143,7 @@ def report_run(
     }
     evaluator.keep_first_samples(folder.samples)
     write_json(folder.results, results)
-    evaluator.forget_samples()
+    folder.forget_samples()
     print(summary_table(results))
     _check_zero_forgetting(zero_forgetting, folder)
     return results
@@ -152,6 +152,8 @@ def report_run(
 def report_finished(folder: RunFolder) -> dict[str, Any]:
     """Print the results of a finished run again. Returns and raises what `report_run` did."""
     results = read_json(folder.results)
+    # A run that was killed behind its results has not come to it.
+    folder.forget_samples()
     print(f"The run in {folder.path} is finished already.\n\n{summary_table(results)}")
     _check_zero_forgetting(results["zero_forgetting"], folder)
     return results

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from started_runs import Uninterrupted, log_of, operations, started, wait_for_work
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory) -> Uninterrupted:
+    place = tmp_path_factory.mktemp("uninterrupted")
+    with started(place) as process:
+        begun = wait_for_work(place, process)
+        assert process.wait() == 0, log_of(place)
+    return Uninterrupted(place / "out", len(operations(place)), time.monotonic() - begun)
