@@ -107,7 +107,8 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
         InceptionFeatures()  # downloads its weights, or fails now, not after days
     with _held(folder, accelerator):
         _open_folder(folder, arguments, accelerator)
-        return _learn(arguments, strategy, data, tasks, folder, accelerator, stops)
+        with folder.staying():
+            return _learn(arguments, strategy, data, tasks, folder, accelerator, stops)
 
 
 def _learn(

@@ -5,124 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 import yaml
-from runs import REPOSITORY, TINY_UNET, command_line, digests
-from safetensors.torch import load_file
+from runs import REPOSITORY, command_line, digests
 
 from funlora_hf.files import read_json
 
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-WITHOUT_DROPOUT = {**TINY_UNET, "dropout": 0.0}
 CIFAR10 = Path(os.environ.get("FUNLORA_TEST_DATA", REPOSITORY.parent / "shared" / "data" / "cifar10"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """A run from the command line, on one process and one thread."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    example = str(REPOSITORY / "examples" / "continual_train.py")
-    subprocess.run([sys.executable, example, *command_line()], cwd=folder, env=environment, check=True)
-    return folder / "out"
-
-
-def test_two_processes_give_the_adapters_of_one(uninterrupted, tmp_path, run_example):
-    """Byte for byte, on a shared base; and there really were two, each with phases of its own."""
-    shutil.copytree(uninterrupted / "base", tmp_path / "mine")
-    arguments = command_line(base_model="mine")
-    run_example(*arguments, "--output_dir", "one", cwd=tmp_path)
-    run_example(*arguments, "--output_dir", "two", cwd=tmp_path, launcher=TORCHRUN)
-    results = {name: read_json(tmp_path / name / "results.json") for name in ("one", "two")}
-    assert [results[name]["environment"]["num_processes"] for name in ("one", "two")] == [1, 2]
-    phases = [read_json(path) for path in (tmp_path / "two" / "checkpoints" / "seconds").iterdir()]
-    assert sorted(phase["process"] for phase in phases) == [0, 0, 0, 1, 1, 1]
-    assert digests(tmp_path / "one" / "adapters") == digests(tmp_path / "two" / "adapters")
-    assert results["two"]["accuracy_matrix"] == results["one"]["accuracy_matrix"]
-    assert results["two"]["zero_forgetting"]["identical"] is True
-
-
-@pytest.mark.slow
-def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_example):
-    """Without dropout, whose randomness is of the process; an odd batch splits unevenly."""
-    arguments = command_line(unet_config=WITHOUT_DROPOUT, base_batch_size=9, classes_per_task=9)
-    weights = {}
-    for name, launcher in (("one", ()), ("two", TORCHRUN)):
-        run_example(*arguments, "--output_dir", name, cwd=tmp_path, launcher=launcher)
-        weights[name] = load_file(tmp_path / name / "base" / "unet" / "diffusion_pytorch_model.safetensors")
-    for key, value in weights["one"].items():
-        torch.testing.assert_close(
-            weights["two"][key], value, atol=2e-4, rtol=2e-3, msg=lambda m, key=key: f"{key}: {m}"
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["finetune", "merge_orthogonal", "replay", "guide"])
-def test_a_strategy_of_one_generator_trains_on_two_processes(strategy, tmp_path, run_example):
-    """They share every batch, so rounding differs, and no more; without dropout, whose randomness is of the process."""
-    options = ["--strategy_options", "num_inference_steps=1", "classifier_train_steps=2"]
-    arguments = command_line(strategy=strategy, rank=2, num_tasks=2, image_quality="none", unet_config=WITHOUT_DROPOUT)
-    arguments += options if strategy in ("replay", "guide") else []
-    weights = {}
-    for name, launcher in (("one", ()), ("two", TORCHRUN)):
-        run_example(*arguments, "--output_dir", name, cwd=tmp_path, launcher=launcher)
-        weights[name] = load_file(tmp_path / name / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-        assert read_json(tmp_path / name / "results.json")["environment"]["num_processes"] == (2 if launcher else 1)
-    if strategy in ("replay", "guide"):
-        return  # each process draws its share of the mixture by its own seed
-    for key, value in weights["one"].items():
-        torch.testing.assert_close(
-            weights["two"][key], value, atol=2e-3, rtol=2e-2, msg=lambda m, key=key: f"{key}: {m}"
-        )
-
-
-@pytest.mark.parametrize(
-    "moment",
-    [
-        pytest.param("checkpoints/base/step_6", marks=pytest.mark.slow),
-        "checkpoints/class_5/step_3",
-        pytest.param("adapters/class_4", marks=pytest.mark.slow),
-        pytest.param("checkpoints/class_9/step_6", marks=pytest.mark.slow),
-        pytest.param("checkpoints/evaluation/task_2.json", marks=pytest.mark.slow),
-    ],
-)
-def test_a_killed_run_ends_with_the_same_adapters(moment, uninterrupted, tmp_path, run_example):
-    example = str(REPOSITORY / "examples" / "continual_train.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, example, *command_line()], cwd=tmp_path, env=environment, stderr=log
-        )
-        wait_for(tmp_path / "out" / moment, process)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "out" / "results.json").exists()
-    run_example(*command_line(resume_from_checkpoint="latest"), cwd=tmp_path)
-    assert digests(tmp_path / "out" / "adapters") == digests(uninterrupted / "adapters")
-    assert digests(tmp_path / "out" / "base") == digests(uninterrupted / "base")
-    resumed, expected = (read_json(folder / "results.json") for folder in (tmp_path / "out", uninterrupted))
-    for key in ("accuracy_matrix", "LA", "held_out_loss", "zero_forgetting"):
-        assert resumed[key] == expected[key], key
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    for _ in range(60_000):
-        if path.exists():
-            return
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    raise AssertionError(f"{path} did not appear")
 
 
 @pytest.mark.slow
@@ -132,41 +27,7 @@ def test_a_run_whose_time_is_over_says_so_by_its_exit_code(uninterrupted, tmp_pa
     assert "`time_limit_minutes` 1e-09 is over: stopped before phase 'base'." in done.stderr
     assert "Traceback" not in done.stderr
     run_example(*command_line(resume_from_checkpoint="latest"), cwd=tmp_path)
-    assert digests(tmp_path / "out" / "adapters") == digests(uninterrupted / "adapters")
-
-
-# Each process has a clock of its own that only looking at it moves, the second one's faster.
-SLOW_AND_FAST = """
-import itertools, os, sys
-from funlora_hf.continual import time_limit
-ticks = itertools.count(step=1 + int(os.environ["RANK"]))
-time_limit.monotonic = lambda: float(next(ticks))
-sys.path.insert(0, {examples!r})
-import continual_train
-continual_train.main()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_stop_together_and_go_on_to_the_same_end(tmp_path, run_example):
-    (tmp_path / "clocked.py").write_text(SLOW_AND_FAST.format(examples=str(REPOSITORY / "examples")))
-    (tmp_path / "whole").mkdir()
-    run_example(*command_line(), cwd=tmp_path / "whole", launcher=TORCHRUN)
-    stops = []
-    while len(stops) < 10:
-        resume = "latest" if stops else None
-        arguments = command_line(time_limit_minutes=22 / 60, resume_from_checkpoint=resume, checkpointing_steps=100)
-        done = run_example(*arguments, cwd=tmp_path, launcher=TORCHRUN, script=tmp_path / "clocked.py", check=False)
-        if done.returncode == 0:
-            break
-        found = re.findall(r"0.366667 is over: stopped (.*?)\. What", done.stderr)
-        assert len(found) == 2, done.stderr[-4000:]
-        stops.append(found)
-    # The base is trained by both, which stop at one step though the clocks differ; adapters each by its own process.
-    assert any(len(set(pair)) == 1 and "of phase 'base'" in pair[0] for pair in stops), stops
-    assert any("of phase 'class_" in " ".join(pair) for pair in stops), stops
-    for part in ("base", "adapters"):
-        assert digests(tmp_path / "out" / part) == digests(tmp_path / "whole" / "out" / part)
+    assert digests(tmp_path / "out" / "adapters") == digests(uninterrupted.folder / "adapters")
 
 
 def test_accelerate_launch_starts_it(tmp_path, run_example):

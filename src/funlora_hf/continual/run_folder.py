@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ class RunFolder:
                 f"`output_dir` {self.path} was deleted or moved during the run, so that nothing more is written there. Bring it "
                 "back and pass --resume_from_checkpoint latest, or start anew."
             )
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """A block for which the folder has to stay: where it does not, that is the error, whatever follows from it."""
+        self.check_there()
+        try:
+            yield
+        except Exception:
+            self.check_there()
+            raise
 
     def check_update(self) -> None:
         """Raise a FileNotFoundError unless the folder holds a run whose adapters can be updated."""

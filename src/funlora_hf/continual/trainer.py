@@ -172,6 +172,7 @@ class ContinualTrainer:
         self._check_access(task, phases)
         started = time.perf_counter()
         self.strategy.begin_task(task)
+        self.folder.check_there()
         if self.accelerator.is_main_process:
             self._record_preparation(task, time.perf_counter() - started)
         # What is prepared may lie on disk, where the phases of other processes find it.

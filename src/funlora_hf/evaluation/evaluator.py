@@ -124,6 +124,7 @@ class RunEvaluator:
             measured["own_classifier"] = self._own_accuracies(task, seen)
             if self.strategy.learning_changes_past_classes:
                 measured["held_out_losses"] = self.held_out_losses(seen)
+            self._folder.check_there()
             write_json(record, measured)
 
     def synthetic_images(self, class_id: int, task: Task) -> torch.Tensor:

@@ -1,0 +1,177 @@
+"""Several processes on one run: what comes out is what one gives, and none waits for another that is gone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from runs import REPOSITORY, TINY_UNET, command_line, digests
+from safetensors.torch import load_file
+from started_runs import assert_same_run, finish, log_of, operations, short, started, torchrun, wait_for
+
+from funlora_hf.files import read_json
+
+
+WITHOUT_DROPOUT = {**TINY_UNET, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def one(uninterrupted, tmp_path_factory) -> Path:
+    """A run of one process on a base that is there already."""
+    place = tmp_path_factory.mktemp("one")
+    shutil.copytree(uninterrupted.folder / "base", place / "mine")
+    finish(place, short(base_model="mine"))
+    return place / "out"
+
+
+def beside(one: Path, place: Path) -> list[str]:
+    """The arguments of the same run elsewhere."""
+    shutil.copytree(one.parent / "mine", place / "mine")
+    return short(base_model="mine")
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_processes_give_the_adapters_of_one(processes, one, tmp_path):
+    """Byte for byte, on a shared base; there really were so many, each with phases of its own, and each file is one's work."""
+    finish(tmp_path, beside(one, tmp_path), launcher=torchrun(processes))
+    results = read_json(tmp_path / "out" / "results.json")
+    assert results["environment"]["num_processes"] == processes
+    phases = [read_json(path)["process"] for path in (tmp_path / "out" / "checkpoints" / "seconds").iterdir()]
+    assert len(phases) == 6
+    assert set(phases) == set(range(processes))
+    assert digests(tmp_path / "out" / "adapters") == digests(one / "adapters")
+    assert results["accuracy_matrix"] == read_json(one / "results.json")["accuracy_matrix"]
+    assert results["zero_forgetting"]["identical"] is True
+    writers: dict[str, set[int]] = {}
+    for rank in range(processes):
+        for event, path in operations(tmp_path, rank):
+            if event == "os.rename":
+                writers.setdefault(path, set()).add(rank)
+    kept = [path for path in digests(tmp_path / "out") if not writers.keys() & {path, *map(str, Path(path).parents)}]
+    assert kept == []
+    assert {path: ranks for path, ranks in writers.items() if len(ranks) > 1} == {}
+    assert {rank for ranks in writers.values() for rank in ranks} == set(range(processes))
+
+
+def processes_of(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """What a launcher has started for a run."""
+    return [
+        child
+        for child in psutil.Process(launcher.pid).children()
+        if any("watched_run.py" in arg for arg in child.cmdline())
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1, 2])
+def test_when_one_of_them_is_killed_the_others_stop_and_other_numbers_go_on(killed, one, tmp_path):
+    """Three, of which one is killed; two, whose launcher is asked to end; and one, which comes to the end."""
+    arguments = beside(one, tmp_path)
+    with started(tmp_path, arguments, launcher=torchrun(3)) as launcher:
+        wait_for(tmp_path / "out" / "checkpoints" / f"class_{4 + killed}" / "step_3", launcher)
+        processes = processes_of(launcher)
+        assert len(processes) == 3
+        processes[killed].kill()
+        assert launcher.wait(timeout=30) == 1, log_of(tmp_path)
+    assert psutil.wait_procs(processes, timeout=30)[1] == []
+    assert not (tmp_path / "out" / "results.json").exists()
+
+    resumed = [*arguments, "--resume_from_checkpoint", "latest"]
+    with started(tmp_path, resumed, launcher=torchrun(2)) as launcher:
+        wait_for(tmp_path / "out" / "adapters" / "class_8", launcher)
+        processes = processes_of(launcher)
+        assert len(processes) == 2
+        launcher.terminate()
+        assert launcher.wait(timeout=30) != 0, log_of(tmp_path)
+    assert psutil.wait_procs(processes, timeout=30)[1] == []
+    finish(tmp_path, resumed)
+    assert_same_run(tmp_path / "out", one)
+
+
+@pytest.mark.slow
+def test_a_second_run_in_one_folder_is_refused(uninterrupted, tmp_path, run_example):
+    """It says who is there; the first one goes on as if nothing had been."""
+    with started(tmp_path) as first:
+        wait_for(tmp_path / "out" / "checkpoints" / "class_4" / "step_3", first)
+        for more in ("--resume_from_checkpoint=latest", "--overwrite_output_dir"):
+            done = run_example(*command_line(), more, cwd=tmp_path, check=False)
+            assert done.returncode == 1
+            assert re.search(
+                rf"out is in use by process {first.pid} on \S+, for 0\.\d minutes\. Wait for it", done.stderr
+            )
+            assert "Traceback" not in done.stderr
+        assert first.wait() == 0, log_of(tmp_path)
+    assert_same_run(tmp_path / "out", uninterrupted.folder)
+
+
+@pytest.mark.slow
+def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_example):
+    """Without dropout, whose randomness is of the process; an odd batch splits unevenly."""
+    arguments = command_line(unet_config=WITHOUT_DROPOUT, base_batch_size=9, classes_per_task=9)
+    weights = {}
+    for name, launcher in (("one", ()), ("two", torchrun(2))):
+        run_example(*arguments, "--output_dir", name, cwd=tmp_path, launcher=launcher)
+        weights[name] = load_file(tmp_path / name / "base" / "unet" / "diffusion_pytorch_model.safetensors")
+    for key, value in weights["one"].items():
+        torch.testing.assert_close(
+            weights["two"][key], value, atol=2e-4, rtol=2e-3, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["finetune", "merge_orthogonal", "replay", "guide"])
+def test_a_strategy_of_one_generator_trains_on_two_processes(strategy, tmp_path, run_example):
+    """They share every batch, so rounding differs, and no more; without dropout, whose randomness is of the process."""
+    options = ["--strategy_options", "num_inference_steps=1", "classifier_train_steps=2"]
+    arguments = command_line(strategy=strategy, rank=2, num_tasks=2, image_quality="none", unet_config=WITHOUT_DROPOUT)
+    arguments += options if strategy in ("replay", "guide") else []
+    weights = {}
+    for name, launcher in (("one", ()), ("two", torchrun(2))):
+        run_example(*arguments, "--output_dir", name, cwd=tmp_path, launcher=launcher)
+        weights[name] = load_file(tmp_path / name / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+        assert read_json(tmp_path / name / "results.json")["environment"]["num_processes"] == (2 if launcher else 1)
+    if strategy in ("replay", "guide"):
+        return  # each process draws its share of the mixture by its own seed
+    for key, value in weights["one"].items():
+        torch.testing.assert_close(
+            weights["two"][key], value, atol=2e-3, rtol=2e-2, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+# Each process has a clock of its own that only looking at it moves, the second one's faster.
+SLOW_AND_FAST = """
+import itertools, os, sys
+from funlora_hf.continual import time_limit
+ticks = itertools.count(step=1 + int(os.environ["RANK"]))
+time_limit.monotonic = lambda: float(next(ticks))
+sys.path.insert(0, {examples!r})
+import continual_train
+continual_train.main()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on_to_the_same_end(tmp_path, run_example):
+    (tmp_path / "clocked.py").write_text(SLOW_AND_FAST.format(examples=str(REPOSITORY / "examples")))
+    (tmp_path / "whole").mkdir()
+    run_example(*command_line(), cwd=tmp_path / "whole", launcher=torchrun(2))
+    stops = []
+    while len(stops) < 10:
+        resume = "latest" if stops else None
+        arguments = command_line(time_limit_minutes=22 / 60, resume_from_checkpoint=resume, checkpointing_steps=100)
+        done = run_example(*arguments, cwd=tmp_path, launcher=torchrun(2), script=tmp_path / "clocked.py", check=False)
+        if done.returncode == 0:
+            break
+        found = re.findall(r"0.366667 is over: stopped (.*?)\. What", done.stderr)
+        assert len(found) == 2, done.stderr[-4000:]
+        stops.append(found)
+    # The base is trained by both, which stop at one step though the clocks differ; adapters each by its own process.
+    assert any(len(set(pair)) == 1 and "of phase 'base'" in pair[0] for pair in stops), stops
+    assert any("of phase 'class_" in " ".join(pair) for pair in stops), stops
+    for part in ("base", "adapters"):
+        assert digests(tmp_path / "out" / part) == digests(tmp_path / "whole" / "out" / part)
