@@ -18,7 +18,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from continual_train import parse
+from continual_train import ERRORS, parse
 
 from funlora_hf.ablation.runner import AblationArguments, run_ablation
 from funlora_hf.ablation.tables import ablation_rows, as_markdown
@@ -33,7 +33,7 @@ def main() -> None:
         reference, ablation = parse(sys.argv[1:], AblationArguments, description=__doc__)
         variants = variants_of(ablation.tables, ablation.variants)
         results = run_ablation(ablation, reference, variants)
-    except (ValueError, FileExistsError, FileNotFoundError, ImportError, RuntimeError) as error:
+    except (*ERRORS, RuntimeError) as error:
         logging.getLogger(__name__).debug("details", exc_info=True)
         sys.exit(f"error: {error}")
     rows = ablation_rows(results, ablation.tables)

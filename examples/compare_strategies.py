@@ -22,7 +22,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from continual_train import parse
+from continual_train import ERRORS, parse
 
 from funlora_hf.comparison.report import write_comparison
 from funlora_hf.comparison.runner import ComparisonArguments, failures, run_comparison
@@ -35,7 +35,7 @@ def main() -> None:
     try:
         reference, comparison = parse(sys.argv[1:], ComparisonArguments, description=__doc__)
         compared = run_comparison(comparison, reference)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except ERRORS as error:
         logging.getLogger(__name__).debug("details", exc_info=True)
         sys.exit(f"error: {error}")
     output_dir = Path(reference.training.output_dir)

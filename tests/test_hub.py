@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from runs import digests, short_run, write_adapters
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 
 import funlora_hf
 from funlora_hf import (
@@ -400,13 +400,20 @@ def test_a_deleted_class_is_gone_everywhere(hub, run_folder, history):
     (run_folder / "figures").mkdir()
     for name in ("class_7.png", "class_8.png", "samples_task_1.png", "samples_task_2.png", "samples_task_3.png"):
         (run_folder / "figures" / name).touch()
+    samples = run_folder / "figures" / "samples.safetensors"
+    save_file({f"task_{task}/class_{label}": torch.full((1,), label) for task in (1, 2) for label in (7, 8)}, samples)
     places = delete_class(7, pipeline=pipe, bank=bank, output_dir=run_folder, repo_id=REPO, history=history)
     assert places == ["repo_id", "pipeline", "bank", "output_dir"]
     assert 7 not in pipe.classes
     assert 7 not in bank
     assert torch.equal(velocity(pipe, 8), before)
     assert not (run_folder / "adapters" / "class_7").exists()
-    assert {path.name for path in (run_folder / "figures").iterdir()} == {"class_8.png", "samples_task_1.png"}
+    kept = {"class_8.png", "samples_task_1.png", "samples.safetensors"}
+    assert {path.name for path in (run_folder / "figures").iterdir()} == kept
+    assert {key: value.item() for key, value in load_file(samples).items()} == {
+        "task_1/class_8": 8,
+        "task_2/class_8": 8,
+    }
     files = contents(hub)
     assert not any(
         "class_7" in name or b"class_7" in content or b"name 7" in content for name, content in files.items()

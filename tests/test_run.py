@@ -32,6 +32,7 @@ from funlora_hf.evaluation import evaluator as evaluator_module
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError
 from funlora_hf.files import read_json, write_json
+from funlora_hf.folder_lock import FolderInUseError, folder_lock
 from funlora_hf.run import run
 from funlora_hf.sampling import to_uint8
 
@@ -773,3 +774,15 @@ def test_one_class_alone_is_refused(inside):
     PIL.Image.new("L", (8, 8)).save(inside / "images" / "only" / "1.png")
     with pytest.raises(ValueError, match="at least two classes"):
         run(short_run(dataset_name="images"))
+
+
+@pytest.mark.parametrize("arguments", [{"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}])
+def test_a_second_run_in_one_folder_is_refused(arguments, tmp_path):
+    out = tmp_path / "out"
+    (out / "adapters" / "class_4").mkdir(parents=True)
+    with (
+        folder_lock(out),
+        pytest.raises(FolderInUseError, match=r"out is in use by process .* Wait for it or stop it"),
+    ):
+        run(short_run(output_dir=str(out), **arguments))
+    assert [path.name for path in out.rglob("*")] == ["adapters", "class_4"]

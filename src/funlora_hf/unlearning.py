@@ -6,9 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from .adapter_bank import AdapterBank
 from .adapter_folder import ADAPTERS_FOLDER, adapter_name
-from .files import read_json
+from .files import read_json, read_tensors, whole_file
 from .hub import delete_class_from_hub
 from .pipeline import FunLoraPipeline
 
@@ -72,6 +74,7 @@ def _delete_from_folder(folder: Path, class_label: int) -> bool:
     name = adapter_name(class_label)
     adapter = folder / ADAPTERS_FOLDER / name
     had_it = adapter.is_dir()
+    _forget_samples(folder / "figures" / "samples.safetensors", name)
     traces = [adapter, folder / "figures" / f"{name}.png", *_grids_with(folder, class_label)]
     traces += [path for path in (folder / "checkpoints").rglob(f"{name}*") if path.stem == name]
     for path in traces:
@@ -80,6 +83,14 @@ def _delete_from_folder(folder: Path, class_label: int) -> bool:
         else:
             path.unlink(missing_ok=True)
     return had_it
+
+
+def _forget_samples(file: Path, name: str) -> None:
+    """Take a class out of the first samples of all classes."""
+    if file.is_file():
+        samples = read_tensors(file, remedy="delete it; it shows what a run has drawn, and nothing is made of it")
+        with whole_file(file) as temporary:
+            save_file({key: images for key, images in samples.items() if key.rpartition("/")[2] != name}, temporary)
 
 
 def _grids_with(folder: Path, class_label: int) -> list[Path]:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from runs import short_run
 
-from funlora_hf.ablation.runner import AblationArguments
+from funlora_hf.ablation.runner import AblationArguments, run_ablation
+from funlora_hf.ablation.variants import variants_of
+from funlora_hf.folder_lock import FolderInUseError, folder_lock
 
 
 @pytest.mark.parametrize(
@@ -17,3 +20,10 @@ from funlora_hf.ablation.runner import AblationArguments
 def test_bad_arguments_are_named(arguments, words):
     with pytest.raises(ValueError, match=words):
         AblationArguments(**arguments)
+
+
+def test_a_second_ablation_in_one_folder_is_refused(tmp_path):
+    arguments = AblationArguments(seeds=[0])
+    with folder_lock(tmp_path), pytest.raises(FolderInUseError, match="is in use by process"):
+        run_ablation(arguments, short_run(output_dir=str(tmp_path)), variants_of(arguments.tables, arguments.variants))
+    assert not [path for path in tmp_path.iterdir() if not path.name.startswith(".")]

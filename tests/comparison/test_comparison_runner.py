@@ -8,6 +8,7 @@ from runs import short_run
 
 from funlora_hf.comparison import runner
 from funlora_hf.comparison.runner import ComparisonArguments, failures, run_comparison
+from funlora_hf.folder_lock import FolderInUseError, folder_lock
 from funlora_hf.jobs import Outcome
 
 
@@ -98,6 +99,12 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(jobs, tmp_path, refe
         )
     assert not jobs
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_comparison_in_one_folder_is_refused(jobs, tmp_path):
+    with folder_lock(tmp_path), pytest.raises(FolderInUseError, match="is in use by process"):
+        run_comparison(ComparisonArguments(strategies=["funlora"], seeds=[0]), short_run(output_dir=str(tmp_path)))
+    assert not jobs
 
 
 def test_failures_are_named_with_their_seed(tmp_path):

@@ -19,6 +19,7 @@ from diffusers import UNet2DModel
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
 from ..field_types import check_field_types
 from ..files import read_json, write_json
+from ..folder_lock import folder_lock
 from ..jobs import Job, run_jobs, with_changes
 from ..layer_selection import layer_importance, select_layers
 from ..run import RunArguments
@@ -73,8 +74,16 @@ def run_ablation(
 
     Raises:
         RuntimeError: a base could not be trained, without which nothing can run.
+        FolderInUseError: another ablation is at work in `output_dir`.
     """
     output_dir = Path(reference.training.output_dir)
+    with folder_lock(output_dir):
+        return _run_variants(ablation, reference, variants, output_dir)
+
+
+def _run_variants(
+    ablation: AblationArguments, reference: RunArguments, variants: Sequence[Variant], output_dir: Path
+) -> dict[str, list[dict[str, Any] | None]]:
     bases = [
         Job(_base_run(reference, seed, output_dir), output_dir / f"seed_{seed}" / "base") for seed in ablation.seeds
     ]

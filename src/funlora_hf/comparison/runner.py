@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..field_types import check_field_types
+from ..folder_lock import folder_lock
 from ..jobs import Job, Outcome, run_jobs, with_changes
 from ..run import RunArguments
 from ..seeds import check_seeds
@@ -80,12 +81,14 @@ def run_comparison(comparison: ComparisonArguments, reference: RunArguments) -> 
 
     Raises:
         ValueError: arguments that a comparison cannot heed, or that a strategy's run cannot have.
+        FolderInUseError: another comparison is at work in `output_dir`.
     """
     _check_reference(reference)
     choices = comparison.choices()
     # All of a seed before the next: a comparison that is stopped early has whole seeds.
     jobs = [_job(reference, choice, seed) for seed in comparison.seeds for choice in choices]
-    outcomes = run_jobs(jobs, comparison.num_workers, description="runs")
+    with folder_lock(Path(reference.training.output_dir)):
+        outcomes = run_jobs(jobs, comparison.num_workers, description="runs")
     return [
         Compared(
             choice,
