@@ -20,14 +20,17 @@ STAGES = {
     "samples": r'(pipeline|sampling|solvers|held_out)\.py", line',
     "report": r"in report_run$",
     "evaluation": r'evaluation/\w+\.py", line',
-    "training": r"in _run_phase$",
+    "training of {}": r"in _run_phase$",
 }
 
 
 def stage(place: Path) -> str:
-    """What the run was at when it was last told to end."""
+    """What the run was at when it was told to end."""
     stack = (place / "stack.0").read_text()
-    return next((name for name, pattern in STAGES.items() if re.search(pattern, stack, re.MULTILINE)), "between these")
+    found = next(
+        (name for name, pattern in STAGES.items() if re.search(pattern, stack, re.MULTILINE)), "between these"
+    )
+    return found.format("an adapter" if (place / "out" / "base").exists() else "the base")
 
 
 def check_end(place: Path, code: int, by: str) -> None:
