@@ -20,10 +20,13 @@ from funlora_hf.run import run
 
 
 class Operations:
-    """Counts what is done to files below a folder, and calls something before one of these operations."""
+    """Counts what is done to files below a folder, and calls something before one of these operations.
+
+    `last` is the number of the one by which the run has its results.
+    """
 
     def __init__(self) -> None:
-        self.seen, self._at, self._root, self._action = 0, 0, None, None
+        self.seen, self.last, self._at, self._root, self._action = 0, 0, 0, None, None
         on_write(self._tell)
 
     def watch(self, root: Path, at: int = 0, action: Callable[[], None] | None = None) -> None:
@@ -33,10 +36,12 @@ class Operations:
     def stop(self) -> None:
         self._root = None
 
-    def _tell(self, _: str, path: str) -> None:
+    def _tell(self, event: str, path: str) -> None:
         if self._root is None or not path.startswith(self._root):
             return
         self.seen += 1
+        if (event, path) == ("os.rename", f"{self._root}results.json"):
+            self.last = self.seen
         if self.seen == self._at:
             self.stop()
             self._action()
@@ -65,14 +70,14 @@ def operations() -> Operations:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, operations) -> tuple[Path, int]:
-    """A run's folder, and the file operations there."""
+    """A run's folder, and the number of file operations until it has its results."""
     place = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         operations.watch(OUT)
         do()
         operations.stop()
-    return place / OUT, operations.seen
+    return place / OUT, operations.last
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +136,7 @@ def test_read_only(number, uninterrupted, operations):
             stack.enter_context(mounted(OUT, "--bind", "-o", "ro", str(OUT)))
 
         operations.watch(OUT, moment(number, uninterrupted), close)
-        with pytest.raises(OSError, match=r"out/.*Read-only file system|Read-only file system.*out/"):
+        with pytest.raises(OSError, match="disk/out/"):
             do()
     do(resume="latest")
     assert_same_run(OUT, uninterrupted[0])
@@ -165,7 +170,7 @@ def test_permission_denied(number, uninterrupted, tmp_path, operations):
     OUT.mkdir(parents=True)
     with nobodys(OUT) as close:
         operations.watch(OUT, moment(number, uninterrupted), close)
-        with pytest.raises(OSError, match=r"out/.*Permission denied|Permission denied.*out/"):
+        with pytest.raises(OSError, match="disk/out/"):
             do()
     do(resume="latest")
     assert_same_run(OUT, uninterrupted[0])

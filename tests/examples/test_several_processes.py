@@ -94,19 +94,24 @@ def test_when_one_of_them_is_killed_the_others_stop_and_other_numbers_go_on(kill
 
 
 @pytest.mark.slow
-def test_a_second_run_in_one_folder_is_refused(uninterrupted, tmp_path, run_example):
+def test_a_second_run_in_one_folder_is_refused(tmp_path, run_example):
     """It says who is there; the first one goes on as if nothing had been."""
-    with started(tmp_path) as first:
+    endless = short(adapter_train_steps=1_000_000)
+    with started(tmp_path, endless) as first:
         wait_for(tmp_path / "out" / "checkpoints" / "class_4" / "step_3", first)
+        base = digests(tmp_path / "out" / "base")
         for more in ("--resume_from_checkpoint=latest", "--overwrite_output_dir"):
-            done = run_example(*command_line(), more, cwd=tmp_path, check=False)
+            done = run_example(*endless, "--output_dir", "out", more, cwd=tmp_path, check=False)
             assert done.returncode == 1
             assert re.search(
-                rf"out is in use by process {first.pid} on \S+, for 0\.\d minutes\. Wait for it", done.stderr
+                rf"out is in use by process {first.pid} on \S+, for \d\.\d minutes\. Wait for", done.stderr
             )
             assert "Traceback" not in done.stderr
-        assert first.wait() == 0, log_of(tmp_path)
-    assert_same_run(tmp_path / "out", uninterrupted.folder)
+        assert first.poll() is None
+        first.terminate()
+        assert first.wait(timeout=60) == 143
+    assert digests(tmp_path / "out" / "base") == base
+    assert len(list((tmp_path / "out" / "checkpoints" / "class_4").glob("step_*"))) == 2
 
 
 @pytest.mark.slow
