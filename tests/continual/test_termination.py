@@ -23,8 +23,17 @@ def test_steps_see_it_and_stop_when_they_can():
             assert not termination.requested
             os.kill(os.getpid(), signal.SIGTERM)
             assert termination.requested
-        with pytest.raises(Terminated):
+
+
+def test_a_second_one_changes_nothing():
+    """As a launcher and a batch system may both send it."""
+    with pytest.raises(Terminated), Termination():
+        try:
             os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            cleaned = True
+    assert cleaned
 
 
 def test_it_is_not_an_error_that_others_catch():

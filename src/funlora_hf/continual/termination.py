@@ -64,10 +64,11 @@ class Termination:
             self._deferred = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self.requested:
-            self.requested = True
-            self._guard = threading.Timer(self._grace, os._exit, [EXIT_CODE])
-            self._guard.daemon = True
-            self._guard.start()
+        if self.requested:
+            return  # a launcher and a batch system may both send it, and the end is under way
+        self.requested = True
+        self._guard = threading.Timer(self._grace, os._exit, [EXIT_CODE])
+        self._guard.daemon = True
+        self._guard.start()
         if not self._deferred:
             raise Terminated("outside the steps of a phase")
