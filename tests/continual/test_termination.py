@@ -18,11 +18,10 @@ def test_outside_of_steps_it_stops_at_once():
 
 
 def test_steps_see_it_and_stop_when_they_can():
-    with Termination() as termination:
-        with termination.deferred():
-            assert not termination.requested
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert termination.requested
+    with Termination() as termination, termination.deferred():
+        assert not termination.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert termination.requested
 
 
 def test_a_second_one_changes_nothing():
