@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from .files import read_json
 from .tuner.config import check_class_label, check_class_name
 from .tuner.tensor_checks import shortened
-from .unet_config import check_unet_config
+from .unet_config import check_sizes, check_unet_config
 
 
 UNET_FOLDER = "unet"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 PIPELINE = "model_index.json"
 # Where the generator of a run lies: a strategy that trains it on after task 1 leaves another one than the base.
 GENERATOR_FOLDERS = ("model", "base")
@@ -29,7 +30,7 @@ _COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", 
 
 def check_base_folder(folder: Path) -> None:
     """
-    Raise a ValueError that names the file, unless a pipeline's or a U-Net's JSON names just the classes of such a base, and no
+    Raise a ValueError that names the file, unless a pipeline's, U-Net's or scheduler's JSON names just the classes of such a base, and no
     sizes beyond reason: diffusers imports whatever library a file names, and builds whatever it asks for.
     """
     if (folder / PIPELINE).is_file():
@@ -45,9 +46,17 @@ def check_base_folder(folder: Path) -> None:
                 f"{os.fspath(folder / PIPELINE)!r} has `_class_name` {shortened(repr(index.get('_class_name')), 100)}, expected "
                 "the name of a pipeline: no code of a folder is run."
             )
+        for name, kind in (("class_ids", list), ("id2label", dict)):
+            if not isinstance(index.get(name, kind()), (kind, type(None))):
+                raise ValueError(
+                    f"{os.fspath(folder / PIPELINE)!r} has `{name}` {shortened(repr(index[name]), 100)}, expected a "
+                    f"{kind.__name__}."
+                )
     for place in (folder / UNET_FOLDER / "config.json", folder / "config.json"):
         if place.is_file():
             check_unet_config(_mapping(place), field=os.fspath(place))
+    if (folder / SCHEDULER_CONFIG).is_file():
+        check_sizes(_mapping(folder / SCHEDULER_CONFIG), field=os.fspath(folder / SCHEDULER_CONFIG))
 
 
 def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:
