@@ -419,7 +419,12 @@ def _open_splits(
         )
     try:
         return name, load_dataset(**arguments)
-    except (FileNotFoundError, ValueError, DatasetsError) as error:
+    except Exception as error:
+        # Of what files say of themselves, `datasets` raises many types; no network and no rights speak for themselves.
+        if isinstance(error, (ImportError, OSError)) and not isinstance(
+            error, (FileNotFoundError, ValueError, DatasetsError)
+        ):
+            raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(
             f"dataset_name={dataset_name!r} could not be loaded ({type(error).__name__}: {error}). Expected a folder "

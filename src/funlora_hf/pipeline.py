@@ -376,12 +376,12 @@ class FunLoraPipeline(DiffusionPipeline):
         kwargs.setdefault("use_safetensors", True)
         try:
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, ValueError, ImportError):
+        except (OSError, ImportError):
             raise
         except Exception as error:
             raise ValueError(
-                f"The pipeline in {os.fspath(pretrained_model_name_or_path)!r} cannot be loaded "
-                f"({type(error).__name__}: {error}): see the JSON of its U-Net and scheduler."
+                f"The pipeline {os.fspath(pretrained_model_name_or_path)!r} cannot be loaded: "
+                f"{type(error).__name__}: {error}"
             ) from error
         for folder in adapter_folders(Path(pretrained_model_name_or_path) / ADAPTERS_FOLDER):
             pipe.load_adapter(folder, **adapter_class(folder))
