@@ -123,7 +123,7 @@ class ImageClassificationData:
             except Exception as error:  # PIL's decoders raise many types, several of them not OSError
                 raise ValueError(
                     f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
-                    f"{self.class_names[class_id]!r} in column {self._image_column!r} cannot be read "
+                    f"{shortened(repr(self.class_names[class_id]), 100)} in column {self._image_column!r} cannot be read "
                     f"({type(error).__name__}: {shortened(str(error), 300)}). Expected an image that "
                     "Pillow can open and convert to 8 bits; remove this row from the dataset or replace its image."
                 ) from error
