@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -370,6 +370,7 @@ def test_empty_training_split(monkeypatch):
         load("owner/name")
 
 
+@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     test_fraction=st.floats(0.01, 0.99),

@@ -14,7 +14,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from .cards import adapter_card
-from .files import read_json, whole_folder
+from .files import read_mapping, whole_folder
+from .tuner.config import check_class_label, check_class_name
+from .tuner.tensor_checks import shortened
 
 
 ADAPTERS_FOLDER = "adapters"
@@ -41,15 +43,34 @@ def adapter_class(folder: Path) -> dict[str, Any]:
     """Which class an adapter folder of a run makes: `{"class_label": id or None, "class_name": name or None}`.
 
     FunLoRA's configuration says so; other methods' do not, and the folder's name and the card do.
+
+    Raises:
+        ValueError: what says so is damaged, or no id or name; it names the file.
     """
-    settings = read_json(folder / "adapter_config.json")
+    file = folder / "adapter_config.json"
+    settings = read_mapping(file)
     label, name = settings.get("class_label"), settings.get("class_name")
     if label is None:
         label = folder_class(folder)
     card = folder / "README.md"
     if name is None and card.is_file():
-        name = ModelCard.load(card).data.to_dict().get("class_name")
+        file, name = card, _name_in_card(card)
+    if not isinstance(name, (str, type(None))):
+        raise ValueError(f"{os.fspath(file)!r} has `class_name` {shortened(repr(name), 100)}, expected text.")
+    try:
+        check_class_label(label)
+        check_class_name(name)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(file)!r}: {error}") from error
     return {"class_label": label, "class_name": name}
+
+
+def _name_in_card(card: Path) -> Any:
+    try:
+        return ModelCard.load(card).data.to_dict().get("class_name")
+    # Of YAML that anybody may have written, PyYAML and huggingface_hub raise many types.
+    except Exception as error:
+        raise ValueError(f"{os.fspath(card)!r} has no sound front matter: {shortened(str(error), 300)}") from error
 
 
 def save_adapter(

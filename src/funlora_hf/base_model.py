@@ -12,13 +12,14 @@ from diffusers import UNet2DModel
 from peft import PeftConfig
 from safetensors import SafetensorError
 
-from .files import read_json
+from .files import read_mapping
 from .tuner.config import check_class_label, check_class_name
 from .tuner.tensor_checks import shortened
-from .unet_config import check_unet_config
+from .unet_config import check_sizes, check_unet_config
 
 
 UNET_FOLDER = "unet"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 PIPELINE = "model_index.json"
 # Where the generator of a run lies: a strategy that trains it on after task 1 leaves another one than the base.
 GENERATOR_FOLDERS = ("model", "base")
@@ -29,11 +30,11 @@ _COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", 
 
 def check_base_folder(folder: Path) -> None:
     """
-    Raise a ValueError that names the file, unless a pipeline's or a U-Net's JSON names just the classes of such a base, and no
+    Raise a ValueError that names the file, unless a pipeline's, U-Net's or scheduler's JSON names just the classes of such a base, and no
     sizes beyond reason: diffusers imports whatever library a file names, and builds whatever it asks for.
     """
     if (folder / PIPELINE).is_file():
-        index = _mapping(folder / PIPELINE)
+        index = read_mapping(folder / PIPELINE, most_bytes=MOST_CONFIG)
         for name, expected in _COMPONENTS.items():
             if name in index and index[name] != list(expected):
                 raise ValueError(
@@ -45,9 +46,19 @@ def check_base_folder(folder: Path) -> None:
                 f"{os.fspath(folder / PIPELINE)!r} has `_class_name` {shortened(repr(index.get('_class_name')), 100)}, expected "
                 "the name of a pipeline: no code of a folder is run."
             )
+        for name, kind in (("class_ids", list), ("id2label", dict)):
+            if not isinstance(index.get(name, kind()), (kind, type(None))):
+                raise ValueError(
+                    f"{os.fspath(folder / PIPELINE)!r} has `{name}` {shortened(repr(index[name]), 100)}, expected a "
+                    f"{kind.__name__}."
+                )
     for place in (folder / UNET_FOLDER / "config.json", folder / "config.json"):
         if place.is_file():
-            check_unet_config(_mapping(place), field=os.fspath(place))
+            check_unet_config(read_mapping(place, most_bytes=MOST_CONFIG), field=os.fspath(place))
+    if (folder / SCHEDULER_CONFIG).is_file():
+        check_sizes(
+            read_mapping(folder / SCHEDULER_CONFIG, most_bytes=MOST_CONFIG), field=os.fspath(folder / SCHEDULER_CONFIG)
+        )
 
 
 def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:
@@ -95,7 +106,7 @@ def base_classes(folder: Path) -> dict[int, str]:
     """
     check_base_folder(folder)
     try:
-        index = _mapping(folder / PIPELINE) if (folder / PIPELINE).is_file() else {}
+        index = read_mapping(folder / PIPELINE, most_bytes=MOST_CONFIG) if (folder / PIPELINE).is_file() else {}
         rows = UNet2DModel.load_config(folder, subfolder=_unet_subfolder(folder)).get("num_class_embeds") or 0
         ids = index.get("class_ids") or list(range(rows))
         names = {int(class_id): str(name) for class_id, name in (index.get("id2label") or {}).items()}
@@ -130,13 +141,6 @@ def read_unet(folder: Path) -> UNet2DModel:
         listed = "; ".join(f"{name}: {', '.join(map(str, list(keys)[:5]))}" for name, keys in wrong.items())
         raise ValueError(f"The U-Net in {os.fspath(folder)!r} has not the tensors that its config makes: {listed}.")
     return unet.eval()
-
-
-def _mapping(file: Path) -> dict:
-    value = read_json(file, most_bytes=MOST_CONFIG)
-    if not isinstance(value, dict):
-        raise ValueError(f"{os.fspath(file)!r} holds a {type(value).__name__}, expected a mapping.")
-    return value
 
 
 def _unet_subfolder(folder: Path) -> str | None:

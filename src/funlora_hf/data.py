@@ -17,6 +17,9 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetsError
 from PIL import Image, ImageOps
 
+from .encoded_images import check_encoded_image
+from .tuner.tensor_checks import shortened
+
 
 # Every held-out split is drawn with this seed, whatever the seed of a run: runs must be tested on the same images.
 HOLD_OUT_SEED = 0
@@ -112,16 +115,19 @@ class ImageClassificationData:
             try:
                 if example[self._image_column] is None:
                     raise ValueError("the row holds no image")
+                check_encoded_image(example[self._image_column])
                 # decode_example applies the EXIF orientation.
                 image = decoder.decode_example(example[self._image_column])
+                mode = image.mode
                 pixels[index] = _to_array(image, size=size, channels=channels)
             except Exception as error:  # PIL's decoders raise many types, several of them not OSError
                 raise ValueError(
-                    f"dataset {self.name!r}, split {part.source!r}, row {row}: the image in column "
-                    f"{self._image_column!r} cannot be read ({type(error).__name__}: {error}). Expected an image that "
+                    f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
+                    f"{shortened(repr(self.class_names[class_id]), 100)} in column {self._image_column!r} cannot be read "
+                    f"({type(error).__name__}: {shortened(str(error), 300)}). Expected an image that "
                     "Pillow can open and convert to 8 bits; remove this row from the dataset or replace its image."
                 ) from error
-            self._warn_of_conversion(image.mode)
+            self._warn_of_conversion(mode)
         return torch.from_numpy(pixels)
 
     def with_class_ids(self, ids: Sequence[int]) -> "ImageClassificationData":
@@ -342,7 +348,10 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
 def _check_unique(field: str, values: list) -> None:
     repeated = sorted({value for value in values if values.count(value) > 1}) if len(set(values)) < len(values) else []
     if repeated:
-        raise ValueError(f"{field}={values} holds {repeated} more than once: each class must be given once.")
+        raise ValueError(
+            f"{field}={shortened(str(values), 1000)} holds {shortened(str(repeated), 1000)} more than once: each class must be "
+            "given once."
+        )
 
 
 def _check_numbers(
@@ -410,7 +419,12 @@ def _open_splits(
         )
     try:
         return name, load_dataset(**arguments)
-    except (FileNotFoundError, ValueError, DatasetsError) as error:
+    except Exception as error:
+        # Of what files say of themselves, `datasets` raises many types; no network and no rights speak for themselves.
+        if isinstance(error, (ImportError, OSError)) and not isinstance(
+            error, (FileNotFoundError, ValueError, DatasetsError)
+        ):
+            raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(
             f"dataset_name={dataset_name!r} could not be loaded ({type(error).__name__}: {error}). Expected a folder "
@@ -568,7 +582,7 @@ def _read_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[int, 
         names = dict(enumerate(feature.names))
     elif _is_integer(feature):
         names = {value: str(value) for value in sorted({v for vs in values.values() for v in vs if v is not None})}
-        names = {value: name for value, name in names.items() if value >= 0}
+        names = {value: name for value, name in names.items() if 0 <= value < 2**63}
     else:
         # Names of the training split first: the ids must not depend on which test split is chosen.
         known = {value for value in train if value is not None}
@@ -581,9 +595,13 @@ def _read_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[int, 
             ids[split] = np.array([id_of[value] for value in split_values], dtype=np.int64)
         except KeyError:
             row = next(row for row, value in enumerate(split_values) if value not in id_of)
-            expected = f"0..{len(names) - 1}" if isinstance(feature, ClassLabel) else "a class (integers >= 0)"
+            expected = (
+                f"0..{len(names) - 1}"
+                if isinstance(feature, ClassLabel)
+                else "a class (integers from 0 to 2**63 - 1, or text)"
+            )
             raise ValueError(
-                f"label_column={column!r}: row {row} of split {split!r} has the label {split_values[row]!r}, expected "
+                f"label_column={column!r}: row {row} of split {split!r} has the label {shortened(repr(split_values[row]), 100)}, expected "
                 f"{expected}. Remove the unlabelled rows, or choose a labelled split with --train_split or "
                 f"--test_split (--test_split {next(iter(splits))} holds a part of the training split out)."
             ) from None
@@ -623,7 +641,7 @@ def _with_training_images(
     if dropped:
         warnings.warn(
             f"dataset {name!r}: these classes have no image in split {train_split!r} and are left out: "
-            f"{', '.join(dropped)}.",
+            f"{shortened(', '.join(dropped), 1000)}.",
             stacklevel=3,
         )
     return {class_id: class_name for class_id, class_name in class_names.items() if class_id in train_rows}
@@ -650,11 +668,13 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     """
     if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
         return image
-    values = np.asarray(image).astype(np.float64)
+    values = np.array(image, dtype=np.float64)
     limit = 1 if image.mode == "F" else 65535
     if not (values.min() >= 0 and values.max() <= limit):
         raise ValueError(
             f"its values lie in {values.min()}..{values.max()}, but an image of mode {image.mode!r} must hold "
             f"0..{limit}"
         )
-    return Image.fromarray(np.round(values * (255 / limit)).astype(np.uint8))
+    # In place: a large image takes 8 bytes a pixel here.
+    values *= 255 / limit
+    return Image.fromarray(np.round(values, out=values).astype(np.uint8))

@@ -151,23 +151,51 @@ def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
         raise ValueError(f"{os.fspath(path)!r} is no sound JSON file: {error}.") from error
 
 
-def read_tensors(path: Path, *, remedy: str) -> dict[str, torch.Tensor]:
+def read_mapping(path: Path, *, keys: Iterable[str] = (), most_bytes: int = MOST_JSON) -> dict[str, Any]:
+    """As `read_json`, of a file that holds a mapping.
+
+    Args:
+        path: of the file.
+        keys: those that it must have.
+        most_bytes: that the file may have.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no JSON, no mapping or one that lacks a key, or more than `most_bytes`; it names the file.
+    """
+    value = read_json(path, most_bytes=most_bytes)
+    if not isinstance(value, dict):
+        raise ValueError(f"{os.fspath(path)!r} holds a {type(value).__name__}, expected a mapping.")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise ValueError(
+            f"{os.fspath(path)!r} has no {', '.join(map(repr, missing))}: it is damaged, or another file."
+        )
+    return value
+
+
+def read_tensors(path: Path, *, remedy: str, keys: Iterable[str] = ()) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
     Args:
         path: of the file.
         remedy: what to do if it is damaged, a clause.
+        keys: names of tensors that it must have.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is damaged; it names the file and the remedy.
     """
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{os.fspath(path)!r} is not a sound safetensors file ({error}): {remedy}.") from error
+    missing = [key for key in keys if key not in tensors]
+    if missing:
+        raise ValueError(f"{os.fspath(path)!r} has no tensor {', '.join(map(repr, missing))}: {remedy}.")
+    return tensors
 
 
 def file_sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from .adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from .base_model import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
 from .cards import ClassRow, Place, adapter_card
-from .files import read_json
+from .files import read_json, read_mapping
 from .fingerprint import base_fingerprints
 from .hub_index import CARD, results_without
 from .saved_adapter import SavedAdapter, read_adapter
@@ -129,7 +129,7 @@ class AdapterFolder:
     ) -> dict[str, Path | bytes]:
         """What the repository gets: config, with the base as others find it, weights, card and picture."""
         folder = self.adapter.folder
-        settings = read_json(folder / CONFIG_NAME)
+        settings = read_mapping(folder / CONFIG_NAME)
         settings["base_model_name_or_path"], settings["revision"] = base.repo_id, base.revision
         weights = folder / SAFETENSORS_WEIGHTS_NAME
         card = adapter_card(
@@ -194,7 +194,7 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
         FileNotFoundError: no folder of a run.
         ValueError: a damaged adapter.
     """
-    results = read_json(folder / "results.json") if (folder / "results.json").is_file() else None
+    results = read_mapping(folder / "results.json", keys=["tasks"]) if (folder / "results.json").is_file() else None
     trained = next((folder / name for name in GENERATOR_FOLDERS if (folder / name).is_dir()), None)
     base = read_base(trained) if trained is not None and own_base else None
     adapters = {}

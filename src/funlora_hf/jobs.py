@@ -26,7 +26,7 @@ from .adapter_folder import ADAPTERS_FOLDER
 from .continual.config import LATEST, run_settings
 from .continual.run_folder import RunFolder
 from .evaluation.report import report_finished
-from .files import read_json, whole_folder
+from .files import read_mapping, whole_folder
 from .run import RunArguments, run
 
 
@@ -172,7 +172,7 @@ def _run_or_read(job: Job) -> dict[str, Any]:
     folder, arguments = RunFolder(job.folder), job.arguments
     settings = run_settings(arguments.data, arguments.model, arguments.training, arguments.evaluation)
     anew = arguments.training.overwrite_output_dir
-    if not anew and folder.results.is_file() and read_json(folder.results)["settings"] == settings:
+    if not anew and folder.results.is_file() and read_mapping(folder.results).get("settings") == settings:
         # At once, without the data; raises what the run did that found something forgotten.
         return report_finished(folder)
     if job.adapters is not None and not (job.folder / ADAPTERS_FOLDER).is_dir():
@@ -181,4 +181,4 @@ def _run_or_read(job: Job) -> dict[str, Any]:
         with whole_folder(job.folder / ADAPTERS_FOLDER) as temporary:
             shutil.copytree(job.adapters, temporary, dirs_exist_ok=True)
     run(arguments)
-    return read_json(folder.results)
+    return read_mapping(folder.results)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import nn
 
 from .adapter_shape import adapted_shape
+from .files import read_tensors
 from .tuner import FunLoraConfig
 from .tuner.hotswap import SAVED_PREFIX
 from .tuner.layer import FunLoraFactorLayer
@@ -309,7 +309,9 @@ def _importance_in_model(model: nn.Module) -> list[dict[str, float]]:
 
 
 def _state_dict(adapter: Path | str | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    return adapter if isinstance(adapter, Mapping) else load_file(Path(adapter) / "adapter_model.safetensors")
+    if isinstance(adapter, Mapping):
+        return adapter
+    return read_tensors(Path(adapter) / "adapter_model.safetensors", remedy="take it from where it came from")
 
 
 def _traced_conv_names(model: nn.Module, example_inputs: Any) -> list[str]:

@@ -372,9 +372,17 @@ class FunLoraPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "FunLoraPipeline":
         """As [`DiffusionPipeline.from_pretrained`], reading safetensors only; adapters in `adapters/` of a local folder are
-        loaded, too."""
+        loaded, too. Raises a ValueError also for whatever else the arguments in its JSON make a component raise."""
         kwargs.setdefault("use_safetensors", True)
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"The pipeline {os.fspath(pretrained_model_name_or_path)!r} cannot be loaded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         for folder in adapter_folders(Path(pretrained_model_name_or_path) / ADAPTERS_FOLDER):
             pipe.load_adapter(folder, **adapter_class(folder))
         return pipe

@@ -1,4 +1,4 @@
-"""What a U-Net's arguments, read from a file, may ask for before anything is built of them. Knows numbers only."""
+"""What arguments of a U-Net or a scheduler, read from a file, may ask for before anything is built of them. Knows numbers only."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def check_unet_config(config: Mapping[str, Any], *, field: str) -> None:
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"`{field}` is a {type(config).__name__}, expected a mapping of UNet2DModel arguments.")
+    check_sizes(config, field=field)
+
+
+def check_sizes(config: Mapping[str, Any], *, field: str) -> None:
+    """The same of any component's arguments."""
     for name, value in config.items():
         entries = value if isinstance(value, (list, tuple)) else [value]
         if len(entries) > MOST_LAYERS:

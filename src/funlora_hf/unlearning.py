@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from .adapter_bank import AdapterBank
 from .adapter_folder import ADAPTERS_FOLDER, adapter_name
-from .files import read_json, read_tensors, whole_file
+from .files import read_mapping, read_tensors, whole_file
 from .hub import delete_class_from_hub
 from .pipeline import FunLoraPipeline
 
@@ -96,7 +96,7 @@ def _forget_samples(file: Path, name: str) -> None:
 def _grids_with(folder: Path, class_label: int) -> list[Path]:
     """The pictures of all classes learned so far, from the task on that brought this one; all of them if that is not known."""
     results = folder / "results.json"
-    tasks = read_json(results)["tasks"] if results.is_file() else []
+    tasks = read_mapping(results, keys=["tasks"])["tasks"] if results.is_file() else []
     first = next((number for number, task in enumerate(tasks, start=1) if class_label in task), 1)
     grids = (folder / "figures").glob("samples_task_*.png")
     return [path for path in grids if int(path.stem.rpartition("_")[2]) >= first]

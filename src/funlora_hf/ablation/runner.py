@@ -18,7 +18,7 @@ from diffusers import UNet2DModel
 
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
 from ..field_types import check_field_types
-from ..files import read_json, write_json
+from ..files import read_mapping, write_json
 from ..folder_lock import folder_lock
 from ..jobs import Job, run_jobs, with_changes
 from ..layer_selection import layer_importance, select_layers
@@ -138,7 +138,8 @@ def _most_important(runs: Path, needed: str) -> list[str]:
     with torch.device("meta"):
         unet = UNet2DModel.from_config(UNet2DModel.load_config(runs / "base" / "base", subfolder="unet"))
     importance = layer_importance(adapter_folders(runs / needed / ADAPTERS_FOLDER))
-    budget = read_json(runs / REFERENCE / "results.json")["parameters_per_class"]
+    results = read_mapping(runs / REFERENCE / "results.json", keys=["parameters_per_class"])
+    budget = results["parameters_per_class"]
     return select_layers(unet, f"<= {budget}", importance=importance)
 
 

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..continual.run_folder import RunFolder
 from ..evaluation.tables import as_csv
@@ -207,13 +207,17 @@ def _first_classes(results: Mapping[str, Any], path: Path) -> list[dict[str, tor
     """Samples of the first task's classes after each task, by the name of the class."""
     classes, names = results["tasks"][0], results.get("class_names") or {}
     per_task: list[dict[str, torch.Tensor]] = []
-    with safe_open(path, framework="pt") as file:
-        keys = {tuple(map(int, _SAMPLE_KEY.fullmatch(key).groups())): key for key in file.keys()}  # noqa: SIM118
-        for task in range(1, len(results["tasks"]) + 1):
-            of_task = {c: keys[task, c] for c in classes if (task, c) in keys}
-            if not of_task:
-                break
-            per_task.append({names.get(str(c), str(c)): file.get_tensor(key) for c, key in of_task.items()})
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: _SAMPLE_KEY.fullmatch(key) for key in file.keys()}  # noqa: SIM118
+            keys = {tuple(map(int, match.groups())): key for key, match in found.items() if match}
+            for task in range(1, len(results["tasks"]) + 1):
+                of_task = {c: keys[task, c] for c in classes if (task, c) in keys}
+                if not of_task:
+                    break
+                per_task.append({names.get(str(c), str(c)): file.get_tensor(key) for c, key in of_task.items()})
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is not a sound safetensors file ({error}): delete it.") from error
     return per_task
 
 

@@ -103,7 +103,7 @@ class GeneratedImages:
                 )
                 with whole_file(path) as temporary:
                     save_file({"images": to_uint8(samples.images)}, temporary)
-            images[class_id] = read_tensors(path, remedy="delete it, and it is drawn again")["images"]
+            images[class_id] = read_tensors(path, remedy="delete it, and it is drawn again", keys=["images"])["images"]
         return images
 
     def delete(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter_folder import adapter_name
-from ..files import read_json, recover_folder, remove_folder, write_json
+from ..files import read_mapping, recover_folder, remove_folder, write_json
 
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class RunFolder:
                 path.unlink()
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        written = read_json(self._settings)
+        written = read_mapping(self._settings)
         differences = []
         for part, fields in settings.items():
             for name, value in fields.items():

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..data import Task
-from ..files import read_json, read_tensors, whole_file, write_json
+from ..files import read_mapping, read_tensors, whole_file, write_json
 from .run_folder import RunFolder
 from .strategy import Strategy
 
@@ -67,11 +67,11 @@ def keep_memory_report(folder: RunFolder, task: Task, strategy: Strategy) -> Non
 def memory_reports(folder: RunFolder) -> list[dict[str, int]]:
     """What was kept after each task, in order."""
     count = len(list(folder.checkpoints.glob("memory/task_*.json")))
-    return [read_json(_report(folder, index)) for index in range(count)]
+    return [read_mapping(_report(folder, index)) for index in range(count)]
 
 
 def _constant_bytes(folder: RunFolder, index: int) -> int:
-    report = read_json(_report(folder, index))
+    report = read_mapping(_report(folder, index), keys=("persistent", "state"))
     return report["persistent"] - report.get("per_class", 0) + report["state"]
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from safetensors.torch import load_file
 
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
-from ..files import read_json, write_json
+from ..files import read_mapping, read_tensors, write_json
 from ..layer_selection import LayerImportance, conv_layers, layer_importance, layers_of_state_dict
 from ..tuner import FunLoraConfig, functional_matrix, initial_alpha, numerical_rank
 from ..tuner.functional import default_omega
@@ -110,12 +109,13 @@ def measure_adapter(folder: Path) -> AdapterMeasures:
 
     Source: arXiv 2510.02631, Figures 4 and 5 [text].
     """
-    method = read_json(folder / "adapter_config.json").get("peft_type")
+    method = read_mapping(folder / "adapter_config.json").get("peft_type")
     if method != "FUNLORA":
         raise ValueError(f"{folder} holds a {method} adapter, expected FUNLORA: no other method has an F to measure.")
     settings = FunLoraConfig.from_pretrained(folder)
     rank, alpha, omega = {}, {}, {}
-    for layer, tensors in layers_of_state_dict(load_file(folder / "adapter_model.safetensors")).items():
+    saved = read_tensors(folder / "adapter_model.safetensors", remedy="take it from where it came from")
+    for layer, tensors in layers_of_state_dict(saved).items():
         values = [tensors.get(name) for name in ("A", "B", "alpha", "omega")]
         try:
             rank[layer] = numerical_rank(functional_matrix(*values, function=settings.function))
@@ -143,7 +143,7 @@ def measure_run(path: Path) -> RunMeasures:
             f"{path} has no {ADAPTERS_FOLDER}/class_<id> folders: name a run of the strategy funlora."
         )
     adapters = {folder.name: measure_adapter(folder) for folder in folders}
-    results = read_json(path / "results.json") if (path / "results.json").is_file() else {}
+    results = read_mapping(path / "results.json") if (path / "results.json").is_file() else {}
     # A run on an existing base has none of its own, but its results list the layers in order of execution.
     order = execution_order(path / "base") if (path / "base").is_dir() else results.get("layer_importance")
     importance = layer_importance(folders, order=list(order or ()))

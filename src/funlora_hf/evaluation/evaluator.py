@@ -26,7 +26,7 @@ from ..continual.config import EvaluationArguments
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
 from ..data import ImageClassificationData, Task
-from ..files import folder_sha256, read_json, read_tensors, whole_file, write_json
+from ..files import folder_sha256, read_mapping, read_tensors, whole_file, write_json
 from ..pipeline import FunLoraPipeline
 from ..sampling import Samples, draw_samples, tensor_sha256, to_uint8
 from ..seeds import derive_seed
@@ -139,7 +139,7 @@ class RunEvaluator:
 
     def records(self) -> list[dict[str, Any]]:
         """What was measured after each task."""
-        return [read_json(self._records / f"task_{task.index + 1}.json") for task in self.tasks]
+        return [read_mapping(self._records / f"task_{task.index + 1}.json") for task in self.tasks]
 
     def keep_first_samples(self, path: Path, count: int = 8) -> None:
         """Write the first samples of every class after every task, to look at them side by side.
@@ -219,7 +219,7 @@ class RunEvaluator:
         changed, not_comparable = [], []
         with self.strategy.inference(classes) as pipe:
             for class_id in classes:
-                before = read_json(self._probes / f"class_{class_id}.json")
+                before = read_mapping(self._probes / f"class_{class_id}.json", keys=("environment", "sha256"))
                 if before["environment"] != self._environment():
                     not_comparable.append(class_id)
                 elif before["sha256"] != tensor_sha256(self._draw(pipe, class_id, "probe").images):
@@ -230,7 +230,7 @@ class RunEvaluator:
                 "they are left out of the comparison.",
                 not_comparable,
             )
-        before, after = read_json(self._records / "base.json")["sha256"], self._base_sha256()
+        before, after = read_mapping(self._records / "base.json", keys=["sha256"])["sha256"], self._base_sha256()
         compared = len(classes) - len(not_comparable)
         return {
             "identical": not changed if compared else None,
@@ -254,7 +254,7 @@ class RunEvaluator:
         else:
             record = self._records / f"task_{task.index + 1}.json"
             remedy = f"delete it and {record}, and --resume_from_checkpoint latest draws it again"
-        return read_tensors(self._sample_path(class_id, task), remedy=remedy)
+        return read_tensors(self._sample_path(class_id, task), remedy=remedy, keys=("images", "nfe"))
 
     def _sample_path(self, class_id: int, task: Task) -> Path:
         # A class that never changes is sampled once for all tasks: the same seed would give the same images.

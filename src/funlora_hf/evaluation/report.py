@@ -19,7 +19,7 @@ from ..continual.strategy import Strategy
 from ..continual.strategy_state import memory_reports
 from ..continual.trainer import phase_seconds, preparation_seconds
 from ..data import Task
-from ..files import read_json, write_json
+from ..files import read_mapping, write_json
 from ..layer_selection import layer_importance
 from .adapter_analysis import execution_order
 from .evaluator import RunEvaluator
@@ -66,7 +66,7 @@ def joint_average_accuracies(path: str | None, num_tasks: int) -> list[float] | 
     """A_1..A_T of a joint run, or None if it was not run or has another number of tasks."""
     if path is None or not Path(path).is_file():
         return None
-    averages = read_json(Path(path)).get("A")
+    averages = read_mapping(Path(path)).get("A")
     return averages if averages is not None and len(averages) == num_tasks else None
 
 
@@ -151,7 +151,7 @@ def report_run(
 
 def report_finished(folder: RunFolder) -> dict[str, Any]:
     """Print the results of a finished run again. Returns and raises what `report_run` did."""
-    results = read_json(folder.results)
+    results = read_mapping(folder.results, keys=["zero_forgetting"])
     # A run that was killed behind its results has not come to it.
     folder.forget_samples()
     print(f"The run in {folder.path} is finished already.\n\n{summary_table(results)}")
