@@ -599,7 +599,7 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(inside, mon
 
     monkeypatch.setattr(FunLora, "training_step", failing)
     with pytest.raises(NonFiniteLossError, match=r"nan at step 5 of phase 'class_5', class 5 \(5\).*class_5/step_3"):
-        run(short_run())
+        run(short_run(max_nonfinite_steps=0))
     assert (inside / "out/adapters/class_4").is_dir()
     assert not (inside / "out/adapters/class_5").exists()
     monkeypatch.setattr(FunLora, "training_step", original)
