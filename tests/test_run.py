@@ -407,6 +407,7 @@ def test_strategies_that_change_past_classes_run_to_the_end(strategy, inside, ca
     assert [len(seconds[key]) for key in ("training_per_task", "preparation_per_task")] == [3, 3]
     phases = [read_json(path) for path in (inside / "out/checkpoints/seconds").iterdir()]
     assert sum(results["training_images_per_task"]) == sum(phase["images"] for phase in phases)
+    assert results["skipped_steps"] == sum(phase["skipped_steps"] for phase in phases) == 0
     assert results["memory_per_task"][-1] == {**results["memory"], "state": 0}
     own = results["own_classifier"]
     assert (own is not None) == (strategy in ("replay", "guide"))
@@ -714,6 +715,7 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"function": "sine"}, "`function` is 'sine', expected one of"),
         ({"operation": "div"}, "`operation` is 'div', expected one of"),
         ({"time_limit_minutes": 0.0}, r"`time_limit_minutes` is 0\.0, expected a number above 0"),
+        ({"max_nonfinite_steps": -1}, "`max_nonfinite_steps` is -1, expected an integer >= 0"),
         (
             {"torch_compile": True, "class_batches": "mixed"},
             "`torch_compile` is set, but `class_batches` is 'mixed'",
