@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
 from types import ModuleType
@@ -700,6 +701,22 @@ def test_an_update_under_a_time_limit_goes_on_to_the_same_end(copy, monkeypatch)
         run(short_run(update_class=6, time_limit_minutes=5 / 60, checkpointing_steps=100))
     run(short_run(update_class=6, resume_from_checkpoint="latest"))
     assert digests(copy / "adapters") == expected
+
+
+def test_an_omega_that_grows_without_bound_is_reported(inside, caplog):
+    """With steps of 1000, an omega of 1..4 leaves what float32 computes well; the adapter is kept as it was learned."""
+    few = {"classes_per_task": 9, "base_train_steps": 2, "adapter_train_steps": 4, "adapter_warmup_steps": 0}
+    run(short_run(**few, adapter_learning_rate=1e3, image_quality="none"))
+    found = re.findall(r"Class 9 \(9\): omega of layer (\S+) has grown to between (\S+) and (\S+), and", caplog.text)
+    omegas = load_file("out/adapters/class_9/adapter_model.safetensors")
+    grown = {
+        name.removeprefix("base_model.model.").removesuffix(".funlora_omega"): (f"{w.min():.4g}", f"{w.max():.4g}")
+        for name, w in omegas.items()
+        if name.endswith("funlora_omega") and w.abs().max() > 1000
+    }
+    assert grown
+    assert {layer: (low, high) for layer, low, high in found} == grown
+    assert "Lower `adapter_learning_rate`" in caplog.text
 
 
 def test_a_huge_learning_rate_is_stopped(inside):

@@ -111,6 +111,7 @@ class ContinualTrainer:
         self.termination = Termination() if termination is None else termination
         # Processes ask each other only if there may be something to say.
         self._asks = bool(self.limit) or termination is not None
+        self._task_of = {class_id: task.index for task in tasks for class_id in task.class_ids}
         self.steps_between_reads = steps_between_reads or default_steps_between_reads(accelerator.device)
 
     def train(self) -> None:
@@ -443,7 +444,8 @@ class ContinualTrainer:
         images = steps * phase.settings.batch_size * self.training.gradient_accumulation_steps
         record = {"seconds": seconds, "steps": steps, "skipped_steps": skipped, "images": images}
         record["process"] = self.accelerator.process_index
-        record["task"] = next((task.index for task in self.tasks if set(phase.class_ids) <= set(task.class_ids)), None)
+        tasks = {self._task_of.get(class_id) for class_id in phase.class_ids}
+        record["task"] = tasks.pop() if len(tasks) == 1 else None
         if not phase.name.startswith("update_"):
             write_json(self.folder.checkpoints / "seconds" / f"{phase.name}.json", record)
 
