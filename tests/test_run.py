@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import ModuleType
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -717,6 +720,32 @@ def test_an_omega_that_grows_without_bound_is_reported(inside, caplog):
     assert grown
     assert {layer: (low, high) for layer, low, high in found} == grown
     assert "Lower `adapter_learning_rate`" in caplog.text
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("classes_per_task", [2, 9_999])
+def test_one_of_ten_thousand_classes_of_one_image_is_learned(classes_per_task, inside):
+    """Beside few of the others in the base, and beside all of them; there are no test images, and so no accuracy."""
+    count = 10_000
+    shades = [np.full((8, 8), value, dtype=np.uint8) for value in range(256)]
+    buffers = [io.BytesIO() for _ in shades]
+    for shade, buffer in zip(shades, buffers, strict=True):
+        PIL.Image.fromarray(shade).save(buffer, "png")
+    rows = [{"bytes": buffers[class_id % 256].getvalue(), "path": None} for class_id in range(count)]
+    labels = datasets.ClassLabel(names=[f"kind {class_id}" for class_id in range(count)])
+    features = datasets.Features({"image": datasets.Image(), "label": labels})
+    table = datasets.Dataset.from_dict({"image": rows, "label": list(range(count))}, features=features)
+    Path("many").mkdir()
+    table.to_parquet("many/train.parquet")
+    few = {"base_train_steps": 2, "adapter_train_steps": 2, "num_samples_per_class": 1, "num_probe_samples": 1}
+    tasks = {"dataset_name": "many", "classes_per_task": classes_per_task, "num_tasks": 2}
+    results = run(short_run(**tasks, **few, num_inference_steps=1, held_out_sigmas=1, image_quality="none"))
+    assert results["zero_forgetting"]["identical"] is True
+    learned = range(classes_per_task, min(2 * classes_per_task, count))
+    assert sorted(path.name for path in Path("out/adapters").iterdir()) == [f"class_{c}" for c in learned]
+    base = UNet2DModel.from_pretrained("out/base/unet")
+    assert base.class_embedding.weight.shape[0] == classes_per_task
+    assert len(results["class_names"]) == count
 
 
 def test_a_huge_learning_rate_is_stopped(inside):
