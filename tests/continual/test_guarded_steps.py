@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from started_runs import torchrun
 from torch import nn
 
 from funlora_hf.continual.checkpoint import TrainingState
@@ -139,3 +143,79 @@ def test_fp16_may_search_its_scale():
     # A loss that is not finite is no matter of scale.
     skipped.add(Outcome.NO_LOSS, scaled=True)
     assert (skipped.total, skipped.in_row) == (1, 1)
+
+
+def test_fp16_s_scaler_skips_the_same_steps(accelerator, monkeypatch):
+    """With the scaler that fp16 takes, here one for the CPU."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    monkeypatch.setattr(accelerator, "scaler", scaler)
+    module, state = make(True)
+    guard = GuardedSteps(state, accelerator, shared=False, max_grad_norm=None)
+
+    def step(loss_seen=1.0, factor=1.0):
+        guard.begin()
+        loss = module[0](torch.ones(1, 3)).square().mean()
+        scaler.scale(loss * factor).backward()
+        # Its parameters have a part in no loss, and so no gradient.
+        assert module[1].weight.grad is None
+        return guard.end([torch.tensor(loss_seen)])
+
+    assert step() == Outcome.DONE
+    before = state.tensors()
+    assert step(loss_seen=math.inf) == Outcome.NO_LOSS
+    assert step(factor=1e38) == Outcome.NO_GRADIENT
+    after = state.tensors()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert scaler.get_scale() == 2.0**8
+    assert step() == Outcome.DONE
+    assert not torch.equal(state.tensors()["parameter/0.weight"], before["parameter/0.weight"])
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from accelerate import Accelerator
+from test_guarded_steps import GuardedSteps, make
+
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+module, state = make(True if sys.argv[1] == "fused" else None)
+guard = GuardedSteps(state, accelerator, shared=True, max_grad_norm=1.0)
+shared = accelerator.prepare_model(module)
+outcomes = []
+for step in range(6):
+    torch.manual_seed(2 * step + accelerator.process_index)
+    guard.begin()
+    loss = shared(torch.randn(4, 3)).square().mean()
+    # Steps 1 and 4: one process has a loss that is not finite, and a gradient that is. Step 2: a gradient.
+    if accelerator.process_index == step % 2 and step == 2:
+        loss = loss * float("nan")
+    accelerator.backward(loss)
+    lost = accelerator.process_index == step % 2 and step in (1, 4)
+    before = state.tensors()
+    outcomes.append(int(guard.end([torch.tensor(float("inf")) if lost else loss.detach()])))
+    changed = any(not torch.equal(before[name], value) for name, value in state.tensors().items() if "parameter/" in name)
+    assert changed == (outcomes[-1] == 0)
+own = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+both = accelerator.gather(own).reshape(2, -1)
+assert torch.equal(both[0], both[1]) and torch.isfinite(both).all()
+seen = accelerator.gather(torch.tensor(outcomes)).reshape(2, -1).tolist()
+assert [[min(code, 1) for code in row] for row in seen] == [[0, 1, 1, 0, 1, 0]] * 2, seen
+assert seen[0][1] == seen[1][1] == seen[0][4] == seen[1][4] == 2, seen
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["plain", "fused"])
+def test_two_processes_skip_alike(kind, tmp_path):
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "ACCELERATE_USE_CPU": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [*torchrun(2), str(tmp_path / "script.py"), kind]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
