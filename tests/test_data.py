@@ -296,6 +296,38 @@ def test_class_label_order_and_dropped_classes(tmp_path):
     assert found.count(0, split="test") == 0
 
 
+def test_ten_thousand_classes_of_one_image(tmp_path):
+    """All are there, none gives its only image to the test, and no class costs more than another."""
+    count = 10_000
+    shades = [encode(grey(value)) for value in range(256)]
+    names = datasets.ClassLabel(names=[f"kind {class_id}" for class_id in range(count + 1)])
+    labels = np.random.default_rng(0).permutation(count).tolist()
+    folder = write(tmp_path / "p", train=table(labels, names, images=[shades[label % 251] for label in labels]))
+    with pytest.warns(UserWarning, match=rf"no image in split 'train' and are left out: kind {count}\."):
+        found = load(folder)
+    assert found.class_names == {class_id: f"kind {class_id}" for class_id in range(count)}
+    assert {found.count(class_id) for class_id in range(count)} == {1}
+    assert {found.count(class_id, split="test") for class_id in range(count)} == {0}
+    for class_id in (0, 1234, count - 1):
+        assert values(found.images(class_id)) == [class_id % 251]
+    known = {7 * class_id: f"kind {class_id + 9000}" for class_id in range(2000)}
+    ids = assign_class_ids(list(found.class_names.values()), known)
+    assert ids[9000] == 0
+    assert sorted(ids[:9000]) == list(range(7 * 1999 + 1, 7 * 1999 + 9001))
+    beside = found.with_class_ids(ids)
+    assert values(beside.images(ids[1234])) == [1234 % 251]
+    tasks = split_into_tasks(list(beside.class_names), 3, class_order_seed=1, first_task=list(known))
+    assert tasks[0].class_ids == tuple(known)
+    assert sorted(class_id for task in tasks[1:] for class_id in task.class_ids) == sorted(ids[:9000])
+
+
+def test_a_split_of_very_many_classes_ends():
+    """It would not for a long time if each class were looked for among all others."""
+    tasks = split_into_tasks(range(200_000), 1, first_task=range(100_000, 300_000))
+    assert len(tasks) == 1 + 100_000
+    assert tasks[-1] == Task(100_000, (99_999,))
+
+
 def test_integer_labels_keep_their_value(tmp_path):
     folder = write(tmp_path / "p", train=table([7, 3, 7], datasets.Value("int32")))
     found = load(folder)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
+import re
 import shutil
 import sys
+from pathlib import Path
 from types import ModuleType
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -408,6 +412,7 @@ def test_strategies_that_change_past_classes_run_to_the_end(strategy, inside, ca
     assert [len(seconds[key]) for key in ("training_per_task", "preparation_per_task")] == [3, 3]
     phases = [read_json(path) for path in (inside / "out/checkpoints/seconds").iterdir()]
     assert sum(results["training_images_per_task"]) == sum(phase["images"] for phase in phases)
+    assert results["skipped_steps"] == sum(phase["skipped_steps"] for phase in phases) == 0
     assert results["memory_per_task"][-1] == {**results["memory"], "state": 0}
     own = results["own_classifier"]
     assert (own is not None) == (strategy in ("replay", "guide"))
@@ -600,7 +605,7 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(inside, mon
 
     monkeypatch.setattr(FunLora, "training_step", failing)
     with pytest.raises(NonFiniteLossError, match=r"nan at step 5 of phase 'class_5', class 5 \(5\).*class_5/step_3"):
-        run(short_run())
+        run(short_run(max_nonfinite_steps=0))
     assert (inside / "out/adapters/class_4").is_dir()
     assert not (inside / "out/adapters/class_5").exists()
     monkeypatch.setattr(FunLora, "training_step", original)
@@ -702,6 +707,48 @@ def test_an_update_under_a_time_limit_goes_on_to_the_same_end(copy, monkeypatch)
     assert digests(copy / "adapters") == expected
 
 
+def test_an_omega_that_grows_without_bound_is_reported(inside, caplog):
+    """With steps of 1000, an omega of 1..4 leaves what float32 computes well; the adapter is kept as it was learned."""
+    few = {"classes_per_task": 9, "base_train_steps": 2, "adapter_train_steps": 4, "adapter_warmup_steps": 0}
+    run(short_run(**few, adapter_learning_rate=1e3, image_quality="none"))
+    found = re.findall(r"Class 9 \(9\): omega of layer (\S+) has grown to between (\S+) and (\S+), and", caplog.text)
+    omegas = load_file("out/adapters/class_9/adapter_model.safetensors")
+    grown = {
+        name.removeprefix("base_model.model.").removesuffix(".funlora_omega"): (f"{w.min():.4g}", f"{w.max():.4g}")
+        for name, w in omegas.items()
+        if name.endswith("funlora_omega") and w.abs().max() > 1000
+    }
+    assert grown
+    assert {layer: (low, high) for layer, low, high in found} == grown
+    assert "Lower `adapter_learning_rate`" in caplog.text
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("classes_per_task", [2, 9_999])
+def test_one_of_ten_thousand_classes_of_one_image_is_learned(classes_per_task, inside):
+    """Beside few of the others in the base, and beside all of them; there are no test images, and so no accuracy."""
+    count = 10_000
+    shades = [np.full((8, 8), value, dtype=np.uint8) for value in range(256)]
+    buffers = [io.BytesIO() for _ in shades]
+    for shade, buffer in zip(shades, buffers, strict=True):
+        PIL.Image.fromarray(shade).save(buffer, "png")
+    rows = [{"bytes": buffers[class_id % 256].getvalue(), "path": None} for class_id in range(count)]
+    labels = datasets.ClassLabel(names=[f"kind {class_id}" for class_id in range(count)])
+    features = datasets.Features({"image": datasets.Image(), "label": labels})
+    table = datasets.Dataset.from_dict({"image": rows, "label": list(range(count))}, features=features)
+    Path("many").mkdir()
+    table.to_parquet("many/train.parquet")
+    few = {"base_train_steps": 2, "adapter_train_steps": 2, "num_samples_per_class": 1, "num_probe_samples": 1}
+    tasks = {"dataset_name": "many", "classes_per_task": classes_per_task, "num_tasks": 2}
+    results = run(short_run(**tasks, **few, num_inference_steps=1, held_out_sigmas=1, image_quality="none"))
+    assert results["zero_forgetting"]["identical"] is True
+    learned = range(classes_per_task, min(2 * classes_per_task, count))
+    assert sorted(path.name for path in Path("out/adapters").iterdir()) == [f"class_{c}" for c in learned]
+    base = UNet2DModel.from_pretrained("out/base/unet")
+    assert base.class_embedding.weight.shape[0] == classes_per_task
+    assert len(results["class_names"]) == count
+
+
 def test_a_huge_learning_rate_is_stopped(inside):
     with pytest.raises(NonFiniteLossError, match="Lower the learning rate"):
         run(short_run(base_learning_rate=1e3, max_grad_norm=None, base_warmup_steps=0, base_train_steps=200))
@@ -715,6 +762,7 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"function": "sine"}, "`function` is 'sine', expected one of"),
         ({"operation": "div"}, "`operation` is 'div', expected one of"),
         ({"time_limit_minutes": 0.0}, r"`time_limit_minutes` is 0\.0, expected a number above 0"),
+        ({"max_nonfinite_steps": -1}, "`max_nonfinite_steps` is -1, expected an integer >= 0"),
         (
             {"torch_compile": True, "class_batches": "mixed"},
             "`torch_compile` is set, but `class_batches` is 'mixed'",

@@ -301,7 +301,8 @@ def split_into_tasks(
     known = [int(class_id) for class_id in first_task or ()]
     _check_unique("class_ids", class_ids)
     _check_unique("first_task", known)
-    new = [class_id for class_id in class_ids if class_id not in set(known)]
+    among_known = set(known)
+    new = [class_id for class_id in class_ids if class_id not in among_known]
     if len(known) + len(new) < 2:
         raise ValueError(
             f"class_ids={class_ids} with first_task={known} gives {len(known) + len(new)} class(es), but continual "

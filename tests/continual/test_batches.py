@@ -20,6 +20,8 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 class Images:
     """Two classes whose images tell which one they are: class 4 has the values 0..4, class 6 the values 100..102."""
 
+    class_names = {4: "four", 6: "six"}  # noqa: RUF012
+
     def images(self, class_id: int) -> torch.Tensor:
         values = torch.arange(5) if class_id == 4 else torch.arange(100, 103)
         images = values.to(torch.uint8)[:, None, None, None].repeat(1, 1, 2, 2)
@@ -79,6 +81,59 @@ def test_a_batch_depends_on_seed_phase_and_number_only():
     assert values(same) == values(reference)
     for other in (batches(seed=1).batch(7), batches(name="q").batch(7), batches().batch(8)):
         assert not torch.equal(other.noise, reference.noise)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    phase=st.text(min_size=1, max_size=8),
+    batch_size=st.integers(1, 19),
+    numbers=st.lists(st.integers(0, 15), min_size=1, max_size=4),
+    processes=st.integers(1, 4),
+    elsewhere=st.integers(0, 2**31),
+)
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_what_a_class_sees_is_a_function_of_seed_phase_and_step(
+    seed, phase, batch_size, numbers, processes, elsewhere
+):
+    """Whatever was asked for before, as after a resume; on any number of processes; whatever the global generators say."""
+    arguments = {"batch_size": batch_size, "name": phase, "seed": seed, "random_flip": True}
+    whole, shared = batches(**arguments), [batches(**arguments) for _ in range(processes)]
+    in_order = {number: whole.batch(number) for number in range(max(numbers) + 1)}
+    for number in numbers:
+        torch.manual_seed(elsewhere)
+        np.random.seed(elsewhere % 2**32)
+        state = torch.get_rng_state()
+        parts = [source.batch(number, share=i, num_shares=processes) for i, source in enumerate(shared)]
+        assert torch.equal(torch.get_rng_state(), state)
+        order = np.concatenate([np.arange(share, batch_size, processes) for share in range(processes)])
+        for name in ("sample", "class_ids", "noise", "sigma"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(in_order[number], name)[order])
+
+
+def test_one_image_is_every_image_of_its_epochs():
+    class One(Images):
+        def images(self, class_id):
+            return super().images(class_id)[:1]
+
+    phase = Phase("p", (4,), PhaseSettings(1, None, 3, 1e-3, 0, 0.9, 0.0), independent=True)
+    source = PhaseBatches(One(), phase, seed=0, timestep_density="uniform", random_flip=False)
+    assert source.batches_per_epoch == 1
+    assert [values(source.batch(number)) for number in range(3)] == [[0, 0, 0]] * 3
+    # It is the same image, and not the same noise.
+    assert len(source.batch(0).noise.flatten(1).unique(dim=0)) == 3
+
+
+def test_a_class_without_images_is_named():
+    class Without(Images):
+        def images(self, class_id):
+            return super().images(class_id)[: 0 if class_id == 6 else None]
+
+    phase = Phase("task_2", (4, 6), PhaseSettings(1, None, 3, 1e-3, 0, 0.9, 0.0), independent=True)
+    with pytest.raises(
+        ValueError, match=r"Class 6 \(six\) of phase 'task_2' has no training image.*: add one, or leave"
+    ):
+        PhaseBatches(Without(), phase, seed=0, timestep_density="uniform", random_flip=False)
 
 
 def test_flips_mirror_about_half_of_the_images():

@@ -16,7 +16,7 @@ from funlora_hf.continual.config import ContinualTrainingArguments
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategy import Phase, PhaseSettings, StepOutput, Strategy, Trainable
 from funlora_hf.continual.time_limit import TimeLimit, TimeLimitReached
-from funlora_hf.continual.trainer import ContinualTrainer, NonFiniteLossError, learning_rate
+from funlora_hf.continual.trainer import ContinualTrainer, NonFiniteLossError, learning_rate, phase_seconds
 from funlora_hf.data import Task
 
 
@@ -101,8 +101,14 @@ def _fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def train(strategy, path, resume=None, evaluator=None, checkpointing_steps=1, **trainer_arguments):
-    training = ContinualTrainingArguments(resume_from_checkpoint=resume, checkpointing_steps=checkpointing_steps)
+def train(
+    strategy, path, resume=None, evaluator=None, checkpointing_steps=1, max_nonfinite_steps=0, **trainer_arguments
+):
+    training = ContinualTrainingArguments(
+        resume_from_checkpoint=resume,
+        checkpointing_steps=checkpointing_steps,
+        max_nonfinite_steps=max_nonfinite_steps,
+    )
     folder = RunFolder(path)
     ContinualTrainer(
         strategy,
@@ -169,7 +175,8 @@ class Watched(torch.Tensor):
 
 
 class WatchedLoss(RunningSum):
-    """Its loss is watched, and not finite at one step of the second task."""
+    """Its loss is watched, and not finite at one step of the second task. A read of each outcome comes with each step only
+    where losses are read at each step, too."""
 
     nan_at = None
 
@@ -181,7 +188,7 @@ class WatchedLoss(RunningSum):
 
 
 @pytest.mark.parametrize(
-    ("steps_between_reads", "checkpointing_steps", "reads"), [(1, 100, 4), (3, 100, 2), (100, 100, 1), (100, 2, 2)]
+    ("steps_between_reads", "checkpointing_steps", "reads"), [(1, 100, 8), (3, 100, 2), (100, 100, 1), (100, 2, 2)]
 )
 def test_losses_are_read_no_more_often_than_asked(
     steps_between_reads, checkpointing_steps, reads, tmp_path, monkeypatch
@@ -191,7 +198,7 @@ def test_losses_are_read_no_more_often_than_asked(
     plain.folder.mkdir()
     train(strategy, tmp_path, steps_between_reads=steps_between_reads, checkpointing_steps=checkpointing_steps)
     assert Watched.reads == 3 * reads
-    train(plain, tmp_path / "plain")
+    train(plain, tmp_path / "plain", steps_between_reads=steps_between_reads)
     assert torch.equal(strategy.total, plain.total)
 
 
@@ -205,6 +212,74 @@ def test_a_loss_that_is_read_late_names_its_step(steps_between_reads, checkpoint
         train(strategy, tmp_path, steps_between_reads=steps_between_reads, checkpointing_steps=checkpointing_steps)
     assert strategy.steps == 4 + steps
     assert not list((tmp_path / "checkpoints").glob("task_2/step_*"))
+
+
+class LosesSteps(RunningSum):
+    """The loss of some steps of the second task, counted from 1 in every process, is not finite."""
+
+    def __init__(self, folder, lost=()):
+        super().__init__(folder)
+        folder.mkdir(exist_ok=True)
+        self.lost = lost
+
+    def make_batch(self, phase, real):
+        self.number = real.number + 1
+        return real
+
+    def training_step(self, phase, batch, module):
+        losses = super().training_step(phase, batch, module).losses
+        lost = phase.name == "task_2" and self.number in self.lost
+        return StepOutput(losses * float("inf") if lost else losses, {})
+
+    def end_phase(self, phase, trainable):
+        super().end_phase(phase, trainable)
+        # Weight and bias go apart by the same steps, so that their sum says nothing.
+        self.learned = trainable.parameters["weight"].detach().sum()
+
+
+def test_lost_steps_that_are_read_late_are_counted_also_over_a_restart(tmp_path, caplog):
+    whole, sound = LosesSteps(tmp_path / "whole", (2, 3)), LosesSteps(tmp_path / "sound")
+    options = {"max_nonfinite_steps": 2, "steps_between_reads": 3}
+    train(whole, tmp_path / "whole", **options)
+    assert "2 of 4 steps of phase 'task_2' were skipped" in caplog.text
+    train(sound, tmp_path / "sound", **options)
+    assert not torch.equal(whole.total, sound.total)
+    cut = LosesSteps(tmp_path / "cut", (2, 3))
+    cut.fail_at = "task_2"
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, tmp_path / "cut", **options)
+    again = LosesSteps(tmp_path / "cut", (2, 3))
+    train(again, tmp_path / "cut", resume="latest", **options)
+    assert torch.equal(again.total, whole.total)
+    for folder in ("whole", "cut"):
+        record = phase_seconds(RunFolder(tmp_path / folder))
+        assert [record[f"task_{task}"]["skipped_steps"] for task in (1, 2, 3)] == [0, 2, 0]
+
+
+def test_a_row_of_lost_steps_stops_also_when_it_is_cut(tmp_path):
+    cut = LosesSteps(tmp_path, (2, 3, 4))
+    cut.fail_at = "task_2"
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, tmp_path, max_nonfinite_steps=2)
+    message = (
+        r"inf at step 4 of phase 'task_2', class 1 \(b\), after 3 such steps in a row.*task_2/step_3.*"
+        "Lower the learning rate.*raise `max_nonfinite_steps`"
+    )
+    with pytest.raises(NonFiniteLossError, match=message):
+        train(LosesSteps(tmp_path, (2, 3, 4)), tmp_path, resume="latest", max_nonfinite_steps=2)
+    # The same state is taken up where more are allowed.
+    patient = LosesSteps(tmp_path, (2, 3, 4))
+    train(patient, tmp_path, resume="latest", max_nonfinite_steps=3)
+    assert phase_seconds(RunFolder(tmp_path))["task_2"]["skipped_steps"] == 3
+    assert torch.isfinite(patient.total)
+
+
+def test_a_phase_without_a_sound_step_is_not_finished(tmp_path):
+    with pytest.raises(
+        NonFiniteLossError, match=r"No step could be done.* at step 4 of phase 'task_2', class 1 \(b\)"
+    ):
+        train(LosesSteps(tmp_path, (1, 2, 3, 4)), tmp_path, max_nonfinite_steps=10)
+    assert not (tmp_path / "task_2").exists()
 
 
 @pytest.mark.parametrize("ticks", [3, 5, 8])

@@ -9,7 +9,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from funlora_hf import functional_matrix, initial_alpha, numerical_rank
-from funlora_hf.tuner.functional import FUNCTIONS, OPERATIONS, default_omega, expand, reduced_size
+from funlora_hf.tuner.functional import (
+    FUNCTIONS,
+    OPERATIONS,
+    SMALLEST_BASE,
+    default_omega,
+    expand,
+    omega_range,
+    reduced_size,
+)
 
 
 P = 4
@@ -154,6 +162,67 @@ def test_power_has_finite_gradients_at_zero(omega, dtype):
     for tensor in (A, B, alpha, exponent):
         assert tensor.grad is not None
         assert torch.isfinite(tensor.grad).all()
+
+
+def continued_power(x, omega):
+    """sign(x) |x|^omega, below SMALLEST_BASE linear, and its slope; NumPy float64."""
+    base = np.maximum(np.abs(x), SMALLEST_BASE)
+    return x * base ** (omega - 1), np.where(np.abs(x) < SMALLEST_BASE, 1, omega) * base ** (omega - 1)
+
+
+@pytest.mark.parametrize("omega", [-4.0, -1.0, 0.0, 0.5, 1.0, 2.0, 3.7, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_power_of_zero_and_negative_entries_is_numpys(omega, dtype):
+    """Over all magnitudes that factors come to, in every precision they may have."""
+    entries = [0.0, -0.0, 1e-7, -1e-7, 1e-3, -1e-3, 0.5, -0.5, 1.0, -1.0, 60.0, -60.0]
+    A = torch.tensor(entries, dtype=dtype)[:, None].requires_grad_()
+    B = torch.ones(1, 1, dtype=dtype)
+    exponent = torch.tensor([omega], requires_grad=True)
+    F = functional_matrix(A, B, torch.ones(1), exponent, function="power")
+    expected, slope = continued_power(A.detach().double().numpy(), omega)
+    assert F.dtype == torch.float32
+    np.testing.assert_allclose(F.detach().numpy(), expected, rtol=1e-5, atol=1e-37)
+    # Not through the sum of F, whose gradient in float16 has to be one that float16 can hold.
+    gradient, of_omega = torch.autograd.grad(F, (A, exponent), torch.full_like(F, 1e-3))
+    assert torch.isfinite(of_omega).all()
+    slope = 1e-3 * slope
+    held = np.abs(slope) < torch.finfo(dtype).max
+    assert held.all() or dtype == torch.float16
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
+    np.testing.assert_allclose(gradient.double().numpy()[held], slope[held], rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("omega", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_cosine_of_a_large_omega_is_numpys(omega, dtype):
+    """The argument is rounded to float32, and no further: an error of 1e-7 of it."""
+    args = arguments("cosine", False, p=1, dtype=dtype)
+    A, B, alpha = args[:3]
+    A.requires_grad_()
+    omega = torch.tensor([omega])
+    F = functional_matrix(A, B, alpha, omega)
+    F.sum().backward()
+    largest = (omega * (A.float().abs() @ B.float().abs()).max()).item()
+    error = np.abs(F.detach().numpy() - reference(A, B, alpha, omega, "cosine")).max()
+    assert error < 3e-7 * (1 + largest)
+    assert torch.isfinite(A.grad).all()
+
+
+def test_a_learned_omega_may_go_as_far_as_float32_bears():
+    """At the ends of the range that is reported, the smallest and the largest entries are still finite."""
+    low, high = omega_range("power", 2)
+    A = torch.tensor([[0.0], [1e-7], [-1e-7], [-10.0], [10.0]], requires_grad=True)
+    exponents = torch.tensor([low, high], requires_grad=True)
+    F = functional_matrix(A, torch.ones(1, 1), torch.ones(2), exponents, function="power")
+    F.sum().backward()
+    assert all(torch.isfinite(tensor).all() for tensor in (F, A.grad, exponents.grad))
+    # Where it ends: the linear part at zero is 1e-6 to the power of omega - 1.
+    A.grad = None
+    functional_matrix(A, torch.ones(1, 1), torch.ones(1), torch.tensor([-6.0]), function="power").sum().backward()
+    assert not torch.isfinite(A.grad).all()
+    assert omega_range("power", 100)[1] >= 100
+    low, high = omega_range("cosine", 4)
+    assert -low == high
 
 
 @quick

@@ -33,7 +33,7 @@ class PhaseBatches:
         memory_format: of images and noise.
 
     Raises:
-        ValueError: the phase's classes have no images.
+        ValueError: a class of the phase has no image.
     """
 
     def __init__(
@@ -48,9 +48,14 @@ class PhaseBatches:
         memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
         per_class = [data.images(class_id) for class_id in phase.class_ids]
+        empty = [class_id for class_id, images in zip(phase.class_ids, per_class, strict=True) if not len(images)]
+        if empty:
+            names = ", ".join(f"{class_id} ({data.class_names[class_id]})" for class_id in empty)
+            raise ValueError(
+                f"Class {names} of phase {phase.name!r} has no training image, expected at least one: add one, or leave the "
+                "class out of the dataset."
+            )
         images = torch.cat(per_class)
-        if not len(images):
-            raise ValueError(f"The classes {phase.class_ids} of phase {phase.name!r} have no training images.")
         self.device = torch.device(device)
         self.images = images.to(self.device) if images.nbytes <= MOST_BYTES_ON_DEVICE else images
         self.class_ids = torch.tensor(phase.class_ids).repeat_interleave(torch.tensor([len(x) for x in per_class]))

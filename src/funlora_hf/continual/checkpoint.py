@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..files import file_sha256, remove_folder, whole_folder
+from .skipped_steps import SkippedSteps
 
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,14 @@ class TrainingState:
         optimizer: the plain optimiser of exactly these parameters, in this order.
         ema: their moving average.
         buffers: by name, that training changes besides.
+        skipped: how many steps so far could not be done.
     """
 
     parameters: Mapping[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     ema: EMAModel
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    skipped: SkippedSteps = field(default_factory=SkippedSteps)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors of the state on the CPU, by a flat name."""
@@ -85,7 +88,7 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, *, total_limi
     """Write `folder/step_<step>/` and, once it is there, drop the oldest beyond `total_limit`; None keeps all."""
     path = folder / f"{_STEP}{step}"
     with whole_folder(path) as temporary:
-        numbers = {"step": str(step), "ema_step": str(state.ema.optimization_step)}
+        numbers = {"step": str(step), "ema_step": str(state.ema.optimization_step), **state.skipped.numbers()}
         save_file(state.tensors(), temporary / _TENSORS, metadata=numbers)
         checksum = f"{file_sha256(temporary / _TENSORS)}  {_TENSORS}\n"
         (temporary / _CHECKSUM).write_text(checksum, encoding="utf-8")
@@ -139,6 +142,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
                 "--overwrite_output_dir."
             )
     state.load(tensors, int(numbers["ema_step"]))
+    state.skipped.load(numbers)
     return int(numbers["step"])
 
 

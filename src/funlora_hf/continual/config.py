@@ -179,6 +179,12 @@ class ContinualTrainingArguments:
     )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches summed up for one step."})
     max_grad_norm: float | None = field(default=1.0, metadata={"help": "Clip the gradient's norm; None does not."})
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Steps in a row that are skipped for a loss or gradient that is not finite; one more stops the run. 0: the first."
+        },
+    )
     timestep_density: str = field(default="uniform", metadata={"help": "'uniform' or 'logit_normal'."})
     class_batches: str = field(
         default="homogeneous",
@@ -259,6 +265,8 @@ class ContinualTrainingArguments:
         for name in ("max_train_steps", "checkpoints_total_limit"):
             if getattr(self, name) is not None:
                 check_at_least_one(name, getattr(self, name))
+        if self.max_nonfinite_steps < 0:
+            raise ValueError(f"`max_nonfinite_steps` is {self.max_nonfinite_steps}, expected an integer >= 0.")
         if self.time_limit_minutes is not None and not self.time_limit_minutes > 0:
             raise ValueError(
                 f"`time_limit_minutes` is {self.time_limit_minutes}, expected a number above 0, or None for no limit."

@@ -5,6 +5,7 @@ Source: arXiv 2510.02631, class-incremental generation [text].
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,6 +22,7 @@ from ..fingerprint import base_fingerprints
 from ..layer_selection import ParametersPerClass, parameters_per_class
 from ..pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig, mixed_batch
+from ..tuner.functional import omega_range
 from .base import BASE_PHASE, arrange, label_rows, load_pipeline, save_base, trainable_unet, unet_shape
 from .peft_methods import VECTOR_ROW, peft_method
 from .strategy import (
@@ -35,6 +37,8 @@ from .strategy import (
     velocity_losses,
 )
 
+
+logger = logging.getLogger(__name__)
 
 # The adapter of a phase of one class is called this in the model, and by its class on disk: under the same name, and so with
 # the same guards, torch.compile takes the next class for the same code.
@@ -159,6 +163,7 @@ class FunLora(Strategy):
             save_base(trainable.module.eval(), setting.base_dir, phase.class_ids, setting.class_names)
             return
         for name, class_id in live_names(phase).items():
+            self._report_omega(trainable, name, class_id)
             save_adapter(
                 trainable.module,
                 name,
@@ -166,6 +171,30 @@ class FunLora(Strategy):
                 class_label=class_id,
                 class_name=self.setting.class_names[class_id],
             )
+
+    def _report_omega(self, trainable: Trainable, name: str, class_id: int) -> None:
+        """Warn of the layers whose omega has grown beyond what float32 can tell apart; it is kept as it was learned."""
+        model = self.setting.model
+        for parameter, value in trainable.parameters.items():
+            # <layer>.funlora_omega.<adapter>
+            layer, _, end = parameter.rpartition(".funlora_")
+            if end not in (f"omega.{name}", f"add_omega.{name}"):
+                continue
+            low, high = omega_range(model.function, model.num_functions)
+            least, most = value.detach().min().item(), value.detach().max().item()
+            if not low <= least <= most <= high:
+                logger.warning(
+                    "Class %d (%s): omega of layer %s has grown to between %.4g and %.4g, and float32 computes %r well from %g "
+                    "to %g. Lower `adapter_learning_rate`, or leave out `train_omega`.",
+                    class_id,
+                    self.setting.class_names[class_id],
+                    layer.removeprefix("base_model.model."),
+                    least,
+                    most,
+                    model.function,
+                    low,
+                    high,
+                )
 
     def release_phase(self, phase: Phase, trainable: Trainable) -> None:
         if phase.name != BASE_PHASE:

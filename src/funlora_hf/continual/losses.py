@@ -7,16 +7,20 @@ from typing import NamedTuple
 
 import torch
 
+from .skipped_steps import Outcome
+
 
 class StepLoss(NamedTuple):
     """
     Args:
         step: from 0.
         parts: the loss of each batch that the step was made of.
+        outcome: what became of the step.
     """
 
     step: int
     parts: list[float]
+    outcome: Outcome
 
     @property
     def mean(self) -> float:
@@ -33,7 +37,7 @@ class PendingLosses:
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self._pending: list[tuple[int, Sequence[torch.Tensor]]] = []
+        self._pending: list[tuple[int, Sequence[torch.Tensor], torch.Tensor]] = []
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -43,15 +47,20 @@ class PendingLosses:
         """Whether enough steps wait."""
         return len(self) >= self.every
 
-    def add(self, step: int, parts: Sequence[torch.Tensor]) -> None:
-        """Keep the losses of a step: one scalar for each of its batches, at least one, without a graph."""
-        self._pending.append((step, parts))
+    def add(self, step: int, parts: Sequence[torch.Tensor], outcome: torch.Tensor) -> None:
+        """Keep the losses of a step: one scalar for each of its batches, at least one, without a graph. And its outcome, a
+        scalar too."""
+        self._pending.append((step, parts, outcome))
 
     def read(self) -> list[StepLoss]:
         """All that wait, oldest first; none wait afterwards."""
         if not self._pending:
             return []
-        values = iter(torch.stack([part for _, parts in self._pending for part in parts]).tolist())
-        read = [StepLoss(step, [next(values) for _ in parts]) for step, parts in self._pending]
+        waiting = [scalar for _, parts, outcome in self._pending for scalar in (*parts, outcome)]
+        values = iter(torch.stack(waiting).tolist())
+        read = [
+            StepLoss(step, [next(values) for _ in parts], Outcome(int(next(values))))
+            for step, parts, _ in self._pending
+        ]
         self._pending.clear()
         return read

@@ -34,6 +34,7 @@ _FREE = {
     "update_class",
     "update_mode",
     "deterministic",
+    "max_nonfinite_steps",
     "push_to_hub",
     "hub_model_id",
     "hub_private_repo",

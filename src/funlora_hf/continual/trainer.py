@@ -29,8 +29,10 @@ from .compilation import compilation_errors
 from .config import ContinualTrainingArguments
 from .devices import default_steps_between_reads
 from .funlora import FunLora
+from .guarded_steps import GuardedSteps
 from .losses import PendingLosses, StepLoss
 from .run_folder import RunFolder
+from .skipped_steps import Outcome, SkippedSteps
 from .strategy import Phase, PhaseSettings, Strategy, Trainable
 from .strategy_state import keep_memory_report, load_task_state, save_task_state
 from .termination import Terminated, Termination
@@ -44,7 +46,7 @@ PREPARATION = "preparation"
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite, and stayed so."""
 
 
 class _Reason(IntEnum):
@@ -109,13 +111,15 @@ class ContinualTrainer:
         self.termination = Termination() if termination is None else termination
         # Processes ask each other only if there may be something to say.
         self._asks = bool(self.limit) or termination is not None
+        self._task_of = {class_id: task.index for task in tasks for class_id in task.class_ids}
         self.steps_between_reads = steps_between_reads or default_steps_between_reads(accelerator.device)
 
     def train(self) -> None:
         """Run every phase that is not finished yet, and the evaluation after every task.
 
         Raises:
-            NonFiniteLossError: names the class and the step; the last checkpoint is kept.
+            NonFiniteLossError: names the class and the step, `max_nonfinite_steps` in a row behind the last sound one; the
+                last checkpoint is kept.
             TimeLimitReached: on all processes, with a checkpoint where one was in the middle of a phase.
             Terminated: likewise, but without waiting for processes that have phases of their own and no signal.
             FileNotFoundError: the run's folder was deleted or moved meanwhile.
@@ -286,24 +290,27 @@ class ContinualTrainer:
         try:
             with self.termination.deferred():
                 with compilation_errors():
-                    steps = self._train(phase, trainable, batches)
+                    steps, skipped = self._train(phase, trainable, batches)
                 if self._writes(phase):
                     self.folder.check_there()
                     # First, since a phase that has ended is not run again.
-                    self._record_seconds(phase, steps, time.perf_counter() - started)
+                    self._record_seconds(phase, steps, skipped, time.perf_counter() - started)
                     self.strategy.end_phase(phase, trainable)
         finally:
             self.strategy.release_phase(phase, trainable)
             self.accelerator.free_memory()
         self._drop_checkpoints(phase)
 
-    def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> int:
+    def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> tuple[int, int]:
+        """Returns the steps of the phase, and how many of them were skipped."""
         accelerator, settings = self.accelerator, phase.settings
         steps = self._steps(phase, batches)
         parameters = list(trainable.parameters.values())
         state = self._training_state(trainable, settings, steps)
         done = self._resume(phase, state)
-        optimizer = accelerator.prepare_optimizer(state.optimizer)
+        guard = GuardedSteps(
+            state, accelerator, shared=not phase.independent, max_grad_norm=self.training.max_grad_norm
+        )
         module = trainable.module if phase.independent else accelerator.prepare_model(trainable.module)
         losses = PendingLosses(self.steps_between_reads)
 
@@ -312,45 +319,49 @@ class ContinualTrainer:
                 # Processes that share the phase ask each other, for which they wait anyway where losses are read.
                 asks = phase.independent or accelerator.num_processes == 1 or not losses
                 if step > done and asks and (reason := self._due(phase)):
-                    self._read(phase, losses, bar)
+                    self._read(phase, losses, state.skipped, bar)
                     self._checkpoint(phase, step, state)
                     self._stop_if(reason, f"after step {step} of {steps} of phase {phase.name!r}")
                 for group in state.optimizer.param_groups:
                     group["lr"] = learning_rate(settings, step)
-                losses.add(step, self._step(phase, module, batches, step, optimizer, parameters))
+                losses.add(step, *self._step(phase, module, batches, step, guard))
                 if losses.due:
-                    self._read(phase, losses, bar)
-                state.ema.step(parameters)
+                    self._read(phase, losses, state.skipped, bar)
                 self.strategy.after_step(phase)
                 bar.update()
                 if (step + 1) % self.training.checkpointing_steps == 0 and step + 1 < steps:
-                    self._read(phase, losses, bar)
+                    self._read(phase, losses, state.skipped, bar)
                     self._checkpoint(phase, step + 1, state)
-            self._read(phase, losses, bar)
+            self._read(phase, losses, state.skipped, bar)
         if not phase.independent:
             accelerator.unwrap_model(module, keep_fp32_wrapper=False)
         state.ema.copy_to(parameters)
         self._check_finite(phase, steps, parameters)
-        return steps
+        self._report_skipped(phase, steps, state.skipped.total)
+        return steps, state.skipped.total
 
     def _training_state(self, trainable: Trainable, settings: PhaseSettings, steps: int) -> TrainingState:
         parameters = list(trainable.parameters.values())
-        # A GPU takes one kernel for all parameters; on a CPU, torch chooses.
+        # A GPU takes one kernel for all parameters; on a CPU, torch chooses. Where losses are read late, so is what could not
+        # be done, which a fused optimiser need not know.
         on_gpu = self.accelerator.device.type == "cuda"
-        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=True if on_gpu else None)
+        fused = True if on_gpu or self.steps_between_reads > 1 else None
+        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=fused)
         start = int(settings.ema_start * steps)
         ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=start, foreach=on_gpu)
         return TrainingState(trainable.parameters, optimizer, ema, trainable.buffers)
 
     def _step(
-        self, phase: Phase, module: Any, batches: PhaseBatches, step: int, optimizer: Any, parameters: list
-    ) -> list[torch.Tensor]:
-        """One optimiser step; returns the losses of its `gradient_accumulation_steps` batches on this process."""
+        self, phase: Phase, module: Any, batches: PhaseBatches, step: int, guard: GuardedSteps
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """One optimiser step; returns the losses of its `gradient_accumulation_steps` batches on this process, and its
+        outcome."""
         accelerator = self.accelerator
         shares = 1 if phase.independent else accelerator.num_processes
         share = 0 if phase.independent else accelerator.process_index
         accumulated = self.training.gradient_accumulation_steps
-        parts = []
+        parts, outcome = [], torch.tensor(0)
+        guard.begin()
         for part in range(accumulated):
             number = step * accumulated + part
             # Randomness of a strategy's batch and of dropout: of the step, and different in each share of a batch.
@@ -364,24 +375,37 @@ class ContinualTrainer:
                 loss = output.losses.sum() * shares / phase.settings.batch_size
                 parts.append(loss.detach())
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and self.training.max_grad_norm is not None:
-                    accelerator.clip_grad_norm_(parameters, self.training.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        return parts
+                if accelerator.sync_gradients:
+                    outcome = guard.end(parts)
+        return parts, outcome
 
-    def _read(self, phase: Phase, losses: PendingLosses, bar: tqdm) -> None:
-        """Report the losses that wait on the device, after a look at whether they are finite."""
+    def _read(self, phase: Phase, losses: PendingLosses, skipped: SkippedSteps, bar: tqdm) -> None:
+        """Report the losses that wait on the device, and count the steps that were skipped."""
         for loss in losses.read():
-            self._check_loss(phase, loss)
+            self._count(phase, loss, skipped)
             bar.set_postfix(loss=f"{loss.mean:.3f}", refresh=False)
             rate = learning_rate(phase.settings, loss.step)
             self.accelerator.log({f"{phase.name}/loss": loss.mean, f"{phase.name}/lr": rate}, step=loss.step)
 
-    def _check_loss(self, phase: Phase, loss: StepLoss) -> None:
-        for value in loss.parts:
-            if not math.isfinite(value):
-                raise NonFiniteLossError(self._non_finite_message(phase, loss.step, value))
+    def _count(self, phase: Phase, loss: StepLoss, skipped: SkippedSteps) -> None:
+        skipped.add(loss.outcome, scaled=self.accelerator.scaler is not None)
+        if not skipped.exceed(self.training.max_nonfinite_steps):
+            return
+        value = next((value for value in loss.parts if not math.isfinite(value)), math.nan)
+        found = "The gradient is not finite" if loss.outcome is Outcome.NO_GRADIENT else f"The loss is {value}"
+        raise NonFiniteLossError(self._non_finite_message(phase, loss.step, found, skipped.in_row))
+
+    def _report_skipped(self, phase: Phase, steps: int, skipped: int) -> None:
+        if skipped == steps:
+            found = "No step could be done, since loss or gradient is not finite,"
+            raise NonFiniteLossError(self._non_finite_message(phase, steps - 1, found, skipped))
+        if skipped:
+            logger.warning(
+                "%d of %d steps of phase %r were skipped, since loss or gradient was not finite.",
+                skipped,
+                steps,
+                phase.name,
+            )
 
     def _steps(self, phase: Phase, batches: PhaseBatches) -> int:
         settings = phase.settings
@@ -412,25 +436,29 @@ class ContinualTrainer:
         return phase.independent or self.accelerator.is_main_process
 
     def _check_finite(self, phase: Phase, step: int, parameters: list[torch.Tensor]) -> None:
-        # A finite loss can have a gradient that is not: the parameters show it before the next loss does.
+        # A step that could be done may still end in overflow, which nothing takes back.
         if not torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).all():
-            raise NonFiniteLossError(self._non_finite_message(phase, step - 1, math.nan))
+            raise NonFiniteLossError(self._non_finite_message(phase, step - 1, "A parameter is not finite"))
 
-    def _record_seconds(self, phase: Phase, steps: int, seconds: float) -> None:
+    def _record_seconds(self, phase: Phase, steps: int, skipped: int, seconds: float) -> None:
         # One file a phase: phases of one task end on several processes at once.
         images = steps * phase.settings.batch_size * self.training.gradient_accumulation_steps
-        record = {"seconds": seconds, "steps": steps, "images": images, "process": self.accelerator.process_index}
-        record["task"] = next((task.index for task in self.tasks if set(phase.class_ids) <= set(task.class_ids)), None)
+        record = {"seconds": seconds, "steps": steps, "skipped_steps": skipped, "images": images}
+        record["process"] = self.accelerator.process_index
+        tasks = {self._task_of.get(class_id) for class_id in phase.class_ids}
+        record["task"] = tasks.pop() if len(tasks) == 1 else None
         if not phase.name.startswith("update_"):
             write_json(self.folder.checkpoints / "seconds" / f"{phase.name}.json", record)
 
-    def _non_finite_message(self, phase: Phase, step: int, value: float) -> str:
+    def _non_finite_message(self, phase: Phase, step: int, found: str, in_row: int = 0) -> str:
         classes = ", ".join(f"{c} ({self.data.class_names[c]})" for c in phase.class_ids)
         path = latest_checkpoint(self.folder.checkpoints / phase.name)
         kept = "There is no checkpoint of this phase yet" if path is None else f"The last good checkpoint is {path}"
+        row = f", after {in_row} such steps in a row that changed nothing" if in_row > 1 else ""
         return (
-            f"The loss is {value} at step {step + 1} of phase {phase.name!r}, class {classes}. {kept}; finished classes "
-            "are safe. Lower the learning rate or raise the warm-up of this phase; under fp16, try bf16."
+            f"{found} at step {step + 1} of phase {phase.name!r}, class {classes}{row}. {kept}; finished classes "
+            "are safe. Lower the learning rate or raise the warm-up of this phase; under fp16, try bf16. Where it comes by "
+            "chance, raise `max_nonfinite_steps` and resume."
         )
 
     def _bar_options(self, phase: Phase) -> dict[str, Any]:
@@ -456,7 +484,7 @@ def learning_rate(settings: PhaseSettings, step: int) -> float:
 
 
 def phase_seconds(folder: RunFolder) -> dict[str, dict[str, float]]:
-    """What each finished phase of a run took: `{phase: {seconds, steps, images, process, task}}`; the task counts from 0, and
+    """What each finished phase of a run took: `{phase: {seconds, steps, skipped_steps, images, process, task}}`; the task counts from 0, and
     is None for a phase of several tasks' images."""
     return {path.stem: read_json(path) for path in sorted((folder.checkpoints / "seconds").glob("*.json"))}
 

@@ -130,6 +130,8 @@ def report_run(
         "memory": strategy.memory_report(),
         "memory_per_task": memory_reports(folder),
         "training_images_per_task": images_per_task(folder, len(tasks)),
+        # A record of before it was counted has none.
+        "skipped_steps": sum(record.get("skipped_steps", 0) for record in phase_seconds(folder).values()),
         "seconds": _seconds(folder, records, len(tasks), time.perf_counter() - started),
         "zero_forgetting": zero_forgetting,
         "settings": settings,

@@ -20,6 +20,8 @@ OPERATIONS = ("mul", "add", "mul-add")
 
 # Below this magnitude |x|^omega is continued linearly, so that its gradient stays finite at x = 0 for every omega.
 SMALLEST_BASE = 1e-6
+LARGEST_OMEGA = {"cosine": 1000.0, "power": 32.0}
+SMALLEST_EXPONENT = -4.0
 
 
 def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
@@ -46,7 +48,7 @@ def functional_matrix(
     | `identity` | A B                                                              |
 
     Computed in float32 at least, also under autocast: cos of a large argument loses everything in bfloat16. float64
-    stays float64.
+    stays float64. `omega_range` tells how far omega may go. A weight in float16 ends at 65504, whatever F is.
 
     Args:
         A: `(C_out, r)`, real.
@@ -127,6 +129,22 @@ def default_omega(num_functions: int, like: torch.Tensor | None = None) -> torch
     """omega = 1..p, `(p,)`, float32 or as the tensor `like`. Source: [text] for `power`, [ours] for `cosine`."""
     made = {"dtype": torch.float32} if like is None else {"dtype": like.dtype, "device": like.device}
     return torch.arange(1, num_functions + 1, **made)
+
+
+def omega_range(function: str, num_functions: int) -> tuple[float, float]:
+    """The least and the largest omega at which float32 still gives the function.
+
+    `cosine`: up to 1000 of either sign, where rounding its argument costs an error of some 1e-4. `power`: from -4, below which
+    the slope at zero overflows, up to 32, at which 10 to its power has still a gradient; or up to 2p, since it starts at 1..p.
+
+    Args:
+        function: "cosine" or "power".
+        num_functions: p.
+
+    Source: [ours].
+    """
+    largest = max(LARGEST_OMEGA[function], 2.0 * num_functions)
+    return (-largest if function == "cosine" else SMALLEST_EXPONENT), largest
 
 
 def reduced_size(channels: int, ratio: int) -> int:

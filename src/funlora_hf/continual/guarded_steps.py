@@ -1,0 +1,101 @@
+"""Optimiser steps that change nothing where the loss or the gradient is not finite.
+
+Knows tensors, optimisers and processes; knows nothing of what is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+
+from .checkpoint import TrainingState
+from .skipped_steps import Outcome
+
+
+class GuardedSteps:
+    """Steps of an optimiser and its moving average, none of which leaves a trace if it cannot be done.
+
+    An optimiser that is fused is told by a flag on the device to do nothing, which nobody has to wait for. Any other is not
+    called, for which the flag is read; so take a fused one wherever reading is slow.
+
+    Args:
+        state: what is trained.
+        accelerator: of this process.
+        shared: processes share each step, so all of them skip it if one has to.
+        max_grad_norm: to which gradients are clipped; None: they are not.
+    """
+
+    def __init__(
+        self, state: TrainingState, accelerator: Accelerator, *, shared: bool, max_grad_norm: float | None
+    ) -> None:
+        self.state = state
+        self.accelerator = accelerator
+        self.asks_others = shared and accelerator.num_processes > 1
+        self.max_grad_norm = max_grad_norm
+        self._parameters = list(state.parameters.values())
+        self._optimizer = accelerator.prepare_optimizer(state.optimizer)
+        self._fused = bool(state.optimizer.defaults.get("fused"))
+        self._buffers: list[torch.Tensor] = []
+
+    def begin(self) -> None:
+        """Before the first forward pass of a step, which may change buffers."""
+        self._buffers = [buffer.clone() for buffer in self.state.buffers.values()]
+
+    def end(self, losses: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Behind the last backward pass: the step, or nothing.
+
+        Args:
+            losses: scalars of all passes on this process.
+
+        Returns:
+            The `Outcome`, a scalar on the device, the same on all processes that share the step.
+        """
+        no_loss = self._no_loss(losses)
+        no_gradient = ~torch.isfinite(self._norm(no_loss))
+        skipped = no_loss | no_gradient
+        if self._fused:
+            self._step_unless(skipped)
+        elif skipped:
+            self.state.ema.optimization_step += 1
+        else:
+            self._optimizer.step()
+            self.state.ema.step(self._parameters)
+        self._optimizer.zero_grad()
+        for buffer, before in zip(self.state.buffers.values(), self._buffers, strict=True):
+            buffer.copy_(torch.where(skipped, before, buffer))
+        return torch.where(no_loss, int(Outcome.NO_LOSS), no_gradient.int())
+
+    def _no_loss(self, losses: Sequence[torch.Tensor]) -> torch.Tensor:
+        no_loss = ~torch.isfinite(torch.stack(list(losses))).all()
+        if self.asks_others:
+            no_loss = self.accelerator.reduce(no_loss.float(), reduction="sum") > 0
+        return no_loss
+
+    def _norm(self, no_loss: torch.Tensor) -> torch.Tensor:
+        """Of the gradient, before it is clipped. Adam squares gradients, so one whose norm overflows is of no use either."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self._scaled and gradients:
+            # The scaler decides by gradients alone.
+            gradients[0].masked_fill_(no_loss, math.inf)
+        if self.max_grad_norm is None:
+            return torch.nn.utils.get_total_norm(gradients)
+        return self.accelerator.clip_grad_norm_(self._parameters, self.max_grad_norm)
+
+    def _step_unless(self, skipped: torch.Tensor) -> None:
+        if not self._scaled:
+            self.state.optimizer.found_inf = skipped.float()
+        self._optimizer.step()
+        ema = self.state.ema
+        ema.optimization_step += 1
+        ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+        # As EMAModel.step does it, but with a difference of 0 where the step is skipped.
+        difference = torch._foreach_sub(ema.shadow_params, self._parameters)
+        torch._foreach_mul_(difference, (~skipped).float())
+        torch._foreach_sub_(ema.shadow_params, difference, alpha=1 - ema.cur_decay_value)
+
+    @property
+    def _scaled(self) -> bool:
+        return self.accelerator.scaler is not None
