@@ -116,7 +116,9 @@ def base_classes(folder: Path) -> dict[int, str]:
             check_class_name(name)
         return classes
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"The classes of the base {os.fspath(folder)!r} cannot be read: {error}") from error
+        raise ValueError(
+            f"The classes of the base {os.fspath(folder)!r} cannot be read: {shortened(str(error), 1000)}"
+        ) from error
 
 
 def read_unet(folder: Path) -> UNet2DModel:
@@ -133,7 +135,9 @@ def read_unet(folder: Path) -> UNet2DModel:
         )
     # Whatever a U-Net's constructor raises for arguments of a file.
     except Exception as error:
-        raise ValueError(f"The U-Net in {os.fspath(folder)!r} cannot be loaded: {error}") from error
+        raise ValueError(
+            f"The U-Net in {os.fspath(folder)!r} cannot be loaded: {shortened(str(error), 1000)}"
+        ) from error
     wrong = {
         name: found.get(name) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if found.get(name)
     }

@@ -381,7 +381,7 @@ class FunLoraPipeline(DiffusionPipeline):
         except Exception as error:
             raise ValueError(
                 f"The pipeline {os.fspath(pretrained_model_name_or_path)!r} cannot be loaded: "
-                f"{type(error).__name__}: {error}"
+                f"{type(error).__name__}: {shortened(str(error), 1000)}"
             ) from error
         for folder in adapter_folders(Path(pretrained_model_name_or_path) / ADAPTERS_FOLDER):
             pipe.load_adapter(folder, **adapter_class(folder))
