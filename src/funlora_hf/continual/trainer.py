@@ -112,6 +112,7 @@ class ContinualTrainer:
         # Processes ask each other only if there may be something to say.
         self._asks = bool(self.limit) or termination is not None
         self._task_of = {class_id: task.index for task in tasks for class_id in task.class_ids}
+        self._fresh_scale = None if accelerator.scaler is None else accelerator.scaler.state_dict()
         self.steps_between_reads = steps_between_reads or default_steps_between_reads(accelerator.device)
 
     def train(self) -> None:
@@ -348,7 +349,11 @@ class ContinualTrainer:
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=fused)
         start = int(settings.ema_start * steps)
         ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=start, foreach=on_gpu)
-        return TrainingState(trainable.parameters, optimizer, ema, trainable.buffers)
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            # accelerate has one for all phases; what a class learns must not depend on those before it in the process.
+            scaler.load_state_dict(self._fresh_scale)
+        return TrainingState(trainable.parameters, optimizer, ema, trainable.buffers, scaler=scaler)
 
     def _step(
         self, phase: Phase, module: Any, batches: PhaseBatches, step: int, guard: GuardedSteps
