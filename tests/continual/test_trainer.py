@@ -334,6 +334,17 @@ def test_the_scale_of_fp16_is_the_phase_s_own_and_survives_a_restart(fail_at, tm
     assert torch.equal(again.total, results[0].total)
 
 
+def test_a_phase_whose_scale_fp16_has_not_found_is_not_finished(tmp_path):
+    """8 steps are too few for the limit of a row, which leaves room for 16 halvings."""
+    strategy, accelerator = Overflows(tmp_path), scaled()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    with pytest.raises(
+        NonFiniteLossError, match=r"No step could be done.* at step 8 of phase 'task_1', class 0 \(a\)"
+    ):
+        train(strategy, tmp_path, steps_between_reads=100, max_nonfinite_steps=10, accelerator=accelerator)
+    assert not (tmp_path / "task_1").exists()
+
+
 @pytest.mark.parametrize("ticks", [3, 5, 8])
 def test_a_run_in_pieces_is_the_run_in_one(ticks, tmp_path, monkeypatch):
     """By a clock that only looking at it moves; every piece ends with all that it has done on disk."""

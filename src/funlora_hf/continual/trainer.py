@@ -404,7 +404,9 @@ class ContinualTrainer:
             found = "No step could be done, since loss or gradient is not finite,"
             raise NonFiniteLossError(self._non_finite_message(phase, steps - 1, found, skipped))
         if skipped:
-            logger.warning(
+            # fp16 cannot do without.
+            logger.log(
+                logging.WARNING if self.accelerator.scaler is None else logging.INFO,
                 "%d of %d steps of phase %r were skipped, since loss or gradient was not finite.",
                 skipped,
                 steps,
