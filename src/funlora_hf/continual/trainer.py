@@ -215,8 +215,8 @@ class ContinualTrainer:
 
     def _record_preparation(self, task: Task, seconds: float) -> None:
         # A task that is begun again after a restart adds to what it took before.
-        before = preparation_seconds(self.folder).get(task.index, 0.0)
         path = self.folder.checkpoints / PREPARATION / f"task_{task.index + 1}.json"
+        before = read_json(path)["seconds"] if path.is_file() else 0.0
         write_json(path, {"seconds": before + seconds, "task": task.index})
 
     def _run_phases(self, phases: list[Phase]) -> None:
