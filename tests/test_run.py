@@ -539,6 +539,17 @@ def test_continuing_starts_from_the_adapter_and_retraining_does_not(copy):
     assert distances["continue"] < 1e-5 < 1e-3 < distances["retrain"]
 
 
+def test_updating_does_not_heed_what_the_arguments_say_of_an_adapter(copy):
+    shutil.copytree(copy, copy.parent / "before")
+    run(short_run(update_class=6))
+    expected = digests(copy / "adapters")
+    shutil.rmtree(copy)
+    shutil.copytree(copy.parent / "before", copy)
+    # A function without omega, where the adapter's has one.
+    run(short_run(update_class=6, function="shift"))
+    assert digests(copy / "adapters") == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [

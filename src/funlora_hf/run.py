@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
@@ -24,6 +23,7 @@ from .continual.config import (
     ModelArguments,
     run_settings,
 )
+from .continual.devices import deterministic_kernels
 from .continual.existing_base import ExistingBase, find_base
 from .continual.publishing import Publisher
 from .continual.registry import strategy_class
@@ -105,7 +105,7 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
     strategy.check()
     if arguments.evaluation.image_quality == "inception" and accelerator.is_main_process:
         InceptionFeatures()  # downloads its weights, or fails now, not after days
-    with _held(folder, accelerator):
+    with _held(folder, accelerator), deterministic_kernels(accelerator.device, wanted=training.deterministic):
         _open_folder(folder, arguments, accelerator)
         with folder.staying():
             return _learn(arguments, strategy, data, tasks, folder, accelerator, stops)
@@ -195,7 +195,8 @@ def _update(
 ) -> None:
     """Train one adapter of a finished run again, on the images that its class has now."""
     folder.check_update()
-    with _held(folder, accelerator):
+    deterministic = arguments.training.deterministic
+    with _held(folder, accelerator), deterministic_kernels(accelerator.device, wanted=deterministic):
         if accelerator.is_main_process:
             folder.recover_adapters()
         accelerator.wait_for_everyone()
@@ -257,10 +258,6 @@ def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
             f"`report_to` {training.report_to!r} or `mixed_precision` {training.mixed_precision!r} cannot be had here: "
             f'{error} (trackers: pip install "funlora-hf[trackers]" has tensorboard)'
         ) from error
-    if accelerator.device.type == "cuda" and training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
     return accelerator
 
 

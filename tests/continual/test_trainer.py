@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,7 +103,14 @@ def _fresh_accelerator():
 
 
 def train(
-    strategy, path, resume=None, evaluator=None, checkpointing_steps=1, max_nonfinite_steps=0, **trainer_arguments
+    strategy,
+    path,
+    resume=None,
+    evaluator=None,
+    checkpointing_steps=1,
+    max_nonfinite_steps=0,
+    accelerator=None,
+    **trainer_arguments,
 ):
     training = ContinualTrainingArguments(
         resume_from_checkpoint=resume,
@@ -116,7 +124,7 @@ def train(
         TASKS,
         training=training,
         folder=folder,
-        accelerator=Accelerator(cpu=True),
+        accelerator=accelerator or Accelerator(cpu=True),
         evaluator=evaluator,
         **trainer_arguments,
     ).train()
@@ -280,6 +288,61 @@ def test_a_phase_without_a_sound_step_is_not_finished(tmp_path):
     ):
         train(LosesSteps(tmp_path, (1, 2, 3, 4)), tmp_path, max_nonfinite_steps=10)
     assert not (tmp_path / "task_2").exists()
+
+
+class Overflows(RunningSum):
+    """Gradients overflow as in float16."""
+
+    def phases(self, task):
+        return [replace(phase, settings=replace(phase.settings, train_steps=8)) for phase in super().phases(task)]
+
+    def build(self, phase):
+        trainable = super().build(phase)
+        for parameter in trainable.parameters.values():
+            parameter.register_hook(lambda gradient: torch.where(gradient.abs() > 65504, torch.inf, gradient))
+        return trainable
+
+    def after_step(self, phase):
+        self.steps += 1
+        if phase.name == self.fail_at and self.steps % 8 == 3:
+            raise KeyboardInterrupt
+
+
+def scaled():
+    """What accelerate makes of fp16 on a GPU. The scale grows soon, and is another after a phase than before it."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+    return accelerator
+
+
+@pytest.mark.parametrize("fail_at", ["task_1", "task_2", "task_3"])
+def test_the_scale_of_fp16_is_the_phase_s_own_and_survives_a_restart(fail_at, tmp_path):
+    """Fused, as on a GPU: 100 steps between reads."""
+    results, skipped = [], []
+    for name, fails in (("whole", None), ("cut", fail_at)):
+        (tmp_path / name).mkdir()
+        first = Overflows(tmp_path / name)
+        first.fail_at, accelerator = fails, scaled()
+        with suppress(KeyboardInterrupt):
+            train(first, tmp_path / name, steps_between_reads=100, accelerator=accelerator)
+        results.append(first)
+        skipped.append(accelerator.scaler.get_scale())
+    assert skipped[0] < 2.0**20  # some steps were skipped to find it
+    again = Overflows(tmp_path / "cut")
+    train(again, tmp_path / "cut", resume="latest", steps_between_reads=100, accelerator=scaled())
+    assert again.steps + results[1].steps - 1 == results[0].steps == 24
+    assert torch.equal(again.total, results[0].total)
+
+
+def test_a_phase_whose_scale_fp16_has_not_found_is_not_finished(tmp_path):
+    """8 steps are too few for the limit of a row, which leaves room for 16 halvings."""
+    strategy, accelerator = Overflows(tmp_path), scaled()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    with pytest.raises(
+        NonFiniteLossError, match=r"No step could be done.* at step 8 of phase 'task_1', class 0 \(a\)"
+    ):
+        train(strategy, tmp_path, steps_between_reads=100, max_nonfinite_steps=10, accelerator=accelerator)
+    assert not (tmp_path / "task_1").exists()
 
 
 @pytest.mark.parametrize("ticks", [3, 5, 8])

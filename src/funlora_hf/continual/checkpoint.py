@@ -6,6 +6,7 @@ state and of the position in the data. Knows optimisers and tensors; knows nothi
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class TrainingState:
         ema: their moving average.
         buffers: by name, that training changes besides.
         skipped: how many steps so far could not be done.
+        scaler: of the loss under fp16, whose scale decides which steps are skipped; None: there is none.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -50,6 +52,12 @@ class TrainingState:
     ema: EMAModel
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
+    scaler: torch.amp.GradScaler | None = None
+
+    def numbers(self) -> dict[str, str]:
+        """All of the state that is no tensor, as the metadata of a file."""
+        numbers = {"ema_step": str(self.ema.optimization_step), **self.skipped.numbers()}
+        return numbers if self.scaler is None else {**numbers, "scaler": json.dumps(self.scaler.state_dict())}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors of the state on the CPU, by a flat name."""
@@ -61,8 +69,8 @@ class TrainingState:
                 tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
-    def load(self, tensors: Mapping[str, torch.Tensor], ema_step: int) -> None:
-        """The inverse of `tensors`, in place."""
+    def load(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, str]) -> None:
+        """The inverse of `tensors` and `numbers`, in place."""
         for index, (name, parameter) in enumerate(self.parameters.items()):
             parameter.data.copy_(tensors[f"parameter/{name}"])
             self.ema.shadow_params[index].copy_(tensors[f"ema/{name}"])
@@ -73,7 +81,11 @@ class TrainingState:
                 self.optimizer.state[parameter][state_name] = self._like(value, parameter)
         for name, buffer in self.buffers.items():
             buffer.copy_(tensors[f"buffer/{name}"])
-        self.ema.optimization_step = ema_step
+        self.ema.optimization_step = int(numbers["ema_step"])
+        self.skipped.load(numbers)
+        # A checkpoint of before it was kept has none.
+        if self.scaler is not None and "scaler" in numbers:
+            self.scaler.load_state_dict(json.loads(numbers["scaler"]))
 
     def _like(self, value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """A copy of an optimiser's tensor where the optimiser keeps it."""
@@ -88,8 +100,7 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, *, total_limi
     """Write `folder/step_<step>/` and, once it is there, drop the oldest beyond `total_limit`; None keeps all."""
     path = folder / f"{_STEP}{step}"
     with whole_folder(path) as temporary:
-        numbers = {"step": str(step), "ema_step": str(state.ema.optimization_step), **state.skipped.numbers()}
-        save_file(state.tensors(), temporary / _TENSORS, metadata=numbers)
+        save_file(state.tensors(), temporary / _TENSORS, metadata={"step": str(step), **state.numbers()})
         checksum = f"{file_sha256(temporary / _TENSORS)}  {_TENSORS}\n"
         (temporary / _CHECKSUM).write_text(checksum, encoding="utf-8")
     if total_limit is not None:
@@ -141,8 +152,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
                 f"{tuple(parameter.shape)}. Resume with the settings it was written with, or start anew with "
                 "--overwrite_output_dir."
             )
-    state.load(tensors, int(numbers["ema_step"]))
-    state.skipped.load(numbers)
+    state.load(tensors, numbers)
     return int(numbers["step"])
 
 

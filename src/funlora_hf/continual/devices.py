@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -19,3 +23,24 @@ def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def default_steps_between_reads(device: torch.device) -> int:
     """After how many steps what lies on the device is read: 1 on the CPU, where there is nothing to wait for."""
     return 1 if device.type == "cpu" else STEPS_BETWEEN_READS
+
+
+@contextmanager
+def deterministic_kernels(device: torch.device, *, wanted: bool) -> Iterator[None]:
+    """On a GPU and if `wanted`, deterministic kernels only, with a warning where torch has none; afterwards all is as before.
+
+    But for CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once in a process.
+    """
+    if device.type != "cuda" or not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark

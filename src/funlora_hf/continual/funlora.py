@@ -174,13 +174,14 @@ class FunLora(Strategy):
 
     def _report_omega(self, trainable: Trainable, name: str, class_id: int) -> None:
         """Warn of the layers whose omega has grown beyond what float32 can tell apart; it is kept as it was learned."""
-        model = self.setting.model
+        # Of the adapter: an update goes on with what is on disk, whatever the arguments say.
+        config = trainable.module.peft_config[name]
         for parameter, value in trainable.parameters.items():
             # <layer>.funlora_omega.<adapter>
             layer, _, end = parameter.rpartition(".funlora_")
             if end not in (f"omega.{name}", f"add_omega.{name}"):
                 continue
-            low, high = omega_range(model.function, model.num_functions)
+            low, high = omega_range(config.function, config.num_functions)
             least, most = value.detach().min().item(), value.detach().max().item()
             if not low <= least <= most <= high:
                 logger.warning(
@@ -191,7 +192,7 @@ class FunLora(Strategy):
                     layer.removeprefix("base_model.model."),
                     least,
                     most,
-                    model.function,
+                    config.function,
                     low,
                     high,
                 )

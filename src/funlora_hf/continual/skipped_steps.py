@@ -23,8 +23,8 @@ class Outcome(IntEnum):
 class SkippedSteps:
     """
     Args:
-        total: skipped steps of the phase, without those by which fp16 finds its scale.
-        in_row: of them, those since the last step that was done.
+        total: skipped steps of the phase, with those by which fp16 finds its scale.
+        in_row: steps skipped since the last that was done, without those.
         rescaled_in_row: steps since then that fp16 skipped to halve its scale.
     """
 
@@ -36,10 +36,11 @@ class SkippedSteps:
         """Count a step; `scaled` if the gradient was that of a scaled loss, whose overflow is no fault of the phase."""
         if outcome is Outcome.DONE:
             self.in_row = self.rescaled_in_row = 0
-        elif outcome is Outcome.NO_GRADIENT and scaled:
+            return
+        self.total += 1
+        if outcome is Outcome.NO_GRADIENT and scaled:
             self.rescaled_in_row += 1
         else:
-            self.total += 1
             self.in_row += 1
 
     def exceed(self, limit: int) -> bool:

@@ -112,6 +112,7 @@ class ContinualTrainer:
         # Processes ask each other only if there may be something to say.
         self._asks = bool(self.limit) or termination is not None
         self._task_of = {class_id: task.index for task in tasks for class_id in task.class_ids}
+        self._fresh_scale = None if accelerator.scaler is None else accelerator.scaler.state_dict()
         self.steps_between_reads = steps_between_reads or default_steps_between_reads(accelerator.device)
 
     def train(self) -> None:
@@ -215,8 +216,8 @@ class ContinualTrainer:
 
     def _record_preparation(self, task: Task, seconds: float) -> None:
         # A task that is begun again after a restart adds to what it took before.
-        before = preparation_seconds(self.folder).get(task.index, 0.0)
         path = self.folder.checkpoints / PREPARATION / f"task_{task.index + 1}.json"
+        before = read_json(path)["seconds"] if path.is_file() else 0.0
         write_json(path, {"seconds": before + seconds, "task": task.index})
 
     def _run_phases(self, phases: list[Phase]) -> None:
@@ -349,7 +350,11 @@ class ContinualTrainer:
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=fused)
         start = int(settings.ema_start * steps)
         ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=start, foreach=on_gpu)
-        return TrainingState(trainable.parameters, optimizer, ema, trainable.buffers)
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            # accelerate has one for all phases; what a class learns must not depend on those before it in the process.
+            scaler.load_state_dict(self._fresh_scale)
+        return TrainingState(trainable.parameters, optimizer, ema, trainable.buffers, scaler=scaler)
 
     def _step(
         self, phase: Phase, module: Any, batches: PhaseBatches, step: int, guard: GuardedSteps
@@ -400,7 +405,9 @@ class ContinualTrainer:
             found = "No step could be done, since loss or gradient is not finite,"
             raise NonFiniteLossError(self._non_finite_message(phase, steps - 1, found, skipped))
         if skipped:
-            logger.warning(
+            # fp16 cannot do without.
+            logger.log(
+                logging.WARNING if self.accelerator.scaler is None else logging.INFO,
                 "%d of %d steps of phase %r were skipped, since loss or gradient was not finite.",
                 skipped,
                 steps,
