@@ -86,7 +86,8 @@ def parse(arguments: list[str], *more: type, description: str = __doc__) -> Any:
 
 def take_recipe(parser: HfArgumentParser, path: str) -> None:
     """Give the parser a recipe's values as defaults; it ends as for an argument that is not known, with 2."""
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("config", "help")}
+    # The first of each: the one behind it, --no_<name>, takes no value.
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("config", "help")}
     try:
         recipe = read_recipe(path, known=actions)
         for key, value in recipe.items():

@@ -131,7 +131,7 @@ def test_the_digits_recipe_is_the_default():
     ("arguments", "text"),
     [
         (["--function", "sine"], "error: `function` is 'sine', expected one of"),
-        (["--config", "recipe.yaml"], "unknown keys learning_rate, stategy"),
+        (["--config", "recipe.yaml"], "unknown keys 'learning_rate', 'stategy'"),
         (
             ["--unet_config", '{"sample_size": 8}', "--dataset_name", "a.parquet"],
             "error: dataset_name='a.parquet' looks",

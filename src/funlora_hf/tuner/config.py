@@ -160,7 +160,8 @@ def _check_names(name: str, value: object, *, single: bool) -> None:
 def check_class_label(value: object) -> None:
     """Raise a ValueError unless the id of a class is an integer that torch can hold, from 0 on, or None."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63):
-        raise ValueError(f"`class_label` is {value!r}, expected an id from 0 to 2**63 - 1, or None.")
+        shown = shortened(repr(value), 100)
+        raise ValueError(f"`class_label` is {shown}, expected an id from 0 to 2**63 - 1, or None.")
 
 
 def check_class_name(value: str | None) -> None:

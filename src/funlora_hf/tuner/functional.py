@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from .tensor_checks import shortened
+
 
 FUNCTIONS = ("cosine", "power", "shift", "identity")
 FUNCTIONS_WITH_OMEGA = ("cosine", "power")
@@ -215,7 +217,8 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 def check_at_least_one(field: str, value: object) -> None:
     """Raise a ValueError that names the field and the value, unless `value` is an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{field}` should be a positive integer value but the value passed is {value!r}.")
+        shown = shortened(repr(value), 100)
+        raise ValueError(f"`{field}` should be a positive integer value but the value passed is {shown}.")
 
 
 def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
