@@ -95,7 +95,8 @@ def take_recipe(parser: HfArgumentParser, path: str) -> None:
             if isinstance(value, str):
                 parser._get_value(actions[key], value)
     except (ValueError, argparse.ArgumentError) as error:
-        parser.error(f"{path}: {error}")
+        # A value may be text that cannot be printed.
+        parser.error(f"{path}: {error}".encode(errors="backslashreplace").decode())
     parser.set_defaults(**recipe)
 
 
