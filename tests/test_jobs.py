@@ -66,6 +66,7 @@ def finished_job(folder, *, forgotten=None):
     return Job(arguments, folder)
 
 
+@pytest.mark.slow
 def test_no_failure_loses_the_others(tmp_path):
     broken = Job(short_run(dataset_name=str(tmp_path / "nowhere")), tmp_path / "broken")
     deadly = Job(short_run(), Deadly(tmp_path / "deadly"))

@@ -320,6 +320,7 @@ def test_the_base_s_name_lets_stock_code_find_it(finished, monkeypatch):
     UNet2DModel.from_pretrained(config["base_model_name_or_path"])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(finished, inside):
     run(short_run())
     assert digests(inside / "out" / "base") == digests(finished / "base")

@@ -41,6 +41,7 @@ def finished(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_tables_of_every_variant_and_seed(finished):
     rows = list(csv.DictReader((finished / "ablation.csv").open()))
     # The reference is always there.
@@ -54,6 +55,7 @@ def test_tables_of_every_variant_and_seed(finished):
     assert (finished / "ablation.md").read_text().count("\n") == len(rows) + 2
 
 
+@pytest.mark.slow
 def test_variants_of_a_seed_share_its_base_and_differ(finished):
     for seed in (0, 1):
         runs = finished / f"seed_{seed}"
@@ -65,12 +67,14 @@ def test_variants_of_a_seed_share_its_base_and_differ(finished):
     assert all(first[name] != second[name] for name in first if name.endswith("safetensors"))
 
 
+@pytest.mark.slow
 def test_solvers_sample_the_adapters_of_the_reference(finished):
     runs = finished / "seed_1"
     assert digests(runs / "euler_2" / "adapters") == digests(runs / "funlora" / "adapters")
     assert json.loads((runs / "euler_2" / "results.json").read_text())["nfe"] == 2
 
 
+@pytest.mark.slow
 def test_the_chosen_rate_is_the_best_and_is_used(finished):
     rates = json.loads((finished / "learning_rates.json").read_text())
     for key, losses in rates["losses"].items():

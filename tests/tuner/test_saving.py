@@ -193,6 +193,7 @@ def test_a_merged_model_saves_the_same_adapter(kind, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_files_do_not_depend_on_the_hash_seed(tmp_path):
     script = (
         "import sys, torch; from diffusers import UNet2DModel; from peft import get_peft_model; "
