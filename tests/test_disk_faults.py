@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -120,10 +121,14 @@ def test_full(number, uninterrupted, operations):
 
     with mounted(OUT.parent, "-t", "tmpfs", "-o", "size=8m", "tmpfs"):
         operations.watch(OUT, moment(number, uninterrupted), fill)
-        with pytest.raises(
-            WriteError, match=r"out/.* could not be written \(.*(No space left|os error 28).*Make room"
-        ):
+        try:
             do()
+        except WriteError as error:
+            assert re.search(r"out/.* could not be written \(.*(No space left|os error 28).*Make room", str(error))  # noqa: PT017 - it may not come
+        else:
+            # So late that nothing more needed room: only of the random moments.
+            assert number
+            assert (OUT / "results.json").is_file()
         filler.unlink()
         do(resume="latest")
         assert_same_run(OUT, uninterrupted[0])
