@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -213,6 +215,37 @@ def test_hub_id_is_passed_on(monkeypatch):
     found = load("owner/pets", dataset_config_name="small", revision="abc")
     assert calls == [{"path": "owner/pets", "name": "small", "revision": "abc"}]
     assert found.name == "owner/pets"
+
+
+@pytest.mark.parametrize("last", [0, 40])
+def test_archives_are_read_but_not_their_pickles(last, tmp_path, monkeypatch):
+    """As of the Hub, in the first entries that tell the columns and in later ones."""
+    entries = {
+        f"{row:03}.{kind}": body for row in range(30) for kind, body in (("png", None), ("cls", b"%d" % (row % 2)))
+    }
+    pickled = io.BytesIO()
+    torch.save([1], pickled)
+    for name, spoiled in (("sound", False), ("spoiled", True)):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            pickles = {f"{last:03}.pth": pickled.getvalue()} if spoiled else {}
+            for entry, body in sorted({**entries, **pickles}.items()):
+                body = body or encode(grey(int(entry[:3])))["bytes"]
+                header = tarfile.TarInfo(entry)
+                header.size = len(body)
+                archive.addfile(header, io.BytesIO(body))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("something was unpickled"))
+
+    def open_archive(path, **_):
+        return datasets.load_dataset("webdataset", data_files={"train": str(tmp_path / path)})
+
+    monkeypatch.setattr(data, "load_dataset", open_archive)
+    found = load("sound.tar", label_column="cls")
+    assert found.count(0) + found.count(0, split="test") == 15
+    decoders = WebDataset.DECODERS
+    with pytest.raises(ValueError, match=r"'spoiled\.tar' could not be loaded.*an entry \.pth, which is a pickle"):
+        load("spoiled.tar", label_column="cls")
+    assert WebDataset.DECODERS is decoders
+    assert "pth" in decoders
 
 
 def test_unloadable_datasets(tmp_path):

@@ -6,7 +6,8 @@ continual learner must not hold the images of earlier tasks, so nothing here kee
 
 import glob
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image, ImageOps
 
 from .encoded_images import check_encoded_image
@@ -419,7 +421,8 @@ def _open_splits(
             "parquet, or give a folder of class subfolders with images."
         )
     try:
-        return name, load_dataset(**arguments)
+        with _without_unpickling():
+            return name, load_dataset(**arguments)
     except Exception as error:
         # Of what files say of themselves, `datasets` raises many types; no network and no rights speak for themselves.
         if isinstance(error, (ImportError, OSError)) and not isinstance(
@@ -427,11 +430,28 @@ def _open_splits(
         ):
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        # A DatasetGenerationError says only that something else happened.
+        told = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise kind(
-            f"dataset_name={dataset_name!r} could not be loaded ({type(error).__name__}: {error}). Expected a folder "
-            "of class subfolders with images, a folder of parquet files, a .parquet file or a hub id; check "
-            "--dataset_name, --dataset_config_name and --dataset_revision."
+            f"dataset_name={dataset_name!r} could not be loaded ({type(told).__name__}: {shortened(str(told), 1000)}). "
+            "Expected a folder of class subfolders with images, a folder of parquet files, a .parquet file or a hub id; "
+            "check --dataset_name, --dataset_config_name and --dataset_revision."
         ) from error
+
+
+@contextmanager
+def _without_unpickling() -> Iterator[None]:
+    """For an entry `.pth` of a tar archive, `datasets` would call torch's unpickler, restricted as that is."""
+
+    def refuse(_: bytes) -> None:
+        raise ValueError("an archive has an entry .pth, which is a pickle, expected images and labels as text or JSON")
+
+    before = WebDataset.DECODERS
+    WebDataset.DECODERS = {**before, "pth": refuse}
+    try:
+        yield
+    finally:
+        WebDataset.DECODERS = before
 
 
 def _holds_parquet(folder: Path) -> bool:
