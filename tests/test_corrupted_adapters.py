@@ -37,7 +37,8 @@ pytestmark = pytest.mark.filterwarnings(
 OUT_OF_MEMORY = re.compile(
     r"(can.?t|cannot|unable to|tried to) allocate|Allocator|out of memory|not enough memory", re.IGNORECASE
 )
-TIMES = pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow, id="ten-times-as-many")])
+LONG = [pytest.mark.slow, pytest.mark.soak]
+TIMES = pytest.mark.parametrize("times", [1, pytest.param(10, marks=LONG, id="ten-times-as-many")])
 
 
 def numbers(content):

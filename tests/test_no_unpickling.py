@@ -192,7 +192,7 @@ def write_data(file: Path) -> None:
     ("launcher", "starts"),
     [
         pytest.param((), ["1,4,12,0,sample,update"], id="one process"),
-        pytest.param(TORCHRUN, ["4", "8", "0"], marks=pytest.mark.slow, id="two processes"),
+        pytest.param(TORCHRUN, ["4", "8", "0"], marks=[pytest.mark.slow, pytest.mark.soak], id="two processes"),
     ],
 )
 def test_a_run_that_stops_and_goes_on_unpickles_nothing_and_writes_in_its_folder_only(launcher, starts, tmp_path):

@@ -18,6 +18,12 @@ from funlora_hf.files import read_json
 
 
 WITHOUT_DROPOUT = {**TINY_UNET, "dropout": 0.0}
+LONG = [pytest.mark.slow, pytest.mark.soak]
+
+
+def long(test):
+    """Left out of `make test`; part of `make soak`."""
+    return pytest.mark.slow(pytest.mark.soak(test))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def beside(one: Path, place: Path) -> list[str]:
     return short(base_model="mine")
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=LONG)])
 def test_processes_give_the_adapters_of_one(processes, one, tmp_path):
     """Byte for byte, on a shared base; there really were so many, each with phases of its own, and each file is one's work."""
     finish(tmp_path, beside(one, tmp_path), launcher=torchrun(processes))
@@ -67,19 +73,28 @@ def processes_of(launcher: subprocess.Popen) -> list[psutil.Process]:
     ]
 
 
-@pytest.mark.slow
+def kill_one(killed: int, arguments: list[str], place: Path, *, processes: int) -> None:
+    """Start a run, kill one of its processes in an adapter's training, and see the others end in time, without results."""
+    with started(place, arguments, launcher=torchrun(processes)) as launcher:
+        wait_for(place / "out" / "checkpoints" / f"class_{4 + killed}" / "step_3", launcher)
+        started_ones = processes_of(launcher)
+        assert len(started_ones) == processes
+        started_ones[killed].kill()
+        assert launcher.wait(timeout=30) == 1, log_of(place)
+    assert psutil.wait_procs(started_ones, timeout=30)[1] == []
+    assert not (place / "out" / "results.json").exists()
+
+
+def test_when_one_of_two_is_killed_the_other_stops(one, tmp_path):
+    kill_one(1, beside(one, tmp_path), tmp_path, processes=2)
+
+
+@long
 @pytest.mark.parametrize("killed", [0, 1, 2])
 def test_when_one_of_them_is_killed_the_others_stop_and_other_numbers_go_on(killed, one, tmp_path):
     """Three, of which one is killed; two, whose launcher is asked to end; and one, which comes to the end."""
     arguments = beside(one, tmp_path)
-    with started(tmp_path, arguments, launcher=torchrun(3)) as launcher:
-        wait_for(tmp_path / "out" / "checkpoints" / f"class_{4 + killed}" / "step_3", launcher)
-        processes = processes_of(launcher)
-        assert len(processes) == 3
-        processes[killed].kill()
-        assert launcher.wait(timeout=30) == 1, log_of(tmp_path)
-    assert psutil.wait_procs(processes, timeout=30)[1] == []
-    assert not (tmp_path / "out" / "results.json").exists()
+    kill_one(killed, arguments, tmp_path, processes=3)
 
     resumed = [*arguments, "--resume_from_checkpoint", "latest"]
     with started(tmp_path, resumed, launcher=torchrun(2)) as launcher:
@@ -93,7 +108,7 @@ def test_when_one_of_them_is_killed_the_others_stop_and_other_numbers_go_on(kill
     assert_same_run(tmp_path / "out", one)
 
 
-@pytest.mark.slow
+@long
 def test_a_second_run_in_one_folder_is_refused(tmp_path, run_example):
     """It says who is there; the first one goes on as if nothing had been."""
     endless = short(adapter_train_steps=1_000_000)
@@ -114,7 +129,7 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path, run_example):
     assert len(list((tmp_path / "out" / "checkpoints" / "class_4").glob("step_*"))) == 2
 
 
-@pytest.mark.slow
+@long
 def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_example):
     """Without dropout, whose randomness is of the process; an odd batch splits unevenly."""
     arguments = command_line(unet_config=WITHOUT_DROPOUT, base_batch_size=9, classes_per_task=9)
@@ -128,7 +143,7 @@ def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_exa
         )
 
 
-@pytest.mark.slow
+@long
 @pytest.mark.parametrize("strategy", ["finetune", "merge_orthogonal", "replay", "guide"])
 def test_a_strategy_of_one_generator_trains_on_two_processes(strategy, tmp_path, run_example):
     """They share every batch, so rounding differs, and no more; without dropout, whose randomness is of the process."""
@@ -160,7 +175,7 @@ continual_train.main()
 """
 
 
-@pytest.mark.slow
+@long
 def test_two_processes_stop_together_and_go_on_to_the_same_end(tmp_path, run_example):
     (tmp_path / "clocked.py").write_text(SLOW_AND_FAST.format(examples=str(REPOSITORY / "examples")))
     (tmp_path / "whole").mkdir()
