@@ -22,6 +22,7 @@ from diffusers import UNet2DModel
 from peft import PeftModel
 from runs import digests, short_run
 from safetensors.torch import load_file
+from torch import distributed
 
 from funlora_hf import FunLoraPipeline
 from funlora_hf.classifier import ClassifierConfig, train_classifier
@@ -335,6 +336,22 @@ def test_a_finished_run_is_reported_again_without_training(copy, capsys, monkeyp
     run(short_run(resume_from_checkpoint="latest"))
     assert "is finished already" in capsys.readouterr().out
     assert digests(copy / "adapters") == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"resume_from_checkpoint": "latest"}, {"update_class": 6}, {"output_dir": "new"}],
+    ids=["finished", "update", "new"],
+)
+def test_a_run_ends_its_group_of_processes(arguments, copy):
+    """What a process leaves of it may abort the process at its end, with all done."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        run(short_run(**arguments))
+        assert not distributed.is_initialized()
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def test_a_folder_with_a_run_is_refused(copy):

@@ -124,6 +124,7 @@ def _learn(
     training = arguments.training
     publisher = _publisher(training, tasks, accelerator)
     if folder.results.is_file():
+        accelerator.end_training()
         return _finished(folder, publisher) if accelerator.is_main_process else None
     evaluator = RunEvaluator(
         strategy,
@@ -200,7 +201,8 @@ def _update(
         if accelerator.is_main_process:
             folder.recover_adapters()
         accelerator.wait_for_everyone()
-        _train_again(arguments, strategy_cls, folder, accelerator, stops)
+        with _ends(accelerator):
+            _train_again(arguments, strategy_cls, folder, accelerator, stops)
 
 
 def _train_again(
@@ -263,7 +265,8 @@ def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
 
 @contextmanager
 def _ends(accelerator: Accelerator) -> Iterator[None]:
-    """Ends trackers and the group of processes when training has ended, also where its time is over."""
+    """Ends trackers and the group of processes when training has ended, also where its time is over: gloo may abort a process that
+    ends with its group."""
     try:
         yield
     except TimeLimitReached:
