@@ -35,10 +35,12 @@ class Termination:
     it. All files of a run appear whole or not at all, so that it may stop anywhere.
 
     Args:
-        grace (`float`): seconds after the signal until the process ends whatever it does; batch systems seldom wait longer.
+        grace (`float`):
+            Seconds after the signal until the process ends whatever it does. Batch systems seldom wait longer than 10, and Python
+            takes 1.5 to 4 to unload all libraries once a run has stopped.
     """
 
-    def __init__(self, grace: float = 9.0) -> None:
+    def __init__(self, grace: float = 7.0) -> None:
         self.requested = False
         self._grace = grace
         self._deferred = False
