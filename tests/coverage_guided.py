@@ -127,7 +127,7 @@ READERS = {
     "bank": (_of_file("bank.safetensors", read_bank), [pack(json.loads(json.dumps(BANK, default=sorted)), bytes(32))]),
     "base": (
         _of_file("model_index.json", lambda file: base_classes(file.parent)),
-        [b'{"_class_name": "FunLoraPipeline", "class_ids": [3, 5], "class_names": {"3": "three"}}'],
+        [b'{"_class_name": "FunLoraPipeline", "class_ids": [3, 5], "id2label": {"3": "three"}}'],
     ),
     "image": (lambda folder: _image, _images()),
     "careless": (lambda folder: _careless, [b"sound"]),
