@@ -24,11 +24,13 @@ SCRIPT = str(REPOSITORY / "tests" / "watched_run.py")
 
 @dataclass
 class Uninterrupted:
-    """A run from the command line, on one process and one thread: its folder, file operations there and seconds."""
+    """A run from the command line, on one process and one thread: its folder, file operations there and seconds, in all and
+    until it has its base."""
 
     folder: Path
     operations: int
     seconds: float
+    seconds_of_base: float
 
 
 def torchrun(processes: int) -> tuple[str, ...]:

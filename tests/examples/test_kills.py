@@ -42,8 +42,11 @@ def check_end(place: Path, code: int, by: str) -> None:
         assert "Traceback" not in log
 
 
-def kill_at_a_time(place: Path, fraction: float, by: str, seconds: float) -> tuple[int, float]:
-    """Kill a new run after this fraction of the seconds that it takes, or sooner if it is faster today; exit code, seconds."""
+def kill_at_a_time(
+    place: Path, fraction: float, by: str, seconds: float, before: str = "results.json"
+) -> tuple[int, float]:
+    """Kill a new run after this fraction of the seconds that it takes until it has a file or folder, or sooner if it is faster today;
+    exit code, seconds."""
     while True:
         with started(place) as process:
             begun = wait_for_work(place, process)
@@ -53,11 +56,12 @@ def kill_at_a_time(place: Path, fraction: float, by: str, seconds: float) -> tup
             sent = time.monotonic()
             process.send_signal(signal.Signals[by])
             code = process.wait(timeout=60)
-        if not (place / "out" / "results.json").exists():
+        if not (place / "out" / before).exists():
             return code, time.monotonic() - sent
         fraction *= 0.8
         shutil.rmtree(place / "out")
-        (place / "log").unlink()
+        for name in ("log", "stack.0"):
+            (place / name).unlink()
 
 
 PARTS = 15
@@ -72,6 +76,19 @@ def test_killed_at_a_moment(number, by, uninterrupted, tmp_path, record_property
     check_end(tmp_path, code, by)
     record_property("stage", stage(tmp_path))
     record_property("seconds until the end", seconds)
+    finish(tmp_path)
+    assert_same_run(tmp_path / "out", uninterrupted.folder)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("number", range(3))
+def test_killed_before_there_is_a_base(number, by, uninterrupted, tmp_path, record_property):
+    """Its training is so short a part of the run that the moments above may miss it."""
+    fraction = (number + random.Random(number).random()) / 3
+    code, _ = kill_at_a_time(tmp_path, fraction, by, uninterrupted.seconds_of_base, before="base")
+    check_end(tmp_path, code, by)
+    record_property("stage", stage(tmp_path))
     finish(tmp_path)
     assert_same_run(tmp_path / "out", uninterrupted.folder)
 
