@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -265,11 +266,14 @@ def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
 
 @contextmanager
 def _ends(accelerator: Accelerator) -> Iterator[None]:
-    """Ends trackers and the group of processes when training has ended, also where its time is over: gloo may abort a process that
-    ends with its group."""
+    """Ends trackers and the group of processes when training has ended, also where its time is over. Else gloo may abort the process
+    at its end."""
     try:
         yield
-    except TimeLimitReached:
+    except TimeLimitReached as reached:
+        # Its frames hold a model that is wrapped for the group.
+        traceback.clear_frames(reached.__traceback__)
+        accelerator.free_memory()
         accelerator.end_training()
         raise
     accelerator.end_training()

@@ -203,6 +203,8 @@ seen = accelerator.gather(torch.tensor(outcomes)).reshape(2, -1).tolist()
 assert [[min(code, 1) for code in row] for row in seen] == [[0, 1, 1, 0, 1, 0]] * 2, seen
 assert seen[0][1] == seen[1][1] == seen[0][4] == seen[1][4] == 2, seen
 # Else gloo may abort the process at its end.
+del shared, loss
+accelerator.free_memory()
 accelerator.end_training()
 """
 
