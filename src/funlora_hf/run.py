@@ -273,7 +273,6 @@ def _ends(accelerator: Accelerator) -> Iterator[None]:
     except TimeLimitReached as reached:
         # Its frames hold a model that is wrapped for the group.
         traceback.clear_frames(reached.__traceback__)
-        accelerator.free_memory()
         accelerator.end_training()
         raise
     accelerator.end_training()

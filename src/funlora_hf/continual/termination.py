@@ -37,7 +37,7 @@ class Termination:
     Args:
         grace (`float`):
             Seconds after the signal until the process ends whatever it does. Batch systems seldom wait longer than 10, and Python
-            takes 1.5 to 4 to unload all libraries once a run has stopped.
+            takes some of these to unload its libraries once a run has stopped.
     """
 
     def __init__(self, grace: float = 7.0) -> None:
