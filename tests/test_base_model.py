@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from funlora_hf import FunLoraConfig, base_fingerprint
+from funlora_hf import FunLoraConfig, FunLoraPipeline, base_fingerprint
 from funlora_hf.base_model import base_classes, load_base, read_unet
+from funlora_hf.continual.existing_base import find_base
 
 
 @pytest.fixture
@@ -48,5 +50,23 @@ def test_a_unet_that_is_not_all_there(folder, damage):
         weights.unlink()
     if damage == "pickle":
         torch.save(tensors, folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"The U-Net in '.*base' "):
+    with pytest.raises(ValueError, match=r"'.*base.*'"):
         read_unet(folder)
+
+
+@pytest.mark.parametrize("kind", ["lora", "funlora"])
+def test_a_base_saved_with_adapters_inside_is_refused_by_every_reader(kind, folder, tiny_unet, tmp_path):
+    """diffusers itself loads it with random weights in place of the wrapped ones, and warns."""
+    config = FunLoraConfig() if kind == "funlora" else LoraConfig(target_modules=["conv1"])
+    inject_adapter_in_model(config, tiny_unet).save_pretrained(folder / "unet")
+    readers = [
+        lambda: read_unet(folder),
+        lambda: load_base(FunLoraConfig(base_model_name_or_path=str(folder))),
+        lambda: load_base(FunLoraConfig(base_model_name_or_path=str(folder / "unet"))),
+        lambda: FunLoraPipeline.from_pretrained(folder),
+        lambda: find_base(str(folder)),
+        lambda: base_classes(folder),
+    ]
+    for read in readers:
+        with pytest.raises(ValueError, match=r"\.base_layer\..*saved with adapters inside"):
+            read()

@@ -4,13 +4,14 @@ from .adapter_bank import AdapterBank
 from .adapter_loading import load_adapter
 from .export import merge_class
 from .fingerprint import BaseMismatchError, base_fingerprint, base_fingerprints
-from .guidance import Guidance
+from .guidance import Guidance, expand_adapter_names
 from .hub import delete_class_from_hub, push_adapter, push_all, push_base
 from .layer_selection import conv_layers, layer_importance, parameters_per_class, select_layers
 from .pipeline import FunLoraPipeline, FunLoraPipelineOutput
 from .tuner import (
     FunLoraConfig,
     FunLoraModel,
+    cached_weights,
     compile_functional_matrices,
     functional_matrix,
     hotswap_adapter,
@@ -33,10 +34,12 @@ __all__ = [
     "Guidance",
     "base_fingerprint",
     "base_fingerprints",
+    "cached_weights",
     "compile_functional_matrices",
     "conv_layers",
     "delete_class",
     "delete_class_from_hub",
+    "expand_adapter_names",
     "functional_matrix",
     "hotswap_adapter",
     "initial_alpha",

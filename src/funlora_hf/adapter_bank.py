@@ -24,15 +24,15 @@ from .adapter_folder import adapter_name as class_adapter_name
 from .base_model import load_base
 from .files import whole_file
 from .fingerprint import FingerprintCheck
+from .flat_adapter import FlatAdapter
 from .saved_adapter import ADAPTER_FILES, SavedAdapter, exact_targets, fetch, read_adapter, restore_targets
 from .saved_bank import METADATA, ROWS, SavedBank, read_bank
 from .tuner import FunLoraConfig, mixed_batch
-from .tuner.adapter_layer import BASE, AdapterLayer, adapter_layers
-from .tuner.adapter_model import adapters_enabled
-from .tuner.flat_adapter import FlatAdapter
 from .tuner.hotswap import SAVED_PREFIX, plain_key, wrapped_model
-from .tuner.removal import remove_adapters
-from .tuner.tensor_checks import listed, misnamed, misshapen, not_finite
+from .tuners_utils.layer import BASE, AdapterLayer, adapter_layers
+from .tuners_utils.wrappers import remove_adapters
+from .utils.checks import listed
+from .utils.tensors import misnamed, misshapen, not_finite
 
 
 # What all adapters of a bank share; which layers they have, their tensors show.
@@ -193,7 +193,7 @@ class AdapterBank:
         for label in rows:
             if label not in kept:
                 kept[label] = free.pop(0) if free else self._add_place()
-            kept[label].copy_(rows[label])
+                kept[label].copy_(rows[label])
         self._placed = kept
         return {label: adapter.name for label, adapter in kept.items()}
 
@@ -447,7 +447,6 @@ class AdapterBank:
     @staticmethod
     def _switch(layers: Sequence[AdapterLayer], *, on: bool) -> None:
         for layer in layers:
-            layer.forget_weights()
             if layer.disable_adapters == on:
                 layer.enable_adapters(on)
 
@@ -460,6 +459,19 @@ class AdapterBank:
                 layer.update_layer(name, self.config)
         self._others.append(FlatAdapter(self.model, name))
         return self._others[-1]
+
+
+@contextmanager
+def adapters_enabled(model: nn.Module) -> Iterator[None]:
+    """Enable the adapter layers of a model that are disabled, and disable them again afterwards."""
+    disabled = [layer for layer in adapter_layers(model) if layer.disable_adapters]
+    for layer in disabled:
+        layer.enable_adapters(True)
+    try:
+        yield
+    finally:
+        for layer in disabled:
+            layer.enable_adapters(False)
 
 
 def _layers(model: nn.Module, adapter_name: str) -> list[AdapterLayer]:

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 
 from .cards import adapter_card
 from .files import read_mapping, whole_folder
-from .tuner.config import check_class_label, check_class_name
-from .tuner.tensor_checks import shortened
+from .utils.checks import check_class_label, check_class_name, shortened
 
 
 ADAPTERS_FOLDER = "adapters"

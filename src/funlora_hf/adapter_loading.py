@@ -10,10 +10,9 @@ from torch import nn
 from .adapter_folder import adapter_name as class_adapter_name
 from .fingerprint import FingerprintCheck
 from .saved_adapter import SavedAdapter, brief, read_adapter, restore_targets
-from .tuner.removal import remove_adapters
-from .tuner.save_guard import guard_saving
-from .tuner.targets import without_peft
-from .tuner.tensor_checks import listed, not_finite
+from .tuners_utils.wrappers import remove_adapters, without_peft
+from .utils.checks import listed
+from .utils.tensors import not_finite
 
 
 def load_adapter(
@@ -89,7 +88,6 @@ def put_adapter(base: nn.Module, peft_model: PeftModel | None, adapter: SavedAda
     tensors = adapter.tensors()
     try:
         if peft_model is None:
-            guard_saving(base)
             peft_model = PeftModel(base, adapter.exact_config, adapter_name=name)
         else:
             peft_model.add_adapter(name, adapter.exact_config)

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .tuner.targets import plain_modules, without_peft
+from .tuners_utils.wrappers import plain_modules, without_peft
 
 
 def adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
@@ -30,7 +30,7 @@ def adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
     tensors = [*model.parameters(), *model.buffers()]
     # deepcopy takes what the memo holds instead of copying it.
     memo = {id(tensor): _without_values(tensor) for tensor in tensors}
-    shape = _without_adapters(copy.deepcopy(model, memo)).requires_grad_(False)
+    shape = _plain(copy.deepcopy(model, memo)).requires_grad_(False)
     with torch.device("meta"):
         return get_peft_model(shape, config)
 
@@ -73,7 +73,8 @@ def _without_values(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _without_adapters(model: nn.Module) -> nn.Module:
+def _plain(model: nn.Module) -> nn.Module:
+    """The model without adapters and hooks."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):
@@ -82,4 +83,8 @@ def _without_adapters(model: nn.Module) -> nn.Module:
                 setattr(parent, name, child.original_module)
     # What PEFT and diffusers take for a sign of adapters.
     model.__dict__.pop("peft_config", None)
+    for module in model.modules():
+        # Hooks of accelerate and diffusers, which would bring values.
+        for name in ("forward", "_hf_hook", "_diffusers_hook"):
+            module.__dict__.pop(name, None)
     return model

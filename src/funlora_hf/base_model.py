@@ -1,21 +1,19 @@
-"""Bases, found and read: the one that an adapter's config names, or that in a folder.
-
-Knows diffusers' folders and the Hub; knows no adapters' tensors.
-"""
+"""Find and read bases: the one that an adapter's config names, or the one in a folder."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusers import UNet2DModel
 from peft import PeftConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .files import read_mapping
-from .tuner.config import check_class_label, check_class_name
-from .tuner.tensor_checks import shortened
 from .unet_config import check_sizes, check_unet_config
+from .utils.checks import check_class_label, check_class_name, shortened
 
 
 UNET_FOLDER = "unet"
@@ -30,8 +28,9 @@ _COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", 
 
 def check_base_folder(folder: Path) -> None:
     """
-    Raise a ValueError that names the file, unless a pipeline's, U-Net's or scheduler's JSON names just the classes of such a base, and no
-    sizes beyond reason: diffusers imports whatever library a file names, and builds whatever it asks for.
+    Raise a ValueError that names the file, unless the JSON of a pipeline, U-Net or scheduler names just the classes of such a
+    base and no sizes beyond reason, and the U-Net's tensors are those of a U-Net without adapters: diffusers imports whatever
+    library a file names, builds whatever it asks for, and only warns of tensors that it does not find.
     """
     if (folder / PIPELINE).is_file():
         index = read_mapping(folder / PIPELINE, most_bytes=MOST_CONFIG)
@@ -55,6 +54,13 @@ def check_base_folder(folder: Path) -> None:
     for place in (folder / UNET_FOLDER / "config.json", folder / "config.json"):
         if place.is_file():
             check_unet_config(read_mapping(place, most_bytes=MOST_CONFIG), field=os.fspath(place))
+    for place in (folder / UNET_FOLDER, folder):
+        for path in sorted(place.glob("*.safetensors")) if (place / "config.json").is_file() else []:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    _check_names(file.keys(), os.fspath(path))
+            except SafetensorError as error:
+                raise ValueError(f"{os.fspath(path)!r} is not a valid safetensors file: {error}.") from error
     if (folder / SCHEDULER_CONFIG).is_file():
         check_sizes(
             read_mapping(folder / SCHEDULER_CONFIG, most_bytes=MOST_CONFIG), field=os.fspath(folder / SCHEDULER_CONFIG)
@@ -82,13 +88,16 @@ def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DMo
     errors = []
     for subfolder in (UNET_FOLDER, None):
         try:
-            return UNet2DModel.from_pretrained(
+            unet, found = UNet2DModel.from_pretrained(
                 name,
                 subfolder=subfolder,
                 revision=config.revision,
                 local_files_only=local_files_only,
                 use_safetensors=True,
+                output_loading_info=True,
             )
+            _check_loaded(found, name)
+            return unet
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             errors.append(error)
     raise ValueError(
@@ -138,13 +147,28 @@ def read_unet(folder: Path) -> UNet2DModel:
         raise ValueError(
             f"The U-Net in {os.fspath(folder)!r} cannot be loaded: {shortened(str(error), 1000)}"
         ) from error
+    _check_loaded(found, os.fspath(folder))
+    return unet.eval()
+
+
+def _check_loaded(found: Mapping[str, Any], source: str) -> None:
+    """Refuse a U-Net whose file lacks tensors or has others."""
+    _check_names(found.get("unexpected_keys", ()), source)
     wrong = {
         name: found.get(name) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if found.get(name)
     }
     if wrong:
         listed = "; ".join(f"{name}: {', '.join(map(str, list(keys)[:5]))}" for name, keys in wrong.items())
-        raise ValueError(f"The U-Net in {os.fspath(folder)!r} has not the tensors that its config makes: {listed}.")
-    return unet.eval()
+        raise ValueError(f"The U-Net in {source!r} does not have the tensors that its config makes: {listed}.")
+
+
+def _check_names(names: Iterable[str], source: str) -> None:
+    wrapped = next((name for name in names if ".base_layer." in name), None)
+    if wrapped is not None:
+        raise ValueError(
+            f"{source!r} has the tensor {wrapped!r}: it was saved with adapters inside, under names that no U-Net has. Save the "
+            "base by `FunLoraPipeline.save_pretrained`, or after `unload()` of its adapters."
+        )
 
 
 def _unet_subfolder(folder: Path) -> str | None:

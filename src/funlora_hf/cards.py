@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 
 from .tuner import FunLoraConfig
-from .tuner.config import FINGERPRINT_DTYPES
+from .utils.checks import FINGERPRINT_DTYPES
 
 
 _HUB = "https://huggingface.co"

@@ -6,6 +6,7 @@ Knows banks and PEFT; knows no pipeline, no sampling and no training.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
@@ -15,15 +16,42 @@ import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from torch import nn
 
-from .adapter_bank import AdapterBank
+from .adapter_bank import AdapterBank, adapters_enabled
 from .adapter_folder import adapter_name, save_adapter, save_adapter_tensors
 from .adapter_loading import put_adapter
 from .fingerprint import FingerprintCheck
 from .saved_adapter import SavedAdapter, brief, exact_targets
 from .tuner import FunLoraConfig, mixed_batch
-from .tuner.adapter_layer import BASE
-from .tuner.adapter_model import AdapterModel, adapters_enabled
-from .tuner.removal import remove_adapters
+from .tuners_utils.layer import BASE
+from .tuners_utils.model import AdapterModel
+from .tuners_utils.weights import cached_weights
+from .tuners_utils.wrappers import remove_adapters
+
+
+class _Turn:
+    """One thread at a time: a model has one place for what acts in it. A copy is a turn of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+
+    def __reduce__(self) -> tuple:
+        return _Turn, ()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait until the other threads are done."""
+        if self._thread == threading.get_ident():
+            raise RuntimeError(
+                "The pipeline is at work in this thread already, and its adapters cannot change meanwhile: call it after that "
+                "call, or use another pipeline."
+            )
+        with self._lock:
+            self._thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._thread = None
 
 
 class ClassAdapters:
@@ -40,6 +68,7 @@ class ClassAdapters:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._base = FingerprintCheck(model)
+        self._turn = _Turn()
         self._banks: dict[str, AdapterBank] = {}
         self._peft_model: PeftModel | None = None
         # What each class was loaded with, and the bank it is in, if any.
@@ -48,7 +77,7 @@ class ClassAdapters:
 
     def add(self, adapter: SavedAdapter, class_label: int, *, ignore_base_fingerprint: bool = False) -> None:
         """
-        Load the adapter of a class.
+        Load the adapter of a class, after the calls that are running in other threads.
 
         Args:
             adapter ([`SavedAdapter`]): as it was found.
@@ -60,6 +89,10 @@ class ClassAdapters:
             ValueError: an adapter of another method than those loaded, or one that does not fit. Nothing has changed then.
         """
         self._check_method(adapter)
+        with self._turn.taken():
+            self._add(adapter, class_label, ignore_base_fingerprint)
+
+    def _add(self, adapter: SavedAdapter, class_label: int, ignore_base_fingerprint: bool) -> None:
         if not ignore_base_fingerprint:
             self._base.check(adapter.config, adapter.source)
         try:
@@ -75,13 +108,14 @@ class ClassAdapters:
 
     def open_bank(self, file: str | os.PathLike, *, ignore_base_fingerprint: bool = False) -> AdapterBank:
         """A bank from a file that [`AdapterBank.save`] wrote, on the model, for `add_bank`. Errors as in [`AdapterBank.load`]."""
-        return AdapterBank.load(
-            file,
-            self._model,
-            self._free_name(),
-            beside=list(self._banks.values()),
-            ignore_base_fingerprint=ignore_base_fingerprint,
-        )
+        with self._turn.taken():
+            return AdapterBank.load(
+                file,
+                self._model,
+                self._free_name(),
+                beside=list(self._banks.values()),
+                ignore_base_fingerprint=ignore_base_fingerprint,
+            )
 
     def add_bank(self, bank: AdapterBank) -> None:
         """Take in all classes of a bank from `open_bank`, none of which is loaded yet."""
@@ -91,13 +125,14 @@ class ClassAdapters:
 
     def remove(self, class_label: int) -> None:
         """Forget the adapter of a class; modules that none is left in are the base's own again."""
-        bank = self._bank_of.pop(class_label, None)
-        if bank is not None:
-            bank.remove(class_label)
-        else:
-            remove_adapters(self._model, [adapter_name(class_label)])
-        del self._configs[class_label]
-        self._clean_up()
+        with self._turn.taken():
+            bank = self._bank_of.pop(class_label, None)
+            if bank is not None:
+                bank.remove(class_label)
+            else:
+                remove_adapters(self._model, [adapter_name(class_label)])
+            del self._configs[class_label]
+            self._clean_up()
 
     def save(self, class_label: int, folder: Path, *, class_name: str) -> None:
         """Write the adapter of a class as PEFT reads it, under the id and name that it has here."""
@@ -141,11 +176,16 @@ class ClassAdapters:
 
     @contextmanager
     def acting(self, class_labels: Sequence[int | None]) -> Iterator[None]:
-        """Every sample of a batch runs through the adapter of its class; None: through the base.
+        """Run each sample of a batch through the adapter of its class, None: through the base. One thread at a time does.
 
         Args:
             class_labels: of every sample. Sorted by class they run fastest.
         """
+        with self._turn.taken(), self._adapters_of(class_labels), cached_weights(self._model):
+            yield
+
+    @contextmanager
+    def _adapters_of(self, class_labels: Sequence[int | None]) -> Iterator[None]:
         if not self._configs:
             yield
             return

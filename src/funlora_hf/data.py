@@ -20,7 +20,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image, ImageOps
 
 from .encoded_images import check_encoded_image
-from .tuner.tensor_checks import shortened
+from .utils.checks import shortened
 
 
 # Every held-out split is drawn with this seed, whatever the seed of a run: runs must be tested on the same images.

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from .tuner.tensor_checks import shortened
+from .utils.checks import shortened
 
 
 # A frame of 8K video has 33.2 million. A file of some bytes can say that it has billions, and decoding takes up to 16 bytes each.

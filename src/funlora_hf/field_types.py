@@ -8,7 +8,7 @@ import typing
 from collections.abc import Collection
 from typing import Any
 
-from .tuner.tensor_checks import shortened
+from .utils.checks import shortened
 
 
 # What torch and JSON readers hold.

@@ -13,9 +13,8 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from .tuner.config import FINGERPRINT_DTYPES
-from .tuner.removal import adapted_modules, base_module, is_wrapper
-from .tuner.targets import without_peft
+from .tuners_utils.wrappers import adapted_modules, base_module, is_wrapper, without_peft
+from .utils.checks import FINGERPRINT_DTYPES
 
 
 class BaseMismatchError(ValueError):

@@ -35,7 +35,7 @@ from .hub_repository import HubRepository
 from .pipeline import FunLoraPipeline
 from .saved_adapter import ADAPTER_FILES
 from .tuner import FunLoraConfig
-from .tuner.functional import check_choice
+from .utils.checks import check_choice
 
 
 LAYOUTS = ("subfolders", "repositories")

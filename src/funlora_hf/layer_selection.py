@@ -21,15 +21,8 @@ from .files import read_tensors
 from .tuner import FunLoraConfig
 from .tuner.hotswap import SAVED_PREFIX
 from .tuner.layer import FunLoraFactorLayer
-from .tuner.targets import (
-    conv_names,
-    decoder,
-    decoder_middle,
-    knows_order,
-    plain_modules,
-    unet_conv_names,
-    without_peft,
-)
+from .tuner.targets import conv_names, decoder, decoder_middle, knows_order, unet_conv_names
+from .tuners_utils.wrappers import plain_modules, without_peft
 
 
 # FunLoRA's own, or a row of the class embedding that PEFT trains as a token.

@@ -30,9 +30,8 @@ from .flow_matching import sigma_to_timestep
 from .guidance import Guidance
 from .saved_adapter import read_adapter
 from .solvers import SolverOutput, check_solver, solve
-from .tuner.config import check_class_label, check_class_name
-from .tuner.removal import adapted_modules
-from .tuner.tensor_checks import shortened
+from .tuners_utils.wrappers import adapted_modules
+from .utils.checks import check_class_label, check_class_name, shortened
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .tuner.tensor_checks import shortened
+from .utils.checks import shortened
 
 
 # A recipe has some 2 kB; PyYAML takes 64 times as long for 64 times as much.

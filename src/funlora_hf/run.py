@@ -38,7 +38,7 @@ from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_finished, report_run
 from .folder_lock import folder_lock
-from .tuner.config import check_class_name
+from .utils.checks import check_class_name
 
 
 @dataclass

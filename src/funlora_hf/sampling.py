@@ -1,4 +1,4 @@
-"""Draws images of a class, repeatably. Knows the pipeline and seeds, no training."""
+"""Draw images of a class, repeatably."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from .guidance import Guidance
 from .pipeline import FunLoraPipeline
 from .seeds import generator_for
+from .tuner import cached_weights
 
 
 class Samples(NamedTuple):
@@ -56,22 +57,23 @@ def draw_samples(
         [`Samples`].
     """
     parts, evaluations = [], []
-    for start in range(0, count, batch_size):
-        size = min(batch_size, count - start)
-        # One generator on the CPU for a batch: the noise is the same on every device.
-        generator = generator_for(seed, purpose, class_id, start)
-        output = pipe(
-            [class_id] * size,
-            num_inference_steps=num_inference_steps,
-            solver=solver,
-            rtol=tolerance,
-            atol=tolerance,
-            generator=generator,
-            output_type="pt",
-            guidance=guidance,
-        )
-        parts.append(output.images.cpu())
-        evaluations.append(output.nfe)
+    with cached_weights(pipe.unet):
+        for start in range(0, count, batch_size):
+            size = min(batch_size, count - start)
+            # One generator on the CPU for a batch: the noise is the same on every device.
+            generator = generator_for(seed, purpose, class_id, start)
+            output = pipe(
+                [class_id] * size,
+                num_inference_steps=num_inference_steps,
+                solver=solver,
+                rtol=tolerance,
+                atol=tolerance,
+                generator=generator,
+                output_type="pt",
+                guidance=guidance,
+            )
+            parts.append(output.images.cpu())
+            evaluations.append(output.nfe)
     return Samples(torch.cat(parts), mean(evaluations))
 
 

@@ -38,8 +38,9 @@ from torch import nn
 from .adapter_shape import adapter_tensor_shapes
 from .tuner import FunLoraConfig
 from .tuner.hotswap import plain_key
-from .tuner.targets import plain_modules, without_peft
-from .tuner.tensor_checks import listed, misnamed, misshapen, not_finite, shortened
+from .tuners_utils.wrappers import plain_modules, without_peft
+from .utils.checks import listed, shortened
+from .utils.tensors import misnamed, misshapen, not_finite
 
 
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)

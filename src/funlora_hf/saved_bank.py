@@ -16,8 +16,8 @@ from torch import nn
 
 from .saved_adapter import DTYPES, check_tensors, config_from, parse_json, unsound
 from .tuner import FunLoraConfig
-from .tuner.config import check_class_label, check_class_name
-from .tuner.tensor_checks import listed, misnamed, misshapen, shortened
+from .utils.checks import check_class_label, check_class_name, listed, shortened
+from .utils.tensors import misnamed, misshapen
 
 
 ROWS = "adapters"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .tuner.tensor_checks import shortened
+from .utils.checks import shortened
 
 
 # Edge of an image; diffusers' largest U-Nets have 256.

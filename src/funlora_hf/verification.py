@@ -21,7 +21,8 @@ from .fingerprint import FingerprintCheck, base_fingerprint, base_tensors
 from .hub_index import INDEX, read_index
 from .saved_adapter import check_download, read_adapter
 from .saved_bank import SavedBank, read_bank
-from .tuner.tensor_checks import listed, not_finite
+from .utils.checks import listed
+from .utils.tensors import not_finite
 
 
 BASE_NOT_CHECKED = "base not checked"

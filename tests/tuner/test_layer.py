@@ -405,7 +405,7 @@ def test_several_active_adapters_multiply_and_sum():
 
 def scaled_weight(layer, scales):
     """`numpy_weight` with a scale for every adapter: 1 + s (F - 1) for factors, s G for terms."""
-    weight = layer._original_weight().double().numpy()
+    weight = layer._base_weight().detach().double().numpy()
     for name, scale in scales.items():
         if layer.settings[name].operation != "add":
             weight = weight * (1 + scale * (numpy_matrix(layer, name) - 1))

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft_models import PLAIN, UNET, adapter_parameters, close, funlora_layers, hooks, kinds, output
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from funlora_hf import FunLoraConfig, mixed_batch
-from funlora_hf.tuner import FunLoraConv2d
+from funlora_hf import FunLoraConfig, expand_adapter_names, mixed_batch
+from funlora_hf.tuner import FunLoraClassVector, FunLoraConv2d, FunLoraLinear
 
 
 MIXES = [["x", "y", "__base__", "x", "y"], ["x", "y", "__base__"], ["y", "y", "x"], ["__base__"] * 3, ["y"] * 3]
@@ -174,69 +175,37 @@ def test_training_a_mixed_batch_sums_the_gradients_of_the_samples(kind, gradient
     assert not any(p.grad is not None for n, p in model.named_parameters() if "funlora_" not in n)
 
 
-# One convolution in groups
+# Every part as the layer alone
 
 
-class Convolutions(TorchDispatchMode):
-    """Counts convolutions."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten.convolution.default
-        return func(*args, **(kwargs or {}))
-
-
-CASES = {
-    "plain": {"padding": 1},
-    "no bias": {"padding": 1, "bias": False},
-    "strides": {"stride": (2, 1), "padding": (1, 0)},
-    "same": {"padding": "same", "dilation": 2},
-    "valid": {"padding": "valid"},
-    "reflect": {"padding": (1, 2), "padding_mode": "reflect"},
-    "circular same": {"padding": "same", "padding_mode": "circular"},
-    "replicate": {"padding": 1, "padding_mode": "replicate"},
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_small_convolutions_run_in_groups(case, monkeypatch):
-    torch.manual_seed(0)
-    base = nn.Conv2d(4, 6, 3, dtype=torch.float64, **CASES[case]).requires_grad_(False)
-    layer = FunLoraConv2d(base, "x", FunLoraConfig(init_weights=False))
-    layer.update_layer("y", FunLoraConfig(init_weights=False, function="power"))
-    layer.set_adapter(["x", "y"])
-    names = ["x", "__base__", "y", "y", "x", "__base__"]
-    x = torch.randn(6, 4, 7, 9, dtype=torch.float64, requires_grad=True)
-    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-
-    def run(expected_count):
-        with mixed_batch(layer, names), Convolutions() as made:
-            result = layer(x)
-        assert made.count == expected_count
-        return [result, *torch.autograd.grad((result * result.detach().cos()).sum(), inputs)]
-
-    found = run(1)
-    monkeypatch.setattr("funlora_hf.tuner.layer.LARGEST_GROUPED", 0)
-    for own, other in zip(found, run(3), strict=True):
-        close(own, other, 1e-10)
-
-
-@pytest.mark.parametrize(
-    ("convolution", "names"),
-    [
-        pytest.param({"kernel_size": 3}, ["x", "y", "x"], id="other numbers of samples"),
-        pytest.param({"kernel_size": 1}, ["x", "y"], id="1x1"),
-        pytest.param({"kernel_size": 3, "groups": 2}, ["x", "y"], id="groups of its own"),
-        pytest.param({"kernel_size": 3, "out_channels": 1024}, ["x", "y"], id="large"),
-    ],
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["conv", "linear", "embedding"]),
+    names=st.lists(st.sampled_from(["x", "y", "z", "__base__"]), min_size=1, max_size=9),
+    gradients=st.booleans(),
 )
-def test_other_convolutions_run_adapter_by_adapter(convolution, names):
-    base = nn.Conv2d(**{"in_channels": 4, "out_channels": 6, **convolution})
-    layer = FunLoraConv2d(base, "x", FunLoraConfig(init_weights=False))
-    layer.update_layer("y", FunLoraConfig(init_weights=False))
-    with mixed_batch(layer, names), Convolutions() as made:
-        layer(torch.randn(len(names), 4, 5, 5))
-    assert made.count == 2
+def test_each_part_equals_the_layer_alone_to_the_bit(kind, names, gradients):
+    torch.manual_seed(0)
+    base, layer_cls, x = {
+        "conv": lambda: (nn.Conv2d(4, 6, 3, padding=1), FunLoraConv2d, torch.randn(len(names), 4, 7, 9)),
+        "linear": lambda: (nn.Linear(4, 6), FunLoraLinear, torch.randn(len(names), 5, 4)),
+        "embedding": lambda: (nn.Embedding(5, 6), FunLoraClassVector, torch.randint(5, (len(names),))),
+    }[kind]()
+    layer = layer_cls(base, "x", FunLoraConfig(init_weights=False))
+    layer.update_layer("y", FunLoraConfig(init_weights=False, function="power", operation="mul-add"))
+    layer.update_layer("z", FunLoraConfig(init_weights=False, function="identity"))
+    layer.set_scale("z", 0.5)
+    with torch.set_grad_enabled(gradients):
+        with mixed_batch(layer, names):
+            found = layer(x)
+        for name in set(names):
+            rows = [index for index, other in enumerate(names) if other == name]
+            layer.enable_adapters(name != "__base__")
+            layer.set_adapter([name] if name != "__base__" else ["x"])
+            assert torch.equal(found[rows], layer(x[rows]))
+
+
+def test_names_around_a_pipeline_with_guidance():
+    assert expand_adapter_names(["x", "y"]) == ["x", "y", "x", "y"]
+    assert expand_adapter_names(["x", "y"], num_images_per_prompt=2) == ["x", "x", "y", "y"] * 2
+    assert expand_adapter_names(["x", "y"], do_classifier_free_guidance=False) == ["x", "y"]

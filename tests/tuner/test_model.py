@@ -5,12 +5,7 @@ import re
 import pytest
 import torch
 from peft import (
-    BOFTConfig,
-    HiraConfig,
-    LoHaConfig,
-    LoKrConfig,
     LoraConfig,
-    OFTConfig,
     get_layer_status,
     get_model_status,
     get_peft_model,
@@ -21,8 +16,6 @@ from peft_models import (
     PLAIN,
     UNET,
     adapter_parameters,
-    assert_equal,
-    base_weights,
     close,
     differ,
     funlora_layers,
@@ -283,31 +276,6 @@ def test_a_layer_with_another_methods_adapter_is_refused(kind, lora_target, conf
     get_peft_model(base, LoraConfig(target_modules=[lora_target]))
     with pytest.raises(ValueError, match=rf"{lora_target}.*another method"):
         kind.model(base=base, **config)
-
-
-OTHER_METHODS = {
-    "lora": LoraConfig(target_modules=["conv1"]),
-    "lora on linear": LoraConfig(target_modules=["to_q"]),
-    "lora on the embedding": LoraConfig(target_modules=["class_embedding"]),
-    "loha": LoHaConfig(target_modules=["conv1"]),
-    "lokr": LoKrConfig(target_modules=["conv1"]),
-    "oft": OFTConfig(target_modules=["conv1"], r=0, oft_block_size=32),
-    "boft": BOFTConfig(target_modules=["conv1"], boft_block_size=4),
-    "hira": HiraConfig(target_modules=["conv1"]),
-}
-
-
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-@pytest.mark.parametrize("method", OTHER_METHODS)
-def test_another_method_cannot_be_put_around_a_funlora_layer(method):
-    """Merged, both would change the same weight, and neither would know of the other."""
-    model = CONDITION_UNET.model("x", target_modules=["conv1", "to_q"])
-    expected, before = CONDITION_UNET.run(model), base_weights(model)
-    with pytest.raises(ValueError, match=r"peft.*cannot be put around a FunLora\w+ of (Conv2d|Linear|Embedding)\("):
-        get_peft_model(model.base_model.model, OTHER_METHODS[method], adapter_name="other")
-    assert torch.equal(CONDITION_UNET.run(model), expected)
-    assert_equal(base_weights(model), before)
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")

@@ -302,6 +302,29 @@ class TestMixedAdapterBatches(
     pass
 
 
+class ConvMLP(custom_models.MLP):
+    """PEFT's MLP with convolutions in place of its linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.lin1 = nn.Conv2d(10, 20, 1), nn.Conv2d(20, 2, 1)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        hidden = self.drop(self.relu(self.lin0(X.to(self.dtype)[:, :, None, None])))
+        return self.sm(self.lin1(hidden)[:, :, 0, 0])
+
+
+@pytest.mark.parametrize("targets", [["lin0"], ["lin0", "lin1"]], ids=["one layer", "two layers"])
+@pytest.mark.parametrize(("method", "other"), FOLLOWED_BY.items())
+def test_mixed_adapter_batches_mlp_of_convolutions(method, other, targets, monkeypatch):
+    """PEFT's `test_mixed_adapter_batches_mlp` on this twin of its MLP."""
+    monkeypatch.setattr(custom_models, "MLP", ConvMLP)
+    config0, config1 = (
+        FunLoraConfig(target_modules=targets, init_weights=False, **METHODS[name]) for name in (method, other)
+    )
+    custom_models.TestMixedAdapterBatches().test_mixed_adapter_batches_mlp("", config0, config1)
+
+
 class TestRequiresGrad(
     adopt(
         custom_models,

@@ -24,7 +24,7 @@ from ..jobs import Job, run_jobs, with_changes
 from ..layer_selection import layer_importance, select_layers
 from ..run import RunArguments
 from ..seeds import check_seeds
-from ..tuner.functional import check_at_least_one
+from ..utils.checks import check_at_least_one
 from .variants import REFERENCE, Variant
 
 

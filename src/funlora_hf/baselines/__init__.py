@@ -1,6 +1,6 @@
 """The paper's comparison methods that PEFT has not; importing it registers them with PEFT."""
 
-from ..tuner.registration import extend_peft_type, register
+from ..tuners_utils.registration import extend_peft_type, register
 
 
 extend_peft_type("CONV_LORA")

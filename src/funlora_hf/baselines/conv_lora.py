@@ -1,4 +1,4 @@
-"""LoRA for convolutions as loralib has it, in two sizes, as a PEFT method. Knows the tuner's layer and nothing above it.
+"""LoRA for convolutions as loralib has it, in two sizes, as a PEFT method.
 
 PEFT's own LoRA factorises a convolution in another way and counts differently.
 """
@@ -13,8 +13,9 @@ import torch
 from peft.utils import PeftType
 from torch import nn
 
-from ..tuner.adapter_layer import AdapterLayer
-from ..tuner.functional import check_at_least_one, check_choice, without_autocast
+from ..tuner.functional import without_autocast
+from ..tuners_utils.layer import AdapterLayer
+from ..utils.checks import check_at_least_one, check_choice
 from .model import ConvAdapterConfig, ConvAdapterModel
 
 
@@ -60,7 +61,7 @@ class ConvLoraConv2d(AdapterLayer):
 
     def initial_parameters(self, config: ConvLoraConfig) -> dict[str, torch.Tensor]:
         """A `(width, C_in k)`, Kaiming-uniform, and B `(C_out k, width)`, zero, so that the layer starts as it is."""
-        rows, columns, kernel, other = self.weight.shape
+        rows, columns, kernel, other = self.weight_shape
         if kernel != other:
             raise ValueError(
                 f"The convolution {self.get_base_layer()} has a kernel of {kernel} x {other}, expected a square one for "
@@ -79,14 +80,9 @@ class ConvLoraConv2d(AdapterLayer):
         for name in adapter_names:
             config = self.settings[name]
             with without_autocast(weight.device.type):
-                product = self.conv_lora_B[name] @ self.conv_lora_A[name]
+                product = self.conv_lora_B(name) @ self.conv_lora_A(name)
             adapted = adapted + product.view(weight.shape) * (self.scaling[name] * config.lora_alpha / config.r)
         return adapted.to(weight.dtype)
-
-    def adapted_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
-        """x `(batch, C_in, height, width)` -> `(batch, C_out, height', width')`."""
-        base = self.get_base_layer()
-        return base._conv_forward(x, self.effective_weight(adapter_names), base.bias)
 
 
 class ConvLoraModel(ConvAdapterModel):

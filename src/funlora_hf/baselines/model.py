@@ -1,7 +1,4 @@
-"""What the comparison methods for convolutions share: their configuration, and how they get into a model.
-
-Knows the tuner's layer and model; knows nothing of a method's maths.
-"""
+"""What the comparison methods for convolutions share: their configuration, and how they get into a model."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 from torch import nn
 
-from ..tuner.adapter_layer import AdapterLayer
-from ..tuner.adapter_model import AdapterModel
+from ..tuners_utils.layer import AdapterLayer
+from ..tuners_utils.model import AdapterModel
 
 
 @dataclass

@@ -1,7 +1,4 @@
-"""A scale and a shift for every input channel of a convolution (SSF), as a PEFT method.
-
-Knows the tuner's layer and nothing above it.
-"""
+"""A scale and a shift for every input channel of a convolution (SSF), as a PEFT method."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from peft.utils import PeftType
 
-from ..tuner.adapter_layer import AdapterLayer, blend
+from ..tuners_utils.layer import AdapterLayer, BaseCall, blend
 from .model import ConvAdapterConfig, ConvAdapterModel
 
 
@@ -51,15 +48,14 @@ class ScaleShiftConv2d(AdapterLayer):
             "of the input is no change of the weight. Keep the adapter, or unload it."
         )
 
-    def adapted_forward(self, adapter_names: Sequence[str], x: torch.Tensor) -> torch.Tensor:
-        """x `(batch, C_in, height, width)` -> `(batch, C_out, height', width')`."""
-        adapted = x
+    def adapted_call(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
+        """The convolution of `scale * x + shift`, x `(batch, C_in, height, width)`."""
+        adapted = call.x
         for name in adapter_names:
-            scale, shift = (getattr(self, part)[name][:, None, None] for part in self.adapter_layer_names)
+            scale, shift = (getattr(self, part)(name)[:, None, None] for part in self.adapter_layer_names)
             strength = self.scaling[name]
             adapted = adapted * blend(1.0, scale, strength) + blend(0.0, shift, strength)
-        base = self.get_base_layer()
-        return base(adapted.to(x.dtype))
+        return call.run(adapted.to(call.x.dtype), call.weight)
 
 
 class ScaleShiftModel(ConvAdapterModel):

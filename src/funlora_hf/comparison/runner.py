@@ -15,7 +15,7 @@ from ..folder_lock import folder_lock
 from ..jobs import Job, Outcome, run_jobs, with_changes
 from ..run import RunArguments
 from ..seeds import check_seeds
-from ..tuner.functional import check_at_least_one
+from ..utils.checks import check_at_least_one
 from .choices import Choice, parse_choices
 
 

@@ -16,9 +16,8 @@ from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipe import load_yaml
 from ..solvers import check_solver
 from ..tuner import FunLoraConfig
-from ..tuner.functional import check_at_least_one, check_choice
-from ..tuner.tensor_checks import shortened
 from ..unet_config import check_unet_config
+from ..utils.checks import check_at_least_one, check_choice, shortened
 
 
 CLASS_BATCHES = ("homogeneous", "mixed")

@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 from ..adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from ..base_model import base_classes, check_base_folder
 from ..pipeline import FunLoraPipeline
-from ..tuner.functional import check_at_least_one
+from ..utils.checks import check_at_least_one
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from ..fingerprint import base_fingerprints
 from ..layer_selection import ParametersPerClass, parameters_per_class
 from ..pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig, mixed_batch
-from ..tuner.functional import omega_range
 from .base import BASE_PHASE, arrange, label_rows, load_pipeline, save_base, trainable_unet, unet_shape
 from .peft_methods import VECTOR_ROW, peft_method
 from .strategy import (
@@ -43,6 +42,12 @@ logger = logging.getLogger(__name__)
 # The adapter of a phase of one class is called this in the model, and by its class on disk: under the same name, and so with
 # the same guards, torch.compile takes the next class for the same code.
 LIVE = "live"
+
+
+# Beyond these, float32 loses digits: rounding the argument of the cosine costs an error of about 1e-4; 10 to the power 32
+# still has a gradient, and below -4 the slope of a power overflows at zero.
+_LARGEST_OMEGA = {"cosine": 1000.0, "power": 32.0}
+_SMALLEST_EXPONENT = -4.0
 
 
 class FunLora(Strategy):
@@ -280,3 +285,10 @@ def start_class_vectors(model: PeftModel) -> None:
             rows = module.get_base_layer().weight.detach()
             for vector in module.trainable_tokens_delta.values():
                 vector.data.copy_(rows.mean(dim=0).expand_as(vector))
+
+
+def omega_range(function: str, num_functions: int) -> tuple[float, float]:
+    """The range of omega in which float32 computes "cosine" or "power" of p functions accurately. Source: [ours]."""
+    # The exponents start at 1..p.
+    largest = max(_LARGEST_OMEGA[function], 2.0 * num_functions)
+    return (-largest if function == "cosine" else _SMALLEST_EXPONENT), largest

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..layer_selection import resolve_targets
-from ..tuner.functional import check_choice
+from ..utils.checks import check_choice
 from .base import arrange, unet_shape
 from .deltas import (
     Pair,

@@ -20,7 +20,7 @@ from ..guidance import Guidance
 from ..pipeline import FunLoraPipeline
 from ..sampling import draw_samples, to_uint8
 from ..solvers import check_solver
-from ..tuner.functional import check_at_least_one, check_choice
+from ..utils.checks import check_at_least_one, check_choice
 from .devices import on_device
 from .strategy import Batch
 

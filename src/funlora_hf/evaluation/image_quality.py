@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from ..classifier import ClassifierConfig, train_classifier
-from ..tuner.functional import check_at_least_one
+from ..utils.checks import check_at_least_one
 from .features import ClassifierFeatures, FeatureExtractor, extract_features
 
 

@@ -1,13 +1,15 @@
 """The PEFT method; importing it registers FunLoRA with PEFT."""
 
-from .registration import extend_peft_type, register
+from ..tuners_utils.registration import extend_peft_type, register
 
 
 extend_peft_type("FUNLORA")  # before config.py, which names the member
 
-from .adapter_model import mixed_batch  # noqa: E402
+from ..tuners_utils.mixed_batch import mixed_batch  # noqa: E402
+from ..tuners_utils.weights import cached_weights  # noqa: E402
+from ..utils.tensors import numerical_rank  # noqa: E402
 from .config import FunLoraConfig  # noqa: E402
-from .functional import functional_matrix, initial_alpha, numerical_rank  # noqa: E402
+from .functional import functional_matrix, initial_alpha  # noqa: E402
 from .hotswap import hotswap_adapter  # noqa: E402
 from .layer import (  # noqa: E402
     FunLoraClassVector,
@@ -28,6 +30,7 @@ __all__ = [
     "FunLoraLayer",
     "FunLoraLinear",
     "FunLoraModel",
+    "cached_weights",
     "compile_functional_matrices",
     "functional_matrix",
     "hotswap_adapter",

@@ -1,35 +1,31 @@
-"""The maths of FunLoRA: function families, the functional matrix F, its start, its use on a weight.
+"""The maths of FunLoRA: the functional matrix F, its start, and how it is used on a weight.
 
-Pure functions of tensors. Knows nothing of PEFT, of modules or of training.
-
-Marks: [exact] reproduces a printed figure of the paper (arXiv 2510.02631), [text] stands in its prose, [ours] is our
-reading where the paper is silent.
+Marks: [exact] matches the paper's numbers (arXiv 2510.02631), [text] its prose, [ours] is our choice.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from .tensor_checks import shortened
+from ..utils.checks import check_at_least_one, check_choice
 
 
 FUNCTIONS = ("cosine", "power", "shift", "identity")
 FUNCTIONS_WITH_OMEGA = ("cosine", "power")
 OPERATIONS = ("mul", "add", "mul-add")
 
-# Below this magnitude |x|^omega is continued linearly, so that its gradient stays finite at x = 0 for every omega.
+# Below this magnitude |x|^omega is continued linearly, so that its gradient is finite at x = 0 for every omega.
 SMALLEST_BASE = 1e-6
-LARGEST_OMEGA = {"cosine": 1000.0, "power": 32.0}
-SMALLEST_EXPONENT = -4.0
 
-
-def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError that names the field, the value and what was expected, unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{field}` is {value!r}, expected one of: {', '.join(map(repr, choices))}.")
+# Entries of F from which interpolation is faster than the plain formula, and from which the terms of the plain formula
+# are computed again in the backward pass instead of kept. Measured on a CPU (benchmarks/functional_matrix.py).
+INTERPOLATED_SIZE = 128 * 128
+RECOMPUTED_SIZE = 256 * 256
 
 
 def functional_matrix(
@@ -49,16 +45,16 @@ def functional_matrix(
     | `shift`    | roll(A, i, dims=0) roll(B, i, dims=1), i = 0..p-1                  |
     | `identity` | A B                                                              |
 
-    Computed in float32 at least, also under autocast: cos of a large argument loses everything in bfloat16. float64
-    stays float64. `omega_range` tells how far omega may go. A weight in float16 ends at 65504, whatever F is.
+    Computed in float32 at least, also under autocast: the cosine of a large argument loses all digits in bfloat16.
+    float64 stays float64.
 
     Args:
         A: `(C_out, r)`, real.
         B: `(r, C_in)`, real.
-        alpha: `(p,)`, the weights of the p functions. Required, except for `identity`, which has none.
+        alpha: `(p,)`, weights of the p functions. Required, except for `identity`, which has none.
         omega: `(p,)`, frequencies of `cosine` or exponents of `power`; None means 1..p (for `power` the plain integer
             powers). `shift` and `identity` have none.
-        function: one of "cosine", "power", "shift", "identity".
+        function: "cosine", "power", "shift" or "identity".
 
     Returns:
         F, `(C_out, C_in)`, float32 or float64.
@@ -69,16 +65,24 @@ def functional_matrix(
     Source: arXiv 2510.02631, the functional matrix [text]; the range of the shift and omega = 1..p are [ours].
     """
     check_choice("function", function, FUNCTIONS)
-    check_factors(A, B)
-    check_coefficients(alpha, omega, function)
-
+    _check_arguments(A, B, alpha, omega, function)
     with without_autocast(A.device.type):
-        A, B, alpha, omega = (at_least_float32(tensor) for tensor in (A, B, alpha, omega))
+        A, B, alpha, omega = (_at_least_float32(tensor) for tensor in (A, B, alpha, omega))
         if function == "identity":
-            return product(A, B)
+            return _product(A, B)
         if function == "shift":
             return _shift(A, B, alpha)
-        return weighted_sum(product(A, B), alpha, omega, function)
+        if omega is None and function == "cosine":
+            omega = default_omega(alpha.numel(), like=A)
+        entries = 0 if torch.compiler.is_compiling() else A.shape[0] * B.shape[1]
+        if function == "cosine" and A.shape[1] == 1 and entries >= INTERPOLATED_SIZE:
+            intervals = _intervals(A, B, omega)
+            if intervals is not None:
+                return _interpolated_cosine(A, B, alpha, omega, *intervals)
+        terms = _cosine if function == "cosine" else _power
+        if entries >= RECOMPUTED_SIZE and torch.is_grad_enabled():
+            return checkpoint(terms, A, B, alpha, omega, use_reentrant=False, preserve_rng_state=False)
+        return terms(A, B, alpha, omega)
 
 
 def initial_alpha(
@@ -86,12 +90,12 @@ def initial_alpha(
 ) -> torch.Tensor | None:
     """The alpha with which an adapter whose A B is 1 everywhere starts as the identity.
 
-    `alpha_0 = p * e * v / ||v||^2` with `v_i = f_i(1, 1)` and e = 1 for "mul" and for the multiplying part of
-    "mul-add", e = 0 for "add": the alpha of least norm that gives F = e. It is 1 for `shift` and `power`, as in the
-    paper. For the added part of "mul-add", call it with "add".
+    `alpha_0 = p * e * v / ||v||^2` with `v_i = f_i(1, 1)`; e = 1 for "mul" and the factor of "mul-add", e = 0 for "add":
+    the alpha of least norm that gives F = e. It is 1 for `shift` and `power`, as in the paper. For the term of "mul-add",
+    call it with "add".
 
     Args:
-        function: one of "cosine", "power", "shift", "identity".
+        function: "cosine", "power", "shift" or "identity".
         num_functions: p >= 1.
         operation: "mul", "add" or "mul-add".
         omega: `(p,)`, None means 1..p.
@@ -101,7 +105,7 @@ def initial_alpha(
 
     Raises:
         ValueError: unknown function or operation, p < 1, an omega of another length, or an omega for which every
-            f_i(1, 1) vanishes, so that no alpha gives the identity.
+            f_i(1, 1) is zero, so that no alpha gives the identity.
 
     Source: [ours]; the paper starts A and B at one and says that this preserves the identity, which for `cosine` with
     alpha = 1 it does not (F = -0.14).
@@ -123,30 +127,14 @@ def initial_alpha(
         values = [math.cos(frequency) for frequency in frequencies]
     squared_norm = sum(value * value for value in values)
     if squared_norm < 1e-12:
-        raise ValueError(f"`omega` is {omega}: cos(omega) vanishes for every entry, so no alpha gives the identity.")
+        raise ValueError(f"`omega` is {omega}: cos(omega) is zero for every entry, so no alpha gives the identity.")
     return torch.tensor([num_functions * value / squared_norm for value in values], dtype=dtype)
 
 
 def default_omega(num_functions: int, like: torch.Tensor | None = None) -> torch.Tensor:
-    """omega = 1..p, `(p,)`, float32 or as the tensor `like`. Source: [text] for `power`, [ours] for `cosine`."""
+    """omega = 1..p, `(p,)`, float32, or dtype and device of `like`. Source: [text] for `power`, [ours] for `cosine`."""
     made = {"dtype": torch.float32} if like is None else {"dtype": like.dtype, "device": like.device}
     return torch.arange(1, num_functions + 1, **made)
-
-
-def omega_range(function: str, num_functions: int) -> tuple[float, float]:
-    """The least and the largest omega at which float32 still gives the function.
-
-    `cosine`: up to 1000 of either sign, where rounding its argument costs an error of some 1e-4. `power`: from -4, below which
-    the slope at zero overflows, up to 32, at which 10 to its power has still a gradient; or up to 2p, since it starts at 1..p.
-
-    Args:
-        function: "cosine" or "power".
-        num_functions: p.
-
-    Source: [ours].
-    """
-    largest = max(LARGEST_OMEGA[function], 2.0 * num_functions)
-    return (-largest if function == "cosine" else SMALLEST_EXPONENT), largest
 
 
 def reduced_size(channels: int, ratio: int) -> int:
@@ -156,7 +144,7 @@ def reduced_size(channels: int, ratio: int) -> int:
 
 
 def expand(F: torch.Tensor, ratio: int, shape: torch.Size) -> torch.Tensor:
-    """Repeat every entry of a reduced F for `ratio` neighbouring channels and broadcast it over the kernel.
+    """Repeat each entry of a reduced F for `ratio` neighbouring channels and broadcast it over the kernel.
 
     Args:
         F: `(ceil(C_out / ratio), ceil(C_in / ratio))`.
@@ -175,60 +163,14 @@ def expand(F: torch.Tensor, ratio: int, shape: torch.Size) -> torch.Tensor:
     return F.reshape(*F.shape, *(1 for _ in shape[2:]))
 
 
-def numerical_rank(F: torch.Tensor, tol: float | None = None) -> int:
-    """How many singular values of a matrix are above a tolerance; they are computed in float64, on the CPU.
-
-    Args:
-        F: `(m, n)`, of a floating dtype, finite.
-        tol: absolute, >= 0. None means `max(m, n) * eps * sigma_max`, with the machine epsilon of F's own dtype and its
-            largest singular value: what numpy and torch take. F of a float32 adapter is float32; cast to float64 before, its
-            rounding errors would count as rank.
-
-    Returns:
-        The rank, between 0 and min(m, n).
-
-    Raises:
-        ValueError: not a finite floating matrix, or a negative tolerance.
-
-    Source: arXiv 2510.02631, Figure 4 [text]; the paper does not say which tolerance it takes, so this one is [ours].
-    """
-    if F.dim() != 2 or not F.is_floating_point():
-        raise ValueError(
-            f"`F` is {F.dtype} of shape {tuple(F.shape)}, expected a floating matrix: pass what `functional_matrix` returns."
-        )
-    if tol is not None and not tol >= 0:
-        raise ValueError(f"`tol` is {tol!r}, expected a number >= 0, or None for that of F's dtype.")
-    if not torch.isfinite(F).all():
-        raise ValueError(
-            "`F` has entries that are not finite, so it has no rank: check the adapter that it comes from."
-        )
-    relative = max(F.shape) * torch.finfo(F.dtype).eps if tol is None else 0.0
-    # Not every device has float64.
-    matrix = F.detach().to("cpu", torch.float64)
-    return int(torch.linalg.matrix_rank(matrix, atol=tol or 0.0, rtol=relative))
-
-
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast switched off; on the meta device, on which shapes are inferred, there is none."""
+    """Switch autocast off; on the meta device, which infers shapes, there is none."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
-def check_at_least_one(field: str, value: object) -> None:
-    """Raise a ValueError that names the field and the value, unless `value` is an integer >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        shown = shortened(repr(value), 100)
-        raise ValueError(f"`{field}` should be a positive integer value but the value passed is {shown}.")
-
-
-def product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def _product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return A * B if A.shape[1] == 1 else A @ B
-
-
-def weighted_sum(x: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None, function: str) -> torch.Tensor:
-    """(1/p) sum_i alpha_i f_i(x) of `cosine` or `power`: x `(C_out, C_in)`, alpha and omega `(p,)` -> `(C_out, C_in)`."""
-    terms = _cosine_terms(x, alpha, omega) if function == "cosine" else _power_terms(x, alpha, omega)
-    return torch.tensordot(alpha, terms, dims=1) / alpha.numel()
 
 
 def _shift(A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -238,31 +180,101 @@ def _shift(A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor) -> torch.Tenso
     return left @ right / p
 
 
-def _cosine_terms(product: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None) -> torch.Tensor:
+def _cosine(A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor) -> torch.Tensor:
+    return _weighted(alpha, torch.cos(omega[:, None, None] * _product(A, B)))
+
+
+def _power(A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None) -> torch.Tensor:
+    x = _product(A, B)
     if omega is None:
-        omega = default_omega(alpha.numel(), like=product)
-    return torch.cos(omega[:, None, None] * product)
+        return _weighted(alpha, torch.stack([x**i for i in range(1, alpha.numel() + 1)]))
+    base = x.abs().clamp(min=SMALLEST_BASE)
+    return _weighted(alpha, x * base ** (omega[:, None, None] - 1))
 
 
-def _power_terms(product: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor | None) -> torch.Tensor:
-    if omega is None:
-        return torch.stack([product**i for i in range(1, alpha.numel() + 1)])
-    base = product.abs().clamp(min=SMALLEST_BASE)
-    return product * base ** (omega[:, None, None] - 1)
+def _weighted(alpha: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+    """(1/p) sum_i alpha_i terms_i: alpha `(p,)`, terms `(p, m, n)` -> `(m, n)`."""
+    return torch.tensordot(alpha, terms, dims=1) / alpha.numel()
 
 
-def at_least_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
+class _Interval(NamedTuple):
+    """Where to interpolate: `count` Chebyshev nodes in [center - half, center + half]."""
+
+    count: int
+    center: float
+    half: float
+
+    def chebyshev(self, x: torch.Tensor) -> torch.Tensor:
+        """The polynomials T_0 .. T_(count - 1) at the entries of x, `(x.numel(), count)`, float64."""
+        orders = torch.arange(self.count, dtype=torch.float64, device=x.device)
+        return torch.cos(torch.arccos((x.double().reshape(-1, 1) - self.center) / self.half) * orders)
+
+    def nodes_and_transform(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The nodes, `(count,)`, and the matrix `(count, count)` from values there to coefficients of the polynomials."""
+        orders = torch.arange(self.count, dtype=torch.float64, device=device)
+        angles = (orders + 0.5) * (math.pi / self.count)
+        transform = torch.cos(orders[:, None] * angles) * (2 / self.count)
+        transform[0] /= 2
+        return self.center + self.half * angles.cos(), transform
+
+
+def _intervals(A: torch.Tensor, B: torch.Tensor, omega: torch.Tensor) -> tuple[_Interval, _Interval] | None:
+    """How to interpolate cos(omega a b) over the entries of A and of B.
+
+    None where that does not pay, where values cannot be read (under vmap), or without float64 (MPS).
+    """
+    if A.device.type == "mps":
+        return None
+    try:
+        *ranges, fastest = torch.stack([A.min(), A.max(), B.min(), B.max(), omega.abs().max()]).tolist()
+    except RuntimeError:
+        return None
+    found = []
+    for (low, high), (other_low, other_high), size in (
+        (ranges[:2], ranges[2:], A.numel()),
+        (ranges[2:], ranges[:2], B.numel()),
+    ):
+        # A margin, and a least width for equal entries, keep the derivative of arccos finite.
+        center, half = (low + high) / 2, max(1.1 * (high - low) / 2, 1e-2)
+        other_half = max(1.1 * (other_high - other_low) / 2, 1e-2)
+        c = half * fastest * (abs(other_low + other_high) / 2 + other_half)
+        if not math.isfinite(c):
+            return None
+        # The coefficients of cos(c t) are 2 J_k(c), which are below 1e-16 from this k on.
+        count = int(c + 7 * c ** (1 / 3) + 8)
+        if 3 * count > size:
+            return None
+        found.append(_Interval(count, center, half))
+    return tuple(found)
+
+
+def _interpolated_cosine(
+    A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor, along_a: _Interval, along_b: _Interval
+) -> torch.Tensor:
+    """`_cosine` at r = 1 by Chebyshev interpolation: F_ij = g(a_i b_j) with a smooth g, so some 40 nodes stand for all rows.
+
+    F = T(a) C T(b)^T, where C `(K_a, K_b)` holds the coefficients of g over both intervals. All but the last product is in
+    float64, which keeps gradients accurate where omega A B is small.
+
+    Source: [ours]; equal to the plain formula up to rounding.
+    """
+    (a, to_a), (b, to_b) = (interval.nodes_and_transform(A.device) for interval in (along_a, along_b))
+    at_nodes = _cosine(a[:, None], b[None], alpha.double(), omega.double())
+    left = along_a.chebyshev(A) @ (to_a @ at_nodes @ to_b.T)
+    return left.to(A.dtype) @ along_b.chebyshev(B).T.to(A.dtype)
+
+
+def _at_least_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def check_factors(A: torch.Tensor, B: torch.Tensor) -> None:
+def _check_arguments(
+    A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor | None, omega: torch.Tensor | None, function: str
+) -> None:
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] != B.shape[0]:
         raise ValueError(
             f"`A` has shape {tuple(A.shape)} and `B` {tuple(B.shape)}, expected (C_out, r) and (r, C_in) with one r."
         )
-
-
-def check_coefficients(alpha: torch.Tensor | None, omega: torch.Tensor | None, function: str) -> None:
     if (alpha is None) != (function == "identity"):
         remedy = "leave it out" if function == "identity" else "pass a tensor of shape (p,), see `initial_alpha`"
         raise ValueError(f"`alpha` is {'None' if alpha is None else 'given'} for function={function!r}: {remedy}.")

@@ -1,4 +1,4 @@
-"""Other values for an adapter that is in a model, without a new compilation. Knows layers and the keys PEFT saves."""
+"""Copy the values of another adapter into one that is in a model, without compiling again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .adapter_layer import AdapterLayer, adapter_layers
-from .tensor_checks import listed, misnamed, misshapen, not_finite
+from ..tuners_utils.layer import AdapterLayer, adapter_layers
+from ..tuners_utils.weights import forget
+from ..utils.checks import listed
+from ..utils.tensors import misnamed, misshapen, not_finite
 
 
 SAVED_PREFIX = "base_model.model."
@@ -24,17 +26,14 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
     Copy the values of another adapter into one that is in the model.
 
     The parameters stay the same objects, so that a compiled model serves any number of classes with one compilation;
-    `set_adapter` compiles anew for each. Nothing has changed if this raises.
+    `set_adapter` compiles again for each. Nothing has changed if this raises.
 
     Args:
-        model (`torch.nn.Module`):
-            A PeftModel, a tuner, or a module with adapter layers in it, whether compiled or wrapped for DDP or not.
-        state_dict (`Mapping[str, torch.Tensor]`):
-            The other adapter as PEFT saves it: what `safetensors.torch.load_file` gives for its
-            `adapter_model.safetensors`, or `get_peft_model_state_dict`. It must have the same config; its tensors show
-            only in part whether it has (`cosine` and `power` look alike).
-        adapter_name (`str`, *optional*, defaults to `"default"`):
-            The adapter in the model whose values are replaced.
+        model (`torch.nn.Module`): a PeftModel, a tuner, or a module with adapter layers in it, also compiled or under DDP.
+        state_dict (`Mapping[str, torch.Tensor]`): the other adapter as PEFT saves it: what `safetensors.torch.load_file` gives
+            for its `adapter_model.safetensors`, or `get_peft_model_state_dict`. It must have the same config; its tensors
+            show only in part whether it has (`cosine` and `power` look alike).
+        adapter_name (`str`, *optional*, defaults to `"default"`): the adapter in the model whose values are replaced.
 
     Raises:
         ValueError: the model has no such adapter, it is merged, or tensors are missing, unexpected, of another shape
@@ -60,6 +59,8 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(given[key])
+    for layer in layers:
+        forget(layer)
 
 
 def wrapped_model(model: nn.Module) -> nn.Module:

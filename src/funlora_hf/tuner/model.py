@@ -1,20 +1,21 @@
-"""FunLoraModel: puts FunLoRA layers into a model.
-
-Knows PEFT's tuner protocol; knows nothing of training or files.
-"""
+"""FunLoraModel: puts FunLoRA layers into a model."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .adapter_model import AdapterModel, check_no_other_method
+from ..tuners_utils.model import AdapterModel, check_no_other_method
 from .config import FunLoraConfig
 from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear
 from .targets import ALL_CONV, conv_names, decoder_middle, knows_order
+
+
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
 class FunLoraModel(AdapterModel):
@@ -70,11 +71,18 @@ class FunLoraModel(AdapterModel):
         if _is_class_embedding(peft_config, name):
             return FunLoraClassVector
         for module_cls, layer_cls in ((nn.Conv2d, FunLoraConv2d), (nn.Linear, FunLoraLinear)):
-            # A subclass with a forward of its own (a quantized layer, say) computes something else, and the output
-            # projection of torch's MultiheadAttention is never called.
+            # A subclass with a forward of its own computes something else, and the output projection of torch's
+            # MultiheadAttention is never called.
             plain = isinstance(target, module_cls) and type(target).forward is module_cls.forward
             if plain and not isinstance(target, NonDynamicallyQuantizableLinear):
+                _check_not_quantized(name, target)
                 return layer_cls
+            if isinstance(target, module_cls) and not isinstance(target, NonDynamicallyQuantizableLinear):
+                raise ValueError(
+                    f"Target module {name} is a {type(target).__module__}.{type(target).__name__}, which does not compute "
+                    f"as torch's {module_cls.__name__}, for example since it is quantized: FunLoRA multiplies a weight that it "
+                    "has to read. Load the model without quantization, or target other modules."
+                )
         raise ValueError(
             f"Target module {target} is not supported. Currently, only the following modules are supported: "
             "`torch.nn.Conv2d`, `torch.nn.Linear`."
@@ -110,4 +118,18 @@ def _check_targets(config: FunLoraConfig, model: nn.Module) -> None:
         raise ValueError(
             f"Target modules {config.target_modules} not found in the base model. Please check the target modules and "
             "try again."
+        )
+
+
+def _check_not_quantized(name: str, target: nn.Module) -> None:
+    """Some quantizers keep torch's layer and put a tensor of their own into it (torchao), or bytes (bitsandbytes)."""
+    weight = target._parameters.get("weight")
+    if weight is None:
+        return  # computed by a parametrization from tensors that are plain
+    known = isinstance(weight, _PLAIN_TENSORS) and type(weight.data) in _PLAIN_TENSORS
+    if not known or not weight.is_floating_point():
+        raise ValueError(
+            f"Target module {name}, a {type(target).__name__}, has a weight of {type(weight.data).__name__} and "
+            f"{weight.dtype}, which is quantized: FunLoRA multiplies a weight that it has to read. Load the model without "
+            "quantization, or target other modules."
         )

@@ -1,54 +1,17 @@
-"""Which convolutions of a U-Net an adapter takes when none are named. Knows modules by name and structure only."""
+"""Which convolutions of a U-Net an adapter takes when none are named, by the names and structure of modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from diffusers import UNet2DConditionModel, UNet2DModel
-from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
-from peft import PeftMixedModel, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from ..tuners_utils.wrappers import plain_modules, without_peft
 
 
 ALL_CONV = "all-conv"
-UNETS = (UNet2DModel, UNet2DConditionModel)
+UNETS = {"UNet2DModel", "UNet2DConditionModel"}
 
 # In order of execution; of those, only some U-Nets have `add_embedding` (with convolutions if it embeds an image hint).
 _PARTS = ("add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
-
-
-def without_peft(model: nn.Module) -> nn.Module:
-    """The model that a PeftModel or a tuner is wrapped around; its layers keep their adapters."""
-    while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
-        model = model.model if isinstance(model, BaseTuner) else model.base_model
-    return model
-
-
-def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Like `named_modules`, but by the names that modules have without adapters.
-
-    A layer with adapters comes several times under its name: as the wrapper, as what it wraps, and as its copies in
-    `modules_to_save`. What belongs to adapters alone, such as LoRA's factors, is left out.
-    """
-    seen: set[nn.Module] = set()
-
-    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        if module in seen:
-            return
-        seen.add(module)
-        yield name, module
-        if isinstance(module, BaseTunerLayer):
-            yield from walk(name, module.get_base_layer())
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            for version in (module.original_module, *getattr(module, "modules_to_save", {}).values()):
-                yield from walk(name, version)
-        else:
-            for child_name, child in module.named_children():
-                yield from walk(f"{name}.{child_name}" if name else child_name, child)
-
-    return walk("", without_peft(model))
 
 
 def conv_names(model: nn.Module) -> list[str]:
@@ -63,13 +26,13 @@ def knows_order(model: nn.Module) -> bool:
     """
     unet = without_peft(model)
     return (
-        isinstance(unet, UNETS)
+        _is_one_of(unet, UNETS)
         and all(name.partition(".")[0] in _PARTS for name in conv_names(unet))
-        and not any(isinstance(module, DualTransformer2DModel) for module in unet.modules())
+        and not any(_is_one_of(module, {"DualTransformer2DModel"}) for module in unet.modules())
     )
 
 
-def unet_conv_names(unet: UNet2DModel | UNet2DConditionModel) -> list[str]:
+def unet_conv_names(unet: nn.Module) -> list[str]:
     """Names of all Conv2d of a U-Net (see `knows_order`) in order of execution, which is the paper's numbering.
 
     `named_modules` lists the decoder before the middle block, and the attentions of a block before the resnets with
@@ -98,12 +61,12 @@ def unet_conv_names(unet: UNet2DModel | UNet2DConditionModel) -> list[str]:
     return sorted(conv_names(unet), key=position)
 
 
-def decoder(unet: UNet2DModel | UNet2DConditionModel) -> list[str]:
+def decoder(unet: nn.Module) -> list[str]:
     """Names of the Conv2d of a U-Net's up blocks, in order of execution. Source: [ours], the paper gives ranges."""
     return [name for name in unet_conv_names(unet) if name.startswith("up_blocks.")]
 
 
-def decoder_middle(unet: UNet2DModel | UNet2DConditionModel) -> list[str]:
+def decoder_middle(unet: nn.Module) -> list[str]:
     """The paper's layers, the middle of the decoder, carried over to any U-Net of diffusers.
 
     The decoder's N resnets are numbered in order of execution from 0; taken are the resnets N//3 .. 3N//4 - 1 and the
@@ -127,6 +90,11 @@ def decoder_middle(unet: UNet2DModel | UNet2DConditionModel) -> list[str]:
     if _is_paper_cifar_backbone(unet):
         names = [name for name in names if name not in (f"{chosen[0]}.conv1", f"{chosen[0]}.conv2")]
     return names
+
+
+def _is_one_of(module: nn.Module, class_names: set[str]) -> bool:
+    """Whether a module's class or one that it inherits from has one of these names."""
+    return any(cls.__name__ in class_names for cls in type(module).__mro__)
 
 
 def _is_paper_cifar_backbone(unet: nn.Module) -> bool:

@@ -67,9 +67,7 @@ def draw(unet_name: str, folders: list[Path]) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     labels = [pipe.load_adapter(folder) for folder in folders]
     noise = torch.Generator().manual_seed(0)
-    return pipe(
-        [0, *labels, *labels], num_inference_steps=2, generator=noise, output_type="pt"
-    ).images
+    return pipe([0, *labels, *labels], num_inference_steps=2, generator=noise, output_type="pt").images
 
 
 def write() -> None:

@@ -1,8 +1,10 @@
-"""Makes PEFT know a method that it does not ship. Knows PEFT's registry, nothing of FunLoRA's maths."""
+"""Register a method with PEFT that it does not ship."""
 
 from __future__ import annotations
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
+from peft.utils.peft_types import register_peft_method
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -32,15 +34,12 @@ def register(name: str, *, config_cls: type, model_cls: type) -> None:
     Raises:
         RuntimeError: PEFT, or another package, has a method of this name already.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils.peft_types import register_peft_method
-
     present = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[name.upper()])
     if present is config_cls:
         return
     if present is not None:
         raise RuntimeError(
-            f"PEFT knows a method {name!r} already, {present.__module__}.{present.__qualname__}. Use that one, or "
-            "install a release of peft without it."
+            f"PEFT has a method {name!r} already, {present.__module__}.{present.__qualname__}. Use that one, or install a "
+            "release of peft without it."
         )
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)

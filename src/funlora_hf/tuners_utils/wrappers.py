@@ -1,25 +1,57 @@
-"""Takes adapters off a model, whichever PEFT method put them there, and unwraps what has none left."""
+"""See a model's own modules through what PEFT has wrapped around them, and take adapters off."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .save_guard import release_saving
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The model that a PeftModel or a tuner is wrapped around; its layers keep their adapters."""
+    while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        model = model.model if isinstance(model, BaseTuner) else model.base_model
+    return model
 
 
-def remove_adapters(model: nn.Module, names: Collection[str]) -> None:
-    """Take adapters off a model, whether they were put in wholly or in part.
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Like `named_modules`, but by the names that modules have without adapters.
+
+    A layer with adapters comes several times under its name: as the wrapper, as what it wraps, and as its copies in
+    `modules_to_save`. What belongs to adapters alone, such as LoRA's factors, is left out.
+    """
+    seen: set[nn.Module] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield name, module
+        if isinstance(module, BaseTunerLayer):
+            yield from walk(name, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            for version in (module.original_module, *getattr(module, "modules_to_save", {}).values()):
+                yield from walk(name, version)
+        else:
+            for child_name, child in module.named_children():
+                yield from walk(f"{name}.{child_name}" if name else child_name, child)
+
+    return walk("", without_peft(model))
+
+
+def remove_adapters(model: nn.Module, names: Collection[str], *, keep_configs: bool = False) -> None:
+    """Take adapters off a model, even if they were put in only in part.
 
     Modules that no adapter is left in are the base's own again.
 
     Args:
         model: whose modules PEFT has wrapped in place.
         names: of adapters; those that are not there are ignored.
+        keep_configs: leave `model.peft_config` as it is.
     """
     for path, module in adapted_modules(model).items():
         for name in names:
@@ -28,8 +60,7 @@ def remove_adapters(model: nn.Module, names: Collection[str]) -> None:
         if not module._get_available_adapters():
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, base_module(module))
-    release_saving(model)
-    if not hasattr(model, "peft_config"):
+    if keep_configs or not hasattr(model, "peft_config"):
         return
     for name in names:
         model.peft_config.pop(name, None)

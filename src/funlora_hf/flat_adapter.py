@@ -1,7 +1,4 @@
-"""FlatAdapter: an adapter in a model whose tensors are parts of one row of numbers, exchanged by one copy.
-
-Knows adapter layers; knows nothing of classes or files.
-"""
+"""FlatAdapter: an adapter in a model whose tensors are parts of one row of numbers, replaced by one copy."""
 
 from __future__ import annotations
 
@@ -9,7 +6,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from .hotswap import saved_tensors
+from .tuner.hotswap import saved_tensors
+from .tuners_utils.layer import adapter_layers
+from .tuners_utils.weights import forget
 
 
 class FlatAdapter:
@@ -23,6 +22,7 @@ class FlatAdapter:
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.name = name
+        self._layers = [layer for layer in adapter_layers(model) if name in layer.settings]
         self.tensors: dict[str, torch.Tensor] = dict(saved_tensors(model, name))
         self._row = self._tie()
 
@@ -54,12 +54,15 @@ class FlatAdapter:
         # The parameters are views of the row, which autograd takes for tensors of their own.
         for tensor in self.tensors.values():
             increment_version(tensor)
+        for layer in self._layers:
+            forget(layer)
 
     def _tie(self) -> torch.Tensor:
         """A row of which all tensors are views, with their values, in float32 at least: a cast of the model is not theirs."""
-        with torch.no_grad():
+        # Views of a row made in inference mode could not be changed outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             row = torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors.values()])
-        row = row.to(torch.promote_types(row.dtype, torch.float32))
+            row = row.to(torch.promote_types(row.dtype, torch.float32))
         for tensor, part in zip(self.tensors.values(), self.unflatten(row).values(), strict=True):
             tensor.data = part
         return row

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from funlora_hf.tuner.tensor_checks import check_before_loading, listed, misnamed, misshapen, not_finite
+from funlora_hf.utils.checks import listed
+from funlora_hf.utils.tensors import check_before_loading, misnamed, misshapen, not_finite
 
 
 LIVE = {"a.A.x": torch.zeros(2, 1), "a.B.x": torch.zeros(3), "b.A.y": torch.zeros(4)}

@@ -1,0 +1,1 @@
+"""What tuners for PEFT need that PEFT does not have, whatever their method: shared by `tuner` and `baselines`."""

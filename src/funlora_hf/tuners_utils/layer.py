@@ -1,0 +1,351 @@
+"""What layers with adapters share: which adapters act and how strongly, mixed batches, exact merging."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..utils.tensors import check_before_loading
+from .weights import cached, forget
+
+
+BASE = "__base__"
+
+
+class AdapterGroups:
+    """A batch in which each sample has an adapter of its own, sorted by adapter once for all layers of a forward.
+
+    Args:
+        names: adapter of each sample, `"__base__"` for none. A batch that comes sorted is only cut.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.sizes = {name: self.names.count(name) for name in dict.fromkeys(self.names)}
+        groups = list(self.sizes)
+        order = torch.tensor([groups.index(name) for name in self.names], dtype=torch.long).argsort(stable=True)
+        self._is_sorted = order.tolist() == list(range(len(order)))
+        self._orders = {order.device: (order, order.argsort())}
+
+    def map(self, run: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """`run(name, part)` for the samples of each adapter, in the order of `x`, `(batch, ...)`."""
+        if len(self.sizes) == 1:
+            return run(self.names[0], x)
+        if x.device not in self._orders:
+            self._orders[x.device] = tuple(order.to(x.device) for order in next(iter(self._orders.values())))
+        order, back = self._orders[x.device]
+        parts = (x if self._is_sorted else x[order]).split(list(self.sizes.values()))
+        output = torch.cat([run(name, part) for name, part in zip(self.sizes, parts, strict=True)])
+        return output if self._is_sorted else output[back]
+
+
+class AdapterParameters(nn.ParameterDict):
+    """One parameter of a layer, by adapter. Layers call it, so that hooks that move its parameters run (offloading)."""
+
+    __call__ = nn.Module.__call__  # a ParameterDict refuses to be called
+
+    def forward(self, adapter_name: str) -> nn.Parameter | None:
+        return self.get(adapter_name)
+
+
+class InsteadOf(TorchFunctionMode):
+    """While a base layer runs, have `replacement(*args)` run in place of the torch function that computes it.
+
+    The base layer keeps its own call, and with it the hooks and parametrizations that make its weight: offloading, casting,
+    sharding, weight_norm. Inside the replacement, torch functions are themselves.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], replacement: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self._function, self._replacement = function, replacement
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return (self._replacement if func is self._function else func)(*args, **(kwargs or {}))
+
+
+class BaseCall(NamedTuple):
+    """What a base layer computes: `function(x, weight, *rest, **kwargs)`; of convolutions and Linear, `rest[0]` is the bias.
+
+    `is_own_weight` tells whether the weight is the base's parameter, not computed or brought by a hook for this call.
+    """
+
+    function: Callable[..., torch.Tensor]
+    x: torch.Tensor
+    weight: torch.Tensor
+    rest: tuple
+    kwargs: dict[str, Any]
+    is_own_weight: bool
+
+    def run(self, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """The function with these first arguments in place of its own."""
+        return self.function(x, weight, *rest, *self.rest[len(rest) :], **self.kwargs)
+
+
+def blend(identity: torch.Tensor | float | None, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """`identity + scale * (value - identity)`; at scale 1 `value` itself, to the bit, and `identity` is not used."""
+    return value if scale == 1 else identity + scale * (value - identity)
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A module around one that calls a torch function, `base_function(x, weight, ...)`, which adapters change.
+
+    Each adapter acts at its `scaling`: 0 is the base, 1 the adapter as trained (see `blend`).
+    """
+
+    other_param_names = ("settings", "scaling", "r")
+    base_function: ClassVar[Callable[..., torch.Tensor]] = staticmethod(nn.functional.conv2d)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PeftConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _get_in_out_features(base_layer)
+        # Kept, since to ask a parametrized layer for its weight computes it.
+        self.weight_shape = base_layer.weight.shape
+        self.settings: dict[str, PeftConfig] = {}
+        self.scaling: dict[str, float] = {}
+        self.r: dict[str, int] = {}
+        for name in self.adapter_layer_names:
+            setattr(self, name, AdapterParameters())
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.shared_with: list[str] = []  # other modules that have the base's weight
+        # The base's parameter while another one is merged; in a list, since a module would register it.
+        self._parameter_before_merge: list[nn.Parameter] = []
+        self.cast_input_dtype_enabled = True
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    # Parameters made in inference mode could not be changed or trained outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
+        """Add the parameters of an adapter, or start them again, on the device of the base's weight."""
+        forget(self)
+        initial = self.initial_parameters(config)
+        self.settings[adapter_name], self.scaling[adapter_name] = config, 1.0
+        self.r[adapter_name] = getattr(config, "r", 1)
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
+            if name in initial:
+                parameters[adapter_name] = nn.Parameter(initial[name])
+            elif adapter_name in parameters:
+                del parameters[adapter_name]
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @abstractmethod
+    def initial_parameters(self, config: PeftConfig) -> dict[str, torch.Tensor]:
+        """The tensors of a new adapter, by the name of their dictionary."""
+
+    @abstractmethod
+    def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
+        """The base's `weight` as the adapters change it together, in its dtype."""
+
+    def adapted_call(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
+        """What `call` gives with these adapters acting on all of its input."""
+        return call.run(call.x, self.effective_weight(adapter_names, call))
+
+    def effective_weight(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
+        """`adapted_weight`, which inside `cached_weights` is computed once. It must not be changed."""
+        tensors = [call.weight, *(p for name in adapter_names for p in self._tensors_of(name))]
+        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if needs_gradient or not call.is_own_weight:
+            return self.adapted_weight(adapter_names, call.weight)
+        return cached(self, tuple(adapter_names), lambda: self.adapted_weight(adapter_names, call.weight))
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set how strongly an adapter acts: 0 is the base, 1 the adapter as trained. Not saved with the adapter.
+
+        The weight with this adapter alone is `base + scale * (adapted - base)`; merged weights follow. A layer without the
+        adapter ignores the call. Source: [ours]; the calls are those of PEFT's LoRA layers.
+        """
+        if adapter not in self.scaling:
+            return
+        forget(self)
+        merged = list(self.merged_adapters)
+        if adapter in merged:
+            self.unmerge()
+        self.scaling[adapter] = scale
+        if adapter in merged:
+            self.merge(adapter_names=merged)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of every active adapter by `scale`."""
+        for name in self.active_adapters:
+            self.set_scale(name, self.scaling.get(name, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of every active adapter by `scale`; None sets it back to 1."""
+        for name in self.active_adapters:
+            self.set_scale(name, 1.0 if scale is None else self.scaling.get(name, 1.0) / scale)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Effective minus base weight at the adapter's scale, in the weight's shape and dtype; differentiable."""
+        weight = self._base_weight()
+        return self.adapted_weight([adapter], weight) - weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge adapters into the base's weight, which until `unmerge` is another parameter.
+
+        Args:
+            safe_merge (`bool`, *optional*): refuse, and change nothing, if the merged weight is not finite.
+            adapter_names (`list[str]`, *optional*): the adapters to merge; None means the active ones.
+
+        Raises:
+            ValueError: a weight that is not finite, is computed from others (weight_norm and the like), or is offloaded.
+        """
+        adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
+        if not adapter_names:
+            return
+        base = self.get_base_layer()
+        parameter = _own_weight(base)
+        together = [*self.merged_adapters, *adapter_names]
+        with torch.no_grad():
+            merged = self.adapted_weight(together, self._base_weight().detach().to(parameter.device))
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {','.join(adapter_names)} seems to be broken"
+            )
+        forget(self)
+        if not self.merged:
+            self._parameter_before_merge = [parameter]
+            if self.shared_with:
+                warnings.warn(
+                    f"The weight of {base} is shared with {', '.join(self.shared_with)}. Merged, this layer has one of its "
+                    "own; the others keep theirs.",
+                    stacklevel=2,
+                )
+            else:
+                parameter.data = parameter.data.to("cpu")
+        # Not in place: the parameter may be that of other modules, too.
+        base.weight = nn.Parameter(merged, requires_grad=parameter.requires_grad)
+        self.merged_adapters = together
+
+    def unmerge(self) -> None:
+        """Put the base's own parameter back, with its values from before the merge to the bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        forget(self)
+        base = self.get_base_layer()
+        parameter = self._parameter_before_merge.pop()
+        parameter.data = parameter.data.to(device=base.weight.device, dtype=base.weight.dtype)
+        base.weight = parameter.requires_grad_(base.weight.requires_grad)
+        self.merged_adapters = []
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from the layer, as PEFT does."""
+        forget(self)
+        super().delete_adapter(adapter_name)
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: AdapterGroups | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.settings]
+        if self.disable_adapters or (adapter_names is None and (self.merged or not active)):
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            self._check_mixed(adapter_names, x)
+        own_weight = self.get_base_layer()._parameters.get("weight")
+
+        def run(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
+            call = BaseCall(self.base_function, x, weight, rest, kwargs, is_own_weight=weight is own_weight)
+            if adapter_names is None:
+                return self.adapted_call(active, call)
+            return adapter_names.map(lambda name, part: self._call_one(name, call._replace(x=part)), x)
+
+        with InsteadOf(self.base_function, run):
+            return self.base_layer(x, *args, **kwargs)
+
+    def _call_one(self, adapter_name: str, call: BaseCall) -> torch.Tensor:
+        if adapter_name not in self.settings:
+            return call.run(call.x, call.weight)
+        return self.adapted_call([adapter_name], call)
+
+    def _check_mixed(self, groups: AdapterGroups, x: torch.Tensor) -> None:
+        if len(x) != len(groups.names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(groups.names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def adapter_tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """The parameters of all adapters, by `prefix` and their key in the layer's `state_dict`."""
+        return {
+            f"{prefix}{part}.{name}": parameter
+            for part in self.adapter_layer_names
+            for name, parameter in getattr(self, part).items()
+        }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The tuner checks all its layers before any is loaded; this is for a model without one around it.
+        own = (key for key in state_dict if key.startswith(prefix))
+        adapters = [key for key in own if key.removeprefix(prefix).partition(".")[0] in self.adapter_layer_names]
+        check_before_loading(self.adapter_tensors(prefix), {key: state_dict[key] for key in adapters})
+        forget(self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _tensors_of(self, adapter_name: str) -> list[torch.Tensor]:
+        dictionaries = (getattr(self, part) for part in self.adapter_layer_names)
+        return [parameters[adapter_name] for parameters in dictionaries if adapter_name in parameters]
+
+    def _base_weight(self) -> torch.Tensor:
+        """The weight that the base uses now, without merged adapters."""
+        if self.merged:
+            return self._parameter_before_merge[0]
+        base, found = self.get_base_layer(), []
+        parameter = base._parameters.get("weight")
+        if parameter is not None and not parameter.is_meta:
+            return parameter
+
+        def keep(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
+            found.append(weight)
+            return x
+
+        # Hooks or a parametrization make it, which run in a call only.
+        with InsteadOf(nn.functional.pad, lambda x, *rest, **kwargs: x), InsteadOf(self.base_function, keep):
+            base(torch.empty(0))
+        return found[0]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Unlike PEFT's, this leaves the dtype alone: rounded to bfloat16, alpha would no longer start as the identity.
+        device = self.weight.device if device is None else device
+        for parameters in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter_name in parameters and "meta" not in (device.type, parameters[adapter_name].device.type):
+                parameters[adapter_name] = parameters[adapter_name].to(device)
+
+
+def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
+    """The adapter layers in a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
+
+
+def _own_weight(base: nn.Module) -> nn.Parameter:
+    """The parameter that a merged weight takes the place of."""
+    parameter = base._parameters.get("weight")
+    if parameter is None:
+        raise ValueError(
+            f"Cannot merge into {base}: its weight is computed from other tensors (a parametrization, weight_norm or "
+            "pruning). Remove that first, for example by `torch.nn.utils.parametrize.remove_parametrizations`."
+        )
+    if parameter.is_meta:
+        raise ValueError(
+            f"Cannot merge into {base}: its weight is offloaded. Remove the hooks first, for example by "
+            "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`."
+        )
+    return parameter

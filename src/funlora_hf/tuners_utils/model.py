@@ -1,0 +1,163 @@
+"""What tuners of adapter layers share: putting the layers in, and merging all of them or none."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from ..utils.tensors import check_before_loading
+from .layer import AdapterLayer, adapter_layers
+from .mixed_batch import mixed_batch
+from .wrappers import remove_adapters
+
+
+class AdapterModel(BaseTuner):
+    """A tuner that wraps modules by subclasses of [`AdapterLayer`]; subclasses say which."""
+
+    tuner_layer_cls: type[AdapterLayer]
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads a class attribute of this name
+
+    @abstractmethod
+    def _layer_class(self, peft_config: PeftConfig, name: str, target: nn.Module) -> type[AdapterLayer]:
+        """What to wrap the module `target` by; raises a ValueError for a module that cannot be adapted."""
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        # PEFT looks up the model type here, which a UNet does not have; `_prepare_model` sees the model itself.
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter's layers into a model, as PEFT does. If that fails, no layer knows the adapter afterwards."""
+        if "." in adapter_name or not adapter_name:
+            raise ValueError(
+                f"`adapter_name` is {adapter_name!r}, expected a name without dots: torch takes no other."
+            )
+        is_new = all(adapter_name not in layer.settings for layer in adapter_layers(model))
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            if is_new:
+                remove_adapters(model, [adapter_name], keep_configs=True)
+            raise
+        _find_shared(model)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config)
+            return
+        check_no_other_method(current_key, target, self.tuner_layer_cls)
+        new_module = self._layer_class(peft_config, current_key, target)(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        # The layers keep adapters in float32; who switches that off, as PEFT allows, gets the dtype of the base.
+        for layer in adapter_layers(self):
+            for parameters in (getattr(layer, name) for name in layer.adapter_layer_names):
+                if adapter_name in parameters:
+                    parameters[adapter_name].data = parameters[adapter_name].data.to(layer.weight.dtype)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's also moves adapters to the base's device, which of an offloaded layer is "meta", and writes to `weight`,
+        # which of a parametrized layer is computed.
+        setattr(parent, child_name, new_module)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """
+        Merge the active adapters into the base's weights; if one layer refuses, none stays merged.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): the adapters to merge; None means the active ones.
+            safe_merge (`bool`, *optional*): refuse weights that are not finite.
+        """
+        layers = adapter_layers(self)
+        before = [list(layer.merged_adapters) for layer in layers]
+        try:
+            super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        except ValueError:
+            for layer, names in zip(layers, before, strict=True):
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own, live = self.state_dict(prefix=prefix), {}
+        for name, layer in self.named_modules():
+            if isinstance(layer, self.tuner_layer_cls):
+                live |= layer.adapter_tensors(f"{prefix}{name}.")
+        # The base may have a module whose name begins as those of an adapter's tensors do.
+        others = [key for key in state_dict if key not in own and f".{self.prefix}" in f".{key}"]
+        check_before_loading(
+            live,
+            {key: value for key, value in state_dict.items() if key in live or key in others},
+            saved_modules={key: value for key, value in state_dict.items() if ".modules_to_save." in key},
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. For training, run forward and "
+                "backward inside `with mixed_batch(model, adapter_names):`."
+            )
+        with mixed_batch(self, adapter_names):
+            yield
+
+
+def check_no_other_method(name: str, module: nn.Module, layer_cls: type[AdapterLayer]) -> None:
+    """Raise a ValueError if `module` carries an adapter of another method than that of `layer_cls`."""
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, layer_cls):
+        raise ValueError(
+            f"Target module {name} carries an adapter of another method, whose effect would be dropped. Merge or "
+            "unload that adapter first, or target other modules."
+        )
+
+
+def _find_shared(model: nn.Module) -> None:
+    """Tell adapter layers which other modules have their weight, and warn of layers that are called in other places, too."""
+    layers = {
+        layer.get_base_layer(): (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdapterLayer)
+    }
+    users: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        users.setdefault(module._parameters.get("weight"), []).append(name)
+        if module in layers and name != f"{layers[module][0]}.base_layer":
+            warnings.warn(
+                f"{layers[module][0]} and {name} are one module that is shared. The adapter acts in the former only; merged, "
+                "in both.",
+                stacklevel=2,
+            )
+    for base, (name, layer) in layers.items():
+        found = users[base._parameters.get("weight")] if base._parameters.get("weight") is not None else []
+        layer.shared_with = [user for user in found if user not in (name, f"{name}.base_layer")]

@@ -1,0 +1,105 @@
+"""Checks of single arguments, and short texts for error messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from types import UnionType
+
+
+# Precisions that bases are loaded in.
+FINGERPRINT_DTYPES = ("float32", "bfloat16", "float16")
+_SHA256 = re.compile("[0-9a-f]{64}")
+# Longer class names are a mistake or an attack.
+MOST_NAME_CHARACTERS = 1000
+# In a list of problems: lines, and characters of a line, since names from a file may have any length.
+_MOST_LINES = 10
+_MOST_CHARACTERS = 300
+
+
+def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{field}` is {value!r}, expected one of: {', '.join(map(repr, choices))}.")
+
+
+def check_at_least_one(field: str, value: object) -> None:
+    """Raise a ValueError unless `value` is an integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        shown = shortened(repr(value), 100)
+        raise ValueError(f"`{field}` should be a positive integer value but the value passed is {shown}.")
+
+
+def check_class_label(value: object) -> None:
+    """Raise a ValueError unless `value` is None or a class id: an integer from 0 that torch can hold."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63):
+        shown = shortened(repr(value), 100)
+        raise ValueError(f"`class_label` is {shown}, expected an id from 0 to 2**63 - 1, or None.")
+
+
+def check_class_name(value: str | None) -> None:
+    """Raise a ValueError unless `value` is None or the name of a class: text that can be written, not too long."""
+    if value is None:
+        return
+    if len(value) > MOST_NAME_CHARACTERS:
+        problem = f"of {len(value)} characters"
+    elif any("\ud800" <= character <= "\udfff" for character in value):
+        problem = "with half a surrogate pair in it"
+    else:
+        return
+    raise ValueError(
+        f"`class_name` is {shortened(repr(value), 100)}, {problem}, expected text of at most {MOST_NAME_CHARACTERS} "
+        "characters."
+    )
+
+
+def check_type(name: str, value: object, expected: type | UnionType, text: str) -> None:
+    """Raise a ValueError unless `value` is of the type `expected`, which is called `text`."""
+    if not isinstance(value, expected):
+        raise ValueError(f"`{name}` is {value!r}, expected {text}.")
+
+
+def check_names(name: str, value: object, *, single: bool) -> None:
+    """Raise a ValueError unless `value` is a list of texts, None or, with `single`, one text."""
+    if value is None or (single and isinstance(value, str)):
+        return
+    listed = isinstance(value, (Sequence, Set)) and not isinstance(value, str)
+    if not listed or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(f"`{name}` is {value!r}, expected {'a regex, ' if single else ''}a list of names, or None.")
+
+
+def check_layer_indexes(value: object) -> None:
+    """Raise a ValueError unless `value` is an integer, a list of them, or None."""
+    entries = value if isinstance(value, (Sequence, Set)) and not isinstance(value, str) else [value]
+    if value is not None and not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
+        raise ValueError(f"`layers_to_transform` is {value!r}, expected an index, a list of them, or None.")
+
+
+def check_fingerprint(value: object) -> None:
+    """Raise a ValueError unless `value` is None or a SHA-256 for some of `FINGERPRINT_DTYPES`."""
+    if value is None:
+        return
+    if (
+        not isinstance(value, Mapping)
+        or not value
+        or not all(
+            key in FINGERPRINT_DTYPES and isinstance(entry, str) and _SHA256.fullmatch(entry)
+            for key, entry in value.items()
+        )
+    ):
+        raise ValueError(
+            f"`base_fingerprint` is {value!r}, expected 64 hexadecimal digits for each of "
+            f"{', '.join(map(repr, FINGERPRINT_DTYPES))}, or None: see `base_fingerprints`."
+        )
+
+
+def shortened(text: str, length: int) -> str:
+    """The text, with its middle left out if it is longer than `length`."""
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
+def listed(problems: Iterable[str]) -> str:
+    """The problems as a sorted list without duplicates, at most ten lines."""
+    lines = [f"- {shortened(problem, _MOST_CHARACTERS)}" for problem in sorted(set(problems))]
+    more = len(lines) - _MOST_LINES
+    return "\n".join(lines if more <= 0 else [*lines[:_MOST_LINES], f"- and {more} more"])
