@@ -50,7 +50,7 @@ test-space: .space/installed
 
 # Ratios of every claim about speed, into benchmarks/results; about 20 minutes on a machine that does nothing else.
 bench: .venv/installed
-	@set -e; for script in functional_matrix mixed_forms training_step evaluation adapter_bank rivals processes scaling soak; do \
+	@set -e; for script in functional_matrix training_step evaluation adapter_bank rivals processes scaling soak; do \
 	  $(BIN)/python benchmarks/$$script.py; \
 	done
 	$(BIN)/python benchmarks/interleaved.py > /dev/null

@@ -16,13 +16,13 @@ from unittest.mock import patch
 import torch
 from backbone import adapted, paper_unet
 from diffusers import UNet2DModel
+from functional_matrix import plain
 from interleaved import Comparison, Findings, Skipped, compare, main
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 from training_step import step
 
-from funlora_hf import select_layers
-from funlora_hf.tuner import functional
+from funlora_hf import functional_matrix, select_layers
 
 
 class Rival(NamedTuple):
@@ -47,7 +47,7 @@ def measure() -> Findings:
         Rival("LoHa of PEFT, r = 1, Tucker", partial(of_peft, LoHaConfig, r=1, alpha=1, use_effective_conv2d=True)),
         Rival("all weights", paper_unet),
         Rival("FunLoRA, F by torch.compile", compiled_funlora, partial(functional_matrix_by, compiled())),
-        Rival("FunLoRA, F by plain autograd", funlora, partial(functional_matrix_by, functional.functional_matrix)),
+        Rival("FunLoRA, F by plain autograd", funlora, partial(functional_matrix_by, plain)),
     ]
     rows, skipped = [], []
     for rival in rivals:
@@ -126,17 +126,13 @@ class CompilerMissingError(Exception):
 
 def compiled() -> Callable[..., torch.Tensor]:
     """F by torch.compile: a kernel for each shape, which is faster than one for all."""
-    return torch.compile(functional.functional_matrix, dynamic=False)
+    return torch.compile(functional_matrix, dynamic=False)
 
 
 @contextmanager
 def functional_matrix_by(compute: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Layers compute F by another function."""
-
-    def computed(*tensors: torch.Tensor | None, function: str, compiled: bool) -> torch.Tensor:
-        return compute(*tensors, function=function)
-
-    with patch("funlora_hf.tuner.layer.functional_matrix", computed):
+    with patch("funlora_hf.tuner.layer.functional_matrix", compute):
         yield
 
 

@@ -54,7 +54,7 @@ def test_other_forms_of_F_are_in_force_within_their_context_only(rivals, small_u
 
     def counting(*arguments, function):
         calls.append(function)
-        return rivals.functional.functional_matrix(*arguments, function=function)
+        return rivals.functional_matrix(*arguments, function=function)
 
     model = rivals.funlora()
     rivals.step(model, 2, lambda: rivals.functional_matrix_by(counting))()
