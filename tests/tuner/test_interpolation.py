@@ -102,10 +102,10 @@ def make_layer(rows, columns, kernel, **config):
     torch.manual_seed(0)
     size = KERNELS[kernel]
     if size is None:
-        base, x = nn.Linear(columns, rows, bias=False), torch.randn(3, columns)
+        base, x = nn.Linear(columns, rows, bias=False), torch.rand(3, columns)
     else:
         base = nn.Conv2d(columns, rows, size, padding=size // 2, bias=False)
-        x = torch.randn(1, columns, 2, 2)
+        x = torch.rand(1, columns, 2, 2)
     layer_cls = FunLoraLinear if size is None else FunLoraConv2d
     layer = layer_cls(base.requires_grad_(False), "x", FunLoraConfig(**config))
     return layer, x
@@ -174,8 +174,8 @@ def by_formula(layer, x, dtype):
 def assert_as_exact_as_autograd(layer, x, absolute=0.0):
     """Output and gradients are as close to float64 as plain float32 autograd, up to a factor of 4, or within 1e-5.
 
-    The loss grows with what each functional matrix does to the output. Under a random one, the gradients of alpha and omega
-    are sums that nearly cancel, whose rounding can be any share of them.
+    The inputs are positive, and the loss grows with what each functional matrix does to the output. At random ones some
+    gradients are sums that nearly cancel, whose rounding can be any share of them.
     """
     truth, changes, leaves = by_formula(layer, x, torch.float64)
     direction = sum(change / change.norm() for change in changes if change.norm() > 0).detach()
