@@ -75,13 +75,13 @@ def worst(found, expected):
 def interpolated(monkeypatch):
     """A list that grows by one for every matrix that is interpolated."""
     calls = []
-    original = functional._interpolated_cosine
+    original = functional._cosine_factors
 
     def counted(*args):
         calls.append(args)
         return original(*args)
 
-    monkeypatch.setattr(functional, "_interpolated_cosine", counted)
+    monkeypatch.setattr(functional, "_cosine_factors", counted)
     return calls
 
 

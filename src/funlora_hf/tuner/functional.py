@@ -6,8 +6,10 @@ Marks: [exact] matches the paper's numbers (arXiv 2510.02631), [text] its prose,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +28,8 @@ SMALLEST_BASE = 1e-6
 # are computed again in the backward pass instead of kept. Measured on a CPU (benchmarks/functional_matrix.py).
 INTERPOLATED_SIZE = 128 * 128
 RECOMPUTED_SIZE = 256 * 256
+# The largest omega A B from which on interpolation has accurate gradients.
+SMALLEST_ARGUMENT = 0.1
 
 
 def functional_matrix(
@@ -78,11 +82,10 @@ def functional_matrix(
         if function == "cosine" and A.shape[1] == 1 and entries >= INTERPOLATED_SIZE:
             intervals = _intervals(A, B, omega)
             if intervals is not None:
-                return _interpolated_cosine(A, B, alpha, omega, *intervals)
+                left, right = _recomputed(partial(_cosine_factors, *intervals), entries, A, B, alpha, omega)
+                return left @ right
         terms = _cosine if function == "cosine" else _power
-        if entries >= RECOMPUTED_SIZE and torch.is_grad_enabled():
-            return checkpoint(terms, A, B, alpha, omega, use_reentrant=False, preserve_rng_state=False)
-        return terms(A, B, alpha, omega)
+        return _recomputed(terms, entries, A, B, alpha, omega)
 
 
 def initial_alpha(
@@ -197,6 +200,14 @@ def _weighted(alpha: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
     return torch.tensordot(alpha, terms, dims=1) / alpha.numel()
 
 
+def _recomputed(function: Callable, entries: int, *tensors: torch.Tensor | None) -> Any:
+    """`function(*tensors)`, of which for a large F autograd keeps the arguments only."""
+    # torch.func has no checkpoints.
+    if entries < RECOMPUTED_SIZE or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
 class _Interval(NamedTuple):
     """Where to interpolate: `count` Chebyshev nodes in [center - half, center + half]."""
 
@@ -221,13 +232,17 @@ class _Interval(NamedTuple):
 def _intervals(A: torch.Tensor, B: torch.Tensor, omega: torch.Tensor) -> tuple[_Interval, _Interval] | None:
     """How to interpolate cos(omega a b) over the entries of A and of B.
 
-    None where that does not pay, where values cannot be read (under vmap), or without float64 (MPS).
+    None where that does not pay, where omega a b is so small that the coefficients' rounding would show in gradients, where
+    values cannot be read (under vmap), or without float64 (MPS).
     """
     if A.device.type == "mps":
         return None
     try:
         *ranges, fastest = torch.stack([A.min(), A.max(), B.min(), B.max(), omega.abs().max()]).tolist()
     except RuntimeError:
+        return None
+    largest = max(abs(a * b) for a in ranges[:2] for b in ranges[2:]) * fastest
+    if largest < SMALLEST_ARGUMENT:
         return None
     found = []
     for (low, high), (other_low, other_high), size in (
@@ -248,20 +263,20 @@ def _intervals(A: torch.Tensor, B: torch.Tensor, omega: torch.Tensor) -> tuple[_
     return tuple(found)
 
 
-def _interpolated_cosine(
-    A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor, along_a: _Interval, along_b: _Interval
-) -> torch.Tensor:
-    """`_cosine` at r = 1 by Chebyshev interpolation: F_ij = g(a_i b_j) with a smooth g, so some 40 nodes stand for all rows.
+def _cosine_factors(
+    along_a: _Interval, along_b: _Interval, A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two matrices, `(C_out, K)` and `(K, C_in)`, of which `_cosine` at r = 1 is the product, by Chebyshev interpolation.
 
-    F = T(a) C T(b)^T, where C `(K_a, K_b)` holds the coefficients of g over both intervals. All but the last product is in
-    float64, which keeps gradients accurate where omega A B is small.
+    F_ij = g(a_i b_j) with a smooth g, so some 40 nodes stand for all rows: F = T(a) C T(b)^T, where C `(K_a, K_b)` holds the
+    coefficients of g over both intervals. In float64 up to here, which keeps gradients accurate.
 
     Source: [ours]; equal to the plain formula up to rounding.
     """
     (a, to_a), (b, to_b) = (interval.nodes_and_transform(A.device) for interval in (along_a, along_b))
     at_nodes = _cosine(a[:, None], b[None], alpha.double(), omega.double())
     left = along_a.chebyshev(A) @ (to_a @ at_nodes @ to_b.T)
-    return left.to(A.dtype) @ along_b.chebyshev(B).T.to(A.dtype)
+    return left.to(A.dtype), along_b.chebyshev(B).T.to(A.dtype)
 
 
 def _at_least_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:

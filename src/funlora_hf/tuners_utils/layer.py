@@ -156,10 +156,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def effective_weight(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
         """`adapted_weight`, which inside `cached_weights` is computed once. It must not be changed."""
         tensors = [call.weight, *(p for name in adapter_names for p in self._tensors_of(name))]
-        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if needs_gradient or not call.is_own_weight:
+        # Reentrant checkpoints train without gradients in the forward.
+        may_train = torch.is_grad_enabled() or self.get_base_layer().training
+        if not call.is_own_weight or (may_train and any(tensor.requires_grad for tensor in tensors)):
             return self.adapted_weight(adapter_names, call.weight)
-        return cached(self, tuple(adapter_names), lambda: self.adapted_weight(adapter_names, call.weight))
+        return cached(self, tuple(adapter_names), tensors, lambda: self.adapted_weight(adapter_names, call.weight))
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set how strongly an adapter acts: 0 is the base, 1 the adapter as trained. Not saved with the adapter.

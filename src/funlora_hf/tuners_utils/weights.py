@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -12,7 +12,9 @@ from torch import nn
 
 
 # The weights kept now, by layer. A context variable, since each thread needs its own: the only state of this package.
-_kept: ContextVar[Mapping[nn.Module, dict[Hashable, torch.Tensor]]] = ContextVar("funlora_cached_weights")
+_kept: ContextVar[Mapping[nn.Module, dict[Hashable, tuple[Sequence[torch.Tensor], torch.Tensor]]]] = ContextVar(
+    "funlora_cached_weights"
+)
 
 
 @contextmanager
@@ -42,8 +44,10 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
         _kept.reset(token)
 
 
-def cached(layer: nn.Module, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """`compute()`, or what it returned before for this key inside a `cached_weights` of the layer's model."""
+def cached(
+    layer: nn.Module, key: Hashable, sources: Sequence[torch.Tensor], compute: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """`compute()`, or what it returned before for this key and these very tensors inside a `cached_weights`."""
     if torch.compiler.is_compiling():
         return compute()
     weights = _kept.get({}).get(layer)
@@ -51,9 +55,10 @@ def cached(layer: nn.Module, key: Hashable, compute: Callable[[], torch.Tensor])
         return compute()
     # A tensor made in inference mode cannot be used in autograd later.
     key = (key, torch.is_inference_mode_enabled())
-    if key not in weights:
-        weights[key] = compute()
-    return weights[key]
+    # `torch.func.functional_call` puts others in place of a module's parameters.
+    if key not in weights or any(one is not other for one, other in zip(weights[key][0], sources, strict=True)):
+        weights[key] = sources, compute()
+    return weights[key][1]
 
 
 def forget(layer: nn.Module) -> None:
