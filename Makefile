@@ -7,7 +7,7 @@ ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECKED := src examples benchmarks tests
 
-.PHONY: demo space test test-slow soak test-oldest-peft test-space bench style quality clean
+.PHONY: demo space test test-fast test-slow soak test-oldest-peft test-space bench style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -28,6 +28,13 @@ space: .space/installed
 
 test: quality
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# The inner loop: the maths, the tuner, files, and one small run; under 2 minutes on 2 cores.
+test-fast: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/utils tests/baselines \
+	  tests/tuner/test_functional.py tests/tuner/test_layer.py tests/tuner/test_config.py tests/tuner/test_merging.py \
+	  tests/tuner/test_mixed_batches.py tests/tuner/test_earlier_adapters.py tests/test_adapter_folder.py tests/test_files.py \
+	  tests/test_flow_matching.py tests/test_solvers.py tests/test_pipeline.py tests/test_recipe.py tests/continual/test_run_folder.py
 
 # What `make test` leaves out for its time: PEFT's own tests for all combinations of function, operation and target, of which it
 # runs some, long compilations, and more of runs that are killed or stop by themselves.
@@ -58,6 +65,7 @@ bench: .venv/installed
 quality: .venv/installed
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/lint-imports
 
 style: .venv/installed
 	$(BIN)/ruff check --fix $(CHECKED)

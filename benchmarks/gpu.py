@@ -34,13 +34,13 @@ from torch import nn
 from funlora_hf import AdapterBank, cached_weights, functional_matrix, mixed_batch
 from funlora_hf.continual.base import BASE_PHASE
 from funlora_hf.continual.compilation import compile_blocks
-from funlora_hf.continual.funlora import FunLora
 from funlora_hf.continual.run_folder import RunFolder
+from funlora_hf.continual.strategies.funlora import FunLora
 from funlora_hf.continual.strategy import Phase, Setting
 from funlora_hf.continual.trainer import ContinualTrainer
-from funlora_hf.data import Task, load_image_data
-from funlora_hf.files import write_json
+from funlora_hf.data.image_data import Task, load_image_data
 from funlora_hf.run import RunArguments
+from funlora_hf.utils.files import write_json
 
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 import funlora_hf
-from funlora_hf.files import whole_file, write_json
+from funlora_hf.utils.files import whole_file, write_json
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,17 +20,17 @@ from backbone import paper_unet
 from interleaved import Findings, comparison, main
 from tqdm.auto import tqdm
 
-from funlora_hf.adapter_folder import ADAPTERS_FOLDER
+from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER
 from funlora_hf.continual.base import save_base
 from funlora_hf.continual.config import ContinualTrainingArguments, ModelArguments, run_settings
 from funlora_hf.continual.existing_base import find_base
-from funlora_hf.continual.funlora import FunLora
 from funlora_hf.continual.run_folder import RunFolder
+from funlora_hf.continual.strategies.funlora import FunLora
 from funlora_hf.continual.strategy import Batch, Setting, Strategy
 from funlora_hf.continual.trainer import ContinualTrainer, phase_seconds
-from funlora_hf.data import Task
-from funlora_hf.files import folder_sha256, read_json, write_json
-from funlora_hf.seeds import generator_for
+from funlora_hf.data.image_data import Task
+from funlora_hf.utils.files import folder_sha256, read_json, write_json
+from funlora_hf.utils.seeds import generator_for
 
 
 PROCESSES = 2

@@ -23,9 +23,9 @@ from interleaved import RESULTS, Curve, Findings, Point, main, point, take_turns
 from peft import PeftModel
 
 from funlora_hf import AdapterBank, FunLoraPipeline
-from funlora_hf.adapter_folder import adapter_name, save_adapter
+from funlora_hf.adapters.class_folder import adapter_name, save_adapter
 from funlora_hf.evaluation.figures import BLUE, DPI, GREEN, ORANGE, STYLE, VERMILION
-from funlora_hf.files import read_json, whole_file
+from funlora_hf.utils.files import read_json, whole_file
 
 
 COUNTS = (1, 10, 100, 1000)

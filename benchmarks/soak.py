@@ -30,17 +30,12 @@ from diffusers import UNet2DModel
 from interleaved import RESULTS, Comparison, Curve, Findings, Point, comparison, main, point
 from torch import nn
 
-from funlora_hf.continual.config import (
-    ContinualTrainingArguments,
-    DataArguments,
-    EvaluationArguments,
-    ModelArguments,
-)
-from funlora_hf.data import Task
+from funlora_hf.continual.config import ContinualTrainingArguments, DataArguments, EvaluationArguments, ModelArguments
+from funlora_hf.data.image_data import Task
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.figures import BLUE, DPI, GREEN, GREY, ORANGE, STYLE, VERMILION
-from funlora_hf.files import read_json, whole_file
 from funlora_hf.run import RunArguments, run
+from funlora_hf.utils.files import read_json, whole_file
 
 
 CLASSES = 200

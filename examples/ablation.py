@@ -20,11 +20,11 @@ from pathlib import Path
 
 from continual_train import ERRORS, parse
 
-from funlora_hf.ablation.runner import AblationArguments, run_ablation
-from funlora_hf.ablation.tables import ablation_rows, as_markdown
-from funlora_hf.ablation.variants import variants_of
+from ablation.runner import AblationArguments, run_ablation
+from ablation.tables import ablation_rows, as_markdown
+from ablation.variants import variants_of
 from funlora_hf.evaluation.tables import as_csv
-from funlora_hf.files import whole_file
+from funlora_hf.utils.files import whole_file
 
 
 def main() -> None:

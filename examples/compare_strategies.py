@@ -24,8 +24,8 @@ from pathlib import Path
 
 from continual_train import ERRORS, parse
 
-from funlora_hf.comparison.report import write_comparison
-from funlora_hf.comparison.runner import ComparisonArguments, failures, run_comparison
+from comparison.report import write_comparison
+from comparison.runner import ComparisonArguments, failures, run_comparison
 
 
 def main() -> None:

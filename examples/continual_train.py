@@ -20,20 +20,15 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from funlora_hf.continual.compilation import CompilationError
-from funlora_hf.continual.config import (
-    ContinualTrainingArguments,
-    DataArguments,
-    EvaluationArguments,
-    ModelArguments,
-)
+from funlora_hf.continual.config import ContinualTrainingArguments, DataArguments, EvaluationArguments, ModelArguments
 from funlora_hf.continual.publishing import PushError
 from funlora_hf.continual.termination import Terminated, Termination
 from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
 from funlora_hf.evaluation.report import ForgettingError
-from funlora_hf.folder_lock import FolderInUseError
-from funlora_hf.recipe import read_recipe
+from funlora_hf.recipes.reading import read_recipe
 from funlora_hf.run import RunArguments, run
+from funlora_hf.utils.locks import FolderInUseError
 
 
 # Errors whose message says all that there is to say.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from funlora_hf.evaluation.tables import mean_table
-from funlora_hf.files import read_json
+from funlora_hf.utils.files import read_json
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from funlora_hf.comparison.choices import Choice
-from funlora_hf.comparison.runner import Compared
+from comparison.choices import Choice
+from comparison.jobs import Outcome
+from comparison.runner import Compared
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.evaluation.report import accuracy_results
-from funlora_hf.jobs import Outcome
 
 
 NAMES = (

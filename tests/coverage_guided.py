@@ -26,13 +26,13 @@ with atheris.instrument_imports(include=["funlora_hf", "yaml", "PIL"]):
     from PIL import Image
 
     from funlora_hf import FunLoraConfig
-    from funlora_hf.base_model import base_classes
-    from funlora_hf.data import ImageClassificationData, _Part
-    from funlora_hf.encoded_images import FORMATS
-    from funlora_hf.files import read_tensors
-    from funlora_hf.recipe import read_recipe
-    from funlora_hf.saved_adapter import read_config, read_shapes
-    from funlora_hf.saved_bank import read_bank
+    from funlora_hf.adapters.base_model import base_classes
+    from funlora_hf.adapters.untrusted_adapter import read_config, read_shapes
+    from funlora_hf.adapters.untrusted_bank import read_bank
+    from funlora_hf.data.encoded_images import FORMATS
+    from funlora_hf.data.image_data import ImageClassificationData, _Part
+    from funlora_hf.recipes.reading import read_recipe
+    from funlora_hf.utils.files import read_tensors
 
 
 CONFIG = FunLoraConfig(target_modules=["conv_in"], class_label=7, class_name="n").to_dict()

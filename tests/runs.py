@@ -13,13 +13,8 @@ from diffusers import UNet2DModel
 from peft import get_peft_model
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline
-from funlora_hf.adapter_folder import adapter_name, save_adapter
-from funlora_hf.continual.config import (
-    ContinualTrainingArguments,
-    DataArguments,
-    EvaluationArguments,
-    ModelArguments,
-)
+from funlora_hf.adapters.class_folder import adapter_name, save_adapter
+from funlora_hf.continual.config import ContinualTrainingArguments, DataArguments, EvaluationArguments, ModelArguments
 from funlora_hf.run import RunArguments
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from runs import REPOSITORY, command_line, digests
 
-from funlora_hf.files import read_json
+from funlora_hf.utils.files import read_json
 
 
 SCRIPT = str(REPOSITORY / "tests" / "watched_run.py")

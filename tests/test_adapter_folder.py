@@ -7,7 +7,7 @@ from peft import get_peft_model
 from runs import digests
 
 from funlora_hf import FunLoraConfig
-from funlora_hf.adapter_folder import adapter_folders, save_adapter
+from funlora_hf.adapters.class_folder import adapter_folders, save_adapter
 
 
 def test_a_folder_has_config_weights_and_card(tiny_unet, tmp_path):

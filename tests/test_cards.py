@@ -19,7 +19,7 @@ from runs import write_adapters
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline
 from funlora_hf.baselines import ConvLoraConfig
-from funlora_hf.cards import ClassRow, Place, adapter_card, adapters_card, base_card
+from funlora_hf.cards.model_cards import ClassRow, Place, adapter_card, adapters_card, base_card
 from funlora_hf.continual.config import (
     ContinualTrainingArguments,
     DataArguments,

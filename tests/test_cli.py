@@ -18,7 +18,7 @@ from runs import REPOSITORY, digests
 
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint
 from funlora_hf.cli import COMMANDS, main
-from funlora_hf.files import read_json, write_json
+from funlora_hf.utils.files import read_json, write_json
 
 
 REPO = "user/digits"

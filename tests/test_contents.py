@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from funlora_hf.contents import find_contents
+from funlora_hf.hub.find import find_contents
 
 
 def touch(folder, *names):

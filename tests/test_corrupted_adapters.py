@@ -25,7 +25,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from runs import make_tiny_unet, write_adapters
 
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, merge_class
-from funlora_hf.fingerprint import base_fingerprints
+from funlora_hf.adapters.base_fingerprint import base_fingerprints
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from funlora_hf import data
-from funlora_hf.data import Task, assign_class_ids, load_image_data, split_into_tasks
+from funlora_hf.data import image_data as data
+from funlora_hf.data.image_data import Task, assign_class_ids, load_image_data, split_into_tasks
 
 
 CIFAR10 = Path(

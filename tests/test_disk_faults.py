@@ -16,8 +16,8 @@ from runs import short_run
 from started_runs import assert_same_run
 from write_events import on_write
 
-from funlora_hf.files import WriteError
 from funlora_hf.run import run
+from funlora_hf.utils.files import WriteError
 
 
 class Operations:

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from safetensors import SafetensorError
 
-from funlora_hf.files import (
+from funlora_hf.utils.files import (
     WriteError,
     folder_sha256,
     read_json,

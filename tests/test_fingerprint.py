@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from funlora_hf import FunLoraConfig
-from funlora_hf.fingerprint import (
+from funlora_hf.adapters.base_fingerprint import (
     BaseMismatchError,
     FingerprintCheck,
     base_fingerprint,

@@ -5,13 +5,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from funlora_hf.flow_matching import (
-    flow_matching_loss,
-    interpolate,
-    sample_sigmas,
-    sigma_to_timestep,
-    velocity_target,
-)
+from funlora_hf.flow_matching import flow_matching_loss, interpolate, sample_sigmas, sigma_to_timestep, velocity_target
 
 
 def test_the_path_is_that_of_the_stock_scheduler():

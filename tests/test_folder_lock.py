@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from funlora_hf.folder_lock import FolderInUseError, folder_lock
+from funlora_hf.utils.locks import FolderInUseError, folder_lock
 
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from funlora_hf.folder_lock import folder_lock
+from funlora_hf.utils.locks import folder_lock
 
 with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)

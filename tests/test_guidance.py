@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from funlora_hf.guidance import Guidance, estimate_sample
-from funlora_hf.sampling import draw_samples
+from funlora_hf.sampling.drawing import draw_samples
+from funlora_hf.sampling.guidance import Guidance, estimate_sample
 
 
 def test_the_gradient_goes_through_the_model():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from runs import make_tiny_unet, write_adapters
 
 from funlora_hf import FunLoraPipeline
-from funlora_hf.base_model import base_classes, read_unet
+from funlora_hf.adapters.base_model import base_classes, read_unet
 from funlora_hf.continual.existing_base import find_base
 
 

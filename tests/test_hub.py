@@ -32,8 +32,8 @@ from funlora_hf import (
     push_all,
     push_base,
 )
-from funlora_hf.files import read_json, write_json
 from funlora_hf.run import run
+from funlora_hf.utils.files import read_json, write_json
 
 
 REPO = "user/digits"
@@ -339,7 +339,7 @@ def test_a_damaged_adapter_is_not_pushed(hub, run_folder):
 @pytest.mark.parametrize("status", [500, 429, 503])
 def test_a_busy_hub_is_asked_again(hub, waits, monkeypatch, run_folder, status):
     waited = []
-    monkeypatch.setattr("funlora_hf.hub_repository.time.sleep", waited.append)
+    monkeypatch.setattr("funlora_hf.hub.repository.time.sleep", waited.append)
     hub.fail(method="POST", path="/commit/", status=status, times=2)
     push_all(run_folder, REPO)
     assert len(messages(hub)) == 3
@@ -347,7 +347,7 @@ def test_a_busy_hub_is_asked_again(hub, waits, monkeypatch, run_folder, status):
 
 
 def test_a_hub_that_stays_down_shows_nothing_half(hub, waits, monkeypatch, run_folder):
-    monkeypatch.setattr("funlora_hf.hub_repository.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("funlora_hf.hub.repository.time.sleep", lambda seconds: None)
     hub.fail(method="POST", path="/commit/", status=500, times=10**6, skip=1)
     with pytest.raises(HfHubHTTPError):
         push_all(run_folder, REPO)
@@ -481,7 +481,7 @@ def test_a_run_pushes_itself(hub, tmp_path, strategy):
 
 
 def test_a_hub_that_fails_stops_no_training(hub, waits, monkeypatch, tmp_path):
-    monkeypatch.setattr("funlora_hf.hub_repository.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("funlora_hf.hub.repository.time.sleep", lambda seconds: None)
     hub.fail(method="POST", path="/commit/", status=500, times=12)
     run(short_run(output_dir=str(tmp_path / "digits"), push_to_hub=True, hub_model_id=REPO))
     assert [message[:6] for message in messages(hub)] == ["Task 1", "Task 2", "Task 3"]

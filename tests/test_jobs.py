@@ -10,11 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 from comparisons import made_up_results
-from runs import short_run
+from runs import REPOSITORY, short_run
 
+from comparison.jobs import Job, run_jobs, threads_per_worker, with_changes
 from funlora_hf.continual.config import run_settings
-from funlora_hf.files import write_json
-from funlora_hf.jobs import Job, run_jobs, threads_per_worker, with_changes
+from funlora_hf.utils.files import write_json
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY / "examples")}
 
 
 def test_changes_reach_the_part_they_belong_to_and_leave_the_rest():
@@ -86,7 +89,7 @@ THREADS = """
 import sys, torch
 from concurrent.futures import ProcessPoolExecutor
 import multiprocessing
-from funlora_hf.jobs import start_worker
+from comparison.jobs import start_worker
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
@@ -98,14 +101,14 @@ if __name__ == "__main__":
 def test_a_worker_computes_with_its_threads(tmp_path):
     script = tmp_path / "threads.py"
     script.write_text(THREADS)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert done.stdout.strip() == "3"
 
 
 WORKERS = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from funlora_hf.jobs import end_with_parent
+from comparison.jobs import end_with_parent
 
 def work():
     print(os.getpid(), flush=True)
@@ -127,7 +130,7 @@ def has_ended(process):
 def test_a_busy_worker_ends_when_its_parent_is_killed(tmp_path):
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as parent:
         worker = psutil.Process(int(parent.stdout.readline()))
         assert not has_ended(worker)
         parent.kill()

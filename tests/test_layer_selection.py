@@ -13,14 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from torch import nn
 
-from funlora_hf import (
-    FunLoraConfig,
-    FunLoraModel,
-    conv_layers,
-    layer_importance,
-    parameters_per_class,
-    select_layers,
-)
+from funlora_hf import FunLoraConfig, FunLoraModel, conv_layers, layer_importance, parameters_per_class, select_layers
 from funlora_hf.layer_selection import LayerImportance, adapter_importance, resolve_targets
 
 

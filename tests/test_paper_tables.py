@@ -9,7 +9,7 @@ from backbones import build
 
 from funlora_hf import FunLoraConfig, parameters_per_class, select_layers
 from funlora_hf.continual.config import ModelArguments
-from funlora_hf.continual.peft_methods import peft_method
+from funlora_hf.continual.strategies.peft_methods import peft_method
 
 
 CIFAR, IMAGENET = "paper's cifar", "paper's imagenet"

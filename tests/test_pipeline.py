@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from scipy.integrate import solve_ivp
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline
-from funlora_hf.base_model import read_unet
+from funlora_hf.adapters.base_model import read_unet
 from funlora_hf.tuner import FunLoraLayer
 
 

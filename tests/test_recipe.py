@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import PARTS, REPOSITORY
 
-from funlora_hf.ablation.runner import AblationArguments
-from funlora_hf.comparison.runner import ComparisonArguments
-from funlora_hf.recipe import MOST_BYTES, load_yaml, read_recipe
+from ablation.runner import AblationArguments
+from comparison.runner import ComparisonArguments
+from funlora_hf.recipes.reading import MOST_BYTES, load_yaml, read_recipe
 from funlora_hf.run import RunArguments
 
 

@@ -32,14 +32,14 @@ from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategy import StepOutput
 from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
-from funlora_hf.data import load_image_data, to_model_range
+from funlora_hf.data.image_data import load_image_data, to_model_range
 from funlora_hf.evaluation import evaluator as evaluator_module
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError
-from funlora_hf.files import read_json, write_json
-from funlora_hf.folder_lock import FolderInUseError, folder_lock
 from funlora_hf.run import run
-from funlora_hf.sampling import to_uint8
+from funlora_hf.sampling.drawing import to_uint8
+from funlora_hf.utils.files import read_json, write_json
+from funlora_hf.utils.locks import FolderInUseError, folder_lock
 
 
 @pytest.fixture(scope="module")
@@ -620,7 +620,7 @@ def test_other_settings_run_to_the_end(arguments, inside):
 
 
 def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(inside, monkeypatch):
-    from funlora_hf.continual.funlora import FunLora
+    from funlora_hf.continual.strategies.funlora import FunLora
 
     original, calls = FunLora.training_step, []
 
@@ -669,7 +669,7 @@ def test_a_run_under_a_time_limit_goes_on_to_the_same_end(finished, inside, monk
 
 @pytest.mark.slow
 def test_channels_last_changes_how_tensors_lie_and_nothing_on_disk(finished, inside, monkeypatch):
-    from funlora_hf.continual.funlora import FunLora
+    from funlora_hf.continual.strategies.funlora import FunLora
 
     original, draw, layouts = FunLora.training_step, RunEvaluator._draw, set()
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from funlora_hf.sampling import draw_samples, tensor_sha256, to_uint8
+from funlora_hf.sampling.drawing import draw_samples, tensor_sha256, to_uint8
 
 
 def draw(pipe, **overrides):

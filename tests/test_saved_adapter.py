@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from runs import write_adapters
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline
-from funlora_hf.fingerprint import BaseMismatchError, base_fingerprints
-from funlora_hf.saved_adapter import MOST_CONFIG_BYTES, fetch, read_adapter
+from funlora_hf.adapters.base_fingerprint import BaseMismatchError, base_fingerprints
+from funlora_hf.adapters.untrusted_adapter import MOST_CONFIG_BYTES, fetch, read_adapter
 
 
 @pytest.fixture

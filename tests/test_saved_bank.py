@@ -8,8 +8,8 @@ from runs import write_adapters
 from safetensors.torch import load_file, save_file
 
 from funlora_hf import AdapterBank, FunLoraConfig
-from funlora_hf.saved_adapter import read_adapter
-from funlora_hf.saved_bank import METADATA, read_bank
+from funlora_hf.adapters.untrusted_adapter import read_adapter
+from funlora_hf.adapters.untrusted_bank import METADATA, read_bank
 
 
 @pytest.fixture

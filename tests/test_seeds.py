@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from funlora_hf.seeds import check_seeds, derive_seed, generator_for
+from funlora_hf.utils.seeds import check_seeds, derive_seed, generator_for
 
 
 def test_a_seed_is_a_hash_of_its_keys_on_every_machine():

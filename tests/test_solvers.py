@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy.integrate import solve_ivp
 
-from funlora_hf.solvers import solve
+from funlora_hf.sampling.solvers import solve
 
 
 def sigmas(steps: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import yaml
 from runs import REPOSITORY, short_run
 from safetensors.torch import load_file
 
-from funlora_hf.continual.registry import STRATEGIES
+from funlora_hf.continual.strategies.registry import STRATEGIES
 from funlora_hf.run import run
 
 

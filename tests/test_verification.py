@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint, push_all
-from funlora_hf.files import read_json, write_json
-from funlora_hf.verification import verify
+from funlora_hf.hub.verify import verify
+from funlora_hf.utils.files import read_json, write_json
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 
 from studio import Picture, Studio
 
-from funlora_hf.solvers import SOLVERS
+from funlora_hf.sampling.solvers import SOLVERS
 
 
 try:

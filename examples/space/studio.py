@@ -14,8 +14,8 @@ import torch
 from PIL import ImageDraw, ImageFont
 
 from funlora_hf import FunLoraPipeline
-from funlora_hf.adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
-from funlora_hf.saved_adapter import ADAPTER_FILES, fetch
+from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
+from funlora_hf.adapters.untrusted_adapter import ADAPTER_FILES, fetch
 
 
 TILE = 64

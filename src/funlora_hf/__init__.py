@@ -1,13 +1,14 @@
 """FunLoRA for PEFT and diffusers: learn class after class, forget nothing. Importing it registers the method."""
 
-from .adapter_bank import AdapterBank
-from .adapter_loading import load_adapter
-from .export import merge_class
-from .fingerprint import BaseMismatchError, base_fingerprint, base_fingerprints
-from .guidance import Guidance, expand_adapter_names
-from .hub import delete_class_from_hub, push_adapter, push_all, push_base
+from .adapters.bank import AdapterBank
+from .adapters.base_fingerprint import BaseMismatchError, base_fingerprint, base_fingerprints
+from .adapters.put_into_model import load_adapter
+from .hub.delete import delete_class
+from .hub.push import delete_class_from_hub, push_adapter, push_all, push_base
 from .layer_selection import conv_layers, layer_importance, parameters_per_class, select_layers
-from .pipeline import FunLoraPipeline, FunLoraPipelineOutput
+from .sampling.guidance import Guidance, expand_adapter_names
+from .sampling.merging import merge_class
+from .sampling.pipeline import FunLoraPipeline, FunLoraPipelineOutput
 from .tuner import (
     FunLoraConfig,
     FunLoraModel,
@@ -19,7 +20,6 @@ from .tuner import (
     mixed_batch,
     numerical_rank,
 )
-from .unlearning import delete_class
 
 
 __version__ = "0.1.0.dev0"

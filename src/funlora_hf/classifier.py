@@ -11,7 +11,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from .data import to_model_range
+from .data.image_data import to_model_range
 
 
 ARCHITECTURES = ("auto", "resnet18", "cnn")

@@ -22,18 +22,18 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
 
-from .adapter_folder import ADAPTERS_FOLDER, adapter_class
-from .base_model import PIPELINE
-from .contents import find_contents
-from .description import AdapterDescription, BankDescription, BaseDescription, describe
+from .adapters.base_model import PIPELINE
+from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .evaluation.figures import image_grid
-from .hub import LAYOUTS, push_all
-from .pipeline import FunLoraPipeline
-from .pulling import pull
-from .sampling import draw_samples, to_uint8
-from .solvers import SOLVERS
-from .unlearning import delete_class
-from .verification import verify
+from .hub.delete import delete_class
+from .hub.describe import AdapterDescription, BankDescription, BaseDescription, describe
+from .hub.find import find_contents
+from .hub.pull import pull
+from .hub.push import LAYOUTS, push_all
+from .hub.verify import verify
+from .sampling.drawing import draw_samples, to_uint8
+from .sampling.pipeline import FunLoraPipeline
+from .sampling.solvers import SOLVERS
 
 
 EXIT_CODES = (

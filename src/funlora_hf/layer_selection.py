@@ -16,13 +16,13 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .adapter_shape import adapted_shape
-from .files import read_tensors
 from .tuner import FunLoraConfig
 from .tuner.hotswap import SAVED_PREFIX
 from .tuner.layer import FunLoraFactorLayer
 from .tuner.targets import conv_names, decoder, decoder_middle, knows_order, unet_conv_names
+from .tuners_utils.meta_shapes import adapted_shape
 from .tuners_utils.wrappers import plain_modules, without_peft
+from .utils.files import read_tensors
 
 
 # FunLoRA's own, or a row of the class embedding that PEFT trains as a token.

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from .adapter_folder import ADAPTERS_FOLDER
+from .adapters.class_folder import ADAPTERS_FOLDER
 from .continual.config import (
     DIGITS_UNET,
     LATEST,
@@ -27,18 +27,18 @@ from .continual.config import (
 from .continual.devices import deterministic_kernels
 from .continual.existing_base import ExistingBase, find_base
 from .continual.publishing import Publisher
-from .continual.registry import strategy_class
 from .continual.run_folder import RunFolder
+from .continual.strategies.registry import strategy_class
 from .continual.strategy import Setting, Strategy
 from .continual.termination import Termination
 from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer, Evaluator
-from .data import ImageClassificationData, Task, assign_class_ids, load_image_data, split_into_tasks
+from .data.image_data import ImageClassificationData, Task, assign_class_ids, load_image_data, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_finished, report_run
-from .folder_lock import folder_lock
 from .utils.checks import check_class_name
+from .utils.locks import folder_lock
 
 
 @dataclass

@@ -4,8 +4,8 @@ import csv
 import io
 from statistics import mean, stdev
 
-from funlora_hf.ablation.tables import ablation_rows, as_markdown
-from funlora_hf.ablation.variants import TABLES
+from ablation.tables import ablation_rows, as_markdown
+from ablation.variants import TABLES
 from funlora_hf.evaluation.tables import as_csv
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from runs import short_run
 
-from funlora_hf.ablation.runner import AblationArguments, run_ablation
-from funlora_hf.ablation.variants import variants_of
-from funlora_hf.folder_lock import FolderInUseError, folder_lock
+from ablation.runner import AblationArguments, run_ablation
+from ablation.variants import variants_of
+from funlora_hf.utils.locks import FolderInUseError, folder_lock
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from runs import short_run
 
-from funlora_hf.ablation.variants import REFERENCE, TABLES, variants_of
-from funlora_hf.jobs import with_changes
+from ablation.variants import REFERENCE, TABLES, variants_of
+from comparison.jobs import with_changes
 
 
 def test_a_key_is_one_run_whatever_table_shows_it():

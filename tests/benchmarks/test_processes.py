@@ -4,9 +4,9 @@ import subprocess
 
 import pytest
 
-from funlora_hf.adapter_folder import adapter_folders
+from funlora_hf.adapters.class_folder import adapter_folders
 from funlora_hf.continual.base import save_base
-from funlora_hf.files import folder_sha256, read_json, write_json
+from funlora_hf.utils.files import folder_sha256, read_json, write_json
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from runs import REPOSITORY
 
-from funlora_hf.files import read_json
+from funlora_hf.utils.files import read_json
 
 
 BYTES_OF_NUMBER, BYTES_OF_IMAGE = 4, 8 * 8

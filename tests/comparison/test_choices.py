@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from funlora_hf.comparison.choices import parse_choices
-from funlora_hf.continual.registry import STRATEGIES
+from comparison.choices import parse_choices
+from funlora_hf.continual.strategies.registry import STRATEGIES
 
 
 def test_a_name_is_a_choice():

@@ -9,7 +9,7 @@ import torch
 from comparisons import NAMES, made_up_results
 from PIL import Image
 
-from funlora_hf.comparison.figures import (
+from comparison.figures import (
     MOST_STRATEGIES,
     Look,
     _apart,

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from comparisons import NAMES, made_up_comparison
 
-from funlora_hf.comparison.figures import cost_figure
-from funlora_hf.comparison.report import write_comparison
-from funlora_hf.files import read_json
-from funlora_hf.jobs import Outcome
+from comparison.figures import cost_figure
+from comparison.jobs import Outcome
+from comparison.report import write_comparison
+from funlora_hf.utils.files import read_json
 
 
 COMMAND = (
@@ -116,7 +116,7 @@ def test_a_task_without_training_costs_nothing_in_the_figure(tmp_path, monkeypat
         outcome.results["seconds"]["training_per_task"][1:] = [2e-5, 9e-6, 1e-4, 3e-5]
     drawn = []
     monkeypatch.setattr(
-        "funlora_hf.comparison.report.cost_figure",
+        "comparison.report.cost_figure",
         lambda seconds, *others: drawn.append(seconds) or cost_figure(seconds, *others),
     )
     write_comparison(compared, tmp_path, command=COMMAND)

@@ -6,10 +6,10 @@ import pytest
 from comparisons import made_up_comparison
 from runs import short_run
 
-from funlora_hf.comparison import runner
-from funlora_hf.comparison.runner import ComparisonArguments, failures, run_comparison
-from funlora_hf.folder_lock import FolderInUseError, folder_lock
-from funlora_hf.jobs import Outcome
+from comparison import runner
+from comparison.jobs import Outcome
+from comparison.runner import ComparisonArguments, failures, run_comparison
+from funlora_hf.utils.locks import FolderInUseError, folder_lock
 
 
 @pytest.mark.parametrize(

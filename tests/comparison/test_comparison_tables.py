@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from comparisons import NAMES, made_up_comparison
 
-from funlora_hf.comparison.tables import as_markdown, columns_of, flat_rows, rows_of
+from comparison.jobs import Outcome
+from comparison.tables import as_markdown, columns_of, flat_rows, rows_of
 from funlora_hf.evaluation.tables import as_csv
-from funlora_hf.jobs import Outcome
 
 
 def table(compared):

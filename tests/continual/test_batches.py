@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from funlora_hf.continual import batches as batches_module
 from funlora_hf.continual.batches import PhaseBatches
 from funlora_hf.continual.strategy import Phase, PhaseSettings
-from funlora_hf.seeds import generator_for
+from funlora_hf.utils.seeds import generator_for
 
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

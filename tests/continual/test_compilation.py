@@ -13,7 +13,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
 from funlora_hf.continual.compilation import COMPILED_BLOCKS, CompilationError, compile_blocks
-from funlora_hf.continual.funlora import FunLora
+from funlora_hf.continual.strategies.funlora import FunLora
 from funlora_hf.run import run
 
 

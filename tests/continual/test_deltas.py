@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from funlora_hf.continual.deltas import (
+from funlora_hf.continual.strategies.weight_changes import (
     Pair,
     concatenated,
     larger_magnitude,

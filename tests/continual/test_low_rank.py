@@ -10,7 +10,7 @@ from peft import get_peft_model
 from runs import make_tiny_unet
 from strategies import make_strategy
 
-from funlora_hf.continual.low_rank import Pair, add_deltas, get_pairs, pack, set_pairs, unpack
+from funlora_hf.continual.strategies.low_rank import Pair, add_deltas, get_pairs, pack, set_pairs, unpack
 
 
 STARTING_FRESH = [

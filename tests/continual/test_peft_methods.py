@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from funlora_hf import FunLoraConfig, FunLoraPipeline
 from funlora_hf.baselines import ConvLoraConfig, ScaleShiftConfig
 from funlora_hf.continual.config import ModelArguments
-from funlora_hf.continual.funlora import start_class_vectors
-from funlora_hf.continual.peft_methods import PEFT_METHODS, fuse_attention, peft_method
+from funlora_hf.continual.strategies.funlora import start_class_vectors
+from funlora_hf.continual.strategies.peft_methods import PEFT_METHODS, fuse_attention, peft_method
 from funlora_hf.run import run
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from strategies import TASKS, Drawn, learn, make_strategy, stop_at
 
 from funlora_hf import FunLoraPipeline
-from funlora_hf.continual.registry import STRATEGIES, strategy_class
 from funlora_hf.continual.run_folder import RunFolder
+from funlora_hf.continual.strategies.registry import STRATEGIES, strategy_class
 from funlora_hf.continual.strategy import Phase, PhaseSettings
 from funlora_hf.continual.strategy_state import (
     GrowingStateError,

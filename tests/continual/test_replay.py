@@ -11,13 +11,13 @@ import torch
 from strategies import TASKS, Drawn, learn, make_strategy
 from torch import nn
 
-from funlora_hf.continual.guide import likeliest
-from funlora_hf.continual.replay import is_classifier
-from funlora_hf.continual.replayed import GeneratedImages, ReplayOptions, joined, mix, share_of
+from funlora_hf.continual.strategies.generated_images import GeneratedImages, ReplayOptions, joined, mix, share_of
+from funlora_hf.continual.strategies.guide import likeliest
+from funlora_hf.continual.strategies.replay import is_classifier
 from funlora_hf.continual.strategy import Batch
-from funlora_hf.data import to_model_range
-from funlora_hf.guidance import Guidance
-from funlora_hf.sampling import draw_samples, to_uint8
+from funlora_hf.data.image_data import to_model_range
+from funlora_hf.sampling.drawing import draw_samples, to_uint8
+from funlora_hf.sampling.guidance import Guidance
 
 
 def real_batch(size=4000):

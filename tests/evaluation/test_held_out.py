@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from funlora_hf.evaluation.held_out import held_out_loss
+from funlora_hf.held_out import held_out_loss
 
 
 class Perfect:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from funlora_hf.classifier import ClassifierConfig
-from funlora_hf.data import load_image_data
+from funlora_hf.data.image_data import load_image_data
 from funlora_hf.evaluation import image_quality as module
 from funlora_hf.evaluation.features import FeatureExtractor, extract_features
 from funlora_hf.evaluation.image_quality import (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs import command_line, digests
 
-from funlora_hf.files import read_json
+from funlora_hf.utils.files import read_json
 
 
 SHORT = {

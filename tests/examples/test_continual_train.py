@@ -14,7 +14,7 @@ import pytest
 import yaml
 from runs import REPOSITORY, command_line, digests
 
-from funlora_hf.files import read_json
+from funlora_hf.utils.files import read_json
 
 
 CIFAR10 = Path(os.environ.get("FUNLORA_TEST_DATA", REPOSITORY.parent / "shared" / "data" / "cifar10"))

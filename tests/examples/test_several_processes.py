@@ -14,7 +14,7 @@ from runs import REPOSITORY, TINY_UNET, command_line, digests
 from safetensors.torch import load_file
 from started_runs import assert_same_run, finish, log_of, operations, short, started, torchrun, wait_for
 
-from funlora_hf.files import read_json
+from funlora_hf.utils.files import read_json
 
 
 WITHOUT_DROPOUT = {**TINY_UNET, "dropout": 0.0}
@@ -145,7 +145,7 @@ def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_exa
 
 @long
 @pytest.mark.parametrize("strategy", ["finetune", "merge_orthogonal", "replay", "guide"])
-def test_a_strategy_of_one_generator_trains_on_two_processes(strategy, tmp_path, run_example):
+def test_a_strategy_of_sequential_trains_on_two_processes(strategy, tmp_path, run_example):
     """They share every batch, so rounding differs, and no more; without dropout, whose randomness is of the process."""
     options = ["--strategy_options", "num_inference_steps=1", "classifier_train_steps=2"]
     arguments = command_line(strategy=strategy, rank=2, num_tasks=2, image_quality="none", unet_config=WITHOUT_DROPOUT)

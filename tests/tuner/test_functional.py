@@ -9,15 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from funlora_hf import functional_matrix, initial_alpha, numerical_rank
-from funlora_hf.continual.funlora import omega_range
-from funlora_hf.tuner.functional import (
-    FUNCTIONS,
-    OPERATIONS,
-    SMALLEST_BASE,
-    default_omega,
-    expand,
-    reduced_size,
-)
+from funlora_hf.continual.strategies.funlora import omega_range
+from funlora_hf.tuner.functional import FUNCTIONS, OPERATIONS, SMALLEST_BASE, default_omega, expand, reduced_size
 
 
 P = 4

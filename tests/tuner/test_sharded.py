@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 ways = pytest.mark.parametrize("way", ["fsdp1", "fsdp1 embedding", "fsdp2", "fsdp2 root"])
 

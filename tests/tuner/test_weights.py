@@ -20,8 +20,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from funlora_hf import AdapterBank, cached_weights, hotswap_adapter, mixed_batch
-from funlora_hf.guidance import Guidance
-from funlora_hf.sampling import draw_samples
+from funlora_hf.sampling.drawing import draw_samples
+from funlora_hf.sampling.guidance import Guidance
 from funlora_hf.tuner.layer import FunLoraFactorLayer
 
 

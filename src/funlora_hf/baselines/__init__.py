@@ -6,8 +6,8 @@ from ..tuners_utils.registration import extend_peft_type, register
 extend_peft_type("CONV_LORA")
 extend_peft_type("SCALE_SHIFT")
 
-from .conv_lora import ConvLoraConfig, ConvLoraConv2d, ConvLoraModel  # noqa: E402
-from .scale_shift import ScaleShiftConfig, ScaleShiftConv2d, ScaleShiftModel  # noqa: E402
+from .conv_lora import ConvLoraConfig, ConvLoraConv2d, ConvLoraModel
+from .scale_shift import ScaleShiftConfig, ScaleShiftConv2d, ScaleShiftModel
 
 
 register("conv_lora", config_cls=ConvLoraConfig, model_cls=ConvLoraModel)

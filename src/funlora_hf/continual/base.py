@@ -15,9 +15,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
-from ..files import whole_folder
-from ..pipeline import FunLoraPipeline
-from ..seeds import derive_seed
+from ..sampling.pipeline import FunLoraPipeline
+from ..utils.files import whole_folder
+from ..utils.seeds import derive_seed
 from .compilation import compile_blocks
 from .config import ContinualTrainingArguments
 from .strategy import Setting, Trainable

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from ..data import ImageClassificationData, to_model_range
+from ..data.image_data import ImageClassificationData, to_model_range
 from ..flow_matching import sample_sigmas
-from ..seeds import derive_seed, generator_for
+from ..utils.seeds import derive_seed, generator_for
 from .devices import on_device
 from .strategy import Batch, Phase
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..files import file_sha256, remove_folder, whole_folder
+from ..utils.files import file_sha256, remove_folder, whole_folder
 from .skipped_steps import SkippedSteps
 
 

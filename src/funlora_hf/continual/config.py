@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..field_types import check_field_types
+from ..adapters.unet_config import check_unet_config
 from ..flow_matching import TIMESTEP_DENSITIES
-from ..recipe import load_yaml
-from ..solvers import check_solver
+from ..recipes.reading import load_yaml
+from ..sampling.solvers import check_solver
 from ..tuner import FunLoraConfig
-from ..unet_config import check_unet_config
 from ..utils.checks import check_at_least_one, check_choice, shortened
+from ..utils.field_types import check_field_types
 
 
 CLASS_BATCHES = ("homogeneous", "mixed")

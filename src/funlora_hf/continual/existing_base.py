@@ -8,9 +8,9 @@ from pathlib import Path
 
 from diffusers import UNet2DModel
 
-from ..adapter_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
-from ..base_model import base_classes, check_base_folder
-from ..pipeline import FunLoraPipeline
+from ..adapters.base_model import base_classes, check_base_folder
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
+from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
 
 

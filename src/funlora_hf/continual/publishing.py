@@ -9,9 +9,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data import Task
-from ..hub import push_all
-from ..hub_repository import HubRepository
+from ..data.image_data import Task
+from ..hub.push import push_all
+from ..hub.repository import HubRepository
 from .config import ContinualTrainingArguments
 
 

@@ -1,33 +1,3 @@
-"""Names of the strategies that `--strategy` takes."""
+"""The import path before `continual.strategies.registry`."""
 
-from __future__ import annotations
-
-from .finetune import Finetune
-from .funlora import Frozen, FunLora
-from .guide import Guide
-from .joint import Joint
-from .low_rank import MagMax, MergeInit, MergeOrthogonal, NaiveLora
-from .replay import Replay
-from .strategy import Strategy
-
-
-_CLASSES: tuple[type[Strategy], ...] = (
-    FunLora,
-    Frozen,
-    Joint,
-    Finetune,
-    NaiveLora,
-    MergeInit,
-    MergeOrthogonal,
-    MagMax,
-    Replay,
-    Guide,
-)
-STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _CLASSES}
-
-
-def strategy_class(name: str) -> type[Strategy]:
-    """The strategy of a name. Raises a ValueError that lists the known ones."""
-    if name not in STRATEGIES:
-        raise ValueError(f"`strategy` is {name!r}, expected one of: {', '.join(map(repr, STRATEGIES))}.")
-    return STRATEGIES[name]
+from .strategies.registry import *  # noqa: F403

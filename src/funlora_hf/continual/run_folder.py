@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..adapter_folder import adapter_name
-from ..files import read_mapping, recover_folder, remove_folder, write_json
+from ..adapters.class_folder import adapter_name
+from ..utils.files import read_mapping, recover_folder, remove_folder, write_json
 
 
 logger = logging.getLogger(__name__)

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..data import Task
-from ..field_types import check_field_types
+from ..data.image_data import Task
 from ..flow_matching import flow_matching_loss, interpolate, sigma_to_timestep, velocity_target
-from ..pipeline import FunLoraPipeline
+from ..sampling.pipeline import FunLoraPipeline
+from ..utils.field_types import check_field_types
 from .config import ContinualTrainingArguments, ModelArguments
 from .devices import on_device
 

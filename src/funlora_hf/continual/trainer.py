@@ -19,20 +19,20 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from ..adapter_folder import adapter_name
-from ..data import ImageClassificationData, Task
-from ..files import read_json, remove_folder, write_json
-from ..seeds import derive_seed
+from ..adapters.class_folder import adapter_name
+from ..data.image_data import ImageClassificationData, Task
+from ..utils.files import read_json, remove_folder, write_json
+from ..utils.seeds import derive_seed
 from .batches import PhaseBatches
 from .checkpoint import TrainingState, latest_checkpoint, load_newest, save_checkpoint
 from .compilation import compilation_errors
 from .config import ContinualTrainingArguments
 from .devices import default_steps_between_reads
-from .funlora import FunLora
 from .guarded_steps import GuardedSteps
 from .losses import PendingLosses, StepLoss
 from .run_folder import RunFolder
 from .skipped_steps import Outcome, SkippedSteps
+from .strategies.funlora import FunLora
 from .strategy import Phase, PhaseSettings, Strategy, Trainable
 from .strategy_state import keep_memory_report, load_task_state, save_task_state
 from .termination import Terminated, Termination

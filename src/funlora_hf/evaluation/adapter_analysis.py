@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
-from ..files import read_mapping, read_tensors, write_json
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
 from ..layer_selection import LayerImportance, conv_layers, layer_importance, layers_of_state_dict
 from ..tuner import FunLoraConfig, functional_matrix, initial_alpha, numerical_rank
 from ..tuner.functional import default_omega
+from ..utils.files import read_mapping, read_tensors, write_json
 from .figures import coefficients_by_layer, rank_by_layer
 from .figures import layer_importance as layer_importance_figure
 

@@ -20,19 +20,19 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
-from ..adapter_folder import ADAPTERS_FOLDER
+from ..adapters.class_folder import ADAPTERS_FOLDER
 from ..classifier import ClassifierConfig, percentage, predict, train_classifier
 from ..continual.config import EvaluationArguments
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
-from ..data import ImageClassificationData, Task
-from ..files import folder_sha256, read_mapping, read_tensors, whole_file, write_json
-from ..pipeline import FunLoraPipeline
-from ..sampling import Samples, draw_samples, tensor_sha256, to_uint8
-from ..seeds import derive_seed
+from ..data.image_data import ImageClassificationData, Task
+from ..held_out import held_out_loss
+from ..sampling.drawing import Samples, draw_samples, tensor_sha256, to_uint8
+from ..sampling.pipeline import FunLoraPipeline
+from ..utils.files import folder_sha256, read_mapping, read_tensors, whole_file, write_json
+from ..utils.seeds import derive_seed
 from .features import FeatureExtractor, InceptionFeatures
 from .figures import class_grid
-from .held_out import held_out_loss
 from .image_quality import compare_images, match_classes, reference_features
 
 

@@ -17,7 +17,7 @@ import torch
 from diffusers.utils import make_image_grid
 from torch import Tensor
 
-from ..files import whole_file
+from ..utils.files import whole_file
 
 
 # Okabe and Ito's colours, told apart with every common kind of colour blindness.

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapter_folder import ADAPTERS_FOLDER, adapter_folders
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
 from ..continual.strategy_state import memory_reports
 from ..continual.trainer import phase_seconds, preparation_seconds
-from ..data import Task
-from ..files import read_mapping, write_json
+from ..data.image_data import Task
 from ..layer_selection import layer_importance
+from ..utils.files import read_mapping, write_json
 from .adapter_analysis import execution_order
 from .evaluator import RunEvaluator
 from .figures import accuracy_curve, sample_grid

@@ -5,20 +5,14 @@ from ..tuners_utils.registration import extend_peft_type, register
 
 extend_peft_type("FUNLORA")  # before config.py, which names the member
 
-from ..tuners_utils.mixed_batch import mixed_batch  # noqa: E402
-from ..tuners_utils.weights import cached_weights  # noqa: E402
-from ..utils.tensors import numerical_rank  # noqa: E402
-from .config import FunLoraConfig  # noqa: E402
-from .functional import functional_matrix, initial_alpha  # noqa: E402
-from .hotswap import hotswap_adapter  # noqa: E402
-from .layer import (  # noqa: E402
-    FunLoraClassVector,
-    FunLoraConv2d,
-    FunLoraLayer,
-    FunLoraLinear,
-    compile_functional_matrices,
-)
-from .model import FunLoraModel  # noqa: E402
+from ..tuners_utils.mixed_batch import mixed_batch
+from ..tuners_utils.weights import cached_weights
+from ..utils.tensors import numerical_rank
+from .config import FunLoraConfig
+from .functional import functional_matrix, initial_alpha
+from .hotswap import hotswap_adapter
+from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear, compile_functional_matrices
+from .model import FunLoraModel
 
 
 register("funlora", config_cls=FunLoraConfig, model_cls=FunLoraModel)

@@ -56,6 +56,9 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
     problems = [*misnamed(live, given), *misshapen(live, given), *not_finite(given)]
     if problems:
         raise ValueError(f"The tensors do not fit adapter {adapter_name!r}, nothing was changed:\n{listed(problems)}")
+    for layer in layers:
+        layer.stop_offloading_adapters()
+    live = dict(saved_tensors(inner, adapter_name))
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(given[key])

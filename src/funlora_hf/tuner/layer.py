@@ -11,13 +11,7 @@ from torch import nn
 
 from ..tuners_utils.layer import AdapterLayer, BaseCall, blend
 from .config import FunLoraConfig
-from .functional import (
-    default_omega,
-    expand,
-    functional_matrix,
-    initial_alpha,
-    reduced_size,
-)
+from .functional import default_omega, expand, functional_matrix, initial_alpha, reduced_size
 
 
 # Entries of a weight from which the plain product trains faster as `a * layer(b * x)` (benchmarks/training_step.py); in

@@ -109,6 +109,12 @@ def _check_class_embedding(config: FunLoraConfig, model: nn.Module) -> None:
                 f"`class_embedding` is {config.class_embedding!r}, but {key} is a {type(base).__name__}, expected an "
                 "nn.Embedding. Name another module, or leave it None."
             )
+        if type(base).forward is not nn.Embedding.forward:
+            raise ValueError(
+                f"`class_embedding` {key} is a {type(base).__module__}.{type(base).__name__}, which does not compute as torch's "
+                "Embedding. Name another module, or leave it None."
+            )
+        _check_not_quantized(key, base)
 
 
 def _check_targets(config: FunLoraConfig, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
@@ -50,10 +51,34 @@ class AdapterGroups:
 class AdapterParameters(nn.ParameterDict):
     """One parameter of a layer, by adapter. Layers call it, so that hooks that move its parameters run (offloading)."""
 
-    __call__ = nn.Module.__call__  # a ParameterDict refuses to be called
+    def __call__(self, adapter_name: str) -> torch.Tensor | None:
+        kept = self.get(adapter_name)
+        value = nn.Module.__call__(self, adapter_name)  # a ParameterDict refuses to be called
+        if kept is not None and kept.is_meta and value.requires_grad:
+            value.register_hook(_refuse_gradient)
+        return value
 
-    def forward(self, adapter_name: str) -> nn.Parameter | None:
-        return self.get(adapter_name)
+    def forward(self, adapter_name: str) -> torch.Tensor | None:
+        parameter = self.get(adapter_name)
+        # A view, since a hook may give the parameter other values as soon as it is returned (group offloading).
+        return None if parameter is None else parameter.view_as(parameter)
+
+    def stop_offloading(self) -> None:
+        """Keep the parameters here from now on: what is written to offloaded ones is lost."""
+        if hasattr(self, "_hf_hook"):
+            remove_hook_from_module(self)
+        registry = getattr(self, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is not None:
+            hook.group.onload_()
+            registry.remove_hook("group_offloading", recurse=False)
+
+
+def _refuse_gradient(gradient: torch.Tensor) -> None:
+    raise RuntimeError(
+        "The adapter is offloaded, and its gradient would be lost. Add the adapter after the model is offloaded, or train "
+        "without offloading."
+    )
 
 
 class InsteadOf(TorchFunctionMode):
@@ -116,7 +141,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, AdapterParameters())
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.path = ""  # name in the model
         self.shared_with: list[str] = []  # other modules that have the base's weight
+        self._shapes: dict[str, torch.Size] = {}
         # The base's parameter while another one is merged; in a list, since a module would register it.
         self._parameter_before_merge: list[nn.Parameter] = []
         self.cast_input_dtype_enabled = True
@@ -129,6 +156,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Add the parameters of an adapter, or start them again, on the device of the base's weight."""
         forget(self)
+        self.stop_offloading_adapters()
         initial = self.initial_parameters(config)
         self.settings[adapter_name], self.scaling[adapter_name] = config, 1.0
         self.r[adapter_name] = getattr(config, "r", 1)
@@ -136,10 +164,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             parameters = getattr(self, name)
             if name in initial:
                 parameters[adapter_name] = nn.Parameter(initial[name])
+                self._shapes[f"{name}.{adapter_name}"] = initial[name].shape
             elif adapter_name in parameters:
                 del parameters[adapter_name]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def stop_offloading_adapters(self) -> None:
+        """Keep the parameters of adapters here from now on; the base stays offloaded."""
+        for name in self.adapter_layer_names:
+            getattr(self, name).stop_offloading()
 
     @abstractmethod
     def initial_parameters(self, config: PeftConfig) -> dict[str, torch.Tensor]:
@@ -190,9 +224,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Effective minus base weight at the adapter's scale, in the weight's shape and dtype; differentiable."""
+        self._check_whole()
         weight = self._base_weight()
         return self.adapted_weight([adapter], weight) - weight
 
+    @torch.inference_mode(False)
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
         Merge adapters into the base's weight, which until `unmerge` is another parameter.
@@ -208,11 +244,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not adapter_names:
             return
         base = self.get_base_layer()
-        parameter = _own_weight(base)
+        self._check_whole()
+        parameter = self._own_weight(base)
         together = [*self.merged_adapters, *adapter_names]
         with torch.no_grad():
-            merged = self.adapted_weight(together, self._base_weight().detach().to(parameter.device))
-        if safe_merge and not torch.isfinite(merged).all():
+            weight = self._base_weight().detach().to(parameter.device)
+            merged = self.adapted_weight(together, weight).to(parameter.dtype)
+        if safe_merge and not torch.isfinite(merged.float()).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {','.join(adapter_names)} seems to be broken"
             )
@@ -221,7 +259,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self._parameter_before_merge = [parameter]
             if self.shared_with:
                 warnings.warn(
-                    f"The weight of {base} is shared with {', '.join(self.shared_with)}. Merged, this layer has one of its "
+                    f"The weight of {self.path or base} is shared with {', '.join(self.shared_with)}. Merged, this layer has one of its "
                     "own; the others keep theirs.",
                     stacklevel=2,
                 )
@@ -231,6 +269,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         base.weight = nn.Parameter(merged, requires_grad=parameter.requires_grad)
         self.merged_adapters = together
 
+    @torch.inference_mode(False)
     def unmerge(self) -> None:
         """Put the base's own parameter back, with its values from before the merge to the bit."""
         if not self.merged:
@@ -258,16 +297,25 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             self._check_mixed(adapter_names, x)
-        own_weight = self.get_base_layer()._parameters.get("weight")
+        own_weight, calls = self.get_base_layer()._parameters.get("weight"), []
 
         def run(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
+            if weight.shape != self.weight_shape:
+                return self.base_function(x, weight, *rest, **kwargs)  # of a hook or a parametrization
+            calls.append(None)
             call = BaseCall(self.base_function, x, weight, rest, kwargs, is_own_weight=weight is own_weight)
             if adapter_names is None:
                 return self.adapted_call(active, call)
             return adapter_names.map(lambda name, part: self._call_one(name, call._replace(x=part)), x)
 
         with InsteadOf(self.base_function, run):
-            return self.base_layer(x, *args, **kwargs)
+            output = self.base_layer(x, *args, **kwargs)
+        if len(calls) != 1:
+            raise RuntimeError(
+                f"{self.path or self.base_layer} called {self.base_function.__name__} with a weight of its shape {len(calls)} times, "
+                "expected once: the adapter cannot act in it."
+            )
+        return output
 
     def _call_one(self, adapter_name: str, call: BaseCall) -> torch.Tensor:
         if adapter_name not in self.settings:
@@ -311,17 +359,61 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self._parameter_before_merge[0]
         base, found = self.get_base_layer(), []
         parameter = base._parameters.get("weight")
-        if parameter is not None and not parameter.is_meta:
+        # accelerate, FSDP and diffusers bring, unshard or cast a weight in a call only.
+        hooked = base._forward_pre_hooks or hasattr(base, "_diffusers_hook")
+        if parameter is not None and not parameter.is_meta and not hooked:
             return parameter
 
         def keep(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
-            found.append(weight)
+            if weight.shape != self.weight_shape:
+                return self.base_function(x, weight, *rest, **kwargs)
+            found.append(weight.clone())  # its memory is freed after the call
             return x
 
-        # Hooks or a parametrization make it, which run in a call only.
-        with InsteadOf(nn.functional.pad, lambda x, *rest, **kwargs: x), InsteadOf(self.base_function, keep):
-            base(torch.empty(0))
+        # In training mode, spectral_norm would change its buffers.
+        training = [module for module in base.modules() if module.training]
+        base.eval()
+        try:
+            with InsteadOf(nn.functional.pad, lambda x, *rest, **kwargs: x), InsteadOf(self.base_function, keep):
+                base(torch.empty(0))
+        finally:
+            for module in training:
+                module.training = True
         return found[0]
+
+    def _check_whole(self) -> None:
+        """Raise a ValueError for parts of parameters, which FSDP leaves in a layer outside of a forward."""
+        base, weight = self.get_base_layer(), self.get_base_layer()._parameters.get("weight")
+        shapes = {"weight": self.weight_shape, **self._shapes}
+        tensors = self.adapter_tensors() | ({} if weight is None else {"weight": weight})
+        parts = [
+            hasattr(tensor, "placements") or tensor.shape != shapes.get(key, tensor.shape)
+            for key, tensor in tensors.items()
+            if not tensor.is_meta
+        ]
+        if any(parts) or _has_class(base, "FullyShardedDataParallel"):
+            raise ValueError(f"{self.path or base} is sharded by FSDP: gather its parameters first.")
+
+    def _own_weight(self, base: nn.Module) -> nn.Parameter:
+        """The parameter that a merged weight takes the place of."""
+        parameter, name = base._parameters.get("weight"), self.path or base
+        if _has_class(base, "FSDPModule") or hasattr(parameter, "placements"):
+            raise ValueError(f"Cannot merge into {name}: it is sharded by FSDP. Merge before.")
+        if parameter is None:
+            raise ValueError(
+                f"Cannot merge into {name}: its weight is computed from other tensors (a parametrization, weight_norm or "
+                "pruning). Remove that first, for example by `torch.nn.utils.parametrize.remove_parametrizations`."
+            )
+        if parameter.is_meta:
+            raise ValueError(
+                f"Cannot merge into {name}: its weight is offloaded. Remove the hooks first, for example by "
+                "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`."
+            )
+        registry = getattr(base, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is not None and hook.config.offload_to_disk_path is not None:
+            raise ValueError(f"Cannot merge into {name}: its weight is offloaded to disk. Merge before.")
+        return parameter
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Unlike PEFT's, this leaves the dtype alone: rounded to bfloat16, alpha would no longer start as the identity.
@@ -336,17 +428,6 @@ def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
     return [module for module in model.modules() if isinstance(module, AdapterLayer)]
 
 
-def _own_weight(base: nn.Module) -> nn.Parameter:
-    """The parameter that a merged weight takes the place of."""
-    parameter = base._parameters.get("weight")
-    if parameter is None:
-        raise ValueError(
-            f"Cannot merge into {base}: its weight is computed from other tensors (a parametrization, weight_norm or "
-            "pruning). Remove that first, for example by `torch.nn.utils.parametrize.remove_parametrizations`."
-        )
-    if parameter.is_meta:
-        raise ValueError(
-            f"Cannot merge into {base}: its weight is offloaded. Remove the hooks first, for example by "
-            "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`."
-        )
-    return parameter
+def _has_class(module: nn.Module, name: str) -> bool:
+    """Whether a module's class or one that it inherits from has this name."""
+    return any(cls.__name__ == name for cls in type(module).__mro__)

@@ -57,10 +57,16 @@ def _giving(adapter_names: AdapterGroups | list[str]) -> Callable[..., Any]:
     """A hook that passes names to a layer, in the thread that makes it and in those of its backward."""
     thread = threading.get_ident()
 
-    def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        # On GPUs, autograd runs backwards in threads of its own, and there repeats checkpointed forwards.
-        if torch.compiler.is_compiling() or threading.get_ident() == thread or torch._C._current_graph_task_id() != -1:
+    def give(
+        module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        # torch calls a hook that another thread has removed in the meantime without keywords.
+        if kwargs is None:
+            return None
+        if torch.compiler.is_compiling() or threading.get_ident() == thread:
             return args, {**kwargs, "adapter_names": adapter_names}
-        return None
+        # On GPUs, autograd runs backwards in threads of its own, and there repeats checkpointed forwards.
+        is_backward = torch._C._current_graph_task_id() != -1
+        return (args, {"adapter_names": adapter_names, **kwargs}) if is_backward else None
 
     return give

@@ -34,16 +34,17 @@ class AdapterModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter's layers into a model, as PEFT does. If that fails, no layer knows the adapter afterwards."""
-        if "." in adapter_name or not adapter_name:
-            raise ValueError(
-                f"`adapter_name` is {adapter_name!r}, expected a name without dots: torch takes no other."
-            )
         is_new = all(adapter_name not in layer.settings for layer in adapter_layers(model))
         try:
+            if "." in adapter_name or not adapter_name:
+                raise ValueError(
+                    f"`adapter_name` is {adapter_name!r}, expected a name without dots: torch takes no other."
+                )
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             if is_new:
                 remove_adapters(model, [adapter_name], keep_configs=True)
+                self.peft_config.pop(adapter_name, None)
             raise
         _find_shared(model)
 
@@ -96,13 +97,26 @@ class AdapterModel(BaseTuner):
         before = [list(layer.merged_adapters) for layer in layers]
         try:
             super().merge_adapter(adapter_names, safe_merge=safe_merge)
-        except ValueError:
+        except Exception:
             for layer, names in zip(layers, before, strict=True):
                 if layer.merged_adapters != names:
                     layer.unmerge()
                     if names:
                         layer.merge(adapter_names=names)
             raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge=safe_merge)  # all layers or none
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*already merged|Already following adapters")
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own, live = self.state_dict(prefix=prefix), {}
@@ -144,20 +158,24 @@ def check_no_other_method(name: str, module: nn.Module, layer_cls: type[AdapterL
 
 def _find_shared(model: nn.Module) -> None:
     """Tell adapter layers which other modules have their weight, and warn of layers that are called in other places, too."""
-    layers = {
-        layer.get_base_layer(): (name, layer)
-        for name, layer in model.named_modules()
-        if isinstance(layer, AdapterLayer)
-    }
-    users: dict[nn.Parameter, list[str]] = {}
+    layers: dict[nn.Module, AdapterLayer] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdapterLayer):
+            layer.path, layer.shared_with = name, []
+            layers[layer.get_base_layer()] = layer
+    users: dict[nn.Parameter, dict[nn.Module, str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        users.setdefault(module._parameters.get("weight"), []).append(name)
-        if module in layers and name != f"{layers[module][0]}.base_layer":
+        parent, _, child = name.rpartition(".")
+        wrapped = child == "base_layer" and isinstance(model.get_submodule(parent), AdapterLayer)
+        for parameter in module._parameters.values():
+            users.setdefault(parameter, {}).setdefault(module, parent if wrapped else name)
+        if module in layers and not wrapped:
             warnings.warn(
-                f"{layers[module][0]} and {name} are one module that is shared. The adapter acts in the former only; merged, "
+                f"{layers[module].path} and {name} are one module that is shared. The adapter acts in the former only; merged, "
                 "in both.",
                 stacklevel=2,
             )
-    for base, (name, layer) in layers.items():
-        found = users[base._parameters.get("weight")] if base._parameters.get("weight") is not None else []
-        layer.shared_with = [user for user in found if user not in (name, f"{name}.base_layer")]
+    for base, layer in layers.items():
+        weight = base._parameters.get("weight")
+        if weight is not None:
+            layer.shared_with = [name for user, name in users[weight].items() if user is not base]

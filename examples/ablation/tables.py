@@ -1,0 +1,85 @@
+"""What an ablation came to, as the rows of a table and as Markdown. Reads results; runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from ablation.variants import TABLES, Variant
+from funlora_hf.evaluation.tables import spread_text
+
+
+Results = Mapping[str, Sequence[Mapping[str, Any] | None]]
+
+# Column -> (digits, value of one run).
+_COLUMNS: dict[str, tuple[int, Callable[[Mapping[str, Any]], float | None]]] = {
+    "LA (%)": (2, lambda run: run["LA"]),
+    "AIA (%)": (2, lambda run: run["AIA"]),
+    "held-out loss": (4, lambda run: _mean_of_adapter_classes(run)),
+    "PPC": (0, lambda run: run["parameters_per_class"]),
+    "PPC with vector": (0, lambda run: run["parameters_per_class_with_vector"]),
+    "NFE": (1, lambda run: run["nfe"]),
+    "seconds": (0, lambda run: run["seconds"]["total"]),
+    "learning rate": (4, lambda run: run["settings"]["ContinualTrainingArguments"]["adapter_learning_rate"]),
+}
+# Settings rather than measurements: the same in every run of a variant, but for the numbers of layers that are chosen by
+# importance, of which the mean is shown.
+_WITHOUT_SPREAD = ("PPC", "PPC with vector", "learning rate")
+
+
+def ablation_rows(results: Results, tables: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for every variant of every table: table, variant, number of seeds, then mean and std of each column.
+
+    Args:
+        results: key of a variant -> results of its runs, None for one that failed; variants without are left out.
+        tables: which to make.
+
+    Returns:
+        Rows with equal keys; None where there is nothing to average.
+    """
+    rows = []
+    for table in tables:
+        for variant in TABLES[table]:
+            if variant.key in results:
+                rows.append({"table": table, "variant": variant.label, **_averages(results, variant)})
+    return rows
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as one Markdown table, each cell "mean ± standard deviation over the seeds"."""
+    lines = [
+        f"| table | variant | seeds | {' | '.join(_COLUMNS)} |",
+        f"|---|---|{'---:|' * (len(_COLUMNS) + 1)}",
+    ]
+    for row in rows:
+        cells = " | ".join(_cell(row, column) for column in _COLUMNS)
+        lines.append(f"| {row['table']} | {row['variant']} | {row['seeds']} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _averages(results: Results, variant: Variant) -> dict[str, Any]:
+    runs = [run for run in results[variant.key] if run is not None]
+    row: dict[str, Any] = {"seeds": len(runs)}
+    for column, (_, value) in _COLUMNS.items():
+        values = [value(run) for run in runs]
+        known = bool(values) and None not in values
+        row[column] = mean(values) if known else None
+        if column not in _WITHOUT_SPREAD:
+            row[f"{column} std"] = stdev(values) if known and len(values) > 1 else None
+    return row
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    digits, _ = _COLUMNS[column]
+    if row[column] is None:
+        return "-"
+    if column == "learning rate":
+        return f"{row[column]:g}"
+    return spread_text(row[column], row.get(f"{column} std"), digits)
+
+
+def _mean_of_adapter_classes(run: Mapping[str, Any]) -> float:
+    """The loss over the classes that came after the base: those of task 1 are the same in every variant."""
+    losses = run["held_out_loss"]["per_class"]
+    return mean(losses[str(class_id)] for task in run["tasks"][1:] for class_id in task)

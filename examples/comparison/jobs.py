@@ -1,0 +1,184 @@
+"""Runs many whole runs, several at a time, each in a folder of its own. Resumes where it stopped.
+
+Knows whole runs by their arguments and folders; knows nothing of what they are for, nor of what happens inside one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER
+from funlora_hf.continual.config import LATEST, run_settings
+from funlora_hf.continual.run_folder import RunFolder
+from funlora_hf.evaluation.report import report_finished
+from funlora_hf.run import RunArguments, run
+from funlora_hf.utils.files import read_mapping, whole_folder
+
+
+logger = logging.getLogger(__name__)
+
+LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Args:
+        arguments: of the run.
+        folder: its output folder.
+        adapters: folder of adapters to take instead of training them, or None.
+    """
+
+    arguments: RunArguments
+    folder: Path
+    adapters: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: one of the two is None.
+
+    Args:
+        results: contents of its results.json.
+        error: type and message of what ended it; the whole of it is in the `log.txt` of its folder.
+    """
+
+    results: dict[str, Any] | None = None
+    error: str | None = None
+
+
+def run_jobs(jobs: Sequence[Job], num_workers: int, *, description: str) -> list[Outcome]:
+    """
+    Run all jobs; what is finished is not run again, what was interrupted goes on, and no failure loses the others.
+
+    Args:
+        jobs: in folders that differ.
+        num_workers: runs at a time. Each takes an equal share of the cores for torch's threads, unless OMP_NUM_THREADS
+            says otherwise.
+        description: of the progress bar.
+
+    Returns:
+        The outcomes in the order of the jobs.
+    """
+    outcomes: dict[int, Outcome] = {}
+    with tqdm(total=len(jobs), desc=description) as progress:
+        _run_side_by_side(dict(enumerate(jobs)), num_workers, outcomes, progress)
+        # A worker that was killed (out of memory) takes its pool along. One at a time, only the job that it cannot bear
+        # is lost.
+        for number, job in enumerate(jobs):
+            if number not in outcomes:
+                _run_side_by_side({number: job}, 1, outcomes, progress)
+                outcomes.setdefault(number, _killed(job, progress))
+    return [outcomes[number] for number in range(len(jobs))]
+
+
+def with_changes(reference: RunArguments, changes: dict[str, Any]) -> RunArguments:
+    """Arguments in which some are replaced, whatever dataclass they belong to; of a run that goes on where it stopped.
+
+    Raises:
+        ValueError: an argument that no dataclass has.
+    """
+    changes = {"resume_from_checkpoint": LATEST, "overwrite_output_dir": False, **changes}
+    parts = {}
+    for part in fields(reference):
+        value = getattr(reference, part.name)
+        own = {key: changes.pop(key) for key in [f.name for f in fields(value)] if key in changes}
+        parts[part.name] = replace(value, **own)
+    if changes:
+        raise ValueError(f"`changes` has {', '.join(map(repr, changes))}, which no run takes as an argument.")
+    return RunArguments(**parts)
+
+
+def start_worker(num_threads: int | None) -> None:
+    """Have this worker end with its parent, and compute with that many threads; None leaves them as they are."""
+    end_with_parent()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+def threads_per_worker(num_workers: int) -> int | None:
+    """Each worker's share of the cores; None where the environment has chosen already."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return None
+    # A container or a batch system may give fewer than the machine has; not every system can tell.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_workers)
+
+
+def end_with_parent() -> None:
+    """Have this worker end when the process that started it is gone: killed, it would leave runs that go on unseen, and
+    in the way of those that take over their folders."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _run_side_by_side(jobs: dict[int, Job], num_workers: int, outcomes: dict[int, Outcome], progress: tqdm) -> None:
+    """Adds the outcomes by number; those of a pool that broke are missing."""
+    # Fresh processes: each job then has the random state, the thread count and the accelerator to itself.
+    context = multiprocessing.get_context("spawn")
+    threads = threads_per_worker(num_workers)
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker, initargs=(threads,)) as pool:
+        numbers = {pool.submit(_run_job, job): number for number, job in jobs.items()}
+        for future in as_completed(numbers):
+            with contextlib.suppress(BrokenProcessPool):
+                outcome = future.result()
+                outcomes[numbers[future]] = outcome
+                progress.update()
+                if outcome.error is not None:
+                    log = jobs[numbers[future]].folder / LOG
+                    logger.error("A run failed, the others go on: %s. See %s.", outcome.error, log)
+
+
+def _killed(job: Job, progress: tqdm) -> Outcome:
+    progress.update()
+    error = "its process was killed, perhaps for want of memory"
+    logger.error("A run failed, the others go on: %s. See %s.", error, job.folder / LOG)
+    return Outcome(error=error)
+
+
+def _run_job(job: Job) -> Outcome:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    log = open(job.folder / LOG, "a", encoding="utf-8")  # noqa: SIM115 - closed by the next line
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            return Outcome(results=_run_or_read(job))
+        except Exception as error:
+            traceback.print_exc()
+            return Outcome(error=f"{type(error).__name__}: {error}")
+
+
+def _run_or_read(job: Job) -> dict[str, Any]:
+    folder, arguments = RunFolder(job.folder), job.arguments
+    settings = run_settings(arguments.data, arguments.model, arguments.training, arguments.evaluation)
+    anew = arguments.training.overwrite_output_dir
+    if not anew and folder.results.is_file() and read_mapping(folder.results).get("settings") == settings:
+        # At once, without the data; raises what the run did that found something forgotten.
+        return report_finished(folder)
+    if job.adapters is not None and not (job.folder / ADAPTERS_FOLDER).is_dir():
+        # A run that finds its adapters finished goes on with sampling.
+        folder.open(settings, overwrite=False, resume=True)
+        with whole_folder(job.folder / ADAPTERS_FOLDER) as temporary:
+            shutil.copytree(job.adapters, temporary, dirs_exist_ok=True)
+    run(arguments)
+    return read_mapping(folder.results)

@@ -1,0 +1,143 @@
+"""Runs every strategy of a comparison with every seed, each run with a base of its own.
+
+Knows choices and jobs; knows nothing of what happens inside a run, nor of how its results are shown.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from comparison.choices import Choice, parse_choices
+from comparison.jobs import Job, Outcome, run_jobs, with_changes
+from funlora_hf.run import RunArguments
+from funlora_hf.utils.checks import check_at_least_one
+from funlora_hf.utils.field_types import check_field_types
+from funlora_hf.utils.locks import folder_lock
+from funlora_hf.utils.seeds import check_seeds
+
+
+@dataclass
+class ComparisonArguments:
+    """Which strategies to compare, and how often each is run."""
+
+    strategies: list[str] = field(
+        default_factory=lambda: ["funlora", "frozen", "joint"],
+        metadata={
+            "help": "Strategies to compare: a name, or name:key=value,key=value with options of the strategy, arguments of "
+            "its run, or label=... for tables and figures."
+        },
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds: each strategy runs with all."}
+    )
+    num_workers: int = field(default=1, metadata={"help": "Runs at a time; they share the cores."})
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+        check_at_least_one("num_workers", self.num_workers)
+        check_seeds(self.seeds)
+        self.choices()
+
+    def choices(self) -> list[Choice]:
+        """The strategies, as they were chosen."""
+        return parse_choices(self.strategies)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the runs of one strategy came to.
+
+    Args:
+        choice: the strategy.
+        seeds: of its runs.
+        outcomes: of its runs, a seed each.
+        folders: of its runs, a seed each.
+    """
+
+    choice: Choice
+    seeds: tuple[int, ...]
+    outcomes: tuple[Outcome, ...]
+    folders: tuple[Path, ...]
+
+    @property
+    def finished(self) -> list[dict]:
+        """The results of the runs that did not fail."""
+        return [outcome.results for outcome in self.outcomes if outcome.results is not None]
+
+
+def run_comparison(comparison: ComparisonArguments, reference: RunArguments) -> list[Compared]:
+    """
+    Run every strategy with every seed; what is finished is not run again, and no failure loses the others.
+
+    Args:
+        comparison ([`ComparisonArguments`]): strategies, seeds, workers.
+        reference ([`RunArguments`]): what all runs share; its `output_dir` is the folder of the comparison.
+
+    Returns:
+        What became of each strategy, in their order.
+
+    Raises:
+        ValueError: arguments that a comparison cannot heed, or that a strategy's run cannot have.
+        FolderInUseError: another comparison is at work in `output_dir`.
+    """
+    _check_reference(reference)
+    choices = comparison.choices()
+    # All of a seed before the next: a comparison that is stopped early has whole seeds.
+    jobs = [_job(reference, choice, seed) for seed in comparison.seeds for choice in choices]
+    with folder_lock(Path(reference.training.output_dir)):
+        outcomes = run_jobs(jobs, comparison.num_workers, description="runs")
+    return [
+        Compared(
+            choice,
+            tuple(comparison.seeds),
+            tuple(outcomes[place :: len(choices)]),
+            tuple(job.folder for job in jobs[place :: len(choices)]),
+        )
+        for place, choice in enumerate(choices)
+    ]
+
+
+def failures(compared: Sequence[Compared]) -> list[tuple[str, int, str]]:
+    """Label, seed and error of every run that failed."""
+    return [
+        (one.choice.label, seed, outcome.error)
+        for one in compared
+        for seed, outcome in zip(one.seeds, one.outcomes, strict=True)
+        if outcome.error is not None
+    ]
+
+
+def _check_reference(reference: RunArguments) -> None:
+    training = reference.training
+    if training.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` is set, but the runs of a comparison cannot share a repository: compare, then `funlora push` "
+            "the run that you want."
+        )
+    if training.update_class is not None:
+        raise ValueError(
+            f"`update_class` is {training.update_class}, expected None: a comparison trains whole runs. Use "
+            "continual_train.py."
+        )
+    options = training.strategy_options
+    if options:
+        raise ValueError(
+            f"`strategy_options` is {options}, which not every strategy takes: give them with the strategy, as in "
+            "--strategies name:key=value."
+        )
+
+
+def _job(reference: RunArguments, choice: Choice, seed: int) -> Job:
+    folder = Path(reference.training.output_dir) / f"seed_{seed}" / choice.key
+    changes = {**choice.changes(), "seed": seed, "output_dir": os.fspath(folder)}
+    if reference.training.overwrite_output_dir:
+        changes |= {"overwrite_output_dir": True, "resume_from_checkpoint": None}
+    try:
+        return Job(with_changes(reference, changes), folder)
+    except TypeError as error:
+        raise ValueError(f"`strategies` has {choice.label!r} with a value of the wrong kind: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"`strategies` has {choice.label!r}, whose run cannot be had: {error}") from error

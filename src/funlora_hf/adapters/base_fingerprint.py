@@ -1,0 +1,174 @@
+"""Says whether an adapter was trained for this base: a hash of the base's tensors, and its check.
+
+Knows tensors and what PEFT wraps around modules; knows no files and no Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from ..tuners_utils.wrappers import adapted_modules, base_module, is_wrapper, without_peft
+from ..utils.checks import FINGERPRINT_DTYPES
+
+
+class BaseMismatchError(ValueError):
+    """An adapter was trained for another base than the one that it is loaded onto."""
+
+
+def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a model without its adapters, by the names that they have without adapters.
+
+    Args:
+        model (`torch.nn.Module`): with adapters of PEFT or without; a PeftModel is looked into.
+
+    Returns:
+        `dict[str, torch.Tensor]`: what `state_dict` of the plain model would give; they share its memory.
+
+    Raises:
+        ValueError: adapters are merged into the weights.
+    """
+    return {place.name: place.tensor for place in _base_places(model)}
+
+
+def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> str:
+    """
+    SHA-256 over names, shapes, dtypes and bytes of a base's tensors, in order of their names.
+
+    It does not depend on the files that the base came from, on the device, the memory format, or any adapter that is in the
+    model.
+
+    Args:
+        model (`torch.nn.Module`): the base, such as a `UNet2DModel`, with adapters of PEFT or without.
+        dtype (`torch.dtype`, *optional*):
+            Cast floating-point tensors to it first: the fingerprint that the base would have if it were loaded so. None: as
+            they are.
+
+    Returns:
+        `str`: 64 hexadecimal digits.
+
+    Raises:
+        ValueError: adapters are merged into the weights.
+
+    Source: [ours].
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_tensors(model).items()):
+        tensor = tensor.detach()
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        # NumPy has no bfloat16, so bytes are taken as such; a scalar has no last dimension to view.
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def base_fingerprints(model: nn.Module) -> dict[str, str]:
+    """The fingerprints of a base in each precision that it may be loaded in, as an adapter's config stores them.
+
+    Args:
+        model (`torch.nn.Module`): the base, in the precision that the adapter is trained on.
+
+    Returns:
+        `dict[str, str]`: by "float32", "bfloat16" and "float16".
+
+    Raises:
+        ValueError: adapters are merged into the weights.
+    """
+    return {name: base_fingerprint(model, dtype=getattr(torch, name)) for name in FINGERPRINT_DTYPES}
+
+
+class FingerprintCheck:
+    """
+    Holds adapters against one base, hashing it once and again only after it has changed.
+
+    Seen are changes that torch counts, and another storage or dtype; `tensor.data.mul_(2)` is not.
+
+    Args:
+        model (`torch.nn.Module`): the base.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._places: list[_Place] = []
+        self._state: list[tuple[int, int, torch.dtype]] = []
+        self._fingerprint = self._dtype = ""
+
+    def check(self, config: PeftConfig, source: str) -> None:
+        """
+        Raise a [`BaseMismatchError`] if an adapter's config names another base.
+
+        Args:
+            config (`PeftConfig`): of the adapter. Without a fingerprint (other methods, older files) there is nothing to check.
+            source (`str`): of the adapter, for the message.
+        """
+        stored: Mapping[str, str] | None = getattr(config, "base_fingerprint", None)
+        if stored is None:
+            return
+        if not self._places or self._state != [place.state for place in self._places]:
+            self._hash()
+        if stored.get(self._dtype) != self._fingerprint:
+            raise BaseMismatchError(
+                f"The adapter {source!r} was trained for another base: it expects the fingerprint {stored.get(self._dtype)} "
+                f"in {self._dtype}, this base has the fingerprint {self._fingerprint}. Load it onto {_base_of(config)}, or "
+                "pass `ignore_base_fingerprint=True` if you know that it fits."
+            )
+
+    def _hash(self) -> None:
+        self._places = _base_places(self._model)
+        dtypes = [place.tensor.dtype for place in self._places if place.tensor.is_floating_point()]
+        name = str(dtypes[0]).removeprefix("torch.") if dtypes else "float32"
+        # Of another precision (float64), the values of float32 are compared.
+        self._dtype = name if name in FINGERPRINT_DTYPES else "float32"
+        self._fingerprint = base_fingerprint(self._model, dtype=None if name == self._dtype else torch.float32)
+        self._state = [place.state for place in self._places]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of the base is: its plain name, the module that holds it, its name there."""
+
+    name: str
+    module: nn.Module
+    slot: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        found = self.module._parameters.get(self.slot)
+        return self.module._buffers[self.slot] if found is None else found
+
+    @property
+    def state(self) -> tuple[int, int, torch.dtype]:
+        """Changes when the tensor does. Tensors made in inference mode count no versions."""
+        tensor = self.tensor
+        return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
+
+
+def _base_places(model: nn.Module) -> list[_Place]:
+    model = without_peft(model)
+    if any(getattr(module, "merged", False) is True for module in adapted_modules(model).values()):
+        raise ValueError("Adapters are merged into the base's weights: call `unmerge_adapter` first.")
+    return list(_places(model, ""))
+
+
+def _places(module: nn.Module, prefix: str) -> Iterator[_Place]:
+    while is_wrapper(module):
+        module = base_module(module)
+    persistent = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+    for slots, names in ((module._parameters, list(module._parameters)), (module._buffers, persistent)):
+        yield from (_Place(f"{prefix}{name}", module, name) for name in names if slots[name] is not None)
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _places(child, f"{prefix}{name}.")
+
+
+def _base_of(config: PeftConfig) -> str:
+    if not config.base_model_name_or_path:
+        return "the base that it was trained for"
+    revision = f" at revision {config.revision!r}" if config.revision else ""
+    return f"{config.base_model_name_or_path!r}{revision}"

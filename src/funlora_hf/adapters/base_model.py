@@ -1,0 +1,175 @@
+"""Find and read bases: the one that an adapter's config names, or the one in a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
+
+from ..utils.checks import check_class_label, check_class_name, shortened
+from ..utils.files import read_mapping
+from .unet_config import check_sizes, check_unet_config
+
+
+UNET_FOLDER = "unet"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
+PIPELINE = "model_index.json"
+# Where the generator of a run lies: a strategy that trains it on after task 1 leaves another one than the base.
+GENERATOR_FOLDERS = ("model", "base")
+# Ids and names of a thousand classes have some 50 kB.
+MOST_CONFIG = 2**24
+_COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
+
+
+def check_base_folder(folder: Path) -> None:
+    """
+    Raise a ValueError that names the file, unless the JSON of a pipeline, U-Net or scheduler names just the classes of such a
+    base and no sizes beyond reason, and the U-Net's tensors are those of a U-Net without adapters: diffusers imports whatever
+    library a file names, builds whatever it asks for, and only warns of tensors that it does not find.
+    """
+    if (folder / PIPELINE).is_file():
+        index = read_mapping(folder / PIPELINE, most_bytes=MOST_CONFIG)
+        for name, expected in _COMPONENTS.items():
+            if name in index and index[name] != list(expected):
+                raise ValueError(
+                    f"{os.fspath(folder / PIPELINE)!r} has `{name}` {shortened(repr(index[name]), 100)}, expected "
+                    f"{list(expected)}: no other library is loaded."
+                )
+        if not isinstance(index.get("_class_name"), str):
+            raise ValueError(
+                f"{os.fspath(folder / PIPELINE)!r} has `_class_name` {shortened(repr(index.get('_class_name')), 100)}, expected "
+                "the name of a pipeline: no code of a folder is run."
+            )
+        for name, kind in (("class_ids", list), ("id2label", dict)):
+            if not isinstance(index.get(name, kind()), (kind, type(None))):
+                raise ValueError(
+                    f"{os.fspath(folder / PIPELINE)!r} has `{name}` {shortened(repr(index[name]), 100)}, expected a "
+                    f"{kind.__name__}."
+                )
+    for place in (folder / UNET_FOLDER / "config.json", folder / "config.json"):
+        if place.is_file():
+            check_unet_config(read_mapping(place, most_bytes=MOST_CONFIG), field=os.fspath(place))
+    for place in (folder / UNET_FOLDER, folder):
+        for path in sorted(place.glob("*.safetensors")) if (place / "config.json").is_file() else []:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    _check_names(file.keys(), os.fspath(path))
+            except SafetensorError as error:
+                raise ValueError(f"{os.fspath(path)!r} is not a valid safetensors file: {error}.") from error
+    if (folder / SCHEDULER_CONFIG).is_file():
+        check_sizes(
+            read_mapping(folder / SCHEDULER_CONFIG, most_bytes=MOST_CONFIG), field=os.fspath(folder / SCHEDULER_CONFIG)
+        )
+
+
+def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:
+    """
+    The U-Net that an adapter was trained for: of a pipeline's folder or repository, or one that is the U-Net itself.
+
+    Args:
+        config (`PeftConfig`): of the adapter.
+        local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache.
+
+    Raises:
+        ValueError: the config names no base, or one that cannot be loaded.
+    """
+    name = config.base_model_name_or_path
+    if not name:
+        raise ValueError(
+            "`base_model_name_or_path` is None: the adapter's config names no base. Pass `model`, its U-Net."
+        )
+    if Path(name).is_dir():
+        check_base_folder(Path(name))
+    errors = []
+    for subfolder in (UNET_FOLDER, None):
+        try:
+            unet, found = UNet2DModel.from_pretrained(
+                name,
+                subfolder=subfolder,
+                revision=config.revision,
+                local_files_only=local_files_only,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            _check_loaded(found, name)
+            return unet
+        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            errors.append(error)
+    raise ValueError(
+        f"`base_model_name_or_path` is {name!r}, from which no UNet2DModel could be loaded: {errors[0]} Pass `model`, the base's "
+        "U-Net."
+    )
+
+
+def base_classes(folder: Path) -> dict[int, str]:
+    """Names by ids of the classes that a pipeline's U-Net itself knows, by row of its class embedding.
+
+    Raises:
+        OSError: no U-Net in the folder.
+        ValueError: a file that is not the JSON of a pipeline.
+    """
+    check_base_folder(folder)
+    try:
+        index = read_mapping(folder / PIPELINE, most_bytes=MOST_CONFIG) if (folder / PIPELINE).is_file() else {}
+        rows = UNet2DModel.load_config(folder, subfolder=_unet_subfolder(folder)).get("num_class_embeds") or 0
+        ids = index.get("class_ids") or list(range(rows))
+        names = {int(class_id): str(name) for class_id, name in (index.get("id2label") or {}).items()}
+        classes = {int(class_id): names.get(int(class_id), str(class_id)) for class_id in ids}
+        for class_id, name in classes.items():
+            check_class_label(class_id)
+            check_class_name(name)
+        return classes
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"The classes of the base {os.fspath(folder)!r} cannot be read: {shortened(str(error), 1000)}"
+        ) from error
+
+
+def read_unet(folder: Path) -> UNet2DModel:
+    """
+    The U-Net in a folder on this machine: a pipeline's, or one that is the U-Net itself.
+
+    Raises:
+        ValueError: it cannot be loaded, or its file lacks tensors or has others; diffusers alone only warns of these.
+    """
+    check_base_folder(folder)
+    try:
+        unet, found = UNet2DModel.from_pretrained(
+            folder, subfolder=_unet_subfolder(folder), use_safetensors=True, output_loading_info=True
+        )
+    # Whatever a U-Net's constructor raises for arguments of a file.
+    except Exception as error:
+        raise ValueError(
+            f"The U-Net in {os.fspath(folder)!r} cannot be loaded: {shortened(str(error), 1000)}"
+        ) from error
+    _check_loaded(found, os.fspath(folder))
+    return unet.eval()
+
+
+def _check_loaded(found: Mapping[str, Any], source: str) -> None:
+    """Refuse a U-Net whose file lacks tensors or has others."""
+    _check_names(found.get("unexpected_keys", ()), source)
+    wrong = {
+        name: found.get(name) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if found.get(name)
+    }
+    if wrong:
+        listed = "; ".join(f"{name}: {', '.join(map(str, list(keys)[:5]))}" for name, keys in wrong.items())
+        raise ValueError(f"The U-Net in {source!r} does not have the tensors that its config makes: {listed}.")
+
+
+def _check_names(names: Iterable[str], source: str) -> None:
+    wrapped = next((name for name in names if ".base_layer." in name), None)
+    if wrapped is not None:
+        raise ValueError(
+            f"{source!r} has the tensor {wrapped!r}: it was saved with adapters inside, under names that no U-Net has. Save the "
+            "base by `FunLoraPipeline.save_pretrained`, or after `unload()` of its adapters."
+        )
+
+
+def _unet_subfolder(folder: Path) -> str | None:
+    return UNET_FOLDER if (folder / UNET_FOLDER).is_dir() else None

@@ -1,0 +1,143 @@
+"""One class, one folder: `adapters/class_<id>/` as PEFT reads it, with a card. Knows no pipeline and no training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from ..cards.model_cards import adapter_card
+from ..utils.checks import check_class_label, check_class_name, shortened
+from ..utils.files import read_mapping, whole_folder
+
+
+ADAPTERS_FOLDER = "adapters"
+_PREFIX = "class_"
+
+
+def adapter_name(class_id: int) -> str:
+    """Name of the adapter, and of the folder, of a class."""
+    return f"{_PREFIX}{class_id}"
+
+
+def adapter_folders(adapters: Path) -> list[Path]:
+    """The `class_<id>` folders below `adapters` by rising id; empty if there are none."""
+    return sorted((path for path in adapters.glob(f"{_PREFIX}*") if folder_class(path) is not None), key=folder_class)
+
+
+def folder_class(folder: Path) -> int | None:
+    """The id in the name of a folder `class_<id>`; None for another name."""
+    number = folder.name.removeprefix(_PREFIX)
+    return int(number) if folder.name.startswith(_PREFIX) and number.isdecimal() else None
+
+
+def adapter_class(folder: Path) -> dict[str, Any]:
+    """Which class an adapter folder of a run makes: `{"class_label": id or None, "class_name": name or None}`.
+
+    FunLoRA's configuration says so; other methods' do not, and the folder's name and the card do.
+
+    Raises:
+        ValueError: what says so is damaged, or no id or name; it names the file.
+    """
+    file = folder / "adapter_config.json"
+    settings = read_mapping(file)
+    label, name = settings.get("class_label"), settings.get("class_name")
+    if label is None:
+        label = folder_class(folder)
+    card = folder / "README.md"
+    if name is None and card.is_file():
+        file, name = card, _name_in_card(card)
+    if not isinstance(name, (str, type(None))):
+        raise ValueError(f"{os.fspath(file)!r} has `class_name` {shortened(repr(name), 100)}, expected text.")
+    try:
+        check_class_label(label)
+        check_class_name(name)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(file)!r}: {error}") from error
+    return {"class_label": label, "class_name": name}
+
+
+def _name_in_card(card: Path) -> Any:
+    try:
+        return ModelCard.load(card).data.to_dict().get("class_name")
+    # Of YAML that anybody may have written, PyYAML and huggingface_hub raise many types.
+    except Exception as error:
+        raise ValueError(f"{os.fspath(card)!r} has no sound front matter: {shortened(str(error), 300)}") from error
+
+
+def save_adapter(
+    model: PeftModel, name: str, folder: Path, *, class_label: int | None = None, class_name: str | None = None
+) -> None:
+    """
+    Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors` and `README.md`.
+
+    The folder appears whole or not at all, and takes the place of one that is there. Equal adapters give equal bytes.
+
+    Args:
+        model (`PeftModel`): holds the adapter.
+        name (`str`): of the adapter in the model.
+        folder (`Path`): to write.
+        class_label (`int`, *optional*): id of the class, for the card; None: the one in the config, or in `name`.
+        class_name (`str`, *optional*): of the class, for the card; None: the one in a FunLoRA adapter's config.
+    """
+    with whole_folder(folder) as temporary:
+        # The U-Net has no token embedding that PEFT would have to look for on the Hub.
+        model.save_pretrained(os.fspath(temporary), selected_adapters=[name], save_embedding_layers=False)
+        written = temporary / name
+        if name != "default":
+            for file in written.iterdir():
+                os.replace(file, temporary / file.name)
+            written.rmdir()
+        parts = [parameter for key, parameter in model.named_parameters() if f".{name}." in f"{key}."]
+        parameters = sum(parameter.numel() for parameter in parts)
+        _write_card(model.peft_config[name], name, class_label, class_name, parameters, temporary)
+
+
+def save_adapter_tensors(
+    config: PeftConfig, tensors: Mapping[str, torch.Tensor], folder: Path, *, class_name: str | None = None
+) -> None:
+    """
+    As `save_adapter`, the same bytes, for an adapter that is in no model.
+
+    Args:
+        config (`PeftConfig`): of the adapter.
+        tensors (`Mapping[str, torch.Tensor]`): by the keys that PEFT saves them under.
+        folder (`Path`): to write, `class_<id>`.
+        class_name (`str`, *optional*): of the class, for the card; None: the one in a FunLoRA adapter's config.
+    """
+    with whole_folder(folder) as temporary:
+        config.save_pretrained(os.fspath(temporary))
+        contents = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(contents, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        parameters = sum(tensor.numel() for tensor in tensors.values())
+        _write_card(config, folder.name, None, class_name, parameters, temporary)
+
+
+def _write_card(
+    config: PeftConfig,
+    name: str,
+    class_label: int | None,
+    class_name: str | None,
+    parameters: int,
+    folder: Path,
+) -> None:
+    class_name = class_name or getattr(config, "class_name", None) or name
+    if class_label is None:
+        class_label = getattr(config, "class_label", None)
+    if class_label is None and name.removeprefix(_PREFIX).isdigit():
+        class_label = int(name.removeprefix(_PREFIX))
+    card = adapter_card(
+        config,
+        class_label=class_label,
+        class_name=class_name,
+        parameters=parameters,
+        num_bytes=(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
+    )
+    card.save(folder / "README.md")

@@ -1,0 +1,39 @@
+"""The lower bound: all weights of the generator, trained on task after task.
+
+Source: arXiv 2510.02631 and 2410.04891, sequential fine-tuning [text].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import UNet2DModel
+
+from ..base import arrange
+from ..strategy import Trainable
+from .sequential import CLASS_VECTORS, Sequential
+
+
+class Finetune(Sequential):
+    """Goes on training the whole U-Net on each task's images, at the base's learning rate, and forgets what it had."""
+
+    name = "finetune"
+    prefix = "base"
+    needs_base = False
+
+    def trainable(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> Trainable:
+        self.load(unet, kept)
+        arrange(unet, self.setting.training, compiled=self.setting.training.torch_compile)
+        return Trainable(unet, dict(unet.named_parameters()))
+
+    def learned(self, trainable: Trainable, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        state = trainable.module.state_dict()
+        return {name: tensor for name, tensor in state.items() if name != CLASS_VECTORS}
+
+    def load(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> None:
+        if kept:
+            unet.load_state_dict({CLASS_VECTORS: unet.class_embedding.weight, **kept})
+
+    def trained_bytes(self, base: int) -> int:
+        return base

@@ -1,0 +1,294 @@
+"""FunLoRA and its baseline "class vector only": a frozen base, one adapter for every later class.
+
+Source: arXiv 2510.02631, class-incremental generation [text].
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from diffusers import UNet2DModel
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import nn
+
+from ...adapters.base_fingerprint import base_fingerprints
+from ...adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save_adapter
+from ...data.image_data import Task
+from ...layer_selection import ParametersPerClass, parameters_per_class
+from ...sampling.pipeline import FunLoraPipeline
+from ...tuner import FunLoraConfig, mixed_batch
+from ..base import BASE_PHASE, arrange, label_rows, load_pipeline, save_base, trainable_unet, unet_shape
+from ..strategy import (
+    Batch,
+    Phase,
+    PhaseSettings,
+    Setting,
+    StepOutput,
+    Strategy,
+    Trainable,
+    folder_bytes,
+    velocity_losses,
+)
+from .peft_methods import VECTOR_ROW, peft_method
+
+
+logger = logging.getLogger(__name__)
+
+# The adapter of a phase of one class is called this in the model, and by its class on disk: under the same name, and so with
+# the same guards, torch.compile takes the next class for the same code.
+LIVE = "live"
+
+
+# Beyond these, float32 loses digits: rounding the argument of the cosine costs an error of about 1e-4; 10 to the power 32
+# still has a gradient, and below -4 the slope of a power overflows at zero.
+_LARGEST_OMEGA = {"cosine": 1000.0, "power": 32.0}
+_SMALLEST_EXPONENT = -4.0
+
+
+class FunLora(Strategy):
+    """Task 1 trains the base; afterwards every class trains its own adapter, and nothing else ever changes."""
+
+    name = "funlora"
+    grows_with_tasks = True
+    learning_changes_past_classes = False
+    has_frozen_base = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.adapters_dir = setting.output_dir / ADAPTERS_FOLDER
+        self._unet: UNet2DModel | None = None
+        self._base_fingerprint: dict[str, str] | None = None
+        self._pipe: FunLoraPipeline | None = None
+
+    @property
+    def method_name(self) -> str:
+        """What a class's adapter is made of, a key of `PEFT_METHODS`."""
+        return self.setting.model.peft_method
+
+    def check(self) -> None:
+        config = self.adapter_config(next(iter(self.setting.class_names)))
+        if self.setting.training.class_batches == "mixed" and not isinstance(config, FunLoraConfig):
+            raise ValueError(
+                f"`class_batches` is 'mixed', which `peft_method` {self.method_name!r} cannot train: take 'homogeneous'."
+            )
+        if self.setting.training.class_batches == "mixed" and self.setting.training.torch_compile:
+            raise ValueError(
+                "`torch_compile` is set, but `class_batches` is 'mixed', where every batch would be compiled anew: leave "
+                "one of the two out."
+            )
+        self._count()
+
+    def phases(self, task: Task) -> list[Phase]:
+        """The base, or one phase for each new class ("mixed": one for all of them)."""
+        training = self.setting.training
+        if task.index == 0:
+            if self.setting.has_base:
+                return []
+            return [Phase(BASE_PHASE, task.class_ids, PhaseSettings.of(training, "base"), independent=False)]
+        settings = PhaseSettings.of(training, "adapter")
+        if training.class_batches == "mixed":
+            return [Phase(f"task_{task.index + 1}", task.class_ids, settings, independent=True)]
+        return [Phase(adapter_name(c), (c,), settings, independent=True) for c in task.class_ids]
+
+    def is_finished(self, phase: Phase) -> bool:
+        if phase.name == BASE_PHASE:
+            return self.setting.base_dir.is_dir()
+        return all((self.adapters_dir / adapter_name(class_id)).is_dir() for class_id in phase.class_ids)
+
+    def build(self, phase: Phase) -> Trainable:
+        if phase.name == BASE_PHASE:
+            return trainable_unet(self.setting, len(phase.class_ids))
+        names = live_names(phase)
+        first, *others = names
+        unet = self._frozen_unet()
+        model = get_peft_model(unet, self._marked_config(names[first]), adapter_name=first)
+        start_class_vectors(model)
+        for name in others:
+            model.add_adapter(name, self._marked_config(names[name]))
+        if others:
+            model.base_model.set_adapter(list(names))
+        return self._trainable(model)
+
+    def build_update(self, class_id: int) -> Trainable:
+        """What `--update_class` trains: the class's adapter as it lies on disk, or a fresh one like it."""
+        folder = os.fspath(self.adapters_dir / adapter_name(class_id))
+        if self.setting.training.update_mode == "continue":
+            model = PeftModel.from_pretrained(self._frozen_unet(), folder, adapter_name=LIVE, is_trainable=True)
+        else:
+            config = PeftConfig.from_pretrained(folder)
+            config.inference_mode = False
+            model = get_peft_model(self._frozen_unet(), config, adapter_name=LIVE)
+            start_class_vectors(model)
+        return self._trainable(model)
+
+    def adapter_config(self, class_id: int) -> PeftConfig:
+        """The configuration of a class's adapter."""
+        config = peft_method(self.method_name).config(self._unet_shape(), self.setting.model)
+        config.revision = self.setting.model.base_model_revision
+        if isinstance(config, FunLoraConfig):
+            config.class_label = class_id
+            config.class_name = self.setting.class_names[class_id]
+        return config
+
+    def _marked_config(self, class_id: int) -> PeftConfig:
+        """The same, with the fingerprint of the base, which has to be there."""
+        config = self.adapter_config(class_id)
+        if isinstance(config, FunLoraConfig):
+            config.base_fingerprint = self._base_fingerprint
+        return config
+
+    def make_batch(self, phase: Phase, real: Batch) -> Batch:
+        # A mixed batch that is sorted by class need not be sorted in every adapted layer.
+        is_mixed = phase.name != BASE_PHASE and len(phase.class_ids) > 1
+        return real.reordered(real.class_ids.argsort(stable=True)) if is_mixed else real
+
+    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
+        if phase.name == BASE_PHASE:
+            losses = velocity_losses(module, batch, label_rows(phase.class_ids, batch.class_ids))
+        else:
+            # The adapter's own vector takes the place of the embedding, or of this row of it.
+            labels = torch.full((len(batch.class_ids),), VECTOR_ROW, device=batch.sample.device)
+            with self._adapters(phase, batch, module):
+                losses = velocity_losses(module, batch, labels)
+        return StepOutput(losses, {"flow_matching": losses.detach()})
+
+    def _adapters(self, phase: Phase, batch: Batch, module: nn.Module) -> AbstractContextManager[None]:
+        if len(phase.class_ids) == 1:
+            return nullcontext()  # the adapter of the class is the active one
+        return mixed_batch(module, [adapter_name(class_id) for class_id in batch.class_ids.tolist()])
+
+    def end_phase(self, phase: Phase, trainable: Trainable) -> None:
+        if phase.name == BASE_PHASE:
+            setting = self.setting
+            save_base(trainable.module.eval(), setting.base_dir, phase.class_ids, setting.class_names)
+            return
+        for name, class_id in live_names(phase).items():
+            self._report_omega(trainable, name, class_id)
+            save_adapter(
+                trainable.module,
+                name,
+                self.adapters_dir / adapter_name(class_id),
+                class_label=class_id,
+                class_name=self.setting.class_names[class_id],
+            )
+
+    def _report_omega(self, trainable: Trainable, name: str, class_id: int) -> None:
+        """Warn of the layers whose omega has grown beyond what float32 can tell apart; it is kept as it was learned."""
+        # Of the adapter: an update goes on with what is on disk, whatever the arguments say.
+        config = trainable.module.peft_config[name]
+        for parameter, value in trainable.parameters.items():
+            # <layer>.funlora_omega.<adapter>
+            layer, _, end = parameter.rpartition(".funlora_")
+            if end not in (f"omega.{name}", f"add_omega.{name}"):
+                continue
+            low, high = omega_range(config.function, config.num_functions)
+            least, most = value.detach().min().item(), value.detach().max().item()
+            if not low <= least <= most <= high:
+                logger.warning(
+                    "Class %d (%s): omega of layer %s has grown to between %.4g and %.4g, and float32 computes %r well from %g "
+                    "to %g. Lower `adapter_learning_rate`, or leave out `train_omega`.",
+                    class_id,
+                    self.setting.class_names[class_id],
+                    layer.removeprefix("base_model.model."),
+                    least,
+                    most,
+                    config.function,
+                    low,
+                    high,
+                )
+
+    def release_phase(self, phase: Phase, trainable: Trainable) -> None:
+        if phase.name != BASE_PHASE:
+            trainable.module.unload()
+
+    @contextmanager
+    def inference(self, class_ids: Sequence[int]) -> Iterator[FunLoraPipeline]:
+        if self._pipe is None:
+            self._pipe = load_pipeline(self.setting.base_dir, self.setting)
+            peft_method(self.method_name).prepare(self._pipe.unet)
+        for class_id in class_ids:
+            if class_id not in self._pipe.classes:
+                folder = self.adapters_dir / adapter_name(class_id)
+                names = self.setting.class_names
+                self._pipe.load_adapter(folder, class_label=class_id, class_name=names[class_id])
+        yield self._pipe
+
+    def parameters_per_class(self) -> dict[str, int | None]:
+        numbers = self._count()
+        return {
+            "parameters_per_class": numbers.without_vector,
+            "parameters_per_class_with_vector": numbers.with_vector,
+        }
+
+    def memory_report(self) -> dict[str, int]:
+        base, adapters = folder_bytes([self.setting.base_dir]), folder_bytes(adapter_folders(self.adapters_dir))
+        # Adam's two moments, the moving average and the gradient of one adapter, in float32.
+        return {"persistent": base + adapters, "per_class": adapters, "transient": 4 * 4 * self._count().with_vector}
+
+    def _count(self) -> ParametersPerClass:
+        config = self.adapter_config(next(iter(self.setting.class_names)))
+        return parameters_per_class(self._unet_shape(), config)
+
+    def _unet_shape(self) -> UNet2DModel:
+        if self.setting.has_base:
+            config = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
+            arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+            unet = unet_shape(arguments, config["num_class_embeds"])
+        else:
+            unet = unet_shape(self.setting.model.unet_config, len(self.setting.tasks[0].class_ids))
+        peft_method(self.method_name).prepare(unet)
+        return unet
+
+    def _frozen_unet(self) -> UNet2DModel:
+        if self._unet is None:
+            unet = UNet2DModel.from_pretrained(self.setting.base_dir, subfolder="unet", use_safetensors=True)
+            self._base_fingerprint = base_fingerprints(unet)
+            self._unet = unet.to(self.setting.device).requires_grad_(False)
+            peft_method(self.method_name).prepare(self._unet)
+            arrange(self._unet, self.setting.training, compiled=self.setting.training.torch_compile)
+            # PEFT takes the base's name, which goes into the adapter's config, from here.
+            self._unet.name_or_path = self.setting.base_source
+        return self._unet
+
+    def _trainable(self, model: PeftModel) -> Trainable:
+        # Dropout of the base stays on, as when the base was trained.
+        model.train()
+        return Trainable(model, {name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+class Frozen(FunLora):
+    """The class vector alone: "vanilla conditioning" of the paper. Source: Table V [text]."""
+
+    name = "frozen"
+
+    @property
+    def method_name(self) -> str:
+        return "class_vector"
+
+
+def live_names(phase: Phase) -> dict[str, int]:
+    """The classes of an adapter phase by the names of their adapters in the model."""
+    if len(phase.class_ids) == 1:
+        return {LIVE: phase.class_ids[0]}
+    return {adapter_name(class_id): class_id for class_id in phase.class_ids}
+
+
+def start_class_vectors(model: PeftModel) -> None:
+    """Start vectors that PEFT trains as a row of the class embedding where FunLoRA's starts: at the mean of the rows."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            rows = module.get_base_layer().weight.detach()
+            for vector in module.trainable_tokens_delta.values():
+                vector.data.copy_(rows.mean(dim=0).expand_as(vector))
+
+
+def omega_range(function: str, num_functions: int) -> tuple[float, float]:
+    """The range of omega in which float32 computes "cosine" or "power" of p functions accurately. Source: [ours]."""
+    # The exponents start at 1..p.
+    largest = max(_LARGEST_OMEGA[function], 2.0 * num_functions)
+    return (-largest if function == "cosine" else _SMALLEST_EXPONENT), largest

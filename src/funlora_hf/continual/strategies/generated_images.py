@@ -1,0 +1,152 @@
+"""Images of past classes, drawn from a generator and kept on disk while they are needed.
+
+Knows pipelines, seeds and files; knows nothing of training or of what the images are for.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ...classifier import ARCHITECTURES
+from ...data.image_data import to_model_range
+from ...sampling.drawing import draw_samples, to_uint8
+from ...sampling.guidance import Guidance
+from ...sampling.pipeline import FunLoraPipeline
+from ...sampling.solvers import check_solver
+from ...utils.checks import check_at_least_one, check_choice
+from ...utils.files import read_tensors, whole_file
+from ..devices import on_device
+from ..strategy import Batch
+
+
+@dataclass
+class ReplayOptions:
+    """
+    Args:
+        images_per_class: images generated of every past class before a task; None: as many as the class has real ones.
+        solver: of the sampling, as in the pipeline.
+        num_inference_steps: as in the pipeline.
+        sampling_batch_size: images at once.
+        classifier_train_steps: steps of the classifier for each class seen.
+        classifier_batch_size: its batch.
+        classifier_learning_rate: of Adam.
+        classifier_architecture: "resnet18", "cnn" (small), or "auto": by the size of the images.
+    """
+
+    images_per_class: int | None = None
+    solver: str = "heun"
+    num_inference_steps: int = 10
+    sampling_batch_size: int = 250
+    classifier_train_steps: int = 50
+    classifier_batch_size: int = 100
+    classifier_learning_rate: float = 1e-3
+    classifier_architecture: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+        if self.images_per_class is not None:
+            check_at_least_one("images_per_class", self.images_per_class)
+        for name in ("num_inference_steps", "sampling_batch_size", "classifier_train_steps", "classifier_batch_size"):
+            check_at_least_one(name, getattr(self, name))
+        check_choice("classifier_architecture", self.classifier_architecture, ARCHITECTURES)
+        if not 0 < self.classifier_learning_rate <= 1:
+            raise ValueError(
+                f"`classifier_learning_rate` is {self.classifier_learning_rate}, expected a number above 0, at most 1."
+            )
+
+
+class GeneratedImages:
+    """Draws images by class, once: what a folder has is read.
+
+    Args:
+        folder: where they are kept until `delete`.
+        options: how they are drawn.
+        seed: of the run.
+    """
+
+    def __init__(self, folder: Path, options: ReplayOptions, seed: int) -> None:
+        self.folder = folder
+        self._options = options
+        self._seed = seed
+
+    def draw(
+        self, pipe: FunLoraPipeline, counts: Mapping[int, int], purpose: str, *, guidance: Guidance | None = None
+    ) -> dict[int, torch.Tensor]:
+        """Images by class, uint8 `(n, channels, height, width)`, on the CPU; the same for the same purpose.
+
+        Args:
+            pipe: knows the classes.
+            counts: class id -> how many.
+            purpose: part of the seed and of the files' names.
+            guidance: as in the pipeline.
+        """
+        options, images = self._options, {}
+        for class_id, count in counts.items():
+            path = self.folder / f"{purpose}_class_{class_id}.safetensors"
+            if not path.is_file():
+                samples = draw_samples(
+                    pipe,
+                    class_id,
+                    count,
+                    purpose=purpose,
+                    seed=self._seed,
+                    batch_size=options.sampling_batch_size,
+                    solver=options.solver,
+                    num_inference_steps=options.num_inference_steps,
+                    guidance=guidance,
+                )
+                with whole_file(path) as temporary:
+                    save_file({"images": to_uint8(samples.images)}, temporary)
+            images[class_id] = read_tensors(path, remedy="delete it, and it is drawn again", keys=["images"])["images"]
+        return images
+
+    def delete(self) -> None:
+        """Forget all images; several processes may do so at once."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int) -> Batch:
+    """A batch in which past and new classes have shares in proportion to their number: generated images of the past ones,
+    which are drawn uniformly over classes and over the images of each, and real images of new ones as they come.
+
+    Draws from torch's global generator of the CPU.
+
+    Args:
+        real: of new classes.
+        generated: class id -> images of a past class, uint8, at least one each; none: the batch stays as it is.
+        num_new: how many classes are new.
+
+    Source: Shin et al. 2017 (arXiv 1705.08690), as the ratio of importance 1 / tasks there [text]; by classes [ours].
+    """
+    if not generated:
+        return real
+    past = list(generated)
+    size = len(real.class_ids)
+    replaced = torch.rand(size) < len(past) / (len(past) + num_new)
+    chosen = torch.randint(len(past), (size,)).tolist()
+    positions = torch.rand(size).tolist()
+    images = [generated[past[row]] for row in chosen]
+    replay = torch.stack([image[int(at * len(image))] for image, at in zip(images, positions, strict=True)])
+    mask = on_device(replaced, real.sample.device)[:, None, None, None]
+    sample = torch.where(mask, on_device(to_model_range(replay), real.sample.device), real.sample)
+    labels = torch.where(replaced, torch.tensor([past[row] for row in chosen]), real.class_ids)
+    return Batch(sample, labels, real.noise, real.sigma, real.number)
+
+
+def share_of(counts: Mapping[int, int], part: int, num_parts: int) -> dict[int, int]:
+    """How many images of each class a part of them has, at least one; all parts together have at least the counts."""
+    return {
+        class_id: max(1, -(-count * (part + 1) // num_parts) + (-count * part // num_parts))
+        for class_id, count in counts.items()
+    }
+
+
+def joined(parts: Sequence[Mapping[int, torch.Tensor]]) -> dict[int, torch.Tensor]:
+    """Images by class of several draws of the same classes."""
+    return {class_id: torch.cat([part[class_id] for part in parts]) for class_id in (parts[0] if parts else {})}

@@ -1,0 +1,33 @@
+"""Names of the strategies that `--strategy` takes."""
+
+from __future__ import annotations
+
+from ..strategy import Strategy
+from .finetune import Finetune
+from .funlora import Frozen, FunLora
+from .guide import Guide
+from .joint import Joint
+from .low_rank import MagMax, MergeInit, MergeOrthogonal, NaiveLora
+from .replay import Replay
+
+
+_CLASSES: tuple[type[Strategy], ...] = (
+    FunLora,
+    Frozen,
+    Joint,
+    Finetune,
+    NaiveLora,
+    MergeInit,
+    MergeOrthogonal,
+    MagMax,
+    Replay,
+    Guide,
+)
+STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _CLASSES}
+
+
+def strategy_class(name: str) -> type[Strategy]:
+    """The strategy of a name. Raises a ValueError that lists the known ones."""
+    if name not in STRATEGIES:
+        raise ValueError(f"`strategy` is {name!r}, expected one of: {', '.join(map(repr, STRATEGIES))}.")
+    return STRATEGIES[name]

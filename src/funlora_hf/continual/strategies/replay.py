@@ -1,0 +1,179 @@
+"""Generative replay: the previous generator's images of past classes are trained on beside the real ones of new classes.
+
+Source: deep generative replay (Shin et al. 2017, arXiv 1705.08690) [text], with a flow model [ours].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+from torch.nn import functional
+
+from ...classifier import build_classifier
+from ...data.image_data import Task
+from ..base import BASE_PHASE, label_rows
+from ..strategy import Batch, Phase, PhaseSettings, Setting, StepOutput, Trainable, tensor_bytes
+from .finetune import Finetune
+from .generated_images import GeneratedImages, ReplayOptions, mix
+from .sequential import KeptFile, scaled
+
+
+_CLASSIFIER = "classifier_task_"
+
+
+class Replay(Finetune):
+    """Trains the whole U-Net, and then a classifier, on real images of new classes mixed with generated ones of past classes.
+
+    Both go on from what they were. Real images of past tasks are never read.
+    """
+
+    name = "replay"
+    options_class = ReplayOptions
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.classifiers = KeptFile(setting.output_dir / "checkpoints" / "classifier")
+        self.images = GeneratedImages(
+            setting.output_dir / "checkpoints" / "replay", self.options, setting.training.seed
+        )
+        self._generated: dict[int, torch.Tensor] = {}
+
+    def begin_task(self, task: Task) -> None:
+        self._generated = {}
+        if task.index == 0 or all(self.is_finished(phase) for phase in self.phases(task)):
+            return
+        self._generated = self.images.draw(
+            self.sampler(self.before(task)), self.past(task), f"replay_{task.index + 1}"
+        )
+
+    def past(self, task: Task) -> dict[int, int]:
+        """Images to generate of each class of earlier tasks."""
+        real = self.setting.num_images
+        # A given base's classes may have none: then as many as the task's own classes have at most.
+        fallback = max(real.get(class_id, 1) for class_id in task.class_ids)
+        given = self.options.images_per_class
+        seen = self.setting.seen(task)
+        past = [class_id for class_id in seen if class_id not in task.class_ids]
+        return {class_id: given or real.get(class_id) or fallback for class_id in past}
+
+    def phases(self, task: Task) -> list[Phase]:
+        generator = super().phases(task)
+        if task.index == 0 and not all(self.setting.num_images.get(class_id) for class_id in task.class_ids):
+            return generator  # a given base whose images are not at hand
+        options, seen = self.options, len(self.setting.seen(task))
+        settings = PhaseSettings(
+            train_steps=options.classifier_train_steps * seen,
+            epochs=None,
+            batch_size=options.classifier_batch_size,
+            learning_rate=options.classifier_learning_rate,
+            warmup_steps=0,
+            # No average: the running means of batch normalisation belong to the weights as they are.
+            ema_decay=0.0,
+            ema_start=0.0,
+        )
+        return [*generator, Phase(f"{_CLASSIFIER}{task.index + 1}", task.class_ids, settings, independent=False)]
+
+    def phase_settings(self, task: Task) -> PhaseSettings:
+        """Steps enough that each class seen so far, old or new, is met as often as by funlora: they grow with the tasks."""
+        seen = len(self.setting.seen(task))
+        settings = scaled(self.setting.training, self.prefix, seen)
+        # An epoch counts the new classes' images only.
+        epochs = None if settings.epochs is None else -(-settings.epochs * seen // len(task.class_ids))
+        return replace(settings, epochs=epochs)
+
+    def is_finished(self, phase: Phase) -> bool:
+        if not is_classifier(phase):
+            return super().is_finished(phase)
+        newest = self.classifiers.newest(self.setting.tasks)
+        return newest is not None and newest.index >= self.task_of(phase).index
+
+    def build(self, phase: Phase) -> Trainable:
+        if not is_classifier(phase):
+            return super().build(phase)
+        task = self.task_of(phase)
+        module = self._classifier(task, self.classifiers.newest(self.setting.tasks[: task.index])).train()
+        return Trainable(module, dict(module.named_parameters()), dict(module.named_buffers()))
+
+    def make_batch(self, phase: Phase, real: Batch) -> Batch:
+        if phase.name == BASE_PHASE:
+            return real
+        return mix(real, self.generated(phase, real), len(phase.class_ids))
+
+    def generated(self, phase: Phase, real: Batch) -> Mapping[int, torch.Tensor]:
+        """Images of past classes, uint8, for a batch of a phase."""
+        return self._generated
+
+    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
+        if not is_classifier(phase):
+            return super().training_step(phase, batch, module)
+        rows = label_rows(self.setting.seen(self.task_of(phase)), batch.class_ids).to(batch.sample.device)
+        losses = functional.cross_entropy(module(batch.sample), rows, reduction="none")
+        return StepOutput(losses, {"cross_entropy": losses.detach()})
+
+    def end_phase(self, phase: Phase, trainable: Trainable) -> None:
+        if is_classifier(phase):
+            self.classifiers.save(self.task_of(phase), trainable.module.state_dict())
+        else:
+            super().end_phase(phase, trainable)
+
+    def end_task(self, task: Task) -> None:
+        super().end_task(task)
+        self.classifiers.drop_before(task, self.setting.tasks)
+        self._generated = {}
+        self.images.delete()
+
+    def own_classifier(self) -> nn.Module | None:
+        newest = self.classifiers.newest(self.setting.tasks)
+        return None if newest is None else self._classifier(newest, newest).eval()
+
+    def memory_report(self) -> dict[str, int]:
+        report = super().memory_report()
+        newest = self.classifiers.newest(self.setting.tasks)
+        classifier = 0 if newest is None else tensor_bytes(self.classifiers.path(newest))
+        return {
+            "persistent": report["persistent"] + classifier,
+            "per_class": report["per_class"] + (0 if newest is None else self._head_bytes(newest)),
+            "transient": report["transient"] + self._replay_bytes(),
+        }
+
+    def _classifier(self, task: Task, kept: Task | None) -> nn.Module:
+        """A classifier of the classes seen up to a task, with the weights of an earlier one as far as it has them."""
+        classifier = self._untrained(len(self.setting.seen(task)))
+        state = classifier.state_dict()
+        for name, tensor in self.classifiers.load(kept).items():
+            if tensor.dim():
+                state[name][: len(tensor)] = tensor  # the head has rows for new classes, which stay as they are
+            else:
+                state[name].copy_(tensor)
+        return classifier.to(self.setting.device)
+
+    def _untrained(self, num_classes: int) -> nn.Module:
+        shape = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
+        return build_classifier(
+            num_classes,
+            channels=shape["in_channels"],
+            image_size=shape["sample_size"],
+            architecture=self.options.classifier_architecture,
+        )
+
+    def _head_bytes(self, task: Task) -> int:
+        classes = len(self.setting.seen(task))
+        with torch.device("meta"):
+            smaller, larger = (
+                sum(p.nbytes for p in self._untrained(count).parameters()) for count in (classes, classes + 1)
+            )
+        return classes * (larger - smaller)
+
+    def _replay_bytes(self) -> int:
+        """Of the images generated for the last task, the most there are."""
+        shape = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
+        return sum(self.past(self.setting.tasks[-1]).values()) * shape["in_channels"] * shape["sample_size"] ** 2
+
+
+def is_classifier(phase: Phase) -> bool:
+    """Whether a phase trains the classifier."""
+    return phase.name.startswith(_CLASSIFIER)

@@ -1,0 +1,266 @@
+"""What strategies share that have one generator for all classes and train it on task after task.
+
+Task 1 trains the base, as for all strategies. What has become of the generator is one file after each later task, of which
+only the newest is kept. Knows nothing of what is trained.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from safetensors.torch import save_file
+from torch import nn
+
+from ...adapters.base_model import base_classes
+from ...data.image_data import Task
+from ...sampling.pipeline import FunLoraPipeline
+from ...utils.files import read_tensors, whole_file
+from ..base import (
+    BASE_PHASE,
+    arrange,
+    label_rows,
+    make_pipeline,
+    save_base,
+    set_class_vectors,
+    trainable_unet,
+    unet_shape,
+)
+from ..config import ContinualTrainingArguments
+from ..strategy import (
+    Batch,
+    Phase,
+    PhaseSettings,
+    Setting,
+    StepOutput,
+    Strategy,
+    Trainable,
+    folder_bytes,
+    tensor_bytes,
+    velocity_losses,
+)
+
+
+# What a task leaves in any case.
+CLASS_VECTORS = "class_embedding.weight"
+
+
+class KeptFile:
+    """One safetensors file for each task, of which a later one makes the earlier ones superfluous.
+
+    Args:
+        folder: where.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, task: Task) -> Path:
+        """The file of a task."""
+        return self.folder / f"task_{task.index + 1}.safetensors"
+
+    def newest(self, tasks: Sequence[Task]) -> Task | None:
+        """The last of these tasks that has a file, or None."""
+        return next((task for task in reversed(tasks) if self.path(task).is_file()), None)
+
+    def save(self, task: Task, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write the file of a task, whole or not at all."""
+        with whole_file(self.path(task)) as temporary:
+            # Copies: two of them may be one tensor, which the format does not know.
+            copies = {
+                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in tensors.items()
+            }
+            save_file(copies, temporary)
+
+    def load(self, task: Task | None) -> dict[str, torch.Tensor]:
+        """The tensors of a task on the CPU; none for None."""
+        remedy = "the generator of its task is lost; start anew with --overwrite_output_dir"
+        return {} if task is None else read_tensors(self.path(task), remedy=remedy)
+
+    def drop_before(self, task: Task, tasks: Sequence[Task]) -> None:
+        """Delete the files of earlier tasks; several processes may do so at once."""
+        for earlier in tasks[: task.index]:
+            self.path(earlier).unlink(missing_ok=True)
+
+
+class Sequential(Strategy):
+    """One generator for all classes. Its class embedding gets rows for a task's classes when the task begins."""
+
+    prefix = "adapter"
+    """Whose learning rate, warm-up and moving average a task takes: "base" or "adapter"."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.options = self.make_options(setting.training.strategy_options or {})
+        self.model_dir = setting.output_dir / "model"
+        self.kept = KeptFile(setting.output_dir / "checkpoints" / "generator")
+        self._sampled: tuple[Task | None, FunLoraPipeline] | None = None
+
+    @abstractmethod
+    def trainable(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> Trainable:
+        """What a task trains; `CLASS_VECTORS` is among its parameters.
+
+        Args:
+            unet: the base, with vectors of all classes seen, this task's included.
+            kept: what `learned` gave for the task before; empty behind the base.
+        """
+
+    @abstractmethod
+    def learned(self, trainable: Trainable, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is left of a task, besides the class vectors: what the next one takes up as `kept`."""
+
+    @abstractmethod
+    def load(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> None:
+        """Make a base with the vectors of all classes seen into the generator, in place."""
+
+    def check(self) -> None:
+        training, setting = self.setting.training, self.setting
+        if training.class_batches != "homogeneous":
+            raise ValueError(
+                f"`class_batches` is {training.class_batches!r}, which `strategy` {self.name!r} does not heed, since it trains "
+                "all classes of a task together: leave it out."
+            )
+        if not setting.has_base:
+            unet_shape(setting.model.unet_config, len(setting.tasks[0].class_ids))
+            return
+        rows, known = base_classes(setting.base_dir), setting.tasks[0].class_ids
+        if list(rows) != list(known):
+            raise ValueError(
+                f"`base_model` knows the classes {list(known)}, those of adapters included, but its U-Net itself only "
+                f"{list(rows)}: `strategy` {self.name!r} needs a base without adapters."
+            )
+
+    def phases(self, task: Task) -> list[Phase]:
+        if task.index == 0:
+            if self.setting.has_base:
+                return []
+            settings = PhaseSettings.of(self.setting.training, "base")
+            return [Phase(BASE_PHASE, task.class_ids, settings, independent=False)]
+        return [Phase(f"task_{task.index + 1}", task.class_ids, self.phase_settings(task), independent=False)]
+
+    def phase_settings(self, task: Task) -> PhaseSettings:
+        """Steps enough that each class is seen as often as by funlora, which takes the classes one by one."""
+        return scaled(self.setting.training, self.prefix, len(task.class_ids))
+
+    def is_finished(self, phase: Phase) -> bool:
+        if phase.name == BASE_PHASE:
+            return self.setting.base_dir.is_dir()
+        newest = self.kept.newest(self.setting.tasks)
+        return newest is not None and newest.index >= self.task_of(phase).index
+
+    def task_of(self, phase: Phase) -> Task:
+        """The task whose classes a phase reads."""
+        return next(task for task in self.setting.tasks if set(phase.class_ids) <= set(task.class_ids))
+
+    def build(self, phase: Phase) -> Trainable:
+        if phase.name == BASE_PHASE:
+            return trainable_unet(self.setting, len(phase.class_ids))
+        task = self.task_of(phase)
+        trainable = self.trainable(*self._unet(task, self.kept.load(self.before(task))))
+        trainable.module.train()
+        return trainable
+
+    def before(self, task: Task) -> Task | None:
+        """The task that the generator was last trained on before this one; None: only the base was trained."""
+        return self.kept.newest(self.setting.tasks[: task.index])
+
+    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
+        seen = self.setting.seen(self.task_of(phase))
+        losses = velocity_losses(module, batch, label_rows(seen, batch.class_ids))
+        return StepOutput(losses, {"flow_matching": losses.detach()})
+
+    def end_phase(self, phase: Phase, trainable: Trainable) -> None:
+        setting = self.setting
+        if phase.name == BASE_PHASE:
+            save_base(trainable.module.eval(), setting.base_dir, phase.class_ids, setting.class_names)
+            return
+        task = self.task_of(phase)
+        before = {name: tensor.to(setting.device) for name, tensor in self.kept.load(self.before(task)).items()}
+        kept = self.learned(trainable, before)
+        kept = {**kept, CLASS_VECTORS: trainable.parameters[CLASS_VECTORS]}
+        if task == setting.tasks[-1]:
+            save_base(self._generator(task, kept), self.model_dir, setting.seen(task), setting.class_names)
+        # Last, since it says that the phase is finished.
+        self.kept.save(task, kept)
+
+    def end_task(self, task: Task) -> None:
+        self.kept.drop_before(task, self.setting.tasks)
+
+    @contextmanager
+    def inference(self, class_ids: Sequence[int]) -> Iterator[FunLoraPipeline]:
+        yield self.sampler(self.kept.newest(self.setting.tasks))
+
+    def sampler(self, task: Task | None) -> FunLoraPipeline:
+        """The generator as a task has left it, for sampling; None: the base."""
+        if self._sampled is None or self._sampled[0] != task:
+            known = self.setting.tasks[0] if task is None else task
+            unet = self._generator(known, self.kept.load(task))
+            arrange(unet, self.setting.training, compiled=False)
+            self._sampled = (task, make_pipeline(unet, self.setting.seen(known), self.setting.class_names))
+        return self._sampled[1]
+
+    def parameters_per_class(self) -> dict[str, int | None]:
+        return {"parameters_per_class": None, "parameters_per_class_with_vector": None}
+
+    def memory_report(self) -> dict[str, int]:
+        newest = self.kept.newest(self.setting.tasks)
+        base = folder_bytes([self.setting.base_dir])
+        transient = 4 * self.trained_bytes(base)
+        if newest is None:
+            return {"persistent": base, "per_class": 0, "transient": transient}
+        path = self.kept.path(newest)
+        return {
+            "persistent": tensor_bytes(path) + (base if self.needs_base else 0),
+            "per_class": self.kept.load(newest)[CLASS_VECTORS].nbytes,
+            "transient": transient,
+        }
+
+    needs_base = True
+    """Whether what is kept after task 1 needs the base besides."""
+
+    @abstractmethod
+    def trained_bytes(self, base: int) -> int:
+        """Bytes of the parameters that a task trains, of which Adam's two moments, the moving average and the gradient take
+        as many each.
+
+        Args:
+            base: bytes of the whole base.
+        """
+
+    def _generator(self, task: Task, kept: Mapping[str, torch.Tensor]) -> UNet2DModel:
+        """The generator behind a task, for sampling."""
+        unet, kept = self._unet(task, kept)
+        self.load(unet, kept)
+        return unet.eval()
+
+    def _unet(self, task: Task, kept: Mapping[str, torch.Tensor]) -> tuple[UNet2DModel, dict[str, torch.Tensor]]:
+        """The base with vectors for the classes up to a task, and what is kept besides them, on the run's device."""
+        device = self.setting.device
+        unet = UNet2DModel.from_pretrained(self.setting.base_dir, subfolder="unet", use_safetensors=True).to(device)
+        kept = {name: tensor.detach().to(device) for name, tensor in kept.items()}
+        vectors = kept.pop(CLASS_VECTORS, unet.class_embedding.weight.detach())
+        set_class_vectors(unet, vectors, len(self.setting.seen(task)))
+        # Or diffusers would write where the base lies on this machine.
+        unet.register_to_config(_name_or_path="")
+        return unet, kept
+
+
+def scaled(training: ContinualTrainingArguments, prefix: str, num_classes: int) -> PhaseSettings:
+    """Settings of the base or of adapters, for the images of several classes at once.
+
+    Args:
+        training: the run's arguments; steps, epochs and batch are those of an adapter.
+        prefix: whose learning rate, warm-up and moving average: "base" or "adapter".
+        num_classes: each of which is to be seen as often as an adapter's class is. Epochs do so by themselves.
+    """
+    adapter = PhaseSettings.of(training, "adapter")
+    steps = None if adapter.train_steps is None else adapter.train_steps * num_classes
+    return replace(
+        PhaseSettings.of(training, prefix), train_steps=steps, epochs=adapter.epochs, batch_size=adapter.batch_size
+    )

@@ -1,0 +1,701 @@
+"""Image datasets by class, and their split into tasks; knows nothing of models, training or PEFT.
+
+A dataset is read with `datasets`, its label column once, and its images only when a class is asked for: a
+continual learner must not hold the images of earlier tasks, so nothing here keeps decoded images.
+"""
+
+import glob
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from PIL import Image, ImageOps
+
+from ..utils.checks import shortened
+from .encoded_images import check_encoded_image
+
+
+# Every held-out split is drawn with this seed, whatever the seed of a run: runs must be tested on the same images.
+HOLD_OUT_SEED = 0
+TEST_SPLIT_NAMES = ("test", "validation", "valid", "val")
+LABEL_COLUMN_NAMES = ("label", "labels", "class", "class_label", "category", "target", "fine_label", "y")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+@dataclass(frozen=True)
+class Task:
+    """The classes learned together in one step of a continual run.
+
+    Attributes:
+        index: place of the task in the run, from 0.
+        class_ids: ids of its classes.
+    """
+
+    index: int
+    class_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Images of one split: undecoded rows of a dataset's split, and which of them belong to which class."""
+
+    source: str  # the dataset's own name of the split, for error texts: a held-out part comes from "train" too
+    encoded: Dataset
+    rows: dict[int, np.ndarray]
+
+
+class ImageClassificationData:
+    """Real images of a dataset, by class; decodes only the classes asked for.
+
+    Made by `load_image_data`.
+
+    Attributes:
+        name: dataset name, for results (for a local dataset the last part of its path).
+        class_names: class id -> name, in the dataset's own order.
+        image_shape: (channels, height, width) of the images that `images` returns.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        class_names: Mapping[int, str],
+        image_shape: tuple[int, int, int],
+        image_column: str,
+        parts: Mapping[str, _Part],
+    ):
+        self.name = name
+        self.class_names = dict(class_names)
+        self.image_shape = image_shape
+        self._image_column = image_column
+        self._parts = dict(parts)
+        # Shared by the copies that `with_class_ids` makes, so that each warning is given once per dataset.
+        self._warned: set[str] = set()
+
+    def count(self, class_id: int, *, split: str = "train") -> int:
+        """Number of images of a class, without decoding any.
+
+        Args:
+            class_id: a key of `class_names`.
+            split: "train" or "test".
+
+        Raises:
+            ValueError: class_id or split is unknown.
+        """
+        return len(self._rows(class_id, split))
+
+    def images(self, class_id: int, *, split: str = "train") -> torch.Tensor:
+        """Decode the images of one class.
+
+        Nothing is cached: the caller keeps what it needs.
+
+        Args:
+            class_id: a key of `class_names`.
+            split: "train" or "test".
+
+        Returns:
+            uint8 tensor (N, C, H, W), values 0..255, in the dataset's row order; N is 0 for a class without test
+            images.
+
+        Raises:
+            ValueError: class_id or split is unknown, or an image cannot be read.
+        """
+        rows = self._rows(class_id, split)
+        part = self._parts[split]
+        channels, size, _ = self.image_shape
+        pixels = np.empty((len(rows), channels, size, size), dtype=np.uint8)
+        decoder = ImageFeature()
+        for index, (row, example) in enumerate(zip(rows, part.encoded.select(rows), strict=True)):
+            try:
+                if example[self._image_column] is None:
+                    raise ValueError("the row holds no image")
+                check_encoded_image(example[self._image_column])
+                # decode_example applies the EXIF orientation.
+                image = decoder.decode_example(example[self._image_column])
+                mode = image.mode
+                pixels[index] = _to_array(image, size=size, channels=channels)
+            except Exception as error:  # PIL's decoders raise many types, several of them not OSError
+                raise ValueError(
+                    f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
+                    f"{shortened(repr(self.class_names[class_id]), 100)} in column {self._image_column!r} cannot be read "
+                    f"({type(error).__name__}: {shortened(str(error), 300)}). Expected an image that "
+                    "Pillow can open and convert to 8 bits; remove this row from the dataset or replace its image."
+                ) from error
+            self._warn_of_conversion(mode)
+        return torch.from_numpy(pixels)
+
+    def with_class_ids(self, ids: Sequence[int]) -> "ImageClassificationData":
+        """The same data under new class ids.
+
+        Args:
+            ids: the new ids, one for each entry of `class_names` and in its order.
+
+        Raises:
+            ValueError: ids has the wrong length or holds an id twice.
+        """
+        ids = [int(class_id) for class_id in ids]
+        if len(ids) != len(self.class_names):
+            raise ValueError(
+                f"ids={ids} has {len(ids)} entries, expected {len(self.class_names)}: give one id for each class of "
+                f"dataset {self.name!r}, in the order of class_names."
+            )
+        _check_unique("ids", ids)
+        new_id = dict(zip(self.class_names, ids, strict=True))
+        renamed = ImageClassificationData(
+            name=self.name,
+            class_names={new_id[old]: name for old, name in self.class_names.items()},
+            image_shape=self.image_shape,
+            image_column=self._image_column,
+            parts={
+                split: replace(part, rows={new_id[old]: rows for old, rows in part.rows.items()})
+                for split, part in self._parts.items()
+            },
+        )
+        renamed._warned = self._warned
+        return renamed
+
+    def _rows(self, class_id: int, split: str) -> np.ndarray:
+        if split not in self._parts:
+            raise ValueError(f"split={split!r} is unknown: expected one of {sorted(self._parts)}.")
+        if class_id not in self.class_names:
+            raise ValueError(
+                f"class_id={class_id!r} is not a class of dataset {self.name!r}: use one of {list(self.class_names)}."
+            )
+        return self._parts[split].rows.get(class_id, np.empty(0, dtype=np.int64))
+
+    def _warn_of_conversion(self, mode: str) -> None:
+        grey = mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16")
+        channels = self.image_shape[0]
+        if grey == (channels == 1) or "conversion" in self._warned:
+            return
+        self._warned.add("conversion")
+        kinds = ("colour", "grey (1 channel)") if channels == 1 else ("grey", "RGB (3 channels)")
+        warnings.warn(
+            f"dataset {self.name!r} holds {kinds[0]} images; they are converted to {kinds[1]}, as the model asks for.",
+            stacklevel=3,
+        )
+
+
+def load_image_data(
+    dataset_name: str = "digits",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str = "train",
+    test_split: str | None = None,
+    image_size: int,
+    channels: int,
+    test_fraction: float = 0.2,
+    validation_fraction: float | None = None,
+    dataset_config_name: str | None = None,
+    revision: str | None = None,
+    max_images_per_class: int | None = None,
+) -> ImageClassificationData:
+    """Open an image-classification dataset; only its labels are read here.
+
+    Args:
+        dataset_name: "digits" (scikit-learn's 8x8 digits), a folder of class subfolders (with or without train and
+            test folders above them), a folder of parquet files, a single .parquet file, or a dataset id on the hub.
+        image_column: column of the images; None: the only `Image` column.
+        label_column: column of the labels (`ClassLabel`, integers >= 0 or strings); None: the only `ClassLabel`
+            column, else the only column with a usual name such as "label".
+        train_split: the dataset's split to train on.
+        test_split: the dataset's split to test on; None: "test", else "validation", "valid" or "val", else
+            `test_fraction` of the training split is held out. The name of `train_split` asks for the hold-out too.
+        image_size: height and width of the images returned. The shorter side is resized, the centre kept.
+        channels: 1 (grey) or 3 (RGB).
+        test_fraction: fraction of each class held out where the dataset has no test split (for "digits": the size of
+            its test split). Every class keeps at least one training image and, if it has two, gives one test image.
+        validation_fraction: None, or the fraction of each class's training images that becomes the "test" split
+            instead: the real test images stay unread, so that settings can be chosen without them.
+        dataset_config_name: configuration of a hub dataset or of a folder of parquet files.
+        revision: revision of a hub dataset.
+        max_images_per_class: keep the first so many images of each class in either split; None: all.
+
+    Returns:
+        The classes that have training images, under the dataset's own ids: the index in `ClassLabel`, the rank of a
+        string among the sorted names, or an integer itself.
+
+    Raises:
+        FileNotFoundError: dataset_name is a local path that does not exist.
+        ImportError: "digits" without scikit-learn.
+        ValueError: an argument does not fit the dataset, or rows are unlabelled.
+    """
+    _check_numbers(
+        image_size=image_size,
+        channels=channels,
+        test_fraction=test_fraction,
+        validation_fraction=validation_fraction,
+        max_images_per_class=max_images_per_class,
+    )
+    name, splits = _open_splits(
+        dataset_name, config_name=dataset_config_name, revision=revision, digits_test_fraction=test_fraction
+    )
+    test_split = _find_splits(splits, train_split=train_split, test_split=test_split)
+    train = splits[train_split]
+    image_column = _find_image_column(train.features, image_column)
+    label_column = _find_label_column(train.features, label_column, image_column=image_column)
+
+    # With a validation split the dataset's own test split is not even opened.
+    sources = [train_split] if test_split is None or validation_fraction else [train_split, test_split]
+    class_names, ids = _read_labels({source: splits[source] for source in sources}, label_column)
+    rows = [_rows_by_class(ids[source]) for source in sources]
+    if test_split is None:
+        rows = list(_hold_out(rows[0], test_fraction))
+    if validation_fraction:
+        rows = list(_hold_out(rows[0], validation_fraction))
+        sources = [train_split]
+    train_rows, test_rows = rows
+
+    class_names = _with_training_images(class_names, train_rows, name=name, train_split=train_split)
+    parts = {}
+    for split, source, split_rows in (("train", sources[0], train_rows), ("test", sources[-1], test_rows)):
+        # Undecoded, so that a broken image fails under its row index, when its class is asked for.
+        encoded = splits[source].select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
+        kept = {
+            class_id: split_rows[class_id][:max_images_per_class] for class_id in class_names if class_id in split_rows
+        }
+        parts[split] = _Part(source=source, encoded=encoded, rows=kept)
+    return ImageClassificationData(
+        name=name,
+        class_names=class_names,
+        image_shape=(channels, image_size, image_size),
+        image_column=image_column,
+        parts=parts,
+    )
+
+
+def split_into_tasks(
+    class_ids: Sequence[int],
+    classes_per_task: int,
+    *,
+    class_order_seed: int | None = None,
+    first_task: Sequence[int] | None = None,
+) -> list[Task]:
+    """Split classes into tasks.
+
+    Args:
+        class_ids: the dataset's classes, in the dataset's order.
+        classes_per_task: classes of each task; the last task may have fewer.
+        class_order_seed: None keeps the order of class_ids, a seed shuffles it.
+        first_task: classes that an existing generator knows already. If there are any, they are exactly task 0, in
+            this order, and the classes of class_ids that are not among them follow.
+
+    Returns:
+        The tasks; each class is in exactly one.
+
+    Raises:
+        ValueError: classes_per_task < 1, an id given twice, or fewer than two classes in all.
+    """
+    if classes_per_task < 1:
+        raise ValueError(
+            f"classes_per_task={classes_per_task} must be at least 1: set --classes_per_task to 1 or more."
+        )
+    class_ids = [int(class_id) for class_id in class_ids]
+    known = [int(class_id) for class_id in first_task or ()]
+    _check_unique("class_ids", class_ids)
+    _check_unique("first_task", known)
+    among_known = set(known)
+    new = [class_id for class_id in class_ids if class_id not in among_known]
+    if len(known) + len(new) < 2:
+        raise ValueError(
+            f"class_ids={class_ids} with first_task={known} gives {len(known) + len(new)} class(es), but continual "
+            "learning needs at least two classes: choose another dataset (--dataset_name) or another --label_column, "
+            "or give --base_model to add this one class to an existing generator."
+        )
+    if class_order_seed is not None:
+        new = [new[index] for index in np.random.default_rng(class_order_seed).permutation(len(new))]
+    chunks = [new[start : start + classes_per_task] for start in range(0, len(new), classes_per_task)]
+    if known:
+        chunks.insert(0, known)
+    return [Task(index=index, class_ids=tuple(chunk)) for index, chunk in enumerate(chunks)]
+
+
+def assign_class_ids(names: Sequence[str], known: Mapping[int, str]) -> list[int]:
+    """Ids for a dataset's classes next to the classes that a generator knows.
+
+    Args:
+        names: the dataset's class names, in its order.
+        known: class id -> name of the generator's classes; may be empty.
+
+    Returns:
+        One id for each name: the known one if the name is known, else the next free id from max(known) + 1 on.
+
+    Raises:
+        ValueError: a name given twice, in names or in known.
+    """
+    _check_unique("names", list(names))
+    _check_unique("known", list(known.values()))
+    id_of = {name: class_id for class_id, name in known.items()}
+    free = max(known, default=-1) + 1
+    for name in names:
+        if name not in id_of:
+            id_of[name] = free
+            free += 1
+    return [id_of[name] for name in names]
+
+
+def to_model_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 of any shape to float32 in [-1, 1], the range that generator and classifier work in."""
+    return images.float() / 127.5 - 1
+
+
+def _check_unique(field: str, values: list) -> None:
+    repeated = sorted({value for value in values if values.count(value) > 1}) if len(set(values)) < len(values) else []
+    if repeated:
+        raise ValueError(
+            f"{field}={shortened(str(values), 1000)} holds {shortened(str(repeated), 1000)} more than once: each class must be "
+            "given once."
+        )
+
+
+def _check_numbers(
+    *,
+    image_size: int,
+    channels: int,
+    test_fraction: float,
+    validation_fraction: float | None,
+    max_images_per_class: int | None,
+) -> None:
+    if channels not in (1, 3):
+        raise ValueError(f"channels={channels!r} must be 1 (grey) or 3 (RGB): use a model with 1 or 3 input channels.")
+    for field, value in (("image_size", image_size), ("max_images_per_class", max_images_per_class)):
+        if value is None and field == "max_images_per_class":
+            continue
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"{field}={value!r} must be a whole number >= 1: set --{field} accordingly.")
+    for field, value in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
+        if value is None and field == "validation_fraction":
+            continue
+        if not 0 < value < 1:
+            raise ValueError(f"{field}={value!r} must lie between 0 and 1, both excluded: set --{field} to e.g. 0.2.")
+
+
+def _open_splits(
+    dataset_name: str, *, config_name: str | None, revision: str | None, digits_test_fraction: float
+) -> tuple[str, DatasetDict]:
+    """Name for results, and all splits of the dataset."""
+    path = Path(dataset_name).expanduser()
+    is_digits = dataset_name == "digits"
+    is_local = not is_digits and (
+        path.exists() or path.is_absolute() or dataset_name.startswith((".", "~")) or path.suffix == ".parquet"
+    )
+    if is_local and not path.exists():
+        raise FileNotFoundError(
+            f"dataset_name={dataset_name!r} looks like a local path, but there is no such file or folder: expected a "
+            "folder of images or parquet files, or a .parquet file. Correct --dataset_name, or give a hub id "
+            "(owner/name)."
+        )
+    is_parquet_folder = is_local and path.is_dir() and _holds_parquet(path)
+    if revision is not None and (is_digits or is_local):
+        raise ValueError(
+            f"revision={revision!r} is only for datasets of the hub, but dataset_name={dataset_name!r} is not one: "
+            "leave --dataset_revision out."
+        )
+    if config_name is not None and (is_digits or (is_local and not is_parquet_folder)):
+        raise ValueError(
+            f"dataset_config_name={config_name!r} has no meaning for dataset_name={dataset_name!r}, expected None: "
+            "leave --dataset_config_name out."
+        )
+    if is_digits:
+        return "digits", _load_digits(digits_test_fraction)
+    if not is_local:
+        name, arguments = dataset_name, {"path": dataset_name, "name": config_name, "revision": revision}
+    elif is_parquet_folder:
+        name, arguments = path.resolve().name, {"path": str(path), "name": config_name}
+    elif path.is_dir():
+        name, arguments = path.resolve().name, {"path": "imagefolder", **_image_folder_files(path, dataset_name)}
+    elif path.suffix == ".parquet":
+        name, arguments = path.stem, {"path": "parquet", "data_files": glob.escape(str(path))}
+    else:
+        raise ValueError(
+            f"dataset_name={dataset_name!r} is a file of type {path.suffix!r}, expected .parquet: convert it to "
+            "parquet, or give a folder of class subfolders with images."
+        )
+    try:
+        with _without_unpickling():
+            return name, load_dataset(**arguments)
+    except Exception as error:
+        # Of what files say of themselves, `datasets` raises many types; no network and no rights speak for themselves.
+        if isinstance(error, (ImportError, OSError)) and not isinstance(
+            error, (FileNotFoundError, ValueError, DatasetsError)
+        ):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        # A DatasetGenerationError says only that something else happened.
+        told = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        raise kind(
+            f"dataset_name={dataset_name!r} could not be loaded ({type(told).__name__}: {shortened(str(told), 1000)}). "
+            "Expected a folder of class subfolders with images, a folder of parquet files, a .parquet file or a hub id; "
+            "check --dataset_name, --dataset_config_name and --dataset_revision."
+        ) from error
+
+
+@contextmanager
+def _without_unpickling() -> Iterator[None]:
+    """For an entry `.pth` of a tar archive, `datasets` would call torch's unpickler, restricted as that is."""
+
+    def refuse(_: bytes) -> None:
+        raise ValueError("an archive has an entry .pth, which is a pickle, expected images and labels as text or JSON")
+
+    before = WebDataset.DECODERS
+    WebDataset.DECODERS = {**before, "pth": refuse}
+    try:
+        yield
+    finally:
+        WebDataset.DECODERS = before
+
+
+def _holds_parquet(folder: Path) -> bool:
+    return any(
+        file.name not in METADATA_FILES for pattern in ("*.parquet", "*/*.parquet") for file in folder.glob(pattern)
+    )
+
+
+def _load_digits(test_fraction: float) -> DatasetDict:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError(
+            "dataset_name='digits' needs scikit-learn, which is not installed: run "
+            'pip install "funlora-hf[demo]", or choose another --dataset_name.'
+        ) from error
+    digits = load_digits()
+    pixels = np.round(digits.images * 255 / 16).astype(np.uint8)
+    train, test = train_test_split(
+        np.arange(len(pixels)), test_size=test_fraction, stratify=digits.target, random_state=HOLD_OUT_SEED
+    )
+    features = Features(
+        {"image": ImageFeature(), "label": ClassLabel(names=[str(name) for name in digits.target_names])}
+    )
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(
+                {"image": [Image.fromarray(pixels[row]) for row in rows], "label": digits.target[rows]},
+                features=features,
+            )
+            for split, rows in (("train", train), ("test", test))
+        }
+    )
+
+
+def _image_folder_files(folder: Path, dataset_name: str) -> dict:
+    """Arguments of `load_dataset` for class subfolders, or for split folders that hold class subfolders.
+
+    Left to itself, `datasets` finds splits by words in any part of a path: a class called "train" or "bullet_train"
+    would become the training split and the other classes would be lost. It also gives a single class no label.
+    """
+    top = _subfolders(folder)
+    if not top or any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES):
+        # Labels in a metadata file, or archives: datasets knows these.
+        return {"data_dir": str(folder)}
+    split_folders = [place for place in top if _subfolders(place)]
+    class_folders = [place for split in split_folders for place in _subfolders(split)] if split_folders else top
+    deeper = [place for place in class_folders if _subfolders(place)]
+    if deeper or len(split_folders) not in (0, len(top)):
+        odd = deeper or [place for place in top if place not in split_folders]
+        raise ValueError(
+            f"dataset_name={dataset_name!r} mixes folder depths (see {odd[0].relative_to(folder)}): expected "
+            "<class>/<image> for every image, or <split>/<class>/<image> for every image. Move the images or remove "
+            "the odd folders."
+        )
+    base = glob.escape(str(folder))
+    patterns = {split.name: f"{base}/{glob.escape(split.name)}/*/*" for split in split_folders}
+    return {"data_files": patterns or {"train": f"{base}/*/*"}, "drop_labels": False}
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    # datasets skips names that start with "." or "__", too.
+    return sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith((".", "__")))
+
+
+def _find_splits(splits: DatasetDict, *, train_split: str, test_split: str | None) -> str | None:
+    """Name of the test split, None for a hold-out of the training split."""
+    for field, value in (("train_split", train_split), ("test_split", test_split)):
+        if value is not None and value not in splits:
+            raise ValueError(
+                f"{field}={value!r} is not a split of the dataset, which has {list(splits)}: set --{field} to one of "
+                "these."
+            )
+    if test_split is None:
+        found = [name for name in TEST_SPLIT_NAMES if name in splits and name != train_split]
+        return found[0] if found else None
+    return None if test_split == train_split else test_split
+
+
+def _find_image_column(features: Features, column: str | None) -> str:
+    if column is None:
+        found = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
+        if len(found) != 1:
+            raise ValueError(
+                f"image_column=None needs exactly one Image column, but the dataset has {found or 'none'} among its "
+                f"columns {list(features)}: name the column with --image_column."
+            )
+        return found[0]
+    _check_column("image_column", column, features)
+    feature = features[column]
+    is_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+    if not (isinstance(feature, ImageFeature) or is_bytes or (isinstance(feature, dict) and "bytes" in feature)):
+        raise ValueError(
+            f"image_column={column!r} is of type {feature}, expected Image, binary or a struct with 'bytes': name "
+            f"another of the columns {list(features)} with --image_column."
+        )
+    return column
+
+
+def _find_label_column(features: Features, column: str | None, *, image_column: str) -> str:
+    if column is None:
+        found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+        if not found:
+            usable = [name for name, feature in features.items() if _is_integer(feature) or _is_string(feature)]
+            found = [name for name in usable if name.lower() in LABEL_COLUMN_NAMES]
+        if len(found) != 1:
+            raise ValueError(
+                f"label_column=None needs exactly one label column, but {found or 'none'} can be one among "
+                f"the columns {list(features)}: name the column with --label_column; a folder of images needs "
+                "one subfolder for each class."
+            )
+        return found[0]
+    _check_column("label_column", column, features)
+    feature = features[column]
+    if column == image_column or not (isinstance(feature, ClassLabel) or _is_integer(feature) or _is_string(feature)):
+        raise ValueError(
+            f"label_column={column!r} is of type {feature}, expected ClassLabel, integers or strings: name another of "
+            f"the columns {list(features)} with --label_column."
+        )
+    return column
+
+
+def _check_column(field: str, column: str, features: Features) -> None:
+    if column not in features:
+        raise ValueError(
+            f"{field}={column!r} is not a column of the dataset, which has {list(features)}: set --{field} to one of "
+            "these."
+        )
+
+
+def _is_integer(feature) -> bool:
+    return isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
+
+
+def _is_string(feature) -> bool:
+    return isinstance(feature, Value) and "string" in feature.dtype
+
+
+def _read_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[int, str], dict[str, np.ndarray]]:
+    """Class id -> name in the dataset's order, and for each split the class id of every row (int64)."""
+    values = {}
+    for split, dataset in splits.items():
+        _check_column("label_column", column, dataset.features)
+        values[split] = dataset.select_columns([column])[:][column]
+    train, *others = values.values()
+    feature = next(iter(splits.values())).features[column]
+    if isinstance(feature, ClassLabel):
+        names = dict(enumerate(feature.names))
+    elif _is_integer(feature):
+        names = {value: str(value) for value in sorted({v for vs in values.values() for v in vs if v is not None})}
+        names = {value: name for value, name in names.items() if 0 <= value < 2**63}
+    else:
+        # Names of the training split first: the ids must not depend on which test split is chosen.
+        known = {value for value in train if value is not None}
+        extra = {value for other in others for value in other if value is not None} - known
+        names = dict(enumerate(sorted(known) + sorted(extra)))
+    id_of = {name: class_id for class_id, name in names.items()} if _is_string(feature) else {i: i for i in names}
+    ids = {}
+    for split, split_values in values.items():
+        try:
+            ids[split] = np.array([id_of[value] for value in split_values], dtype=np.int64)
+        except KeyError:
+            row = next(row for row, value in enumerate(split_values) if value not in id_of)
+            expected = (
+                f"0..{len(names) - 1}"
+                if isinstance(feature, ClassLabel)
+                else "a class (integers from 0 to 2**63 - 1, or text)"
+            )
+            raise ValueError(
+                f"label_column={column!r}: row {row} of split {split!r} has the label {shortened(repr(split_values[row]), 100)}, expected "
+                f"{expected}. Remove the unlabelled rows, or choose a labelled split with --train_split or "
+                f"--test_split (--test_split {next(iter(splits))} holds a part of the training split out)."
+            ) from None
+    return names, ids
+
+
+def _rows_by_class(ids: np.ndarray) -> dict[int, np.ndarray]:
+    """Class id -> its row indices (int64, ascending); ids is int64 (rows,)."""
+    order = np.argsort(ids, kind="stable")
+    present, starts = np.unique(ids[order], return_index=True)
+    return dict(zip(present.tolist(), np.split(order, starts[1:]), strict=True)) if len(present) else {}
+
+
+def _hold_out(rows: Mapping[int, np.ndarray], fraction: float) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Split the rows of every class into (kept, held out), the same in every run."""
+    kept, held = {}, {}
+    for class_id, class_rows in rows.items():
+        count = len(class_rows)
+        held_count = min(max(1, round(fraction * count)), count - 1)
+        # One generator per class: a class's split does not depend on the other classes. RandomState's stream is
+        # frozen across numpy versions.
+        order = np.random.RandomState(HOLD_OUT_SEED).permutation(count)
+        held[class_id] = class_rows[np.sort(order[:held_count])]
+        kept[class_id] = class_rows[np.sort(order[held_count:])]
+    return kept, held
+
+
+def _with_training_images(
+    class_names: Mapping[int, str], train_rows: Mapping[int, np.ndarray], *, name: str, train_split: str
+) -> dict[int, str]:
+    dropped = [class_name for class_id, class_name in class_names.items() if class_id not in train_rows]
+    if len(dropped) == len(class_names):
+        raise ValueError(
+            f"train_split={train_split!r} of dataset {name!r} has no rows, expected training images: choose another "
+            "split with --train_split."
+        )
+    if dropped:
+        warnings.warn(
+            f"dataset {name!r}: these classes have no image in split {train_split!r} and are left out: "
+            f"{shortened(', '.join(dropped), 1000)}.",
+            stacklevel=3,
+        )
+    return {class_id: class_name for class_id, class_name in class_names.items() if class_id in train_rows}
+
+
+def _to_array(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
+    """Convert one image to uint8 (channels, size, size), values 0..255."""
+    image = _to_eight_bits(image)
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        # Dropping the alpha channel instead would show whatever colour lies under transparent pixels.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    image = image.convert("L" if channels == 1 else "RGB")
+    # Scales the shorter side to size and keeps the centre; an image that fits is copied unchanged.
+    image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale a grey image of more than 8 bits to 0..255; convert("L") would clip it at 255.
+
+    The scale must not depend on the single image, so it follows from the mode alone: "I;16" and "I" (in which Pillow
+    may open a 16-bit file) hold 0..65535, "F" holds 0..1.
+    """
+    if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+        return image
+    values = np.array(image, dtype=np.float64)
+    limit = 1 if image.mode == "F" else 65535
+    if not (values.min() >= 0 and values.max() <= limit):
+        raise ValueError(
+            f"its values lie in {values.min()}..{values.max()}, but an image of mode {image.mode!r} must hold "
+            f"0..{limit}"
+        )
+    # In place: a large image takes 8 bytes a pixel here.
+    values *= 255 / limit
+    return Image.fromarray(np.round(values, out=values).astype(np.uint8))

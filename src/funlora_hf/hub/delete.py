@@ -1,0 +1,102 @@
+"""Takes a class back, wherever it is: out of a pipeline, a bank, a folder and a repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from ..adapters.bank import AdapterBank
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
+from ..sampling.pipeline import FunLoraPipeline
+from ..utils.files import read_mapping, read_tensors, whole_file
+from .push import delete_class_from_hub
+
+
+def delete_class(
+    class_label: int,
+    *,
+    pipeline: FunLoraPipeline | None = None,
+    bank: AdapterBank | None = None,
+    output_dir: str | os.PathLike | None = None,
+    repo_id: str | None = None,
+    history: str = "keep",
+) -> list[str]:
+    """
+    Delete the class of an adapter from the places given; none of the others is touched, and no other class changes.
+
+    The repository comes first, so that what cannot be deleted there is still here to try again with. A place that has not got
+    the class (any more) is passed over.
+
+    Args:
+        class_label (`int`): id of the class.
+        pipeline ([`FunLoraPipeline`], *optional*): forgets the class, and its numbers in the model become zeros.
+        bank ([`AdapterBank`], *optional*): likewise; a file of it has to be saved again.
+        output_dir (`str` or `os.PathLike`, *optional*):
+            Folder of a run or of a saved pipeline: its adapter, checkpoints and pictures that show it. Numbers of the run in
+            results.json stay. A run that has not ended would learn the class again when it is resumed.
+        repo_id (`str`, *optional*): repository laid out as `push_all` does, in either layout.
+        history (`str`, *optional*, defaults to `"keep"`): of the repository, see `delete_class_from_hub`.
+
+    Returns:
+        `list[str]`: the places that had the class: "repo_id", "pipeline", "bank", "output_dir".
+
+    Raises:
+        ValueError: a class of the base, which is part of its weights, or one that none of the places has.
+        HfHubHTTPError: the Hub refused; nothing has been deleted then.
+    """
+    if pipeline is not None and class_label in pipeline.base_classes:
+        raise ValueError(
+            f"`class_label` is {class_label}, a class of the base, expected one that an adapter makes: what the base knows is "
+            "part of its weights and cannot be deleted."
+        )
+    found = []
+    if repo_id is not None and delete_class_from_hub(repo_id, class_label, history=history) is not None:
+        found.append("repo_id")
+    if pipeline is not None and class_label in pipeline.classes:
+        pipeline.unload_adapter(class_label)
+        found.append("pipeline")
+    if bank is not None and class_label in bank:
+        bank.remove(class_label)
+        found.append("bank")
+    if output_dir is not None and _delete_from_folder(Path(output_dir), class_label):
+        found.append("output_dir")
+    if not found:
+        raise ValueError(
+            f"`class_label` is {class_label}, which none of the places given has: name a class of an adapter, and where it is."
+        )
+    return found
+
+
+def _delete_from_folder(folder: Path, class_label: int) -> bool:
+    name = adapter_name(class_label)
+    adapter = folder / ADAPTERS_FOLDER / name
+    had_it = adapter.is_dir()
+    _forget_samples(folder / "figures" / "samples.safetensors", name)
+    traces = [adapter, folder / "figures" / f"{name}.png", *_grids_with(folder, class_label)]
+    traces += [path for path in (folder / "checkpoints").rglob(f"{name}*") if path.stem == name]
+    for path in traces:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return had_it
+
+
+def _forget_samples(file: Path, name: str) -> None:
+    """Take a class out of the first samples of all classes."""
+    if file.is_file():
+        samples = read_tensors(file, remedy="delete it; it shows what a run has drawn, and nothing is made of it")
+        with whole_file(file) as temporary:
+            save_file({key: images for key, images in samples.items() if key.rpartition("/")[2] != name}, temporary)
+
+
+def _grids_with(folder: Path, class_label: int) -> list[Path]:
+    """The pictures of all classes learned so far, from the task on that brought this one; all of them if that is not known."""
+    results = folder / "results.json"
+    tasks = read_mapping(results, keys=["tasks"])["tasks"] if results.is_file() else []
+    first = next((number for number, task in enumerate(tasks, start=1) if class_label in task), 1)
+    grids = (folder / "figures").glob("samples_task_*.png")
+    return [path for path in grids if int(path.stem.rpartition("_")[2]) >= first]

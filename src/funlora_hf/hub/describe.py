@@ -1,0 +1,184 @@
+"""Describes what lies in a folder, a file or a repository, as plain data. Puts no adapter into any model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ..adapters.base_fingerprint import BaseMismatchError, FingerprintCheck, base_fingerprint
+from ..adapters.base_model import base_classes, read_unet
+from ..adapters.class_folder import adapter_class
+from ..adapters.untrusted_adapter import read_adapter
+from ..adapters.untrusted_bank import read_bank
+from ..tuner import FunLoraConfig
+from .find import find_contents
+
+
+@dataclass(frozen=True)
+class BaseDescription:
+    """
+    Args:
+        name: where it lies.
+        classes: id -> name.
+        parameters: of the U-Net.
+        fingerprint: in float32.
+    """
+
+    name: str
+    classes: dict[int, str]
+    parameters: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """
+    Args:
+        name: where it lies.
+        class_label: id of its class; None: it does not say.
+        class_name: of its class; None: it does not say.
+        method: of PEFT.
+        function: of FunLoRA; None for other methods.
+        operation: of FunLoRA; None for other methods.
+        parameters: how many numbers it holds.
+        num_bytes: size of its weight file.
+        base_model: the base that it names.
+        base_matches: whether its fingerprint is that of the base beside it; None: one of the two is not there.
+    """
+
+    name: str
+    class_label: int | None
+    class_name: str | None
+    method: str
+    function: str | None
+    operation: str | None
+    parameters: int
+    num_bytes: int
+    base_model: str | None
+    base_matches: bool | None
+
+
+@dataclass(frozen=True)
+class BankDescription:
+    """
+    Args:
+        name: of the file.
+        classes: id -> name.
+        method: of PEFT.
+        function: of FunLoRA.
+        operation: of FunLoRA.
+        parameters_per_class: how many numbers a class has.
+        num_bytes: size of the file.
+        base_model: the base that it names.
+        base_matches: as for an adapter.
+    """
+
+    name: str
+    classes: dict[int, str]
+    method: str
+    function: str
+    operation: str
+    parameters_per_class: int
+    num_bytes: int
+    base_model: str | None
+    base_matches: bool | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """
+    Args:
+        source: as it was asked for.
+        base: None: there is none.
+        adapters: by rising id.
+        banks: by name.
+    """
+
+    source: str
+    base: BaseDescription | None
+    adapters: list[AdapterDescription] = field(default_factory=list)
+    banks: list[BankDescription] = field(default_factory=list)
+
+
+def describe(
+    source: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Description:
+    """
+    Describe what lies in a source.
+
+    Args:
+        source, subfolder, revision, local_files_only: as for [`find_contents`].
+
+    Returns:
+        [`Description`].
+
+    Raises:
+        FileNotFoundError: nothing to describe.
+        ValueError: a damaged file, which is named; `verify` looks at the others, too.
+    """
+    found = find_contents(source, subfolder=subfolder, revision=revision, local_files_only=local_files_only)
+    base = check = None
+    if found.base is not None:
+        unet = read_unet(found.base)
+        base, check = _base(found.base, found.name(found.base), unet), FingerprintCheck(unet)
+    adapters = [_adapter(folder, found.name(folder), check) for folder in found.adapters]
+    banks = [_bank(file, found.name(file), check) for file in found.banks]
+    return Description(found.source, base, adapters, banks)
+
+
+def _base(folder: Path, name: str, unet: UNet2DModel) -> BaseDescription:
+    fingerprint = base_fingerprint(unet, dtype=torch.float32)
+    return BaseDescription(name, base_classes(folder), unet.num_parameters(), fingerprint)
+
+
+def _adapter(folder: Path, name: str, check: FingerprintCheck | None) -> AdapterDescription:
+    adapter = read_adapter(folder)
+    config = adapter.config
+    found = adapter_class(folder)
+    is_funlora = isinstance(config, FunLoraConfig)
+    return AdapterDescription(
+        name=name,
+        class_label=found["class_label"],
+        class_name=found["class_name"],
+        method=config.peft_type.value,
+        function=config.function if is_funlora else None,
+        operation=config.operation if is_funlora else None,
+        parameters=adapter.numel,
+        num_bytes=(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
+        base_model=config.base_model_name_or_path,
+        base_matches=_matches(check, config, name),
+    )
+
+
+def _bank(file: Path, name: str, check: FingerprintCheck | None) -> BankDescription:
+    bank = read_bank(file)
+    return BankDescription(
+        name=name,
+        classes=bank.classes,
+        method=bank.config.peft_type.value,
+        function=bank.config.function,
+        operation=bank.config.operation,
+        parameters_per_class=bank.numel,
+        num_bytes=file.stat().st_size,
+        base_model=bank.config.base_model_name_or_path,
+        base_matches=_matches(check, bank.config, name),
+    )
+
+
+def _matches(check: FingerprintCheck | None, config: object, name: str) -> bool | None:
+    if check is None or getattr(config, "base_fingerprint", None) is None:
+        return None
+    try:
+        check.check(config, name)
+    except BaseMismatchError:
+        return False
+    return True

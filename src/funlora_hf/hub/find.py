@@ -1,0 +1,131 @@
+"""Finds what lies in a folder, a file or a repository: base, adapters, banks. Knows names of files; reads none of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..adapters.base_model import GENERATOR_FOLDERS, PIPELINE, UNET_FOLDER
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name
+from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch
+from .classes_json import CARD, INDEX
+from .what_to_push import SAMPLES
+
+
+ADAPTER_CONTENTS = (*ADAPTER_FILES, CARD, SAMPLES)
+# Of a pipeline's folder, what its base is made of.
+BASE_CONTENTS = (PIPELINE, f"{UNET_FOLDER}/*.json", f"{UNET_FOLDER}/*.safetensors", "scheduler/*.json")
+# A U-Net without a pipeline around it.
+_UNET_CONTENTS = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index.json")
+_BASE_PLACES = (*GENERATOR_FOLDERS, ".")
+_OTHER_WEIGHTS = ("adapter_model", "diffusion_pytorch_model")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """
+    What was found.
+
+    Args:
+        source: as it was asked for.
+        root: folder on this machine; of a bank's file, the folder that it is in.
+        base: folder of a pipeline, or of a U-Net by itself.
+        adapters: folders of adapters, by rising id; one may be `root` itself.
+        banks: files.
+    """
+
+    source: str
+    root: Path
+    base: Path | None
+    adapters: tuple[Path, ...]
+    banks: tuple[Path, ...]
+
+    def name(self, path: Path) -> str:
+        """A folder or file in it, as one would say where it lies."""
+        return self.source if path == self.root else path.relative_to(self.root).as_posix()
+
+
+def find_contents(
+    source: str | os.PathLike,
+    *,
+    subfolder: str | None = None,
+    classes: Collection[int] | None = None,
+    with_base: bool = True,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Contents:
+    """
+    Find what lies in a source; of a repository, fetch it.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            Folder of a run or of a pipeline, of adapters `class_<id>` or of one adapter; a bank's file; or a repository laid out as
+            one of these folders, in which banks are not looked for.
+        subfolder (`str`, *optional*): where in it.
+        classes (collection of `int`, *optional*): ids of the classes wanted, of which alone files are fetched; None: all.
+        with_base (`bool`, *optional*, defaults to `True`): whether the base of a repository is fetched, too.
+        revision (`str`, *optional*): branch, tag or commit of a repository.
+        local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache.
+
+    Returns:
+        [`Contents`].
+
+    Raises:
+        FileNotFoundError: no such folder or repository, none of the things named in it, or a class that it has not.
+        ValueError: a name that leads out of the repository.
+    """
+    name = os.fspath(source)
+    if os.path.isfile(name):
+        return Contents(name, Path(name).parent, None, (), (Path(name),))
+    names = ["class_*"] if classes is None else [adapter_name(label) for label in classes]
+    files = [
+        *ADAPTER_CONTENTS,
+        *(
+            f"{place}{name}/{file}"
+            for place in ("", f"{ADAPTERS_FOLDER}/")
+            for name in names
+            for file in ADAPTER_CONTENTS
+        ),
+    ]
+    if with_base:
+        files += [
+            INDEX,
+            *_UNET_CONTENTS,
+            *(f"{place}{file}" for place in ("", "base/", "model/") for file in BASE_CONTENTS),
+        ]
+    if subfolder:
+        files = [f"{subfolder}/{file}" for file in files]
+    root = fetch(name, files, revision=revision, local_files_only=local_files_only) / (subfolder or "")
+    base = next((root / place for place in _BASE_PLACES if _is_base(root / place)), None) if with_base else None
+    found = Contents(name, root, base, _adapters(root, classes), _banks(root))
+    place = f"{name!r}" + (f", subfolder {subfolder!r}," if subfolder else "")
+    absent = [] if classes is None else sorted(set(names) - {folder.name for folder in found.adapters})
+    if absent and root not in found.adapters:
+        # Of a repository, the others have not been fetched.
+        others = ", ".join(folder.name for folder in _adapters(root, None)) if os.path.isdir(name) else ""
+        raise FileNotFoundError(f"{place} has no {', '.join(absent)}, expected {others or 'classes that it has'}.")
+    if not (found.base or found.adapters or found.banks):
+        raise FileNotFoundError(
+            f"{place} has neither a base nor an adapter nor a bank, expected a run, a pipeline, a folder class_<id>, or an "
+            "adapter as PEFT saves it."
+        )
+    return found
+
+
+def _is_base(folder: Path) -> bool:
+    return (folder / PIPELINE).is_file() or (folder / "config.json").is_file()
+
+
+def _adapters(root: Path, classes: Collection[int] | None) -> tuple[Path, ...]:
+    own = [root] if any((root / name).is_file() for name in ADAPTER_FILES) else []
+    below = [*adapter_folders(root), *adapter_folders(root / ADAPTERS_FOLDER)]
+    if classes is not None:
+        wanted = {adapter_name(label) for label in classes}
+        below = [folder for folder in below if folder.name in wanted]
+    return (*own, *below)
+
+
+def _banks(root: Path) -> tuple[Path, ...]:
+    return tuple(file for file in sorted(root.glob("*.safetensors")) if not file.name.startswith(_OTHER_WEIGHTS))

@@ -1,0 +1,119 @@
+"""Brings classes from a repository into the folder of a run, whole and found sound, or not at all. Knows files; knows no model."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_name
+from ..adapters.untrusted_adapter import check_download
+from ..utils.files import whole_folder
+from .find import ADAPTER_CONTENTS, BASE_CONTENTS, Contents, find_contents
+from .verify import sound_base, verify_contents
+
+
+BASE_FOLDER = "base"
+
+
+def pull(
+    source: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    classes: Collection[int] | None = None,
+    with_base: bool = False,
+    overwrite: bool = False,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> list[Path]:
+    """
+    Copy classes, and their base if asked for, as the folder of a run has them: `adapters/class_<id>/` and `base/`.
+
+    Only configs, safetensors, cards and pictures are taken. All of it is checked before anything is written; adapters also against
+    the base, the one that comes along or that of `output_dir`.
+
+    Args:
+        source (`str` or `os.PathLike`): repository with folders `class_<id>`, or with one adapter; or a folder laid out like it.
+        output_dir (`str` or `os.PathLike`): where to.
+        classes (collection of `int`, *optional*): ids of the classes wanted; None: all there are.
+        with_base (`bool`, *optional*, defaults to `False`): take the base, too.
+        overwrite (`bool`, *optional*, defaults to `False`): replace folders of other content in `output_dir`.
+        revision (`str`, *optional*): branch, tag or commit of the repository.
+        local_files_only (`bool`, *optional*, defaults to `False`): take it from the cache.
+
+    Returns:
+        `list[Path]`: the folders written; those that had this content already are left out.
+
+    Raises:
+        FileNotFoundError: no such repository or class, no base though asked for.
+        FileExistsError: a folder is there with other content.
+        ValueError: something is damaged, or does not belong to the base.
+    """
+    output_dir = Path(output_dir)
+    found = find_contents(
+        source, classes=classes, with_base=with_base, revision=revision, local_files_only=local_files_only
+    )
+    if with_base and found.base is None:
+        raise FileNotFoundError(f"{found.source!r} holds no base: leave out `with_base`, or pull from its repository.")
+    _check_sound(found, output_dir)
+    copies = _copies(found, output_dir, classes)
+    if found.base is not None:
+        copies[output_dir / BASE_FOLDER] = _files(found.base, BASE_CONTENTS)
+    differ = {target: files for target, files in copies.items() if not _is_equal(target, files)}
+    there = [os.fspath(target) for target in differ if target.exists()]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{', '.join(there)}: there already, with other content than in {found.source!r}. Pass --overwrite to replace it, or "
+            "another folder."
+        )
+    for target, files in differ.items():
+        with whole_folder(target) as temporary:
+            for name, file in files.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, temporary / name)
+    return list(differ)
+
+
+def _check_sound(found: Contents, output_dir: Path) -> None:
+    """Raise a ValueError unless all of it is, on the base that it will lie beside."""
+    present = output_dir / BASE_FOLDER
+    base = sound_base(present) if found.base is None and present.is_dir() else None
+    for verdict in verify_contents(replace(found, banks=()), base):
+        if not verdict.ok:
+            raise ValueError(f"{verdict.kind} {verdict.name!r} of {found.source!r}: {verdict.detail}")
+
+
+def _copies(found: Contents, output_dir: Path, classes: Collection[int] | None) -> dict[Path, dict[str, Path]]:
+    """By the folder to write: what goes into it."""
+    copies: dict[Path, dict[str, Path]] = {}
+    for folder in found.adapters:
+        label = adapter_class(folder)["class_label"]
+        if label is None:
+            raise ValueError(f"The adapter {found.name(folder)!r} does not say which class it is.")
+        if classes is not None and label not in classes:
+            raise ValueError(
+                f"The adapter {found.name(folder)!r} makes class {label}, which is not in {sorted(classes)}."
+            )
+        target = output_dir / ADAPTERS_FOLDER / adapter_name(label)
+        if target in copies:
+            raise ValueError(f"{found.source!r} has two adapters of class {label}: pull one of them by itself.")
+        copies[target] = _files(folder, ADAPTER_CONTENTS)
+    return copies
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
+    files = {path.relative_to(folder).as_posix(): path for pattern in patterns for path in folder.glob(pattern)}
+    for file in files.values():
+        check_download(file)
+    return files
+
+
+def _is_equal(target: Path, files: dict[str, Path]) -> bool:
+    """Whether a folder holds just these files."""
+    there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    return there == files.keys() and all(
+        filecmp.cmp(target / name, file, shallow=False) for name, file in files.items()
+    )

@@ -1,0 +1,257 @@
+"""What a repository shows of a base, of an adapter and of all its classes: files and cards, made from folders.
+
+Knows folders, configs and cards; asks no Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ..adapters.base_fingerprint import base_fingerprints
+from ..adapters.base_model import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
+from ..adapters.untrusted_adapter import SavedAdapter, read_adapter
+from ..cards.model_cards import ClassRow, Place, adapter_card
+from ..utils.files import read_json, read_mapping
+from .classes_json import CARD, results_without
+
+
+SAMPLES = "samples.png"
+# What diffusers writes of a pipeline; the card is ours.
+_BASE_FILES = ("*.json", "*/*.json", "*/*.safetensors", "*/*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Base:
+    """
+    How others find a base.
+
+    Args:
+        repo_id: "user/repo"; None: it is not on the Hub.
+        revision: branch, tag or commit; None: the main branch.
+        is_unet: the repository is the U-Net itself, not a pipeline.
+    """
+
+    repo_id: str | None
+    revision: str | None = None
+    is_unet: bool = False
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """
+    A base on this machine.
+
+    Args:
+        folder: of its pipeline.
+        classes: id -> name, by row of the class embedding.
+        fingerprints: as `base_fingerprints`.
+    """
+
+    folder: Path
+    classes: dict[int, str]
+    fingerprints: dict[str, str]
+
+    @property
+    def tag(self) -> str:
+        """Name of a tag for just these weights."""
+        return f"base-{self.fingerprints['float32'][:12]}"
+
+    def files(self) -> dict[str, Path | bytes]:
+        """What the repository gets: JSON and safetensors, without adapters."""
+        files: dict[str, Path | bytes] = {}
+        for path in sorted({path for pattern in _BASE_FILES for path in self.folder.glob(pattern)}):
+            name = path.relative_to(self.folder).as_posix()
+            files[name] = _without_path(path) if path.suffix == ".json" else path
+        return files
+
+
+def read_base(folder: Path) -> BaseFolder:
+    """Look at the base in a folder.
+
+    Raises:
+        FileNotFoundError: no pipeline in it.
+        ValueError: a U-Net that cannot be loaded.
+    """
+    if not (folder / PIPELINE).is_file():
+        raise FileNotFoundError(f"{os.fspath(folder)!r} has no {PIPELINE}, expected a pipeline's folder.")
+    return BaseFolder(folder, base_classes(folder), base_fingerprints(read_unet(folder)))
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """
+    An adapter on this machine, found sound.
+
+    Args:
+        adapter: its files.
+        class_label: of its class.
+        class_name: of its class.
+        samples: picture of its samples, if there is one.
+    """
+
+    adapter: SavedAdapter
+    class_label: int
+    class_name: str
+    samples: Path | None
+
+    @property
+    def base_on_hub(self) -> Base:
+        """The base that its config names, if that is a repository; a path of this machine tells others nothing."""
+        config = self.adapter.config
+        named = config.base_model_name_or_path
+        return Base(named, config.revision) if named and is_repository(named) else Base(None)
+
+    def row(self, results: Mapping[str, Any] | None, link: str) -> ClassRow:
+        """Its line in a table of classes."""
+        accuracy = ((results or {}).get("class_accuracy") or {}).get(str(self.class_label))
+        size = (self.adapter.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+        return ClassRow(self.class_label, self.class_name, "adapter", self.adapter.numel, size, accuracy, link)
+
+    def files(
+        self,
+        repo_id: str,
+        subfolder: str | None,
+        base: Base,
+        *,
+        results: Mapping[str, Any] | None = None,
+        license: str | None = None,
+    ) -> dict[str, Path | bytes]:
+        """What the repository gets: config, with the base as others find it, weights, card and picture."""
+        folder = self.adapter.folder
+        settings = read_mapping(folder / CONFIG_NAME)
+        settings["base_model_name_or_path"], settings["revision"] = base.repo_id, base.revision
+        weights = folder / SAFETENSORS_WEIGHTS_NAME
+        card = adapter_card(
+            self.adapter.config,
+            class_label=self.class_label,
+            class_name=self.class_name,
+            parameters=self.adapter.numel,
+            num_bytes=weights.stat().st_size,
+            place=Place(repo_id, subfolder, base.repo_id, base.revision, base.is_unet),
+            results=results,
+            samples=SAMPLES if self.samples else None,
+            license=license,
+        )
+        files: dict[str, Path | bytes] = {
+            CONFIG_NAME: json.dumps(settings, indent=2, sort_keys=True).encode(),
+            SAFETENSORS_WEIGHTS_NAME: weights,
+            CARD: str(card).encode(),
+        }
+        if self.samples:
+            files[SAMPLES] = self.samples
+        return {f"{subfolder}/{name}" if subfolder else name: content for name, content in files.items()}
+
+
+def read_adapter_folder(folder: Path, *, samples: Path | None = None) -> AdapterFolder:
+    """Look at the adapter in a folder, and at every number of it, before others get it.
+
+    Raises:
+        FileNotFoundError: no adapter in it.
+        ValueError: a damaged one.
+    """
+    adapter = read_adapter(folder)
+    adapter.tensors()
+    found = adapter_class(folder)
+    name = found["class_name"] or str(found["class_label"])
+    return AdapterFolder(adapter, found["class_label"], name, samples if samples and samples.is_file() else None)
+
+
+@dataclass(frozen=True)
+class RunToPush:
+    """A run's folder: its base (None: it had one from elsewhere), adapters by id, tasks, and results, if it has ended."""
+
+    base: BaseFolder | None
+    adapters: dict[int, AdapterFolder]
+    tasks: list[list[int]]
+    results: Mapping[str, Any] | None
+
+    @property
+    def base_tags(self) -> list[str]:
+        """The tag of its base, if it has one."""
+        return [] if self.base is None else [self.base.tag]
+
+
+def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | None) -> RunToPush:
+    """Look at the folder of a run.
+
+    Args:
+        folder: of the run.
+        own_base: whether its base is pushed with it, if it has one.
+        tasks: ids of the classes by task; None: those in results.json.
+
+    Raises:
+        FileNotFoundError: no folder of a run.
+        ValueError: a damaged adapter.
+    """
+    results = read_mapping(folder / "results.json", keys=["tasks"]) if (folder / "results.json").is_file() else None
+    trained = next((folder / name for name in GENERATOR_FOLDERS if (folder / name).is_dir()), None)
+    base = read_base(trained) if trained is not None and own_base else None
+    adapters = {}
+    for path in adapter_folders(folder / ADAPTERS_FOLDER):
+        found = read_adapter_folder(path, samples=folder / "figures" / f"{path.name}.png")
+        adapters[found.class_label] = found
+    if base is None and not adapters:
+        raise FileNotFoundError(
+            f"`output_dir` {os.fspath(folder)!r} has neither base/ nor model/ nor adapters/, expected the folder of a run."
+        )
+    results = _results_now(results, folder, adapters)
+    if tasks is None:
+        tasks = (results or {}).get("tasks") or [[] if base is None else list(base.classes), list(adapters)]
+    named = {label for task in tasks for label in task}
+    late = [label for label in adapters if label not in named]
+    return RunToPush(base, adapters, [*map(list, tasks), *([late] if late else [])], results)
+
+
+def _results_now(
+    results: Mapping[str, Any] | None, folder: Path, adapters: Mapping[int, AdapterFolder]
+) -> dict[str, Any] | None:
+    """The results of a run as far as they hold for what is in its folder now."""
+    if results is None:
+        return None
+    # What an adapter made and none makes any more has been deleted.
+    later = {label for task in results.get("tasks", [])[1:] for label in task}
+    with_adapters = bool(adapters) or (folder / ADAPTERS_FOLDER).is_dir()
+    now = results_without(results, later - adapters.keys() if with_adapters else ())
+    if now.get("class_accuracy"):
+        # An updated class has no picture any more, and its accuracy was that of the adapter before.
+        pictures = {path.stem for path in (folder / "figures").glob("class_*.png")}
+        now["class_accuracy"] = {c: v for c, v in now["class_accuracy"].items() if f"class_{c}" in pictures}
+    return now
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is that of a repository, "user/repo", and not a folder of this machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not os.path.exists(name)
+
+
+def warn_without_base(adapter: str) -> None:
+    """Say that others cannot find the base of what is about to be pushed."""
+    warnings.warn(
+        f"{adapter} is pushed without the name of its base, which is only known by a path of this machine: nobody else can tell "
+        "what to load it onto. Push the base with `push_base` and pass its repository as `base_model`.",
+        stacklevel=3,
+    )
+
+
+def _without_path(file: Path) -> bytes:
+    """A JSON file of diffusers without the name of the folder that the model once came from."""
+    settings = read_json(file)
+    if not isinstance(settings, dict) or "_name_or_path" not in settings:
+        return file.read_bytes()
+    del settings["_name_or_path"]
+    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()

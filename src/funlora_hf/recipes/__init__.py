@@ -1,0 +1,1 @@
+"""Recipes: YAML that gives arguments of a run."""

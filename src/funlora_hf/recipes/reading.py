@@ -1,0 +1,98 @@
+"""Reads YAML that anybody may have written: recipes, and values of the command line. Knows nothing of what they are for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..utils.checks import shortened
+
+
+# A recipe has some 2 kB; PyYAML takes 64 times as long for 64 times as much.
+MOST_BYTES = 2**16
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what a recipe has no use for: aliases, which can make gigabytes of a few lines, and a key twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, "it has an alias, expected the value itself", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"it has {', '.join(map(repr, twice))} twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """
+    The value of plain YAML: numbers, text, lists and mappings. Nothing in it is run, and no object is made.
+
+    Raises:
+        ValueError: it is no such YAML, has an alias or a key twice, or is longer than `MOST_BYTES`.
+    """
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it has {len(text)} bytes, expected {MOST_BYTES} at most")
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    # PyYAML lets through whatever int(), float(), dates and base64 raise.
+    except Exception as error:
+        raise ValueError(shortened(" ".join(str(error).split()), 300)) from error
+
+
+def read_recipe(path: str | os.PathLike, known: Collection[str]) -> dict[str, Any]:
+    """
+    The arguments that a file gives; none if it is empty.
+
+    Args:
+        path (`str` or `os.PathLike`): a YAML file: a mapping.
+        known (collection of `str`): keys that it may have.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no file that can be read, no YAML, not a mapping, or another key; it names the file.
+    """
+    path = os.fspath(path)
+    if not Path(path).exists():
+        raise FileNotFoundError(f"`config` is {path!r}, but there is no such file: name a recipe, a YAML file.")
+    try:
+        # One byte more tells a longer file from one of just that size, without reading all of it.
+        with open(path, "rb") as file:
+            recipe = load_yaml(file.read(MOST_BYTES + 1))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`config` {path!r} is no recipe: {error}. Expected a YAML file of keys and values."
+        ) from error
+    recipe = {} if recipe is None else recipe
+    if not isinstance(recipe, dict):
+        raise ValueError(
+            f"`config` {path!r} holds {_kind(recipe)}, expected a mapping: one `key: value` on each line."
+        )
+    unknown = sorted(str(key) for key in recipe if key not in known)
+    if unknown:
+        named = shortened(", ".join(map(repr, unknown)), 300)
+        raise ValueError(f"`config` {path!r} has unknown keys {named}; --help lists the known ones.")
+    return recipe
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "text"}.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,522 @@
+"""FunLoraPipeline: samples any class of a base and of the adapters loaded onto it, in one call.
+
+Knows the base, its adapters and the solvers; knows nothing of training or evaluation.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from tqdm.auto import tqdm
+
+from ..adapters.base_fingerprint import base_tensors
+from ..adapters.base_model import check_base_folder
+from ..adapters.by_class import ClassAdapters
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
+from ..adapters.untrusted_adapter import read_adapter
+from ..flow_matching import sigma_to_timestep
+from ..tuners_utils.wrappers import adapted_modules
+from ..utils.checks import check_class_label, check_class_name, shortened
+from .guidance import Guidance
+from .solvers import SolverOutput, check_solver, solve
+
+
+@dataclass
+class FunLoraPipelineOutput(BaseOutput):
+    """
+    Output class of [`FunLoraPipeline`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            Images in the order asked: PIL, an array `(batch, height, width, channels)` in [0, 1], or a tensor
+            `(batch, channels, height, width)` in [0, 1].
+        nfe (`int`): number of function evaluations: how often the U-Net ran.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    nfe: int
+
+
+class FunLoraPipeline(DiffusionPipeline):
+    r"""
+    Pipeline for class-conditional image generation with a flow-matching U-Net and one FunLoRA adapter per class added.
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (downloading, saving, running on a particular device, etc.).
+
+    Parameters:
+        unet ([`UNet2DModel`]):
+            The base. Loading adapters wraps layers of it in place; its own weights never change.
+        scheduler ([`FlowMatchEulerDiscreteScheduler`]):
+            Gives the sigmas at which the fixed-step solvers stop.
+        class_ids (`list[int]`, *optional*):
+            Classes that the base knows: row i of its class embedding is the class `class_ids[i]`. None: the rows'
+            own numbers.
+        id2label (`dict[int, str]`, *optional*):
+            Names of the base's classes. None: their ids as text.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        class_ids: Optional[list] = None,  # noqa: UP045 - older diffusers read annotations of this form only
+        id2label: Optional[dict] = None,  # noqa: UP045
+    ) -> None:
+        super().__init__()
+        if isinstance(unet, (PeftModel, PeftMixedModel, BaseTuner)):
+            raise ValueError(
+                f"`unet` is a {type(unet).__name__}, expected the UNet2DModel in it, without adapters: save the adapter with "
+                "`save_pretrained`, pass `unet.unload()`, and add the adapter with `load_adapter`."
+            )
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"`scheduler` is a {type(scheduler).__name__}, expected a FlowMatchEulerDiscreteScheduler: the base must "
+                "be trained by flow matching."
+            )
+        self.register_modules(unet=unet, scheduler=scheduler)
+        rows = 0 if unet.config.num_class_embeds is None else unet.config.num_class_embeds
+        class_ids, id2label = _as_classes(range(rows) if class_ids is None else class_ids, id2label or {})
+        if len(class_ids) != rows or len(set(class_ids)) != rows:
+            raise ValueError(
+                f"`class_ids` is {class_ids}, expected {rows} different ids: one for each row of the U-Net's class "
+                "embedding (`num_class_embeds`)."
+            )
+        id2label = {class_id: id2label.get(class_id, str(class_id)) for class_id in class_ids}
+        _check_names(id2label)
+        self.register_to_config(class_ids=class_ids, id2label=id2label)
+        self._base_rows = {class_id: row for row, class_id in enumerate(class_ids)}
+        self._names = dict(id2label)
+        self._adapters = ClassAdapters(unet)
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Every class that can be asked for now, id -> name: the base's, then the adapters' in order of loading."""
+        return dict(self._names)
+
+    @property
+    def base_classes(self) -> list[int]:
+        """Ids of the classes that the base itself knows, by row of its class embedding."""
+        return list(self._base_rows)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        num_inference_steps: int = 10,
+        solver: str = "heun",
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        guidance: Guidance | None = None,
+    ) -> FunLoraPipelineOutput | tuple:
+        r"""
+        The call function to the pipeline for generation.
+
+        Args:
+            class_labels (`int`, `str`, or a sequence of them):
+                One class for every image wanted, by id or by name; base and adapter classes may mix.
+            num_inference_steps (`int`, *optional*, defaults to 10):
+                Steps of the fixed-step solvers; "dopri5" chooses its own.
+            solver (`str`, *optional*, defaults to "heun"):
+                "euler" (1 evaluation of the U-Net a step), "heun" (2), "rk4" (4) or "dopri5" (adaptive).
+            rtol (`float`, *optional*, defaults to 1e-5): Relative tolerance of "dopri5".
+            atol (`float`, *optional*, defaults to 1e-5): Absolute tolerance of "dopri5".
+            generator (`torch.Generator` or a list of them, *optional*):
+                Makes the noise, and with it the images, repeatable.
+            output_type (`str`, *optional*, defaults to "pil"): "pil", "np" or "pt".
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`FunLoraPipelineOutput`] instead of a tuple.
+            guidance ([`Guidance`], *optional*):
+                Steers the samples to where a score of the image, such as a classifier's, is higher.
+
+        Returns:
+            [`FunLoraPipelineOutput`] or `tuple`: the images, in the order asked, and the number of evaluations.
+
+        Raises:
+            ValueError: unknown class, solver or output type, no class at all, or less than one step.
+
+        Source: arXiv 2510.02631, sampling by an ODE solver [text]; the default solver and steps are [ours].
+        """
+        _check_sampling(solver, num_inference_steps, output_type)
+        class_ids = self._class_ids(class_labels)
+        noise = self._noise(len(class_ids), generator)
+        # Sorted by class, a batch need not be sorted in every adapted layer.
+        order = sorted(range(len(class_ids)), key=class_ids.__getitem__)
+        class_ids = [class_ids[index] for index in order]
+        rows = self._embedding_rows(class_ids)
+
+        def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+            return self._velocity(state, sigma, rows)
+
+        with self._acting(class_ids):
+            velocity = velocity if guidance is None else partial(guidance, velocity)
+            output = self._solve(velocity, noise[order], num_inference_steps, solver, rtol, atol)
+        sample = torch.empty_like(output.sample)
+        sample[order] = output.sample
+        return self._output(sample, output.nfe, output_type, return_dict)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        class_label_1: int | str,
+        class_label_2: int | str,
+        weights: int | Sequence[float] | torch.Tensor = 8,
+        num_inference_steps: int = 10,
+        solver: str = "heun",
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        generator: torch.Generator | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> FunLoraPipelineOutput | tuple:
+        r"""
+        Images on the way from one class to another, all from the same noise.
+
+        At every evaluation both classes give their velocity for every image, and the image of weight w moves with
+        `(1 - w) * velocity_1 + w * velocity_2`: weight 0 is the first class as [`~FunLoraPipeline.__call__`] samples it
+        from that noise, weight 1 the second. Base and adapter classes may mix.
+
+        Args:
+            class_label_1 (`int` or `str`): the class of weight 0, by id or by name.
+            class_label_2 (`int` or `str`): the class of weight 1.
+            weights (`int` or a sequence of `float`, *optional*, defaults to 8):
+                One weight in [0, 1] for every image wanted, or how many, at least 2, evenly spaced from 0 to 1.
+            num_inference_steps (`int`, *optional*, defaults to 10):
+                Steps of the fixed-step solvers; "dopri5" chooses its own.
+            solver (`str`, *optional*, defaults to "heun"):
+                "euler" (1 evaluation of the U-Net a step), "heun" (2), "rk4" (4) or "dopri5" (adaptive).
+            rtol (`float`, *optional*, defaults to 1e-5): Relative tolerance of "dopri5".
+            atol (`float`, *optional*, defaults to 1e-5): Absolute tolerance of "dopri5".
+            generator (`torch.Generator`, *optional*):
+                Makes the one noise, and with it the images, repeatable.
+            output_type (`str`, *optional*, defaults to "pil"): "pil", "np" or "pt".
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`FunLoraPipelineOutput`] instead of a tuple.
+
+        Returns:
+            [`FunLoraPipelineOutput`] or `tuple`: the images, in the order of the weights, and the number of evaluations:
+            both classes of all weights run in one batch, twice as large as there are weights.
+
+        Raises:
+            ValueError: unknown class, solver or output type, weights out of range or none, or less than one step.
+
+        Source: [ours].
+        """
+        _check_sampling(solver, num_inference_steps, output_type)
+        weights = _interpolation_weights(weights)
+        (class_1,) = self._class_ids([class_label_1])
+        (class_2,) = self._class_ids([class_label_2])
+        noise = self._noise(1, generator)
+        noise = noise.expand(len(weights), *noise.shape[1:])
+        weights = weights.to(noise).view(-1, 1, 1, 1)
+        class_ids = [class_1] * len(noise) + [class_2] * len(noise)
+        rows = self._embedding_rows(class_ids)
+
+        def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+            first, second = self._velocity(torch.cat([state, state]), sigma, rows).chunk(2)
+            return (1 - weights) * first + weights * second
+
+        with self._acting(class_ids):
+            output = self._solve(velocity, noise, num_inference_steps, solver, rtol, atol)
+        return self._output(output.sample, output.nfe, output_type, return_dict)
+
+    def predict_velocity(
+        self, sample: torch.Tensor, sigma: torch.Tensor, class_labels: int | str | Sequence[int | str] | torch.Tensor
+    ) -> torch.Tensor:
+        """
+        dx/dsigma of each sample under its own class.
+
+        Args:
+            sample (`torch.Tensor`): states, `(batch, channels, height, width)`.
+            sigma (`torch.Tensor`): `(batch,)` or a scalar, in [0, 1]; 1 is the noise, 0 the data.
+            class_labels (`int`, `str`, or a sequence of them): one class for every sample, by id or by name.
+
+        Returns:
+            `torch.Tensor`: of the shape and dtype of `sample`.
+
+        Raises:
+            ValueError: unknown class.
+        """
+        class_ids = self._class_ids(class_labels)
+        with self._acting(class_ids):
+            return self._velocity(sample, sigma, self._embedding_rows(class_ids))
+
+    def load_adapter(
+        self,
+        source: str | os.PathLike,
+        *,
+        subfolder: str | None = None,
+        class_label: int | None = None,
+        class_name: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        ignore_base_fingerprint: bool = False,
+    ) -> int:
+        """
+        Add the class of an adapter. Only its JSON and its safetensors file are read, and nothing in them is run.
+
+        Args:
+            source (`str` or `os.PathLike`):
+                A folder written by PEFT's `save_pretrained`, or a repository on the Hub. FunLoRA, or any other method of
+                PEFT whose layers take `adapter_names`; such an adapter may bring its class vector as row 0 of the class
+                embedding (`trainable_token_indices={"class_embedding": [0]}`). All adapters loaded are of one method.
+            subfolder (`str`, *optional*): where in it the adapter lies.
+            class_label (`int`, *optional*): id under which to ask for the class; None: the one in the adapter's config.
+            class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
+            revision (`str`, *optional*): branch, tag or commit of a repository.
+            local_files_only (`bool`, *optional*, defaults to `False`):
+                Take a repository from the cache, without asking the Hub.
+            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`):
+                Load the adapter also if it was trained for another base.
+
+        Returns:
+            `int`: the id of the class.
+
+        Raises:
+            BaseMismatchError: the adapter was trained for another base (a ValueError).
+            ValueError: no id, an id or a name that is taken, an adapter of another method than those loaded, or one
+                that does not fit the base. Nothing has changed then.
+            FileNotFoundError: no such folder, repository, revision or adapter in it.
+        """
+        adapter = read_adapter(source, subfolder=subfolder, revision=revision, local_files_only=local_files_only)
+        config = adapter.config
+        # Other methods' configs do not say which class an adapter makes.
+        class_label = getattr(config, "class_label", None) if class_label is None else class_label
+        if class_label is None:
+            raise ValueError(f"The adapter {adapter.source!r} does not say which class it is: pass `class_label`.")
+        class_name = class_name or getattr(config, "class_name", None) or str(class_label)
+        if class_label in self._names:
+            where = "the base knows" if class_label in self._base_rows else "an adapter is loaded for"
+            raise ValueError(f"`class_label` is {class_label}, a class that {where} already: pass another one.")
+        _check_names({**self._names, class_label: class_name})
+        self._adapters.add(adapter, class_label, ignore_base_fingerprint=ignore_base_fingerprint)
+        self._names[class_label] = class_name
+        return class_label
+
+    def load_adapter_bank(self, file: str | os.PathLike, *, ignore_base_fingerprint: bool = False) -> list[int]:
+        """
+        Add all classes of a file written by [`AdapterBank.save`]; a thousand load like one.
+
+        Args:
+            file (`str` or `os.PathLike`): to read; it is mapped into memory and must not change meanwhile.
+            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`):
+                Load the adapters also if they were trained for another base.
+
+        Returns:
+            `list[int]`: the ids of the classes.
+
+        Raises:
+            ValueError: not a bank's file, one that does not fit the base, or with ids or names that are taken. Nothing has
+                changed then.
+            FileNotFoundError: no such file.
+        """
+        bank = self._adapters.open_bank(file, ignore_base_fingerprint=ignore_base_fingerprint)
+        try:
+            taken = sorted(set(bank.classes) & set(self._names))
+            if taken:
+                raise ValueError(f"{os.fspath(file)!r} has the classes {taken}, which are known already: unload them.")
+            _check_names({**self._names, **bank.classes})
+        except ValueError:
+            bank.unload()
+            raise
+        self._adapters.add_bank(bank)
+        self._names.update(bank.classes)
+        return list(bank.classes)
+
+    def unload_adapter(self, class_label: int) -> None:
+        """Forget the class of an adapter. Raises a ValueError for a class that no adapter was loaded for."""
+        if class_label not in self._names or class_label in self._base_rows:
+            raise ValueError(f"`class_label` is {class_label}, expected a class loaded by `load_adapter`.")
+        self._adapters.remove(class_label)
+        del self._names[class_label]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Save the base as diffusers does, untouched by adapters, and every adapter in `adapters/class_<id>/` beside it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder.
+            kwargs: as in [`DiffusionPipeline.save_pretrained`].
+
+        Raises:
+            ValueError: adapters are merged into the base's weights.
+        """
+        base = FunLoraPipeline(
+            _without_adapters(self.unet), self.scheduler, self.config.class_ids, self.config.id2label
+        )
+        super(FunLoraPipeline, base).save_pretrained(save_directory, **kwargs)
+        for class_id in self._names:
+            if class_id not in self._base_rows:
+                folder = Path(save_directory) / ADAPTERS_FOLDER / adapter_name(class_id)
+                self._adapters.save(class_id, folder, class_name=self._names[class_id])
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "FunLoraPipeline":
+        """As [`DiffusionPipeline.from_pretrained`], reading safetensors only; adapters in `adapters/` of a local folder are
+        loaded, too. Raises a ValueError also for whatever else the arguments in its JSON make a component raise."""
+        kwargs.setdefault("use_safetensors", True)
+        try:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ImportError):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"The pipeline {os.fspath(pretrained_model_name_or_path)!r} cannot be loaded: "
+                f"{type(error).__name__}: {shortened(str(error), 1000)}"
+            ) from error
+        for folder in adapter_folders(Path(pretrained_model_name_or_path) / ADAPTERS_FOLDER):
+            pipe.load_adapter(folder, **adapter_class(folder))
+        return pipe
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As [`ConfigMixin.load_config`]. A folder is checked first, before diffusers imports the libraries that it names."""
+        if Path(pretrained_model_name_or_path).is_dir():
+            check_base_folder(Path(pretrained_model_name_or_path))
+        return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
+
+    def _class_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        if isinstance(class_labels, (int, str)):
+            class_labels = [class_labels]
+        ids_by_name = {name: class_id for class_id, name in self._names.items()}
+        class_ids = [ids_by_name.get(label) if isinstance(label, str) else int(label) for label in class_labels]
+        for label, class_id in zip(class_labels, class_ids, strict=True):
+            if class_id not in self._names:
+                known = ", ".join(f"{class_id} ({name})" for class_id, name in self._names.items())
+                raise ValueError(
+                    f"`class_labels` has {label!r}, expected ids or names of known classes: {known}. Load the class "
+                    "with `load_adapter`."
+                )
+        if not class_ids:
+            raise ValueError("`class_labels` is empty, expected one class for every image wanted.")
+        return class_ids
+
+    def _embedding_rows(self, class_ids: Sequence[int]) -> torch.Tensor | None:
+        if not self._base_rows:
+            return None
+        # An adapter class brings its own vector; the row asked for then does not matter.
+        return torch.tensor([self._base_rows.get(class_id, 0) for class_id in class_ids])
+
+    def _velocity(self, sample: torch.Tensor, sigma: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        rows = None if rows is None else rows.to(sample.device)
+        output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float()), rows)
+        return output.sample.to(sample.dtype)
+
+    def _noise(self, batch: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+        config = self.unet.config
+        height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+        # The state stays in float32, whatever the U-Net computes in: its rounding would add up over the steps.
+        return randn_tensor(
+            (batch, config.in_channels, height, width),
+            generator=generator,
+            device=self._execution_device,
+            dtype=torch.float32,
+        )
+
+    def _solve(
+        self,
+        velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        noise: torch.Tensor,
+        num_inference_steps: int,
+        solver: str,
+        rtol: float,
+        atol: float,
+    ) -> SolverOutput:
+        """From noise to data on the scheduler's grid, with a progress bar."""
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+        steps = None if solver == "dopri5" else num_inference_steps
+        with tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
+            return solve(
+                velocity, noise, self.scheduler.sigmas, solver=solver, rtol=rtol, atol=atol, on_step=bar.update
+            )
+
+    def _output(
+        self, sample: torch.Tensor, nfe: int, output_type: str, return_dict: bool
+    ) -> FunLoraPipelineOutput | tuple:
+        """Samples in [-1, 1] as the images that the caller asked for."""
+        images = (sample / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            if output_type == "pil":
+                images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, nfe
+        return FunLoraPipelineOutput(images=images, nfe=nfe)
+
+    def _acting(self, class_ids: Sequence[int]) -> AbstractContextManager:
+        return self._adapters.acting([None if class_id in self._base_rows else class_id for class_id in class_ids])
+
+
+def _check_sampling(solver: str, num_inference_steps: int, output_type: str) -> None:
+    check_solver(solver)
+    if output_type not in ("pil", "np", "pt"):
+        raise ValueError(f"`output_type` is {output_type!r}, expected 'pil', 'np' or 'pt'.")
+    if num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` is {num_inference_steps}, expected at least 1.")
+
+
+def _interpolation_weights(weights: int | Sequence[float] | torch.Tensor) -> torch.Tensor:
+    """One weight for every image, in float32."""
+    if isinstance(weights, int):
+        if weights < 2:
+            raise ValueError(
+                f"`weights` is {weights}, expected at least 2 images, or a sequence of weights in [0, 1]."
+            )
+        return torch.linspace(0, 1, weights)
+    tensor = torch.as_tensor(weights, dtype=torch.float32).reshape(-1)
+    # Written so that NaN is refused, too.
+    if not len(tensor) or not ((tensor >= 0) & (tensor <= 1)).all():
+        raise ValueError(f"`weights` is {weights}, expected numbers in [0, 1], one for every image wanted.")
+    return tensor
+
+
+def _as_classes(class_ids: Sequence, id2label: Mapping) -> tuple[list[int], dict[int, str]]:
+    """Ids, and names by ids, as a file may have them."""
+    try:
+        ids = [int(class_id) for class_id in class_ids]
+        return ids, {int(class_id): str(name) for class_id, name in id2label.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"`class_ids` is {shortened(repr(class_ids), 100)} and `id2label` {shortened(repr(id2label), 100)}, expected a list "
+            f"of ids and a mapping of ids to names: {error}."
+        ) from error
+
+
+def _check_names(id2label: Mapping[int, str]) -> None:
+    for class_id, name in id2label.items():
+        check_class_label(class_id)
+        check_class_name(name)
+    twice = sorted(name for name, count in Counter(id2label.values()).items() if count > 1)
+    if twice:
+        raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
+
+
+def _without_adapters(unet: UNet2DModel) -> UNet2DModel:
+    """A U-Net without adapters that shares the base's tensors."""
+    if not adapted_modules(unet):
+        return unet
+    with torch.device("meta"):
+        base = UNet2DModel.from_config(unet.config)
+    base.load_state_dict(base_tensors(unet), assign=True)
+    return base

@@ -1,0 +1,96 @@
+"""Names and shapes of what an adapter holds on a model, found without memory for it. Knows PEFT; knows no files."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+
+import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .wrappers import plain_modules, without_peft
+
+
+_HOOKS = ("forward", "_hf_hook", "_diffusers_hook", "_old_forward")
+
+
+def adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
+    """A copy of a model on the meta device, its adapters replaced by one of `config`.
+
+    Neither the model nor the configuration is changed.
+
+    Raises:
+        ValueError: what PEFT raises for targets that the model does not have.
+    """
+    config = copy.deepcopy(config)
+    # A configuration read from a file is one for inference, with nothing to train.
+    config.inference_mode = False
+    config.base_model_name_or_path = None
+    model = without_peft(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    # deepcopy takes what the memo holds instead of copying it.
+    memo = {id(tensor): _without_values(tensor) for tensor in tensors}
+    # Hooks of accelerate and diffusers, which hold values, and what cannot be copied.
+    for module in model.modules():
+        memo |= {id(value): None for name, value in module.__dict__.items() if name in _HOOKS}
+    shape = _plain(copy.deepcopy(model, memo)).requires_grad_(False)
+    with torch.device("meta"):
+        return get_peft_model(shape, config)
+
+
+def adapter_tensor_shapes(
+    model: nn.Module, config: PeftConfig, *, layers: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors that an adapter of `config` saves, by the keys that PEFT saves them under, on the meta device.
+
+    Args:
+        model: the base, with adapters or without.
+        config: of the adapter.
+        layers: names of all modules that it is about, where they are known: then no others are looked at, which is faster.
+
+    Raises:
+        ValueError: what PEFT raises for targets that the model does not have.
+    """
+    part = model if layers is None else _only(model, layers)
+    return get_peft_model_state_dict(adapted_shape(part, config), save_embedding_layers=False)
+
+
+def _only(model: nn.Module, layers: Collection[str]) -> nn.Module:
+    """A model of these modules alone, by their names; the modules themselves, not copies."""
+    # What is wrapped comes behind its wrapper.
+    found = {name: module for name, module in plain_modules(model) if name in layers}
+    root = nn.Module()
+    for name in sorted(found):
+        *parents, last = name.split(".")
+        place = root
+        for parent in parents:
+            if parent not in place._modules:
+                place.add_module(parent, nn.Module())
+            place = place._modules[parent]
+        place.add_module(last, found[name])
+    return root
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model without adapters and hooks."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
+    # What PEFT and diffusers take for a sign of adapters.
+    model.__dict__.pop("peft_config", None)
+    for module in model.modules():
+        # Hooks of accelerate and diffusers, which would bring values.
+        for name in _HOOKS:
+            module.__dict__.pop(name, None)
+    return model

@@ -1,0 +1,33 @@
+"""Seeds of runs, and of everything in a run, derived from one. Knows nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+
+def derive_seed(seed: int, *keys: str | int) -> int:
+    """A seed for one purpose: the same keys give the same seed on every process, machine and resume.
+
+    Args:
+        seed: of the run.
+        keys: what it is for, such as a phase's name and a step.
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    text = "/".join([str(seed), *(str(key) for key in keys)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator_for(seed: int, *keys: str | int) -> torch.Generator:
+    """A CPU generator with that seed; noise drawn on the CPU is the same on every device."""
+    return torch.Generator().manual_seed(derive_seed(seed, *keys))
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise a ValueError unless the `seeds` of several runs differ, and there is one."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"`seeds` is {list(seeds)}, expected different numbers, at least one.")
