@@ -38,7 +38,9 @@ def begin(place: Path, number: int, *names: str) -> subprocess.Popen:
     """Runs of one seed, one after another in a process of its own, which is unlike others in all that must not matter."""
     place.mkdir()
     environment = {**os.environ, "PYTHONHASHSEED": str(number), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH", "")]
+    )
     arguments = [sys.executable, "-c", SCRIPT, str(number), *names]
     return subprocess.Popen(arguments, cwd=place, env=environment, stderr=open(place / "log", "w"))
 

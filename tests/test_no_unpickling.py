@@ -214,7 +214,7 @@ def test_a_run_that_stops_and_goes_on_unpickles_nothing_and_writes_in_its_folder
         "TMPDIR": str(inner / "temporary"),
         "TORCHINDUCTOR_CACHE_DIR": str(inner / "temporary"),
     }
-    script = str(REPOSITORY / "tests" / "guarded_run.py")
+    script = str(REPOSITORY / "tests" / "support" / "guarded_run.py")
     output = ""
     for steps in starts:
         arguments = [str(tmp_path / "data.parquet"), "out", steps, *map(str, allowed)]

@@ -212,7 +212,7 @@ accelerator.end_training()
 @pytest.mark.parametrize("kind", ["plain", pytest.param("fused", marks=pytest.mark.soak)])
 def test_two_processes_skip_alike(kind, tmp_path):
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 
-FOLDER = Path(__file__).parents[1] / "data" / "earlier"
+FOLDER = Path(__file__).parents[1] / "fixtures" / "earlier"
 
 
 def load_maker():

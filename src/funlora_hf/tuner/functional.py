@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +81,7 @@ def functional_matrix(
         if function == "cosine" and A.shape[1] == 1 and entries >= INTERPOLATED_SIZE:
             intervals = _intervals(A, B, omega)
             if intervals is not None:
-                left, right = _recomputed(partial(_cosine_factors, *intervals), entries, A, B, alpha, omega)
+                left, right = _cosine_factors(*intervals, A, B, alpha, omega)
                 return left @ right
         terms = _cosine if function == "cosine" else _power
         return _recomputed(terms, entries, A, B, alpha, omega)
@@ -255,8 +254,9 @@ def _intervals(A: torch.Tensor, B: torch.Tensor, omega: torch.Tensor) -> tuple[_
         c = half * fastest * (abs(other_low + other_high) / 2 + other_half)
         if not math.isfinite(c):
             return None
-        # The coefficients of cos(c t) are 2 J_k(c), which are below 1e-16 from this k on.
-        count = int(c + 7 * c ** (1 / 3) + 8)
+        # The coefficients of cos(c t) are 2 J_k(c), which from this k on are below 1e-16 (in float32 1e-8).
+        spread, more = (7, 8) if A.dtype == torch.float64 else (5, 6)
+        count = int(c + spread * c ** (1 / 3) + more)
         if 3 * count > size:
             return None
         found.append(_Interval(count, center, half))
@@ -274,7 +274,11 @@ def _cosine_factors(
     Source: [ours]; equal to the plain formula up to rounding.
     """
     (a, to_a), (b, to_b) = (interval.nodes_and_transform(A.device) for interval in (along_a, along_b))
-    at_nodes = _cosine(a[:, None], b[None], alpha.double(), omega.double())
+    # The terms at the nodes, in float64, count against one matrix only where it is small.
+    kept, entries = 8 * omega.numel() * a.numel() * b.numel(), A.numel() * B.numel()
+    at_nodes = _recomputed(
+        _cosine, entries if kept > entries else 0, a[:, None], b[None], alpha.double(), omega.double()
+    )
     left = along_a.chebyshev(A) @ (to_a @ at_nodes @ to_b.T)
     return left.to(A.dtype), along_b.chebyshev(B).T.to(A.dtype)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from write_events import on_write
 
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def main(output_dir: str, number: str, name: str, *arguments: str) -> None:

@@ -22,7 +22,7 @@ from funlora_hf.data.image_data import Task, assign_class_ids, load_image_data, 
 
 
 CIFAR10 = Path(
-    os.environ.get("FUNLORA_TEST_DATA", Path(__file__).resolve().parents[1].parent / "shared" / "data" / "cifar10")
+    os.environ.get("FUNLORA_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10")
 )
 needs_cifar10 = pytest.mark.skipif(
     not (CIFAR10 / "train.parquet").exists(), reason="no CIFAR-10 parquet files; set FUNLORA_TEST_DATA to their folder"

@@ -19,7 +19,7 @@ from runs import REPOSITORY, command_line, digests
 from funlora_hf.utils.files import read_json
 
 
-SCRIPT = str(REPOSITORY / "tests" / "watched_run.py")
+SCRIPT = str(REPOSITORY / "tests" / "support" / "watched_run.py")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Readers of files that anybody may have written, led into their branches by libFuzzer: tests/coverage_guided.py."""
+"""Readers of files that anybody may have written, led into their branches by libFuzzer: tests/support/coverage_guided.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUNS = {
 
 
 def fuzz(reader: str, runs: int, folder: Path) -> subprocess.CompletedProcess:
-    script = Path(__file__).with_name("coverage_guided.py")
+    script = Path(__file__).parents[1] / "support" / "coverage_guided.py"
     command = [sys.executable, str(script), reader, str(folder), f"-runs={runs}", "-seed=1"]
     return subprocess.run(
         command,

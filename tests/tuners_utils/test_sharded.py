@@ -12,7 +12,7 @@ import pytest
 
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 ways = pytest.mark.parametrize("way", ["fsdp1", "fsdp1 embedding", "fsdp2", "fsdp2 root"])
 
 
@@ -20,11 +20,11 @@ ways = pytest.mark.parametrize("way", ["fsdp1", "fsdp1 embedding", "fsdp2", "fsd
 def found(tmp_path_factory):
     """What two processes found: the greatest difference from one process, or the text of an error."""
     folder = tmp_path_factory.mktemp("sharded")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
     processes = []
     try:
         for rank in range(2):
-            command = [sys.executable, str(HERE / "sharded_run.py"), str(rank), str(folder)]
+            command = [sys.executable, str(SUPPORT / "sharded_run.py"), str(rank), str(folder)]
             with open(folder / f"log.{rank}", "w") as log:
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         codes = [process.wait(timeout=120) for process in processes]

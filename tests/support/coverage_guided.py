@@ -1,6 +1,6 @@
 """Runs one reader on what libFuzzer makes of sound files, led by the branches that each try takes; this ends the process.
 
-    python tests/coverage_guided.py READER FOLDER [options of libFuzzer, such as -runs=10000]
+    python tests/support/coverage_guided.py READER FOLDER [options of libFuzzer, such as -runs=10000]
 
 FOLDER gets the sound files, in `corpus`; libFuzzer adds each file there that takes a new branch, and puts beside it
 the one that fails.

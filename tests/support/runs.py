@@ -18,7 +18,7 @@ from funlora_hf.continual.config import ContinualTrainingArguments, DataArgument
 from funlora_hf.run import RunArguments
 
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 TINY_UNET = {
     "sample_size": 8,
     "in_channels": 1,
