@@ -275,7 +275,7 @@ def _cosine_factors(
     """
     (a, to_a), (b, to_b) = (interval.nodes_and_transform(A.device) for interval in (along_a, along_b))
     # The terms at the nodes, in float64, count against one matrix only where it is small.
-    kept, entries = 8 * omega.numel() * a.numel() * b.numel(), A.numel() * B.numel()
+    kept, entries = 12 * omega.numel() * a.numel() * b.numel(), A.numel() * B.numel()
     at_nodes = _recomputed(
         _cosine, entries if kept > entries else 0, a[:, None], b[None], alpha.double(), omega.double()
     )
