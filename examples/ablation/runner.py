@@ -1,7 +1,4 @@
-"""Runs the variants of an ablation over seeds, on one base per seed.
-
-Knows variants and jobs; knows nothing of what happens inside a run, nor of how runs share the machine.
-"""
+"""Runs the variants of an ablation over seeds, on one base per seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs the paper's tables take, as changes to one reference run. Knows arguments by name; runs nothing."""
+"""Which runs the paper's tables take, as changes to one reference run."""
 
 from __future__ import annotations
 

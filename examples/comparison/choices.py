@@ -1,4 +1,4 @@
-"""Which strategies to compare, as short texts: "name:option=value,argument=value". Knows their options; runs nothing."""
+"""Which strategies to compare, as short texts: "name:option=value,argument=value"."""
 
 from __future__ import annotations
 

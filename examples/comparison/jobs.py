@@ -1,7 +1,4 @@
-"""Runs many whole runs, several at a time, each in a folder of its own. Resumes where it stopped.
-
-Knows whole runs by their arguments and folders; knows nothing of what they are for, nor of what happens inside one.
-"""
+"""Runs many whole runs, several at a time, each in a folder of its own. Resumes where it stopped."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""One HTML file that shows a comparison: self-contained, for phone and paper, light and dark. Writes text; reads none.
-
-Knows what is to be shown, as text, rows and pictures; knows nothing of runs or folders.
-"""
+"""One HTML file that shows a comparison: self-contained, for phone and paper, light and dark. Writes text; reads none."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Runs every strategy of a comparison with every seed, each run with a base of its own.
-
-Knows choices and jobs; knows nothing of what happens inside a run, nor of how its results are shown.
-"""
+"""Runs every strategy of a comparison with every seed, each run with a base of its own."""
 
 from __future__ import annotations
 

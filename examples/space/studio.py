@@ -1,4 +1,4 @@
-"""What the page does: loads a pipeline, adds and removes classes, makes pictures. Knows nothing of the page itself."""
+"""What the page does: loads a pipeline, adds and removes classes, makes pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains a classifier of images and measures its accuracy; it knows nothing of generators, adapters or tasks."""
+"""Trains a classifier of images and measures its accuracy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The command `funlora`: looks at, samples, shares and checks what runs have made.
-
-Knows arguments and text; what a command does is done by the library. Results go to stdout, everything else to stderr.
+"""The command `funlora`: looks at, samples, shares and checks what runs have made. Results go to stdout, everything else to stderr.
 
 Exit codes: 0, done, and for `verify` everything is sound; 1, an error, said on stderr after `error: `, or for `verify` something
 that is not sound; 2, an argument that is not known.

@@ -1,7 +1,7 @@
 """Flow matching: probability path, velocity target, loss, density of the training times.
 
 Pure functions of tensors in the convention of diffusers' `FlowMatchEulerDiscreteScheduler`: sigma is 1 at the noise and
-0 at the data. The paper's time is `t = 1 - sigma`. Knows nothing of models, data or training.
+0 at the data. The paper's time is `t = 1 - sigma`.
 """
 
 from __future__ import annotations

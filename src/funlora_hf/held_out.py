@@ -1,4 +1,4 @@
-"""Held-out flow-matching loss: cheap, and far more sensitive than accuracy. Knows the pipeline, no training."""
+"""Held-out flow-matching loss: cheap, and far more sensitive than accuracy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers to adapt, what that costs, and which layers mattered. Knows models and adapters, not training."""
+"""Which layers to adapt, what that costs, and which layers mattered."""
 
 from __future__ import annotations
 

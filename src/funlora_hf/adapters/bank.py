@@ -1,7 +1,4 @@
-"""AdapterBank: any number of classes as rows of numbers, one of them live in a model at a time.
-
-Knows the tuner and adapters as PEFT saves them; knows no pipeline and no training.
-"""
+"""AdapterBank: any number of classes as rows of numbers, one of them live in a model at a time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Says whether an adapter was trained for this base: a hash of the base's tensors, and its check.
-
-Knows tensors and what PEFT wraps around modules; knows no files and no Hub.
-"""
+"""Says whether an adapter was trained for this base: a hash of the base's tensors, and its check."""
 
 from __future__ import annotations
 

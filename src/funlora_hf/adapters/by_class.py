@@ -1,7 +1,4 @@
-"""The adapters of a U-Net by class, whatever they are made of: FunLoRA's in banks, others' in a PeftModel.
-
-Knows banks and PEFT; knows no pipeline, no sampling and no training.
-"""
+"""The adapters of a U-Net by class, whatever they are made of: FunLoRA's in banks, others' in a PeftModel."""
 
 from __future__ import annotations
 

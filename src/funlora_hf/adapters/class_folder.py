@@ -1,4 +1,4 @@
-"""One class, one folder: `adapters/class_<id>/` as PEFT reads it, with a card. Knows no pipeline and no training."""
+"""One class, one folder: `adapters/class_<id>/` as PEFT reads it, with a card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts a saved adapter into a PeftModel, or leaves the model as it was. Knows PEFT; knows no pipeline and no bank."""
+"""Puts a saved adapter into a PeftModel, or leaves the model as it was."""
 
 from __future__ import annotations
 

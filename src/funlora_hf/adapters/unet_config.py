@@ -1,4 +1,4 @@
-"""What arguments of a U-Net or a scheduler, read from a file, may ask for before anything is built of them. Knows numbers only."""
+"""What arguments of a U-Net or a scheduler, read from a file, may ask for before anything is built of them."""
 
 from __future__ import annotations
 

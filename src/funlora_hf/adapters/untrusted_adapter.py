@@ -1,7 +1,6 @@
 """An adapter as it lies in a folder or in a repository of the Hub, read with suspicion.
 
-Only JSON and safetensors are read, and nothing in them is run. Knows files, PEFT's configurations and shapes; knows no
-pipeline and no bank.
+Only JSON and safetensors are read, and nothing in them is run.
 """
 
 from __future__ import annotations

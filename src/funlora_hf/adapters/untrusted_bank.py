@@ -1,4 +1,4 @@
-"""The file of an AdapterBank, read with suspicion, before a model is touched. Knows files and shapes; knows no bank."""
+"""The file of an AdapterBank, read with suspicion, before a model is touched."""
 
 from __future__ import annotations
 

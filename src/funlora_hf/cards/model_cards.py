@@ -1,7 +1,4 @@
-"""Model cards: what a reader of the Hub needs to use an adapter, a base or a folder of adapters.
-
-Knows configurations, the contents of results.json and huggingface_hub's cards; knows no models, no training and no network.
-"""
+"""Model cards: what a reader of the Hub needs to use an adapter, a base or a folder of adapters."""
 
 from __future__ import annotations
 

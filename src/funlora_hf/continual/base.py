@@ -1,6 +1,6 @@
 """The base generator: built, trained once, written as a pipeline folder, loaded again.
 
-Shared by strategies; knows nothing of adapters, batches or the loop.
+Shared by strategies.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The order of images and the noise put on them: a function of the seed, the phase and the step alone.
 
-So a resumed run, or one on another number of processes, sees the same batches. Knows tensors, no models.
+So a resumed run, or one on another number of processes, sees the same batches.
 """
 
 from __future__ import annotations

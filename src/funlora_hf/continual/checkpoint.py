@@ -1,7 +1,7 @@
 """Checkpoints inside a phase: safetensors, never pickled, whole or not at all, with a checksum.
 
 Order, noise and dropout of every step are derived from the run's seed (seeds.py), so the step says all of the random
-state and of the position in the data. Knows optimisers and tensors; knows nothing of strategies.
+state and of the position in the data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiling the U-Net that is trained, block by block. Knows U-Nets and torch's compiler, no adapters."""
+"""Compiling the U-Net that is trained, block by block."""
 
 from __future__ import annotations
 

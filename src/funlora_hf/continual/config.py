@@ -1,6 +1,6 @@
 """What a run is asked to do: dataclasses for `transformers.HfArgumentParser`, validated at construction.
 
-The defaults are the digits run. Knows nothing of models, data or devices.
+The defaults are the digits run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What differs between a CPU and a GPU when both are to be kept busy. Knows tensors only."""
+"""What differs between a CPU and a GPU when both are to be kept busy."""
 
 from __future__ import annotations
 

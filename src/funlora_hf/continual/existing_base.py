@@ -1,4 +1,4 @@
-"""A generator that exists already, and the classes it knows. Reads folders; knows nothing of training."""
+"""A generator that exists already, and the classes it knows. Reads folders."""
 
 from __future__ import annotations
 

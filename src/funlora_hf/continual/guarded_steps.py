@@ -1,7 +1,4 @@
-"""Optimiser steps that change nothing where the loss or the gradient is not finite.
-
-Knows tensors, optimisers and processes; knows nothing of what is trained.
-"""
+"""Optimiser steps that change nothing where the loss or the gradient is not finite."""
 
 from __future__ import annotations
 

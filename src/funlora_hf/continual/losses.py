@@ -1,4 +1,4 @@
-"""Losses that stay on the device until several are read at once. Knows tensors; knows nothing of what they are losses of."""
+"""Losses that stay on the device until several are read at once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Pushes a run while it goes: a commit for each task. A Hub that fails stops no training; the end of the run catches up.
-
-Knows the run's folder and the Hub; knows no strategy.
-"""
+"""Pushes a run while it goes: a commit for each task. A Hub that fails stops no training; the end of the run catches up."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The folder of a run: whose it is, what may be overwritten, what a resume must agree with.
-
-Knows the output contract (base, adapters, model, results.json, figures, checkpoints); knows nothing of training.
-"""
+"""The folder of a run: whose it is, what may be overwritten, what a resume must agree with."""
 
 from __future__ import annotations
 

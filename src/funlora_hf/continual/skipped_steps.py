@@ -1,4 +1,4 @@
-"""The count of optimiser steps that were skipped since loss or gradient was not finite. Knows numbers only."""
+"""The count of optimiser steps that were skipped since loss or gradient was not finite."""
 
 from __future__ import annotations
 

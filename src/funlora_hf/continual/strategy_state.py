@@ -1,7 +1,4 @@
-"""What a strategy keeps after a task: its state on disk, and the proof that it does not grow unless it says so.
-
-Knows strategies by their interface and the folder of a run; knows nothing of training.
-"""
+"""What a strategy keeps after a task: its state on disk, and the proof that it does not grow unless it says so."""
 
 from __future__ import annotations
 

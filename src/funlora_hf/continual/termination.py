@@ -1,4 +1,4 @@
-"""SIGTERM, by which batch systems and launchers ask a process to end before they kill it. Knows signals only."""
+"""SIGTERM, by which batch systems and launchers ask a process to end before they kill it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a run has to stop by itself, as on machines that are lent for a time. Knows a clock only."""
+"""When a run has to stop by itself, as on machines that are lent for a time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """ContinualTrainer: runs the phases of a strategy, task after task, on one process or many.
 
-Owns optimiser, backward, moving average, seeds, devices, checkpoints and progress; knows nothing of what a strategy
-trains or of how a run is judged: an evaluator is told when a task is over.
+Owns optimiser, backward, moving average, seeds, devices, checkpoints and progress.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Looks at encoded images, which anybody may have written, before they are decoded. Knows nothing of datasets and classes."""
+"""Looks at encoded images, which anybody may have written, before they are decoded."""
 
 from __future__ import annotations
 

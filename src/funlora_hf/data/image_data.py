@@ -1,4 +1,4 @@
-"""Image datasets by class, and their split into tasks; knows nothing of models, training or PEFT.
+"""Image datasets by class, and their split into tasks.
 
 A dataset is read with `datasets`, its label column once, and its images only when a class is asked for: a
 continual learner must not hold the images of earlier tasks, so nothing here keeps decoded images.

@@ -1,7 +1,7 @@
 """Judges a run while it goes: samples, classifier, accuracy matrix, image quality, the proof of zero forgetting.
 
 Told by the trainer when a task is over; keeps what it found in the run's folder, so that a resumed run does not measure
-twice. Knows strategies by their interface only.
+twice.
 """
 
 from __future__ import annotations

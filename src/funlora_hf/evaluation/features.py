@@ -1,4 +1,4 @@
-"""Features of images, in which sets of images are compared; it knows nothing of runs, classes or distances."""
+"""Features of images, in which sets of images are compared."""
 
 from __future__ import annotations
 

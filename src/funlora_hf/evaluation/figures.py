@@ -1,4 +1,4 @@
-"""Draws the figures of a run as PNG files from plain data; it knows no model, no run folder and no pyplot state."""
+"""Draws the figures of a run as PNG files from plain data."""
 
 from __future__ import annotations
 

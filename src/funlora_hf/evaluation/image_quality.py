@@ -1,4 +1,4 @@
-"""How near generated images are to real ones: Frechet distance, precision, recall; knows nothing of runs and adapters.
+"""How near generated images are to real ones: Frechet distance, precision, recall.
 
 All three compare two sets of images in the feature space of an extractor.
 

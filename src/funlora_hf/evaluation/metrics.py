@@ -1,4 +1,4 @@
-"""Turns an accuracy matrix into the scores of class-incremental learning; it knows no model, no tensor and no data set."""
+"""Turns an accuracy matrix into the scores of class-incremental learning."""
 
 from __future__ import annotations
 

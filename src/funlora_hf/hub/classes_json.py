@@ -1,7 +1,4 @@
-"""`classes.json`: what a repository holds, from which the card at its root is made, and made again when a class comes or goes.
-
-Knows cards; asks no Hub.
-"""
+"""`classes.json`: what a repository holds, from which the card at its root is made, and made again when a class comes or goes."""
 
 from __future__ import annotations
 

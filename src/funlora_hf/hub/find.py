@@ -1,4 +1,4 @@
-"""Finds what lies in a folder, a file or a repository: base, adapters, banks. Knows names of files; reads none of them."""
+"""Finds what lies in a folder, a file or a repository: base, adapters, banks."""
 
 from __future__ import annotations
 

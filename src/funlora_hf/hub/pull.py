@@ -1,4 +1,4 @@
-"""Brings classes from a repository into the folder of a run, whole and found sound, or not at all. Knows files; knows no model."""
+"""Brings classes from a repository into the folder of a run, whole and found sound, or not at all."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Sharing on the Hub: a base, an adapter, a whole run; and taking a class off again.
 
-Joins files, cards and repositories; knows nothing of training.
+Joins files, cards and repositories.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""One repository on the Hub: its files, and commits of some of them, whole or not at all.
-
-Knows `huggingface_hub`; knows nothing of what is in the files.
-"""
+"""One repository on the Hub: its files, and commits of some of them, whole or not at all."""
 
 from __future__ import annotations
 

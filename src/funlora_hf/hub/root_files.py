@@ -1,6 +1,6 @@
 """What a repository holds now, read from it, and the files at its root when a class comes or goes.
 
-Joins the index and the Hub; knows nothing of what is pushed from where.
+Joins the index and the Hub.
 """
 
 from __future__ import annotations

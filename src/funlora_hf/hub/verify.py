@@ -1,7 +1,4 @@
-"""Says of everything in a folder, a file or a repository whether it is sound, and why not.
-
-Knows files, shapes and fingerprints; puts no adapter into any model.
-"""
+"""Says of everything in a folder, a file or a repository whether it is sound, and why not."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a repository shows of a base, of an adapter and of all its classes: files and cards, made from folders.
-
-Knows folders, configs and cards; asks no Hub.
-"""
+"""What a repository shows of a base, of an adapter and of all its classes: files and cards, made from folders."""
 
 from __future__ import annotations
 

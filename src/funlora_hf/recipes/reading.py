@@ -1,4 +1,4 @@
-"""Reads YAML that anybody may have written: recipes, and values of the command line. Knows nothing of what they are for."""
+"""Reads YAML that anybody may have written: recipes, and values of the command line."""
 
 from __future__ import annotations
 

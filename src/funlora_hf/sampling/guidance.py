@@ -1,4 +1,4 @@
-"""Steers sampling by the gradient of a score of the image that a state leads to. Knows velocities; knows no model.
+"""Steers sampling by the gradient of a score of the image that a state leads to.
 
 Source: GUIDE (arXiv 2403.03938) has it for DDIM [code]; the form for flow matching is [ours].
 """

@@ -1,7 +1,4 @@
-"""One class of a pipeline as a plain U-Net, which diffusers loads without this package.
-
-Knows the pipeline and diffusers' `UNet2DModel`; knows nothing of training, of banks or of a method's maths.
-"""
+"""One class of a pipeline as a plain U-Net, which diffusers loads without this package."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""FunLoraPipeline: samples any class of a base and of the adapters loaded onto it, in one call.
-
-Knows the base, its adapters and the solvers; knows nothing of training or evaluation.
-"""
+"""FunLoraPipeline: samples any class of a base and of the adapters loaded onto it, in one call."""
 
 import os
 from collections import Counter

@@ -1,6 +1,6 @@
 """ODE solvers from noise to data over one velocity function, with the number of its evaluations.
 
-The integrators are torchdiffeq's; the grid is the scheduler's. Knows nothing of models or classes.
+The integrators are torchdiffeq's; the grid is the scheduler's.
 """
 
 from __future__ import annotations

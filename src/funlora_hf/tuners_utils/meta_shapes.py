@@ -1,4 +1,4 @@
-"""Names and shapes of what an adapter holds on a model, found without memory for it. Knows PEFT; knows no files."""
+"""Names and shapes of what an adapter holds on a model, found without memory for it."""
 
 from __future__ import annotations
 

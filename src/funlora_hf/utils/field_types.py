@@ -1,4 +1,4 @@
-"""Holds the values of a dataclass against its annotations, as what is read from files needs. Knows nothing of the fields."""
+"""Holds the values of a dataclass against its annotations, as what is read from files needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and hashes of folders. Knows nothing of what is in them."""
+"""Files that appear whole or not at all, and hashes of folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One owner of a folder at a time, who is named to all others. Knows nothing of what is in the folder."""
+"""One owner of a folder at a time, who is named to all others."""
 
 from __future__ import annotations
 

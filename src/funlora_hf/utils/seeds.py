@@ -1,4 +1,4 @@
-"""Seeds of runs, and of everything in a run, derived from one. Knows nothing else."""
+"""Seeds of runs, and of everything in a run, derived from one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Images of past classes, drawn from a generator and kept on disk while they are needed.
-
-Knows pipelines, seeds and files; knows nothing of training or of what the images are for.
-"""
+"""Images of past classes, drawn from a generator and kept on disk while they are needed."""
 
 from __future__ import annotations
 

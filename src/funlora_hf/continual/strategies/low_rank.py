@@ -1,7 +1,5 @@
 """The four strategies of "Low-Rank Continual Personalization": one LoRA after another for all classes, joined in four ways.
 
-Knows PEFT's LoRA and the maths of deltas; the loop and the generator's files are in sequential.py.
-
 Source: arXiv 2410.04891: strategies [text], details [code] where a docstring says so.
 """
 

@@ -1,6 +1,6 @@
 """Names that `--peft_method` takes: what a class's adapter is made of, FunLoRA or one of the paper's comparison methods.
 
-Makes configurations; knows nothing of training.
+Makes configurations.
 """
 
 from __future__ import annotations

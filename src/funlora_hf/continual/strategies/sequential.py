@@ -1,7 +1,7 @@
 """What strategies share that have one generator for all classes and train it on task after task.
 
 Task 1 trains the base, as for all strategies. What has become of the generator is one file after each later task, of which
-only the newest is kept. Knows nothing of what is trained.
+only the newest is kept.
 """
 
 from __future__ import annotations

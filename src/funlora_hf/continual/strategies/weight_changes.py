@@ -1,7 +1,6 @@
 """Changes of one layer's weight: low-rank pairs, how they are joined, and where a new one starts. Pure maths.
 
-Matrices throughout: a weight `(out, in)`; of a convolution, `in` is input channels times kernel. Knows no layers and no
-strategies.
+Matrices throughout: a weight `(out, in)`; of a convolution, `in` is input channels times kernel.
 """
 
 from __future__ import annotations
