@@ -7,6 +7,7 @@ import torch
 from .data.image_data import to_model_range
 from .flow_matching import flow_matching_loss, interpolate, velocity_target
 from .sampling.pipeline import FunLoraPipeline
+from .tuners_utils.weights import cached_weights
 from .utils.seeds import generator_for
 
 
@@ -39,14 +40,15 @@ def held_out_loss(
     Source: the loss is that of arXiv 2510.02631 [text]; measuring it on held-out images is [ours].
     """
     total, count = 0.0, 0
-    for k in range(num_sigmas):
-        generator = generator_for(seed, "held_out", class_id, k)
-        for part in images.split(batch_size):
-            sample = to_model_range(part)
-            noise = torch.randn(sample.shape, generator=generator)
-            sigma = torch.full((len(sample),), (k + 0.5) / num_sigmas)
-            noisy = interpolate(sample, noise, sigma).to(pipe.device)
-            output = pipe.predict_velocity(noisy, sigma.to(pipe.device), [class_id] * len(sample))
-            total += flow_matching_loss(output.cpu(), velocity_target(sample, noise)).double().sum().item()
-            count += len(sample)
+    with cached_weights(pipe.unet):
+        for k in range(num_sigmas):
+            generator = generator_for(seed, "held_out", class_id, k)
+            for part in images.split(batch_size):
+                sample = to_model_range(part)
+                noise = torch.randn(sample.shape, generator=generator)
+                sigma = torch.full((len(sample),), (k + 0.5) / num_sigmas)
+                noisy = interpolate(sample, noise, sigma).to(pipe.device)
+                output = pipe.predict_velocity(noisy, sigma.to(pipe.device), [class_id] * len(sample))
+                total += flow_matching_loss(output.cpu(), velocity_target(sample, noise)).double().sum().item()
+                count += len(sample)
     return total / count
