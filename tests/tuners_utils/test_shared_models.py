@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, inject_adapter_in_model
 from peft_models import (
     PLAIN,
@@ -327,6 +329,8 @@ def refused(kind, why):
 @pytest.mark.parametrize("why", REFUSED)
 @pytest.mark.parametrize("adding", ADDING)
 def test_refused_adapter_leaves_nothing_behind(kind, why, adding):
+    if (why, adding) == ("no such module", "add_adapter") and Version(peft.__version__) < Version("0.21"):
+        pytest.skip("PEFT before 0.21 takes a second adapter that matches no module")
     model = kind.model("x", "y")
     name, text, config = refused(kind, why)
     before, parameters, wrapped = kind.run(model), traits(model), modules(model)
