@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..tuners_utils.wrappers import plain_modules, without_peft
+from ..tuners_utils.wrappers import has_class, plain_modules, without_peft
 
 
 ALL_CONV = "all-conv"
@@ -26,9 +26,9 @@ def knows_order(model: nn.Module) -> bool:
     """
     unet = without_peft(model)
     return (
-        _is_one_of(unet, UNETS)
+        has_class(unet, *UNETS)
         and all(name.partition(".")[0] in _PARTS for name in conv_names(unet))
-        and not any(_is_one_of(module, {"DualTransformer2DModel"}) for module in unet.modules())
+        and not any(has_class(module, "DualTransformer2DModel") for module in unet.modules())
     )
 
 
@@ -90,11 +90,6 @@ def decoder_middle(unet: nn.Module) -> list[str]:
     if _is_paper_cifar_backbone(unet):
         names = [name for name in names if name not in (f"{chosen[0]}.conv1", f"{chosen[0]}.conv2")]
     return names
-
-
-def _is_one_of(module: nn.Module, class_names: set[str]) -> bool:
-    """Whether a module's class or one that it inherits from has one of these names."""
-    return any(cls.__name__ in class_names for cls in type(module).__mro__)
 
 
 def _is_paper_cifar_backbone(unet: nn.Module) -> bool:

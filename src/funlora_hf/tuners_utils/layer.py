@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..utils.tensors import check_before_loading
 from .weights import cached, forget
+from .wrappers import has_class
 
 
 BASE = "__base__"
@@ -391,13 +392,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             for key, tensor in tensors.items()
             if not tensor.is_meta
         ]
-        if any(parts) or _has_class(base, "FullyShardedDataParallel"):
+        if any(parts) or has_class(base, "FullyShardedDataParallel"):
             raise ValueError(f"{self.path or base} is sharded by FSDP: gather its parameters first.")
 
     def _own_weight(self, base: nn.Module) -> nn.Parameter:
         """The parameter that a merged weight takes the place of."""
         parameter, name = base._parameters.get("weight"), self.path or base
-        if _has_class(base, "FSDPModule") or hasattr(parameter, "placements"):
+        if has_class(base, "FSDPModule") or hasattr(parameter, "placements"):
             raise ValueError(f"Cannot merge into {name}: it is sharded by FSDP. Merge before.")
         if parameter is None:
             raise ValueError(
@@ -426,8 +427,3 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
     """The adapter layers in a model, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, AdapterLayer)]
-
-
-def _has_class(module: nn.Module, name: str) -> bool:
-    """Whether a module's class or one that it inherits from has this name."""
-    return any(cls.__name__ == name for cls in type(module).__mro__)

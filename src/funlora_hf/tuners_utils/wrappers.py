@@ -78,6 +78,11 @@ def adapted_modules(model: nn.Module) -> dict[str, BaseTunerLayer | AuxiliaryTra
     return found
 
 
+def has_class(module: nn.Module, *names: str) -> bool:
+    """Whether a module's class or one that it inherits from has one of these names; for classes that are not imported."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)
+
+
 def is_wrapper(module: nn.Module) -> bool:
     """Whether PEFT has put this module around one of the model's own."""
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
