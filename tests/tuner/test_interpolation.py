@@ -240,7 +240,7 @@ def test_cosine_layers_are_as_exact_as_autograd(interpolated):
         assert_as_exact_as_autograd(layer, x)
 
     check()
-    assert len(interpolated) > len(examples) / 4
+    assert len(interpolated) > len(examples) / 8
 
 
 SHAPES = [(1, 20000), (20000, 1), (24, 900), (64, 1024), (1024, 64), (128, 128), (256, 256), (512, 128)]
@@ -266,7 +266,7 @@ def test_cosine_layers_at_the_ends_of_the_ranges(rows, columns, size, highest):
     operation=operations,
     seed=seeds,
 )
-@example(shape=(128, 128), p=10, size=1e-40, highest=1.0, spread=0.1, balance=1.0, operation="mul", seed=0)
+@example(shape=(128, 256), p=10, size=1e-40, highest=1.0, spread=0.1, balance=1.0, operation="mul", seed=0)
 def test_tiny_arguments_have_gradients_of_small_absolute_error(shape, p, size, highest, operation, **values):
     """The gradients of A, B and omega vanish there."""
     layer, x = make_layer(*shape, "linear", num_functions=p, operation=operation)
@@ -303,7 +303,7 @@ def test_layers_of_other_functions_are_as_exact_as_autograd(shape, method, r, p,
 
 
 def test_a_merged_layer_has_the_interpolated_weight(interpolated):
-    layer, x = make_layer(160, 128, "3x3", init_weights=False)
+    layer, x = make_layer(256, 128, "3x3", init_weights=False)
     with torch.no_grad():
         expected = layer(x)
         layer.merge()
@@ -371,15 +371,25 @@ def test_gradients_of_what_is_computed_again(function, learned, any_size):
     assert torch.autograd.gradgradcheck(compute, tensors)
 
 
+def test_what_is_computed_again_under_autocast():
+    """A backward pass that runs under autocast computes the terms again in float32."""
+    tensors = factors(256, 256, p=3, spread=6.0, dtype=torch.float32)
+    gradient = torch.randn(256, 256)
+    expected = torch.autograd.grad(functional_matrix(*tensors), tensors, gradient)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(functional_matrix(*tensors), tensors, gradient)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_when_it_interpolates(interpolated):
-    """From 128 x 128 entries on at r = 1, where it needs far fewer nodes than there are rows and columns."""
+    """From 128 x 256 entries on at r = 1, where it needs far fewer nodes than there are rows and columns."""
     cases = [
-        (1, factors(128, 128, p=3)),
-        (1, factors(64, 256, p=3)),
-        (0, factors(127, 128, p=3)),
-        (0, factors(128, 128, p=3, r=2)),
+        (1, factors(128, 256, p=3)),
+        (1, factors(512, 64, p=3)),
+        (0, factors(127, 256, p=3)),
+        (0, factors(128, 256, p=3, r=2)),
         (0, factors(4, 8192, p=3)),
-        (0, factors(128, 128, p=200)),
+        (0, factors(128, 256, p=200)),
     ]
     for expected, tensors in cases:
         interpolated.clear()
@@ -391,7 +401,7 @@ def test_when_it_interpolates(interpolated):
 
 @methods
 def test_small_matrices_are_the_formula_to_the_bit(function, learned, interpolated):
-    tensors = factors(127, 128, learned=learned, dtype=torch.float32)
+    tensors = factors(127, 256, learned=learned, dtype=torch.float32)
     F, expected = functional_matrix(*tensors, function=function), formula(*tensors, function=function)
     if function == "shift":  # one product instead of p of them
         torch.testing.assert_close(F, expected, rtol=1e-5, atol=1e-5)
@@ -416,7 +426,7 @@ def test_what_is_not_finite_stays_in_its_row(size, function, learned, value):
 
 @pytest.mark.parametrize("index", [2, 3])
 def test_alpha_or_omega_that_is_not_finite_spoils_all(index):
-    tensors = factors(160, 160, dtype=torch.float32)
+    tensors = factors(256, 160, dtype=torch.float32)
     with torch.no_grad():
         tensors[index][0] = float("nan")
     assert torch.isnan(functional_matrix(*tensors)).all()
@@ -424,7 +434,7 @@ def test_alpha_or_omega_that_is_not_finite_spoils_all(index):
 
 @pytest.mark.parametrize("largest", [1e18, 1e25])
 def test_factors_whose_product_overflows(largest):
-    tensors = factors(160, 160, p=2, dtype=torch.float32)
+    tensors = factors(256, 160, p=2, dtype=torch.float32)
     with torch.no_grad():
         for factor in tensors[:2]:
             factor[0, 0] = largest

@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from ..utils.checks import check_at_least_one, check_choice
 
@@ -25,7 +24,7 @@ SMALLEST_BASE = 1e-6
 
 # Entries of F from which interpolation is faster than the plain formula, and from which the terms of the plain formula
 # are computed again in the backward pass instead of kept. Measured on a CPU (benchmarks/functional_matrix.py).
-INTERPOLATED_SIZE = 128 * 128
+INTERPOLATED_SIZE = 128 * 256
 RECOMPUTED_SIZE = 256 * 256
 # The largest omega A B from which on interpolation has accurate gradients.
 SMALLEST_ARGUMENT = 0.1
@@ -81,8 +80,7 @@ def functional_matrix(
         if function == "cosine" and A.shape[1] == 1 and entries >= INTERPOLATED_SIZE:
             intervals = _intervals(A, B, omega)
             if intervals is not None:
-                left, right = _cosine_factors(*intervals, A, B, alpha, omega)
-                return left @ right
+                return torch.matmul(*_cosine_factors(*intervals, A, B, alpha, omega))
         terms = _cosine if function == "cosine" else _power
         return _recomputed(terms, entries, A, B, alpha, omega)
 
@@ -199,12 +197,31 @@ def _weighted(alpha: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
     return torch.tensordot(alpha, terms, dims=1) / alpha.numel()
 
 
-def _recomputed(function: Callable, entries: int, *tensors: torch.Tensor | None) -> Any:
+def _recomputed(function: Callable, entries: int, *tensors: torch.Tensor | None) -> torch.Tensor:
     """`function(*tensors)`, of which for a large F autograd keeps the arguments only."""
-    # torch.func has no checkpoints.
+    # Under torch.func `_Recomputed`, which calls autograd itself, has no rule.
     if entries < RECOMPUTED_SIZE or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*tensors)
-    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return _Recomputed.apply(function, *tensors)
+
+
+class _Recomputed(torch.autograd.Function):
+    """`function(*tensors)`, computed again in the backward pass; torch's `checkpoint` takes 0.3 ms more a call."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable, *tensors: torch.Tensor | None) -> torch.Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs = [tensor for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:]) if needed]
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad(), without_autocast(gradient.device.type):
+            value = ctx.function(*ctx.saved_tensors)
+            found = iter(torch.autograd.grad(value, inputs, gradient, create_graph=twice))
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
 class _Interval(NamedTuple):
@@ -240,14 +257,12 @@ def _intervals(A: torch.Tensor, B: torch.Tensor, omega: torch.Tensor) -> tuple[_
         *ranges, fastest = torch.stack([A.min(), A.max(), B.min(), B.max(), omega.abs().max()]).tolist()
     except RuntimeError:
         return None
-    largest = max(abs(a * b) for a in ranges[:2] for b in ranges[2:]) * fastest
+    of_a, of_b = ranges[:2], ranges[2:]
+    largest = max(abs(a * b) for a in of_a for b in of_b) * fastest
     if largest < SMALLEST_ARGUMENT:
         return None
     found = []
-    for (low, high), (other_low, other_high), size in (
-        (ranges[:2], ranges[2:], A.numel()),
-        (ranges[2:], ranges[:2], B.numel()),
-    ):
+    for (low, high), (other_low, other_high), size in ((of_a, of_b, A.numel()), (of_b, of_a, B.numel())):
         # A margin, and a least width for equal entries, keep the derivative of arccos finite.
         center, half = (low + high) / 2, max(1.1 * (high - low) / 2, 1e-2)
         other_half = max(1.1 * (other_high - other_low) / 2, 1e-2)
@@ -276,9 +291,8 @@ def _cosine_factors(
     (a, to_a), (b, to_b) = (interval.nodes_and_transform(A.device) for interval in (along_a, along_b))
     # The terms at the nodes, in float64, count against one matrix only where it is small.
     kept, entries = 12 * omega.numel() * a.numel() * b.numel(), A.numel() * B.numel()
-    at_nodes = _recomputed(
-        _cosine, entries if kept > entries else 0, a[:, None], b[None], alpha.double(), omega.double()
-    )
+    alpha, omega = alpha.double(), omega.double()
+    at_nodes = _recomputed(_cosine, entries if kept > entries else 0, a[:, None], b[None], alpha, omega)
     left = along_a.chebyshev(A) @ (to_a @ at_nodes @ to_b.T)
     return left.to(A.dtype), along_b.chebyshev(B).T.to(A.dtype)
 
