@@ -216,7 +216,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs = [tensor for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:]) if needed]
+        inputs = [one for one, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True) if needed]
         twice = torch.is_grad_enabled()
         with torch.enable_grad(), without_autocast(gradient.device.type):
             value = ctx.function(*ctx.saved_tensors)
