@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import make_tiny_unet, write_adapters
 
-from funlora_hf import FunLoraPipeline
-from funlora_hf.adapters.base_model import base_classes, read_unet
+from funlora_hf import FunLoraConfig, FunLoraPipeline
+from funlora_hf.adapters.base_model import base_classes, load_base, read_unet
 from funlora_hf.continual.existing_base import find_base
 
 
@@ -209,3 +209,31 @@ def test_pickles_are_not_read(base, tmp_path):
     (folder / WEIGHTS).unlink()
     torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
     assert attempt(folder, FunLoraPipeline.from_pretrained)
+
+
+@pytest.mark.parametrize(
+    "shard", ["evil.bin", "../unet/evil.safetensors", "/etc/evil.safetensors", "evil.safetensors.bin", 3, None, ["x"]]
+)
+def test_an_index_names_safetensors_in_its_folder_only(shard, base, tmp_path):
+    """Also under a variant's name, and for a U-Net that an adapter's config names."""
+    folder = Path(shutil.copytree(spoil(base, "", b""), tmp_path / "copy"))
+    for variant in ("", ".fp16"):
+        index = folder / "unet" / f"diffusion_pytorch_model.safetensors.index{variant}.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": shard}}))
+        for loader in LOADERS:
+            assert "expected safetensors files in the same folder" in attempt(folder, loader)
+        with pytest.raises(ValueError, match="expected safetensors files in the same folder"):
+            load_base(FunLoraConfig(base_model_name_or_path=str(folder / "unet")))
+        index.unlink()
+    for loader in LOADERS:
+        assert attempt(folder, loader) is None
+
+
+def test_a_base_in_shards(base, tmp_path):
+    folder = Path(shutil.copytree(spoil(base, "", b""), tmp_path / "copy"))
+    unet = read_unet(folder)
+    (folder / WEIGHTS).unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="50kB")
+    assert len(list((folder / "unet").glob("*.safetensors"))) > 1
+    again = read_unet(folder).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in unet.state_dict().items())

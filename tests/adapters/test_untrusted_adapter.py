@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,14 +203,35 @@ def test_a_download_that_is_cut_goes_on_or_changes_nothing(folder, hub, waits, t
         assert tiny_pipe.load_adapter("user/digits") == 7
 
 
+def delete_what_it_names(caught) -> None:
+    """Do what the error of a damaged download asks for."""
+    Path(re.search("Delete '(.+)' and load it again", str(caught.value))[1]).unlink()
+
+
 def test_a_flipped_bit_of_a_download_is_noticed(folder, hub, tiny_pipe):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         hub.commit("user/digits", {path.name: path.read_bytes() + b" " * len(name) for path in folder.glob("*.json")})
         hub.commit("user/digits", {path.name: path.read_bytes() for path in folder.glob("*.safetensors")})
         hub.corrupt(name, lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], times=1)
-        with pytest.raises(ValueError, match=f"{name} was damaged on its way from the Hub"):
+        with pytest.raises(ValueError, match=f"{name} was damaged on its way from the Hub") as caught:
             tiny_pipe.load_adapter("user/digits")
+        delete_what_it_names(caught)
     assert tiny_pipe.load_adapter("user/digits") == 7
+
+
+@pytest.mark.parametrize("place", ["blobs", "a/blobs", ".ollama/models/blobs"])
+def test_a_link_out_of_a_folder_deletes_nothing(place, folder, tmp_path, monkeypatch):
+    """Neither beside the Hub's cache nor in it: what is damaged there is named, and deleted by who reads the error."""
+    blob = tmp_path / place / "sha256-0123"
+    blob.parent.mkdir(parents=True)
+    config = folder / "adapter_config.json"
+    config.rename(blob)
+    config.symlink_to(blob)
+    assert read_adapter(folder).config.peft_type == "FUNLORA"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"adapter_config\.json was damaged"):
+        read_adapter(folder)
+    assert blob.is_file()
 
 
 def test_a_config_with_unknown_keys_loads_with_a_warning(folder):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,6 +201,7 @@ def test_a_repository_and_a_damaged_download(hub, run_folder):
     (verdict,) = verify("user/other")
     assert not verdict.ok
     assert "damaged on its way from the Hub" in verdict.detail
+    Path(re.search("Delete '(.+)' and load it again", verdict.detail)[1]).unlink()
     assert [verdict.ok for verdict in verify("user/other")] == [True]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..utils.checks import check_class_label, check_class_name, shortened
 from ..utils.files import read_mapping
 from .unet_config import check_sizes, check_unet_config
+from .untrusted_adapter import fetch
 
 
 UNET_FOLDER = "unet"
@@ -23,6 +25,8 @@ PIPELINE = "model_index.json"
 GENERATOR_FOLDERS = ("model", "base")
 # Ids and names of a thousand classes have some 50 kB.
 MOST_CONFIG = 2**24
+# Of a pipeline's repository, or of one that is the U-Net itself.
+_UNET_FILES = [f"{place}{name}" for place in ("", f"{UNET_FOLDER}/") for name in ("*.json", "*.safetensors")]
 _COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
 
 
@@ -61,6 +65,8 @@ def check_base_folder(folder: Path) -> None:
                     _check_names(file.keys(), os.fspath(path))
             except SafetensorError as error:
                 raise ValueError(f"{os.fspath(path)!r} is not a valid safetensors file: {error}.") from error
+        for path in sorted(place.glob("*.index*.json")):
+            _check_shards(path)
     if (folder / SCHEDULER_CONFIG).is_file():
         check_sizes(
             read_mapping(folder / SCHEDULER_CONFIG, most_bytes=MOST_CONFIG), field=os.fspath(folder / SCHEDULER_CONFIG)
@@ -83,27 +89,13 @@ def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DMo
         raise ValueError(
             "`base_model_name_or_path` is None: the adapter's config names no base. Pass `model`, its U-Net."
         )
-    if Path(name).is_dir():
-        check_base_folder(Path(name))
-    errors = []
-    for subfolder in (UNET_FOLDER, None):
-        try:
-            unet, found = UNet2DModel.from_pretrained(
-                name,
-                subfolder=subfolder,
-                revision=config.revision,
-                local_files_only=local_files_only,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            _check_loaded(found, name)
-            return unet
-        except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-            errors.append(error)
-    raise ValueError(
-        f"`base_model_name_or_path` is {name!r}, from which no UNet2DModel could be loaded: {errors[0]} Pass `model`, the base's "
-        "U-Net."
-    )
+    try:
+        return read_unet(fetch(name, _UNET_FILES, revision=config.revision, local_files_only=local_files_only))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`base_model_name_or_path` is {name!r}, from which no UNet2DModel could be loaded: {error} Pass `model`, the base's "
+            "U-Net."
+        ) from error
 
 
 def base_classes(folder: Path) -> dict[int, str]:
@@ -149,6 +141,18 @@ def read_unet(folder: Path) -> UNet2DModel:
         ) from error
     _check_loaded(found, os.fspath(folder))
     return unet.eval()
+
+
+def _check_shards(index: Path) -> None:
+    """Refuse an index that names other files than safetensors beside it: diffusers would unpickle a `.bin`."""
+    shards = read_mapping(index, most_bytes=MOST_CONFIG).get("weight_map")
+    names = shards.values() if isinstance(shards, dict) else [shards]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise ValueError(
+                f"{os.fspath(index)!r} names the file {shortened(repr(name), 100)}, expected safetensors files in the same "
+                "folder: nothing else is read."
+            )
 
 
 def _check_loaded(found: Mapping[str, Any], source: str) -> None:

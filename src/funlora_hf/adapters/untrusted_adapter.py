@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -193,22 +193,21 @@ def fetch(
 
 def check_download(file: Path) -> None:
     """
-    Hold a file from the cache of the Hub against its hash; the cache keeps files under it. Others are left alone.
+    Compare a file in the Hub's own cache with its hash, under which the cache stores it. Other files are left alone.
 
     Raises:
-        ValueError: it was damaged on its way. It is deleted from the cache then.
+        ValueError: the file was damaged during the download.
     """
-    blob = file.resolve()
-    if not file.is_symlink() or blob.parent.name != "blobs":
+    blob, cache = file.resolve(), Path(constants.HF_HUB_CACHE).resolve()
+    if not file.is_symlink() or blob.parent.name != "blobs" or cache not in blob.parents:
         return
     content = blob.read_bytes()
     # Large files go by SHA-256, others by git's own hash.
     git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     if blob.name not in (git, hashlib.sha256(content).hexdigest()):
-        file.unlink()
-        blob.unlink()
         raise ValueError(
-            f"{file.name} was damaged on its way from the Hub: its hash is not {blob.name}. Load it again."
+            f"{file.name} was damaged on its way from the Hub: its hash is not {blob.name}. Delete {os.fspath(blob)!r} "
+            "and load it again."
         )
 
 

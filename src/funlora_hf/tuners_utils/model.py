@@ -119,6 +119,12 @@ class AdapterModel(BaseTuner):
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Of a `PeftModel`, torch passes on the keys that begin with the prefix only, and PEFT warns where none does.
+        if prefix and not state_dict:
+            raise ValueError(
+                f"No tensor to load has a name that begins with {prefix!r}, so that the adapter would stay as it was "
+                "initialized. Save it by `save_pretrained`, or rename its tensors to `base_model.model.<layer>.<parameter>`."
+            )
         own, live = self.state_dict(prefix=prefix), {}
         for name, layer in self.named_modules():
             if isinstance(layer, self.tuner_layer_cls):
