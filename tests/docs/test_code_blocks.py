@@ -1,0 +1,98 @@
+"""The Python blocks of README and docs run as printed, page by page; the commands name scripts and arguments that exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+from runs import REPOSITORY, short_run
+
+from funlora_hf.run import run
+
+
+# docs/sharing.md needs a Hub (test_readme.py), docs/strategies/writing_your_own.md the registry (test_strategies_docs.py).
+PYTHON_PAGES = ["README.md", "docs/getting_started.md", "docs/method.md", "docs/tuner.md", "docs/strategies/README.md"]
+PAGES = sorted(
+    path.relative_to(REPOSITORY).as_posix() for path in [REPOSITORY / "README.md", *REPOSITORY.glob("docs/**/*.md")]
+)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_every_page_with_python_is_run():
+    found = {page for page in PAGES if blocks(page, "python")}
+    assert found == {*PYTHON_PAGES, "docs/sharing.md", "docs/strategies/writing_your_own.md"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the pages assume: the repository's root after `make demo` and a run of `finetune`."""
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "examples").symlink_to(REPOSITORY / "examples")
+    for output, strategy in (("digits", "funlora"), ("finetune", "finetune")):
+        arguments = {
+            "classes_per_task": 2,
+            "image_quality": "none",
+            "base_train_steps": 2,
+            "adapter_train_steps": 2,
+            "unet_config": None,
+        }
+        run(short_run(output_dir=str(folder / "outputs" / output), strategy=strategy, **arguments))
+    return folder
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES)
+def test_python_blocks_run_in_order(page, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks(page, "python"))],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+COMMANDS = [
+    (page, line)
+    for page in PAGES
+    for block in blocks(page, "bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_commands_name_what_exists(page, line):
+    words = [word for word in shlex.split(line, comments=True) if not re.fullmatch(r"[A-Z_]+=.*", word)]
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert {word for word in words[1:] if not re.match(r"\w+=", word)} <= set(targets)
+    elif words[0] == "funlora":
+        text = usage("-m", "funlora_hf", words[1])
+        assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--\w+", text))
+    elif scripts := [word for word in words if word.startswith("examples/")]:
+        text = usage(scripts[0])
+        given = words[words.index(scripts[0]) :]
+        assert {word for word in given if word.startswith("--")} <= set(re.findall(r"--\w+", text))
+    else:
+        assert words[0] in ("pip", "python3", "source", "git", "bash"), line
+
+
+@cache
+def usage(*command: str) -> str:
+    """What `--help` prints."""
+    done = subprocess.run(
+        [sys.executable, *command, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    return done.stdout
