@@ -37,7 +37,7 @@ def delete_class(
         output_dir (`str` or `os.PathLike`, *optional*):
             Folder of a run or of a saved pipeline: its adapter, checkpoints and pictures that show it. Numbers of the run in
             results.json stay. A run that has not ended would learn the class again when it is resumed.
-        repo_id (`str`, *optional*): repository laid out as `push_all` does, in either layout.
+        repo_id (`str`, *optional*): repository laid out as `push_all` does.
         history (`str`, *optional*, defaults to `"keep"`): of the repository, see `delete_class_from_hub`.
 
     Returns:
