@@ -309,6 +309,7 @@ NASTY = st.one_of(
 @given(NASTY)
 @example("a\n---\n\nb: c\n---\n")
 @example("\ufeff")
+@example("\xa0")
 def test_any_name_survives_in_the_metadata(name):
     cards = [
         adapter(funlora(class_name=name), class_name=name, results=results()),

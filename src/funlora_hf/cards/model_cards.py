@@ -270,6 +270,8 @@ def _card(
         eval_results=_eval_results(results, dataset, accuracy, metadata.get("class_name")) if is_synthetic else None,
         **metadata,
     )
+    # The end of the metadata is stripped, and a name may end with a blank of Unicode: the tags come last.
+    data.tags = data.pop("tags")
     return ModelCard.from_template(
         data,
         template_str=_template(template) + _template("run_template.md"),

@@ -147,8 +147,9 @@ def push_all(
     license: str | None = None,
 ) -> list[CommitInfo]:
     """
-    Push a run: its base, if it trained one, and a folder `class_<id>/` for each class that an adapter makes. One commit for a task, tagged
-    `task-<number>`; what is there already is left out, so that a push that broke off is resumed by pushing again.
+    Push a run: its base, if it trained one, and a folder `class_<id>/` for each class that an adapter makes.
+
+    Each task is one commit with the tag `task-<number>`. What is there already is left out: push again to resume.
 
     Args:
         output_dir (`str` or `os.PathLike`): of the run.
@@ -174,7 +175,7 @@ def push_all(
     base = _base_of(run, repository.repo_id, base_model, base_revision)
     if base.base is None and run.adapters:
         warn_without_base(f"{os.fspath(output_dir)!r}")
-    commits = []
+    commits: list[CommitInfo | None] = []
 
     def commit(labels: Collection[int], message: str, *, with_base: bool) -> None:
         def files(present: set[str]) -> _Files:
@@ -209,7 +210,7 @@ def push_all(
         commit(run.adapters, "Update", with_base=True)
     # An earlier push may have broken off between a commit and its tag.
     repository.tag(*(f"task-{number}" for number in range(1, len(run.tasks) + 1)), *run.base_tags)
-    return [commit for commit in commits if commit is not None]
+    return [done for done in commits if done is not None]
 
 
 def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "keep") -> CommitInfo | None:
