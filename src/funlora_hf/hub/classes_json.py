@@ -1,4 +1,4 @@
-"""`classes.json`: what a repository holds, from which the card at its root is made, and made again when a class comes or goes."""
+"""`classes.json`: what a repository holds. The card at its root is made from it when a class is added or deleted."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class HubIndex:
     license: str | None = None
 
     def updated(self, new: HubIndex) -> HubIndex:
-        """With what `new` knows; what it does not know stays, a base that this repository holds too."""
+        """Add what `new` knows and keep everything else, also the base in this repository."""
         kept = {name: value for name, value in vars(new).items() if value is not None}
         if self.base_classes is not None and new.base_classes is None:
             kept.pop("base_model", None)
@@ -51,7 +51,7 @@ class HubIndex:
         return replace(self, **{**kept, "classes": {**self.classes, **new.classes}})
 
     def without(self, class_label: int) -> HubIndex:
-        """Without a class, wherever it is named."""
+        """Leave out a class wherever it is named."""
         classes = {folder: row for folder, row in self.classes.items() if row.class_label != class_label}
         results = None if self.results is None else results_without(self.results, {class_label})
         return replace(self, classes=classes, results=results)

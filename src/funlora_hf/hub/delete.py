@@ -1,4 +1,4 @@
-"""Takes a class back, wherever it is: out of a pipeline, a bank, a folder and a repository."""
+"""Delete a class from a pipeline, a bank, a folder and a repository."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ def delete_class(
     history: str = "keep",
 ) -> list[str]:
     """
-    Delete the class of an adapter from the places given; none of the others is touched, and no other class changes.
+    Delete the class of an adapter from the given places only. No other class changes.
 
-    The repository comes first, so that what cannot be deleted there is still here to try again with. A place that has not got
-    the class (any more) is passed over.
+    The repository comes first: if the Hub refuses, nothing has been deleted yet. Places without the class are skipped.
 
     Args:
         class_label (`int`): id of the class.

@@ -1,4 +1,4 @@
-"""Describes what lies in a folder, a file or a repository, as plain data. Puts no adapter into any model."""
+"""Describe what a folder, a file or a repository contains, as plain data. No adapter is loaded into a model."""
 
 from __future__ import annotations
 

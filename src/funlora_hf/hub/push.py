@@ -1,7 +1,4 @@
-"""Sharing on the Hub: a base, an adapter, a whole run; and taking a class off again.
-
-Joins files, cards and repositories.
-"""
+"""Push a base, an adapter or a whole run to the Hub, and delete a class there."""
 
 from __future__ import annotations
 
@@ -16,24 +13,17 @@ from huggingface_hub import CommitInfo
 from peft import PeftModel
 
 from ..adapters.base_fingerprint import base_fingerprints
+from ..adapters.base_model import PIPELINE
 from ..adapters.class_folder import adapter_name, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
 from ..cards.model_cards import ClassRow, Place
 from ..sampling.pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig
 from ..utils.checks import check_choice
-from .classes_json import HubIndex, shown_results
+from .classes_json import INDEX, HubIndex, shown_results
 from .repository import HubRepository
-from .root_files import known_contents, root_files, root_files_without
-from .what_to_push import (
-    PIPELINE,
-    BaseFolder,
-    RunToPush,
-    read_adapter_folder,
-    read_base,
-    read_run,
-    warn_without_base,
-)
+from .root_files import known_contents, root_files
+from .what_to_push import BaseFolder, RunToPush, read_adapter_folder, read_base, read_run, warn_without_base
 
 
 _Files = dict[str, Path | bytes]
@@ -62,7 +52,7 @@ def push_base(
 
     Raises:
         FileNotFoundError: a folder without a pipeline.
-        HfHubHTTPError: the Hub refused; nothing can be seen there then.
+        HfHubHTTPError: the Hub refused; nothing of it is visible there.
     """
     if isinstance(pipeline, FunLoraPipeline):
         with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +101,7 @@ def push_adapter(
 
     Raises:
         ValueError: no such adapter, no id of a class, an adapter with numbers that are not finite.
-        HfHubHTTPError: the Hub refused; nothing can be seen there then.
+        HfHubHTTPError: the Hub refused; nothing of it is visible there.
     """
     if adapter_name not in model.peft_config:
         raise ValueError(f"`adapter_name` is {adapter_name!r}, expected one of: {', '.join(model.peft_config)}.")
@@ -221,11 +211,11 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
         repo_id (`str`): of the repository, laid out as `push_all` does.
         class_label (`int`): id of the class.
         history (`str`, *optional*, defaults to `"keep"`):
-            "keep": earlier commits and tags still have the class, for who asks for them. "squash": the newest commit becomes
+            "keep": earlier commits and tags still have the class, for those who ask for them. "squash": the newest commit becomes
             the only one; tags of tasks are deleted, those of bases stay.
 
     Returns:
-        `CommitInfo`, or None if there was no such class; its history is squashed then all the same, if asked for.
+        `CommitInfo`, or None if there was no such class; its history is still squashed, if asked for.
 
     Raises:
         HfHubHTTPError: no such repository, or no right to write.
@@ -237,7 +227,10 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
     done = None
     if folders:
         done = repository.commit(
-            lambda present: root_files_without(repo_id, present, class_label),
+            # A card without an index is not ours.
+            lambda present: (
+                known_contents(repo_id, present).without(class_label).files(repo_id) if INDEX in present else {}
+            ),
             f"Delete class {class_label}",
             delete=folders,
         )
@@ -256,7 +249,7 @@ def _base_of(run: RunToPush, repo_id: str, base_model: str | None, base_revision
 
 
 def _looked_at(base: Place) -> Place:
-    """With what its repository is, a pipeline or the U-Net itself."""
+    """Add whether its repository is a pipeline or the U-Net itself."""
     if base.base is None:
         return base
     return replace(base, base_is_unet=HubRepository(base.base, create=False).is_unet(base.base_revision))

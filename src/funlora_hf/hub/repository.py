@@ -65,9 +65,10 @@ class HubRepository:
             `CommitInfo`, or None if all of it was there already: then no commit was made.
 
         Raises:
-            HfHubHTTPError: the Hub refused, or still failed after some tries. Nothing of the commit can be seen then.
+            HfHubHTTPError: the Hub refused, or still failed after some tries. Nothing of the commit is visible then.
         """
-        for left in reversed(range(_TRIES)):
+        tries = 0
+        while True:
             head = self._api.repo_info(self.repo_id).sha
             present = self.files()
             operations: list = [
@@ -83,13 +84,12 @@ class HubRepository:
                 done = self._api.create_commit(self.repo_id, operations, commit_message=message, parent_commit=head)
                 return None if done.oid == head else done
             except HfHubHTTPError as error:
-                status = error.response.status_code
-                if status not in _PASSING or not left:
+                status, tries = error.response.status_code, tries + 1
+                if status not in _PASSING or tries == _TRIES:
                     raise
-                seconds = _patience(error, _TRIES - left)
+                seconds = _patience(error, tries)
                 logger.warning("The Hub answered %s to a commit to %s: again in %s s.", status, self.repo_id, seconds)
                 time.sleep(seconds)
-        raise AssertionError  # the last try returns or raises
 
     def tag(self, *names: str) -> None:
         """Tag the newest commit by each of these names that no tag has yet."""

@@ -1,7 +1,4 @@
-"""What a repository holds now, read from it, and the files at its root when a class comes or goes.
-
-Joins the index and the Hub.
-"""
+"""Read what a repository holds, and make the files at its root when a class is added or deleted."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ def root_files(repo_id: str, present: set[str], index: HubIndex) -> dict[str, by
 
 
 def known_contents(repo_id: str, present: set[str]) -> HubIndex:
-    """What a repository holds already: what its index says, and adapters that came by other ways."""
+    """What a repository holds already: what its index says, and adapters that were uploaded in other ways."""
     folders = {name.rpartition("/")[0] for name in present if name.endswith(f"/{ADAPTER_FILES[1]}")}
     if not folders and INDEX not in present:
         return HubIndex()
@@ -33,11 +30,6 @@ def known_contents(repo_id: str, present: set[str]) -> HubIndex:
             name = _class_name(path) or str(label)
             classes[path.name] = ClassRow(label, name, "adapter", link=path.name)
     return replace(index, classes=classes)
-
-
-def root_files_without(repo_id: str, present: set[str], class_label: int) -> dict[str, bytes]:
-    """Card and index of a repository without a class; none where its card is not ours."""
-    return known_contents(repo_id, present).without(class_label).files(repo_id) if INDEX in present else {}
 
 
 def _class_name(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Says of everything in a folder, a file or a repository whether it is sound, and why not."""
+"""Check everything in a folder, a file or a repository, and say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .find import BASE_CONTENTS, Contents, find_contents
 @dataclass(frozen=True)
 class Verdict:
     """
-    On one thing.
+    The result for one thing.
 
     Args:
         kind: "base", "adapter" or "bank".
         name: where it lies.
         ok: whether nothing is wrong with it.
-        detail: what is wrong; or, if nothing is, what it was held against.
+        detail: what is wrong; or, if nothing is, what it was compared with.
     """
 
     kind: str
@@ -57,7 +57,7 @@ def verify(
     Args:
         source (`str` or `os.PathLike`): as for [`find_contents`].
         base (`str` or `os.PathLike`, *optional*):
-            What adapters are held against: run, pipeline or U-Net. None: the base in the source; if it has none, adapters are
+            What adapters are compared with: run, pipeline or U-Net. None: the base in the source; if it has none, adapters are
             only checked by themselves.
         subfolder, revision, local_files_only: as for [`find_contents`].
 

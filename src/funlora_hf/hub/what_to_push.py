@@ -70,7 +70,7 @@ def read_base(folder: Path) -> BaseFolder:
 @dataclass(frozen=True)
 class AdapterFolder:
     """
-    An adapter on this machine, found sound.
+    An adapter on this machine, checked.
 
     Args:
         adapter: its files.
@@ -191,10 +191,10 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
 def _results_now(
     results: Mapping[str, Any] | None, folder: Path, adapters: Mapping[int, AdapterFolder]
 ) -> dict[str, Any] | None:
-    """The results of a run as far as they hold for what is in its folder now."""
+    """The results of a run that are still true for what is in its folder now."""
     if results is None:
         return None
-    # What an adapter made and none makes any more has been deleted.
+    # A class of a later task that has no adapter any more has been deleted.
     later = {label for task in results.get("tasks", [])[1:] for label in task}
     with_adapters = bool(adapters) or (folder / ADAPTERS_FOLDER).is_dir()
     now = results_without(results, later - adapters.keys() if with_adapters else ())
