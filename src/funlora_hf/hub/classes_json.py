@@ -91,8 +91,8 @@ def shown_results(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     shown = {name: results[name] for name in _SHOWN if name in results}
     shown["settings"] = {
-        part: {name: value for name, value in fields.items() if _is_plain(value)}
-        for part, fields in shown.get("settings", {}).items()
+        part: {name: value for name, value in values.items() if _is_plain(value)}
+        for part, values in shown.get("settings", {}).items()
     }
     return shown
 
@@ -123,7 +123,7 @@ def read_index(file: Path) -> HubIndex:
             if given[name] is not None and not isinstance(given[name], kind):
                 raise ValueError(f"`{name}` is {given[name]!r}")
         rows = [ClassRow(**row) for row in given["classes"]]
-        known = {field.name: given[field.name] for field in fields(HubIndex)}
+        known = {entry.name: given[entry.name] for entry in fields(HubIndex)}
         if known["base_classes"] is not None:
             known["base_classes"] = {int(label): str(name) for label, name in known["base_classes"].items()}
         return HubIndex(**{**known, "classes": {row.link: row for row in rows}})
