@@ -169,7 +169,8 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
         FileNotFoundError: no folder of a run.
         ValueError: a damaged adapter.
     """
-    results = read_mapping(folder / "results.json", keys=["tasks"]) if (folder / "results.json").is_file() else None
+    file = folder / "results.json"
+    results = read_mapping(file, keys=["tasks"]) if file.is_file() else None
     trained = next((folder / name for name in GENERATOR_FOLDERS if (folder / name).is_dir()), None)
     base = read_base(trained) if trained is not None and own_base else None
     adapters = {}
@@ -180,7 +181,8 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
         raise FileNotFoundError(
             f"`output_dir` {os.fspath(folder)!r} has neither base/ nor model/ nor adapters/, expected the folder of a run."
         )
-    results = _results_now(results, folder, adapters)
+    if results is not None:
+        results = _results_now(results, folder, adapters)
     if tasks is None:
         tasks = (results or {}).get("tasks") or [[] if base is None else list(base.classes), list(adapters)]
     named = {label for task in tasks for label in task}
@@ -188,12 +190,8 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
     return RunToPush(base, adapters, [*map(list, tasks), *([late] if late else [])], results)
 
 
-def _results_now(
-    results: Mapping[str, Any] | None, folder: Path, adapters: Mapping[int, AdapterFolder]
-) -> dict[str, Any] | None:
+def _results_now(results: Mapping[str, Any], folder: Path, adapters: Mapping[int, AdapterFolder]) -> dict[str, Any]:
     """The results of a run that are still true for what is in its folder now."""
-    if results is None:
-        return None
     # A class of a later task that has no adapter any more has been deleted.
     later = {label for task in results.get("tasks", [])[1:] for label in task}
     with_adapters = bool(adapters) or (folder / ADAPTERS_FOLDER).is_dir()
