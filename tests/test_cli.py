@@ -256,20 +256,16 @@ def test_verify_against_another_base(command, run_folder, tiny_pipe, tmp_path):
     assert out.count("FAILED: The adapter") == out.count("was trained for another base") == 2
 
 
-@pytest.mark.parametrize("layout", ["subfolders", "repositories"])
-def test_push_and_pull_give_the_run_back(command, hub, run_folder, tmp_path, layout):
-    code, out, _ = command("push", run_folder, REPO, "--layout", layout, "--license", "mit")
+def test_push_and_pull_give_the_run_back(command, hub, run_folder, tmp_path):
+    code, out, _ = command("push", run_folder, REPO, "--license", "mit")
     assert code == 0
     assert len(out.splitlines()) >= 2
     assert all(f"{REPO}" in line and "/commit/" in line for line in out.splitlines())
     assert "license: mit" in hub.files(REPO)["README.md"].decode()
-    code, out, _ = command("push", run_folder, REPO, "--layout", layout, "--license", "mit")
+    code, out, _ = command("push", run_folder, REPO, "--license", "mit")
     assert (code, out) == (0, f"{REPO} has all of it already: no commit was made.\n")
     there = tmp_path / "there"
-    sources = [REPO] if layout == "subfolders" else [f"{REPO}-class_7", f"{REPO}-class_8"]
-    for source in sources:
-        code, out, _ = command("pull", source, there)
-        assert code == 0
+    assert command("pull", REPO, there)[0] == 0
     assert command("pull", REPO, there, "--with_base")[0] == 0
     assert {path.name for path in there.iterdir()} == {"base", "adapters"}
     assert digests(there / "base") == digests(run_folder / "base")

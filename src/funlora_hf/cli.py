@@ -27,7 +27,7 @@ from .hub.delete import delete_class
 from .hub.describe import AdapterDescription, BankDescription, BaseDescription, describe
 from .hub.find import find_contents
 from .hub.pull import pull
-from .hub.push import LAYOUTS, push_all
+from .hub.push import push_all
 from .hub.verify import verify
 from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
@@ -183,14 +183,8 @@ def _sample(given: argparse.Namespace) -> int:
 def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder of a run")
     parser.add_argument("repo_id", metavar="REPO_ID", help='"user/repo", made if it is not there')
-    parser.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        default="subfolders",
-        help="each class in class_<id>/ of the repository, or in a repository of its own (default: %(default)s)",
-    )
     parser.add_argument("--base_model", metavar="REPO", help="repository of the base, if it is another one")
-    parser.add_argument("--private", action="store_true", help="make new repositories private")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--license", help="identifier of a licence, for the cards")
 
 
@@ -198,7 +192,6 @@ def _push(given: argparse.Namespace) -> int:
     commits = push_all(
         given.output_dir,
         given.repo_id,
-        layout=given.layout,
         base_model=given.base_model,
         private=given.private or None,
         license=given.license,

@@ -142,14 +142,12 @@ def test_what_is_there_already_makes_no_commit(hub, run_folder):
     assert commit.commit_message == "Update"
 
 
-@pytest.mark.parametrize("layout", ["subfolders", "repositories"])
-def test_another_process_loads_what_one_has_pushed(hub, run_folder, layout, tmp_path):
-    push_all(run_folder, REPO, layout=layout)
-    source, place = (REPO, '"class_9"') if layout == "subfolders" else (f"{REPO}-class_9", "None")
+def test_another_process_loads_what_one_has_pushed(hub, run_folder, tmp_path):
+    push_all(run_folder, REPO)
     code = f"""
 import torch, funlora_hf
 pipe = funlora_hf.FunLoraPipeline.from_pretrained("{REPO}")
-label = pipe.load_adapter("{source}", subfolder={place})
+label = pipe.load_adapter("{REPO}", subfolder="class_9")
 assert label == 9 and pipe.classes == {{3: "three", 5: "5", 9: "name 9"}}
 sample = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
@@ -158,7 +156,7 @@ torch.save(output, "output.pt")
 from peft import PeftModel
 from diffusers import UNet2DModel
 unet = UNet2DModel.from_pretrained("{REPO}", subfolder="unet")
-model = PeftModel.from_pretrained(unet, "{source}", subfolder={place}).eval()
+model = PeftModel.from_pretrained(unet, "{REPO}", subfolder="class_9").eval()
 with torch.no_grad():
     stock = model(sample, torch.tensor([300.0, 800.0]), torch.zeros(2, dtype=torch.long)).sample
 torch.testing.assert_close(stock, output)
@@ -176,21 +174,9 @@ torch.testing.assert_close(stock, output)
     pipe = FunLoraPipeline.from_pretrained(run_folder / "base")
     pipe.load_adapter(run_folder / "adapters" / "class_9")
     torch.testing.assert_close(torch.load(tmp_path / "output.pt"), velocity(pipe, 9))
-    pushed = hub.files(source)[
-        "class_9/adapter_model.safetensors" if layout == "subfolders" else "adapter_model.safetensors"
-    ]
+    pushed = hub.files(REPO)["class_9/adapter_model.safetensors"]
     mine = load_file(run_folder / "adapters" / "class_9" / "adapter_model.safetensors")
     assert all(torch.equal(tensor, mine[key]) for key, tensor in load(pushed).items())
-
-
-def test_a_repository_for_each_class(hub, run_folder):
-    commits = push_all(run_folder, REPO, layout="repositories")
-    assert {repo for repo in hub.repos() if repo.startswith(REPO)} == {REPO, *(f"{REPO}-class_{c}" for c in (7, 8, 9))}
-    assert "unet/config.json" in hub.files(REPO)
-    assert not any(name.startswith("class_") for name in hub.files(REPO))
-    assert f"{REPO}-class_8" in hub.files(REPO)["README.md"].decode()
-    assert len(commits) == 5
-    assert push_all(run_folder, REPO, layout="repositories") == []
 
 
 def test_a_base_elsewhere(hub, run_folder, tiny_pipe):
@@ -445,15 +431,16 @@ def test_a_damaged_class_of_someone_else_can_be_deleted(hub, run_folder):
     assert contents(hub, "user/plain") == {"README.md": b"mine"}
 
 
-def test_a_class_with_a_repository_of_its_own_is_deleted(hub, run_folder):
-    push_all(run_folder, REPO, layout="repositories")
-    hub.commit("user/other", {"a": b"b"})
-    assert delete_class(8, repo_id=REPO) == ["repo_id"]
-    assert f"{REPO}-class_8" not in hub.repos()
-    assert {f"{REPO}-class_7", "user/other"} <= set(hub.repos())
-    assert not any(b"class_8" in content or b"name 8" in content for content in contents(hub).values())
-    with pytest.raises(ValueError, match="none of the places given has"):
-        delete_class(8, repo_id=REPO)
+def test_an_adapter_in_a_folder_of_another_name_is_listed_and_deleted(hub, run_folder, tiny_unet):
+    push_all(run_folder, REPO)
+    config = FunLoraConfig(class_embedding="class_embedding", init_weights=False)
+    model = get_peft_model(tiny_unet, config, adapter_name="class_20")
+    push_adapter(model, "class_20", REPO, subfolder="more/of_<id>", base_model=REPO)
+    for _ in range(2):
+        assert f"(https://huggingface.co/{REPO}/tree/main/more/of_20)" in contents(hub)["README.md"].decode()
+        assert push_all(run_folder, REPO) == []
+    assert delete_class(20, repo_id=REPO) == ["repo_id"]
+    assert not any("of_20" in name or b"of_20" in content for name, content in contents(hub).items())
 
 
 @pytest.mark.parametrize("strategy", ["funlora", "joint"])

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 
 
 _LFS_EXTENSIONS = (
@@ -49,10 +48,8 @@ class Commit:
 
     oid: str
     message: str
-    description: str
     files: Mapping[str, StoredFile]
     parent: str | None
-    date: datetime
 
 
 @dataclass
@@ -60,8 +57,6 @@ class Repository:
     """A repository with its history; new ones have the `.gitattributes` that the Hub commits first."""
 
     repo_id: str
-    private: bool = False
-    gated: bool = False
     history: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -71,19 +66,13 @@ class Repository:
     def __post_init__(self):
         self.add_commit("main", {".gitattributes": StoredFile(GIT_ATTRIBUTES.encode(), lfs=False)}, "initial commit")
 
-    @property
-    def created(self) -> datetime:
-        return next(iter(self.history.values())).date
-
-    def add_commit(
-        self, branch: str, files: Mapping[str, StoredFile], message: str, description: str = "", *, root: bool = False
-    ) -> Commit:
+    def add_commit(self, branch: str, files: Mapping[str, StoredFile], message: str, *, root: bool = False) -> Commit:
         """Makes `files` the whole tree of `branch`; with `root` the new commit has no parent."""
         parent = None if root else self.branches.get(branch)
-        described = [self.repo_id, next(self._count), parent, message, description]
+        described = [self.repo_id, next(self._count), parent, message]
         described += [(path, stored.blob_id) for path, stored in sorted(files.items())]
         oid = hashlib.sha1(repr(described).encode()).hexdigest()
-        commit = Commit(oid, message, description, dict(files), parent, datetime.now(timezone.utc))
+        commit = Commit(oid, message, dict(files), parent)
         self.history[oid] = commit
         self.branches[branch] = oid
         self.lfs_objects.update({stored.sha256: stored.content for stored in files.values() if stored.lfs})
@@ -113,17 +102,3 @@ class Repository:
             commits.append(commit)
             commit = self.history.get(commit.parent) if commit.parent else None
         return commits
-
-    def last_change(self, revision: str, path: str) -> Commit:
-        """The newest commit up to `revision` that changed the file or folder `path`."""
-        commits = self.log(revision)
-
-        def content(commit: Commit) -> dict[str, StoredFile]:
-            return {
-                name: stored for name, stored in commit.files.items() if name == path or name.startswith(f"{path}/")
-            }
-
-        for newer, older in itertools.pairwise(commits):
-            if content(newer) != content(older):
-                return newer
-        return commits[-1]

@@ -1,8 +1,8 @@
 """A small Hub on the loopback, for tests: what `huggingface_hub` asks of model repositories, and faults on request.
 
 It knows HTTP, tokens and faults; `hub_repositories` keeps what is stored. The real client talks to it, so that status
-codes, headers and JSON are those the client reads. Not here: datasets and Spaces, pull requests, Xet, multi-part
-uploads, paging, and the redirect of downloads to another host.
+codes, headers and JSON are those the client reads. Not here: datasets and Spaces, branches, pull requests, private
+repositories, Xet, multi-part uploads, paging, and the redirect of downloads to another host.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ from hub_repositories import GIT_ATTRIBUTES, Commit, Repository, StoredFile
 
 
 TOKEN = "hf_test"
-READ_TOKEN = "hf_read"
-# Whose token it is, and whether it may write: `hf_test` may, everywhere; `hf_read` is a stranger's.
-USERS = {TOKEN: ("user", True), READ_TOKEN: ("reader", False)}
 LFS_THRESHOLD = 10 * 1024 * 1024
 NO_PAGE = "Sorry, we can't find the page you are looking for."
 
@@ -68,7 +65,6 @@ class Call:
     query: dict[str, list[str]]
     headers: Mapping[str, str]
     user: str | None
-    writer: bool
 
     @property
     def json(self) -> dict:
@@ -148,10 +144,10 @@ class HubServer:
 
     # What tests do to repositories behind the client's back
 
-    def create(self, repo: str, *, private: bool = False, gated: bool = False) -> None:
+    def create(self, repo: str) -> None:
         """Makes a repository; nothing happens to one that exists."""
         with self._lock:
-            self._repositories.setdefault(repo, Repository(repo, private=private, gated=gated))
+            self._repositories.setdefault(repo, Repository(repo))
 
     def commit(
         self, repo: str, files: Mapping[str, bytes | None], message: str = "Update", *, revision: str = "main"
@@ -249,8 +245,7 @@ class HubServer:
         split = urlsplit(target)
         with self._lock:
             try:
-                user, writer = _authenticate(headers)
-                call = Call(method, body, parse_qs(split.query), headers, user, writer)
+                call = Call(method, body, parse_qs(split.query), headers, _authenticate(headers))
                 for methods, pattern, endpoint in _ENDPOINTS:
                     match = pattern.fullmatch(split.path)
                     if match and method in methods.split():
@@ -261,7 +256,7 @@ class HubServer:
 
     def _visible(self, call: Call, repo: str) -> Repository:
         repository = self._repositories.get(repo)
-        if repository is None or (repository.private and not call.writer):
+        if repository is None:
             # The Hub does not tell strangers that a repository is missing; over https the client reads the same from a
             # bare 401, over http it needs the code.
             if call.user is None:
@@ -271,7 +266,7 @@ class HubServer:
 
     def _writable(self, call: Call, repo: str) -> Repository:
         repository = self._visible(call, repo)
-        _require_writer(call)
+        _require_user(call)
         return repository
 
     def _revision(self, repository: Repository, revision: str) -> Commit:
@@ -282,14 +277,8 @@ class HubServer:
 
     # Account and repositories
 
-    def _whoami(self, call: Call) -> Answer:
-        if call.user is None:
-            raise HubError(401, "Invalid username or password.")
-        token = {"displayName": "test", "role": "write" if call.writer else "read"}
-        return _json({"type": "user", "id": call.user, "name": call.user, "orgs": [], "auth": {"accessToken": token}})
-
     def _create(self, call: Call) -> Answer:
-        _require_writer(call)
+        _require_user(call)
         asked = call.json
         if asked.get("type", "model") != "model":
             raise HubError(400, "This server has model repositories only")
@@ -298,37 +287,8 @@ class HubServer:
             error = _error_answer(HubError(409, "You already created this model repo"))
             error.body = json.dumps({**json.loads(error.body), "url": f"{self.url}/{repo}"}).encode()
             return error
-        self.create(repo, private=asked.get("visibility") == "private" or bool(asked.get("private")))
+        self.create(repo)
         return _json({"url": f"{self.url}/{repo}", "name": repo, "id": repo})
-
-    def _delete(self, call: Call) -> Answer:
-        asked = call.json
-        repo = f"{asked.get('organization') or call.user}/{asked['name']}"
-        self._writable(call, repo)
-        del self._repositories[repo]
-        return Answer()
-
-    def _settings(self, call: Call, repo: str) -> Answer:
-        repository = self._writable(call, repo)
-        asked = call.json
-        if "visibility" in asked:
-            repository.private = asked["visibility"] == "private"
-        repository.private = bool(asked.get("private", repository.private))
-        repository.gated = bool(asked.get("gated", repository.gated))
-        return _json({"private": repository.private, "gated": repository.gated})
-
-    def _list(self, call: Call) -> Answer:
-        author = call.query.get("author", [""])[0]
-        search = call.query.get("search", [""])[0].lower()
-        wanted = [tag for value in call.query.get("filter", []) for tag in value.split(",")]
-        found = [
-            _model_info(repository, repository.find("main"), blobs=False)
-            for repo, repository in self._repositories.items()
-            if (call.writer or not repository.private)
-            and (not author or repo.split("/")[0] == author)
-            and search in repo.lower()
-        ]
-        return _json([info for info in found if all(tag in info["tags"] for tag in wanted)])
 
     def _info(self, call: Call, repo: str, revision: str = "main") -> Answer:
         repository = self._visible(call, repo)
@@ -367,36 +327,6 @@ class HubServer:
         repository.tags[call.json["tag"]] = commit.oid
         return Answer()
 
-    def _branch(self, call: Call, repo: str, branch: str) -> Answer:
-        repository = self._writable(call, repo)
-        if call.method == "DELETE":
-            if branch == "main":
-                raise HubError(403, "Cannot delete the main branch")
-            if repository.branches.pop(branch, None) is None:
-                raise HubError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
-            return Answer()
-        commit = self._revision(repository, call.json.get("startingPoint", "main"))
-        if branch in repository.branches:
-            raise HubError(409, f"Reference already exists: refs/heads/{branch}")
-        repository.branches[branch] = commit.oid
-        return Answer()
-
-    def _log(self, call: Call, repo: str, revision: str) -> Answer:
-        repository = self._visible(call, repo)
-        commits = repository.log(self._revision(repository, revision).oid)
-        return _json(
-            [
-                {
-                    "id": commit.oid,
-                    "title": commit.message,
-                    "message": commit.description,
-                    "authors": [{"user": "user"}],
-                    "date": _date(commit),
-                }
-                for commit in commits
-            ]
-        )
-
     def _squash(self, call: Call, repo: str, branch: str) -> Answer:
         repository = self._writable(call, repo)
         if branch not in repository.branches:
@@ -408,7 +338,7 @@ class HubServer:
     def _tree(self, call: Call, repo: str, revision: str, path: str) -> Answer:
         repository = self._visible(call, repo)
         commit = self._revision(repository, revision)
-        entries = _entries(repository, commit, expand=call.flag("expand"))
+        entries = _entries(commit)
         inside = f"{path}/" if path else ""
         below = [entry for entry in entries if entry["path"].startswith(inside)]
         if path and not below:
@@ -417,23 +347,10 @@ class HubServer:
             below = [entry for entry in below if "/" not in entry["path"].removeprefix(inside)]
         return _json(below)
 
-    def _paths_info(self, call: Call, repo: str, revision: str) -> Answer:
-        repository = self._visible(call, repo)
-        asked = parse_qs(call.body.decode())
-        expand = asked.get("expand", ["false"])[0].lower() in ("1", "true")
-        entries = _entries(repository, self._revision(repository, revision), expand=expand)
-        paths = {path.rstrip("/") for path in asked.get("paths", [])}
-        return _json([entry for entry in entries if entry["path"] in paths])
-
     # Downloads
 
     def _resolve(self, call: Call, repo: str, revision: str, path: str) -> Answer:
         repository = self._visible(call, repo)
-        if repository.gated and not call.writer:
-            message = (
-                f"Access to model {repo} is restricted. You must have access to it and be authenticated to access it."
-            )
-            raise HubError(403 if call.user else 401, message, "GatedRepo")
         commit = self._revision(repository, revision)
         stored = commit.files.get(path)
         if stored is None:
@@ -467,15 +384,11 @@ class HubServer:
     def _preupload(self, call: Call, repo: str, revision: str) -> Answer:
         repository = self._writable(call, repo)
         present = self._revision(repository, revision).files
-        ignored = call.json.get("gitIgnore")
-        if ignored is None and ".gitignore" in present:
-            ignored = present[".gitignore"].content.decode()
 
         def told(asked: dict) -> dict:
             path = asked["path"]
             lfs = _is_lfs(path, asked["size"], base64.b64decode(asked["sample"]))
-            told = {"path": path, "uploadMode": "lfs" if lfs else "regular"}
-            told["shouldIgnore"] = _is_ignored(path, ignored or "")
+            told = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
             return told | ({"oid": present[path].etag} if path in present else {})
 
         return _json({"files": [told(asked) for asked in call.json["files"]]})
@@ -524,7 +437,7 @@ class HubServer:
         tree = dict(repository.history[head].files)
         for line in lines[1:]:
             _apply(repository, tree, line["key"], line["value"])
-        commit = repository.add_commit(revision, tree, header["summary"], header.get("description", ""))
+        commit = repository.add_commit(revision, tree, header["summary"])
         return _json({"success": True, "commitOid": commit.oid, "commitUrl": f"{self.url}/{repo}/commit/{commit.oid}"})
 
 
@@ -532,21 +445,14 @@ _REPO = r"([^/]+/[^/]+)"
 _ENDPOINTS = [
     (methods, re.compile(pattern), endpoint)
     for methods, pattern, endpoint in (
-        ("GET", "/api/whoami-v2", HubServer._whoami),
         ("POST", "/api/repos/create", HubServer._create),
-        ("DELETE", "/api/repos/delete", HubServer._delete),
         ("POST", "/api/validate-yaml", HubServer._validate_yaml),
-        ("GET", "/api/models", HubServer._list),
         ("GET", f"/api/models/{_REPO}", HubServer._info),
         ("GET", f"/api/models/{_REPO}/revision/([^/]+)", HubServer._info),
-        ("PUT", f"/api/models/{_REPO}/settings", HubServer._settings),
         ("GET", f"/api/models/{_REPO}/refs", HubServer._refs),
-        ("GET", f"/api/models/{_REPO}/commits/([^/]+)", HubServer._log),
         ("POST DELETE", f"/api/models/{_REPO}/tag/([^/]+)", HubServer._tag),
-        ("POST DELETE", f"/api/models/{_REPO}/branch/([^/]+)", HubServer._branch),
         ("POST", f"/api/models/{_REPO}/super-squash/([^/]+)", HubServer._squash),
         ("GET", f"/api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", HubServer._tree),
-        ("POST", f"/api/models/{_REPO}/paths-info/([^/]+)", HubServer._paths_info),
         ("POST", f"/api/models/{_REPO}/preupload/([^/]+)", HubServer._preupload),
         ("POST", f"/api/models/{_REPO}/commit/([^/]+)", HubServer._commit),
         ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", HubServer._lfs_batch),
@@ -557,21 +463,16 @@ _ENDPOINTS = [
 ]
 
 
-def _authenticate(headers: Mapping[str, str]) -> tuple[str | None, bool]:
+def _authenticate(headers: Mapping[str, str]) -> str | None:
     given = headers.get("Authorization")
-    if given is None:
-        return None, False
-    user = USERS.get(given.removeprefix("Bearer "))
-    if user is None:
+    if given not in (None, f"Bearer {TOKEN}"):
         raise HubError(401, "Invalid credentials in Authorization header")
-    return user
+    return None if given is None else "user"
 
 
-def _require_writer(call: Call) -> None:
+def _require_user(call: Call) -> None:
     if call.user is None:
         raise HubError(401, "Invalid username or password.")
-    if not call.writer:
-        raise HubError(403, "You don't have the rights to write here with this token")
 
 
 def _is_lfs(path: str, size: int, sample: bytes) -> bool:
@@ -579,20 +480,6 @@ def _is_lfs(path: str, size: int, sample: bytes) -> bool:
     extensions = {line.split()[0] for line in GIT_ATTRIBUTES.splitlines()}
     named = any(fnmatch.fnmatch(path.rsplit("/", 1)[-1], extension) for extension in extensions)
     return size > 0 and (named or size > LFS_THRESHOLD or b"\0" in sample)
-
-
-def _is_ignored(path: str, rules: str) -> bool:
-    """The plain rules of a .gitignore: names, globs and folders, no negation."""
-    parts = path.split("/")
-    parents = ["/".join(parts[: end + 1]) for end in range(len(parts))]
-    for rule in (line.strip().strip("/") for line in rules.splitlines()):
-        if (
-            rule
-            and not rule.startswith("#")
-            and any(fnmatch.fnmatch(candidate, rule) for candidate in (*parents, *parts))
-        ):
-            return True
-    return False
 
 
 def _apply(repository: Repository, tree: dict[str, StoredFile], kind: str, value: dict) -> None:
@@ -605,9 +492,6 @@ def _apply(repository: Repository, tree: dict[str, StoredFile], kind: str, value
             message = "Your push was rejected because an LFS pointer pointed to a file that does not exist."
             raise HubError(400, message)
         tree[path] = StoredFile(repository.lfs_objects[value["oid"]], lfs=True)
-    elif kind == "deletedFile":
-        if tree.pop(path, None) is None:
-            raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
     elif kind == "deletedFolder":
         inside = [name for name in tree if name.startswith(path.rstrip("/") + "/")]
         if not inside:
@@ -624,18 +508,6 @@ def _metadata(card: str) -> dict:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _card_data(commit: Commit) -> dict:
-    card = commit.files.get("README.md")
-    try:
-        return _metadata(card.content.decode()) if card else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return {}
-
-
-def _date(commit: Commit) -> str:
-    return commit.date.strftime("%Y-%m-%dT%H:%M:%S.000Z")
-
-
 def _model_info(repository: Repository, commit: Commit, *, blobs: bool) -> dict:
     siblings = []
     for path, stored in sorted(commit.files.items()):
@@ -646,32 +518,23 @@ def _model_info(repository: Repository, commit: Commit, *, blobs: bool) -> dict:
                 size = {"size": len(stored.content), "pointerSize": len(stored.pointer)}
                 sibling["lfs"] = {"sha256": stored.sha256, **size}
         siblings.append(sibling)
-    card = _card_data(commit)
-    bases = card.get("base_model") or []
-    tags = [*(card.get("tags") or []), *([card["library_name"]] if card.get("library_name") else [])]
-    tags += [f"base_model:{base}" for base in ([bases] if isinstance(bases, str) else bases)]
     return {
         "_id": hashlib.sha1(repository.repo_id.encode()).hexdigest()[:24],
         "id": repository.repo_id,
         "modelId": repository.repo_id,
         "author": repository.repo_id.split("/")[0],
         "sha": commit.oid,
-        "lastModified": _date(commit),
-        "createdAt": repository.created.strftime("%Y-%m-%dT%H:%M:%S.000Z"),
-        "private": repository.private,
-        "gated": "manual" if repository.gated else False,
+        "private": False,
+        "gated": False,
         "disabled": False,
         "downloads": 0,
         "likes": 0,
-        "tags": tags,
+        "tags": [],
         "siblings": siblings,
-        "usedStorage": sum(map(len, repository.lfs_objects.values())),
-        **{name: card[name] for name in ("library_name", "pipeline_tag") if name in card},
-        **({"cardData": card} if card else {}),
     }
 
 
-def _entries(repository: Repository, commit: Commit, *, expand: bool) -> list[dict]:
+def _entries(commit: Commit) -> list[dict]:
     """Every folder and file of a tree, sorted by path."""
     entries: dict[str, dict] = {}
     for path, stored in commit.files.items():
@@ -687,10 +550,6 @@ def _entries(repository: Repository, commit: Commit, *, expand: bool) -> list[di
             )
             oid = hashlib.sha1(repr(inside).encode()).hexdigest()  # tells trees apart, but is not git's own
             entries[folder] = {"type": "directory", "oid": oid, "size": 0, "path": folder}
-    if expand:
-        for path, entry in entries.items():
-            change = repository.last_change(commit.oid, path)
-            entry["lastCommit"] = {"id": change.oid, "title": change.message, "date": _date(change)}
     return [entries[path] for path in sorted(entries)]
 
 

@@ -26,7 +26,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -166,17 +165,15 @@ def fetch(
     for file in files:
         if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
             raise ValueError(f"`subfolder` leads to {file!r}, expected a place inside the repository.")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder that is there nor the name of a repository, 'user/repo'."
-        ) from None
     patterns = [file if "*" in file else glob.escape(file) for file in files]
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
         )
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder that is there nor the name of a repository, 'user/repo'."
+        ) from None
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"`revision` is {revision!r}, which repository {name!r} has not.") from error
     except RepositoryNotFoundError as error:

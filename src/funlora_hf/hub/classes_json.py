@@ -1,13 +1,15 @@
-"""`classes.json`: what a repository holds, from which the card at its root is made, and made again when a class comes or goes."""
+"""`classes.json`: what a repository holds. The card at its root is made from it when a class is added or deleted."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from ..cards.model_cards import ClassRow, adapters_card, base_card
+from ..utils.files import read_mapping
 
 
 INDEX = "classes.json"
@@ -27,7 +29,7 @@ class HubIndex:
         base_revision: branch, tag or commit of the base.
         base_classes: id -> name, if the base is in this repository; else None.
         base_fingerprint: of the base in this repository, by precision.
-        adapters: link -> row of each class that an adapter makes.
+        classes: folder -> row of each class that an adapter makes.
         results: what the card shows of the results.json of the run.
         license: identifier of a licence.
     """
@@ -36,50 +38,50 @@ class HubIndex:
     base_revision: str | None = None
     base_classes: Mapping[int, str] | None = None
     base_fingerprint: Mapping[str, str] | None = None
-    adapters: Mapping[str, ClassRow] = field(default_factory=dict)
+    classes: Mapping[str, ClassRow] = field(default_factory=dict)
     results: Mapping[str, Any] | None = None
     license: str | None = None
 
     def updated(self, new: HubIndex) -> HubIndex:
-        """With what `new` knows; what it does not know stays, a base that this repository holds too."""
-        kept = {name: value for name, value in vars(new).items() if value is not None and name != "adapters"}
+        """Add what `new` knows and keep everything else, also the base in this repository."""
+        kept = {name: value for name, value in vars(new).items() if value is not None}
         if self.base_classes is not None and new.base_classes is None:
             kept.pop("base_model", None)
             kept.pop("base_revision", None)
-        return replace(self, **kept, adapters={**self.adapters, **new.adapters})
-
-    def only(self, links: Iterable[str]) -> HubIndex:
-        """With those adapters alone."""
-        links = set(links)
-        return replace(self, adapters={link: row for link, row in self.adapters.items() if link in links})
+        return replace(self, **{**kept, "classes": {**self.classes, **new.classes}})
 
     def without(self, class_label: int) -> HubIndex:
-        """Without a class, wherever it is named."""
-        adapters = {link: row for link, row in self.adapters.items() if row.class_label != class_label}
-        return replace(self, adapters=adapters, results=results_without(self.results, {class_label}))
+        """Leave out a class wherever it is named."""
+        classes = {folder: row for folder, row in self.classes.items() if row.class_label != class_label}
+        results = None if self.results is None else results_without(self.results, {class_label})
+        return replace(self, classes=classes, results=results)
 
     def files(self, repo_id: str) -> dict[str, bytes]:
         """The card and this index, as the repository `repo_id` shows them."""
-        rows = sorted(self.adapters.values(), key=lambda row: row.class_label)
-        shared = {"repo_id": repo_id, "results": self.results, "license": self.license}
+        rows = sorted(self.classes.values(), key=lambda row: row.class_label)
         if self.base_classes is None:
-            card = adapters_card(base=self.base_model, base_revision=self.base_revision, classes=rows, **shared)
+            card = adapters_card(
+                repo_id=repo_id,
+                base=self.base_model,
+                base_revision=self.base_revision,
+                classes=rows,
+                results=self.results,
+                license=self.license,
+            )
         else:
             accuracy = (self.results or {}).get("class_accuracy") or {}
             own = [
-                ClassRow(label, name, "base", None, None, accuracy.get(str(label)), None)
+                ClassRow(label, name, "base", accuracy=accuracy.get(str(label)))
                 for label, name in self.base_classes.items()
             ]
-            card = base_card(classes=[*own, *rows], base_fingerprints=self.base_fingerprint, **shared)
-        contents = {
-            "base_model": self.base_model,
-            "base_revision": self.base_revision,
-            "base_classes": self.base_classes,
-            "base_fingerprint": self.base_fingerprint,
-            "classes": [asdict(row) for row in rows],
-            "results": self.results,
-            "license": self.license,
-        }
+            card = base_card(
+                repo_id=repo_id,
+                classes=[*own, *rows],
+                base_fingerprints=self.base_fingerprint,
+                results=self.results,
+                license=self.license,
+            )
+        contents = {**vars(self), "classes": [asdict(row) for row in rows]}
         return {CARD: str(card).encode(), INDEX: (json.dumps(contents, indent=2) + "\n").encode()}
 
 
@@ -89,16 +91,14 @@ def shown_results(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     shown = {name: results[name] for name in _SHOWN if name in results}
     shown["settings"] = {
-        part: {name: value for name, value in fields.items() if _is_plain(value)}
-        for part, fields in shown.get("settings", {}).items()
+        part: {name: value for name, value in values.items() if _is_plain(value)}
+        for part, values in shown.get("settings", {}).items()
     }
     return shown
 
 
-def results_without(results: Mapping[str, Any] | None, class_labels: Collection[int]) -> dict[str, Any] | None:
+def results_without(results: Mapping[str, Any], class_labels: Collection[int]) -> dict[str, Any]:
     """A run's results with some classes left out wherever a card would name them."""
-    if results is None:
-        return None
     kept = dict(results)
     if "tasks" in kept:
         kept["tasks"] = [[c for c in task if c not in class_labels] for task in kept["tasks"]]
@@ -110,7 +110,7 @@ def results_without(results: Mapping[str, Any] | None, class_labels: Collection[
     return kept
 
 
-def read_index(text: str) -> HubIndex:
+def read_index(file: Path) -> HubIndex:
     """
     The index in a file.
 
@@ -118,22 +118,16 @@ def read_index(text: str) -> HubIndex:
         ValueError: not one that `HubIndex.files` has written.
     """
     try:
-        given = json.loads(text)
+        given = read_mapping(file)
         for name, kind in _KINDS.items():
             if given[name] is not None and not isinstance(given[name], kind):
                 raise ValueError(f"`{name}` is {given[name]!r}")
         rows = [ClassRow(**row) for row in given["classes"]]
-        classes = given["base_classes"]
-        return HubIndex(
-            base_model=given["base_model"],
-            base_revision=given["base_revision"],
-            base_classes=None if classes is None else {int(label): str(name) for label, name in classes.items()},
-            base_fingerprint=given["base_fingerprint"],
-            adapters={row.link: row for row in rows},
-            results=given["results"],
-            license=given["license"],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        known = {entry.name: given[entry.name] for entry in fields(HubIndex)}
+        if known["base_classes"] is not None:
+            known["base_classes"] = {int(label): str(name) for label, name in known["base_classes"].items()}
+        return HubIndex(**{**known, "classes": {row.link: row for row in rows}})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{INDEX} is damaged ({error!r}): delete it, and push again.") from error
 
 

@@ -1,4 +1,4 @@
-"""Takes a class back, wherever it is: out of a pipeline, a bank, a folder and a repository."""
+"""Delete a class from a pipeline, a bank, a folder and a repository."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ def delete_class(
     history: str = "keep",
 ) -> list[str]:
     """
-    Delete the class of an adapter from the places given; none of the others is touched, and no other class changes.
+    Delete the class of an adapter from the given places only. No other class changes.
 
-    The repository comes first, so that what cannot be deleted there is still here to try again with. A place that has not got
-    the class (any more) is passed over.
+    The repository comes first: if the Hub refuses, nothing has been deleted yet. Places without the class are skipped.
 
     Args:
         class_label (`int`): id of the class.
@@ -37,7 +36,7 @@ def delete_class(
         output_dir (`str` or `os.PathLike`, *optional*):
             Folder of a run or of a saved pipeline: its adapter, checkpoints and pictures that show it. Numbers of the run in
             results.json stay. A run that has not ended would learn the class again when it is resumed.
-        repo_id (`str`, *optional*): repository laid out as `push_all` does, in either layout.
+        repo_id (`str`, *optional*): repository laid out as `push_all` does.
         history (`str`, *optional*, defaults to `"keep"`): of the repository, see `delete_class_from_hub`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Describes what lies in a folder, a file or a repository, as plain data. Puts no adapter into any model."""
+"""Describe what a folder, a file or a repository contains, as plain data. No adapter is loaded into a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
+from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..adapters.base_fingerprint import BaseMismatchError, FingerprintCheck, base_fingerprint
@@ -144,14 +145,14 @@ def _adapter(folder: Path, name: str, check: FingerprintCheck | None) -> Adapter
     adapter = read_adapter(folder)
     config = adapter.config
     found = adapter_class(folder)
-    is_funlora = isinstance(config, FunLoraConfig)
+    own = config if isinstance(config, FunLoraConfig) else None
     return AdapterDescription(
         name=name,
         class_label=found["class_label"],
         class_name=found["class_name"],
-        method=config.peft_type.value,
-        function=config.function if is_funlora else None,
-        operation=config.operation if is_funlora else None,
+        method=PeftType(config.peft_type).value,
+        function=own.function if own else None,
+        operation=own.operation if own else None,
         parameters=adapter.numel,
         num_bytes=(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
         base_model=config.base_model_name_or_path,
@@ -164,7 +165,7 @@ def _bank(file: Path, name: str, check: FingerprintCheck | None) -> BankDescript
     return BankDescription(
         name=name,
         classes=bank.classes,
-        method=bank.config.peft_type.value,
+        method=PeftType(bank.config.peft_type).value,
         function=bank.config.function,
         operation=bank.config.operation,
         parameters_per_class=bank.numel,
@@ -174,7 +175,7 @@ def _bank(file: Path, name: str, check: FingerprintCheck | None) -> BankDescript
     )
 
 
-def _matches(check: FingerprintCheck | None, config: object, name: str) -> bool | None:
+def _matches(check: FingerprintCheck | None, config: PeftConfig, name: str) -> bool | None:
     if check is None or getattr(config, "base_fingerprint", None) is None:
         return None
     try:

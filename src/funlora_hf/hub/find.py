@@ -1,4 +1,4 @@
-"""Finds what lies in a folder, a file or a repository: base, adapters, banks."""
+"""Find what lies in a folder, a file or a repository: base, adapters, banks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def find_contents(
             Folder of a run or of a pipeline, of adapters `class_<id>` or of one adapter; a bank's file; or a repository laid out as
             one of these folders, in which banks are not looked for.
         subfolder (`str`, *optional*): where in it.
-        classes (collection of `int`, *optional*): ids of the classes wanted, of which alone files are fetched; None: all.
+        classes (collection of `int`, *optional*): ids of the classes wanted, only their files are fetched; None: all.
         with_base (`bool`, *optional*, defaults to `True`): whether the base of a repository is fetched, too.
         revision (`str`, *optional*): branch, tag or commit of a repository.
         local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache.
@@ -73,7 +73,7 @@ def find_contents(
         [`Contents`].
 
     Raises:
-        FileNotFoundError: no such folder or repository, none of the things named in it, or a class that it has not.
+        FileNotFoundError: no such folder or repository, none of the things named in it, or a class that it does not have.
         ValueError: a name that leads out of the repository.
     """
     name = os.fspath(source)

@@ -1,4 +1,4 @@
-"""Brings classes from a repository into the folder of a run, whole and found sound, or not at all."""
+"""Copy classes from a repository into the folder of a run, checked and complete, or not at all."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def pull(
 
 
 def _check_sound(found: Contents, output_dir: Path) -> None:
-    """Raise a ValueError unless all of it is, on the base that it will lie beside."""
+    """Raise a ValueError unless all of it is valid, for the base that it will be stored with."""
     present = output_dir / BASE_FOLDER
     base = sound_base(present) if found.base is None and present.is_dir() else None
     for verdict in verify_contents(replace(found, banks=()), base):

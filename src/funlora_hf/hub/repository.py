@@ -56,18 +56,19 @@ class HubRepository:
         Write files in one commit, and delete folders; repeated when the Hub is busy or someone else's commit came first.
 
         Args:
-            make (callable): from the names of the files there now, the files wanted: name -> file, or its contents. Called anew
+            make (callable): from the names of the files there now, the files wanted: name -> file, or its contents. Called again
                 after someone else's commit.
             message (`str`): of the commit.
-            delete (iterable of `str`): folders and files to delete; those that are not there are ignored.
+            delete (iterable of `str`): folders to delete; those that are not there are ignored.
 
         Returns:
             `CommitInfo`, or None if all of it was there already: then no commit was made.
 
         Raises:
-            HfHubHTTPError: the Hub refused, or still failed after some tries. Nothing of the commit can be seen then.
+            HfHubHTTPError: the Hub refused, or still failed after some tries. Nothing of the commit is visible then.
         """
-        for left in reversed(range(_TRIES)):
+        tries = 0
+        while True:
             head = self._api.repo_info(self.repo_id).sha
             present = self.files()
             operations: list = [
@@ -75,27 +76,20 @@ class HubRepository:
                 for name, content in sorted(make(present).items())
             ]
             operations += [
-                CommitOperationDelete(f"{name}/", is_folder=True)
-                if any(file.startswith(f"{name}/") for file in present)
-                else CommitOperationDelete(name)
-                for name in delete
-                if name in present or any(file.startswith(f"{name}/") for file in present)
+                CommitOperationDelete(f"{folder}/", is_folder=True)
+                for folder in delete
+                if any(file.startswith(f"{folder}/") for file in present)
             ]
             try:
                 done = self._api.create_commit(self.repo_id, operations, commit_message=message, parent_commit=head)
                 return None if done.oid == head else done
             except HfHubHTTPError as error:
-                status = error.response.status_code
-                if status not in _PASSING or not left:
+                status, tries = error.response.status_code, tries + 1
+                if status not in _PASSING or tries == _TRIES:
                     raise
-                seconds = _patience(error, _TRIES - left)
+                seconds = _patience(error, tries)
                 logger.warning("The Hub answered %s to a commit to %s: again in %s s.", status, self.repo_id, seconds)
                 time.sleep(seconds)
-        raise AssertionError  # the last try returns or raises
-
-    def delete(self) -> None:
-        """Delete the repository, if it is there."""
-        self._api.delete_repo(self.repo_id, missing_ok=True)
 
     def tag(self, *names: str) -> None:
         """Tag the newest commit by each of these names that no tag has yet."""

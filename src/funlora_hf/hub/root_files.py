@@ -1,7 +1,4 @@
-"""What a repository holds now, read from it, and the files at its root when a class comes or goes.
-
-Joins the index and the Hub.
-"""
+"""Read what a repository holds, and make the files at its root when a class is added or deleted."""
 
 from __future__ import annotations
 
@@ -20,28 +17,19 @@ def root_files(repo_id: str, present: set[str], index: HubIndex) -> dict[str, by
 
 
 def known_contents(repo_id: str, present: set[str]) -> HubIndex:
-    """What a repository holds already: what its index says, and adapters that came by other ways."""
-    folders = {name.partition("/")[0] for name in present if name.endswith(f"/{ADAPTER_FILES[1]}")}
-    root = fetch(repo_id, [INDEX, f"class_*/{ADAPTER_FILES[0]}"]) if folders or INDEX in present else None
-    index = HubIndex()
-    if INDEX in present:
-        index = read_index((root / INDEX).read_text(encoding="utf-8"))
-        index = index.only(
-            [row.link for row in index.adapters.values() if row.folder is None or row.folder in folders]
-        )
-    others = {}
-    for folder in adapter_folders(root) if folders else ():
-        if folder.name in folders and folder.name not in index.adapters:
-            label = folder_class(folder)
-            others[folder.name] = ClassRow(
-                label, _class_name(folder) or str(label), "adapter", None, None, None, folder.name
-            )
-    return replace(index, adapters={**index.adapters, **others})
-
-
-def root_files_without(repo_id: str, present: set[str], class_label: int) -> dict[str, bytes]:
-    """Card and index of a repository without a class; none where its card is not ours."""
-    return known_contents(repo_id, present).without(class_label).files(repo_id) if INDEX in present else {}
+    """What a repository holds already: what its index says, and adapters that were uploaded in other ways."""
+    folders = {name.rpartition("/")[0] for name in present if name.endswith(f"/{ADAPTER_FILES[1]}")}
+    if not folders and INDEX not in present:
+        return HubIndex()
+    root = fetch(repo_id, [INDEX, f"class_*/{ADAPTER_FILES[0]}"])
+    index = read_index(root / INDEX) if INDEX in present else HubIndex()
+    classes = {folder: row for folder, row in index.classes.items() if folder in folders}
+    for path in adapter_folders(root):
+        label = folder_class(path)
+        if label is not None and path.name in folders and path.name not in classes:
+            name = _class_name(path) or str(label)
+            classes[path.name] = ClassRow(label, name, "adapter", link=path.name)
+    return replace(index, classes=classes)
 
 
 def _class_name(folder: Path) -> str | None:

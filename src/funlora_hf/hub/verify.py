@@ -1,4 +1,4 @@
-"""Says of everything in a folder, a file or a repository whether it is sound, and why not."""
+"""Check everything in a folder, a file or a repository, and say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 from ..adapters.base_fingerprint import FingerprintCheck, base_fingerprint, base_tensors
 from ..adapters.base_model import base_classes, read_unet
 from ..adapters.class_folder import adapter_class, folder_class
-from ..adapters.untrusted_adapter import check_download, read_adapter
+from ..adapters.untrusted_adapter import SavedAdapter, check_download, read_adapter
 from ..adapters.untrusted_bank import SavedBank, read_bank
 from ..utils.checks import listed
 from ..utils.tensors import not_finite
@@ -22,19 +22,16 @@ from .classes_json import INDEX, read_index
 from .find import BASE_CONTENTS, Contents, find_contents
 
 
-BASE_NOT_CHECKED = "base not checked"
-
-
 @dataclass(frozen=True)
 class Verdict:
     """
-    On one thing.
+    The result for one thing.
 
     Args:
         kind: "base", "adapter" or "bank".
         name: where it lies.
         ok: whether nothing is wrong with it.
-        detail: what is wrong; or, if nothing is, what it was held against.
+        detail: what is wrong; or, if nothing is, what it was compared with.
     """
 
     kind: str
@@ -60,7 +57,7 @@ def verify(
     Args:
         source (`str` or `os.PathLike`): as for [`find_contents`].
         base (`str` or `os.PathLike`, *optional*):
-            What adapters are held against: run, pipeline or U-Net. None: the base in the source; if it has none, adapters are
+            What adapters are compared with: run, pipeline or U-Net. None: the base in the source; if it has none, adapters are
             only checked by themselves.
         subfolder, revision, local_files_only: as for [`find_contents`].
 
@@ -85,13 +82,14 @@ def verify_contents(found: Contents, base: UNet2DModel | None = None) -> list[Ve
     verdicts = []
     if found.base is not None:
         own: list[UNet2DModel] = []
-        verdicts.append(_verdict("base", found.name(found.base), partial(_check_base, found, own)))
+        check = partial(_check_base, found.base, found.root / INDEX, own)
+        verdicts.append(_verdict("base", found.name(found.base), check))
         base = next(iter(own), None) if base is None else base
-    check = None if base is None else FingerprintCheck(base)
+    fits = partial(_check_fits, base, None if base is None else FingerprintCheck(base))
     for folder in found.adapters:
-        verdicts.append(_verdict("adapter", found.name(folder), partial(_check_adapter, folder, base, check)))
+        verdicts.append(_verdict("adapter", found.name(folder), partial(_check_adapter, folder, fits)))
     for file in found.banks:
-        verdicts.append(_verdict("bank", found.name(file), partial(_check_bank, file, base, check)))
+        verdicts.append(_verdict("bank", found.name(file), partial(_check_bank, file, fits)))
     return verdicts
 
 
@@ -116,53 +114,45 @@ def sound_base(folder: Path) -> UNet2DModel:
     return unet
 
 
-def _check_base(found: Contents, own: list[UNet2DModel]) -> str:
-    """Leaves the U-Net in `own` if it is sound."""
-    unet = sound_base(found.base)
+def _check_base(folder: Path, index: Path, own: list[UNet2DModel]) -> str:
+    """Leaves the U-Net in `own` if it is valid."""
+    unet = sound_base(folder)
     fingerprint = base_fingerprint(unet, dtype=torch.float32)
-    index = found.root / INDEX
     if index.is_file():
-        stored = (read_index(index.read_text(encoding="utf-8")).base_fingerprint or {}).get("float32", fingerprint)
+        stored = (read_index(index).base_fingerprint or {}).get("float32", fingerprint)
         if stored != fingerprint:
             raise ValueError(f"its fingerprint is {fingerprint}, but {INDEX} says {stored}.")
     own.append(unet)
     return f"fingerprint {fingerprint}"
 
 
-def _check_adapter(folder: Path, base: UNet2DModel | None, check: FingerprintCheck | None) -> str:
+def _check_adapter(folder: Path, fits: Callable[[SavedAdapter, str], str]) -> str:
     adapter = read_adapter(folder)
     adapter.tensors()
     label = getattr(adapter.config, "class_label", None)
     if None not in (label, folder_class(folder)) and label != folder_class(folder):
         raise ValueError(f"its folder is {folder.name!r}, but its config says class {label}.")
     adapter_class(folder)  # of other methods, the card has the name
-    if base is None:
-        return BASE_NOT_CHECKED
-    check.check(adapter.config, folder.name)
-    adapter.check_fits(base)
-    return _held_against(adapter.config)
+    return fits(adapter, folder.name)
 
 
-def _check_bank(file: Path, base: UNet2DModel | None, check: FingerprintCheck | None) -> str:
+def _check_bank(file: Path, fits: Callable[[SavedBank, str], str]) -> str:
     check_download(file)
     bank = read_bank(file)
-    _check_rows(bank)
-    classes = f"{len(bank.classes)} classes, "
-    if base is None:
-        return classes + BASE_NOT_CHECKED
-    check.check(bank.config, file.name)
-    bank.check_fits(base)
-    return classes + _held_against(bank.config)
-
-
-def _check_rows(bank: SavedBank) -> None:
-    finite = [bool(torch.isfinite(row).all()) for row in bank.rows()]
-    damaged = [str(label) for label, sound in zip(bank.classes, finite, strict=True) if not sound]
+    rows = zip(bank.classes, bank.rows(), strict=True)
+    damaged = [str(label) for label, row in rows if not torch.isfinite(row).all()]
     if damaged:
         raise ValueError(f"NaN or infinity in class {', '.join(damaged)}.")
+    return f"{len(bank.classes)} classes, {fits(bank, file.name)}"
 
 
-def _held_against(config: object) -> str:
-    if getattr(config, "base_fingerprint", None) is None:
+def _check_fits(
+    base: UNet2DModel | None, check: FingerprintCheck | None, saved: SavedAdapter | SavedBank, name: str
+) -> str:
+    if base is None or check is None:
+        return "base not checked"
+    check.check(saved.config, name)
+    saved.check_fits(base)
+    if getattr(saved.config, "base_fingerprint", None) is None:
         return "fits the base (it names no fingerprint)"
     return "made for this base"

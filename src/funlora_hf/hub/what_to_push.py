@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..adapters.base_fingerprint import base_fingerprints
 from ..adapters.base_model import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from ..adapters.untrusted_adapter import SavedAdapter, read_adapter
-from ..cards.model_cards import ClassRow, Place, adapter_card
+from ..cards.model_cards import ClassRow, Place, adapter_card, repository
 from ..utils.files import read_json, read_mapping
 from .classes_json import CARD, results_without
 
@@ -26,22 +24,6 @@ from .classes_json import CARD, results_without
 SAMPLES = "samples.png"
 # What diffusers writes of a pipeline; the card is ours.
 _BASE_FILES = ("*.json", "*/*.json", "*/*.safetensors", "*/*.safetensors.index.json")
-
-
-@dataclass(frozen=True)
-class Base:
-    """
-    How others find a base.
-
-    Args:
-        repo_id: "user/repo"; None: it is not on the Hub.
-        revision: branch, tag or commit; None: the main branch.
-        is_unet: the repository is the U-Net itself, not a pipeline.
-    """
-
-    repo_id: str | None
-    revision: str | None = None
-    is_unet: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +70,7 @@ def read_base(folder: Path) -> BaseFolder:
 @dataclass(frozen=True)
 class AdapterFolder:
     """
-    An adapter on this machine, found sound.
+    An adapter on this machine, checked.
 
     Args:
         adapter: its files.
@@ -103,11 +85,13 @@ class AdapterFolder:
     samples: Path | None
 
     @property
-    def base_on_hub(self) -> Base:
+    def base_on_hub(self) -> Place:
         """The base that its config names, if that is a repository; a path of this machine tells others nothing."""
-        config = self.adapter.config
-        named = config.base_model_name_or_path
-        return Base(named, config.revision) if named and is_repository(named) else Base(None)
+        named = repository(self.adapter.config.base_model_name_or_path)
+        # A folder may have the form of a repository's name.
+        if named is None or os.path.exists(named):
+            return Place()
+        return Place(base=named, base_revision=self.adapter.config.revision)
 
     def row(self, results: Mapping[str, Any] | None, link: str) -> ClassRow:
         """Its line in a table of classes."""
@@ -116,18 +100,12 @@ class AdapterFolder:
         return ClassRow(self.class_label, self.class_name, "adapter", self.adapter.numel, size, accuracy, link)
 
     def files(
-        self,
-        repo_id: str,
-        subfolder: str | None,
-        base: Base,
-        *,
-        results: Mapping[str, Any] | None = None,
-        license: str | None = None,
+        self, place: Place, *, results: Mapping[str, Any] | None = None, license: str | None = None
     ) -> dict[str, Path | bytes]:
         """What the repository gets: config, with the base as others find it, weights, card and picture."""
         folder = self.adapter.folder
         settings = read_mapping(folder / CONFIG_NAME)
-        settings["base_model_name_or_path"], settings["revision"] = base.repo_id, base.revision
+        settings["base_model_name_or_path"], settings["revision"] = place.base, place.base_revision
         weights = folder / SAFETENSORS_WEIGHTS_NAME
         card = adapter_card(
             self.adapter.config,
@@ -135,7 +113,7 @@ class AdapterFolder:
             class_name=self.class_name,
             parameters=self.adapter.numel,
             num_bytes=weights.stat().st_size,
-            place=Place(repo_id, subfolder, base.repo_id, base.revision, base.is_unet),
+            place=place,
             results=results,
             samples=SAMPLES if self.samples else None,
             license=license,
@@ -147,7 +125,7 @@ class AdapterFolder:
         }
         if self.samples:
             files[SAMPLES] = self.samples
-        return {f"{subfolder}/{name}" if subfolder else name: content for name, content in files.items()}
+        return {f"{place.subfolder}/{name}" if place.subfolder else name: content for name, content in files.items()}
 
 
 def read_adapter_folder(folder: Path, *, samples: Path | None = None) -> AdapterFolder:
@@ -191,7 +169,8 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
         FileNotFoundError: no folder of a run.
         ValueError: a damaged adapter.
     """
-    results = read_mapping(folder / "results.json", keys=["tasks"]) if (folder / "results.json").is_file() else None
+    file = folder / "results.json"
+    results = read_mapping(file, keys=["tasks"]) if file.is_file() else None
     trained = next((folder / name for name in GENERATOR_FOLDERS if (folder / name).is_dir()), None)
     base = read_base(trained) if trained is not None and own_base else None
     adapters = {}
@@ -202,7 +181,8 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
         raise FileNotFoundError(
             f"`output_dir` {os.fspath(folder)!r} has neither base/ nor model/ nor adapters/, expected the folder of a run."
         )
-    results = _results_now(results, folder, adapters)
+    if results is not None:
+        results = _results_now(results, folder, adapters)
     if tasks is None:
         tasks = (results or {}).get("tasks") or [[] if base is None else list(base.classes), list(adapters)]
     named = {label for task in tasks for label in task}
@@ -210,13 +190,9 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
     return RunToPush(base, adapters, [*map(list, tasks), *([late] if late else [])], results)
 
 
-def _results_now(
-    results: Mapping[str, Any] | None, folder: Path, adapters: Mapping[int, AdapterFolder]
-) -> dict[str, Any] | None:
-    """The results of a run as far as they hold for what is in its folder now."""
-    if results is None:
-        return None
-    # What an adapter made and none makes any more has been deleted.
+def _results_now(results: Mapping[str, Any], folder: Path, adapters: Mapping[int, AdapterFolder]) -> dict[str, Any]:
+    """The results of a run that are still true for what is in its folder now."""
+    # A class of a later task that has no adapter any more has been deleted.
     later = {label for task in results.get("tasks", [])[1:] for label in task}
     with_adapters = bool(adapters) or (folder / ADAPTERS_FOLDER).is_dir()
     now = results_without(results, later - adapters.keys() if with_adapters else ())
@@ -225,15 +201,6 @@ def _results_now(
         pictures = {path.stem for path in (folder / "figures").glob("class_*.png")}
         now["class_accuracy"] = {c: v for c, v in now["class_accuracy"].items() if f"class_{c}" in pictures}
     return now
-
-
-def is_repository(name: str) -> bool:
-    """Whether a name is that of a repository, "user/repo", and not a folder of this machine."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not os.path.exists(name)
 
 
 def warn_without_base(adapter: str) -> None:
