@@ -1,13 +1,11 @@
-"""The base generator: built, trained once, written as a pipeline folder, loaded again.
-
-Shared by strategies.
-"""
+"""The base generator: built, trained once, written as a pipeline folder, loaded again; or one that exists already."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +13,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
+from ..adapters.base_model import base_classes, check_base_folder
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from ..sampling.pipeline import FunLoraPipeline
+from ..utils.checks import check_at_least_one
 from ..utils.files import whole_folder
 from ..utils.seeds import derive_seed
 from .compilation import compile_blocks
@@ -40,9 +41,7 @@ def build_unet(unet_config: Mapping, num_classes: int, *, seed: int, device: tor
 
 def trainable_unet(setting: Setting, num_classes: int) -> Trainable:
     """A new U-Net of the run, in training mode, all of it to be trained."""
-    unet = build_unet(
-        setting.model.unet_config, num_classes, seed=setting.training.seed, device=setting.device
-    ).train()
+    unet = build_unet(setting.model.unet, num_classes, seed=setting.training.seed, device=setting.device).train()
     arrange(unet, setting.training, compiled=setting.training.torch_compile)
     return Trainable(unet, dict(unet.named_parameters()))
 
@@ -145,3 +144,63 @@ def label_rows(class_ids: Sequence[int], batch_class_ids: torch.Tensor) -> torch
     """
     known = torch.tensor(list(class_ids), device=batch_class_ids.device)
     return (batch_class_ids[:, None] == known[None, :]).int().argmax(dim=1)
+
+
+@dataclass(frozen=True)
+class ExistingBase:
+    """
+    Args:
+        folder: pipeline folder on this machine.
+        source: how others find its U-Net: the folder's `unet/`, or the repository.
+        classes: id -> name of every class known, by the base's rows and by adapters.
+        image_size: edge of its images in pixels.
+        channels: of its images.
+    """
+
+    folder: Path
+    source: str
+    classes: dict[int, str]
+    image_size: int
+    channels: int
+
+    def with_adapters(self, adapters: Path) -> ExistingBase:
+        """The same, also knowing the classes of the adapters below a folder."""
+        found = [adapter_class(folder) for folder in adapter_folders(adapters)]
+        names = {one["class_label"]: one["class_name"] or str(one["class_label"]) for one in found}
+        return replace(self, classes={**self.classes, **names})
+
+
+def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
+    """Look at the base that `base_model` names.
+
+    Args:
+        name: a pipeline folder, or a repository on the Hub, which is downloaded.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        FileNotFoundError: no such folder, or no pipeline in it.
+        ValueError: its U-Net has no class embedding.
+    """
+    local = Path(name)
+    if local.is_dir():
+        folder, source = local, os.fspath(local / "unet")
+    elif name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"`base_model` is {name!r}, but there is no such folder.")
+    else:
+        folder, source = Path(FunLoraPipeline.download(name, revision=revision)), name
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"`base_model` is {name!r}, expected a pipeline folder with a model_index.json, such as the base/ folder of "
+            "a run."
+        )
+    check_base_folder(folder)
+    config = UNet2DModel.load_config(folder, subfolder="unet")
+    for name in ("sample_size", "in_channels"):
+        check_at_least_one(name, config.get(name))
+    if not config.get("num_class_embeds"):
+        raise ValueError(
+            f"`base_model` {name!r} has a U-Net without a class embedding (`num_class_embeds`), which class vectors "
+            "stand in for: train a class-conditional base."
+        )
+    base = ExistingBase(folder, source, base_classes(folder), config["sample_size"], config["in_channels"])
+    return base.with_adapters(folder / ADAPTERS_FOLDER)

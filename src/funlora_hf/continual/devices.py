@@ -9,20 +9,11 @@ from contextlib import contextmanager
 import torch
 
 
-# How many steps a loss may wait on a GPU until it is read. Reading waits for the GPU, which then waits for the next step.
-STEPS_BETWEEN_READS = 25
-
-
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor on a device; a copy from the CPU to a GPU does not wait for the work that the GPU has still to do."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def default_steps_between_reads(device: torch.device) -> int:
-    """After how many steps what lies on the device is read: 1 on the CPU, where there is nothing to wait for."""
-    return 1 if device.type == "cpu" else STEPS_BETWEEN_READS
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .skipped_steps import Outcome
+from .guarded_steps import Outcome
 
 
 class StepLoss(NamedTuple):

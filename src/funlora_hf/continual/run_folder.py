@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..adapters.class_folder import adapter_name
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
 from ..utils.files import read_mapping, recover_folder, remove_folder, write_json
 
 
@@ -49,6 +49,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.base = path / "base"
+        self.adapters = path / ADAPTERS_FOLDER
         self.results = path / "results.json"
         self.figures = path / "figures"
         self.samples = self.figures / "samples.safetensors"
@@ -70,7 +71,11 @@ class RunFolder:
         """
         present = [name for name in CONTENTS if (self.path / name).exists()]
         if present and overwrite:
-            self._delete(present)
+            for path in [self.path / name for name in present]:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             present = []
         if present and not resume:
             raise FileExistsError(
@@ -117,15 +122,11 @@ class RunFolder:
 
     def check_update(self) -> None:
         """Raise a FileNotFoundError unless the folder holds a run whose adapters can be updated."""
-        if not (self.path / "adapters").is_dir():
+        if not self.adapters.is_dir():
             raise FileNotFoundError(
                 f"`output_dir` {self.path} has no adapters/ folder, so `update_class` has nothing to update. Name the "
                 "folder of a run."
             )
-
-    def recover_adapters(self) -> None:
-        """Clean up what a killed process has left among the adapters."""
-        recover_folder(self.path / "adapters")
 
     def _warn_if_fresh(self, resume: bool, present: list[str]) -> None:
         started = any((self.path / name).exists() for name in ("base", "adapters", "model"))
@@ -133,22 +134,14 @@ class RunFolder:
             place = "holds a run without one" if present else "holds no run"
             logger.warning("No checkpoint to resume from: %s %s. Starting afresh.", self.path, place)
 
-    def _delete(self, names: list[str]) -> None:
-        for name in names:
-            path = self.path / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         written = read_mapping(self._settings)
-        differences = []
-        for part, fields in settings.items():
-            for name, value in fields.items():
-                before = written.get(part, {}).get(name)
-                if name not in _FREE and before != value:
-                    differences.append(f"{name} was {before!r} and is {value!r}")
+        differences = [
+            f"{name} was {before!r} and is {value!r}"
+            for part, fields in settings.items()
+            for name, value in fields.items()
+            if name not in _FREE and (before := written.get(part, {}).get(name)) != value
+        ]
         if differences:
             raise ValueError(
                 f"`resume_from_checkpoint`: the run in {self.path} has other settings: {'; '.join(differences)}. Resume "

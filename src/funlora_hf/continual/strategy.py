@@ -21,7 +21,7 @@ from ..data.image_data import Task
 from ..flow_matching import flow_matching_loss, interpolate, sigma_to_timestep, velocity_target
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.field_types import check_field_types
-from .config import ContinualTrainingArguments, ModelArguments
+from .config import ContinualTrainingArguments, ModelArguments, parse_options
 from .devices import on_device
 
 
@@ -83,8 +83,7 @@ class PhaseSettings:
     @classmethod
     def of(cls, training: ContinualTrainingArguments, prefix: str) -> PhaseSettings:
         """Those that the arguments name with the prefix "base" or "adapter"."""
-        names = ("train_steps", "epochs", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "ema_start")
-        return cls(**{name: getattr(training, f"{prefix}_{name}") for name in names})
+        return cls(**{one.name: getattr(training, f"{prefix}_{one.name}") for one in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -188,14 +187,14 @@ class Strategy(ABC):
         return [] if cls.options_class is None else [option.name for option in fields(cls.options_class)]
 
     @classmethod
-    def make_options(cls, given: Mapping[str, Any]) -> Any:
+    def make_options(cls, given: Mapping[str, Any] | Sequence[str]) -> Any:
         """The options as an `options_class`; None if there is none.
 
         Raises:
             ValueError: an option that the strategy does not know, or a value out of its range.
         """
-        known = cls.known_options()
-        unknown = sorted(set(given) - set(known))
+        known, given = cls.known_options(), parse_options(given) or {}
+        unknown = sorted(given.keys() - known)
         if unknown:
             expected = f"some of: {', '.join(map(repr, known))}" if known else "none: it has no options"
             raise ValueError(
@@ -207,7 +206,7 @@ class Strategy(ABC):
             options = cls.options_class(**given)
         except TypeError as error:
             raise ValueError(
-                f"`strategy_options` is {dict(given)} with a value of the wrong kind for `strategy` {cls.name!r}: {error}."
+                f"`strategy_options` is {given} with a value of the wrong kind for `strategy` {cls.name!r}: {error}."
             ) from error
         check_field_types(options)
         return options
@@ -235,6 +234,10 @@ class Strategy(ABC):
     @abstractmethod
     def build(self, phase: Phase) -> Trainable:
         """Make what the phase trains, at its start."""
+
+    def build_update(self, class_id: int) -> Trainable:
+        """Make what `--update_class` trains again: the adapter of one class. For strategies with a `method_name`."""
+        raise NotImplementedError
 
     def make_batch(self, phase: Phase, real: Batch) -> Batch:
         """The batch to train on, made of one of real images."""
@@ -307,6 +310,6 @@ def tensor_bytes(path: Path) -> int:
     return path.stat().st_size - 8 - header
 
 
-def folder_bytes(folders: Iterable[Path], *, suffix: str = ".safetensors") -> int:
+def folder_bytes(folders: Iterable[Path]) -> int:
     """Bytes of the weight files below some folders."""
-    return sum(path.stat().st_size for folder in folders for path in folder.rglob(f"*{suffix}"))
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*.safetensors"))
