@@ -29,7 +29,7 @@ BASE_PHASE = "base"
 
 
 def build_unet(unet_config: Mapping, num_classes: int, *, seed: int, device: torch.device) -> UNet2DModel:
-    """A new U-Net with a class embedding; the same seed gives the same weights, whatever was drawn before.
+    """A new U-Net with a class embedding; the same seed always gives the same weights.
 
     Raises:
         ValueError: arguments that UNet2DModel does not take.
@@ -63,7 +63,7 @@ def set_class_vectors(unet: UNet2DModel, vectors: torch.Tensor, num_classes: int
 
 
 def arrange(unet: UNet2DModel, training: ContinualTrainingArguments, *, compiled: bool) -> None:
-    """Lay a U-Net out in memory as the run asks for and, if `compiled`, have its blocks compiled; values stay."""
+    """Set a U-Net's memory format as the run asks for and, if `compiled`, compile its blocks; values stay."""
     if training.channels_last:
         unet.to(memory_format=torch.channels_last)
     if compiled:
@@ -88,7 +88,7 @@ def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:
 
 
 def _memory() -> float:
-    """Bytes of the machine; infinite where it cannot be told."""
+    """Bytes of the machine; infinite where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -98,7 +98,7 @@ def _memory() -> float:
 def _unet(unet_config: Mapping, num_classes: int) -> UNet2DModel:
     try:
         return UNet2DModel(**{**unet_config, "num_class_embeds": num_classes})
-    # Whatever a U-Net's constructor raises for arguments of a recipe.
+    # A U-Net's constructor raises many kinds of errors for wrong arguments.
     except Exception as error:
         raise ValueError(f"`unet_config` does not make a UNet2DModel: {error}") from error
 
@@ -126,7 +126,7 @@ def load_pipeline(folder: Path, setting: Setting) -> FunLoraPipeline:
     finally:
         if bars:
             diffusers_logging.enable_progress_bar()
-    # Sampling keeps effective weights from call to call, for which compiled code has no use.
+    # Not compiled: sampling keeps effective weights from call to call.
     arrange(pipe.unet, setting.training, compiled=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -148,7 +148,8 @@ def label_rows(class_ids: Sequence[int], batch_class_ids: torch.Tensor) -> torch
 
 @dataclass(frozen=True)
 class ExistingBase:
-    """
+    """A base that the run does not train.
+
     Args:
         folder: pipeline folder on this machine.
         source: how others find its U-Net: the folder's `unet/`, or the repository.
@@ -178,14 +179,14 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
         revision: branch, tag or commit of a repository.
 
     Raises:
-        FileNotFoundError: no such folder, or no pipeline in it.
+        FileNotFoundError: the folder does not exist, or has no pipeline.
         ValueError: its U-Net has no class embedding.
     """
     local = Path(name)
     if local.is_dir():
         folder, source = local, os.fspath(local / "unet")
     elif name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"`base_model` is {name!r}, but there is no such folder.")
+        raise FileNotFoundError(f"`base_model` is {name!r}, but that folder does not exist.")
     else:
         folder, source = Path(FunLoraPipeline.download(name, revision=revision)), name
     if not (folder / "model_index.json").is_file():
@@ -200,7 +201,7 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
     if not config.get("num_class_embeds"):
         raise ValueError(
             f"`base_model` {name!r} has a U-Net without a class embedding (`num_class_embeds`), which class vectors "
-            "stand in for: train a class-conditional base."
+            "replace: train a class-conditional base."
         )
     base = ExistingBase(folder, source, base_classes(folder), config["sample_size"], config["in_channels"])
     return base.with_adapters(folder / ADAPTERS_FOLDER)

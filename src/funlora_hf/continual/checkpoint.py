@@ -1,7 +1,7 @@
 """Checkpoints inside a phase: safetensors, never pickled, whole or not at all, with a checksum.
 
-Order, noise and dropout of every step are derived from the run's seed (seeds.py), so the step says all of the random
-state and of the position in the data.
+Order, noise and dropout of every step are derived from the run's seed, so the number of the step stands for the random state
+and the position in the data.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None = None
 
     def numbers(self) -> dict[str, str]:
-        """All of the state that is no tensor, as the metadata of a file."""
+        """The rest of the state, as the metadata of a file."""
         skipped = {f"skipped_{name}": str(count) for name, count in self.skipped.items()}
         numbers = {"ema_step": str(self.ema.optimization_step), **skipped}
         return numbers if self.scaler is None else {**numbers, "scaler": json.dumps(self.scaler.state_dict())}
@@ -112,15 +112,14 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, *, total_limi
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    return next(reversed(_checkpoints(folder)), None)
 
 
 def load_newest(folder: Path, state: TrainingState) -> int:
-    """Load the newest checkpoint that is not damaged, in place; says of each that is, and goes back to the one before.
+    """Load the newest checkpoint that is not damaged, in place; log each that is.
 
     Returns:
-        The number of optimiser steps done; 0, with the state as it was, if there is no sound checkpoint.
+        The number of optimiser steps done; 0, with the state unchanged, if there is no valid checkpoint.
 
     Raises:
         ValueError: as `load_checkpoint`.
@@ -150,7 +149,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
             found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
             raise ValueError(
                 f"The checkpoint {path} is of another configuration: for {name} it holds {found}, expected shape "
-                f"{tuple(parameter.shape)}. Resume with the settings it was written with, or start anew with "
+                f"{tuple(parameter.shape)}. Resume with the settings it was written with, or start again with "
                 "--overwrite_output_dir."
             )
     state.load(tensors, numbers)

@@ -168,7 +168,7 @@ class ContinualTrainingArguments:
         False, "Keep U-Net and images in torch.channels_last, which GPUs convolve faster in low precision."
     )
     torch_compile: bool = _argument(
-        False, "Compile the blocks of the U-Net for training: once, whatever the number of classes."
+        False, "Compile the blocks of the U-Net for training: once for any number of classes."
     )
     gradient_accumulation_steps: int = _argument(1, "Batches summed up for one step.")
     max_grad_norm: float | None = _argument(1.0, "Clip the gradient's norm; None does not.")
@@ -333,10 +333,10 @@ def parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str, 
 
 
 def parse_value(text: str) -> Any:
-    """A value of the command line as a recipe would have it.
+    """A value of the command line, read as in a recipe.
 
     Raises:
-        ValueError: it is no YAML.
+        ValueError: it is not YAML.
     """
     # YAML 1.1 reads 2e-3 and 1.5e3, without a point or a sign, as text.
     if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text):
@@ -345,7 +345,7 @@ def parse_value(text: str) -> Any:
 
 
 def run_settings(*arguments: Any) -> dict[str, Any]:
-    """The arguments of a run as one JSON-able mapping, by dataclass; what a resumed run is held against."""
+    """The arguments of a run as one JSON-able mapping, by dataclass; which a resumed run has to match."""
     return {type(part).__name__: json.loads(json.dumps(asdict(part))) for part in arguments}
 
 

@@ -1,4 +1,4 @@
-"""What differs between a CPU and a GPU when both are to be kept busy."""
+"""What differs between a CPU and a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; a copy from the CPU to a GPU does not wait for the work that the GPU has still to do."""
+    """A tensor on a device; a copy from the CPU to a GPU does not wait for the GPU's pending work."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -18,9 +18,9 @@ def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def deterministic_kernels(device: torch.device, *, wanted: bool) -> Iterator[None]:
-    """On a GPU and if `wanted`, deterministic kernels only, with a warning where torch has none; afterwards all is as before.
+    """On a GPU and if `wanted`, use deterministic kernels only, with a warning where torch has none.
 
-    But for CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once in a process.
+    All settings are restored afterwards but CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once in a process.
     """
     if device.type != "cuda" or not wanted:
         yield

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what may be overwritten, what a resume must agree with."""
+"""The folder of a run: what may be overwritten, and which settings a resumed run must match."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FREE = {
 
 
 class RunFolder:
-    """Paths of a run and the right to write there.
+    """Paths of a run, and checks before something is written there.
 
     Args:
         path: the output folder.
@@ -83,11 +83,11 @@ class RunFolder:
                 "delete it, --resume_from_checkpoint latest to go on with it, or another folder."
             )
         if not self._settings.is_file() and not {"base", "adapters", "model", "results.json"} & set(present):
-            present = []  # what a run leaves that dies before it has begun
+            present = []  # left by a run that was killed before it began
         if present and not self._settings.is_file():
             raise ValueError(
                 f"`output_dir` {self.path} holds {', '.join(present)} but no {self._settings.relative_to(self.path)}, "
-                "so there is no telling what run it is. Pass --overwrite_output_dir, or another folder."
+                "so it is unknown what run it is. Pass --overwrite_output_dir, or another folder."
             )
         if present:
             self._check_settings(settings)
@@ -100,19 +100,19 @@ class RunFolder:
         remove_folder(self.synthetic)
 
     def check_there(self) -> None:
-        """Raise a FileNotFoundError if the folder has lost the settings that it had when this was first called: to write on
-        would leave a part of a run where a whole one was."""
+        """Raise a FileNotFoundError if the folder has lost the settings that it had when this was first called: writing would
+        leave a part of a run in the place of a whole one."""
         if self._was_there is None:
             self._was_there = self._settings.is_file()
         if self._was_there and not self._settings.is_file():
             raise FileNotFoundError(
-                f"`output_dir` {self.path} was deleted or moved during the run, so that nothing more is written there. Bring it "
-                "back and pass --resume_from_checkpoint latest, or start anew."
+                f"`output_dir` {self.path} was deleted or moved during the run, so nothing more is written there. Bring it "
+                "back and pass --resume_from_checkpoint latest, or start again."
             )
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """A block for which the folder has to stay: where it does not, that is the error, whatever follows from it."""
+        """A block during which the folder has to stay; if it does not, any error becomes `check_there`'s."""
         self.check_there()
         try:
             yield
@@ -132,7 +132,7 @@ class RunFolder:
         started = any((self.path / name).exists() for name in ("base", "adapters", "model"))
         if resume and not started and not list(self.checkpoints.glob("*/step_*")):
             place = "holds a run without one" if present else "holds no run"
-            logger.warning("No checkpoint to resume from: %s %s. Starting afresh.", self.path, place)
+            logger.warning("No checkpoint to resume from: %s %s. Starting from the beginning.", self.path, place)
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         written = read_mapping(self._settings)
@@ -145,5 +145,5 @@ class RunFolder:
         if differences:
             raise ValueError(
                 f"`resume_from_checkpoint`: the run in {self.path} has other settings: {'; '.join(differences)}. Resume "
-                "with the same settings, or start anew with --overwrite_output_dir."
+                "with the same settings, or start again with --overwrite_output_dir."
             )

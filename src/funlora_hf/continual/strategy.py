@@ -168,8 +168,8 @@ class Strategy(ABC):
     options_class: ClassVar[type | None] = None
     """Dataclass of what `--strategy_options` may set, validated at construction; None: there are no options."""
     requires: ClassVar[frozenset[str]] = frozenset()
-    """What it needs of the setting, checked before the start: "all_tasks" (images of every task at once), or whatever else
-    no setting here has ("text", "past_adapters"), so that it is refused."""
+    """What it needs of the setting, checked before the start: "all_tasks" (images of every task at once). Anything else
+    ("text", "past_adapters") is refused, since no setting here has it."""
     grows_with_tasks: bool = False
     """Declared growth of what is kept. Of all others, the trainer checks that they keep a constant amount from the second
     task on, but for what `memory_report` counts as "per_class"."""

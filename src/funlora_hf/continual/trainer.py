@@ -37,7 +37,7 @@ from .time_limit import TimeLimit, TimeLimitReached
 
 logger = logging.getLogger(__name__)
 
-# Folder of the seconds that belong to a task and to no phase.
+# Folder of the seconds that a task took before its phases.
 PREPARATION = "preparation"
 # How many steps a loss may wait on a GPU until it is read. Reading waits for the GPU, which then waits for the next step.
 STEPS_BETWEEN_READS = 25
@@ -48,7 +48,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class _Reason(IntEnum):
-    """Why to stop; where processes have several reasons, the last counts for all of them."""
+    """Why to stop; of several reasons, the largest counts for all processes."""
 
     NONE = 0
     TIME = 1
@@ -56,7 +56,7 @@ class _Reason(IntEnum):
 
 
 class Evaluator(Protocol):
-    """What the trainer tells of its progress."""
+    """What the trainer calls after each task."""
 
     def end_task(self, task: Task) -> None:
         """All results of a task are on disk; every process calls this."""
@@ -78,7 +78,7 @@ class ContinualTrainer:
         limit ([`TimeLimit`], *optional*): when to stop; None: never.
         termination ([`Termination`], *optional*): whether SIGTERM has come; None: not listened to.
         steps_between_reads (`int`, *optional*):
-            After how many steps losses are read from the device; None: every step on the CPU, seldom on a GPU, which
+            After how many steps losses are read from the device; None: every step on the CPU, rarely on a GPU, which
             would have to wait meanwhile.
     """
 
@@ -107,7 +107,7 @@ class ContinualTrainer:
         self.evaluator = evaluator
         self.limit = TimeLimit(None) if limit is None else limit
         self.termination = Termination() if termination is None else termination
-        # Processes ask each other only if there may be something to say.
+        # Processes ask each other only if there may be a reason to stop.
         self._asks = bool(self.limit) or termination is not None
         self._task_of = {class_id: task.index for task in tasks for class_id in task.class_ids}
         self._fresh_scale = None if accelerator.scaler is None else accelerator.scaler.state_dict()
@@ -257,7 +257,7 @@ class ContinualTrainer:
         return self._reason() if phase.independent else self._agreed(self._reason())
 
     def _agreed(self, reason: _Reason) -> _Reason:
-        """The gravest reason of any process; all of them call this."""
+        """The largest reason of any process; all of them call this."""
         if self.accelerator.num_processes == 1 or not self._asks:
             return reason
         reasons = self.accelerator.gather(torch.tensor([int(reason)], device=self.accelerator.device))
