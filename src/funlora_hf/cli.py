@@ -1,8 +1,4 @@
-"""The command `funlora`: looks at, samples, shares and checks what runs have made. Results go to stdout, everything else to stderr.
-
-Exit codes: 0, done, and for `verify` everything is valid; 1, an error, on stderr after `error: `, or for `verify` something that
-is not valid; 2, an argument that is not known.
-"""
+"""The command `funlora`: looks at, samples, shares and checks what runs have made. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -200,7 +196,7 @@ def _push(repo_id: str, **options: Any) -> int:
     return 0
 
 
-def _delete(class_label: int, history: str, **places: str | None) -> int:
+def _delete(class_label: int, history: str, **places: Any) -> int:
     for place in delete_class(class_label, **places, history=history):
         _say(f"deleted class {class_label} from {places[place]}")
     return 0

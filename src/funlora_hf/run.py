@@ -122,7 +122,12 @@ class _Run:
         if self.arguments.evaluation.image_quality == "inception" and self.accelerator.is_main_process:
             InceptionFeatures()  # downloads its weights, or fails now, not after days
         with self._held():
-            self._open_folder()
+            if self.accelerator.is_main_process:
+                overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
+                self.folder.open(self._settings(), overwrite=overwrite, resume=resume)
+            self.accelerator.wait_for_everyone()
+            if self.training.report_to != "none":
+                self.accelerator.init_trackers("logs")
             with self.folder.staying():
                 return self._learn(strategy, data, tasks)
 
@@ -193,14 +198,6 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.arguments.data, self.model, self.training, self.arguments.evaluation)
-
-    def _open_folder(self) -> None:
-        if self.accelerator.is_main_process:
-            overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
-            self.folder.open(self._settings(), overwrite=overwrite, resume=resume)
-        self.accelerator.wait_for_everyone()
-        if self.training.report_to != "none":
-            self.accelerator.init_trackers("logs")
 
     def _data(self, base: ExistingBase | None) -> ImageClassificationData:
         given, unet = self.arguments.data, self.model.unet

@@ -28,21 +28,17 @@ from .strategy import Setting, Trainable
 BASE_PHASE = "base"
 
 
-def build_unet(unet_config: Mapping, num_classes: int, *, seed: int, device: torch.device) -> UNet2DModel:
-    """A new U-Net with a class embedding; the same seed always gives the same weights.
+def trainable_unet(setting: Setting, num_classes: int) -> Trainable:
+    """A new U-Net with a class embedding, in training mode, all of it to be trained; a seed always gives the same weights.
 
     Raises:
         ValueError: arguments that UNet2DModel does not take.
     """
+    training = setting.training
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "unet"))
-        return _unet(unet_config, num_classes).to(device)
-
-
-def trainable_unet(setting: Setting, num_classes: int) -> Trainable:
-    """A new U-Net of the run, in training mode, all of it to be trained."""
-    unet = build_unet(setting.model.unet, num_classes, seed=setting.training.seed, device=setting.device).train()
-    arrange(unet, setting.training, compiled=setting.training.torch_compile)
+        torch.manual_seed(derive_seed(training.seed, "unet"))
+        unet = _unet(setting.model.unet, num_classes).to(setting.device).train()
+    arrange(unet, training, compiled=training.torch_compile)
     return Trainable(unet, dict(unet.named_parameters()))
 
 
@@ -196,8 +192,8 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
         )
     check_base_folder(folder)
     config = UNet2DModel.load_config(folder, subfolder="unet")
-    for name in ("sample_size", "in_channels"):
-        check_at_least_one(name, config.get(name))
+    for number in ("sample_size", "in_channels"):
+        check_at_least_one(number, config.get(number))
     if not config.get("num_class_embeds"):
         raise ValueError(
             f"`base_model` {name!r} has a U-Net without a class embedding (`num_class_embeds`), which class vectors "

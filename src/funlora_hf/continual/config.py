@@ -52,27 +52,19 @@ def _check_counts(arguments: Any, *names: str) -> None:
 class DataArguments:
     """Which images, and how their classes are split into tasks."""
 
-    dataset_name: str = _argument(
-        "digits", "'digits' (embedded in scikit-learn), a folder, a parquet file, or a dataset on the Hub."
-    )
+    dataset_name: str = _argument("digits", "'digits' (scikit-learn), a folder, a parquet file or a Hub dataset.")
     dataset_config_name: str | None = _argument(None, "Configuration of a dataset on the Hub.")
     dataset_revision: str | None = _argument(None, "Branch, tag or commit of a dataset.")
     image_column: str | None = _argument(None, "Column of the images; found if it is clear.")
     label_column: str | None = _argument(None, "Column of the labels; found if it is clear.")
     train_split: str = _argument("train", "Split to train on.")
-    test_split: str | None = _argument(
-        None, "Split to test on; 'test' or 'validation' if there is one, else held out."
-    )
-    validation_fraction: float | None = _argument(
-        None, "Test on this share of the training images instead of the test images: to choose settings."
-    )
+    test_split: str | None = _argument(None, "Split to test on; None: 'test' or 'validation', else held out.")
+    validation_fraction: float | None = _argument(None, "Test on this share of training images, to choose settings.")
     max_images_per_class: int | None = _argument(None, "Take only the first N of every class.")
     random_flip: bool = _argument(False, "Flip training images at random, left to right.")
     classes_per_task: int = _argument(2, "Classes that each task brings.")
     num_tasks: int | None = _argument(None, "Stop after this many tasks; None: all of them.")
-    class_order_seed: int | None = _argument(
-        None, "Shuffle the classes with this seed; None keeps the dataset's own order."
-    )
+    class_order_seed: int | None = _argument(None, "Shuffle the classes with this seed; None: the dataset's order.")
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -85,9 +77,7 @@ class DataArguments:
 class ModelArguments:
     """The base, and the adapters put onto it."""
 
-    base_model: str | None = _argument(
-        None, "Pipeline folder or repository of an existing generator: skips task 1, adds classes to it."
-    )
+    base_model: str | None = _argument(None, "Pipeline (folder or repository) to add classes to; skips task 1.")
     base_model_revision: str | None = _argument(None, "Branch, tag or commit of the base.")
     unet_config: dict | str | None = _argument(  # noqa: RUF009 - makes a field
         None, "UNet2DModel's arguments, as a mapping in a recipe or as JSON; None: a small one for digits."
@@ -101,9 +91,7 @@ class ModelArguments:
     num_functions: int = _argument(10, "The number p of functions summed up.")
     train_omega: bool = _argument(True, "Learn the frequencies or exponents.")
     operation: str = _argument("mul", "'mul', 'add' or 'mul-add'.")
-    rank: int | None = _argument(
-        None, "Rank of the product A B; None: 1, with LoRA on attention the paper's 2, with a LoRA for all classes 8."
-    )
+    rank: int | None = _argument(None, "Rank of A B; None: 1, of LoRA on attention 2, of a LoRA for all classes 8.")
     ratio: int = _argument(1, "One entry of A and B for this many neighbouring channels.")
     target_modules: list[str] | None = _argument(  # noqa: RUF009 - makes a field
         None,
@@ -139,15 +127,9 @@ class ModelArguments:
 
     def funlora_config(self, **kwargs: Any) -> FunLoraConfig:
         """FunLoRA as the arguments describe it, but for rank and targets; `kwargs` override or add fields."""
-        fields = {
-            "function": self.function,
-            "num_functions": self.num_functions,
-            "train_omega": self.train_omega,
-            "operation": self.operation,
-            "ratio": self.ratio,
-            "class_embedding": "class_embedding",
-        }
-        return FunLoraConfig(**{**fields, **kwargs})
+        names = ("function", "num_functions", "train_omega", "operation", "ratio")
+        given = {name: getattr(self, name) for name in names}
+        return FunLoraConfig(**{**given, "class_embedding": "class_embedding", **kwargs})
 
 
 @dataclass
@@ -164,12 +146,8 @@ class ContinualTrainingArguments:
     seed: int = _argument(0, "Seed of everything: weights, order, noise, samples, classifier.")
     deterministic: bool = _argument(True, "Use deterministic kernels on a GPU, too (slower).")
     mixed_precision: str = _argument("no", "'no', 'fp16' or 'bf16'.")
-    channels_last: bool = _argument(
-        False, "Keep U-Net and images in torch.channels_last, which GPUs convolve faster in low precision."
-    )
-    torch_compile: bool = _argument(
-        False, "Compile the blocks of the U-Net for training: once for any number of classes."
-    )
+    channels_last: bool = _argument(False, "U-Net and images in torch.channels_last: faster on GPUs in fp16 and bf16.")
+    torch_compile: bool = _argument(False, "Compile the U-Net's blocks for training, once for all classes.")
     gradient_accumulation_steps: int = _argument(1, "Batches summed up for one step.")
     max_grad_norm: float | None = _argument(1.0, "Clip the gradient's norm; None does not.")
     max_nonfinite_steps: int = _argument(
@@ -193,14 +171,12 @@ class ContinualTrainingArguments:
     )
     report_to: str = _argument("none", "Tracker of accelerate: 'tensorboard', 'wandb', ...")
 
-    push_to_hub: bool = _argument(
-        False, "Push base and adapters to the Hub: a tagged commit for each task, when it is over."
-    )
+    push_to_hub: bool = _argument(False, "Push base and adapters to the Hub: a tagged commit after each task.")
     hub_model_id: str | None = _argument(
-        None, "Repository to push to, 'user/repo'; None: yours, named as output_dir is."
+        None, "Repository to push to, 'user/repo'; None: yours, named like output_dir."
     )
     hub_private_repo: bool | None = _argument(
-        None, "Whether a repository that is made is private; None: as your account is set."
+        None, "Whether a new repository is private; None: as your account is set."
     )
     hub_license: str | None = _argument(None, "Identifier of a licence for the cards: 'mit', ...")
 
@@ -284,9 +260,7 @@ class EvaluationArguments:
     solver_tolerance: float = _argument(1e-5, "rtol and atol of 'dopri5'.")
     num_probe_samples: int = _argument(8, "Images of every class drawn when it is learned and again at the end.")
     held_out_sigmas: int = _argument(16, "Times at which the held-out loss is measured.")
-    classifier_architecture: str = _argument(
-        "auto", "'resnet18', 'cnn' (small), or 'auto': by the size of the images."
-    )
+    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': by the images' size.")
     classifier_epochs: int = _argument(20, "Epochs of the classifier.")
     classifier_batch_size: int = _argument(100, "Batch of the classifier.")
     classifier_learning_rate: float = _argument(0.1, "Peak learning rate of the classifier.")
@@ -297,9 +271,7 @@ class EvaluationArguments:
         "Features in which Frechet distance, precision and recall are measured at the end: of a 'classifier' "
         "trained on all real images, of 'inception' (FID; needs the extra fid), or 'none'.",
     )
-    image_quality_neighbours: int = _argument(
-        5, "Neighbours that set the radius in which precision and recall see two images alike."
-    )
+    image_quality_neighbours: int = _argument(5, "Neighbours that set the radius of precision and recall.")
     joint_results: str | None = _argument(None, "results.json of a joint run, drawn beside the accuracy if it exists.")
 
     def __post_init__(self) -> None:
@@ -357,8 +329,7 @@ def _check_halving(unet_config: dict) -> None:
         )
     blocks = len(channels)
     size = unet_config.get("sample_size")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"`unet_config.sample_size` is {size!r}, expected the edge of a square image in pixels.")
+    check_at_least_one("unet_config.sample_size", size)
     factor = 2 ** (blocks - 1)
     if size % factor:
         raise ValueError(

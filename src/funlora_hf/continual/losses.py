@@ -11,13 +11,7 @@ from .guarded_steps import Outcome
 
 
 class StepLoss(NamedTuple):
-    """What is read of a step.
-
-    Args:
-        step: from 0.
-        parts: the loss of each batch that the step was made of.
-        outcome: what became of the step.
-    """
+    """A step, counted from 0, the loss of each of its batches, and what became of it."""
 
     step: int
     parts: list[float]

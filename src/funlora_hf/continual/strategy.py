@@ -2,7 +2,7 @@
 
 A task may take several phases; a strategy says which, the trainer runs them. The trainer owns optimiser, backward,
 moving average, seeds, devices, checkpoints and progress; a strategy owns what is trained, on what batch, with what loss,
-and what it keeps. A strategy knows nothing of processes or of evaluation.
+and what it keeps.
 """
 
 from __future__ import annotations
@@ -140,13 +140,8 @@ class Batch:
     def reordered(self, order: torch.Tensor) -> Batch:
         """The same samples in another order, `(batch,)`, int64, on the CPU."""
         moved = on_device(order, self.sample.device)
-        return replace(
-            self,
-            sample=self.sample[moved],
-            class_ids=self.class_ids[order],
-            noise=self.noise[moved],
-            sigma=self.sigma[moved],
-        )
+        on_the_device = {name: getattr(self, name)[moved] for name in ("sample", "noise", "sigma")}
+        return replace(self, class_ids=self.class_ids[order], **on_the_device)
 
 
 @dataclass
@@ -187,7 +182,7 @@ class Strategy(ABC):
         return [] if cls.options_class is None else [option.name for option in fields(cls.options_class)]
 
     @classmethod
-    def make_options(cls, given: Mapping[str, Any] | Sequence[str]) -> Any:
+    def make_options(cls, given: Mapping[str, Any] | list[str]) -> Any:
         """The options as an `options_class`; None if there is none.
 
         Raises:

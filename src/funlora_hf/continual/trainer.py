@@ -1,7 +1,4 @@
-"""ContinualTrainer: runs the phases of a strategy, task after task, on one process or many.
-
-Owns optimiser, backward, moving average, seeds, devices, checkpoints and progress.
-"""
+"""ContinualTrainer: runs the phases of a strategy, task after task, on one process or many."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +60,7 @@ class Evaluator(Protocol):
         """All results of a task are on disk; every process calls this."""
 
 
+@dataclass(eq=False, repr=False)
 class ContinualTrainer:
     """
     Runs a strategy over tasks.
@@ -82,37 +81,27 @@ class ContinualTrainer:
             would have to wait meanwhile.
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        data: ImageClassificationData,
-        tasks: list[Task],
-        *,
-        training: ContinualTrainingArguments,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        random_flip: bool = False,
-        evaluator: Evaluator | None = None,
-        limit: TimeLimit | None = None,
-        termination: Termination | None = None,
-        steps_between_reads: int | None = None,
-    ) -> None:
-        self.strategy = strategy
-        self.data = data
-        self.tasks = tasks
-        self.training = training
-        self.folder = folder
-        self.accelerator = accelerator
-        self.random_flip = random_flip
-        self.evaluator = evaluator
-        self.limit = TimeLimit(None) if limit is None else limit
-        self.termination = Termination() if termination is None else termination
+    strategy: Strategy
+    data: ImageClassificationData
+    tasks: list[Task]
+    _: KW_ONLY
+    training: ContinualTrainingArguments
+    folder: RunFolder
+    accelerator: Accelerator
+    random_flip: bool = False
+    evaluator: Evaluator | None = None
+    limit: TimeLimit | None = None
+    termination: Termination | None = None
+    steps_between_reads: int | None = None
+
+    def __post_init__(self) -> None:
+        self._limit, self._termination = self.limit or TimeLimit(None), self.termination or Termination()
         # Processes ask each other only if there may be a reason to stop.
-        self._asks = bool(self.limit) or termination is not None
-        self._task_of = {class_id: task.index for task in tasks for class_id in task.class_ids}
-        self._fresh_scale = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-        on_cpu = accelerator.device.type == "cpu"
-        self.steps_between_reads = steps_between_reads or (1 if on_cpu else STEPS_BETWEEN_READS)
+        self._asks = bool(self.limit) or self.termination is not None
+        self._task_of = {class_id: task.index for task in self.tasks for class_id in task.class_ids}
+        scaler, on_cpu = self.accelerator.scaler, self.accelerator.device.type == "cpu"
+        self._fresh_scale = None if scaler is None else scaler.state_dict()
+        self._read_every = self.steps_between_reads or (1 if on_cpu else STEPS_BETWEEN_READS)
 
     def train(self) -> None:
         """Run every phase that is not finished yet, and the evaluation after every task.
@@ -135,7 +124,7 @@ class ContinualTrainer:
             if self.evaluator is not None:
                 # What an earlier run has trained is evaluated even if time is over, so that each run makes progress.
                 if not restored:
-                    self._stop_if(self._agreed(self._reason()), f"before the evaluation of task {task.index + 1}")
+                    self._stop_if(self._due(shared=True), f"before the evaluation of task {task.index + 1}")
                 self.folder.check_there()
                 self.evaluator.end_task(task)
                 self.accelerator.wait_for_everyone()
@@ -186,11 +175,9 @@ class ContinualTrainer:
 
     def _check_access(self, task: Task, phases: list[Phase]) -> None:
         """Real images of other tasks are only for a strategy that says that it needs them."""
-        if "all_tasks" in self.strategy.requires:
-            return
         for phase in phases:
             others = sorted(set(phase.class_ids) - set(task.class_ids))
-            if others:
+            if others and "all_tasks" not in self.strategy.requires:
                 raise ValueError(
                     f"Phase {phase.name!r} of `strategy` {self.strategy.name!r} asks for real images of classes {others}, "
                     f"which task {task.index + 1} does not have. A strategy that must see them says so: requires = "
@@ -232,29 +219,23 @@ class ContinualTrainer:
 
     def _run_in_time(self, phases: list[Phase], build: Callable[[Phase], Trainable]) -> None:
         """Run this process's phases; at the end, all processes stop if the time of one of them was over."""
-        reached: TimeLimitReached | None = None
         try:
             for phase in phases:
-                self._stop_if(self._due(phase), f"before phase {phase.name!r}")
+                self._stop_if(self._due(shared=not phase.independent), f"before phase {phase.name!r}")
                 self._run_phase(phase, build)
                 if not phase.independent:
                     self.accelerator.wait_for_everyone()
-        except TimeLimitReached as error:
-            reached = error
-        reason = self._agreed(_Reason.NONE if reached is None else _Reason.TIME)
-        if reached is not None:
-            raise reached
-        self._stop_if(reason, "since another process had to stop")
+        except TimeLimitReached:
+            self._agreed(_Reason.TIME)
+            raise
+        self._stop_if(self._agreed(_Reason.NONE), "since another process had to stop")
 
-    def _reason(self) -> _Reason:
-        """Why this process has to stop now."""
-        if self.termination.requested:
-            return _Reason.SIGNAL
-        return _Reason.TIME if self.limit.is_over else _Reason.NONE
-
-    def _due(self, phase: Phase) -> _Reason:
-        """Why to stop now; in a phase that processes share, one reason for all of them."""
-        return self._reason() if phase.independent else self._agreed(self._reason())
+    def _due(self, *, shared: bool) -> _Reason:
+        """Why this process has to stop now; `shared`: all processes together, all of which call this."""
+        reason = _Reason.TIME if self._limit.is_over else _Reason.NONE
+        if self._termination.requested:
+            reason = _Reason.SIGNAL
+        return self._agreed(reason) if shared else reason
 
     def _agreed(self, reason: _Reason) -> _Reason:
         """The largest reason of any process; all of them call this."""
@@ -267,7 +248,7 @@ class ContinualTrainer:
         if reason is _Reason.SIGNAL:
             raise Terminated(where)
         if reason is _Reason.TIME:
-            raise self.limit.reached(where)
+            raise self._limit.reached(where)
 
     def _run_phase(self, phase: Phase, build: Callable[[Phase], Trainable]) -> None:
         started = time.perf_counter()
@@ -283,7 +264,7 @@ class ContinualTrainer:
         torch.manual_seed(derive_seed(self.training.seed, phase.name, "start"))
         trainable = build(phase)
         try:
-            with self.termination.deferred():
+            with self._termination.deferred():
                 with compilation_errors():
                     steps, skipped = self._train(phase, trainable, batches)
                 if self._writes(phase):
@@ -305,7 +286,7 @@ class ContinualTrainer:
         done = load_newest(self.folder.checkpoints / phase.name, state) if resumes else 0
         guard = GuardedSteps(state, accelerator, shared=not phase.independent, max_grad_norm=training.max_grad_norm)
         module = trainable.module if phase.independent else accelerator.prepare_model(trainable.module)
-        losses = PendingLosses(self.steps_between_reads)
+        losses = PendingLosses(self._read_every)
 
         with tqdm(
             total=steps,
@@ -320,7 +301,7 @@ class ContinualTrainer:
             for step in range(done, steps):
                 # Processes that share the phase ask each other, for which they wait anyway where losses are read.
                 asks = phase.independent or accelerator.num_processes == 1 or not losses
-                if step > done and asks and (reason := self._due(phase)):
+                if step > done and asks and (reason := self._due(shared=not phase.independent)):
                     self._read(phase, losses, guard, bar)
                     self._checkpoint(phase, step, state)
                     self._stop_if(reason, f"after step {step} of {steps} of phase {phase.name!r}")
@@ -359,7 +340,7 @@ class ContinualTrainer:
         # A GPU takes one kernel for all parameters; on a CPU, torch chooses. Where losses are read late, so is what could not
         # be done, which a fused optimiser need not know.
         on_gpu = self.accelerator.device.type == "cuda"
-        fused = True if on_gpu or self.steps_between_reads > 1 else None
+        fused = True if on_gpu or self._read_every > 1 else None
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=fused)
         start = int(settings.ema_start * steps)
         ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=start, foreach=on_gpu)
