@@ -72,7 +72,7 @@ class RunArguments:
 
 def run(arguments: RunArguments, *, termination: Termination | None = None) -> dict[str, Any] | None:
     """
-    Train, evaluate and report; resumes where a run stopped if it is told to.
+    Train, evaluate and report, or resume a run that was stopped.
 
     Args:
         arguments ([`RunArguments`]): what to do.
@@ -84,11 +84,10 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
     Raises:
         ImportError, OSError: `image_quality` is "inception", which is not available here; nothing is written.
         PushError: `push_to_hub`, but the finished run could not be pushed.
-        ForgettingError: the samples of an earlier class, or the base, have changed. results.json is written all the
-            same.
-        TimeLimitReached: `time_limit_minutes` is over; everything is on disk to go on from.
+        ForgettingError: the samples of an earlier class, or the base, have changed; results.json is still written.
+        TimeLimitReached: `time_limit_minutes` is over; the run can be resumed.
         Terminated: SIGTERM has come; likewise.
-        FolderInUseError: another run is at work in `output_dir`.
+        FolderInUseError: another run uses `output_dir`.
         WriteError: a file could not be written; what is finished is safe.
         ValueError, FileExistsError, FileNotFoundError: arguments that do not fit each other, the data or the folder.
     """
@@ -303,7 +302,7 @@ def _check_strategy(arguments: RunArguments) -> None:
 
 
 def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
-    # Processes that train independent adapters meet again when the slowest is done, which may take days.
+    # Processes that train independent adapters wait for the slowest one, which may take days.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     try:
         return Accelerator(

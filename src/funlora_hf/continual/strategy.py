@@ -121,14 +121,14 @@ class Trainable:
 
 @dataclass
 class Batch:
-    """One batch, on the device but for the classes, which are read as numbers.
+    """One batch, on the device except for the classes, which are read as numbers.
 
     Args:
         sample: real images, `(batch, channels, height, width)`, float32 in [-1, 1].
         class_ids: `(batch,)`, int64, on the CPU.
         noise: standard normal, of the shape of `sample`.
         sigma: `(batch,)`, float32 in [0, 1].
-        number: of the batch in its phase, from 0: all that a strategy may tell batches apart by.
+        number: of the batch in its phase, from 0; a strategy may distinguish batches by nothing else.
     """
 
     sample: torch.Tensor
@@ -171,7 +171,7 @@ class Strategy(ABC):
     learning_changes_past_classes: ClassVar[bool] = True
     """False: what a class's samples look like never changes once its task is over."""
     has_frozen_base: ClassVar[bool] = False
-    """The base never changes after task 1, and no class ever after its own task: both are checked at the end."""
+    """The base never changes after task 1, nor a class after its own task: both are checked at the end."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -224,7 +224,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def is_finished(self, phase: Phase) -> bool:
-        """Whether the phase's result lies on disk, whole."""
+        """Whether the phase's complete result is on disk."""
 
     @abstractmethod
     def build(self, phase: Phase) -> Trainable:

@@ -163,7 +163,7 @@ class ContinualTrainer:
         self.folder.check_there()
         if self.accelerator.is_main_process:
             self._record_preparation(task, time.perf_counter() - started)
-        # What is prepared may lie on disk, where the phases of other processes find it.
+        # The phases of other processes may read from disk what is prepared.
         self.accelerator.wait_for_everyone()
         self._run_phases(phases)
         self.accelerator.wait_for_everyone()
@@ -269,7 +269,7 @@ class ContinualTrainer:
                     steps, skipped = self._train(phase, trainable, batches)
                 if self._writes(phase):
                     self.folder.check_there()
-                    # First, since a phase that has ended is not run again.
+                    # Before the phase ends, since a finished phase is not run again.
                     self._record_seconds(phase, steps, skipped, time.perf_counter() - started)
                     self.strategy.end_phase(phase, trainable)
         finally:
@@ -346,7 +346,7 @@ class ContinualTrainer:
         ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=start, foreach=on_gpu)
         scaler = self.accelerator.scaler
         if scaler is not None:
-            # accelerate has one for all phases; what a class learns must not depend on those before it in the process.
+            # accelerate has one for all phases, but a class must not depend on earlier ones of the process.
             scaler.load_state_dict(self._fresh_scale)
         return TrainingState(trainable.parameters, optimizer, ema, trainable.buffers, scaler=scaler)
 
@@ -414,7 +414,7 @@ class ContinualTrainer:
         return phase.independent or self.accelerator.is_main_process
 
     def _check_finite(self, phase: Phase, step: int, parameters: Iterable[torch.Tensor]) -> None:
-        # A step that could be done may still end in overflow, which nothing takes back.
+        # A step that was not skipped may still overflow, which cannot be undone.
         if not torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).all():
             raise self._non_finite(phase, step - 1, "A parameter is not finite")
 
