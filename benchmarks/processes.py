@@ -21,9 +21,8 @@ from interleaved import Findings, comparison, main
 from tqdm.auto import tqdm
 
 from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER
-from funlora_hf.continual.base import save_base
+from funlora_hf.continual.base import find_base, save_base
 from funlora_hf.continual.config import ContinualTrainingArguments, ModelArguments, run_settings
-from funlora_hf.continual.existing_base import find_base
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies.funlora import FunLora
 from funlora_hf.continual.strategy import Batch, Setting, Strategy

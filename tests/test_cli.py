@@ -17,7 +17,7 @@ import torch
 from runs import REPOSITORY, digests
 
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint
-from funlora_hf.cli import COMMANDS, main
+from funlora_hf.cli import main
 from funlora_hf.utils.files import read_json, write_json
 
 
@@ -71,7 +71,7 @@ def pixels(file):
         return np.asarray(image)
 
 
-@pytest.mark.parametrize("arguments", [[], *([entry.name] for entry in COMMANDS)])
+@pytest.mark.parametrize("arguments", [[], ["info"], ["sample"], ["push"], ["pull"], ["delete"], ["verify"]])
 def test_help_says_the_exit_codes(command, arguments):
     code, out, _ = command(*arguments, "--help")
     assert code == 0

@@ -1,18 +1,14 @@
-"""The command `funlora`: looks at, samples, shares and checks what runs have made. Results go to stdout, everything else to stderr.
-
-Exit codes: 0, done, and for `verify` everything is sound; 1, an error, said on stderr after `error: `, or for `verify` something
-that is not sound; 2, an argument that is not known.
-"""
+"""The command `funlora`: looks at, samples, shares and checks what runs have made. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from typing import TextIO
+from dataclasses import asdict
+from typing import Any, TextIO
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -24,7 +20,7 @@ from .adapters.base_model import PIPELINE
 from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .evaluation.figures import image_grid
 from .hub.delete import delete_class
-from .hub.describe import AdapterDescription, BankDescription, BaseDescription, describe
+from .hub.describe import AdapterDescription, BankDescription, describe
 from .hub.find import find_contents
 from .hub.pull import pull
 from .hub.push import push_all
@@ -35,34 +31,16 @@ from .sampling.solvers import SOLVERS
 
 
 EXIT_CODES = (
-    "exit codes: 0 done (verify: everything is sound); 1 an error, said on stderr (verify: or something that is not sound); "
+    "exit codes: 0 done (verify: everything is valid); 1 an error, on stderr (verify: or something that is not valid); "
     "2 an argument that is not known"
 )
-# Of whatever HTTP client `huggingface_hub` has, requests or httpx: what it raises where no answer comes.
-_NO_ANSWER = HfHubHTTPError.__bases__[0]
+# What the HTTP client of `huggingface_hub`, requests or httpx, raises if no answer comes.
+_NO_ANSWER: Any = HfHubHTTPError.__bases__[0]
 # Images of one class that are sampled at once.
 _BATCH = 64
 # Longer errors, such as those with a page of HTML, are cut off.
 _ERROR_LINES = 4
 _HELP_SOURCE = "folder of a run or a pipeline, of adapters class_<id> or of one adapter; a bank's file; or a repository on the Hub"
-
-
-@dataclass(frozen=True)
-class Command:
-    """
-    A subcommand.
-
-    Args:
-        name: of it.
-        help: one line.
-        add_arguments: to its parser.
-        run: from its arguments to the exit code.
-    """
-
-    name: str
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with 2 for arguments that are not known, with 0 after `--help`.
     """
-    given = _parser().parse_args(arguments)
+    given = vars(_parser().parse_args(arguments))
+    run = given.pop("run")
     try:
         with _progress_only_on_a_terminal():
-            return given.run(given)
+            return run(**given)
     except (HfHubHTTPError, _NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         for line in [f"error: {lines[0]}", *lines[1:_ERROR_LINES]]:
@@ -90,50 +69,92 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="funlora",
-        description="Looks at, samples, shares and checks bases, FunLoRA adapters and banks of them.",
-        epilog=EXIT_CODES,
-    )
+    hub = argparse.ArgumentParser(add_help=False)
+    hub.add_argument("--revision", help="branch, tag or commit of a repository")
+    hub.add_argument("--local_files_only", action="store_true", help="take a repository from the cache")
+    look = argparse.ArgumentParser(add_help=False, parents=[hub])
+    look.add_argument("source", metavar="SOURCE", help=_HELP_SOURCE)
+    look.add_argument("--subfolder", help="where in SOURCE")
+    look.add_argument("--json", action="store_true", dest="as_json", help="print JSON, for scripts")
+
+    description = "Looks at, samples, shares and checks bases, FunLoRA adapters and banks of them."
+    parser = argparse.ArgumentParser(prog="funlora", description=description, epilog=EXIT_CODES)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        subparser = subparsers.add_parser(
-            command.name, help=command.help, description=f"{command.help}.", epilog=EXIT_CODES
+
+    def add(run: Callable[..., int], text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """The parser of the command that the function `_<command>` runs, with the arguments of others."""
+        command = subparsers.add_parser(
+            run.__name__.removeprefix("_"), help=text, description=f"{text}.", epilog=EXIT_CODES, parents=parents
         )
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        command.set_defaults(run=run)
+        return command
+
+    add(_info, "Say what lies in a folder, a file or a repository", look)
+
+    sample = add(_sample, "Draw images of classes, a row for each, into a PNG")
+    sample.add_argument("base", metavar="BASE", help="run, pipeline or repository; brings its adapters")
+    sample.add_argument("--adapters", nargs="+", default=[], metavar="SOURCE", help=f"more classes: {_HELP_SOURCE}")
+    sample.add_argument("--classes", nargs="+", metavar="CLASS", help="ids or names, a row for each (default: all)")
+    sample.add_argument("--num_images", type=_at_least_one, default=4, help="of each class (default: %(default)s)")
+    sample.add_argument("--num_inference_steps", type=_at_least_one, default=10, help="(default: %(default)s)")
+    sample.add_argument("--solver", choices=SOLVERS, default="heun", help="(default: %(default)s)")
+    sample.add_argument("--seed", type=int, default=0, help="equal seeds give equal images (default: %(default)s)")
+    sample.add_argument("--output", default="samples.png", help="PNG to write (default: %(default)s)")
+    sample.add_argument("--device", default="cpu", help="such as cuda or mps (default: %(default)s)")
+
+    push = add(_push, "Push a run to the Hub: its base and a folder for each class")
+    push.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder of a run")
+    push.add_argument("repo_id", metavar="REPO_ID", help='"user/repo", made if it is not there')
+    push.add_argument("--base_model", metavar="REPO", help="repository of the base, if it is another one")
+    push.add_argument("--private", action="store_const", const=True, help="make a new repository private")
+    push.add_argument("--license", help="identifier of a licence, for the cards")
+
+    fetch = add(_pull, "Fetch classes from the Hub into the folder of a run", hub)
+    fetch.add_argument("source", metavar="SOURCE", help="repository with folders class_<id>, or with one adapter")
+    fetch.add_argument("output_dir", metavar="OUTPUT_DIR", help="gets adapters/class_<id>/, and base/ --with_base")
+    fetch.add_argument("--classes", nargs="+", type=int, metavar="ID", help="ids of the classes wanted (default: all)")
+    fetch.add_argument("--with_base", action="store_true", help="take the base, too")
+    fetch.add_argument("--overwrite", action="store_true", help="replace folders that have other content")
+
+    delete = add(_delete, "Delete a class from a folder and from a repository")
+    delete.add_argument("class_label", type=int, metavar="ID", help="id of the class")
+    delete.add_argument("--output_dir", help="folder of a run or of a saved pipeline that it is deleted from")
+    delete.add_argument("--repo_id", help="repository that it is deleted from")
+    delete.add_argument(
+        "--history",
+        choices=("keep", "squash"),
+        default="keep",
+        help="whether earlier commits of the repository keep it (default: %(default)s)",
+    )
+
+    check = add(_verify, "Check files, numbers and fingerprints, a line for each thing", look)
+    check.add_argument("--base", help="run, pipeline or U-Net to compare adapters with (default: the base in SOURCE)")
     return parser
 
 
-def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
-    _add_json(parser)
-
-
-def _info(given: argparse.Namespace) -> int:
-    found = describe(**_source(given))
-    if given.json:
+def _info(as_json: bool, **source: Any) -> int:
+    found = describe(**source)
+    if as_json:
         print(json.dumps(asdict(found), indent=2))
         return 0
-    if found.base is not None:
-        _say(_base_line(found.base))
+    if (base := found.base) is not None:
+        numbers = f"{base.parameters:,} parameters, fingerprint {base.fingerprint}"
+        _say(f"base {base.name}: {numbers}, classes {_class_texts(base.classes)}")
     for adapter in found.adapters:
-        _say(_adapter_line(adapter))
+        label = "unknown" if adapter.class_label is None else _class_text(adapter.class_label, adapter.class_name)
+        numbers = f"{adapter.parameters:,} parameters, {adapter.num_bytes:,} bytes"
+        _say(f"adapter {adapter.name}: class {label}, {_method(adapter)}, {numbers}, {_on_base(adapter)}")
     for bank in found.banks:
-        _say(_bank_line(bank))
+        numbers = f"{bank.parameters_per_class:,} parameters per class, {bank.num_bytes:,} bytes"
+        classes = _class_texts(bank.classes)
+        _say(f"bank {bank.name}: {_method(bank)}, {numbers}, {_on_base(bank)}, classes {classes}")
     return 0
 
 
-def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_source(parser)
-    parser.add_argument("--base", help="run, pipeline or U-Net to hold adapters against (default: the base in SOURCE)")
-    _add_json(parser)
-
-
-def _verify(given: argparse.Namespace) -> int:
-    verdicts = verify(**_source(given), base=given.base)
+def _verify(as_json: bool, **options: Any) -> int:
+    verdicts = verify(**options)
     ok = all(verdict.ok for verdict in verdicts)
-    if given.json:
+    if as_json:
         print(json.dumps({"ok": ok, "verdicts": [asdict(verdict) for verdict in verdicts]}, indent=2))
     else:
         for verdict in verdicts:
@@ -141,142 +162,47 @@ def _verify(given: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="run, pipeline or repository; brings its adapters")
-    parser.add_argument("--adapters", nargs="+", default=[], metavar="SOURCE", help=f"more classes: {_HELP_SOURCE}")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="ids or names, a row for each (default: all)")
-    parser.add_argument("--num_images", type=_at_least_one, default=4, help="of each class (default: %(default)s)")
-    parser.add_argument("--num_inference_steps", type=_at_least_one, default=10, help="(default: %(default)s)")
-    parser.add_argument("--solver", choices=SOLVERS, default="heun", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal images (default: %(default)s)")
-    parser.add_argument("--output", default="samples.png", help="PNG to write (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="such as cuda or mps (default: %(default)s)")
-
-
-def _sample(given: argparse.Namespace) -> int:
-    device = _device(given.device)
-    pipe = _load(given.base, given.adapters)
-    class_ids = list(pipe.classes) if given.classes is None else [_class_id(pipe, text) for text in given.classes]
-    pipe.to(device)
+def _sample(
+    base: str, adapters: list[str], classes: list[str] | None, num_images: int, output: str, device: str, **how: Any
+) -> int:
+    place = _device(device)
+    pipe = _load(base, adapters)
+    class_ids = list(pipe.classes) if classes is None else [_class_id(pipe, text) for text in classes]
+    pipe.to(place)
     pipe.set_progress_bar_config(disable=None)  # None: only on a terminal
     images = [
-        draw_samples(
-            pipe,
-            class_id,
-            given.num_images,
-            purpose="funlora sample",
-            seed=given.seed,
-            batch_size=_BATCH,
-            solver=given.solver,
-            num_inference_steps=given.num_inference_steps,
-            tolerance=1e-5,
-        ).images
+        draw_samples(pipe, class_id, num_images, purpose="funlora sample", batch_size=_BATCH, **how).images
         for class_id in class_ids
     ]
-    image_grid(to_uint8(torch.cat(images)), given.output, columns=given.num_images)
+    image_grid(to_uint8(torch.cat(images)), output, columns=num_images)
     for row, class_id in enumerate(class_ids, start=1):
         _say(f"row {row}: {_class_text(class_id, pipe.classes[class_id])}")
-    _say(given.output)
+    _say(output)
     return 0
 
 
-def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder of a run")
-    parser.add_argument("repo_id", metavar="REPO_ID", help='"user/repo", made if it is not there')
-    parser.add_argument("--base_model", metavar="REPO", help="repository of the base, if it is another one")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--license", help="identifier of a licence, for the cards")
-
-
-def _push(given: argparse.Namespace) -> int:
-    commits = push_all(
-        given.output_dir,
-        given.repo_id,
-        base_model=given.base_model,
-        private=given.private or None,
-        license=given.license,
-    )
+def _push(repo_id: str, **options: Any) -> int:
+    commits = push_all(repo_id=repo_id, **options)
     for commit in commits:
         _say(commit.commit_url)
     if not commits:
-        _say(f"{given.repo_id} has all of it already: no commit was made.")
+        _say(f"{repo_id} has all of it already: no commit was made.")
     return 0
 
 
-def _add_delete_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("class_label", type=int, metavar="ID", help="id of the class")
-    parser.add_argument("--output_dir", help="folder of a run or of a saved pipeline that it is deleted from")
-    parser.add_argument("--repo_id", help="repository that it is deleted from")
-    parser.add_argument(
-        "--history",
-        choices=("keep", "squash"),
-        default="keep",
-        help="whether earlier commits of the repository keep it (default: %(default)s)",
-    )
-
-
-def _delete(given: argparse.Namespace) -> int:
-    places = {"output_dir": given.output_dir, "repo_id": given.repo_id}
-    for place in delete_class(given.class_label, **places, history=given.history):
-        _say(f"deleted class {given.class_label} from {places[place]}")
+def _delete(class_label: int, history: str, **places: Any) -> int:
+    for place in delete_class(class_label, **places, history=history):
+        _say(f"deleted class {class_label} from {places[place]}")
     return 0
 
 
-def _add_pull_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="repository with folders class_<id>, or with one adapter")
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="gets adapters/class_<id>/, and base/ --with_base")
-    parser.add_argument(
-        "--classes", nargs="+", type=int, metavar="ID", help="ids of the classes wanted (default: all)"
-    )
-    parser.add_argument("--with_base", action="store_true", help="take the base, too")
-    parser.add_argument("--overwrite", action="store_true", help="replace folders that have other content")
-    _add_hub(parser)
-
-
-def _pull(given: argparse.Namespace) -> int:
-    written = pull(
-        given.source,
-        given.output_dir,
-        classes=given.classes,
-        with_base=given.with_base,
-        overwrite=given.overwrite,
-        revision=given.revision,
-        local_files_only=given.local_files_only,
-    )
+def _pull(output_dir: str, **options: Any) -> int:
+    written = pull(output_dir=output_dir, **options)
     for folder in written:
         _say(str(folder))
     if not written:
-        _say(f"{given.output_dir} has all of it already: nothing was written.")
+        _say(f"{output_dir} has all of it already: nothing was written.")
     return 0
-
-
-COMMANDS = (
-    Command("info", "Say what lies in a folder, a file or a repository", _add_info_arguments, _info),
-    Command("sample", "Draw images of classes, a row for each, into a PNG", _add_sample_arguments, _sample),
-    Command("push", "Push a run to the Hub: its base and a folder for each class", _add_push_arguments, _push),
-    Command("pull", "Fetch classes from the Hub into the folder of a run", _add_pull_arguments, _pull),
-    Command("delete", "Delete a class from a folder and from a repository", _add_delete_arguments, _delete),
-    Command("verify", "Check files, numbers and fingerprints, a line for each thing", _add_verify_arguments, _verify),
-)
-
-
-def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=_HELP_SOURCE)
-    parser.add_argument("--subfolder", help="where in SOURCE")
-    _add_hub(parser)
-
-
-def _add_hub(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="branch, tag or commit of a repository")
-    parser.add_argument("--local_files_only", action="store_true", help="take a repository from the cache")
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
-
-
-def _source(given: argparse.Namespace) -> dict[str, object]:
-    return {name: getattr(given, name) for name in ("source", "subfolder", "revision", "local_files_only")}
 
 
 def _at_least_one(text: str) -> int:
@@ -312,33 +238,19 @@ def _load(base: str, adapters: Sequence[str]) -> FunLoraPipeline:
 
 def _class_id(pipe: FunLoraPipeline, text: str) -> int:
     """The class that a word means: an id, if there is one like it, else a name."""
-    ids = {str(class_id): class_id for class_id in pipe.classes}
-    names = {name: class_id for class_id, name in pipe.classes.items()}
-    if text in ids or text in names:
-        return ids.get(text, names.get(text))
-    known = ", ".join(_class_text(class_id, name) for class_id, name in pipe.classes.items())
-    raise ValueError(f"`--classes` has {text!r}, expected ids or names of: {known}.")
+    known = {name: class_id for class_id, name in pipe.classes.items()}
+    known |= {str(class_id): class_id for class_id in pipe.classes}
+    if text not in known:
+        raise ValueError(f"`--classes` has {text!r}, expected ids or names of: {_class_texts(pipe.classes)}.")
+    return known[text]
 
 
 def _class_text(class_id: int, name: str | None) -> str:
     return str(class_id) if name in (None, str(class_id)) else f"{class_id} ({name})"
 
 
-def _base_line(base: BaseDescription) -> str:
-    classes = ", ".join(_class_text(class_id, name) for class_id, name in base.classes.items()) or "none"
-    return f"base {base.name}: {base.parameters:,} parameters, fingerprint {base.fingerprint}, classes {classes}"
-
-
-def _adapter_line(adapter: AdapterDescription) -> str:
-    label = "unknown" if adapter.class_label is None else _class_text(adapter.class_label, adapter.class_name)
-    parts = [f"class {label}", _method(adapter), f"{adapter.parameters:,} parameters", f"{adapter.num_bytes:,} bytes"]
-    return f"adapter {adapter.name}: " + ", ".join([*parts, _on_base(adapter)])
-
-
-def _bank_line(bank: BankDescription) -> str:
-    classes = ", ".join(_class_text(class_id, name) for class_id, name in bank.classes.items()) or "none"
-    parts = [_method(bank), f"{bank.parameters_per_class:,} parameters per class", f"{bank.num_bytes:,} bytes"]
-    return f"bank {bank.name}: " + ", ".join([*parts, _on_base(bank), f"classes {classes}"])
+def _class_texts(classes: Mapping[int, str]) -> str:
+    return ", ".join(_class_text(class_id, name) for class_id, name in classes.items()) or "none"
 
 
 def _method(adapter: AdapterDescription | BankDescription) -> str:
@@ -370,7 +282,3 @@ def _progress_only_on_a_terminal() -> Iterator[None]:
                 diffusers_logging.disable_progress_bar()
                 after.callback(diffusers_logging.enable_progress_bar)
         yield
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,11 @@
-"""A whole run from its arguments: data, tasks, strategy, training, evaluation, report. Joins the parts; does no work."""
+"""A whole run from its arguments: data, tasks, strategy, training, evaluation, report."""
 
 from __future__ import annotations
 
 import os
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from .adapters.class_folder import ADAPTERS_FOLDER
+from .continual.base import ExistingBase, find_base
 from .continual.config import (
     DIGITS_UNET,
     LATEST,
@@ -25,7 +25,6 @@ from .continual.config import (
     run_settings,
 )
 from .continual.devices import deterministic_kernels
-from .continual.existing_base import ExistingBase, find_base
 from .continual.publishing import Publisher
 from .continual.run_folder import RunFolder
 from .continual.strategies.registry import strategy_class
@@ -38,6 +37,7 @@ from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_finished, report_run
 from .utils.checks import check_class_name
+from .utils.files import recover_folder
 from .utils.locks import folder_lock
 
 
@@ -72,7 +72,7 @@ class RunArguments:
 
 def run(arguments: RunArguments, *, termination: Termination | None = None) -> dict[str, Any] | None:
     """
-    Train, evaluate and report; resumes where a run stopped if it is told to.
+    Train, evaluate and report, or resume a run that was stopped.
 
     Args:
         arguments ([`RunArguments`]): what to do.
@@ -82,144 +82,201 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
         `dict`: the contents of results.json; None after `update_class`, and on all processes but the main one.
 
     Raises:
-        ImportError, OSError: `image_quality` is "inception", which cannot be had; nothing is written.
+        ImportError, OSError: `image_quality` is "inception", which is not available here; nothing is written.
         PushError: `push_to_hub`, but the finished run could not be pushed.
-        ForgettingError: the samples of an earlier class, or the base, have changed. results.json is written all the
-            same.
-        TimeLimitReached: `time_limit_minutes` is over; everything is on disk to go on from.
+        ForgettingError: the samples of an earlier class, or the base, have changed; results.json is still written.
+        TimeLimitReached: `time_limit_minutes` is over; the run can be resumed.
         Terminated: SIGTERM has come; likewise.
-        FolderInUseError: another run is at work in `output_dir`.
+        FolderInUseError: another run uses `output_dir`.
         WriteError: a file could not be written; what is finished is safe.
         ValueError, FileExistsError, FileNotFoundError: arguments that do not fit each other, the data or the folder.
     """
-    training, model = arguments.training, arguments.model
-    stops = _Stops(TimeLimit(training.time_limit_minutes), termination)
-    strategy_cls = strategy_class(training.strategy)
-    accelerator = _accelerator(training)
-    folder = RunFolder(Path(training.output_dir))
-    if training.update_class is not None:
-        return _update(arguments, strategy_cls, folder, accelerator, stops)
-    base = None if model.base_model is None else find_base(model.base_model, revision=model.base_model_revision)
-    data = _load_data(arguments, base)
-    tasks = _tasks(arguments, data, base)
-    strategy = strategy_cls(_setting(arguments, folder, base, data, tasks, accelerator))
-    strategy.check()
-    if arguments.evaluation.image_quality == "inception" and accelerator.is_main_process:
-        InceptionFeatures()  # downloads its weights, or fails now, not after days
-    with _held(folder, accelerator), deterministic_kernels(accelerator.device, wanted=training.deterministic):
-        _open_folder(folder, arguments, accelerator)
-        with folder.staying():
-            return _learn(arguments, strategy, data, tasks, folder, accelerator, stops)
+    joined, class_id = _Run(arguments, termination), arguments.training.update_class
+    if class_id is None:
+        return joined.learn()
+    joined.update(class_id)
+    return None
 
 
-def _learn(
-    arguments: RunArguments,
-    strategy: Strategy,
-    data: ImageClassificationData,
-    tasks: list[Task],
-    folder: RunFolder,
-    accelerator: Accelerator,
-    stops: _Stops,
-) -> dict[str, Any] | None:
-    """Train, evaluate and report in the folder, which is opened."""
-    training = arguments.training
-    publisher = _publisher(training, tasks, accelerator)
-    if folder.results.is_file():
-        accelerator.end_training()
-        return _finished(folder, publisher) if accelerator.is_main_process else None
-    evaluator = RunEvaluator(
-        strategy,
-        data,
-        tasks,
-        config=arguments.evaluation,
-        seed=training.seed,
-        folder=folder,
-        accelerator=accelerator,
-        max_train_steps=training.max_train_steps,
-    )
-    listener = evaluator if publisher is None else _Listeners(evaluator, publisher)
-    trainer = _trainer(arguments, strategy, data, tasks, folder, accelerator, stops, listener)
-    with _ends(accelerator):
-        trainer.train()
-    if not accelerator.is_main_process:
-        return None
-    folder.check_there()
-    settings = run_settings(arguments.data, arguments.model, training, arguments.evaluation)
-    results = report_run(evaluator, settings=settings, folder=folder, num_processes=accelerator.num_processes)
-    if publisher is not None:
-        publisher.end_run()
-    return results
+class _Run:
+    """The parts of a run, which are made and joined here; its time limit counts from now."""
+
+    def __init__(self, arguments: RunArguments, termination: Termination | None) -> None:
+        self.arguments = arguments
+        self.model, self.training = arguments.model, arguments.training
+        self.limit = TimeLimit(self.training.time_limit_minutes)
+        self.termination = termination
+        self.strategy_class = strategy_class(self.training.strategy)
+        self.accelerator = _accelerator(self.training)
+        self.folder = RunFolder(Path(self.training.output_dir))
+
+    def learn(self) -> dict[str, Any] | None:
+        """Train, evaluate and report; resume where a run stopped."""
+        name, revision = self.model.base_model, self.model.base_model_revision
+        base = None if name is None else find_base(name, revision=revision)
+        data = self._data(base)
+        tasks = self._tasks(data, base)
+        strategy = self._strategy(base, data, tasks)
+        strategy.check()
+        if self.arguments.evaluation.image_quality == "inception" and self.accelerator.is_main_process:
+            InceptionFeatures()  # downloads its weights, or fails now, not after days
+        with self._held():
+            if self.accelerator.is_main_process:
+                overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
+                self.folder.open(self._settings(), overwrite=overwrite, resume=resume)
+            self.accelerator.wait_for_everyone()
+            if self.training.report_to != "none":
+                self.accelerator.init_trackers("logs")
+            with self.folder.staying():
+                return self._learn(strategy, data, tasks)
+
+    def update(self, class_id: int) -> None:
+        """Train one adapter of a finished run again, on the images that its class has now."""
+        self.folder.check_update()
+        with self._held():
+            if self.accelerator.is_main_process:
+                recover_folder(self.folder.adapters)  # what a killed process has left
+            self.accelerator.wait_for_everyone()
+            with self._ends():
+                name = self.model.base_model or os.fspath(self.folder.base)
+                base = find_base(name, revision=self.model.base_model_revision).with_adapters(self.folder.adapters)
+                data = self._data(base)
+                self._trainer(self._strategy(base, data, []), data, []).update_class(class_id)
+
+    def _learn(self, strategy: Strategy, data: ImageClassificationData, tasks: list[Task]) -> dict[str, Any] | None:
+        """`learn`, in the folder, which is opened."""
+        accelerator, folder, training = self.accelerator, self.folder, self.training
+        is_main = accelerator.is_main_process
+        publisher = Publisher(training, tasks) if training.push_to_hub and is_main else None
+        if folder.results.is_file():
+            accelerator.end_training()
+            results = report_finished(folder) if is_main else None
+        else:
+            evaluator = RunEvaluator(
+                strategy,
+                data,
+                tasks,
+                config=self.arguments.evaluation,
+                seed=training.seed,
+                folder=folder,
+                accelerator=accelerator,
+                max_train_steps=training.max_train_steps,
+            )
+            listeners = _Listeners([evaluator] if publisher is None else [evaluator, publisher])
+            with self._ends():
+                self._trainer(strategy, data, tasks, listeners).train()
+            if not is_main:
+                return None
+            folder.check_there()
+            results = report_run(
+                evaluator, settings=self._settings(), folder=folder, num_processes=accelerator.num_processes
+            )
+        if publisher is not None:
+            publisher.end_run()
+        return results
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The folder's lock, which the main process holds for all, and the kernels that the run asks for."""
+        device, is_main = self.accelerator.device, self.accelerator.is_main_process
+        lock = folder_lock(self.folder.path) if is_main else nullcontext()
+        with lock, deterministic_kernels(device, wanted=self.training.deterministic):
+            yield
+
+    @contextmanager
+    def _ends(self) -> Iterator[None]:
+        """End trackers and the process group after training, also at the time limit: gloo could abort on exit otherwise."""
+        try:
+            yield
+        except TimeLimitReached as reached:
+            # Its frames hold a model that is wrapped for the group.
+            traceback.clear_frames(reached.__traceback__)
+            self.accelerator.end_training()
+            raise
+        self.accelerator.end_training()
+
+    def _settings(self) -> dict[str, Any]:
+        return run_settings(self.arguments.data, self.model, self.training, self.arguments.evaluation)
+
+    def _data(self, base: ExistingBase | None) -> ImageClassificationData:
+        given, unet = self.arguments.data, self.model.unet
+        data = load_image_data(
+            given.dataset_name,
+            image_column=given.image_column,
+            label_column=given.label_column,
+            train_split=given.train_split,
+            test_split=given.test_split,
+            image_size=unet["sample_size"] if base is None else base.image_size,
+            channels=unet.get("in_channels", 3) if base is None else base.channels,
+            validation_fraction=given.validation_fraction,
+            dataset_config_name=given.dataset_config_name,
+            revision=given.dataset_revision,
+            max_images_per_class=given.max_images_per_class,
+        )
+        for name in data.class_names.values():
+            # Now, not when its adapter has been trained.
+            check_class_name(name)
+        if base is None:
+            return data
+        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), base.classes))
+
+    def _tasks(self, data: ImageClassificationData, base: ExistingBase | None) -> list[Task]:
+        given = self.arguments.data
+        tasks = split_into_tasks(
+            list(data.class_names),
+            given.classes_per_task,
+            class_order_seed=given.class_order_seed,
+            first_task=None if base is None else list(base.classes),
+        )
+        if base is not None and len(tasks) == 1:
+            raise ValueError(
+                f"`dataset_name` {given.dataset_name!r} has no class that `base_model` does not know already: "
+                f"{', '.join(base.classes.values())}."
+            )
+        return tasks[: given.num_tasks]
+
+    def _strategy(self, base: ExistingBase | None, data: ImageClassificationData, tasks: list[Task]) -> Strategy:
+        setting = Setting(
+            output_dir=self.folder.path,
+            base_dir=self.folder.base if base is None else base.folder,
+            base_source=os.fspath(self.folder.base / "unet") if base is None else base.source,
+            has_base=base is not None,
+            class_names={**({} if base is None else base.classes), **data.class_names},
+            tasks=tuple(tasks),
+            model=self.model,
+            training=self.training,
+            device=self.accelerator.device,
+            num_images={class_id: data.count(class_id) for class_id in data.class_names},
+        )
+        return self.strategy_class(setting)
+
+    def _trainer(
+        self,
+        strategy: Strategy,
+        data: ImageClassificationData,
+        tasks: list[Task],
+        evaluator: Evaluator | None = None,
+    ) -> ContinualTrainer:
+        return ContinualTrainer(
+            strategy,
+            data,
+            tasks,
+            training=self.training,
+            folder=self.folder,
+            accelerator=self.accelerator,
+            random_flip=self.arguments.data.random_flip,
+            evaluator=evaluator,
+            limit=self.limit,
+            termination=self.termination,
+        )
 
 
-@dataclass
-class _Stops:
-    """What may end a run before its end."""
-
-    limit: TimeLimit
-    termination: Termination | None
-
-
-def _held(folder: RunFolder, accelerator: Accelerator) -> AbstractContextManager[None]:
-    """The folder's lock, which the main process holds for all."""
-    return folder_lock(folder.path) if accelerator.is_main_process else nullcontext()
-
-
-@dataclass
-class _Listeners:
-    """Tells one after the other that a task is over; the second is only on the main process."""
-
-    evaluator: RunEvaluator
-    publisher: Publisher
+class _Listeners(list[Evaluator]):
+    """Tells one after the other that a task is over."""
 
     def end_task(self, task: Task) -> None:
-        self.evaluator.end_task(task)
-        self.publisher.end_task(task)
-
-
-def _publisher(training: ContinualTrainingArguments, tasks: list[Task], accelerator: Accelerator) -> Publisher | None:
-    """What pushes the run, on the main process; None: nothing does."""
-    return Publisher(training, tasks) if training.push_to_hub and accelerator.is_main_process else None
-
-
-def _finished(folder: RunFolder, publisher: Publisher | None) -> dict[str, Any]:
-    results = report_finished(folder)
-    if publisher is not None:
-        publisher.end_run()
-    return results
-
-
-def _update(
-    arguments: RunArguments,
-    strategy_cls: type[Strategy],
-    folder: RunFolder,
-    accelerator: Accelerator,
-    stops: _Stops,
-) -> None:
-    """Train one adapter of a finished run again, on the images that its class has now."""
-    folder.check_update()
-    deterministic = arguments.training.deterministic
-    with _held(folder, accelerator), deterministic_kernels(accelerator.device, wanted=deterministic):
-        if accelerator.is_main_process:
-            folder.recover_adapters()
-        accelerator.wait_for_everyone()
-        with _ends(accelerator):
-            _train_again(arguments, strategy_cls, folder, accelerator, stops)
-
-
-def _train_again(
-    arguments: RunArguments,
-    strategy_cls: type[Strategy],
-    folder: RunFolder,
-    accelerator: Accelerator,
-    stops: _Stops,
-) -> None:
-    model = arguments.model
-    base = find_base(model.base_model or os.fspath(folder.base), revision=model.base_model_revision)
-    base = base.with_adapters(folder.path / ADAPTERS_FOLDER)
-    data = _load_data(arguments, base)
-    strategy = strategy_cls(_setting(arguments, folder, base, data, [], accelerator))
-    trainer = _trainer(arguments, strategy, data, [], folder, accelerator, stops)
-    trainer.update_class(arguments.training.update_class)
+        for listener in self:
+            listener.end_task(task)
 
 
 def _check_strategy(arguments: RunArguments) -> None:
@@ -239,137 +296,24 @@ def _check_strategy(arguments: RunArguments) -> None:
         )
     if arguments.model.peft_method != "funlora" and strategy_cls.name != "funlora":
         raise ValueError(
-            f"`peft_method` is {arguments.model.peft_method!r}, which `strategy` {strategy_cls.name!r} does not heed: "
-            "leave one of the two out."
+            f"`peft_method` is {arguments.model.peft_method!r}, which `strategy` {strategy_cls.name!r} ignores: leave one of "
+            "the two out."
         )
 
 
 def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
-    # Processes that train independent adapters meet again when the slowest is done, which may take days.
+    # Processes that train independent adapters wait for the slowest one, which may take days.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
-    tracked = training.report_to != "none"
     try:
-        accelerator = Accelerator(
+        return Accelerator(
             mixed_precision=training.mixed_precision,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
-            log_with=training.report_to if tracked else None,
+            log_with=None if training.report_to == "none" else training.report_to,
             project_dir=training.output_dir,
             kwargs_handlers=[patience],
         )
     except (ValueError, ImportError) as error:
         raise ValueError(
-            f"`report_to` {training.report_to!r} or `mixed_precision` {training.mixed_precision!r} cannot be had here: "
+            f"`report_to` {training.report_to!r} or `mixed_precision` {training.mixed_precision!r} is not available here: "
             f'{error} (trackers: pip install "funlora-hf[trackers]" has tensorboard)'
         ) from error
-    return accelerator
-
-
-@contextmanager
-def _ends(accelerator: Accelerator) -> Iterator[None]:
-    """Ends trackers and the group of processes when training has ended, also where its time is over. Else gloo may abort the process
-    at its end."""
-    try:
-        yield
-    except TimeLimitReached as reached:
-        # Its frames hold a model that is wrapped for the group.
-        traceback.clear_frames(reached.__traceback__)
-        accelerator.end_training()
-        raise
-    accelerator.end_training()
-
-
-def _load_data(arguments: RunArguments, base: ExistingBase | None) -> ImageClassificationData:
-    given, unet = arguments.data, arguments.model.unet_config
-    data = load_image_data(
-        given.dataset_name,
-        image_column=given.image_column,
-        label_column=given.label_column,
-        train_split=given.train_split,
-        test_split=given.test_split,
-        image_size=unet["sample_size"] if base is None else base.image_size,
-        channels=unet.get("in_channels", 3) if base is None else base.channels,
-        validation_fraction=given.validation_fraction,
-        dataset_config_name=given.dataset_config_name,
-        revision=given.dataset_revision,
-        max_images_per_class=given.max_images_per_class,
-    )
-    for name in data.class_names.values():
-        # Now, not when its adapter has been trained.
-        check_class_name(name)
-    if base is None:
-        return data
-    return data.with_class_ids(assign_class_ids(list(data.class_names.values()), base.classes))
-
-
-def _tasks(arguments: RunArguments, data: ImageClassificationData, base: ExistingBase | None) -> list[Task]:
-    given = arguments.data
-    tasks = split_into_tasks(
-        list(data.class_names),
-        given.classes_per_task,
-        class_order_seed=given.class_order_seed,
-        first_task=None if base is None else list(base.classes),
-    )
-    if base is not None and len(tasks) == 1:
-        raise ValueError(
-            f"`dataset_name` {given.dataset_name!r} has no class that `base_model` does not know already: "
-            f"{', '.join(base.classes.values())}."
-        )
-    return tasks[: given.num_tasks]
-
-
-def _open_folder(folder: RunFolder, arguments: RunArguments, accelerator: Accelerator) -> None:
-    training = arguments.training
-    if accelerator.is_main_process:
-        settings = run_settings(arguments.data, arguments.model, training, arguments.evaluation)
-        folder.open(
-            settings, overwrite=training.overwrite_output_dir, resume=training.resume_from_checkpoint == LATEST
-        )
-    accelerator.wait_for_everyone()
-    if training.report_to != "none":
-        accelerator.init_trackers("logs")
-
-
-def _setting(
-    arguments: RunArguments,
-    folder: RunFolder,
-    base: ExistingBase | None,
-    data: ImageClassificationData,
-    tasks: list[Task],
-    accelerator: Accelerator,
-) -> Setting:
-    return Setting(
-        output_dir=folder.path,
-        base_dir=folder.base if base is None else base.folder,
-        base_source=os.fspath(folder.base / "unet") if base is None else base.source,
-        has_base=base is not None,
-        class_names={**({} if base is None else base.classes), **data.class_names},
-        tasks=tuple(tasks),
-        model=arguments.model,
-        training=arguments.training,
-        device=accelerator.device,
-        num_images={class_id: data.count(class_id) for class_id in data.class_names},
-    )
-
-
-def _trainer(
-    arguments: RunArguments,
-    strategy: Strategy,
-    data: ImageClassificationData,
-    tasks: list[Task],
-    folder: RunFolder,
-    accelerator: Accelerator,
-    stops: _Stops,
-    evaluator: Evaluator | None = None,
-) -> ContinualTrainer:
-    return ContinualTrainer(
-        strategy,
-        data,
-        tasks,
-        training=arguments.training,
-        folder=folder,
-        accelerator=accelerator,
-        random_flip=arguments.data.random_flip,
-        evaluator=evaluator,
-        limit=stops.limit,
-        termination=stops.termination,
-    )

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline, base_fingerprint
 from funlora_hf.adapters.base_model import base_classes, load_base, read_unet
-from funlora_hf.continual.existing_base import find_base
+from funlora_hf.continual.base import find_base
 
 
 @pytest.fixture

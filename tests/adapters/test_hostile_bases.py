@@ -18,7 +18,7 @@ from runs import make_tiny_unet, write_adapters
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline
 from funlora_hf.adapters.base_model import base_classes, load_base, read_unet
-from funlora_hf.continual.existing_base import find_base
+from funlora_hf.continual.base import find_base
 
 
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"

@@ -16,8 +16,7 @@ from started_runs import torchrun
 from torch import nn
 
 from funlora_hf.continual.checkpoint import TrainingState
-from funlora_hf.continual.guarded_steps import GuardedSteps
-from funlora_hf.continual.skipped_steps import HALVINGS, Outcome, SkippedSteps
+from funlora_hf.continual.guarded_steps import HALVINGS, GuardedSteps, Outcome
 
 
 SOUND, BAD_LOSS, BAD_GRADIENT = 1.0, math.nan, math.inf
@@ -116,33 +115,35 @@ def test_a_gradient_whose_square_overflows_is_skipped(accelerator):
     assert guard.end([torch.tensor(1.0)]) == Outcome.NO_GRADIENT
 
 
-def test_the_count_goes_by_rows():
-    skipped = SkippedSteps()
+def test_the_count_goes_by_rows(accelerator):
+    _, state = make(None)
+    guard = GuardedSteps(state, accelerator, shared=False, max_grad_norm=None)
     for outcome in (Outcome.NO_LOSS, Outcome.NO_GRADIENT):
-        skipped.add(outcome, scaled=False)
-    assert not skipped.exceed(2)
-    assert skipped.exceed(1)
-    kept = SkippedSteps()
-    kept.load({**skipped.numbers(), "step": "4"})
-    assert kept == skipped == SkippedSteps(total=2, in_row=2)
-    skipped.add(Outcome.DONE, scaled=False)
-    assert skipped == SkippedSteps(total=2)
-    assert not skipped.exceed(0)
-    old = SkippedSteps()
-    old.load({"step": "4", "ema_step": "4"})
-    assert old == SkippedSteps()
+        guard.count(outcome)
+    assert not guard.exceed(2)
+    assert guard.exceed(1)
+    _, kept = make(None)
+    kept.load(state.tensors(), state.numbers())
+    assert kept.skipped == state.skipped == {"total": 2, "in_row": 2, "rescaled_in_row": 0}
+    guard.count(Outcome.DONE)
+    assert state.skipped == {"total": 2, "in_row": 0, "rescaled_in_row": 0}
+    assert not guard.exceed(0)
+    kept.load(state.tensors(), {"step": "4", "ema_step": "4"})  # of an old checkpoint
+    assert kept.skipped == {"total": 0, "in_row": 0, "rescaled_in_row": 0}
 
 
-def test_fp16_may_search_its_scale():
-    skipped = SkippedSteps()
+def test_fp16_may_search_its_scale(accelerator, monkeypatch):
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu"))
+    _, state = make(None)
+    guard = GuardedSteps(state, accelerator, shared=False, max_grad_norm=None)
     for _ in range(HALVINGS + 3):
-        skipped.add(Outcome.NO_GRADIENT, scaled=True)
-    assert (skipped.total, skipped.in_row) == (HALVINGS + 3, 0)
-    assert not skipped.exceed(3)
-    assert skipped.exceed(2)
+        guard.count(Outcome.NO_GRADIENT)
+    assert state.skipped == {"total": HALVINGS + 3, "in_row": 0, "rescaled_in_row": HALVINGS + 3}
+    assert not guard.exceed(3)
+    assert guard.exceed(2)
     # A loss that is not finite is no matter of scale.
-    skipped.add(Outcome.NO_LOSS, scaled=True)
-    assert (skipped.total, skipped.in_row) == (HALVINGS + 4, 1)
+    guard.count(Outcome.NO_LOSS)
+    assert (state.skipped["total"], state.skipped["in_row"]) == (HALVINGS + 4, 1)
 
 
 def test_fp16_s_scaler_skips_the_same_steps(accelerator, monkeypatch):

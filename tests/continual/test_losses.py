@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
+from funlora_hf.continual.guarded_steps import Outcome
 from funlora_hf.continual.losses import PendingLosses
-from funlora_hf.continual.skipped_steps import Outcome
 
 
 def test_what_is_read_is_what_was_added_in_its_order():

@@ -1,13 +1,11 @@
-"""The base generator: built, trained once, written as a pipeline folder, loaded again.
-
-Shared by strategies.
-"""
+"""The base generator: built, trained once, written as a pipeline folder, loaded again; or one that exists already."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +13,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
+from ..adapters.base_model import base_classes, check_base_folder
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from ..sampling.pipeline import FunLoraPipeline
+from ..utils.checks import check_at_least_one
 from ..utils.files import whole_folder
 from ..utils.seeds import derive_seed
 from .compilation import compile_blocks
@@ -27,23 +28,17 @@ from .strategy import Setting, Trainable
 BASE_PHASE = "base"
 
 
-def build_unet(unet_config: Mapping, num_classes: int, *, seed: int, device: torch.device) -> UNet2DModel:
-    """A new U-Net with a class embedding; the same seed gives the same weights, whatever was drawn before.
+def trainable_unet(setting: Setting, num_classes: int) -> Trainable:
+    """A new U-Net with a class embedding, in training mode, all of it to be trained; a seed always gives the same weights.
 
     Raises:
         ValueError: arguments that UNet2DModel does not take.
     """
+    training = setting.training
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "unet"))
-        return _unet(unet_config, num_classes).to(device)
-
-
-def trainable_unet(setting: Setting, num_classes: int) -> Trainable:
-    """A new U-Net of the run, in training mode, all of it to be trained."""
-    unet = build_unet(
-        setting.model.unet_config, num_classes, seed=setting.training.seed, device=setting.device
-    ).train()
-    arrange(unet, setting.training, compiled=setting.training.torch_compile)
+        torch.manual_seed(derive_seed(training.seed, "unet"))
+        unet = _unet(setting.model.unet, num_classes).to(setting.device).train()
+    arrange(unet, training, compiled=training.torch_compile)
     return Trainable(unet, dict(unet.named_parameters()))
 
 
@@ -64,7 +59,7 @@ def set_class_vectors(unet: UNet2DModel, vectors: torch.Tensor, num_classes: int
 
 
 def arrange(unet: UNet2DModel, training: ContinualTrainingArguments, *, compiled: bool) -> None:
-    """Lay a U-Net out in memory as the run asks for and, if `compiled`, have its blocks compiled; values stay."""
+    """Set a U-Net's memory format as the run asks for and, if `compiled`, compile its blocks; values stay."""
     if training.channels_last:
         unet.to(memory_format=torch.channels_last)
     if compiled:
@@ -89,7 +84,7 @@ def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:
 
 
 def _memory() -> float:
-    """Bytes of the machine; infinite where it cannot be told."""
+    """Bytes of the machine; infinite where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -99,7 +94,7 @@ def _memory() -> float:
 def _unet(unet_config: Mapping, num_classes: int) -> UNet2DModel:
     try:
         return UNet2DModel(**{**unet_config, "num_class_embeds": num_classes})
-    # Whatever a U-Net's constructor raises for arguments of a recipe.
+    # A U-Net's constructor raises many kinds of errors for wrong arguments.
     except Exception as error:
         raise ValueError(f"`unet_config` does not make a UNet2DModel: {error}") from error
 
@@ -127,7 +122,7 @@ def load_pipeline(folder: Path, setting: Setting) -> FunLoraPipeline:
     finally:
         if bars:
             diffusers_logging.enable_progress_bar()
-    # Sampling keeps effective weights from call to call, for which compiled code has no use.
+    # Not compiled: sampling keeps effective weights from call to call.
     arrange(pipe.unet, setting.training, compiled=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -145,3 +140,64 @@ def label_rows(class_ids: Sequence[int], batch_class_ids: torch.Tensor) -> torch
     """
     known = torch.tensor(list(class_ids), device=batch_class_ids.device)
     return (batch_class_ids[:, None] == known[None, :]).int().argmax(dim=1)
+
+
+@dataclass(frozen=True)
+class ExistingBase:
+    """A base that the run does not train.
+
+    Args:
+        folder: pipeline folder on this machine.
+        source: how others find its U-Net: the folder's `unet/`, or the repository.
+        classes: id -> name of every class known, by the base's rows and by adapters.
+        image_size: edge of its images in pixels.
+        channels: of its images.
+    """
+
+    folder: Path
+    source: str
+    classes: dict[int, str]
+    image_size: int
+    channels: int
+
+    def with_adapters(self, adapters: Path) -> ExistingBase:
+        """The same, also knowing the classes of the adapters below a folder."""
+        found = [adapter_class(folder) for folder in adapter_folders(adapters)]
+        names = {one["class_label"]: one["class_name"] or str(one["class_label"]) for one in found}
+        return replace(self, classes={**self.classes, **names})
+
+
+def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
+    """Look at the base that `base_model` names.
+
+    Args:
+        name: a pipeline folder, or a repository on the Hub, which is downloaded.
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        FileNotFoundError: the folder does not exist, or has no pipeline.
+        ValueError: its U-Net has no class embedding.
+    """
+    local = Path(name)
+    if local.is_dir():
+        folder, source = local, os.fspath(local / "unet")
+    elif name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"`base_model` is {name!r}, but that folder does not exist.")
+    else:
+        folder, source = Path(FunLoraPipeline.download(name, revision=revision)), name
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"`base_model` is {name!r}, expected a pipeline folder with a model_index.json, such as the base/ folder of "
+            "a run."
+        )
+    check_base_folder(folder)
+    config = UNet2DModel.load_config(folder, subfolder="unet")
+    for number in ("sample_size", "in_channels"):
+        check_at_least_one(number, config.get(number))
+    if not config.get("num_class_embeds"):
+        raise ValueError(
+            f"`base_model` {name!r} has a U-Net without a class embedding (`num_class_embeds`), which class vectors "
+            "replace: train a class-conditional base."
+        )
+    base = ExistingBase(folder, source, base_classes(folder), config["sample_size"], config["in_channels"])
+    return base.with_adapters(folder / ADAPTERS_FOLDER)

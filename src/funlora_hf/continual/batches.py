@@ -1,4 +1,4 @@
-"""The order of images and the noise put on them: a function of the seed, the phase and the step alone.
+"""The order of images and their noise depend on the seed, the phase and the step alone.
 
 So a resumed run, or one on another number of processes, sees the same batches.
 """
@@ -85,7 +85,7 @@ class PhaseBatches:
         size = self.phase.settings.batch_size
         indices = self._indices(number * size, size)
         mine = slice(share, None, num_shares)
-        # On the CPU whatever the device, flips, sigma, noise in this order: results depend on it.
+        # On the CPU for every device; flips, sigma, noise in this order: results depend on it.
         generator = generator_for(self.seed, self.phase.name, "batch", number)
         flip = torch.rand(size, generator=generator) < 0.5 if self.random_flip else None
         sigma = sample_sigmas(size, density=self.timestep_density, generator=generator)
@@ -104,7 +104,7 @@ class PhaseBatches:
         sample = to_model_range(images)
         if flip is None:
             return sample
-        # Not by a mask as an index, whose number of entries the device would have to be asked for.
+        # A mask as an index would wait for the device to count its entries.
         return torch.where(on_device(flip, self.device)[:, None, None, None], sample.flip(-1), sample)
 
     def _noise(self, shape: tuple[int, ...], number: int, generator: torch.Generator) -> torch.Tensor:
@@ -114,7 +114,7 @@ class PhaseBatches:
         return torch.randn(shape, generator=generator, device=self.device)
 
     def _indices(self, start: int, count: int) -> torch.Tensor:
-        """Positions start .. start + count - 1 in an endless row of permutations."""
+        """Entries start .. start + count - 1 of an endless sequence of permutations."""
         parts, total = [], len(self.images)
         while count > 0:
             epoch, offset = divmod(start, total)

@@ -1,7 +1,7 @@
 """Checkpoints inside a phase: safetensors, never pickled, whole or not at all, with a checksum.
 
-Order, noise and dropout of every step are derived from the run's seed (seeds.py), so the step says all of the random
-state and of the position in the data.
+Order, noise and dropout of every step are derived from the run's seed, so the number of the step stands for the random state
+and the position in the data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..utils.files import file_sha256, remove_folder, whole_folder
-from .skipped_steps import SkippedSteps
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,8 @@ class TrainingState:
         optimizer: the plain optimiser of exactly these parameters, in this order.
         ema: their moving average.
         buffers: by name, that training changes besides.
-        skipped: how many steps so far could not be done.
+        skipped: how many steps were skipped, since loss or gradient was not finite: "total" of the phase, with those by which
+            fp16 finds its scale; "in_row" since the last step that was done, without those; "rescaled_in_row" only those.
         scaler: of the loss under fp16, whose scale decides which steps are skipped; None: there is none.
     """
 
@@ -51,12 +51,13 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     ema: EMAModel
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    skipped: SkippedSteps = field(default_factory=SkippedSteps)
+    skipped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("total", "in_row", "rescaled_in_row"), 0))
     scaler: torch.amp.GradScaler | None = None
 
     def numbers(self) -> dict[str, str]:
-        """All of the state that is no tensor, as the metadata of a file."""
-        numbers = {"ema_step": str(self.ema.optimization_step), **self.skipped.numbers()}
+        """The rest of the state, as the metadata of a file."""
+        skipped = {f"skipped_{name}": str(count) for name, count in self.skipped.items()}
+        numbers = {"ema_step": str(self.ema.optimization_step), **skipped}
         return numbers if self.scaler is None else {**numbers, "scaler": json.dumps(self.scaler.state_dict())}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -82,8 +83,8 @@ class TrainingState:
         for name, buffer in self.buffers.items():
             buffer.copy_(tensors[f"buffer/{name}"])
         self.ema.optimization_step = int(numbers["ema_step"])
-        self.skipped.load(numbers)
-        # A checkpoint of before it was kept has none.
+        # A checkpoint from before they were kept has neither the counts nor the scaler.
+        self.skipped = {name: int(numbers.get(f"skipped_{name}", 0)) for name in self.skipped}
         if self.scaler is not None and "scaler" in numbers:
             self.scaler.load_state_dict(json.loads(numbers["scaler"]))
 
@@ -111,15 +112,14 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, *, total_limi
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step, or None."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    return next(reversed(_checkpoints(folder)), None)
 
 
 def load_newest(folder: Path, state: TrainingState) -> int:
-    """Load the newest checkpoint that is not damaged, in place; says of each that is, and goes back to the one before.
+    """Load the newest checkpoint that is not damaged, in place; log each that is.
 
     Returns:
-        The number of optimiser steps done; 0, with the state as it was, if there is no sound checkpoint.
+        The number of optimiser steps done; 0, with the state unchanged, if there is no valid checkpoint.
 
     Raises:
         ValueError: as `load_checkpoint`.
@@ -149,7 +149,7 @@ def load_checkpoint(path: Path, state: TrainingState) -> int:
             found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
             raise ValueError(
                 f"The checkpoint {path} is of another configuration: for {name} it holds {found}, expected shape "
-                f"{tuple(parameter.shape)}. Resume with the settings it was written with, or start anew with "
+                f"{tuple(parameter.shape)}. Resume with the settings it was written with, or start again with "
                 "--overwrite_output_dir."
             )
     state.load(tensors, numbers)

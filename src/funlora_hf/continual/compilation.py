@@ -10,9 +10,9 @@ from diffusers import UNet2DModel
 from torch._dynamo.exc import TorchDynamoException
 
 
-# What a UNet2DModel is made of, whatever the kinds of its larger blocks.
+# All larger blocks of a UNet2DModel are made of these.
 COMPILED_BLOCKS = ("ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D")
-# Torch's own limit is 8, but each pair of widths and each resolution is a graph of its own, with and without adapters.
+# Torch's own limit is 8, but each pair of widths and each resolution has its own graph, with and without adapters.
 MOST_GRAPHS = 128
 
 
@@ -23,13 +23,13 @@ class CompilationError(RuntimeError):
 def compile_blocks(unet: UNet2DModel, *, backend: str = "inductor") -> None:
     """Compile the blocks of a U-Net when they are first called; names and values of its parameters stay.
 
-    Adapters may be put in and taken out afterwards. Those of equal shapes and names are compiled once.
+    Adapters may be added and removed afterwards. Those of equal shapes and names are compiled once.
 
     Args:
         unet: its blocks are compiled in place.
         backend: of torch.compile.
     """
-    # By the old name, which later versions of torch know as well.
+    # The old name, which later versions of torch know, too.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
     unet._repeated_blocks = list(COMPILED_BLOCKS)
     unet.compile_repeated_blocks(dynamic=False, backend=backend)
@@ -37,10 +37,10 @@ def compile_blocks(unet: UNet2DModel, *, backend: str = "inductor") -> None:
 
 @contextmanager
 def compilation_errors() -> Iterator[None]:
-    """Says of an error of torch's compiler what to do about it.
+    """Add what to do to an error of torch's compiler.
 
     Raises:
-        CompilationError: with torch's own words.
+        CompilationError: with torch's message.
     """
     try:
         yield

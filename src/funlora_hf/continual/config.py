@@ -36,41 +36,39 @@ DIGITS_UNET = {
 }
 
 
+def _argument(default: Any, help: str) -> Any:
+    """A field with the text that `HfArgumentParser` shows for it."""
+    return field(default=default, metadata={"help": help})
+
+
+def _check_counts(arguments: Any, *names: str) -> None:
+    """Raise a ValueError unless each of these fields is None or an integer >= 1."""
+    for name in names:
+        if (value := getattr(arguments, name)) is not None:
+            check_at_least_one(name, value)
+
+
 @dataclass
 class DataArguments:
     """Which images, and how their classes are split into tasks."""
 
-    dataset_name: str = field(
-        default="digits",
-        metadata={"help": "'digits' (embedded in scikit-learn), a folder, a parquet file, or a dataset on the Hub."},
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a dataset."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if it is clear."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found if it is clear."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    test_split: str | None = field(
-        default=None, metadata={"help": "Split to test on; 'test' or 'validation' if there is one, else held out."}
-    )
-    validation_fraction: float | None = field(
-        default=None,
-        metadata={"help": "Test on this share of the training images instead of the test images: to choose settings."},
-    )
-    max_images_per_class: int | None = field(default=None, metadata={"help": "Take only the first N of every class."})
-    random_flip: bool = field(default=False, metadata={"help": "Flip training images at random, left to right."})
-    classes_per_task: int = field(default=2, metadata={"help": "Classes that each task brings."})
-    num_tasks: int | None = field(default=None, metadata={"help": "Stop after this many tasks; None: all of them."})
-    class_order_seed: int | None = field(
-        default=None, metadata={"help": "Shuffle the classes with this seed; None keeps the dataset's own order."}
-    )
+    dataset_name: str = _argument("digits", "'digits' (scikit-learn), a folder, a parquet file or a Hub dataset.")
+    dataset_config_name: str | None = _argument(None, "Configuration of a dataset on the Hub.")
+    dataset_revision: str | None = _argument(None, "Branch, tag or commit of a dataset.")
+    image_column: str | None = _argument(None, "Column of the images; found if it is clear.")
+    label_column: str | None = _argument(None, "Column of the labels; found if it is clear.")
+    train_split: str = _argument("train", "Split to train on.")
+    test_split: str | None = _argument(None, "Split to test on; None: 'test' or 'validation', else held out.")
+    validation_fraction: float | None = _argument(None, "Test on this share of training images, to choose settings.")
+    max_images_per_class: int | None = _argument(None, "Take only the first N of every class.")
+    random_flip: bool = _argument(False, "Flip training images at random, left to right.")
+    classes_per_task: int = _argument(2, "Classes that each task brings.")
+    num_tasks: int | None = _argument(None, "Stop after this many tasks; None: all of them.")
+    class_order_seed: int | None = _argument(None, "Shuffle the classes with this seed; None: the dataset's order.")
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        check_at_least_one("classes_per_task", self.classes_per_task)
-        if self.num_tasks is not None:
-            check_at_least_one("num_tasks", self.num_tasks)
-        if self.max_images_per_class is not None:
-            check_at_least_one("max_images_per_class", self.max_images_per_class)
+        _check_counts(self, "classes_per_task", "num_tasks", "max_images_per_class")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` is {self.validation_fraction}, expected a share between 0 and 1.")
 
@@ -79,41 +77,26 @@ class DataArguments:
 class ModelArguments:
     """The base, and the adapters put onto it."""
 
-    base_model: str | None = field(
-        default=None,
-        metadata={"help": "Pipeline folder or repository of an existing generator: skips task 1, adds classes to it."},
+    base_model: str | None = _argument(None, "Pipeline (folder or repository) to add classes to; skips task 1.")
+    base_model_revision: str | None = _argument(None, "Branch, tag or commit of the base.")
+    unet_config: dict | str | None = _argument(  # noqa: RUF009 - makes a field
+        None, "UNet2DModel's arguments, as a mapping in a recipe or as JSON; None: a small one for digits."
     )
-    base_model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base."})
-    unet_config: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "UNet2DModel's arguments, as a mapping in a recipe or as JSON; None: a small one for digits."
-        },
+    peft_method: str = _argument(
+        "funlora",
+        "'funlora', or one of the paper's comparison methods: 'class_vector', 'vanilla_add', 'vanilla_mul', "
+        "'scale_shift', 'lora_attention', 'lora_attention_fused', 'lora_conv_v1', 'lora_conv_v2'.",
     )
-    peft_method: str = field(
-        default="funlora",
-        metadata={
-            "help": "'funlora', or one of the paper's comparison methods: 'class_vector', 'vanilla_add', 'vanilla_mul', "
-            "'scale_shift', 'lora_attention', 'lora_attention_fused', 'lora_conv_v1', 'lora_conv_v2'."
-        },
-    )
-    function: str = field(default="cosine", metadata={"help": "'cosine', 'power', 'shift' or 'identity'."})
-    num_functions: int = field(default=10, metadata={"help": "The number p of functions summed up."})
-    train_omega: bool = field(default=True, metadata={"help": "Learn the frequencies or exponents."})
-    operation: str = field(default="mul", metadata={"help": "'mul', 'add' or 'mul-add'."})
-    rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rank of the product A B; None: 1, with LoRA on attention the paper's 2, with a LoRA for all classes 8."
-        },
-    )
-    ratio: int = field(default=1, metadata={"help": "One entry of A and B for this many neighbouring channels."})
-    target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Modules to adapt: names; one regex; 'all', 'decoder', 'decoder-middle', or a range of convolutions "
-            "in order of execution as '40-54'; None: the decoder's middle."
-        },
+    function: str = _argument("cosine", "'cosine', 'power', 'shift' or 'identity'.")
+    num_functions: int = _argument(10, "The number p of functions summed up.")
+    train_omega: bool = _argument(True, "Learn the frequencies or exponents.")
+    operation: str = _argument("mul", "'mul', 'add' or 'mul-add'.")
+    rank: int | None = _argument(None, "Rank of A B; None: 1, of LoRA on attention 2, of a LoRA for all classes 8.")
+    ratio: int = _argument(1, "One entry of A and B for this many neighbouring channels.")
+    target_modules: list[str] | None = _argument(  # noqa: RUF009 - makes a field
+        None,
+        "Modules to adapt: names; one regex; 'all', 'decoder', 'decoder-middle', or a range of convolutions "
+        "in order of execution as '40-54'; None: the decoder's middle.",
     )
 
     def __post_init__(self) -> None:
@@ -134,119 +117,91 @@ class ModelArguments:
         if self.unet_config is not None:
             check_unet_config(self.unet_config, field="unet_config")
             _check_halving(self.unet_config)
-        if self.rank is not None:
-            check_at_least_one("rank", self.rank)
+        _check_counts(self, "rank")
         self.funlora_config()
+
+    @property
+    def unet(self) -> dict[str, Any]:
+        """The arguments of the UNet2DModel, which are those for digits if none are given."""
+        return self.unet_config if isinstance(self.unet_config, dict) else DIGITS_UNET
 
     def funlora_config(self, **kwargs: Any) -> FunLoraConfig:
         """FunLoRA as the arguments describe it, but for rank and targets; `kwargs` override or add fields."""
-        fields = {
-            "function": self.function,
-            "num_functions": self.num_functions,
-            "train_omega": self.train_omega,
-            "operation": self.operation,
-            "ratio": self.ratio,
-            "class_embedding": "class_embedding",
-        }
-        return FunLoraConfig(**{**fields, **kwargs})
+        names = ("function", "num_functions", "train_omega", "operation", "ratio")
+        given = {name: getattr(self, name) for name in names}
+        return FunLoraConfig(**{**given, "class_embedding": "class_embedding", **kwargs})
 
 
 @dataclass
 class ContinualTrainingArguments:
     """How each phase is trained, and where the run goes."""
 
-    output_dir: str = field(default="outputs/digits", metadata={"help": "Folder of the run."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Delete the run that is in the folder."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "'latest': go on where a run stopped."})
-    strategy: str = field(default="funlora", metadata={"help": "How to learn one task after another."})
-    strategy_options: list[str] | None = field(
-        default=None,
-        metadata={"help": "Options of the strategy as key=value; in a recipe, a mapping. See docs/strategies."},
+    output_dir: str = _argument("outputs/digits", "Folder of the run.")
+    overwrite_output_dir: bool = _argument(False, "Delete the run that is in the folder.")
+    resume_from_checkpoint: str | None = _argument(None, "'latest': go on where a run stopped.")
+    strategy: str = _argument("funlora", "How to learn one task after another.")
+    strategy_options: list[str] | None = _argument(  # noqa: RUF009 - makes a field
+        None, "Options of the strategy as key=value; in a recipe, a mapping. See docs/strategies."
     )
-    seed: int = field(default=0, metadata={"help": "Seed of everything: weights, order, noise, samples, classifier."})
-    deterministic: bool = field(default=True, metadata={"help": "Use deterministic kernels on a GPU, too (slower)."})
-    mixed_precision: str = field(default="no", metadata={"help": "'no', 'fp16' or 'bf16'."})
-    channels_last: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep U-Net and images in torch.channels_last, which GPUs convolve faster in low precision."
-        },
+    seed: int = _argument(0, "Seed of everything: weights, order, noise, samples, classifier.")
+    deterministic: bool = _argument(True, "Use deterministic kernels on a GPU, too (slower).")
+    mixed_precision: str = _argument("no", "'no', 'fp16' or 'bf16'.")
+    channels_last: bool = _argument(False, "U-Net and images in torch.channels_last: faster on GPUs in fp16 and bf16.")
+    torch_compile: bool = _argument(False, "Compile the U-Net's blocks for training, once for all classes.")
+    gradient_accumulation_steps: int = _argument(1, "Batches summed up for one step.")
+    max_grad_norm: float | None = _argument(1.0, "Clip the gradient's norm; None does not.")
+    max_nonfinite_steps: int = _argument(
+        10,
+        "Steps in a row that are skipped for a loss or gradient that is not finite; one more stops the run. 0: the first.",
     )
-    torch_compile: bool = field(
-        default=False,
-        metadata={"help": "Compile the blocks of the U-Net for training: once, whatever the number of classes."},
+    timestep_density: str = _argument("uniform", "'uniform' or 'logit_normal'.")
+    class_batches: str = _argument(
+        "homogeneous", "'homogeneous': one class after another, one effective weight a step. 'mixed': together."
     )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches summed up for one step."})
-    max_grad_norm: float | None = field(default=1.0, metadata={"help": "Clip the gradient's norm; None does not."})
-    max_nonfinite_steps: int = field(
-        default=10,
-        metadata={
-            "help": "Steps in a row that are skipped for a loss or gradient that is not finite; one more stops the run. 0: the first."
-        },
+    max_train_steps: int | None = _argument(None, "Cap on the steps of every phase: base, each class, classifier.")
+    checkpointing_steps: int = _argument(500, "Steps between checkpoints inside a phase.")
+    checkpoints_total_limit: int | None = _argument(
+        2,
+        "How many checkpoints of a phase to keep, the oldest going first; a damaged one falls back to the one before; None: all.",
     )
-    timestep_density: str = field(default="uniform", metadata={"help": "'uniform' or 'logit_normal'."})
-    class_batches: str = field(
-        default="homogeneous",
-        metadata={"help": "'homogeneous': one class after another, one effective weight a step. 'mixed': together."},
+    time_limit_minutes: float | None = _argument(
+        None,
+        "From this time after its start, the run begins no step and no evaluation of a task: it writes a "
+        "checkpoint and stops, continual_train.py with the exit code 75. None: no limit.",
     )
-    max_train_steps: int | None = field(
-        default=None, metadata={"help": "Cap on the steps of every phase: base, each class, classifier."}
-    )
-    checkpointing_steps: int = field(default=500, metadata={"help": "Steps between checkpoints inside a phase."})
-    checkpoints_total_limit: int | None = field(
-        default=2,
-        metadata={
-            "help": "How many checkpoints of a phase to keep, the oldest going first; a damaged one falls back to the one before; None: all."
-        },
-    )
-    time_limit_minutes: float | None = field(
-        default=None,
-        metadata={
-            "help": "From this time after its start, the run begins no step and no evaluation of a task: it writes a "
-            "checkpoint and stops, continual_train.py with the exit code 75. None: no limit."
-        },
-    )
-    report_to: str = field(default="none", metadata={"help": "Tracker of accelerate: 'tensorboard', 'wandb', ..."})
+    report_to: str = _argument("none", "Tracker of accelerate: 'tensorboard', 'wandb', ...")
 
-    push_to_hub: bool = field(
-        default=False,
-        metadata={"help": "Push base and adapters to the Hub: a tagged commit for each task, when it is over."},
+    push_to_hub: bool = _argument(False, "Push base and adapters to the Hub: a tagged commit after each task.")
+    hub_model_id: str | None = _argument(
+        None, "Repository to push to, 'user/repo'; None: yours, named like output_dir."
     )
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository to push to, 'user/repo'; None: yours, named as output_dir is."}
+    hub_private_repo: bool | None = _argument(
+        None, "Whether a new repository is private; None: as your account is set."
     )
-    hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "Whether a repository that is made is private; None: as your account is set."}
-    )
-    hub_license: str | None = field(
-        default=None, metadata={"help": "Identifier of a licence for the cards: 'mit', ..."}
-    )
+    hub_license: str | None = _argument(None, "Identifier of a licence for the cards: 'mit', ...")
 
-    base_train_steps: int | None = field(default=700, metadata={"help": "Steps of task 1; None: base_epochs counts."})
-    base_epochs: int | None = field(default=None, metadata={"help": "Epochs of task 1, if base_train_steps is None."})
-    base_batch_size: int = field(default=32, metadata={"help": "Batch of task 1, over all processes."})
-    base_learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of task 1."})
-    base_warmup_steps: int = field(default=20, metadata={"help": "Steps of linear warm-up in task 1."})
-    base_ema_decay: float = field(default=0.99, metadata={"help": "Decay of the moving average in task 1."})
-    base_ema_start: float = field(default=0.0, metadata={"help": "Share of task 1 after which averaging starts."})
+    base_train_steps: int | None = _argument(700, "Steps of task 1; None: base_epochs counts.")
+    base_epochs: int | None = _argument(None, "Epochs of task 1, if base_train_steps is None.")
+    base_batch_size: int = _argument(32, "Batch of task 1, over all processes.")
+    base_learning_rate: float = _argument(1e-3, "Peak learning rate of task 1.")
+    base_warmup_steps: int = _argument(20, "Steps of linear warm-up in task 1.")
+    base_ema_decay: float = _argument(0.99, "Decay of the moving average in task 1.")
+    base_ema_start: float = _argument(0.0, "Share of task 1 after which averaging starts.")
 
-    adapter_train_steps: int | None = field(default=150, metadata={"help": "Steps of a class; None: epochs count."})
-    adapter_epochs: int | None = field(default=None, metadata={"help": "Epochs of a class, if the steps are None."})
-    adapter_batch_size: int = field(default=32, metadata={"help": "Batch of an adapter phase."})
-    adapter_learning_rate: float = field(default=2e-2, metadata={"help": "Peak learning rate of a class."})
-    adapter_warmup_steps: int = field(default=20, metadata={"help": "Steps of linear warm-up of a class."})
-    adapter_ema_decay: float = field(default=0.98, metadata={"help": "Decay of the moving average of a class."})
-    adapter_ema_start: float = field(default=0.0, metadata={"help": "Share of a class after which averaging starts."})
+    adapter_train_steps: int | None = _argument(150, "Steps of a class; None: epochs count.")
+    adapter_epochs: int | None = _argument(None, "Epochs of a class, if the steps are None.")
+    adapter_batch_size: int = _argument(32, "Batch of an adapter phase.")
+    adapter_learning_rate: float = _argument(2e-2, "Peak learning rate of a class.")
+    adapter_warmup_steps: int = _argument(20, "Steps of linear warm-up of a class.")
+    adapter_ema_decay: float = _argument(0.98, "Decay of the moving average of a class.")
+    adapter_ema_start: float = _argument(0.0, "Share of a class after which averaging starts.")
 
-    update_class: int | None = field(
-        default=None, metadata={"help": "Train the adapter of this one class again; nothing else changes."}
-    )
-    update_mode: str = field(
-        default="continue", metadata={"help": "'continue' from the adapter there is, or 'retrain' from the start."}
-    )
+    update_class: int | None = _argument(None, "Train the adapter of this one class again; nothing else changes.")
+    update_mode: str = _argument("continue", "'continue' from the adapter there is, or 'retrain' from the start.")
 
     def __post_init__(self) -> None:
-        self.strategy_options = _parse_options(self.strategy_options)
+        # HfArgumentParser has no annotation for a list on the command line and a mapping in a recipe.
+        self.strategy_options = parse_options(self.strategy_options)  # type: ignore[assignment]
         check_field_types(self, leave_out=["strategy_options"])
         check_choice("class_batches", self.class_batches, CLASS_BATCHES)
         check_choice("update_mode", self.update_mode, UPDATE_MODES)
@@ -259,11 +214,10 @@ class ContinualTrainingArguments:
             )
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise ValueError("`overwrite_output_dir` and `resume_from_checkpoint` exclude each other: pass one.")
-        for name in ("gradient_accumulation_steps", "checkpointing_steps", "base_batch_size", "adapter_batch_size"):
-            check_at_least_one(name, getattr(self, name))
-        for name in ("max_train_steps", "checkpoints_total_limit"):
-            if getattr(self, name) is not None:
-                check_at_least_one(name, getattr(self, name))
+        _check_counts(
+            self, "gradient_accumulation_steps", "checkpointing_steps", "base_batch_size", "adapter_batch_size"
+        )
+        _check_counts(self, "max_train_steps", "checkpoints_total_limit")
         if self.max_nonfinite_steps < 0:
             raise ValueError(f"`max_nonfinite_steps` is {self.max_nonfinite_steps}, expected an integer >= 0.")
         if self.time_limit_minutes is not None and not self.time_limit_minutes > 0:
@@ -288,8 +242,7 @@ class ContinualTrainingArguments:
                 f"`{phase}_train_steps` is {steps} and `{phase}_epochs` is {epochs}, expected exactly one of them: set "
                 "the other to null."
             )
-        name, value = (f"{phase}_train_steps", steps) if epochs is None else (f"{phase}_epochs", epochs)
-        check_at_least_one(name, value)
+        _check_counts(self, f"{phase}_train_steps", f"{phase}_epochs")
         for name, low, high in (("learning_rate", 0, 1e3), ("ema_decay", 0, 1), ("ema_start", 0, 1)):
             value = getattr(self, f"{phase}_{name}")
             if not low <= value <= high:
@@ -300,56 +253,38 @@ class ContinualTrainingArguments:
 class EvaluationArguments:
     """How the learned classes are sampled and judged."""
 
-    num_samples_per_class: int = field(default=250, metadata={"help": "Images sampled of every class."})
-    sampling_batch_size: int = field(default=250, metadata={"help": "Images sampled at once."})
-    solver: str = field(default="heun", metadata={"help": "'euler', 'heun', 'rk4' or 'dopri5'."})
-    num_inference_steps: int = field(default=6, metadata={"help": "Steps of the solver; 'dopri5' chooses its own."})
-    solver_tolerance: float = field(default=1e-5, metadata={"help": "rtol and atol of 'dopri5'."})
-    num_probe_samples: int = field(
-        default=8, metadata={"help": "Images of every class drawn when it is learned and again at the end."}
+    num_samples_per_class: int = _argument(250, "Images sampled of every class.")
+    sampling_batch_size: int = _argument(250, "Images sampled at once.")
+    solver: str = _argument("heun", "'euler', 'heun', 'rk4' or 'dopri5'.")
+    num_inference_steps: int = _argument(6, "Steps of the solver; 'dopri5' chooses its own.")
+    solver_tolerance: float = _argument(1e-5, "rtol and atol of 'dopri5'.")
+    num_probe_samples: int = _argument(8, "Images of every class drawn when it is learned and again at the end.")
+    held_out_sigmas: int = _argument(16, "Times at which the held-out loss is measured.")
+    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': by the images' size.")
+    classifier_epochs: int = _argument(20, "Epochs of the classifier.")
+    classifier_batch_size: int = _argument(100, "Batch of the classifier.")
+    classifier_learning_rate: float = _argument(0.1, "Peak learning rate of the classifier.")
+    classifier_crop_padding: int = _argument(0, "Padding of the random crop, in pixels.")
+    classifier_flip: bool = _argument(False, "Flip the classifier's images at random.")
+    image_quality: str = _argument(
+        "classifier",
+        "Features in which Frechet distance, precision and recall are measured at the end: of a 'classifier' "
+        "trained on all real images, of 'inception' (FID; needs the extra fid), or 'none'.",
     )
-    held_out_sigmas: int = field(default=16, metadata={"help": "Times at which the held-out loss is measured."})
-    classifier_architecture: str = field(
-        default="auto", metadata={"help": "'resnet18', 'cnn' (small), or 'auto': by the size of the images."}
-    )
-    classifier_epochs: int = field(default=20, metadata={"help": "Epochs of the classifier."})
-    classifier_batch_size: int = field(default=100, metadata={"help": "Batch of the classifier."})
-    classifier_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of the classifier."})
-    classifier_crop_padding: int = field(default=0, metadata={"help": "Padding of the random crop, in pixels."})
-    classifier_flip: bool = field(default=False, metadata={"help": "Flip the classifier's images at random."})
-    image_quality: str = field(
-        default="classifier",
-        metadata={
-            "help": "Features in which Frechet distance, precision and recall are measured at the end: of a 'classifier' "
-            "trained on all real images, of 'inception' (FID; needs the extra fid), or 'none'."
-        },
-    )
-    image_quality_neighbours: int = field(
-        default=5,
-        metadata={"help": "Neighbours that set the radius in which precision and recall see two images alike."},
-    )
-    joint_results: str | None = field(
-        default=None, metadata={"help": "results.json of a joint run, drawn beside the accuracy if it exists."}
-    )
+    image_quality_neighbours: int = _argument(5, "Neighbours that set the radius of precision and recall.")
+    joint_results: str | None = _argument(None, "results.json of a joint run, drawn beside the accuracy if it exists.")
 
     def __post_init__(self) -> None:
         check_field_types(self)
         check_solver(self.solver)
         check_choice("image_quality", self.image_quality, IMAGE_QUALITY)
-        for name in (
-            "num_samples_per_class",
-            "sampling_batch_size",
-            "num_inference_steps",
-            "num_probe_samples",
-            "held_out_sigmas",
-            "classifier_epochs",
-            "classifier_batch_size",
-            "image_quality_neighbours",
-        ):
-            check_at_least_one(name, getattr(self, name))
+        _check_counts(self, "num_samples_per_class", "sampling_batch_size", "num_inference_steps", "num_probe_samples")
+        _check_counts(
+            self, "held_out_sigmas", "classifier_epochs", "classifier_batch_size", "image_quality_neighbours"
+        )
 
 
-def _parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any] | None:
+def parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any] | None:
     """`key=value` texts as a mapping, with values read as in a recipe; a mapping as it is, and None if it is empty."""
     if isinstance(given, Mapping):
         return dict(given) or None
@@ -370,10 +305,10 @@ def _parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str,
 
 
 def parse_value(text: str) -> Any:
-    """A value of the command line as a recipe would have it.
+    """A value of the command line, read as in a recipe.
 
     Raises:
-        ValueError: it is no YAML.
+        ValueError: it is not YAML.
     """
     # YAML 1.1 reads 2e-3 and 1.5e3, without a point or a sign, as text.
     if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text):
@@ -382,7 +317,7 @@ def parse_value(text: str) -> Any:
 
 
 def run_settings(*arguments: Any) -> dict[str, Any]:
-    """The arguments of a run as one JSON-able mapping, by dataclass; what a resumed run is held against."""
+    """The arguments of a run as one JSON-able mapping, by dataclass; which a resumed run has to match."""
     return {type(part).__name__: json.loads(json.dumps(asdict(part))) for part in arguments}
 
 
@@ -394,8 +329,7 @@ def _check_halving(unet_config: dict) -> None:
         )
     blocks = len(channels)
     size = unet_config.get("sample_size")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"`unet_config.sample_size` is {size!r}, expected the edge of a square image in pixels.")
+    check_at_least_one("unet_config.sample_size", size)
     factor = 2 ** (blocks - 1)
     if size % factor:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What differs between a CPU and a GPU when both are to be kept busy."""
+"""What differs between a CPU and a GPU."""
 
 from __future__ import annotations
 
@@ -9,27 +9,18 @@ from contextlib import contextmanager
 import torch
 
 
-# How many steps a loss may wait on a GPU until it is read. Reading waits for the GPU, which then waits for the next step.
-STEPS_BETWEEN_READS = 25
-
-
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; a copy from the CPU to a GPU does not wait for the work that the GPU has still to do."""
+    """A tensor on a device; a copy from the CPU to a GPU does not wait for the GPU's pending work."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def default_steps_between_reads(device: torch.device) -> int:
-    """After how many steps what lies on the device is read: 1 on the CPU, where there is nothing to wait for."""
-    return 1 if device.type == "cpu" else STEPS_BETWEEN_READS
-
-
 @contextmanager
 def deterministic_kernels(device: torch.device, *, wanted: bool) -> Iterator[None]:
-    """On a GPU and if `wanted`, deterministic kernels only, with a warning where torch has none; afterwards all is as before.
+    """On a GPU and if `wanted`, use deterministic kernels only, with a warning where torch has none.
 
-    But for CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once in a process.
+    All settings are restored afterwards but CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once in a process.
     """
     if device.type != "cuda" or not wanted:
         yield

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 from accelerate import Accelerator
 
 from .checkpoint import TrainingState
-from .skipped_steps import Outcome
+
+
+# fp16 starts with gradients 2^16 times too large and halves that at each that overflows, so that many may come in a row.
+HALVINGS = 16
+
+
+class Outcome(IntEnum):
+    """What became of a step."""
+
+    DONE = 0
+    NO_GRADIENT = 1
+    NO_LOSS = 2
 
 
 class GuardedSteps:
-    """Steps of an optimiser and its moving average, none of which leaves a trace if it cannot be done.
+    """Steps of an optimiser and its moving average, and a count of those skipped, which leave no other trace.
 
-    An optimiser that is fused is told by a flag on the device to do nothing, which nobody has to wait for. Any other is not
+    A flag on the device tells a fused optimiser to do nothing, for which no process has to wait. Another optimiser is not
     called, for which the flag is read; so take a fused one wherever reading is slow.
 
     Args:
-        state: what is trained.
+        state: what is trained, and the count.
         accelerator: of this process.
         shared: processes share each step, so all of them skip it if one has to.
         max_grad_norm: to which gradients are clipped; None: they are not.
@@ -32,9 +44,10 @@ class GuardedSteps:
         self.accelerator = accelerator
         self.asks_others = shared and accelerator.num_processes > 1
         self.max_grad_norm = max_grad_norm
-        self._parameters = list(state.parameters.values())
+        self._parameters = tuple(state.parameters.values())
         self._optimizer = accelerator.prepare_optimizer(state.optimizer)
         self._fused = bool(state.optimizer.defaults.get("fused"))
+        self._scaled = accelerator.scaler is not None
         self._buffers: list[torch.Tensor] = []
 
     def begin(self) -> None:
@@ -42,7 +55,7 @@ class GuardedSteps:
         self._buffers = [buffer.clone() for buffer in self.state.buffers.values()]
 
     def end(self, losses: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Behind the last backward pass: the step, or nothing.
+        """After the last backward pass: do the step, or nothing.
 
         Args:
             losses: scalars of all passes on this process.
@@ -65,6 +78,22 @@ class GuardedSteps:
             buffer.copy_(torch.where(skipped, before, buffer))
         return torch.where(no_loss, int(Outcome.NO_LOSS), no_gradient.int())
 
+    def count(self, outcome: Outcome) -> None:
+        """Count a step, once its outcome is read."""
+        skipped = self.state.skipped
+        if outcome is Outcome.DONE:
+            skipped["in_row"] = skipped["rescaled_in_row"] = 0
+            return
+        skipped["total"] += 1
+        # A scaled loss whose gradient overflows is no fault of the phase.
+        rescaled = outcome is Outcome.NO_GRADIENT and self._scaled
+        skipped["rescaled_in_row" if rescaled else "in_row"] += 1
+
+    def exceed(self, limit: int) -> bool:
+        """Whether more than `limit` steps in a row were skipped."""
+        skipped = self.state.skipped
+        return skipped["in_row"] > limit or skipped["rescaled_in_row"] > limit + HALVINGS
+
     def _no_loss(self, losses: Sequence[torch.Tensor]) -> torch.Tensor:
         no_loss = ~torch.isfinite(torch.stack(list(losses))).all()
         if self.asks_others:
@@ -72,7 +101,7 @@ class GuardedSteps:
         return no_loss
 
     def _norm(self, no_loss: torch.Tensor) -> torch.Tensor:
-        """Of the gradient, before it is clipped. Adam squares gradients, so one whose norm overflows is of no use either."""
+        """Of the gradient, before it is clipped. Adam squares gradients, so one whose norm overflows is useless, too."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if self._scaled and gradients:
             # The scaler decides by gradients alone.
@@ -83,16 +112,12 @@ class GuardedSteps:
 
     def _step_unless(self, skipped: torch.Tensor) -> None:
         if not self._scaled:
-            self.state.optimizer.found_inf = skipped.float()
+            # torch reads it in a fused step.
+            self.state.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self._optimizer.step()
         ema = self.state.ema
         ema.optimization_step += 1
-        ema.cur_decay_value = ema.get_decay(ema.optimization_step)
         # As EMAModel.step does it, but with a difference of 0 where the step is skipped.
         difference = torch._foreach_sub(ema.shadow_params, self._parameters)
         torch._foreach_mul_(difference, (~skipped).float())
-        torch._foreach_sub_(ema.shadow_params, difference, alpha=1 - ema.cur_decay_value)
-
-    @property
-    def _scaled(self) -> bool:
-        return self.accelerator.scaler is not None
+        torch._foreach_sub_(ema.shadow_params, difference, alpha=1 - ema.get_decay(ema.optimization_step))

@@ -7,16 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from .skipped_steps import Outcome
+from .guarded_steps import Outcome
 
 
 class StepLoss(NamedTuple):
-    """
-    Args:
-        step: from 0.
-        parts: the loss of each batch that the step was made of.
-        outcome: what became of the step.
-    """
+    """A step, counted from 0, the loss of each of its batches, and what became of it."""
 
     step: int
     parts: list[float]
@@ -48,19 +43,15 @@ class PendingLosses:
         return len(self) >= self.every
 
     def add(self, step: int, parts: Sequence[torch.Tensor], outcome: torch.Tensor) -> None:
-        """Keep the losses of a step: one scalar for each of its batches, at least one, without a graph. And its outcome, a
-        scalar too."""
+        """Keep a step's outcome, a scalar, and the loss of each of its batches: at least one scalar, without a graph."""
         self._pending.append((step, parts, outcome))
 
     def read(self) -> list[StepLoss]:
         """All that wait, oldest first; none wait afterwards."""
-        if not self._pending:
+        waiting, self._pending = self._pending, []
+        if not waiting:
             return []
-        waiting = [scalar for _, parts, outcome in self._pending for scalar in (*parts, outcome)]
-        values = iter(torch.stack(waiting).tolist())
-        read = [
-            StepLoss(step, [next(values) for _ in parts], Outcome(int(next(values))))
-            for step, parts, _ in self._pending
+        values = iter(torch.stack([scalar for _, parts, outcome in waiting for scalar in (*parts, outcome)]).tolist())
+        return [
+            StepLoss(step, [next(values) for _ in parts], Outcome(int(next(values)))) for step, parts, _ in waiting
         ]
-        self._pending.clear()
-        return read

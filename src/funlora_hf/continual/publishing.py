@@ -1,4 +1,4 @@
-"""Pushes a run while it goes: a commit for each task. A Hub that fails stops no training; the end of the run catches up."""
+"""Pushes a run during training: a commit for each task. Hub errors never stop training; the end of the run pushes the rest."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class PushError(RuntimeError):
 
 
 class Publisher:
-    """
+    """Pushes a run to the Hub.
+
     Args:
         training: says where to push.
         tasks: all tasks of the run.
 
     Raises:
-        HfHubHTTPError, OSError: the repository can be neither found nor made, before anything is trained.
+        HfHubHTTPError, OSError: the repository can be neither found nor made.
     """
 
     def __init__(self, training: ContinualTrainingArguments, tasks: Sequence[Task]) -> None:
@@ -37,7 +38,7 @@ class Publisher:
         self.repo_id = HubRepository(name, private=training.hub_private_repo).repo_id
 
     def end_task(self, task: Task) -> None:
-        """Push what has been learned so far. The last task waits for the results, which belong into its cards."""
+        """Push what has been learned so far. The last task waits for the results, which its cards show."""
         if task.index + 1 == len(self._tasks):
             return
         try:
@@ -48,8 +49,7 @@ class Publisher:
             )
 
     def end_run(self) -> None:
-        """
-        Push everything that is not on the Hub yet.
+        """Push everything that is not on the Hub yet.
 
         Raises:
             PushError: it could not be pushed.
@@ -63,8 +63,6 @@ class Publisher:
             ) from error
 
     def _push(self, tasks: Sequence[Task]) -> None:
-        commits = push_all(
-            self._output_dir, self.repo_id, tasks=[task.class_ids for task in tasks], license=self._license
-        )
-        for commit in commits:
+        ids = [task.class_ids for task in tasks]
+        for commit in push_all(self._output_dir, self.repo_id, tasks=ids, license=self._license):
             logger.info("Pushed %s: %s", commit.commit_message, commit.commit_url)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what may be overwritten, what a resume must agree with."""
+"""The folder of a run: what may be overwritten, and which settings a resumed run must match."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..adapters.class_folder import adapter_name
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
 from ..utils.files import read_mapping, recover_folder, remove_folder, write_json
 
 
@@ -40,7 +40,7 @@ _FREE = {
 
 
 class RunFolder:
-    """Paths of a run and the right to write there.
+    """Paths of a run, and checks before something is written there.
 
     Args:
         path: the output folder.
@@ -49,6 +49,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.base = path / "base"
+        self.adapters = path / ADAPTERS_FOLDER
         self.results = path / "results.json"
         self.figures = path / "figures"
         self.samples = self.figures / "samples.safetensors"
@@ -70,7 +71,11 @@ class RunFolder:
         """
         present = [name for name in CONTENTS if (self.path / name).exists()]
         if present and overwrite:
-            self._delete(present)
+            for path in [self.path / name for name in present]:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             present = []
         if present and not resume:
             raise FileExistsError(
@@ -78,11 +83,11 @@ class RunFolder:
                 "delete it, --resume_from_checkpoint latest to go on with it, or another folder."
             )
         if not self._settings.is_file() and not {"base", "adapters", "model", "results.json"} & set(present):
-            present = []  # what a run leaves that dies before it has begun
+            present = []  # left by a run that was killed before it began
         if present and not self._settings.is_file():
             raise ValueError(
                 f"`output_dir` {self.path} holds {', '.join(present)} but no {self._settings.relative_to(self.path)}, "
-                "so there is no telling what run it is. Pass --overwrite_output_dir, or another folder."
+                "so it is unknown what run it is. Pass --overwrite_output_dir, or another folder."
             )
         if present:
             self._check_settings(settings)
@@ -95,19 +100,19 @@ class RunFolder:
         remove_folder(self.synthetic)
 
     def check_there(self) -> None:
-        """Raise a FileNotFoundError if the folder has lost the settings that it had when this was first called: to write on
-        would leave a part of a run where a whole one was."""
+        """Raise a FileNotFoundError if the folder has lost the settings that it had when this was first called: writing would
+        leave a part of a run in the place of a whole one."""
         if self._was_there is None:
             self._was_there = self._settings.is_file()
         if self._was_there and not self._settings.is_file():
             raise FileNotFoundError(
-                f"`output_dir` {self.path} was deleted or moved during the run, so that nothing more is written there. Bring it "
-                "back and pass --resume_from_checkpoint latest, or start anew."
+                f"`output_dir` {self.path} was deleted or moved during the run, so nothing more is written there. Bring it "
+                "back and pass --resume_from_checkpoint latest, or start again."
             )
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """A block for which the folder has to stay: where it does not, that is the error, whatever follows from it."""
+        """A block during which the folder has to stay; if it does not, any error becomes `check_there`'s."""
         self.check_there()
         try:
             yield
@@ -117,40 +122,28 @@ class RunFolder:
 
     def check_update(self) -> None:
         """Raise a FileNotFoundError unless the folder holds a run whose adapters can be updated."""
-        if not (self.path / "adapters").is_dir():
+        if not self.adapters.is_dir():
             raise FileNotFoundError(
                 f"`output_dir` {self.path} has no adapters/ folder, so `update_class` has nothing to update. Name the "
                 "folder of a run."
             )
 
-    def recover_adapters(self) -> None:
-        """Clean up what a killed process has left among the adapters."""
-        recover_folder(self.path / "adapters")
-
     def _warn_if_fresh(self, resume: bool, present: list[str]) -> None:
         started = any((self.path / name).exists() for name in ("base", "adapters", "model"))
         if resume and not started and not list(self.checkpoints.glob("*/step_*")):
             place = "holds a run without one" if present else "holds no run"
-            logger.warning("No checkpoint to resume from: %s %s. Starting afresh.", self.path, place)
-
-    def _delete(self, names: list[str]) -> None:
-        for name in names:
-            path = self.path / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            logger.warning("No checkpoint to resume from: %s %s. Starting from the beginning.", self.path, place)
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         written = read_mapping(self._settings)
-        differences = []
-        for part, fields in settings.items():
-            for name, value in fields.items():
-                before = written.get(part, {}).get(name)
-                if name not in _FREE and before != value:
-                    differences.append(f"{name} was {before!r} and is {value!r}")
+        differences = [
+            f"{name} was {before!r} and is {value!r}"
+            for part, fields in settings.items()
+            for name, value in fields.items()
+            if name not in _FREE and (before := written.get(part, {}).get(name)) != value
+        ]
         if differences:
             raise ValueError(
                 f"`resume_from_checkpoint`: the run in {self.path} has other settings: {'; '.join(differences)}. Resume "
-                "with the same settings, or start anew with --overwrite_output_dir."
+                "with the same settings, or start again with --overwrite_output_dir."
             )

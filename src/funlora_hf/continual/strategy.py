@@ -2,7 +2,7 @@
 
 A task may take several phases; a strategy says which, the trainer runs them. The trainer owns optimiser, backward,
 moving average, seeds, devices, checkpoints and progress; a strategy owns what is trained, on what batch, with what loss,
-and what it keeps. A strategy knows nothing of processes or of evaluation.
+and what it keeps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..data.image_data import Task
 from ..flow_matching import flow_matching_loss, interpolate, sigma_to_timestep, velocity_target
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.field_types import check_field_types
-from .config import ContinualTrainingArguments, ModelArguments
+from .config import ContinualTrainingArguments, ModelArguments, parse_options
 from .devices import on_device
 
 
@@ -83,8 +83,7 @@ class PhaseSettings:
     @classmethod
     def of(cls, training: ContinualTrainingArguments, prefix: str) -> PhaseSettings:
         """Those that the arguments name with the prefix "base" or "adapter"."""
-        names = ("train_steps", "epochs", "batch_size", "learning_rate", "warmup_steps", "ema_decay", "ema_start")
-        return cls(**{name: getattr(training, f"{prefix}_{name}") for name in names})
+        return cls(**{one.name: getattr(training, f"{prefix}_{one.name}") for one in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,14 @@ class Trainable:
 
 @dataclass
 class Batch:
-    """One batch, on the device but for the classes, which are read as numbers.
+    """One batch, on the device except for the classes, which are read as numbers.
 
     Args:
         sample: real images, `(batch, channels, height, width)`, float32 in [-1, 1].
         class_ids: `(batch,)`, int64, on the CPU.
         noise: standard normal, of the shape of `sample`.
         sigma: `(batch,)`, float32 in [0, 1].
-        number: of the batch in its phase, from 0: all that a strategy may tell batches apart by.
+        number: of the batch in its phase, from 0; a strategy may distinguish batches by nothing else.
     """
 
     sample: torch.Tensor
@@ -141,13 +140,8 @@ class Batch:
     def reordered(self, order: torch.Tensor) -> Batch:
         """The same samples in another order, `(batch,)`, int64, on the CPU."""
         moved = on_device(order, self.sample.device)
-        return replace(
-            self,
-            sample=self.sample[moved],
-            class_ids=self.class_ids[order],
-            noise=self.noise[moved],
-            sigma=self.sigma[moved],
-        )
+        on_the_device = {name: getattr(self, name)[moved] for name in ("sample", "noise", "sigma")}
+        return replace(self, class_ids=self.class_ids[order], **on_the_device)
 
 
 @dataclass
@@ -169,15 +163,15 @@ class Strategy(ABC):
     options_class: ClassVar[type | None] = None
     """Dataclass of what `--strategy_options` may set, validated at construction; None: there are no options."""
     requires: ClassVar[frozenset[str]] = frozenset()
-    """What it needs of the setting, checked before the start: "all_tasks" (images of every task at once), or whatever else
-    no setting here has ("text", "past_adapters"), so that it is refused."""
+    """What it needs of the setting, checked before the start: "all_tasks" (images of every task at once). Anything else
+    ("text", "past_adapters") is refused, since no setting here has it."""
     grows_with_tasks: bool = False
     """Declared growth of what is kept. Of all others, the trainer checks that they keep a constant amount from the second
     task on, but for what `memory_report` counts as "per_class"."""
     learning_changes_past_classes: ClassVar[bool] = True
     """False: what a class's samples look like never changes once its task is over."""
     has_frozen_base: ClassVar[bool] = False
-    """The base never changes after task 1, and no class ever after its own task: both are checked at the end."""
+    """The base never changes after task 1, nor a class after its own task: both are checked at the end."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -188,14 +182,14 @@ class Strategy(ABC):
         return [] if cls.options_class is None else [option.name for option in fields(cls.options_class)]
 
     @classmethod
-    def make_options(cls, given: Mapping[str, Any]) -> Any:
+    def make_options(cls, given: Mapping[str, Any] | list[str]) -> Any:
         """The options as an `options_class`; None if there is none.
 
         Raises:
             ValueError: an option that the strategy does not know, or a value out of its range.
         """
-        known = cls.known_options()
-        unknown = sorted(set(given) - set(known))
+        known, given = cls.known_options(), parse_options(given) or {}
+        unknown = sorted(given.keys() - known)
         if unknown:
             expected = f"some of: {', '.join(map(repr, known))}" if known else "none: it has no options"
             raise ValueError(
@@ -207,7 +201,7 @@ class Strategy(ABC):
             options = cls.options_class(**given)
         except TypeError as error:
             raise ValueError(
-                f"`strategy_options` is {dict(given)} with a value of the wrong kind for `strategy` {cls.name!r}: {error}."
+                f"`strategy_options` is {given} with a value of the wrong kind for `strategy` {cls.name!r}: {error}."
             ) from error
         check_field_types(options)
         return options
@@ -230,11 +224,15 @@ class Strategy(ABC):
 
     @abstractmethod
     def is_finished(self, phase: Phase) -> bool:
-        """Whether the phase's result lies on disk, whole."""
+        """Whether the phase's complete result is on disk."""
 
     @abstractmethod
     def build(self, phase: Phase) -> Trainable:
         """Make what the phase trains, at its start."""
+
+    def build_update(self, class_id: int) -> Trainable:
+        """Make what `--update_class` trains again: the adapter of one class. For strategies with a `method_name`."""
+        raise NotImplementedError
 
     def make_batch(self, phase: Phase, real: Batch) -> Batch:
         """The batch to train on, made of one of real images."""
@@ -307,6 +305,6 @@ def tensor_bytes(path: Path) -> int:
     return path.stat().st_size - 8 - header
 
 
-def folder_bytes(folders: Iterable[Path], *, suffix: str = ".safetensors") -> int:
+def folder_bytes(folders: Iterable[Path]) -> int:
     """Bytes of the weight files below some folders."""
-    return sum(path.stat().st_size for folder in folders for path in folder.rglob(f"*{suffix}"))
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*.safetensors"))

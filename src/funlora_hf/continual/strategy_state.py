@@ -1,4 +1,4 @@
-"""What a strategy keeps after a task: its state on disk, and the proof that it does not grow unless it says so."""
+"""What a strategy keeps after a task: its state on disk, and a check that it only grows if it declares so."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class GrowingStateError(RuntimeError):
 
 
 def save_task_state(path: Path, strategy: Strategy) -> None:
-    """Write `strategy.state_dict()`, and whose it is."""
+    """Write `strategy.state_dict()` and the strategy's name."""
     with whole_file(path) as temporary:
         save_file(strategy.state_dict(), temporary, metadata={"strategy": strategy.name})
 
@@ -29,22 +29,22 @@ def load_task_state(path: Path, strategy: Strategy) -> None:
     Raises:
         ValueError: the state of another strategy.
     """
-    state = read_tensors(path, remedy="what the strategy kept is lost; start anew with --overwrite_output_dir")
+    state = read_tensors(path, remedy="what the strategy kept is lost; start again with --overwrite_output_dir")
     with safe_open(path, framework="pt") as file:
         owner = (file.metadata() or {}).get("strategy", strategy.name)
     if owner != strategy.name:
         raise ValueError(
             f"{path} holds the state of `strategy` {owner!r}, expected {strategy.name!r}: resume with the strategy that the run "
-            "was started with, or start anew with --overwrite_output_dir."
+            "was started with, or start again with --overwrite_output_dir."
         )
     strategy.load_state_dict(state)
 
 
 def keep_memory_report(folder: RunFolder, task: Task, strategy: Strategy) -> None:
-    """Write what is kept after a task, and hold it against what was kept after the second one.
+    """Write what is kept after a task, and compare it with what was kept after the second one.
 
-    The first task may make what the later ones start from. Counted are what the strategy reports, without what every class
-    needs of its own, and its `state_dict`.
+    The first task may make what later ones start from. What the strategy reports counts, without what each class needs for
+    itself, and so does its `state_dict`.
 
     Raises:
         GrowingStateError: it has grown, and the strategy does not declare growth.

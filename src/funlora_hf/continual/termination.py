@@ -11,12 +11,12 @@ from types import FrameType
 from typing import Any
 
 
-# What a shell says of a process that SIGTERM has ended.
+# As a shell reports a process that SIGTERM has ended.
 EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Terminated(SystemExit):
-    """SIGTERM has come, and the run has stopped where it can go on; ends the process with code 143 unless it is caught."""
+    """The run has stopped after SIGTERM and can be resumed; ends the process with code 143 unless it is caught."""
 
     def __init__(self, where: str) -> None:
         super().__init__(EXIT_CODE)
@@ -36,8 +36,8 @@ class Termination:
 
     Args:
         grace (`float`):
-            Seconds after the signal until the process ends whatever it does. Batch systems seldom wait longer than 10, and Python
-            takes some of these to unload its libraries once a run has stopped.
+            Seconds after the signal until the process is ended. Batch systems rarely wait longer than 10, and Python needs some of
+            these to unload its libraries once a run has stopped.
     """
 
     def __init__(self, grace: float = 7.0) -> None:
@@ -58,7 +58,7 @@ class Termination:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A block that looks at `requested` itself, often, and stops where little is lost; so does what follows it."""
+        """A block that often looks at `requested` itself, as the code after it does, and stops where little is lost."""
         self._deferred = True
         try:
             yield
@@ -67,7 +67,7 @@ class Termination:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            return  # a launcher and a batch system may both send it, and the end is under way
+            return  # a launcher and a batch system may both send it
         self.requested = True
         self._guard = threading.Timer(self._grace, os._exit, [EXIT_CODE])
         self._guard.daemon = True

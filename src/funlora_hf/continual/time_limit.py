@@ -1,4 +1,4 @@
-"""When a run has to stop by itself, as on machines that are lent for a time."""
+"""When a run has to stop by itself, for machines that are available for a limited time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from time import monotonic
 
 
 class TimeLimitReached(Exception):
-    """The time of a run is over: it has stopped where it can go on."""
+    """The time of a run is over; it has stopped and can be resumed."""
 
 
 class TimeLimit:
-    """Counts from when it is made.
+    """A time limit that starts when it is made.
 
     Args:
         minutes: after which time is over; None: never.
@@ -30,7 +30,7 @@ class TimeLimit:
         return self.minutes is not None and monotonic() - self._started >= 60 * self.minutes
 
     def reached(self, where: str) -> TimeLimitReached:
-        """What to raise; `where` says what was under way."""
+        """The error to raise; `where` says at which point."""
         return TimeLimitReached(
             f"`time_limit_minutes` {self.minutes:g} is over: stopped {where}. What is learned is kept; start it again "
             "with the same arguments and --resume_from_checkpoint latest to go on."

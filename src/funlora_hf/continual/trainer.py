@@ -1,14 +1,12 @@
-"""ContinualTrainer: runs the phases of a strategy, task after task, on one process or many.
-
-Owns optimiser, backward, moving average, seeds, devices, checkpoints and progress.
-"""
+"""ContinualTrainer: runs the phases of a strategy, task after task, on one process or many."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,12 +24,9 @@ from .batches import PhaseBatches
 from .checkpoint import TrainingState, latest_checkpoint, load_newest, save_checkpoint
 from .compilation import compilation_errors
 from .config import ContinualTrainingArguments
-from .devices import default_steps_between_reads
-from .guarded_steps import GuardedSteps
-from .losses import PendingLosses, StepLoss
+from .guarded_steps import GuardedSteps, Outcome
+from .losses import PendingLosses
 from .run_folder import RunFolder
-from .skipped_steps import Outcome, SkippedSteps
-from .strategies.funlora import FunLora
 from .strategy import Phase, PhaseSettings, Strategy, Trainable
 from .strategy_state import keep_memory_report, load_task_state, save_task_state
 from .termination import Terminated, Termination
@@ -40,8 +35,10 @@ from .time_limit import TimeLimit, TimeLimitReached
 
 logger = logging.getLogger(__name__)
 
-# Folder of the seconds that belong to a task and to no phase.
+# Folder of the seconds that a task took before its phases.
 PREPARATION = "preparation"
+# How many steps a loss may wait on a GPU until it is read. Reading waits for the GPU, which then waits for the next step.
+STEPS_BETWEEN_READS = 25
 
 
 class NonFiniteLossError(RuntimeError):
@@ -49,7 +46,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class _Reason(IntEnum):
-    """Why to stop; where processes have several reasons, the last counts for all of them."""
+    """Why to stop; of several reasons, the largest counts for all processes."""
 
     NONE = 0
     TIME = 1
@@ -57,12 +54,13 @@ class _Reason(IntEnum):
 
 
 class Evaluator(Protocol):
-    """What the trainer tells of its progress."""
+    """What the trainer calls after each task."""
 
     def end_task(self, task: Task) -> None:
         """All results of a task are on disk; every process calls this."""
 
 
+@dataclass(eq=False, repr=False)
 class ContinualTrainer:
     """
     Runs a strategy over tasks.
@@ -79,47 +77,38 @@ class ContinualTrainer:
         limit ([`TimeLimit`], *optional*): when to stop; None: never.
         termination ([`Termination`], *optional*): whether SIGTERM has come; None: not listened to.
         steps_between_reads (`int`, *optional*):
-            After how many steps losses are read from the device; None: every step on the CPU, seldom on a GPU, which
+            After how many steps losses are read from the device; None: every step on the CPU, rarely on a GPU, which
             would have to wait meanwhile.
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        data: ImageClassificationData,
-        tasks: list[Task],
-        *,
-        training: ContinualTrainingArguments,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        random_flip: bool = False,
-        evaluator: Evaluator | None = None,
-        limit: TimeLimit | None = None,
-        termination: Termination | None = None,
-        steps_between_reads: int | None = None,
-    ) -> None:
-        self.strategy = strategy
-        self.data = data
-        self.tasks = tasks
-        self.training = training
-        self.folder = folder
-        self.accelerator = accelerator
-        self.random_flip = random_flip
-        self.evaluator = evaluator
-        self.limit = TimeLimit(None) if limit is None else limit
-        self.termination = Termination() if termination is None else termination
-        # Processes ask each other only if there may be something to say.
-        self._asks = bool(self.limit) or termination is not None
-        self._task_of = {class_id: task.index for task in tasks for class_id in task.class_ids}
-        self._fresh_scale = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-        self.steps_between_reads = steps_between_reads or default_steps_between_reads(accelerator.device)
+    strategy: Strategy
+    data: ImageClassificationData
+    tasks: list[Task]
+    _: KW_ONLY
+    training: ContinualTrainingArguments
+    folder: RunFolder
+    accelerator: Accelerator
+    random_flip: bool = False
+    evaluator: Evaluator | None = None
+    limit: TimeLimit | None = None
+    termination: Termination | None = None
+    steps_between_reads: int | None = None
+
+    def __post_init__(self) -> None:
+        self._limit, self._termination = self.limit or TimeLimit(None), self.termination or Termination()
+        # Processes ask each other only if there may be a reason to stop.
+        self._asks = bool(self.limit) or self.termination is not None
+        self._task_of = {class_id: task.index for task in self.tasks for class_id in task.class_ids}
+        scaler, on_cpu = self.accelerator.scaler, self.accelerator.device.type == "cpu"
+        self._fresh_scale = None if scaler is None else scaler.state_dict()
+        self._read_every = self.steps_between_reads or (1 if on_cpu else STEPS_BETWEEN_READS)
 
     def train(self) -> None:
         """Run every phase that is not finished yet, and the evaluation after every task.
 
         Raises:
-            NonFiniteLossError: names the class and the step, `max_nonfinite_steps` in a row behind the last sound one; the
-                last checkpoint is kept.
+            NonFiniteLossError: the loss or its gradient was not finite for more than `max_nonfinite_steps` steps in a row;
+                names the class and the step. The last checkpoint is kept.
             TimeLimitReached: on all processes, with a checkpoint where one was in the middle of a phase.
             Terminated: likewise, but without waiting for processes that have phases of their own and no signal.
             FileNotFoundError: the run's folder was deleted or moved meanwhile.
@@ -133,9 +122,9 @@ class ContinualTrainer:
                 self._learn_task(task)
             self.accelerator.wait_for_everyone()
             if self.evaluator is not None:
-                # What an earlier run has trained is judged first of all, so that each run gets ahead.
+                # What an earlier run has trained is evaluated even if time is over, so that each run makes progress.
                 if not restored:
-                    self._stop_if(self._agreed(self._reason()), f"before the evaluation of task {task.index + 1}")
+                    self._stop_if(self._due(shared=True), f"before the evaluation of task {task.index + 1}")
                 self.folder.check_there()
                 self.evaluator.end_task(task)
                 self.accelerator.wait_for_everyone()
@@ -143,31 +132,26 @@ class ContinualTrainer:
     def update_class(self, class_id: int) -> None:
         """Train the adapter of one class again on the images it has now; no other file of the run changes.
 
-        The picture of the class's samples goes, since it shows those of the adapter that was.
+        The picture of the class's samples is deleted, since it shows those of the old adapter.
 
         Raises:
             ValueError: the strategy has no adapters, or the class has none.
             TimeLimitReached: as `train`.
         """
-        strategy = self.strategy
-        if not isinstance(strategy, FunLora):
+        strategy, adapters = self.strategy, self.folder.adapters
+        if strategy.method_name is None:
             raise ValueError(f"`update_class` needs a strategy with adapters, and `strategy` is {strategy.name!r}.")
-        if not (strategy.adapters_dir / adapter_name(class_id)).is_dir():
-            known = sorted(path.name for path in strategy.adapters_dir.iterdir())
+        if not (adapters / adapter_name(class_id)).is_dir():
+            known = sorted(path.name for path in adapters.iterdir())
             raise ValueError(
                 f"`update_class` is {class_id}, expected a class with an adapter of its own: {', '.join(known)}. The "
                 "classes of the base are frozen."
             )
-        phase = Phase(
-            f"update_{adapter_name(class_id)}",
-            (class_id,),
-            PhaseSettings.of(self.training, "adapter"),
-            independent=True,
-        )
+        settings = PhaseSettings.of(self.training, "adapter")
+        phase = Phase(f"update_{adapter_name(class_id)}", (class_id,), settings, independent=True)
         mine = [phase] if self.accelerator.is_main_process else []
         self._run_in_time(mine, lambda phase: strategy.build_update(class_id))
         if mine:
-            # It shows what the class was.
             self.folder.class_figure(class_id).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
 
@@ -179,7 +163,7 @@ class ContinualTrainer:
         self.folder.check_there()
         if self.accelerator.is_main_process:
             self._record_preparation(task, time.perf_counter() - started)
-        # What is prepared may lie on disk, where the phases of other processes find it.
+        # The phases of other processes may read from disk what is prepared.
         self.accelerator.wait_for_everyone()
         self._run_phases(phases)
         self.accelerator.wait_for_everyone()
@@ -191,11 +175,9 @@ class ContinualTrainer:
 
     def _check_access(self, task: Task, phases: list[Phase]) -> None:
         """Real images of other tasks are only for a strategy that says that it needs them."""
-        if "all_tasks" in self.strategy.requires:
-            return
         for phase in phases:
             others = sorted(set(phase.class_ids) - set(task.class_ids))
-            if others:
+            if others and "all_tasks" not in self.strategy.requires:
                 raise ValueError(
                     f"Phase {phase.name!r} of `strategy` {self.strategy.name!r} asks for real images of classes {others}, "
                     f"which task {task.index + 1} does not have. A strategy that must see them says so: requires = "
@@ -203,7 +185,7 @@ class ContinualTrainer:
                 )
 
     def _restore_task(self, task: Task) -> bool:
-        """Take up the strategy's state behind a task that an earlier run has finished; False if none has."""
+        """Load the strategy's state after a task if an earlier run has finished it; whether one has."""
         path = self._task_state(task)
         finished = path.is_file() and all(self.strategy.is_finished(phase) for phase in self.strategy.phases(task))
         if finished:
@@ -237,32 +219,26 @@ class ContinualTrainer:
 
     def _run_in_time(self, phases: list[Phase], build: Callable[[Phase], Trainable]) -> None:
         """Run this process's phases; at the end, all processes stop if the time of one of them was over."""
-        reached: TimeLimitReached | None = None
         try:
             for phase in phases:
-                self._stop_if(self._due(phase), f"before phase {phase.name!r}")
+                self._stop_if(self._due(shared=not phase.independent), f"before phase {phase.name!r}")
                 self._run_phase(phase, build)
                 if not phase.independent:
                     self.accelerator.wait_for_everyone()
-        except TimeLimitReached as error:
-            reached = error
-        reason = self._agreed(_Reason.NONE if reached is None else _Reason.TIME)
-        if reached is not None:
-            raise reached
-        self._stop_if(reason, "since another process had to stop")
+        except TimeLimitReached:
+            self._agreed(_Reason.TIME)
+            raise
+        self._stop_if(self._agreed(_Reason.NONE), "since another process had to stop")
 
-    def _reason(self) -> _Reason:
-        """Why this process has to stop now."""
-        if self.termination.requested:
-            return _Reason.SIGNAL
-        return _Reason.TIME if self.limit.is_over else _Reason.NONE
-
-    def _due(self, phase: Phase) -> _Reason:
-        """Why to stop now; in a phase that processes share, one reason for all of them."""
-        return self._reason() if phase.independent else self._agreed(self._reason())
+    def _due(self, *, shared: bool) -> _Reason:
+        """Why this process has to stop now; `shared`: all processes together, all of which call this."""
+        reason = _Reason.TIME if self._limit.is_over else _Reason.NONE
+        if self._termination.requested:
+            reason = _Reason.SIGNAL
+        return self._agreed(reason) if shared else reason
 
     def _agreed(self, reason: _Reason) -> _Reason:
-        """The gravest reason of any process; all of them call this."""
+        """The largest reason of any process; all of them call this."""
         if self.accelerator.num_processes == 1 or not self._asks:
             return reason
         reasons = self.accelerator.gather(torch.tensor([int(reason)], device=self.accelerator.device))
@@ -272,7 +248,7 @@ class ContinualTrainer:
         if reason is _Reason.SIGNAL:
             raise Terminated(where)
         if reason is _Reason.TIME:
-            raise self.limit.reached(where)
+            raise self._limit.reached(where)
 
     def _run_phase(self, phase: Phase, build: Callable[[Phase], Trainable]) -> None:
         started = time.perf_counter()
@@ -288,12 +264,12 @@ class ContinualTrainer:
         torch.manual_seed(derive_seed(self.training.seed, phase.name, "start"))
         trainable = build(phase)
         try:
-            with self.termination.deferred():
+            with self._termination.deferred():
                 with compilation_errors():
                     steps, skipped = self._train(phase, trainable, batches)
                 if self._writes(phase):
                     self.folder.check_there()
-                    # First, since a phase that has ended is not run again.
+                    # Before the phase ends, since a finished phase is not run again.
                     self._record_seconds(phase, steps, skipped, time.perf_counter() - started)
                     self.strategy.end_phase(phase, trainable)
         finally:
@@ -303,55 +279,74 @@ class ContinualTrainer:
 
     def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> tuple[int, int]:
         """Returns the steps of the phase, and how many of them were skipped."""
-        accelerator, settings = self.accelerator, phase.settings
+        accelerator, training = self.accelerator, self.training
         steps = self._steps(phase, batches)
-        parameters = list(trainable.parameters.values())
-        state = self._training_state(trainable, settings, steps)
-        done = self._resume(phase, state)
-        guard = GuardedSteps(
-            state, accelerator, shared=not phase.independent, max_grad_norm=self.training.max_grad_norm
-        )
+        state = self._training_state(trainable, phase.settings, steps)
+        resumes = training.resume_from_checkpoint is not None
+        done = load_newest(self.folder.checkpoints / phase.name, state) if resumes else 0
+        guard = GuardedSteps(state, accelerator, shared=not phase.independent, max_grad_norm=training.max_grad_norm)
         module = trainable.module if phase.independent else accelerator.prepare_model(trainable.module)
-        losses = PendingLosses(self.steps_between_reads)
+        losses = PendingLosses(self._read_every)
 
-        with tqdm(total=steps, initial=done, desc=phase.name, **self._bar_options(phase)) as bar:
+        with tqdm(
+            total=steps,
+            initial=done,
+            desc=phase.name,
+            disable=not self._writes(phase),
+            # Each process shows its own independent phases on a line of its own.
+            position=accelerator.process_index,
+            leave=False,
+            mininterval=1.0,
+        ) as bar:
             for step in range(done, steps):
                 # Processes that share the phase ask each other, for which they wait anyway where losses are read.
                 asks = phase.independent or accelerator.num_processes == 1 or not losses
-                if step > done and asks and (reason := self._due(phase)):
-                    self._read(phase, losses, state.skipped, bar)
+                if step > done and asks and (reason := self._due(shared=not phase.independent)):
+                    self._read(phase, losses, guard, bar)
                     self._checkpoint(phase, step, state)
                     self._stop_if(reason, f"after step {step} of {steps} of phase {phase.name!r}")
                 for group in state.optimizer.param_groups:
-                    group["lr"] = learning_rate(settings, step)
+                    group["lr"] = learning_rate(phase.settings, step)
                 losses.add(step, *self._step(phase, module, batches, step, guard))
                 if losses.due:
-                    self._read(phase, losses, state.skipped, bar)
+                    self._read(phase, losses, guard, bar)
                 self.strategy.after_step(phase)
                 bar.update()
-                if (step + 1) % self.training.checkpointing_steps == 0 and step + 1 < steps:
-                    self._read(phase, losses, state.skipped, bar)
+                if (step + 1) % training.checkpointing_steps == 0 and step + 1 < steps:
+                    self._read(phase, losses, guard, bar)
                     self._checkpoint(phase, step + 1, state)
-            self._read(phase, losses, state.skipped, bar)
+            self._read(phase, losses, guard, bar)
         if not phase.independent:
             accelerator.unwrap_model(module, keep_fp32_wrapper=False)
-        state.ema.copy_to(parameters)
-        self._check_finite(phase, steps, parameters)
-        self._report_skipped(phase, steps, state.skipped.total)
-        return steps, state.skipped.total
+        state.ema.copy_to(trainable.parameters.values())
+        self._check_finite(phase, steps, trainable.parameters.values())
+        skipped = state.skipped["total"]
+        if skipped == steps:
+            found = "No step could be done, since loss or gradient is not finite,"
+            raise self._non_finite(phase, steps - 1, found, skipped)
+        if skipped:
+            # fp16 always skips some.
+            logger.log(
+                logging.WARNING if accelerator.scaler is None else logging.INFO,
+                "%d of %d steps of phase %r were skipped, since loss or gradient was not finite.",
+                skipped,
+                steps,
+                phase.name,
+            )
+        return steps, skipped
 
     def _training_state(self, trainable: Trainable, settings: PhaseSettings, steps: int) -> TrainingState:
         parameters = list(trainable.parameters.values())
         # A GPU takes one kernel for all parameters; on a CPU, torch chooses. Where losses are read late, so is what could not
         # be done, which a fused optimiser need not know.
         on_gpu = self.accelerator.device.type == "cuda"
-        fused = True if on_gpu or self.steps_between_reads > 1 else None
+        fused = True if on_gpu or self._read_every > 1 else None
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=fused)
         start = int(settings.ema_start * steps)
         ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=start, foreach=on_gpu)
         scaler = self.accelerator.scaler
         if scaler is not None:
-            # accelerate has one for all phases; what a class learns must not depend on those before it in the process.
+            # accelerate has one for all phases, but a class must not depend on earlier ones of the process.
             scaler.load_state_dict(self._fresh_scale)
         return TrainingState(trainable.parameters, optimizer, ema, trainable.buffers, scaler=scaler)
 
@@ -383,51 +378,28 @@ class ContinualTrainer:
                     outcome = guard.end(parts)
         return parts, outcome
 
-    def _read(self, phase: Phase, losses: PendingLosses, skipped: SkippedSteps, bar: tqdm) -> None:
+    def _read(self, phase: Phase, losses: PendingLosses, guard: GuardedSteps, bar: tqdm) -> None:
         """Report the losses that wait on the device, and count the steps that were skipped."""
         for loss in losses.read():
-            self._count(phase, loss, skipped)
+            guard.count(loss.outcome)
+            if guard.exceed(self.training.max_nonfinite_steps):
+                value = next((value for value in loss.parts if not math.isfinite(value)), math.nan)
+                no_gradient = loss.outcome is Outcome.NO_GRADIENT
+                found = "The gradient is not finite" if no_gradient else f"The loss is {value}"
+                raise self._non_finite(phase, loss.step, found, guard.state.skipped["in_row"])
             bar.set_postfix(loss=f"{loss.mean:.3f}", refresh=False)
             rate = learning_rate(phase.settings, loss.step)
             self.accelerator.log({f"{phase.name}/loss": loss.mean, f"{phase.name}/lr": rate}, step=loss.step)
 
-    def _count(self, phase: Phase, loss: StepLoss, skipped: SkippedSteps) -> None:
-        skipped.add(loss.outcome, scaled=self.accelerator.scaler is not None)
-        if not skipped.exceed(self.training.max_nonfinite_steps):
-            return
-        value = next((value for value in loss.parts if not math.isfinite(value)), math.nan)
-        found = "The gradient is not finite" if loss.outcome is Outcome.NO_GRADIENT else f"The loss is {value}"
-        raise NonFiniteLossError(self._non_finite_message(phase, loss.step, found, skipped.in_row))
-
-    def _report_skipped(self, phase: Phase, steps: int, skipped: int) -> None:
-        if skipped == steps:
-            found = "No step could be done, since loss or gradient is not finite,"
-            raise NonFiniteLossError(self._non_finite_message(phase, steps - 1, found, skipped))
-        if skipped:
-            # fp16 cannot do without.
-            logger.log(
-                logging.WARNING if self.accelerator.scaler is None else logging.INFO,
-                "%d of %d steps of phase %r were skipped, since loss or gradient was not finite.",
-                skipped,
-                steps,
-                phase.name,
-            )
-
     def _steps(self, phase: Phase, batches: PhaseBatches) -> int:
-        settings = phase.settings
-        steps = settings.train_steps
-        if steps is None:
-            steps = math.ceil(settings.epochs * batches.batches_per_epoch / self.training.gradient_accumulation_steps)
-        cap = self.training.max_train_steps
-        return steps if cap is None else min(steps, cap)
-
-    def _resume(self, phase: Phase, state: TrainingState) -> int:
-        if self.training.resume_from_checkpoint is None:
-            return 0
-        return load_newest(self.folder.checkpoints / phase.name, state)
+        settings, accumulated = phase.settings, self.training.gradient_accumulation_steps
+        epochs = settings.epochs
+        by_epochs = None if epochs is None else math.ceil(epochs * batches.batches_per_epoch / accumulated)
+        counts = (settings.train_steps, by_epochs, self.training.max_train_steps)
+        return min(count for count in counts if count is not None)
 
     def _checkpoint(self, phase: Phase, step: int, state: TrainingState) -> None:
-        self._check_finite(phase, step, list(state.parameters.values()))
+        self._check_finite(phase, step, state.parameters.values())
         if self._writes(phase):
             self.folder.check_there()
             limit = self.training.checkpoints_total_limit
@@ -441,40 +413,36 @@ class ContinualTrainer:
         """Whether this process writes the files of a phase: its own phase, or one that all share and it leads."""
         return phase.independent or self.accelerator.is_main_process
 
-    def _check_finite(self, phase: Phase, step: int, parameters: list[torch.Tensor]) -> None:
-        # A step that could be done may still end in overflow, which nothing takes back.
+    def _check_finite(self, phase: Phase, step: int, parameters: Iterable[torch.Tensor]) -> None:
+        # A step that was not skipped may still overflow, which cannot be undone.
         if not torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).all():
-            raise NonFiniteLossError(self._non_finite_message(phase, step - 1, "A parameter is not finite"))
+            raise self._non_finite(phase, step - 1, "A parameter is not finite")
 
     def _record_seconds(self, phase: Phase, steps: int, skipped: int, seconds: float) -> None:
-        # One file a phase: phases of one task end on several processes at once.
-        images = steps * phase.settings.batch_size * self.training.gradient_accumulation_steps
-        record = {"seconds": seconds, "steps": steps, "skipped_steps": skipped, "images": images}
-        record["process"] = self.accelerator.process_index
+        if phase.name.startswith("update_"):
+            return
         tasks = {self._task_of.get(class_id) for class_id in phase.class_ids}
-        record["task"] = tasks.pop() if len(tasks) == 1 else None
-        if not phase.name.startswith("update_"):
-            write_json(self.folder.checkpoints / "seconds" / f"{phase.name}.json", record)
+        record = {
+            "seconds": seconds,
+            "steps": steps,
+            "skipped_steps": skipped,
+            "images": steps * phase.settings.batch_size * self.training.gradient_accumulation_steps,
+            "process": self.accelerator.process_index,
+            "task": tasks.pop() if len(tasks) == 1 else None,
+        }
+        # One file a phase: phases of one task end on several processes at once.
+        write_json(self.folder.checkpoints / "seconds" / f"{phase.name}.json", record)
 
-    def _non_finite_message(self, phase: Phase, step: int, found: str, in_row: int = 0) -> str:
+    def _non_finite(self, phase: Phase, step: int, found: str, in_row: int = 0) -> NonFiniteLossError:
         classes = ", ".join(f"{c} ({self.data.class_names[c]})" for c in phase.class_ids)
         path = latest_checkpoint(self.folder.checkpoints / phase.name)
         kept = "There is no checkpoint of this phase yet" if path is None else f"The last good checkpoint is {path}"
         row = f", after {in_row} such steps in a row that changed nothing" if in_row > 1 else ""
-        return (
+        return NonFiniteLossError(
             f"{found} at step {step + 1} of phase {phase.name!r}, class {classes}{row}. {kept}; finished classes "
             "are safe. Lower the learning rate or raise the warm-up of this phase; under fp16, try bf16. Where it comes by "
             "chance, raise `max_nonfinite_steps` and resume."
         )
-
-    def _bar_options(self, phase: Phase) -> dict[str, Any]:
-        # Each process shows its own independent phases on a line of its own.
-        return {
-            "disable": not self._writes(phase),
-            "position": self.accelerator.process_index,
-            "leave": False,
-            "mininterval": 1.0,
-        }
 
 
 def learning_rate(settings: PhaseSettings, step: int) -> float:

@@ -195,7 +195,7 @@ def test_updating_a_class_of_another_method(funlora_run, tmp_path):
     [
         ({"peft_method": "dora"}, "`peft_method` is 'dora', expected one of"),
         ({"peft_method": "scale_shift", "class_batches": "mixed"}, "`class_batches` is 'mixed'.*'homogeneous'"),
-        ({"peft_method": "scale_shift", "strategy": "joint"}, "`strategy` 'joint' does not heed"),
+        ({"peft_method": "scale_shift", "strategy": "joint"}, "`strategy` 'joint' ignores"),
         ({"rank": 0}, "`rank` should be a positive integer"),
         ({"num_tasks": 0}, "`num_tasks` should be a positive integer"),
     ],

@@ -1,3 +1,0 @@
-"""The import path before `continual.strategies.registry`."""
-
-from .strategies.registry import *  # noqa: F403

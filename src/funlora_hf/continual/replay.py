@@ -1,3 +1,0 @@
-"""The import path before `continual.strategies.replay`."""
-
-from .strategies.replay import *  # noqa: F403
