@@ -124,7 +124,7 @@ class Sequential(Strategy):
         training, setting = self.setting.training, self.setting
         if training.class_batches != "homogeneous":
             raise ValueError(
-                f"`class_batches` is {training.class_batches!r}, which is ignored by `strategy` {self.name!r}, since it "
+                f"`class_batches` is {training.class_batches!r}, which `strategy` {self.name!r} does not use, since it "
                 "trains all classes of a task together: leave it out."
             )
         base_shape(setting)
