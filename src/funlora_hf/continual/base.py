@@ -83,6 +83,14 @@ def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:
     return unet
 
 
+def base_shape(setting: Setting) -> UNet2DModel:
+    """The same of a run's base: of the one that is there, or of the one that task 1 will train."""
+    if not setting.has_base:
+        return unet_shape(setting.model.unet_config, len(setting.tasks[0].class_ids))
+    config, *_ = UNet2DModel.extract_init_dict(UNet2DModel.load_config(setting.base_dir, subfolder="unet"))
+    return unet_shape(config, config["num_class_embeds"])
+
+
 def _memory() -> float:
     """Bytes of the machine; infinite where the system does not say."""
     try:

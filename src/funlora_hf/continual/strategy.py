@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from ..sampling.pipeline import FunLoraPipeline
 from ..utils.field_types import check_field_types
 from .config import ContinualTrainingArguments, ModelArguments, parse_options
 from .devices import on_device
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Phase:
 
 
 @dataclass
-class Trainable:
+class Trainable(Generic[ModuleT]):
     """What a phase trains.
 
     Args:
@@ -114,7 +117,7 @@ class Trainable:
         buffers: by name, that training changes besides: running means of batch normalisation.
     """
 
-    module: nn.Module
+    module: ModuleT
     parameters: dict[str, nn.Parameter]
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 

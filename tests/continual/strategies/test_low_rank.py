@@ -125,10 +125,6 @@ def test_layers_that_are_not_there_are_named(tmp_path):
         )
 
 
-def dense(strategy, kept):
-    return strategy.deltas(kept)
-
-
 def products(pairs):
     return {layer: pair.B @ pair.A for layer, pair in pairs.items()}
 
@@ -137,7 +133,7 @@ def test_merge_init_adds_products(tmp_path):
     strategy = make_strategy("merge_init", tmp_path)
     first, second = learned_pairs(strategy, 1), learned_pairs(strategy, 2)
     kept = strategy.merge(strategy.merge({}, first), second)
-    for layer, delta in dense(strategy, kept).items():
+    for layer, delta in strategy.deltas(kept).items():
         torch.testing.assert_close(delta, products(first)[layer] + products(second)[layer])
 
 
@@ -147,7 +143,7 @@ def test_merge_orthogonal_keeps_the_sum_in_the_form_asked_for(merge, tmp_path):
     first, second = learned_pairs(strategy, 1), learned_pairs(strategy, 2)
     kept = strategy.merge(strategy.merge({}, first), second)
     rank = {"concat": 4, "svd": 2, "factor_sum": 2}.get(merge)
-    for layer, delta in dense(strategy, kept).items():
+    for layer, delta in strategy.deltas(kept).items():
         total = products(first)[layer] + products(second)[layer]
         if merge == "factor_sum":
             cross = first[layer].B @ second[layer].A + second[layer].B @ first[layer].A
@@ -165,17 +161,15 @@ def test_a_task_starts_where_earlier_ones_react_to_nothing(merge, tmp_path):
     strategy = make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge})
     kept = strategy.merge(strategy.merge({}, learned_pairs(strategy, 1)), learned_pairs(strategy, 2))
     start = get_pairs(strategy.trainable(make_tiny_unet(), kept).module)
-    for layer, delta in dense(strategy, kept).items():
+    for layer, delta in strategy.deltas(kept).items():
         assert (delta @ start[layer].A.T).norm() < 1e-5 * delta.norm() * start[layer].A.norm()
 
 
-@pytest.mark.parametrize(("merge", "rank", "taken"), [("concat", 9, 9), ("dense", 9, 9), ("svd", 9, 9)])
-def test_a_nullspace_that_would_run_out_is_refused_before_the_start(merge, rank, taken, tmp_path):
+@pytest.mark.parametrize("merge", ["concat", "dense", "svd"])
+def test_a_nullspace_that_would_run_out_is_refused_before_the_start(merge, tmp_path):
     """Two later tasks of 9 dimensions each, and attention of 16 inputs."""
-    with pytest.raises(
-        ValueError, match=rf"before the last of 2 tasks with `rank` {rank} .* would have {taken} of its 16"
-    ):
-        make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge}, model={"rank": rank})
+    with pytest.raises(ValueError, match=r"before the last of 2 tasks with `rank` 9 .* would have 9 of its 16"):
+        make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge}, model={"rank": 9})
     make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge}, model={"rank": 8})
     assert not list(tmp_path.iterdir())
 

@@ -75,10 +75,10 @@ def test_rank_and_presets_reach_the_configuration(tiny_unet):
         (
             "scale_shift",
             {"function": "power"},
-            "`function` is 'power', but `peft_method` 'scale_shift' has no use for it",
+            "`function` is 'power', but `peft_method` 'scale_shift' does not use it",
         ),
-        ("vanilla_mul", {"ratio": 2}, "`ratio` is 2, but `peft_method` 'vanilla_mul' has no use for it"),
-        ("lora_conv_v1", {"target_modules": ["decoder"]}, "`peft_method` 'lora_conv_v1' says itself which layers"),
+        ("vanilla_mul", {"ratio": 2}, "`ratio` is 2, but `peft_method` 'vanilla_mul' does not use it"),
+        ("lora_conv_v1", {"target_modules": ["decoder"]}, "`peft_method` 'lora_conv_v1' does not use it"),
         ("funlora", {"target_modules": ["90-99"]}, "expected two rising indices"),
     ],
 )

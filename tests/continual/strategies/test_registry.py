@@ -258,7 +258,7 @@ def test_an_unknown_strategy_names_the_known_ones():
             {"lambda": 1},
             "has 'lambda', but `strategy` 'magmax' expects some of: 'targets', 'compared', 'scaling'",
         ),
-        ("magmax", {"scaling": 0.5}, "`scaling` is 0.5, which only compared='cumulative' has a use for"),
+        ("magmax", {"scaling": 0.5}, "`scaling` is 0.5, which only compared='cumulative' uses"),
         ("magmax", {"scaling": 0, "compared": "cumulative"}, "`scaling` is 0, expected a number above 0"),
         ("magmax", {"compared": "always"}, "`compared` is 'always', expected one of: 'running', 'cumulative'"),
         ("naive_lora", {"targets": "all"}, "`targets` is 'all', expected one of: 'attention', 'convolutions', 'both'"),
@@ -279,7 +279,7 @@ def test_an_unknown_strategy_names_the_known_ones():
             "is .* with a value of the wrong kind for `strategy` 'mag",
         ),
         ("guide", {"guidance_scale": -1}, "`guidance_scale` is -1, expected a number of at least 0"),
-        ("guide", {"refreshes": 0}, "`refreshes` is 0, expected an integer of at least 1"),
+        ("guide", {"refreshes": 0}, "`refreshes` should be a positive integer value but the value passed is 0"),
         ("guide", {"largest_weight": 0}, "`largest_weight` is 0, expected a number above 0"),
     ],
 )

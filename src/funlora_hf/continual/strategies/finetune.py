@@ -16,7 +16,7 @@ from .sequential import CLASS_VECTORS, Sequential
 
 
 class Finetune(Sequential):
-    """Goes on training the whole U-Net on each task's images, at the base's learning rate, and forgets what it had."""
+    """Trains the whole U-Net further on each task's images, at the base's learning rate, and forgets past classes."""
 
     name = "finetune"
     prefix = "base"
@@ -28,12 +28,11 @@ class Finetune(Sequential):
         return Trainable(unet, dict(unet.named_parameters()))
 
     def learned(self, trainable: Trainable, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        state = trainable.module.state_dict()
-        return {name: tensor for name, tensor in state.items() if name != CLASS_VECTORS}
+        return trainable.module.state_dict()
 
     def load(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> None:
         if kept:
-            unet.load_state_dict({CLASS_VECTORS: unet.class_embedding.weight, **kept})
+            unet.load_state_dict({CLASS_VECTORS: unet.get_parameter(CLASS_VECTORS), **kept})
 
     def trained_bytes(self, base: int) -> int:
         return base

@@ -22,7 +22,7 @@ from ...data.image_data import Task
 from ...layer_selection import ParametersPerClass, parameters_per_class
 from ...sampling.pipeline import FunLoraPipeline
 from ...tuner import FunLoraConfig, mixed_batch
-from ..base import BASE_PHASE, arrange, label_rows, load_pipeline, save_base, trainable_unet, unet_shape
+from ..base import BASE_PHASE, arrange, base_shape, label_rows, load_pipeline, save_base, trainable_unet
 from ..strategy import (
     Batch,
     Phase,
@@ -39,10 +39,9 @@ from .peft_methods import VECTOR_ROW, peft_method
 
 logger = logging.getLogger(__name__)
 
-# The adapter of a phase of one class is called this in the model, and by its class on disk: under the same name, and so with
-# the same guards, torch.compile takes the next class for the same code.
+# In the model, the adapter of a phase of one class has this name for every class; on disk it has the name of its class.
+# So torch.compile's guards stay the same, and the next class runs the same code.
 LIVE = "live"
-
 
 # Beyond these, float32 loses digits: rounding the argument of the cosine costs an error of about 1e-4; 10 to the power 32
 # still has a gradient, and below -4 the slope of a power overflows at zero.
@@ -78,7 +77,7 @@ class FunLora(Strategy):
             )
         if self.setting.training.class_batches == "mixed" and self.setting.training.torch_compile:
             raise ValueError(
-                "`torch_compile` is set, but `class_batches` is 'mixed', where every batch would be compiled anew: leave "
+                "`torch_compile` is set, but `class_batches` is 'mixed', where every batch would be compiled again: leave "
                 "one of the two out."
             )
         self._count()
@@ -106,16 +105,16 @@ class FunLora(Strategy):
         names = live_names(phase)
         first, *others = names
         unet = self._frozen_unet()
-        model = get_peft_model(unet, self._marked_config(names[first]), adapter_name=first)
+        model = get_peft_model(unet, self.adapter_config(names[first]), adapter_name=first)
         start_class_vectors(model)
         for name in others:
-            model.add_adapter(name, self._marked_config(names[name]))
+            model.add_adapter(name, self.adapter_config(names[name]))
         if others:
-            model.base_model.set_adapter(list(names))
+            model.set_requires_grad(others)
         return self._trainable(model)
 
     def build_update(self, class_id: int) -> Trainable:
-        """What `--update_class` trains: the class's adapter as it lies on disk, or a fresh one like it."""
+        """What `--update_class` trains: the class's adapter as it is on disk, or a fresh one like it."""
         folder = os.fspath(self.adapters_dir / adapter_name(class_id))
         if self.setting.training.update_mode == "continue":
             model = PeftModel.from_pretrained(self._frozen_unet(), folder, adapter_name=LIVE, is_trainable=True)
@@ -127,23 +126,17 @@ class FunLora(Strategy):
         return self._trainable(model)
 
     def adapter_config(self, class_id: int) -> PeftConfig:
-        """The configuration of a class's adapter."""
+        """The configuration of a class's adapter, with the fingerprint of the base once this is loaded."""
         config = peft_method(self.method_name).config(self._unet_shape(), self.setting.model)
         config.revision = self.setting.model.base_model_revision
         if isinstance(config, FunLoraConfig):
             config.class_label = class_id
             config.class_name = self.setting.class_names[class_id]
-        return config
-
-    def _marked_config(self, class_id: int) -> PeftConfig:
-        """The same, with the fingerprint of the base, which has to be there."""
-        config = self.adapter_config(class_id)
-        if isinstance(config, FunLoraConfig):
             config.base_fingerprint = self._base_fingerprint
         return config
 
     def make_batch(self, phase: Phase, real: Batch) -> Batch:
-        # A mixed batch that is sorted by class need not be sorted in every adapted layer.
+        # Adapted layers do not sort a mixed batch that is sorted by class.
         is_mixed = phase.name != BASE_PHASE and len(phase.class_ids) > 1
         return real.reordered(real.class_ids.argsort(stable=True)) if is_mixed else real
 
@@ -178,8 +171,8 @@ class FunLora(Strategy):
             )
 
     def _report_omega(self, trainable: Trainable, name: str, class_id: int) -> None:
-        """Warn of the layers whose omega has grown beyond what float32 can tell apart; it is kept as it was learned."""
-        # Of the adapter: an update goes on with what is on disk, whatever the arguments say.
+        """Warn of layers whose omega has grown beyond what float32 can tell apart. It is kept as it was learned."""
+        # That of the adapter, not that of the arguments: an update goes on with what is on disk.
         config = trainable.module.peft_config[name]
         for parameter, value in trainable.parameters.items():
             # <layer>.funlora_omega.<adapter>
@@ -235,12 +228,7 @@ class FunLora(Strategy):
         return parameters_per_class(self._unet_shape(), config)
 
     def _unet_shape(self) -> UNet2DModel:
-        if self.setting.has_base:
-            config = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
-            arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-            unet = unet_shape(arguments, config["num_class_embeds"])
-        else:
-            unet = unet_shape(self.setting.model.unet_config, len(self.setting.tasks[0].class_ids))
+        unet = base_shape(self.setting)
         peft_method(self.method_name).prepare(unet)
         return unet
 
@@ -282,7 +270,7 @@ def start_class_vectors(model: PeftModel) -> None:
     """Start vectors that PEFT trains as a row of the class embedding where FunLoRA's starts: at the mean of the rows."""
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
-            rows = module.get_base_layer().weight.detach()
+            rows = module.get_base_layer().get_parameter("weight").detach()
             for vector in module.trainable_tokens_delta.values():
                 vector.data.copy_(rows.mean(dim=0).expand_as(vector))
 

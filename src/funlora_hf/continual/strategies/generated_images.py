@@ -59,10 +59,10 @@ class ReplayOptions:
 
 
 class GeneratedImages:
-    """Draws images by class, once: what a folder has is read.
+    """Draws images by class and keeps them in a folder, from which they are read the next time.
 
     Args:
-        folder: where they are kept until `delete`.
+        folder: where they are until `delete`.
         options: how they are drawn.
         seed: of the run.
     """
@@ -104,19 +104,21 @@ class GeneratedImages:
         return images
 
     def delete(self) -> None:
-        """Forget all images; several processes may do so at once."""
+        """Delete all images; several processes may do so at once."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int) -> Batch:
-    """A batch in which past and new classes have shares in proportion to their number: generated images of the past ones,
-    which are drawn uniformly over classes and over the images of each, and real images of new ones as they come.
+    """A batch in which past and new classes have shares in proportion to their number.
+
+    Past classes have generated images, drawn uniformly over the classes and over the images of each; new classes have the real
+    images of `real`.
 
     Draws from torch's global generator of the CPU.
 
     Args:
         real: of new classes.
-        generated: class id -> images of a past class, uint8, at least one each; none: the batch stays as it is.
+        generated: class id -> images of a past class, uint8, at least one each; without any, `real` is returned.
         num_new: how many classes are new.
 
     Source: Shin et al. 2017 (arXiv 1705.08690), as the ratio of importance 1 / tasks there [text]; by classes [ours].
@@ -137,7 +139,7 @@ def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int) -> Bat
 
 
 def share_of(counts: Mapping[int, int], part: int, num_parts: int) -> dict[int, int]:
-    """How many images of each class a part of them has, at least one; all parts together have at least the counts."""
+    """How many images of each class belong to a part: at least one, and in all parts together at least the counts."""
     return {
         class_id: max(1, -(-count * (part + 1) // num_parts) + (-count * part // num_parts))
         for class_id, count in counts.items()

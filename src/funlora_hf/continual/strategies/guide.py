@@ -1,4 +1,4 @@
-"""GUIDE: replay for the classifier, steered towards its boundary with the new classes.
+"""GUIDE: replay in which the classifier steers its images towards its boundary with the new classes.
 
 Source: GUIDE (arXiv 2403.03938): guided by the classifier in training [code for DDIM], the form for flow matching [ours].
 """
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...sampling.guidance import Guidance
+from ...utils.checks import check_at_least_one
 from ..base import label_rows
 from ..strategy import Batch, Phase, Trainable
 from .generated_images import ReplayOptions, joined, share_of
@@ -38,15 +39,14 @@ class GuideOptions(ReplayOptions):
         super().__post_init__()
         if not self.guidance_scale >= 0:
             raise ValueError(f"`guidance_scale` is {self.guidance_scale}, expected a number of at least 0.")
-        if not isinstance(self.refreshes, int) or self.refreshes < 1:
-            raise ValueError(f"`refreshes` is {self.refreshes!r}, expected an integer of at least 1.")
+        check_at_least_one("refreshes", self.refreshes)
         if not self.largest_weight > 0:
             raise ValueError(f"`largest_weight` is {self.largest_weight}, expected a number above 0.")
 
 
 class Guide(Replay):
     """The generator is `replay`'s. The classifier is trained on images of past classes that the previous generator draws
-    while this classifier pushes them to the new class that it holds for likeliest; they keep the past class's label."""
+    while this classifier pushes them towards the new class that it finds most likely. They keep the past class's label."""
 
     name = "guide"
     options_class = GuideOptions
@@ -63,9 +63,8 @@ class Guide(Replay):
         if not is_classifier(phase) or task.index == 0:
             return super().generated(phase, real)
         due = min(self.options.refreshes, 1 + real.number * self.options.refreshes // self._batches(phase))
-        if len(self._rounds) < due:
-            while len(self._rounds) < due:
-                self._rounds.append(self._draw(phase, len(self._rounds)))
+        while len(self._rounds) < due:
+            self._rounds.append(self._draw(phase, len(self._rounds)))
             self._joined = joined(self._rounds)
         return self._joined
 
@@ -81,9 +80,8 @@ class Guide(Replay):
 
     def _batches(self, phase: Phase) -> int:
         training = self.setting.training
-        cap = training.max_train_steps
-        steps = phase.settings.train_steps if cap is None else min(cap, phase.settings.train_steps)
-        return steps * training.gradient_accumulation_steps
+        limits = (phase.settings.train_steps, training.max_train_steps)
+        return min(limit for limit in limits if limit is not None) * training.gradient_accumulation_steps
 
     def _draw(self, phase: Phase, number: int) -> dict[int, torch.Tensor]:
         task = self.task_of(phase)
@@ -106,7 +104,7 @@ def likeliest(classifier: nn.Module, images: torch.Tensor, rows: torch.Tensor) -
     Args:
         classifier: to logits `(batch, classes)`.
         images: `(batch, channels, height, width)` in [-1, 1].
-        rows: of the logits that are chosen among, `(n,)`, int64.
+        rows: of the logits to choose among, `(n,)`, int64.
 
     Returns:
         `(batch,)`.

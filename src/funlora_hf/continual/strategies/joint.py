@@ -13,7 +13,7 @@ from torch import nn
 
 from ...data.image_data import Task
 from ...sampling.pipeline import FunLoraPipeline
-from ..base import label_rows, load_pipeline, save_base, trainable_unet, unet_shape
+from ..base import base_shape, label_rows, load_pipeline, save_base, trainable_unet
 from ..strategy import (
     Batch,
     Phase,
@@ -28,7 +28,7 @@ from ..strategy import (
 
 
 class Joint(Strategy):
-    """Trains all classes together, with as many optimiser steps as funlora takes for all tasks [ours]."""
+    """Trains all classes together, with as many optimiser steps as funlora does for all tasks [ours]."""
 
     name = "joint"
     requires = frozenset({"all_tasks"})
@@ -42,7 +42,7 @@ class Joint(Strategy):
 
     def check(self) -> None:
         training = self.setting.training
-        unet_shape(self.setting.model.unet_config, len(self.class_ids))
+        base_shape(self.setting)
         if (training.base_train_steps is None) != (training.adapter_train_steps is None):
             raise ValueError(
                 "`strategy` 'joint' takes as many steps as base and adapters together: give `base_train_steps` and "
@@ -52,12 +52,12 @@ class Joint(Strategy):
     def phases(self, task: Task) -> list[Phase]:
         if task.index > 0:
             return []
-        base = PhaseSettings.of(self.setting.training, "base")
-        if base.train_steps is not None:
-            adapter = PhaseSettings.of(self.setting.training, "adapter")
+        training = self.setting.training
+        base = PhaseSettings.of(training, "base")
+        if base.train_steps is not None and training.adapter_train_steps is not None:
             later = len(self.class_ids) - len(task.class_ids)
             # Epochs over more images give more steps by themselves; a number of steps has to be raised.
-            base = replace(base, train_steps=base.train_steps + later * adapter.train_steps)
+            base = replace(base, train_steps=base.train_steps + later * training.adapter_train_steps)
         return [Phase("joint", self.class_ids, base, independent=False)]
 
     def is_finished(self, phase: Phase) -> bool:

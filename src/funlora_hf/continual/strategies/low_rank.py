@@ -1,4 +1,4 @@
-"""The four strategies of "Low-Rank Continual Personalization": one LoRA after another for all classes, joined in four ways.
+"""The four strategies of "Low-Rank Continual Personalization": LoRAs trained on one task after another, joined in four ways.
 
 Source: arXiv 2410.04891: strategies [text], details [code] where a docstring says so.
 """
@@ -6,7 +6,7 @@ Source: arXiv 2410.04891: strategies [text], details [code] where a docstring sa
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +17,10 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ...layer_selection import resolve_targets
 from ...utils.checks import check_choice
-from ..base import arrange, unet_shape
+from ..base import arrange, base_shape
 from ..strategy import Setting, Trainable
+from .peft_methods import chosen_targets
 from .sequential import CLASS_VECTORS, Sequential
 from .weight_changes import (
     Pair,
@@ -92,7 +92,7 @@ class MagMaxOptions(LowRankOptions):
     Args:
         targets: as in the other strategies.
         compared: "running": a task's own change with what was kept, entry by entry, and training goes on from the result
-            [code]. "cumulative": the changes since the base behind every task, as in the original; training goes on from the
+            [code]. "cumulative": the changes since the base after every task, as in the original; training goes on from the
             weights as trained.
         scaling: the original's lambda, by which "cumulative" multiplies the change at the end.
     """
@@ -107,7 +107,7 @@ class MagMaxOptions(LowRankOptions):
             raise ValueError(f"`scaling` is {self.scaling}, expected a number above 0, at most 10.")
         if self.scaling != 1 and self.compared == "running":
             raise ValueError(
-                f"`scaling` is {self.scaling}, which only compared='cumulative' has a use for: leave it out, or take that."
+                f"`scaling` is {self.scaling}, which only compared='cumulative' uses: leave it out, or take that."
             )
 
 
@@ -125,7 +125,7 @@ class LowRank(Sequential):
 
     def check(self) -> None:
         super().check()
-        self.target_modules(self._shape())
+        self._weights()
 
     def target_modules(self, unet: UNet2DModel) -> list[str]:
         """Names of the layers that get a LoRA, in the U-Net's order.
@@ -139,8 +139,7 @@ class LowRank(Sequential):
             attentions = [name for name, module in unet.named_modules() if isinstance(module, Attention)]
             names |= {f"{name}.{projection}" for name in attentions for projection in _PROJECTIONS}
         if targets in ("convolutions", "both"):
-            chosen = self.setting.model.target_modules
-            names |= set(_matching(unet, resolve_targets(unet, "decoder-middle" if chosen is None else chosen)))
+            names |= set(_matching(unet, chosen_targets(unet, self.setting.model, "decoder-middle")))
         if not names:
             raise ValueError(
                 f"`targets` is {targets!r} and `target_modules` {self.setting.model.target_modules!r}, which name no layer of the "
@@ -148,12 +147,12 @@ class LowRank(Sequential):
             )
         return [name for name, _ in unet.named_modules() if name in names]
 
-    @abstractmethod
     def deltas(self, kept: Kept) -> Deltas:
-        """Changes of the base's weights that the generator has behind a task, `(out, in)` by layer."""
+        """Changes of the base's weights that the generator has after a task, `(out, in)` by layer."""
+        return {**only(kept, "delta"), **{layer: product(pair) for layer, pair in unpack(kept).items()}}
 
     def training_deltas(self, kept: Kept) -> Deltas:
-        """Those that the next task is trained on top of."""
+        """Those on which the next task is trained."""
         return self.deltas(kept)
 
     def start(self, gaussian: Pairs, kept: Kept) -> Pairs:
@@ -161,16 +160,16 @@ class LowRank(Sequential):
 
         Args:
             gaussian: the usual start.
-            kept: what the task before has left; not empty.
+            kept: what the task before has left, which is not empty.
         """
         return gaussian
 
     @abstractmethod
     def merge(self, kept: Kept, learned: Pairs) -> dict[str, torch.Tensor]:
-        """What is left of a task, from what the task before has left, empty behind the base, and this task's pairs."""
+        """State to keep after a task, from the previous state (empty after the base) and this task's pairs."""
 
     def trainable(self, unet: UNet2DModel, kept: Kept) -> Trainable:
-        add_deltas(unet, self.training_deltas(kept) if kept else {})
+        add_deltas(unet, self.training_deltas(kept))
         targets = self.target_modules(unet)
         arrange(unet, self.setting.training, compiled=self.setting.training.torch_compile)
         unet.requires_grad_(False)
@@ -179,37 +178,29 @@ class LowRank(Sequential):
         if kept:
             set_pairs(model, self.start(get_pairs(model), kept))
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        parameters[CLASS_VECTORS] = unet.class_embedding.weight.requires_grad_()
+        vectors = parameters[CLASS_VECTORS] = unet.get_parameter(CLASS_VECTORS)
+        vectors.requires_grad_()
         return Trainable(model, parameters)
 
     def learned(self, trainable: Trainable, kept: Kept) -> dict[str, torch.Tensor]:
         return self.merge(kept, get_pairs(trainable.module))
 
     def load(self, unet: UNet2DModel, kept: Kept) -> None:
-        add_deltas(unet, self.deltas(kept) if kept else {})
+        add_deltas(unet, self.deltas(kept))
 
     def trained_bytes(self, base: int) -> int:
-        shape = self._shape()
-        layers = dict(shape.named_modules())
-        weights = [layers[name].weight for name in self.target_modules(shape)]
-        return 4 * self.rank * sum(len(weight) + weight[0].numel() for weight in weights)
+        return 4 * self.rank * sum(sum(weight.shape) for weight in self._weights().values())
 
-    def _shape(self) -> UNet2DModel:
-        setting = self.setting
-        if not setting.has_base:
-            return unet_shape(setting.model.unet_config, len(setting.tasks[0].class_ids))
-        config = UNet2DModel.load_config(setting.base_dir, subfolder="unet")
-        with torch.device("meta"):
-            return UNet2DModel.from_config(config)
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Weights `(out, in)` of the layers that get a LoRA, without values."""
+        shape = base_shape(self.setting)
+        return {name: shape.get_parameter(f"{name}.weight").flatten(1) for name in self.target_modules(shape)}
 
 
 class NaiveLora(LowRank):
-    """One pair of matrices, trained on from task to task."""
+    """One pair of matrices, trained further in every task."""
 
     name = "naive_lora"
-
-    def deltas(self, kept: Kept) -> Deltas:
-        return {layer: product(pair) for layer, pair in unpack(kept).items()}
 
     def training_deltas(self, kept: Kept) -> Deltas:
         return {}
@@ -222,28 +213,24 @@ class NaiveLora(LowRank):
 
 
 class MergeInit(LowRank):
-    """Every task's product is added to the weights, and the next task starts a fresh pair."""
+    """Every task's product is added to the weights, and the next task starts a new pair."""
 
     name = "merge_init"
-
-    def deltas(self, kept: Kept) -> Deltas:
-        return only(kept, "delta")
 
     def merge(self, kept: Kept, learned: Pairs) -> dict[str, torch.Tensor]:
         past = only(kept, "delta")
         return {f"{layer}/delta": past.get(layer, 0) + product(pair) for layer, pair in learned.items()}
 
 
-class MergeOrthogonal(LowRank):
-    """As merge_init, but the fresh pair starts orthogonal to what was learned, and the sum can be kept in four forms."""
+class MergeOrthogonal(MergeInit):
+    """Like merge_init, but a new pair starts orthogonal to what was learned, and the sum can be kept in four forms."""
 
     name = "merge_orthogonal"
     options_class = MergeOrthogonalOptions
 
-    @property
-    def grows_with_tasks(self) -> bool:
-        """The concatenation does, by a pair for every task."""
-        return self.options.merge == "concat"
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.grows_with_tasks = self.options.merge == "concat"  # by a pair for every task
 
     def check(self) -> None:
         super().check()
@@ -255,22 +242,16 @@ class MergeOrthogonal(LowRank):
                 "orthogonal=nullspace."
             )
 
-    def deltas(self, kept: Kept) -> Deltas:
-        if self.options.merge == "dense":
-            return only(kept, "delta")
-        return {layer: product(pair) for layer, pair in unpack(kept).items()}
-
     def start(self, gaussian: Pairs, kept: Kept) -> Pairs:
         if self.options.orthogonal == "released":
-            past = unpack(kept)
-            return {layer: Pair(rank_space_start(A, past[layer].A), B) for layer, (A, B) in gaussian.items()}
+            old = only(kept, "A")
+            return {layer: Pair(rank_space_start(A, old[layer]), B) for layer, (A, B) in gaussian.items()}
         past = self.deltas(kept)
         return {layer: Pair(nullspace_start(A, row_space(past[layer])), B) for layer, (A, B) in gaussian.items()}
 
     def merge(self, kept: Kept, learned: Pairs) -> dict[str, torch.Tensor]:
         if self.options.merge == "dense":
-            past = only(kept, "delta")
-            return {f"{layer}/delta": past.get(layer, 0) + product(pair) for layer, pair in learned.items()}
+            return super().merge(kept, learned)
         past = unpack(kept)
         return pack({layer: self._joined(past[layer], pair) if past else pair for layer, pair in learned.items()})
 
@@ -282,19 +263,15 @@ class MergeOrthogonal(LowRank):
         return truncated(product(old) + product(new), self.rank)
 
     def _check_dimensions(self) -> None:
-        """Whether the nullspace can last to the end, before anything is trained."""
-        shape = self._shape()
-        layers = dict(shape.named_modules())
+        """Check that the nullspace lasts to the end, before anything is trained."""
         tasks = len(self.setting.tasks) - 1
-        for name in self.target_modules(shape):
-            outputs, inputs = len(layers[name].weight), layers[name].weight[0].numel()
-            if self.options.merge in ("concat", "dense"):
-                taken = min(self.rank * (tasks - 1), outputs)
-            else:
-                taken = min(self.rank, outputs) if tasks > 1 else 0
+        rank_grows = self.options.merge in ("concat", "dense")
+        earlier = tasks - 1 if rank_grows else int(tasks > 1)
+        for name, weight in self._weights().items():
+            outputs, inputs = weight.shape
+            taken = min(self.rank * earlier, outputs)
             if taken + self.rank > inputs:
-                keeps_rank = self.options.merge in ("svd", "factor_sum")
-                other = "" if keeps_rank else ", or take merge=svd, which keeps the rank of what was learned"
+                other = ", or take merge=svd, which keeps the rank of what was learned" if rank_grows else ""
                 raise ValueError(
                     f"`orthogonal` is 'nullspace', but before the last of {tasks} tasks with `rank` {self.rank} the layer {name} "
                     f"would have {taken} of its {inputs} inputs taken, and {self.rank} more are needed: lower the rank{other}."
@@ -308,8 +285,7 @@ class MagMax(LowRank):
     options_class = MagMaxOptions
 
     def deltas(self, kept: Kept) -> Deltas:
-        scaling = self.options.scaling
-        return {layer: scaling * delta for layer, delta in only(kept, "delta").items()}
+        return {layer: self.options.scaling * delta for layer, delta in super().deltas(kept).items()}
 
     def training_deltas(self, kept: Kept) -> Deltas:
         return only(kept, "trained" if self.options.compared == "cumulative" else "delta")
@@ -326,11 +302,9 @@ class MagMax(LowRank):
         return merged
 
 
-def _matching(unet: UNet2DModel, targets: Sequence[str] | str) -> list[str]:
+def _matching(unet: UNet2DModel, targets: list[str] | str | None) -> list[str]:
     """Names of the convolutions and linear layers that PEFT would find by these targets: names, their ends, or one regex."""
-    if not isinstance(targets, str) and len(targets) == 1:
-        (targets,) = targets  # a regex, or a name, which is one for itself
-    config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
+    config = LoraConfig(target_modules=targets)
     layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     return [name for name in layers if check_target_module_exists(config, name)]
 
@@ -339,33 +313,33 @@ def add_deltas(unet: UNet2DModel, deltas: Mapping[str, torch.Tensor]) -> None:
     """Add changes `(out, in)` to the weights of layers, in place."""
     with torch.no_grad():
         for name, delta in deltas.items():
-            weight = unet.get_submodule(name).weight
-            weight += delta.to(weight).view_as(weight)
+            weight = unet.get_parameter(f"{name}.weight")
+            weight.add_(delta.to(weight).view_as(weight))
 
 
 def get_pairs(model: PeftModel) -> Pairs:
     """Copies of a LoRA's matrices by layer; those of a convolution are flattened."""
-    return {
-        name: Pair(A.weight.detach().flatten(1).clone(), B.weight.detach().flatten(1).clone())
-        for name, A, B in _lora_layers(model)
-    }
+    return {name: Pair(*(own.detach().flatten(1).clone() for own in pair)) for name, pair in _own_pairs(model).items()}
 
 
 def set_pairs(model: PeftModel, pairs: Mapping[str, Pair]) -> None:
     """The inverse of `get_pairs`, in place."""
     with torch.no_grad():
-        for name, A, B in _lora_layers(model):
-            A.weight.copy_(pairs[name].A.view_as(A.weight))
-            B.weight.copy_(pairs[name].B.view_as(B.weight))
+        for name, pair in _own_pairs(model).items():
+            for own, given in zip(pair, pairs[name], strict=True):
+                own.copy_(given.view_as(own))
 
 
-def _lora_layers(model: PeftModel) -> list[tuple[str, nn.Module, nn.Module]]:
-    modules = model.get_base_model().named_modules()
-    return [(name, m.lora_A[_ADAPTER], m.lora_B[_ADAPTER]) for name, m in modules if isinstance(m, LoraLayer)]
+def _own_pairs(model: PeftModel) -> Pairs:
+    layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    return {
+        name: Pair(*(part[_ADAPTER].get_parameter("weight") for part in (layer.lora_A, layer.lora_B)))
+        for name, layer in layers.items()
+    }
 
 
 def only(kept: Kept, what: str) -> dict[str, torch.Tensor]:
-    """Tensors by layer, of those that `layer/what` names."""
+    """The tensors named `layer/what`, by layer."""
     return {name.rpartition("/")[0]: tensor for name, tensor in kept.items() if name.endswith(f"/{what}")}
 
 
@@ -375,6 +349,6 @@ def pack(pairs: Mapping[str, Pair]) -> dict[str, torch.Tensor]:
 
 
 def unpack(kept: Kept) -> Pairs:
-    """The inverse of `pack`; other tensors are left out."""
+    """The inverse of `pack`; it ignores other tensors."""
     B = only(kept, "B")
     return {layer: Pair(A, B[layer]) for layer, A in only(kept, "A").items()}

@@ -14,17 +14,18 @@ from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_
 from peft import LoraConfig, PeftConfig
 
 from ...baselines import ConvLoraConfig, ScaleShiftConfig
-from ...layer_selection import resolve_targets
+from ...layer_selection import is_preset, select_layers
 from ...tuner import FunLoraConfig
 from ...tuner.targets import decoder, decoder_middle
+from ...utils.checks import check_choice
 from ..config import ModelArguments
 
 
 CLASS_EMBEDDING = "class_embedding"
-# FunLoRA's own vector replaces the embedding's output; other methods replace this row of the embedding.
+# FunLoRA's vector replaces the output of the embedding; other methods replace this row of the embedding.
 VECTOR_ROW = 0
 
-FUNLORA_ARGUMENTS = ("function", "num_functions", "train_omega", "operation", "ratio")
+FUNLORA_ARGUMENTS = ("function", "num_functions", "train_omega", "operation", "ratio", "target_modules")
 
 
 @dataclass(frozen=True)
@@ -34,43 +35,35 @@ class PeftMethod:
         name: that `--peft_method` takes.
         make: (U-Net, model arguments, rank) -> configuration, class vector included.
         default_rank: if the arguments name none.
-        takes: which of the arguments that make up a functional matrix it heeds; others must keep their defaults.
-        chooses_targets: the method is defined for certain layers, so `target_modules` must be None.
-        prepare: changes a base in memory, its outputs unchanged to the bit, before adapters are put on it.
+        takes: those of `FUNLORA_ARGUMENTS` that it uses; the others must keep their defaults.
+        prepare: changes a base in memory before it gets adapters; its outputs stay the same to the bit.
     """
 
     name: str
     make: Callable[[UNet2DModel, ModelArguments, int], PeftConfig]
     default_rank: int = 1
     takes: tuple[str, ...] = ()
-    chooses_targets: bool = False
     prepare: Callable[[UNet2DModel], None] = lambda unet: None
 
     def config(self, unet: UNet2DModel, model: ModelArguments) -> PeftConfig:
         """The configuration of an adapter for `unet`, which may be on the meta device.
 
         Raises:
-            ValueError: an argument that this method has no use for, or layers that the U-Net has not.
+            ValueError: an argument that this method does not use, or layers that the U-Net does not have.
         """
         for field in fields(model):
             given, default = getattr(model, field.name), field.default
             if field.name in FUNLORA_ARGUMENTS and field.name not in self.takes and given != default:
                 raise ValueError(
-                    f"`{field.name}` is {given!r}, but `peft_method` {self.name!r} has no use for it: leave it "
-                    "out, or take the method 'funlora'."
+                    f"`{field.name}` is {given!r}, but `peft_method` {self.name!r} does not use it: leave it out, or "
+                    "take the method 'funlora'."
                 )
-        if self.chooses_targets and model.target_modules is not None:
-            raise ValueError(
-                f"`target_modules` is {model.target_modules!r}, but `peft_method` {self.name!r} says itself "
-                "which layers it adapts: leave it out."
-            )
         return self.make(unet, model, self.default_rank if model.rank is None else model.rank)
 
 
 def peft_method(name: str) -> PeftMethod:
     """The method of a name. Raises a ValueError that lists the known ones."""
-    if name not in PEFT_METHODS:
-        raise ValueError(f"`peft_method` is {name!r}, expected one of: {', '.join(map(repr, PEFT_METHODS))}.")
+    check_choice("peft_method", name, tuple(PEFT_METHODS))
     return PEFT_METHODS[name]
 
 
@@ -79,16 +72,21 @@ def fuse_attention(unet: UNet2DModel) -> None:
     for module in unet.modules():
         if isinstance(module, Attention):
             module.fuse_projections()
-            module.set_processor(FusedAttnProcessor2_0())
+            # Annotated as one of the processors that it takes.
+            module.set_processor(FusedAttnProcessor2_0())  # type: ignore[arg-type]
 
 
 def _funlora(unet: UNet2DModel, model: ModelArguments, rank: int, **fixed: object) -> PeftConfig:
-    return model.funlora_config(r=rank, target_modules=resolve_targets(unet, _single(model.target_modules)), **fixed)
+    return model.funlora_config(r=rank, target_modules=chosen_targets(unet, model), **fixed)
 
 
-def _single(targets: list[str] | None) -> list[str] | str | None:
-    # One entry may be a preset, a regex or "all-conv"; a module's name is a regex for itself.
-    return targets[0] if targets is not None and len(targets) == 1 else targets
+def chosen_targets(unet: UNet2DModel, model: ModelArguments, default: str | None = None) -> list[str] | str | None:
+    """`target_modules` as PEFT takes it. An only entry is a preset, "all-conv", or a regex, as which a name stands for itself."""
+    targets: list[str] | str | None = model.target_modules
+    if targets is not None and len(targets) == 1:
+        targets = targets[0]
+    targets = default if targets is None else targets
+    return select_layers(unet, targets) if isinstance(targets, str) and is_preset(targets) else targets
 
 
 def _class_vector(unet: UNet2DModel, model: ModelArguments, rank: int) -> PeftConfig:
@@ -96,7 +94,7 @@ def _class_vector(unet: UNet2DModel, model: ModelArguments, rank: int) -> PeftCo
 
 
 def _scale_shift(unet: UNet2DModel, model: ModelArguments, rank: int) -> PeftConfig:
-    targets = resolve_targets(unet, _single(model.target_modules) or "decoder-middle")
+    targets = chosen_targets(unet, model, "decoder-middle")
     return ScaleShiftConfig(target_modules=targets, trainable_token_indices=_vector_row())
 
 
@@ -133,33 +131,19 @@ def _vector_row() -> dict[str, list[int]]:
 
 _METHODS = (
     PeftMethod("funlora", _funlora, takes=FUNLORA_ARGUMENTS),
-    PeftMethod("class_vector", _class_vector, chooses_targets=True),
-    PeftMethod("vanilla_add", partial(_funlora, function="identity", operation="add")),
-    PeftMethod("vanilla_mul", partial(_funlora, function="identity", operation="mul")),
-    PeftMethod("scale_shift", _scale_shift),
-    PeftMethod(
-        "lora_attention",
-        partial(_attention_lora, projections=["to_q", "to_k", "to_v"]),
-        default_rank=2,
-        chooses_targets=True,
-    ),
+    PeftMethod("class_vector", _class_vector),
+    PeftMethod("vanilla_add", partial(_funlora, function="identity", operation="add"), takes=("target_modules",)),
+    PeftMethod("vanilla_mul", partial(_funlora, function="identity", operation="mul"), takes=("target_modules",)),
+    PeftMethod("scale_shift", _scale_shift, takes=("target_modules",)),
+    PeftMethod("lora_attention", partial(_attention_lora, projections=["to_q", "to_k", "to_v"]), default_rank=2),
     PeftMethod(
         "lora_attention_fused",
         partial(_attention_lora, projections=["to_qkv"]),
         default_rank=2,
-        chooses_targets=True,
         prepare=fuse_attention,
     ),
     # Which blocks these two take is [ours]; the counts on the paper's backbone are its own [exact].
-    PeftMethod(
-        "lora_conv_v1",
-        partial(_conv_lora, bottleneck="kernel", num_resnets=1, with_upsampler=False),
-        chooses_targets=True,
-    ),
-    PeftMethod(
-        "lora_conv_v2",
-        partial(_conv_lora, bottleneck="rank", num_resnets=2, with_upsampler=True),
-        chooses_targets=True,
-    ),
+    PeftMethod("lora_conv_v1", partial(_conv_lora, bottleneck="kernel", num_resnets=1, with_upsampler=False)),
+    PeftMethod("lora_conv_v2", partial(_conv_lora, bottleneck="rank", num_resnets=2, with_upsampler=True)),
 )
 PEFT_METHODS: dict[str, PeftMethod] = {method.name: method for method in _METHODS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...utils.checks import check_choice
 from ..strategy import Strategy
 from .finetune import Finetune
 from .funlora import Frozen, FunLora
@@ -28,6 +29,5 @@ STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in
 
 def strategy_class(name: str) -> type[Strategy]:
     """The strategy of a name. Raises a ValueError that lists the known ones."""
-    if name not in STRATEGIES:
-        raise ValueError(f"`strategy` is {name!r}, expected one of: {', '.join(map(repr, STRATEGIES))}.")
+    check_choice("strategy", name, tuple(STRATEGIES))
     return STRATEGIES[name]

@@ -1,4 +1,4 @@
-"""Generative replay: the previous generator's images of past classes are trained on beside the real ones of new classes.
+"""Generative replay: training on real images of new classes and on the previous generator's images of past classes.
 
 Source: deep generative replay (Shin et al. 2017, arXiv 1705.08690) [text], with a flow model [ours].
 """
@@ -28,7 +28,7 @@ _CLASSIFIER = "classifier_task_"
 class Replay(Finetune):
     """Trains the whole U-Net, and then a classifier, on real images of new classes mixed with generated ones of past classes.
 
-    Both go on from what they were. Real images of past tasks are never read.
+    Both start from their weights of the previous task. Real images of past tasks are never read.
     """
 
     name = "replay"
@@ -43,17 +43,14 @@ class Replay(Finetune):
         self._generated: dict[int, torch.Tensor] = {}
 
     def begin_task(self, task: Task) -> None:
-        self._generated = {}
-        if task.index == 0 or all(self.is_finished(phase) for phase in self.phases(task)):
-            return
-        self._generated = self.images.draw(
-            self.sampler(self.before(task)), self.past(task), f"replay_{task.index + 1}"
-        )
+        if task.index > 0 and not all(self.is_finished(phase) for phase in self.phases(task)):
+            pipe = self.sampler(self.before(task))
+            self._generated = self.images.draw(pipe, self.past(task), f"replay_{task.index + 1}")
 
     def past(self, task: Task) -> dict[int, int]:
         """Images to generate of each class of earlier tasks."""
         real = self.setting.num_images
-        # A given base's classes may have none: then as many as the task's own classes have at most.
+        # The classes of a given base may have none: then as many as the task's own classes have at most.
         fallback = max(real.get(class_id, 1) for class_id in task.class_ids)
         given = self.options.images_per_class
         seen = self.setting.seen(task)
@@ -63,7 +60,7 @@ class Replay(Finetune):
     def phases(self, task: Task) -> list[Phase]:
         generator = super().phases(task)
         if task.index == 0 and not all(self.setting.num_images.get(class_id) for class_id in task.class_ids):
-            return generator  # a given base whose images are not at hand
+            return generator  # a given base without its images
         options, seen = self.options, len(self.setting.seen(task))
         settings = PhaseSettings(
             train_steps=options.classifier_train_steps * seen,
@@ -71,14 +68,14 @@ class Replay(Finetune):
             batch_size=options.classifier_batch_size,
             learning_rate=options.classifier_learning_rate,
             warmup_steps=0,
-            # No average: the running means of batch normalisation belong to the weights as they are.
+            # No moving average: the running means of batch normalisation belong to the weights as trained.
             ema_decay=0.0,
             ema_start=0.0,
         )
         return [*generator, Phase(f"{_CLASSIFIER}{task.index + 1}", task.class_ids, settings, independent=False)]
 
     def phase_settings(self, task: Task) -> PhaseSettings:
-        """Steps enough that each class seen so far, old or new, is met as often as by funlora: they grow with the tasks."""
+        """Enough steps that each class seen so far, old or new, is met as often as by funlora: they grow with the tasks."""
         seen = len(self.setting.seen(task))
         settings = scaled(self.setting.training, self.prefix, seen)
         # An epoch counts the new classes' images only.
@@ -88,8 +85,7 @@ class Replay(Finetune):
     def is_finished(self, phase: Phase) -> bool:
         if not is_classifier(phase):
             return super().is_finished(phase)
-        newest = self.classifiers.newest(self.setting.tasks)
-        return newest is not None and newest.index >= self.task_of(phase).index
+        return self.classifiers.newest(self.setting.tasks[self.task_of(phase).index :]) is not None
 
     def build(self, phase: Phase) -> Trainable:
         if not is_classifier(phase):
@@ -132,13 +128,11 @@ class Replay(Finetune):
 
     def memory_report(self) -> dict[str, int]:
         report = super().memory_report()
-        newest = self.classifiers.newest(self.setting.tasks)
-        classifier = 0 if newest is None else tensor_bytes(self.classifiers.path(newest))
-        return {
-            "persistent": report["persistent"] + classifier,
-            "per_class": report["per_class"] + (0 if newest is None else self._head_bytes(newest)),
-            "transient": report["transient"] + self._replay_bytes(),
-        }
+        if (newest := self.classifiers.newest(self.setting.tasks)) is not None:
+            report["persistent"] += tensor_bytes(self.classifiers.path(newest))
+            report["per_class"] += self._head_bytes(newest)
+        report["transient"] += self._replay_bytes()
+        return report
 
     def _classifier(self, task: Task, kept: Task | None) -> nn.Module:
         """A classifier of the classes seen up to a task, with the weights of an earlier one as far as it has them."""
@@ -146,7 +140,7 @@ class Replay(Finetune):
         state = classifier.state_dict()
         for name, tensor in self.classifiers.load(kept).items():
             if tensor.dim():
-                state[name][: len(tensor)] = tensor  # the head has rows for new classes, which stay as they are
+                state[name][: len(tensor)] = tensor  # the head's rows for new classes stay as they are
             else:
                 state[name].copy_(tensor)
         return classifier.to(self.setting.device)
@@ -169,7 +163,7 @@ class Replay(Finetune):
         return classes * (larger - smaller)
 
     def _replay_bytes(self) -> int:
-        """Of the images generated for the last task, the most there are."""
+        """Of the images generated for the last task, which has the most."""
         shape = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
         return sum(self.past(self.setting.tasks[-1]).values()) * shape["in_channels"] * shape["sample_size"] ** 2
 

@@ -1,7 +1,6 @@
-"""What strategies share that have one generator for all classes and train it on task after task.
+"""What strategies share that train one generator of all classes on one task after another.
 
-Task 1 trains the base, as for all strategies. What has become of the generator is one file after each later task, of which
-only the newest is kept.
+Task 1 trains the base, as for all strategies. Each later task writes the generator to one file, and only the newest is kept.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from ...utils.files import read_tensors, whole_file
 from ..base import (
     BASE_PHASE,
     arrange,
+    base_shape,
     label_rows,
     make_pipeline,
     save_base,
     set_class_vectors,
     trainable_unet,
-    unet_shape,
 )
 from ..config import ContinualTrainingArguments
 from ..strategy import (
@@ -46,12 +45,12 @@ from ..strategy import (
 )
 
 
-# What a task leaves in any case.
+# Kept of every task.
 CLASS_VECTORS = "class_embedding.weight"
 
 
 class KeptFile:
-    """One safetensors file for each task, of which a later one makes the earlier ones superfluous.
+    """One safetensors file for each task; a later one replaces the earlier ones.
 
     Args:
         folder: where.
@@ -71,7 +70,7 @@ class KeptFile:
     def save(self, task: Task, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write the file of a task, whole or not at all."""
         with whole_file(self.path(task)) as temporary:
-            # Copies: two of them may be one tensor, which the format does not know.
+            # Copies: two names may share one tensor, which the format refuses.
             copies = {
                 name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                 for name, tensor in tensors.items()
@@ -80,7 +79,7 @@ class KeptFile:
 
     def load(self, task: Task | None) -> dict[str, torch.Tensor]:
         """The tensors of a task on the CPU; none for None."""
-        remedy = "the generator of its task is lost; start anew with --overwrite_output_dir"
+        remedy = "the generator of its task is lost; start again with --overwrite_output_dir"
         return {} if task is None else read_tensors(self.path(task), remedy=remedy)
 
     def drop_before(self, task: Task, tasks: Sequence[Task]) -> None:
@@ -94,6 +93,8 @@ class Sequential(Strategy):
 
     prefix = "adapter"
     """Whose learning rate, warm-up and moving average a task takes: "base" or "adapter"."""
+    needs_base = True
+    """Whether sampling after a later task needs the base in addition to what is kept."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -108,26 +109,26 @@ class Sequential(Strategy):
 
         Args:
             unet: the base, with vectors of all classes seen, this task's included.
-            kept: what `learned` gave for the task before; empty behind the base.
+            kept: what `learned` gave for the task before; empty after the base.
         """
 
     @abstractmethod
     def learned(self, trainable: Trainable, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is left of a task, besides the class vectors: what the next one takes up as `kept`."""
+        """What is kept of a task, to which the class vectors are added: the next task gets it as `kept`."""
 
     @abstractmethod
     def load(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> None:
-        """Make a base with the vectors of all classes seen into the generator, in place."""
+        """Turn a base with the vectors of all classes seen into the generator, in place."""
 
     def check(self) -> None:
         training, setting = self.setting.training, self.setting
         if training.class_batches != "homogeneous":
             raise ValueError(
-                f"`class_batches` is {training.class_batches!r}, which `strategy` {self.name!r} does not heed, since it trains "
-                "all classes of a task together: leave it out."
+                f"`class_batches` is {training.class_batches!r}, which `strategy` {self.name!r} does not use, since it "
+                "trains all classes of a task together: leave it out."
             )
+        base_shape(setting)
         if not setting.has_base:
-            unet_shape(setting.model.unet_config, len(setting.tasks[0].class_ids))
             return
         rows, known = base_classes(setting.base_dir), setting.tasks[0].class_ids
         if list(rows) != list(known):
@@ -145,14 +146,13 @@ class Sequential(Strategy):
         return [Phase(f"task_{task.index + 1}", task.class_ids, self.phase_settings(task), independent=False)]
 
     def phase_settings(self, task: Task) -> PhaseSettings:
-        """Steps enough that each class is seen as often as by funlora, which takes the classes one by one."""
+        """Enough steps that each class is seen as often as by funlora, which trains the classes one by one."""
         return scaled(self.setting.training, self.prefix, len(task.class_ids))
 
     def is_finished(self, phase: Phase) -> bool:
         if phase.name == BASE_PHASE:
             return self.setting.base_dir.is_dir()
-        newest = self.kept.newest(self.setting.tasks)
-        return newest is not None and newest.index >= self.task_of(phase).index
+        return self.kept.newest(self.setting.tasks[self.task_of(phase).index :]) is not None
 
     def task_of(self, phase: Phase) -> Task:
         """The task whose classes a phase reads."""
@@ -182,8 +182,7 @@ class Sequential(Strategy):
             return
         task = self.task_of(phase)
         before = {name: tensor.to(setting.device) for name, tensor in self.kept.load(self.before(task)).items()}
-        kept = self.learned(trainable, before)
-        kept = {**kept, CLASS_VECTORS: trainable.parameters[CLASS_VECTORS]}
+        kept = {**self.learned(trainable, before), CLASS_VECTORS: trainable.parameters[CLASS_VECTORS]}
         if task == setting.tasks[-1]:
             save_base(self._generator(task, kept), self.model_dir, setting.seen(task), setting.class_names)
         # Last, since it says that the phase is finished.
@@ -197,7 +196,7 @@ class Sequential(Strategy):
         yield self.sampler(self.kept.newest(self.setting.tasks))
 
     def sampler(self, task: Task | None) -> FunLoraPipeline:
-        """The generator as a task has left it, for sampling; None: the base."""
+        """The generator after a task, for sampling; None: the base."""
         if self._sampled is None or self._sampled[0] != task:
             known = self.setting.tasks[0] if task is None else task
             unet = self._generator(known, self.kept.load(task))
@@ -211,30 +210,23 @@ class Sequential(Strategy):
     def memory_report(self) -> dict[str, int]:
         newest = self.kept.newest(self.setting.tasks)
         base = folder_bytes([self.setting.base_dir])
-        transient = 4 * self.trained_bytes(base)
-        if newest is None:
-            return {"persistent": base, "per_class": 0, "transient": transient}
-        path = self.kept.path(newest)
-        return {
-            "persistent": tensor_bytes(path) + (base if self.needs_base else 0),
-            "per_class": self.kept.load(newest)[CLASS_VECTORS].nbytes,
-            "transient": transient,
-        }
-
-    needs_base = True
-    """Whether what is kept after task 1 needs the base besides."""
+        report = {"persistent": base, "per_class": 0, "transient": 4 * self.trained_bytes(base)}
+        if newest is not None:
+            report["persistent"] = tensor_bytes(self.kept.path(newest)) + (base if self.needs_base else 0)
+            report["per_class"] = self.kept.load(newest)[CLASS_VECTORS].nbytes
+        return report
 
     @abstractmethod
     def trained_bytes(self, base: int) -> int:
-        """Bytes of the parameters that a task trains, of which Adam's two moments, the moving average and the gradient take
-        as many each.
+        """Bytes of the parameters that a task trains. Adam's two moments, the moving average and the gradient take as many
+        each.
 
         Args:
             base: bytes of the whole base.
         """
 
     def _generator(self, task: Task, kept: Mapping[str, torch.Tensor]) -> UNet2DModel:
-        """The generator behind a task, for sampling."""
+        """The generator after a task, for sampling."""
         unet, kept = self._unet(task, kept)
         self.load(unet, kept)
         return unet.eval()
@@ -246,7 +238,7 @@ class Sequential(Strategy):
         kept = {name: tensor.detach().to(device) for name, tensor in kept.items()}
         vectors = kept.pop(CLASS_VECTORS, unet.class_embedding.weight.detach())
         set_class_vectors(unet, vectors, len(self.setting.seen(task)))
-        # Or diffusers would write where the base lies on this machine.
+        # Otherwise diffusers would write the base's path on this machine.
         unet.register_to_config(_name_or_path="")
         return unet, kept
 
@@ -257,7 +249,7 @@ def scaled(training: ContinualTrainingArguments, prefix: str, num_classes: int) 
     Args:
         training: the run's arguments; steps, epochs and batch are those of an adapter.
         prefix: whose learning rate, warm-up and moving average: "base" or "adapter".
-        num_classes: each of which is to be seen as often as an adapter's class is. Epochs do so by themselves.
+        num_classes: each is seen as often as an adapter's class. Epochs do so by themselves.
     """
     adapter = PhaseSettings.of(training, "adapter")
     steps = None if adapter.train_steps is None else adapter.train_steps * num_classes

@@ -34,7 +34,7 @@ def concatenated(old: Pair, new: Pair) -> Pair:
 
 
 def summed_factors(old: Pair, new: Pair) -> Pair:
-    """`A_old + A_new` and `B_old + B_new`: its product has the cross terms `B_old A_new + B_new A_old` besides.
+    """`A_old + A_new` and `B_old + B_new`: the product also has the cross terms `B_old A_new + B_new A_old`.
 
     Source: arXiv 2410.04891 [code].
     """
@@ -58,7 +58,7 @@ def truncated(delta: torch.Tensor, rank: int) -> Pair:
 
 
 def larger_magnitude(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Of two changes the one of larger magnitude, entry by entry; of equals the new one.
+    """For each entry, the change of larger magnitude; the new one if both are equal.
 
     Source: MagMax (arXiv 2407.06322), as arXiv 2410.04891 takes it [code].
     """
@@ -74,7 +74,7 @@ def row_space(delta: torch.Tensor) -> torch.Tensor:
 
 
 def nullspace_start(gaussian: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """A start for A that no input reaches which an earlier change reacts to: `A Q = 0`.
+    """A start for A that is zero on all inputs to which an earlier change reacts: `A Q = 0`.
 
     Args:
         gaussian: G, `(r, in)`.
@@ -103,10 +103,10 @@ def nullspace_start(gaussian: torch.Tensor, basis: torch.Tensor) -> torch.Tensor
 
 
 def rank_space_start(gaussian: torch.Tensor, accumulated: torch.Tensor) -> torch.Tensor:
-    """A start for A each of whose columns is orthogonal to the same column of an accumulated A, in the r dimensions of rank.
+    """A start for A: each column is orthogonal to the same column of an accumulated A, in the r dimensions of rank.
 
-    All columns share one Gaussian direction, from which the part along the accumulated column is taken off, so that most of
-    the result lies in that direction. It is no more orthogonal to the rows of the accumulated A than chance has it.
+    All columns share one Gaussian direction, without its part along the accumulated column, so most of the result lies in that
+    direction. It is no more orthogonal to the rows of the accumulated A than a random matrix.
 
     Args:
         gaussian: `(r, in)`, whose norm the result gets and whose first column is the shared direction.
