@@ -86,7 +86,7 @@ def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:
 def base_shape(setting: Setting) -> UNet2DModel:
     """The same of a run's base: of the one that is there, or of the one that task 1 will train."""
     if not setting.has_base:
-        return unet_shape(setting.model.unet_config, len(setting.tasks[0].class_ids))
+        return unet_shape(setting.model.unet, len(setting.tasks[0].class_ids))
     config, *_ = UNet2DModel.extract_init_dict(UNet2DModel.load_config(setting.base_dir, subfolder="unet"))
     return unet_shape(config, config["num_class_embeds"])
 
