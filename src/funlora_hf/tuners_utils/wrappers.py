@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -76,6 +77,18 @@ def adapted_modules(model: nn.Module) -> dict[str, BaseTunerLayer | AuxiliaryTra
         if is_wrapper(module) and not inside:
             found[path] = module
     return found
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for the time of a context; afterwards each module has the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def has_class(module: nn.Module, *names: str) -> bool:
