@@ -1,4 +1,4 @@
-"""The paper's comparison methods that PEFT has not; importing it registers them with PEFT."""
+"""The paper's comparison methods that PEFT does not have; importing it registers them with PEFT."""
 
 from ..tuners_utils.registration import extend_peft_type, register
 

@@ -1,4 +1,4 @@
-"""Register a method with PEFT that it does not ship."""
+"""Register methods with PEFT that it does not have."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peft.utils.peft_types import register_peft_method
 
 
 def extend_peft_type(name: str) -> PeftType:
-    """Add a member to PEFT's closed enum of methods, which `register_peft_method` demands; a no-op the second time.
+    """Add a member to PEFT's closed enum of methods, which `register_peft_method` requires; a no-op the second time.
 
     Args:
         name: in upper case; the value is the same.
