@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +31,7 @@ class AdapterGroups:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self.sizes = {name: self.names.count(name) for name in dict.fromkeys(self.names)}
+        self.sizes = dict(Counter(self.names))  # in the order of first occurrence
         groups = list(self.sizes)
         order = torch.tensor([groups.index(name) for name in self.names], dtype=torch.long).argsort(stable=True)
         self._is_sorted = order.tolist() == list(range(len(order)))
@@ -316,7 +317,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             call = BaseCall(self.base_function, x, weight, rest, kwargs, is_own_weight=weight is own_weight)
             if adapter_names is None:
                 return self.adapted_call(active, call)
-            return adapter_names.map(lambda name, part: self._call_one(name, call._replace(x=part)), x)
+
+            def run_one(name: str, part: torch.Tensor) -> torch.Tensor:
+                known = name in self.settings
+                return self.adapted_call([name], call._replace(x=part)) if known else call.run(part, weight)
+
+            return adapter_names.map(run_one, x)
 
         with InsteadOf(self.base_function, run):
             output = self.base_layer(x, *args, **kwargs)
@@ -326,11 +332,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 "expected once: the adapter cannot act in it."
             )
         return output
-
-    def _call_one(self, adapter_name: str, call: BaseCall) -> torch.Tensor:
-        if adapter_name not in self.settings:
-            return call.run(call.x, call.weight)
-        return self.adapted_call([adapter_name], call)
 
     def _check_mixed(self, groups: AdapterGroups, x: torch.Tensor) -> None:
         if len(x) != len(groups.names):
@@ -359,7 +360,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return {name: getattr(self, name) for name in self.adapter_layer_names}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The tuner checks all its layers before any is loaded; this is for a model without one around it.
+        # The tuner checks all its layers before it loads any; this is for a model without a tuner around it.
         own = (key for key in state_dict if key.startswith(prefix))
         adapters = [key for key in own if key.removeprefix(prefix).partition(".")[0] in self.adapter_layer_names]
         check_before_loading(self.adapter_tensors(prefix), {key: state_dict[key] for key in adapters})
@@ -406,23 +407,24 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _own_weight(self, base: nn.Module) -> nn.Parameter:
         """The parameter that a merged weight replaces."""
-        parameter, name = base._parameters.get("weight"), self.path or base
+        parameter, hook = base._parameters.get("weight"), _group_offloading(base)
         if has_class(base, "FSDPModule") or hasattr(parameter, "placements"):
-            raise ValueError(f"Cannot merge into {name}: it is sharded by FSDP. Merge before.")
-        if parameter is None:
-            raise ValueError(
-                f"Cannot merge into {name}: its weight is computed from other tensors (a parametrization, weight_norm or "
-                "pruning). Remove that first, for example by `torch.nn.utils.parametrize.remove_parametrizations`."
+            problem = "it is sharded by FSDP. Merge before sharding."
+        elif parameter is None:
+            problem = (
+                "its weight is computed from other tensors (a parametrization, weight_norm or pruning). Remove that first, for "
+                "example by `torch.nn.utils.parametrize.remove_parametrizations`."
             )
-        if parameter.is_meta:
-            raise ValueError(
-                f"Cannot merge into {name}: its weight is offloaded. Remove the hooks first, for example by "
+        elif parameter.is_meta:
+            problem = (
+                "its weight is offloaded. Remove the hooks first, for example by "
                 "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`."
             )
-        hook = _group_offloading(base)
-        if hook is not None and hook.config.offload_to_disk_path is not None:
-            raise ValueError(f"Cannot merge into {name}: its weight is offloaded to disk. Merge before.")
-        return parameter
+        elif hook is not None and hook.config.offload_to_disk_path is not None:
+            problem = "its weight is offloaded to disk. Merge before offloading."
+        else:
+            return parameter
+        raise ValueError(f"Cannot merge into {self.path or base}: {problem}")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Unlike PEFT's, this leaves the dtype alone: rounded to bfloat16, alpha would no longer start as the identity.
