@@ -269,13 +269,7 @@ def percentage(correct: Tensor) -> float:
 
 
 class _ResNet18(nn.Module):
-    """ResNet-18 of transformers that returns its logits.
-
-    Args:
-        num_classes: number of logits.
-        channels: channels of the images.
-        small_stem: whether to keep the full resolution in the stem (3x3, stride 1, no pooling), as is usual for CIFAR.
-    """
+    """ResNet-18 of transformers that returns its logits; `small_stem` keeps the full resolution, as is usual for CIFAR."""
 
     def __init__(self, num_classes: int, *, channels: int, small_stem: bool) -> None:
         super().__init__()
@@ -322,15 +316,7 @@ def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
 
 
 def _augment(batch: Tensor, *, config: ClassifierConfig, generator: torch.Generator) -> Tensor:
-    """Crop and mirror each image of a batch at random.
-
-    Args:
-        batch: uint8 (N, C, H, W), range 0..255.
-        config: gives `crop_padding` and `horizontal_flip`.
-        generator: on the CPU, so that the draws are the same for every device.
-
-    Returns:
-        uint8 (N, C, H, W), a new tensor or `batch` itself.
+    """Crop and mirror each image of a batch, uint8 (N, C, H, W), at random; a CPU generator draws the same on all devices.
 
     Source: arXiv 2510.02631, implementation details [text: random crop and horizontal flip].
     """
