@@ -307,7 +307,7 @@ def _traced_conv_names(model: nn.Module, example_inputs: Any) -> list[str]:
         )
     convolutions = set(conv_names(model))
     ran: dict[str, None] = {}
-    # Both what wraps a convolution and the convolution itself: which of them is called is up to the adapter.
+    # Both the wrapper of a convolution and the convolution itself: it depends on the adapter which of them is called.
     handles = [
         module.register_forward_pre_hook(partial(lambda name, *_: ran.setdefault(name), name))
         for name, module in plain_modules(model)
@@ -352,7 +352,7 @@ def _fill_budget(
         return entry[0] if isinstance(entry, tuple) else entry
 
     chosen, left = set(), float(budget[1]) * (1000 if budget[2] else 1)
-    # sorted() is stable, also in reverse: equals stay in order of execution.
+    # sorted() is stable, also in reverse: layers of equal importance stay in order of execution.
     for layer in sorted(costs, key=value, reverse=True):
         if costs[layer] <= left:
             chosen.add(layer)

@@ -1,6 +1,6 @@
-"""LoRA for convolutions as loralib has it, in two sizes, as a PEFT method.
+"""The LoRA for convolutions of loralib, in two sizes, as a PEFT method.
 
-PEFT's own LoRA factorises a convolution in another way and counts differently.
+PEFT's own LoRA factorises a convolution in another way and has another number of parameters.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ConvLoraConv2d(AdapterLayer):
     adapter_layer_names = ("conv_lora_A", "conv_lora_B")
 
     def initial_parameters(self, config: ConvLoraConfig) -> dict[str, torch.Tensor]:
-        """A `(width, C_in k)`, Kaiming-uniform, and B `(C_out k, width)`, zero, so that the layer starts as it is."""
+        """A `(width, C_in k)`, Kaiming-uniform, and B `(C_out k, width)`, zero, so that the layer starts unchanged."""
         rows, columns, kernel, other = self.weight_shape
         if kernel != other:
             raise ValueError(

@@ -27,7 +27,7 @@ class ScaleShiftConfig(ConvAdapterConfig):
 
 
 class ScaleShiftConv2d(AdapterLayer):
-    """A Conv2d that sees `scale * x + shift`, one scale and one shift for every input channel.
+    """A Conv2d that gets `scale * x + shift`, one scale and one shift for every input channel.
 
     Several active adapters act one after another [ours].
     """
@@ -61,7 +61,7 @@ class ScaleShiftConv2d(AdapterLayer):
 
 class ScaleShiftModel(ConvAdapterModel):
     """
-    Puts a scale and a shift in front of the convolutions of a model. Its adapters cannot be merged.
+    Puts a scale and a shift before the convolutions of a model. Its adapters cannot be merged.
 
     Args:
         model ([`torch.nn.Module`]): The model to be adapted.

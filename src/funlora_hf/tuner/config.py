@@ -42,8 +42,8 @@ class FunLoraConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*): Modules besides the adapter that are trained and saved whole.
         layers_to_transform (`Union[list[int], int]`, *optional*): Layer indexes to adapt, if `target_modules` is a list.
         layers_pattern (`Union[list[str], str]`, *optional*): Name of the `nn.ModuleList` that the indexes count, if `layers_to_transform` is given.
-        class_embedding (`str`, *optional*): Name of an `nn.Embedding` whose output the adapter replaces by a learned vector of its own, whatever the
-            label: so a base that knows two classes can serve a thousand. On a `UNet2DModel`: "class_embedding".
+        class_embedding (`str`, *optional*): Name of an `nn.Embedding` whose output the adapter replaces by a learned vector of its own, for every
+            label, so that a base with two classes can serve a thousand. On a `UNet2DModel`: "class_embedding".
         class_label (`int`, *optional*): Id of the class that the adapter generates.
         class_name (`str`, *optional*): Its name.
         base_fingerprint (`dict[str, str]`, *optional*): SHA-256 of the base that the adapter was trained for, by the precision that it is loaded in: what

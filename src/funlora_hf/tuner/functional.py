@@ -1,4 +1,4 @@
-"""The maths of FunLoRA: the functional matrix F, its start, and how it is used on a weight.
+"""The maths of FunLoRA: the functional matrix F, its initial values, and how it is expanded to a weight.
 
 Marks: [exact] matches the paper's numbers (arXiv 2510.02631), [text] its prose, [ours] is our choice.
 """
@@ -199,7 +199,7 @@ def _weighted(alpha: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
 
 
 def _recomputed(function: Callable, entries: int, *tensors: torch.Tensor | None) -> torch.Tensor:
-    """`function(*tensors)`, of which for a large F autograd keeps the arguments only."""
+    """`function(*tensors)`; for a large F, autograd keeps only the arguments."""
     # Under torch.func `_Recomputed`, which calls autograd itself, has no rule.
     if entries < RECOMPUTED_SIZE or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*tensors)
