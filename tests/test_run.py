@@ -811,7 +811,7 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"strategy": "joint", "base_model": "mine"}, "`strategy` 'joint' trains on all tasks at once"),
         ({"report_to": "no-such-tracker"}, "`report_to` 'no-such-tracker'"),
         ({"target_modules": ["no_such_layer"]}, "no_such_layer"),
-        ({"classifier_architecture": "vit"}, "classifier_architecture is 'vit', expected one of auto, resnet18, cnn"),
+        ({"classifier_architecture": "vit"}, "`classifier_architecture` is 'vit', expected one of: 'auto'"),
         ({"image_quality": "fid"}, "`image_quality` is 'fid', expected one of: 'classifier', 'inception', 'none'"),
         ({"image_quality_neighbours": 0}, "`image_quality_neighbours` should be a positive integer"),
         ({"strategy_options": ["merge"]}, "`strategy_options` has 'merge', expected key=value, with each key once"),
@@ -830,7 +830,7 @@ def test_a_huge_learning_rate_is_stopped(inside):
             {"strategy": "merge_orthogonal", "classes_per_task": 1, "rank": 8},
             "`orthogonal` is 'nullspace', but before the last of 9 tasks with `rank` 8",
         ),
-        ({"classifier_learning_rate": -1.0}, r"classifier_learning_rate is -1\.0"),
+        ({"classifier_learning_rate": -1.0}, r"`classifier_learning_rate` is -1\.0"),
     ],
 )
 def test_bad_arguments_are_named(arguments, text, inside):

@@ -1,8 +1,7 @@
-"""Trains a classifier of images and measures its accuracy."""
+"""Train a classifier of images and measure its accuracy."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,9 @@ from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from .data.image_data import to_model_range
+from .tuners_utils.wrappers import evaluation_mode
+from .utils.checks import check_at_least_one, check_choice
+from .utils.field_types import check_field_types
 
 
 ARCHITECTURES = ("auto", "resnet18", "cnn")
@@ -60,22 +62,20 @@ class ClassifierConfig:
     architecture: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_int("epochs", self.epochs, minimum=1, remedy="train for at least one epoch")
-        _check_int(
-            "batch_size",
-            self.batch_size,
-            minimum=2,
-            remedy="batch normalisation needs two images to estimate a variance",
-        )
-        _check_float("learning_rate", self.learning_rate, low=0.0, low_allowed=False, high=math.inf)
-        _check_float("momentum", self.momentum, low=0.0, low_allowed=True, high=1.0)
-        _check_float("weight_decay", self.weight_decay, low=0.0, low_allowed=True, high=math.inf)
-        _check_int("crop_padding", self.crop_padding, minimum=0, remedy="0 switches the random crop off")
-        if not isinstance(self.horizontal_flip, bool):
-            raise ValueError(f"horizontal_flip is {self.horizontal_flip!r}, expected True or False")
-        if self.max_train_steps is not None:
-            _check_int("max_train_steps", self.max_train_steps, minimum=1, remedy="None sets no limit")
-        _check_architecture(self.architecture)
+        check_field_types(self)
+        check_choice("architecture", self.architecture, ARCHITECTURES)
+        steps = self.max_train_steps
+        for name, valid, expected in (
+            ("epochs", self.epochs >= 1, "an integer of at least 1"),
+            ("batch_size", self.batch_size >= 2, "an integer of at least 2: batch normalisation needs two images"),
+            ("learning_rate", self.learning_rate > 0, "a number above 0"),
+            ("momentum", 0 <= self.momentum < 1, "a number in [0, 1)"),
+            ("weight_decay", self.weight_decay >= 0, "a number of at least 0"),
+            ("crop_padding", self.crop_padding >= 0, "an integer of at least 0; 0 switches the random crop off"),
+            ("max_train_steps", steps is None or steps >= 1, "an integer of at least 1, or None for no limit"),
+        ):
+            if not valid:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected {expected}.")
 
     @classmethod
     def for_digits(cls) -> ClassifierConfig:
@@ -90,7 +90,7 @@ class ClassifierConfig:
 
 
 def build_classifier(num_classes: int, *, channels: int, image_size: int, architecture: str = "auto") -> nn.Module:
-    """Builds an untrained classifier. Its weights come from torch's global random state, as for any module.
+    """Build an untrained classifier. Its weights come from torch's global random state, as for any module.
 
     Args:
         num_classes: number of logits.
@@ -108,10 +108,11 @@ def build_classifier(num_classes: int, *, channels: int, image_size: int, archit
     Source: ResNet-18, arXiv 2510.02631, implementation details [text]; its stem for small images (3x3 convolution of
         stride 1, no pooling) and the small network are [ours].
     """
-    _check_int("num_classes", num_classes, minimum=1, remedy="count the classes seen so far")
-    _check_int("channels", channels, minimum=1, remedy="images are (N, C, H, W)")
-    _check_int("image_size", image_size, minimum=2, remedy="give the side of the images in pixels")
-    _check_architecture(architecture)
+    check_at_least_one("num_classes", num_classes)
+    check_at_least_one("channels", channels)
+    if not isinstance(image_size, int) or image_size < 2:
+        raise ValueError(f"`image_size` is {image_size!r}, expected the side of the images in pixels, at least 2.")
+    check_choice("architecture", architecture, ARCHITECTURES)
     if architecture == "auto":
         architecture = "cnn" if image_size < SMALLEST_RESNET_IMAGE else "resnet18"
     if architecture == "cnn":
@@ -130,9 +131,9 @@ def train_classifier(
     progress_bar: bool = True,
     description: str = "classifier",
 ) -> nn.Module:
-    """Trains a fresh classifier with cross-entropy.
+    """Train a new classifier with cross-entropy.
 
-    The initial weights, the order of the images and the augmentation depend on `seed` alone; the global random
+    The initial weights, the order of the images and the augmentation depend only on `seed`; the global random
     states are neither read nor changed. On the CPU, with the same number of threads, equal seeds give equal bits.
 
     Args:
@@ -157,16 +158,15 @@ def train_classifier(
     _check_images(images)
     if images.shape[2] != images.shape[3]:
         raise ValueError(
-            f"images has shape {tuple(images.shape)}, expected square images (N, C, H, H); crop them first"
+            f"`images` has shape {tuple(images.shape)}, expected square images (N, C, H, H): crop them first."
         )
-    _check_int("num_classes", num_classes, minimum=1, remedy="count the classes seen so far")
+    check_at_least_one("num_classes", num_classes)
     _check_labels(labels, count=len(images), num_classes=num_classes)
-    _check_int("seed", seed, minimum=0, remedy="use an integer from 0 to 2**63 - 1")
-    if seed >= 2**63:
-        raise ValueError(f"seed is {seed}, expected less than 2**63; use a smaller seed")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` is {seed!r}, expected an integer from 0 to 2**63 - 1.")
 
     if len(images) == 1:
-        # Batch normalisation cannot train on one image: show it twice, each copy with its own augmentation.
+        # Batch normalisation cannot train on one image: use it twice, each copy with its own augmentation.
         images, labels = images.repeat(2, 1, 1, 1), labels.repeat(2)
     labels = labels.to(images.device)
 
@@ -185,22 +185,15 @@ def train_classifier(
     total_steps = config.epochs * steps_per_epoch
     if config.max_train_steps is not None:
         total_steps = min(total_steps, config.max_train_steps)
-
+    rate = config.learning_rate
     optimizer = torch.optim.SGD(
-        classifier.parameters(),
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        classifier.parameters(), lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    # A single step has no cycle: OneCycleLR would give it the final rate, which is next to nothing.
-    # cycle_momentum would replace the configured momentum by a cycle of its own.
-    scheduler = (
-        torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=config.learning_rate, total_steps=total_steps, cycle_momentum=False
-        )
-        if total_steps > 1
-        else None
-    )
+    scheduler = None
+    # A single step has no cycle: OneCycleLR would give it the final rate, which is almost zero.
+    if total_steps > 1:
+        # cycle_momentum would replace the configured momentum by a cycle.
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps, cycle_momentum=False)
 
     with tqdm(total=total_steps, desc=description, disable=not progress_bar, leave=False) as bar:
         for step in range(total_steps):
@@ -228,7 +221,7 @@ def train_classifier(
 
 @torch.no_grad()
 def predict(classifier: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tensor:
-    """Predicts the class of every image, on the device of the classifier's weights.
+    """Predict the class of every image, on the device of the classifier's weights.
 
     Args:
         classifier: as from `build_classifier`; it is evaluated in evaluation mode and left in the mode it had.
@@ -242,18 +235,12 @@ def predict(classifier: nn.Module, images: Tensor, *, batch_size: int = 500) -> 
         ValueError: images or batch_size are not as described.
     """
     _check_images(images)
-    _check_int("batch_size", batch_size, minimum=1, remedy="500 suits most machines")
+    check_at_least_one("batch_size", batch_size)
     parameter = next(classifier.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    was_training = classifier.training
-    classifier.eval()
-    try:
-        classes = [
-            classifier(to_model_range(batch.to(device))).argmax(dim=1).cpu() for batch in images.split(batch_size)
-        ]
-    finally:
-        classifier.train(was_training)
-    return torch.cat(classes)
+    with evaluation_mode(classifier):
+        logits = (classifier(to_model_range(batch.to(device))) for batch in images.split(batch_size))
+        return torch.cat([part.argmax(dim=1).cpu() for part in logits])
 
 
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 500) -> float:
@@ -282,37 +269,30 @@ def percentage(correct: Tensor) -> float:
 
 
 class _ResNet18(nn.Module):
-    """ResNet-18 of transformers that returns its logits.
-
-    Args:
-        num_classes: number of logits.
-        channels: channels of the images.
-        small_stem: whether to keep the full resolution in the stem (3x3, stride 1, no pooling), as is usual for CIFAR.
-    """
+    """ResNet-18 of transformers that returns its logits; `small_stem` keeps the full resolution, as is usual for CIFAR."""
 
     def __init__(self, num_classes: int, *, channels: int, small_stem: bool) -> None:
         super().__init__()
-        self.model = ResNetForImageClassification(
-            ResNetConfig(
-                num_channels=channels,
-                embedding_size=64,
-                hidden_sizes=[64, 128, 256, 512],
-                depths=[2, 2, 2, 2],
-                layer_type="basic",
-                downsample_in_first_stage=False,
-                num_labels=num_classes,
-            )
+        config = ResNetConfig(
+            num_channels=channels,
+            embedding_size=64,
+            hidden_sizes=[64, 128, 256, 512],
+            depths=[2, 2, 2, 2],
+            layer_type="basic",
+            downsample_in_first_stage=False,
         )
+        config.num_labels = num_classes
+        self.model = ResNetForImageClassification(config)
         if small_stem:
             stem = self.model.resnet.embedder
             convolution = nn.Conv2d(channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
             # The initialisation that transformers gives to the convolution that this one replaces.
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
             stem.embedder.convolution = convolution
-            stem.pooler = nn.Identity()
+            stem.add_module("pooler", nn.Identity())
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps images, float (N, C, H, W) in [-1, 1], to logits, float (N, num_classes)."""
+        """Map images, float (N, C, H, W) in [-1, 1], to logits, float (N, num_classes)."""
         return self.model(pixel_values=images).logits
 
 
@@ -336,77 +316,42 @@ def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
 
 
 def _augment(batch: Tensor, *, config: ClassifierConfig, generator: torch.Generator) -> Tensor:
-    """Crops and mirrors each image of a batch at random.
-
-    Args:
-        batch: uint8 (N, C, H, W), range 0..255.
-        config: gives `crop_padding` and `horizontal_flip`.
-        generator: on the CPU, so that the draws are the same for every device.
-
-    Returns:
-        uint8 (N, C, H, W), a new tensor or `batch` itself.
+    """Crop and mirror each image of a batch, uint8 (N, C, H, W), at random; a CPU generator draws the same on all devices.
 
     Source: arXiv 2510.02631, implementation details [text: random crop and horizontal flip].
     """
-    count, channels, height, width = batch.shape
+    count, _, height, width = batch.shape
     if config.crop_padding > 0:
         pad = config.crop_padding
-        offsets = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(batch.device)
-        rows = offsets[0][:, None] + torch.arange(height, device=batch.device)
-        columns = offsets[1][:, None] + torch.arange(width, device=batch.device)
-        padded = functional.pad(batch, (pad, pad, pad, pad))
-        batch = padded[
-            torch.arange(count, device=batch.device)[:, None, None, None],
-            torch.arange(channels, device=batch.device)[None, :, None, None],
-            rows[:, None, :, None],
-            columns[:, None, None, :],
-        ]
+        rows, columns = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(batch.device)
+        # Every window of each padded image, as views: (N, C, 2 pad + 1, 2 pad + 1, H, W).
+        windows = functional.pad(batch, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+        batch = windows[torch.arange(count, device=batch.device), :, rows, columns]
     if config.horizontal_flip:
         mirrored = (torch.rand(count, generator=generator) < 0.5).to(batch.device)
         batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
     return batch
 
 
+def _check_tensor(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"`{name}` is {found}, expected a {dtype} tensor: convert it first.")
+
+
 def _check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        found = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images is {found}, expected a uint8 tensor in 0..255; convert it first")
-    if images.ndim != 4 or 0 in images.shape[1:]:
-        raise ValueError(f"images has shape {tuple(images.shape)}, expected (N, C, H, W); add the missing dimensions")
-    if len(images) == 0:
-        raise ValueError("images is empty, expected at least one image; check how the set was made")
+    _check_tensor("images", images, torch.uint8)
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(f"`images` has shape {tuple(images.shape)}, expected (N, C, H, W) with at least one image.")
 
 
 def _check_labels(labels: Tensor, *, count: int, num_classes: int | None) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels is {found}, expected an int64 tensor; convert it with .long()")
+    _check_tensor("labels", labels, torch.int64)
     if labels.shape != (count,):
-        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected ({count},): one label per image of images")
+        raise ValueError(f"`labels` has shape {tuple(labels.shape)}, expected ({count},): one label per image.")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (num_classes is not None and high >= num_classes):
         bound = "0 and up" if num_classes is None else f"0..{num_classes - 1}"
         raise ValueError(
-            f"labels range from {low} to {high}, expected {bound}; number the classes seen from 0 in their order"
-        )
-
-
-def _check_int(name: str, value: int, *, minimum: int, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} is {value!r}, expected an integer of at least {minimum}; {remedy}")
-
-
-def _check_float(name: str, value: float, *, low: float, low_allowed: bool, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (low <= value < high) or (value == low and not low_allowed):
-        bracket = "[" if low_allowed else "("
-        raise ValueError(
-            f"{name} is {value!r}, expected a number in {bracket}{low}, {high}); choose one in this range"
-        )
-
-
-def _check_architecture(architecture: str) -> None:
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture is {architecture!r}, expected one of {', '.join(ARCHITECTURES)}; 'auto' chooses"
+            f"`labels` range from {low} to {high}, expected {bound}: number the classes seen from 0 in their order."
         )

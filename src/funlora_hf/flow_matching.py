@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import torch
 
+from .utils.checks import check_choice
+
 
 NUM_TRAIN_TIMESTEPS = 1000
 TIMESTEP_DENSITIES = ("uniform", "logit_normal")
 
 
 def sigma_to_timestep(sigma: torch.Tensor) -> torch.Tensor:
-    """What the model is told of the time: `1000 * sigma`, always a float tensor.
+    """The time as the model takes it: `1000 * sigma`, always a float tensor.
 
     Args:
         sigma: any shape, in [0, 1], floating point.
@@ -55,7 +57,7 @@ def flow_matching_loss(model_output: torch.Tensor, target: torch.Tensor) -> torc
         target: same shape.
 
     Returns:
-        `(batch,)`, not reduced over the batch, so that held-out losses and shares of a batch can weigh it.
+        `(batch,)`, not reduced over the batch, so that held-out losses and parts of a batch can weight it.
 
     Source: as `interpolate`.
     """
@@ -81,10 +83,7 @@ def sample_sigmas(
 
     Source: "uniform" [text]; "logit_normal" is that of Stable Diffusion 3 (arXiv 2403.03206).
     """
+    check_choice("timestep_density", density, TIMESTEP_DENSITIES)
     if density == "uniform":
         return torch.rand(batch_size, generator=generator)
-    if density == "logit_normal":
-        return torch.sigmoid(torch.randn(batch_size, generator=generator))
-    raise ValueError(
-        f"`timestep_density` is {density!r}, expected one of: {', '.join(map(repr, TIMESTEP_DENSITIES))}."
-    )
+    return torch.sigmoid(torch.randn(batch_size, generator=generator))

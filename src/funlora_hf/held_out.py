@@ -23,8 +23,8 @@ def held_out_loss(
 ) -> float:
     """Mean flow-matching loss of a class on images that it was not trained on.
 
-    Every image is met at each of `num_sigmas` evenly spaced times with noise of its own; the same seed gives the same
-    times and noise, so two models are compared on equal terms.
+    Every image gets its own noise at each of `num_sigmas` evenly spaced times; the same seed gives the same times and
+    noise, so the losses of two models are comparable.
 
     Args:
         pipe: knows the class.

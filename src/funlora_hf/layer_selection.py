@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,15 +20,16 @@ from .tuner.hotswap import SAVED_PREFIX
 from .tuner.layer import FunLoraFactorLayer
 from .tuner.targets import conv_names, decoder, decoder_middle, knows_order, unet_conv_names
 from .tuners_utils.meta_shapes import adapted_shape
-from .tuners_utils.wrappers import plain_modules, without_peft
+from .tuners_utils.wrappers import evaluation_mode, plain_modules, without_peft
 from .utils.files import read_tensors
 
 
 # FunLoRA's own, or a row of the class embedding that PEFT trains as a token.
 _CLASS_VECTOR = re.compile(r"\.(funlora_class_vector|trainable_tokens_delta)\.")
+_Adapter = Path | str | Mapping[str, torch.Tensor]
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _BUDGET = re.compile(r"<=\s*(\d+(?:\.\d+)?)\s*([kK]?)(?:\s*per class)?")
-PRESETS = ("all", "decoder", "decoder-middle", "a range as '40-54'", "a budget as '<= 5K per class'")
+_NAMED = ("all", "decoder", "decoder-middle")
 
 
 class LayerImportance(NamedTuple):
@@ -59,9 +59,9 @@ class ParametersPerClass(NamedTuple):
 def conv_layers(model: nn.Module, example_inputs: Any = None) -> list[str]:
     """Names of all Conv2d in order of execution. On the paper's backbone the index is the paper's number of a layer.
 
-    For a `UNet2DModel` or a `UNet2DConditionModel` the order is known and nothing runs. Any other model (and these,
-    if example inputs are given) makes one forward, in evaluation mode and without gradients. Then a convolution that
-    runs twice counts where it runs first, and one that does not run is left out.
+    For a `UNet2DModel` or a `UNet2DConditionModel` the order is known and the model does not run. Any other model (and
+    these, if example inputs are given) makes one forward, in evaluation mode and without gradients. Then a convolution
+    that runs twice counts where it runs first, and one that does not run is left out.
 
     Args:
         model: with or without adapters of PEFT; the names are those without.
@@ -80,9 +80,9 @@ def conv_layers(model: nn.Module, example_inputs: Any = None) -> list[str]:
     if knows_order(model):
         return unet_conv_names(model)
     raise ValueError(
-        f"`example_inputs` is None, but only of a UNet2DModel or UNet2DConditionModel in its standard form is the order "
-        f"of execution known, and the model is a {type(without_peft(model)).__name__}. Pass the arguments of one "
-        "forward, as a tuple or a dict."
+        "`example_inputs` is None, but the order of execution is only known for a UNet2DModel or UNet2DConditionModel in "
+        f"its standard form, and the model is a {type(without_peft(model)).__name__}. Pass the arguments of one forward, "
+        "as a tuple or a dict."
     )
 
 
@@ -104,9 +104,8 @@ def select_layers(
     | "40-54"           | those with these indices of `conv_layers`, both included                                  |
     | "<= 5K per class" | as many as the budget pays for: see below. "K" is 1000, "per class" may be left out       |
 
-    A budget is filled in falling order of importance; a layer that does not fit any more is passed over, and less
-    important ones that still fit are taken. The class vector does not count against it. Layers of equal importance go
-    in order of execution.
+    A budget is filled in falling order of importance; a layer that no longer fits is skipped, and less important ones
+    that still fit are taken. The class vector does not count. Layers of equal importance are taken in order of execution.
 
     Args:
         model: with or without adapters.
@@ -122,7 +121,7 @@ def select_layers(
 
     Raises:
         ValueError: an unknown preset, indices that the model does not have, a part that the model does not have, a
-            budget without importance or below the cost of every layer, importance of layers that the model has not.
+            budget without importance or below the cost of every layer, importance of layers that the model does not have.
 
     Source: "40-54" and its importance, arXiv 2510.02631, Tables I and V [exact]; the presets and the rule of the budget [ours].
     """
@@ -133,13 +132,14 @@ def select_layers(
                 f"model is a {type(without_peft(model)).__name__}. Give a range of indices of `conv_layers`."
             )
         return decoder(model) if preset == "decoder" else decoder_middle(model)
-    span, budget = _RANGE.fullmatch(preset), _BUDGET.fullmatch(preset)
-    if preset != "all" and not span and not budget:
-        raise ValueError(f"`preset` is {preset!r}, expected one of: {', '.join(PRESETS)}.")
+    if not is_preset(preset):
+        raise ValueError(
+            f"`preset` is {preset!r}, expected one of: {', '.join(_NAMED)}, a range as '40-54', a budget as '<= 5K per class'."
+        )
     layers = conv_layers(model, example_inputs)
     if not layers:
         raise ValueError(f"`preset` is {preset!r}, but {type(without_peft(model)).__name__} has no Conv2d that runs.")
-    if span:
+    if span := _RANGE.fullmatch(preset):
         first, last = (int(number) for number in span.groups())
         if not first <= last < len(layers):
             raise ValueError(
@@ -147,37 +147,32 @@ def select_layers(
                 f"{len(layers)} convolutions."
             )
         return layers[first : last + 1]
-    if budget:
-        number, thousands = budget.groups()
-        limit = float(number) * (1000 if thousands else 1)
-        return _fill_budget(model, layers, limit, preset, importance, config or FunLoraConfig())
+    if budget := _BUDGET.fullmatch(preset):
+        return _fill_budget(model, layers, budget, importance, config or FunLoraConfig())
     return layers
 
 
 def resolve_targets(
     model: nn.Module, target_modules: Sequence[str] | str | None, **kwargs: Any
 ) -> Sequence[str] | str | None:
-    """`target_modules` with a preset of `select_layers` replaced by the names it stands for.
+    """`target_modules` with a preset of `select_layers` replaced by the names of its layers.
 
     Args:
         model: whose layers they are.
         target_modules: a preset, alone or as the only entry of a list; anything else (names, a regex, "all-conv", None)
-            comes back as it is.
+            is returned unchanged.
         **kwargs: for `select_layers`.
 
     Returns:
         What `FunLoraConfig` takes as `target_modules`.
     """
-    single = target_modules if isinstance(target_modules, str) else None
-    if single is None and target_modules is not None and len(target_modules) == 1:
-        (single,) = target_modules
-    return select_layers(model, single, **kwargs) if single is not None and is_preset(single) else target_modules
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
+    return select_layers(model, names[0], **kwargs) if len(names) == 1 and is_preset(names[0]) else target_modules
 
 
 def is_preset(text: str) -> bool:
     """Whether `select_layers` knows this as a preset."""
-    named = text in ("all", "decoder", "decoder-middle")
-    return named or bool(_RANGE.fullmatch(text) or _BUDGET.fullmatch(text))
+    return text in _NAMED or bool(_RANGE.fullmatch(text) or _BUDGET.fullmatch(text))
 
 
 def parameters_per_class(model: nn.Module, config: PeftConfig) -> ParametersPerClass:
@@ -186,7 +181,7 @@ def parameters_per_class(model: nn.Module, config: PeftConfig) -> ParametersPerC
     Counted on a copy without values: neither the model nor the configuration is changed, and no weight is copied.
 
     Args:
-        model: with adapters or without; those there do not count.
+        model: with adapters or without; existing ones do not count.
         config: a `FunLoraConfig` or any other configuration of PEFT.
 
     Returns:
@@ -198,24 +193,21 @@ def parameters_per_class(model: nn.Module, config: PeftConfig) -> ParametersPerC
 
     Source: arXiv 2510.02631, Tables I, II, IV and V [exact].
     """
-    adapted = adapted_shape(model, config)
-    total = vectors = 0
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad:
-            total += parameter.numel()
-            vectors += parameter.numel() if _CLASS_VECTOR.search(name) else 0
+    trained = {name: p.numel() for name, p in adapted_shape(model, config).named_parameters() if p.requires_grad}
+    vectors = sum(count for name, count in trained.items() if _CLASS_VECTOR.search(name))
+    total = sum(trained.values())
     return ParametersPerClass(without_vector=total - vectors, with_vector=total)
 
 
 def layer_importance(
-    model_or_adapters: nn.Module | Iterable[Path | str | Mapping[str, torch.Tensor]],
+    model_or_adapters: nn.Module | _Adapter | Iterable[_Adapter],
     *,
     order: Sequence[str] | None = None,
 ) -> dict[str, LayerImportance]:
-    """Importance of each adapted layer over the classes: how far its A and B have moved from where they started.
+    """Importance of each adapted layer over the classes: how far its A and B have moved from their start.
 
     `I_y^l = (||vec(A) - 1||_1 + ||vec(B) - 1||_1) / (|vec(A)| + |vec(B)|)` for class y, where A and B started at 1;
-    `I^l` is its mean over the classes. For r > 1, B starts at 1/r, which then takes the place of 1 [ours].
+    `I^l` is its mean over the classes. For r > 1, B starts at 1/r, which then replaces 1 [ours].
 
     Args:
         model_or_adapters: a model with FunLoRA layers (a PeftModel or any other), of which every adapter counts as a
@@ -238,18 +230,14 @@ def layer_importance(
         if order is None and knows_order(model_or_adapters):
             order = unet_conv_names(model_or_adapters)
     else:
-        alone = isinstance(model_or_adapters, (str, os.PathLike, Mapping))
-        adapters = [model_or_adapters] if alone else model_or_adapters
-        per_class = [adapter_importance(_state_dict(adapter)) for adapter in adapters]
-    values: dict[str, list[float]] = {layer: [] for layer in order or ()}
-    for importance in per_class:
-        for layer, value in importance.items():
-            values.setdefault(layer, []).append(value)
+        if isinstance(model_or_adapters, (str, os.PathLike, Mapping)):
+            model_or_adapters = [model_or_adapters]
+        per_class = [_saved_importance(adapter) for adapter in model_or_adapters]
     result = {}
-    for layer, numbers in values.items():
-        if numbers:
-            over_classes = torch.tensor(numbers, dtype=torch.float64)
-            result[layer] = LayerImportance(over_classes.mean().item(), over_classes.std(correction=0).item())
+    for layer in dict.fromkeys([*(order or ()), *(layer for importance in per_class for layer in importance)]):
+        numbers = torch.tensor([of[layer] for of in per_class if layer in of], dtype=torch.float64)
+        if len(numbers):
+            result[layer] = LayerImportance(numbers.mean().item(), numbers.std(correction=0).item())
     return result
 
 
@@ -301,24 +289,32 @@ def _importance_in_model(model: nn.Module) -> list[dict[str, float]]:
     return list(by_adapter.values())
 
 
-def _state_dict(adapter: Path | str | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    if isinstance(adapter, Mapping):
-        return adapter
-    return read_tensors(Path(adapter) / "adapter_model.safetensors", remedy="take it from where it came from")
+def _saved_importance(adapter: _Adapter) -> dict[str, float]:
+    if not isinstance(adapter, Mapping):
+        adapter = read_tensors(Path(adapter) / "adapter_model.safetensors", remedy="take it from where it came from")
+    return adapter_importance(adapter)
 
 
 def _traced_conv_names(model: nn.Module, example_inputs: Any) -> list[str]:
-    args, kwargs = _arguments(example_inputs)
+    kwargs = example_inputs if isinstance(example_inputs, Mapping) else {}
+    args = () if isinstance(example_inputs, Mapping) else example_inputs
+    if isinstance(args, torch.Tensor):
+        args = (args,)
+    if not isinstance(args, (tuple, list)):
+        raise ValueError(
+            f"`example_inputs` is a {type(args).__name__}, expected a tuple of arguments, a dict of keyword arguments, or "
+            "a tensor."
+        )
     convolutions = set(conv_names(model))
     ran: dict[str, None] = {}
-    # Both what wraps a convolution and the convolution itself: which of them is called is up to the adapter.
+    # Both the wrapper of a convolution and the convolution itself: it depends on the adapter which of them is called.
     handles = [
         module.register_forward_pre_hook(partial(lambda name, *_: ran.setdefault(name), name))
         for name, module in plain_modules(model)
         if name in convolutions
     ]
     try:
-        with torch.no_grad(), _evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model):
             model(*args, **kwargs)
     finally:
         for handle in handles:
@@ -326,42 +322,16 @@ def _traced_conv_names(model: nn.Module, example_inputs: Any) -> list[str]:
     return list(ran)
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    raise ValueError(
-        f"`example_inputs` is a {type(example_inputs).__name__}, expected a tuple of arguments, a dict of keyword "
-        "arguments, or a tensor."
-    )
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    # Statistics of normalisation layers must not change.
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _fill_budget(
     model: nn.Module,
     layers: Sequence[str],
-    limit: float,
-    preset: str,
+    budget: re.Match[str],
     importance: Mapping[str, float | tuple[float, float]] | None,
-    config: PeftConfig,
+    config: Any,
 ) -> list[str]:
     if not importance:
         raise ValueError(
-            f"`importance` is {importance!r}, but the budget {preset!r} is filled by importance: pass what "
+            f"`importance` is {importance!r}, but the budget {budget[0]!r} is filled by importance: pass what "
             "`layer_importance` returns for trained adapters of this model."
         )
     unknown = [layer for layer in importance if layer not in layers]
@@ -370,32 +340,26 @@ def _fill_budget(
             f"`importance` has {', '.join(unknown)}, which the model does not run as a Conv2d: pass that of adapters "
             "of this model."
         )
-    costs = _parameters_by_layer(model, [layer for layer in layers if layer in importance], config)
+    costs = {layer: 0 for layer in layers if layer in importance}
+    config = copy.deepcopy(config)
+    config.target_modules = set(costs)
+    for name, module in plain_modules(adapted_shape(model, config)):
+        if name in costs and isinstance(module, BaseTunerLayer):
+            costs[name] = sum(p.numel() for p in module.parameters() if p.requires_grad)
 
     def value(layer: str) -> float:
         entry = importance[layer]
         return entry[0] if isinstance(entry, tuple) else entry
 
-    chosen, left = set(), limit
-    # sorted() is stable, also in reverse: equals stay in order of execution.
+    chosen, left = set(), float(budget[1]) * (1000 if budget[2] else 1)
+    # sorted() is stable, also in reverse: layers of equal importance stay in order of execution.
     for layer in sorted(costs, key=value, reverse=True):
         if costs[layer] <= left:
             chosen.add(layer)
             left -= costs[layer]
     if not chosen:
         raise ValueError(
-            f"`preset` is {preset!r}, but the cheapest layer costs {min(costs.values())} numbers a class: raise the "
+            f"`preset` is {budget[0]!r}, but the cheapest layer costs {min(costs.values())} numbers a class: raise the "
             "budget, or count with a larger `ratio`."
         )
     return [layer for layer in layers if layer in chosen]
-
-
-def _parameters_by_layer(model: nn.Module, layers: Sequence[str], config: PeftConfig) -> dict[str, int]:
-    config = copy.deepcopy(config)
-    config.target_modules = set(layers)
-    adapted = adapted_shape(model, config)
-    costs = dict.fromkeys(layers, 0)
-    for name, module in plain_modules(adapted):
-        if name in costs and isinstance(module, BaseTunerLayer):
-            costs[name] = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return costs

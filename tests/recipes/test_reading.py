@@ -85,7 +85,7 @@ def test_any_values_of_any_keys(times, parse, tmp_path, capsys):
         named = [
             key for key in (*values, *("strategy" for key in values if key == "strategies")) if key in (text or "")
         ]
-        assert text is None or named or "mapping" in text or "no recipe" in text, text
+        assert text is None or named or "mapping" in text or "not a recipe" in text, text
 
     check()
     assert taken > 5
@@ -103,7 +103,7 @@ def test_any_unet(times, parse, tmp_path, capsys):
         config = {**sound, key: value}
         file.write_text(dump({"unet_config": json.dumps(config, default=repr) if as_text else config}))
         text = attempt(parse, file, capsys)
-        assert text is None or "unet_config" in text or "no recipe" in text, text
+        assert text is None or "unet_config" in text or "not a recipe" in text, text
 
     check()
 
@@ -148,13 +148,13 @@ REFUSED = {
     "twice": ("seed: 1\nseed: 2", "'seed' twice"),
     "twice in a U-Net": ("unet_config: {sample_size: 8, sample_size: 16}", "'sample_size' twice"),
     "two documents": ("seed: 1\n---\nseed: 2", "single document"),
-    "no date": ("seed: 2001-99-99", "no recipe"),
-    "huge number": ("seed: " + "1" * 10_000, "no recipe"),
-    "tag of nothing": ("seed: !!int ''", "no recipe"),
+    "no date": ("seed: 2001-99-99", "not a recipe"),
+    "huge number": ("seed: " + "1" * 10_000, "not a recipe"),
+    "tag of nothing": ("seed: !!int ''", "not a recipe"),
     "number as key": ("1: 2", "unknown keys '1'"),
-    "mapping as key": ("{a: 1}: 2", "no recipe"),
+    "mapping as key": ("{a: 1}: 2", "not a recipe"),
     "unknown key": ("sead: 2", "unknown keys 'sead'"),
-    "not UTF-8": (b"seed: \xff\xfe\xfd", "no recipe"),
+    "not UTF-8": (b"seed: \xff\xfe\xfd", "not a recipe"),
     "words": ("base_train_steps: many", "base_train_steps"),
     "list for a number": ("base_train_steps: [1]", "`base_train_steps` is [1], expected a whole number or None"),
     "fraction": ("base_train_steps: 1.5", "`base_train_steps` is 1.5, expected a whole number or None"),

@@ -1,11 +1,6 @@
-"""The paper's comparison methods that PEFT has not; importing it registers them with PEFT."""
+"""The paper's comparison methods that PEFT does not have; importing it registers them with PEFT."""
 
-from ..tuners_utils.registration import extend_peft_type, register
-
-
-extend_peft_type("CONV_LORA")
-extend_peft_type("SCALE_SHIFT")
-
+from ..tuners_utils.registration import register
 from .conv_lora import ConvLoraConfig, ConvLoraConv2d, ConvLoraModel
 from .scale_shift import ScaleShiftConfig, ScaleShiftConv2d, ScaleShiftModel
 

@@ -1,6 +1,6 @@
-"""LoRA for convolutions as loralib has it, in two sizes, as a PEFT method.
+"""The LoRA for convolutions of loralib, in two sizes, as a PEFT method.
 
-PEFT's own LoRA factorises a convolution in another way and counts differently.
+PEFT's own LoRA factorises a convolution in another way and has another number of parameters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from ..tuner.functional import without_autocast
-from ..tuners_utils.layer import AdapterLayer
+from ..tuners_utils.layer import AdapterLayer, AdapterParameters
 from ..utils.checks import check_at_least_one, check_choice
 from .model import ConvAdapterConfig, ConvAdapterModel
 
@@ -48,7 +48,7 @@ class ConvLoraConfig(ConvAdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.CONV_LORA
+        self.peft_type = PeftType("CONV_LORA")
         check_at_least_one("r", self.r)
         check_at_least_one("lora_alpha", self.lora_alpha)
         check_choice("bottleneck", self.bottleneck, BOTTLENECKS)
@@ -57,10 +57,12 @@ class ConvLoraConfig(ConvAdapterConfig):
 class ConvLoraConv2d(AdapterLayer):
     """A Conv2d whose weight has a product of two factors added: `W + (lora_alpha / r) reshape(B A)`."""
 
+    conv_lora_A: AdapterParameters
+    conv_lora_B: AdapterParameters
     adapter_layer_names = ("conv_lora_A", "conv_lora_B")
 
     def initial_parameters(self, config: ConvLoraConfig) -> dict[str, torch.Tensor]:
-        """A `(width, C_in k)`, Kaiming-uniform, and B `(C_out k, width)`, zero, so that the layer starts as it is."""
+        """A `(width, C_in k)`, Kaiming-uniform, and B `(C_out k, width)`, zero, so that the layer starts unchanged."""
         rows, columns, kernel, other = self.weight_shape
         if kernel != other:
             raise ValueError(

@@ -1,8 +1,9 @@
-"""What the comparison methods for convolutions share: their configuration, and how they get into a model."""
+"""What the comparison methods for convolutions share: their configuration, and how they are added to a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 from torch import nn
@@ -36,10 +37,9 @@ class ConvAdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
 
     def to_dict(self) -> dict:
         """The configuration as a dictionary; sets come sorted, so that equal adapters give equal files."""
@@ -49,7 +49,7 @@ class ConvAdapterConfig(PeftConfig):
 class ConvAdapterModel(AdapterModel):
     """A tuner whose layers wrap Conv2d; subclasses name `prefix` and `tuner_layer_cls`."""
 
-    def _prepare_model(self, peft_config: ConvAdapterConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if not peft_config.target_modules:
             raise ValueError("Please specify `target_modules` in `peft_config`: names of Conv2d modules, or a regex.")
 

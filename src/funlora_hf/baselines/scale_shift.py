@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.utils import PeftType
@@ -22,11 +23,11 @@ class ScaleShiftConfig(ConvAdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.SCALE_SHIFT
+        self.peft_type = PeftType("SCALE_SHIFT")
 
 
 class ScaleShiftConv2d(AdapterLayer):
-    """A Conv2d that sees `scale * x + shift`, one scale and one shift for every input channel.
+    """A Conv2d that gets `scale * x + shift`, one scale and one shift for every input channel.
 
     Several active adapters act one after another [ours].
     """
@@ -35,17 +36,17 @@ class ScaleShiftConv2d(AdapterLayer):
 
     def initial_parameters(self, config: ScaleShiftConfig) -> dict[str, torch.Tensor]:
         """scale, ones, and shift, zeros, each `(C_in,)`."""
-        channels = self.get_base_layer().in_channels
+        channels: Any = self.get_base_layer().in_channels
         scale, shift = torch.ones(channels), torch.zeros(channels)
         if not config.init_weights:
             scale, shift = (value + 0.3 * torch.randn(channels) for value in (scale, shift))
         return {"scale_shift_scale": scale, "scale_shift_shift": shift}
 
     def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
-        """Raises: a shift in front of a padded convolution is no change of its weight and bias."""
+        """Raises: a shift before a padded convolution does not equal a change of its weight and bias."""
         raise ValueError(
-            f"Adapters of scale and shift ({', '.join(adapter_names)}) cannot be merged: behind the zero padding, a shift "
-            "of the input is no change of the weight. Keep the adapter, or unload it."
+            f"Adapters of scale and shift ({', '.join(adapter_names)}) cannot be merged: after the zero padding, a shift "
+            "of the input does not equal a change of the weight. Keep the adapter, or unload it."
         )
 
     def adapted_call(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
@@ -60,7 +61,7 @@ class ScaleShiftConv2d(AdapterLayer):
 
 class ScaleShiftModel(ConvAdapterModel):
     """
-    Puts a scale and a shift in front of the convolutions of a model. Its adapters cannot be merged.
+    Puts a scale and a shift before the convolutions of a model. Its adapters cannot be merged.
 
     Args:
         model ([`torch.nn.Module`]): The model to be adapted.

@@ -56,7 +56,7 @@ def classifier_config(config: EvaluationArguments, max_train_steps: int | None) 
             architecture=config.classifier_architecture,
         )
     except ValueError as error:
-        raise ValueError(f"classifier_{error}") from error
+        raise ValueError(str(error).replace("`", "`classifier_", 1)) from error
 
 
 class RunEvaluator:

@@ -1,8 +1,9 @@
-"""Reads YAML that anybody may have written: recipes, and values of the command line."""
+"""Read YAML from untrusted sources: recipes, and values of the command line."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import yaml
 from ..utils.checks import shortened
 
 
-# A recipe has some 2 kB; PyYAML takes 64 times as long for 64 times as much.
+# A recipe has some 2 kB; PyYAML's time grows with the length.
 MOST_BYTES = 2**16
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what a recipe has no use for: aliases, which can make gigabytes of a few lines, and a key twice."""
+    """YAML without what a recipe does not need: aliases, which can make gigabytes of a few lines, and duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -28,8 +29,8 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = sorted(key for key, count in keys.items() if count > 1)
         if twice:
             raise yaml.constructor.ConstructorError(
                 None, None, f"it has {', '.join(map(repr, twice))} twice", node.start_mark
@@ -39,19 +40,15 @@ class _Loader(yaml.SafeLoader):
 
 def load_yaml(text: str | bytes) -> Any:
     """
-    The value of plain YAML: numbers, text, lists and mappings. Nothing in it is run, and no object is made.
+    The value of plain YAML: numbers, text, lists and mappings. No code in it runs, and no other objects are made.
 
     Raises:
-        ValueError: it is no such YAML, has an alias or a key twice, or is longer than `MOST_BYTES`.
+        ValueError: it is not plain YAML, has an alias or a key twice, or is longer than `MOST_BYTES`.
     """
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has {len(text)} bytes, expected {MOST_BYTES} at most")
     try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
+        return yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     # PyYAML lets through whatever int(), float(), dates and base64 raise.
@@ -61,7 +58,7 @@ def load_yaml(text: str | bytes) -> Any:
 
 def read_recipe(path: str | os.PathLike, known: Collection[str]) -> dict[str, Any]:
     """
-    The arguments that a file gives; none if it is empty.
+    The arguments in a file; none if it is empty.
 
     Args:
         path (`str` or `os.PathLike`): a YAML file: a mapping.
@@ -69,30 +66,25 @@ def read_recipe(path: str | os.PathLike, known: Collection[str]) -> dict[str, An
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no file that can be read, no YAML, not a mapping, or another key; it names the file.
+        ValueError: a file that cannot be read, not YAML, not a mapping, or an unknown key; it names the file.
     """
     path = os.fspath(path)
     if not Path(path).exists():
         raise FileNotFoundError(f"`config` is {path!r}, but there is no such file: name a recipe, a YAML file.")
     try:
-        # One byte more tells a longer file from one of just that size, without reading all of it.
+        # One byte more shows that a file is too long, without reading all of it.
         with open(path, "rb") as file:
             recipe = load_yaml(file.read(MOST_BYTES + 1))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`config` {path!r} is no recipe: {error}. Expected a YAML file of keys and values."
+            f"`config` {path!r} is not a recipe: {error}. Expected a YAML file of keys and values."
         ) from error
     recipe = {} if recipe is None else recipe
     if not isinstance(recipe, dict):
-        raise ValueError(
-            f"`config` {path!r} holds {_kind(recipe)}, expected a mapping: one `key: value` on each line."
-        )
+        kind = "text" if isinstance(recipe, str) else f"a {type(recipe).__name__}"
+        raise ValueError(f"`config` {path!r} holds {kind}, expected a mapping: one `key: value` on each line.")
     unknown = sorted(str(key) for key in recipe if key not in known)
     if unknown:
         named = shortened(", ".join(map(repr, unknown)), 300)
         raise ValueError(f"`config` {path!r} has unknown keys {named}; --help lists the known ones.")
     return recipe
-
-
-def _kind(value: Any) -> str:
-    return {list: "a list", str: "text"}.get(type(value), f"a {type(value).__name__}")

@@ -1,11 +1,7 @@
 """The PEFT method; importing it registers FunLoRA with PEFT."""
 
-from ..tuners_utils.registration import extend_peft_type, register
-
-
-extend_peft_type("FUNLORA")  # before config.py, which names the member
-
 from ..tuners_utils.mixed_batch import mixed_batch
+from ..tuners_utils.registration import register
 from ..tuners_utils.weights import cached_weights
 from ..utils.tensors import numerical_rank
 from .config import FunLoraConfig

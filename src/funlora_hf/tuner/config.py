@@ -42,8 +42,8 @@ class FunLoraConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*): Modules besides the adapter that are trained and saved whole.
         layers_to_transform (`Union[list[int], int]`, *optional*): Layer indexes to adapt, if `target_modules` is a list.
         layers_pattern (`Union[list[str], str]`, *optional*): Name of the `nn.ModuleList` that the indexes count, if `layers_to_transform` is given.
-        class_embedding (`str`, *optional*): Name of an `nn.Embedding` whose output the adapter replaces by a learned vector of its own, whatever the
-            label: so a base that knows two classes can serve a thousand. On a `UNet2DModel`: "class_embedding".
+        class_embedding (`str`, *optional*): Name of an `nn.Embedding` whose output the adapter replaces by a learned vector of its own, for every
+            label, so that a base with two classes can serve a thousand. On a `UNet2DModel`: "class_embedding".
         class_label (`int`, *optional*): Id of the class that the adapter generates.
         class_name (`str`, *optional*): Its name.
         base_fingerprint (`dict[str, str]`, *optional*): SHA-256 of the base that the adapter was trained for, by the precision that it is loaded in: what
@@ -90,10 +90,9 @@ class FunLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.FUNLORA
-        check_at_least_one("r", self.r)
-        check_at_least_one("num_functions", self.num_functions)
-        check_at_least_one("ratio", self.ratio)
+        self.peft_type = PeftType("FUNLORA")
+        for name in ("r", "num_functions", "ratio"):
+            check_at_least_one(name, getattr(self, name))
         check_choice("function", self.function, FUNCTIONS)
         check_choice("operation", self.operation, OPERATIONS)
         for name in ("train_omega", "init_weights"):
@@ -107,20 +106,18 @@ class FunLoraConfig(PeftConfig):
         check_layer_indexes(self.layers_to_transform)
         check_class_label(self.class_label)
         check_fingerprint(self.base_fingerprint)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     @property
     def learns_omega(self) -> bool:
-        """Whether the adapter holds an omega of its own."""
+        """Whether the adapter has an omega of its own."""
         return self.train_omega and self.function in FUNCTIONS_WITH_OMEGA
 
     def to_dict(self) -> dict:

@@ -1,4 +1,4 @@
-"""The maths of FunLoRA: the functional matrix F, its start, and how it is used on a weight.
+"""The maths of FunLoRA: the functional matrix F, its initial values, and how it is expanded to a weight.
 
 Marks: [exact] matches the paper's numbers (arXiv 2510.02631), [text] its prose, [ours] is our choice.
 """
@@ -19,7 +19,7 @@ FUNCTIONS = ("cosine", "power", "shift", "identity")
 FUNCTIONS_WITH_OMEGA = ("cosine", "power")
 OPERATIONS = ("mul", "add", "mul-add")
 
-# Below this magnitude |x|^omega is continued linearly, so that its gradient is finite at x = 0 for every omega.
+# Below this magnitude |x|^omega continues linearly, so that its gradient is finite at x = 0 for every omega.
 SMALLEST_BASE = 1e-6
 
 # Entries of F from which interpolation is faster than the plain formula, and from which the terms of the plain formula
@@ -69,20 +69,21 @@ def functional_matrix(
     check_choice("function", function, FUNCTIONS)
     _check_arguments(A, B, alpha, omega, function)
     with without_autocast(A.device.type):
-        A, B, alpha, omega = (_at_least_float32(tensor) for tensor in (A, B, alpha, omega))
-        if function == "identity":
+        A, B = _at_least_float32(A), _at_least_float32(B)
+        if alpha is None:  # only `identity` has none
             return _product(A, B)
+        alpha = _at_least_float32(alpha)
+        omega = None if omega is None else _at_least_float32(omega)
         if function == "shift":
             return _shift(A, B, alpha)
-        if omega is None and function == "cosine":
-            omega = default_omega(alpha.numel(), like=A)
         entries = 0 if torch.compiler.is_compiling() else A.shape[0] * B.shape[1]
-        if function == "cosine" and A.shape[1] == 1 and entries >= INTERPOLATED_SIZE:
-            intervals = _intervals(A, B, omega)
-            if intervals is not None:
-                return torch.matmul(*_cosine_factors(*intervals, A, B, alpha, omega))
-        terms = _cosine if function == "cosine" else _power
-        return _recomputed(terms, entries, A, B, alpha, omega)
+        if function == "power":
+            return _recomputed(_power, entries, A, B, alpha, omega)
+        omega = default_omega(alpha.numel(), like=A) if omega is None else omega
+        intervals = _intervals(A, B, omega) if A.shape[1] == 1 and entries >= INTERPOLATED_SIZE else None
+        if intervals is not None:
+            return torch.matmul(*_cosine_factors(*intervals, A, B, alpha, omega))
+        return _recomputed(_cosine, entries, A, B, alpha, omega)
 
 
 def initial_alpha(
@@ -198,7 +199,7 @@ def _weighted(alpha: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
 
 
 def _recomputed(function: Callable, entries: int, *tensors: torch.Tensor | None) -> torch.Tensor:
-    """`function(*tensors)`, of which for a large F autograd keeps the arguments only."""
+    """`function(*tensors)`; for a large F, autograd keeps only the arguments."""
     # Under torch.func `_Recomputed`, which calls autograd itself, has no rule.
     if entries < RECOMPUTED_SIZE or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*tensors)
@@ -225,22 +226,22 @@ class _Recomputed(torch.autograd.Function):
 
 
 class _Interval(NamedTuple):
-    """Where to interpolate: `count` Chebyshev nodes in [center - half, center + half]."""
+    """Where to interpolate: `size` Chebyshev nodes in [center - half, center + half]."""
 
-    count: int
+    size: int
     center: float
     half: float
 
     def chebyshev(self, x: torch.Tensor) -> torch.Tensor:
-        """The polynomials T_0 .. T_(count - 1) at the entries of x, `(x.numel(), count)`, float64."""
-        orders = torch.arange(self.count, dtype=torch.float64, device=x.device)
+        """The polynomials T_0 .. T_(size - 1) at the entries of x, `(x.numel(), size)`, float64."""
+        orders = torch.arange(self.size, dtype=torch.float64, device=x.device)
         return torch.cos(torch.arccos((x.double().reshape(-1, 1) - self.center) / self.half) * orders)
 
     def nodes_and_transform(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The nodes, `(count,)`, and the matrix `(count, count)` from values there to coefficients of the polynomials."""
-        orders = torch.arange(self.count, dtype=torch.float64, device=device)
-        angles = (orders + 0.5) * (math.pi / self.count)
-        transform = torch.cos(orders[:, None] * angles) * (2 / self.count)
+        """The nodes, `(size,)`, and the matrix `(size, size)` from values there to coefficients of the polynomials."""
+        orders = torch.arange(self.size, dtype=torch.float64, device=device)
+        angles = (orders + 0.5) * (math.pi / self.size)
+        transform = torch.cos(orders[:, None] * angles) * (2 / self.size)
         transform[0] /= 2
         return self.center + self.half * angles.cos(), transform
 
@@ -248,8 +249,8 @@ class _Interval(NamedTuple):
 def _intervals(A: torch.Tensor, B: torch.Tensor, omega: torch.Tensor) -> tuple[_Interval, _Interval] | None:
     """How to interpolate cos(omega a b) over the entries of A and of B.
 
-    None where that does not pay, where omega a b is so small that the coefficients' rounding would show in gradients, where
-    values cannot be read (under vmap), or without float64 (MPS).
+    None where that is not faster, where omega a b is so small that the coefficients' rounding would be visible in gradients,
+    where values cannot be read (under vmap), or without float64 (MPS).
     """
     if A.device.type == "mps":
         return None
@@ -275,7 +276,7 @@ def _intervals(A: torch.Tensor, B: torch.Tensor, omega: torch.Tensor) -> tuple[_
         if 3 * count > size:
             return None
         found.append(_Interval(count, center, half))
-    return tuple(found)
+    return found[0], found[1]
 
 
 def _cosine_factors(
@@ -283,13 +284,13 @@ def _cosine_factors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two matrices, `(C_out, K)` and `(K, C_in)`, of which `_cosine` at r = 1 is the product, by Chebyshev interpolation.
 
-    F_ij = g(a_i b_j) with a smooth g, so some 40 nodes stand for all rows: F = T(a) C T(b)^T, where C `(K_a, K_b)` holds the
+    F_ij = g(a_i b_j) with a smooth g, so some 40 nodes replace all rows: F = T(a) C T(b)^T, where C `(K_a, K_b)` holds the
     coefficients of g over both intervals. In float64 up to here, which keeps gradients accurate.
 
     Source: [ours]; equal to the plain formula up to rounding.
     """
     (a, to_a), (b, to_b) = (interval.nodes_and_transform(A.device) for interval in (along_a, along_b))
-    # The terms at the nodes, in float64, count against one matrix only where it is small.
+    # Keeping the terms at the nodes, in float64, takes more memory than F only where F is small.
     kept, entries = 12 * omega.numel() * a.numel() * b.numel(), A.numel() * B.numel()
     alpha, omega = alpha.double(), omega.double()
     at_nodes = _recomputed(_cosine, entries if kept > entries else 0, a[:, None], b[None], alpha, omega)
@@ -297,8 +298,8 @@ def _cosine_factors(
     return left.to(A.dtype), along_b.chebyshev(B).T.to(A.dtype)
 
 
-def _at_least_float32(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_arguments(
@@ -313,9 +314,7 @@ def _check_arguments(
         raise ValueError(f"`alpha` is {'None' if alpha is None else 'given'} for function={function!r}: {remedy}.")
     if alpha is not None and (alpha.dim() != 1 or alpha.numel() == 0):
         raise ValueError(f"`alpha` has shape {tuple(alpha.shape)}, expected (p,) with p >= 1.")
-    if omega is None:
-        return
-    if function not in FUNCTIONS_WITH_OMEGA:
+    if omega is not None and function not in FUNCTIONS_WITH_OMEGA:
         raise ValueError(f"`omega` is given, but function={function!r} has none: leave it out.")
-    if omega.shape != alpha.shape:
+    if omega is not None and alpha is not None and omega.shape != alpha.shape:
         raise ValueError(f"`omega` has shape {tuple(omega.shape)}, expected that of `alpha`, {tuple(alpha.shape)}.")

@@ -25,8 +25,8 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
     """
     Copy the values of another adapter into one that is in the model.
 
-    The parameters stay the same objects, so that a compiled model serves any number of classes with one compilation;
-    `set_adapter` compiles again for each. Nothing has changed if this raises.
+    The parameters stay the same objects, so that a compiled model needs one compilation for any number of classes;
+    `set_adapter` compiles again for each. If this raises, nothing has changed.
 
     Args:
         model (`torch.nn.Module`): a PeftModel, a tuner, or a module with adapter layers in it, also compiled or under DDP.
@@ -37,7 +37,7 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
 
     Raises:
         ValueError: the model has no such adapter, it is merged, or tensors are missing, unexpected, of another shape
-            or not finite, which are named then.
+            or not finite; the error names them.
 
     Source: [ours].
     """
@@ -67,7 +67,7 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
 
 
 def wrapped_model(model: nn.Module) -> nn.Module:
-    """The model that the adapters were put into, from what is around it."""
+    """The model that the adapters were added to, without its wrappers."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(model, PeftModel):
         model = model.base_model

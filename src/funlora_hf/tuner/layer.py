@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from ..tuners_utils.layer import AdapterLayer, BaseCall, blend
+from ..tuners_utils.layer import AdapterLayer, AdapterParameters, BaseCall, blend
 from .config import FunLoraConfig
 from .functional import default_omega, expand, functional_matrix, initial_alpha, reduced_size
 
@@ -17,12 +17,11 @@ from .functional import default_omega, expand, functional_matrix, initial_alpha,
 # Entries of a weight from which the plain product trains faster as `a * layer(b * x)` (benchmarks/training_step.py); in
 # smaller layers neither form is faster throughout.
 SMALLEST_SIZE = 128 * 128
+_FACTORS = ("A", "B", "alpha", "omega")
 
 
 class FunLoraLayer(AdapterLayer):
-    """What all FunLoRA layers are."""
-
-    settings: dict[str, FunLoraConfig]
+    """The common base of all FunLoRA layers."""
 
     def __repr__(self) -> str:
         return "funlora." + super().__repr__()
@@ -35,19 +34,12 @@ class FunLoraFactorLayer(FunLoraLayer):
     sum) are [ours].
     """
 
+    funlora_A: AdapterParameters
+    funlora_B: AdapterParameters
     compiled = False
     """Whether `torch.compile` makes the kernels of F; see `compile_functional_matrices`."""
 
-    adapter_layer_names = (
-        "funlora_A",
-        "funlora_B",
-        "funlora_alpha",
-        "funlora_omega",
-        "funlora_add_A",
-        "funlora_add_B",
-        "funlora_add_alpha",
-        "funlora_add_omega",
-    )
+    adapter_layer_names = tuple(f"funlora_{part}{name}" for part in ("", "add_") for name in _FACTORS)
 
     def initial_parameters(self, config: FunLoraConfig) -> dict[str, torch.Tensor]:
         """A, B and, where the function has them, alpha and omega; for "mul-add" a second set. Shapes as in
@@ -62,7 +54,7 @@ class FunLoraFactorLayer(FunLoraLayer):
     def functional_matrix(self, adapter_name: str, part: str = "") -> torch.Tensor:
         """F of an adapter, or with `part="add_"` the G of "mul-add", `(C_out, C_in, 1, ...)`, float32 at least."""
         config = self.settings[adapter_name]
-        factors = [getattr(self, f"funlora_{part}{name}")(adapter_name) for name in ("A", "B", "alpha", "omega")]
+        factors = [getattr(self, f"funlora_{part}{name}")(adapter_name) for name in _FACTORS]
         compute = _compiled(functional_matrix) if self.compiled else functional_matrix
         return expand(compute(*factors, function=config.function), config.ratio, self.weight_shape)
 
@@ -71,21 +63,17 @@ class FunLoraFactorLayer(FunLoraLayer):
 
         At scale s, F as a factor is 1 + s (F - 1), and a term is multiplied by s. Source: [ours].
         """
-        factors, terms = [], []
-        for name in adapter_names:
-            operation, scale = self.settings[name].operation, self.scaling[name]
-            if operation != "add":
-                factors.append(blend(1.0, self.functional_matrix(name), scale))
-            if operation != "mul":
-                part = "add_" if operation == "mul-add" else ""
-                terms.append(blend(0.0, self.functional_matrix(name, part), scale))
-        # torch computes nothing in the types of one byte, which layerwise casting stores weights in.
+        # torch cannot compute in the types of one byte, in which layerwise casting stores weights.
         adapted = weight.float() if weight.dtype.itemsize == 1 else weight
-        # An adapter that was added to an offloaded layer is not where the layer runs.
-        for factor in factors:
-            adapted = adapted * factor.to(weight.device)
-        for term in terms:
-            adapted = adapted + term.to(weight.device)
+        operations = [(name, self.settings[name].operation) for name in adapter_names]
+        # An adapter that was added to an offloaded layer is not on the device where the layer runs.
+        for name, operation in operations:
+            if operation != "add":
+                adapted = adapted * blend(1.0, self.functional_matrix(name), self.scaling[name]).to(weight.device)
+        for name, operation in operations:
+            if operation != "mul":
+                term = self.functional_matrix(name, "add_" if operation == "mul-add" else "")
+                adapted = adapted + blend(0.0, term, self.scaling[name]).to(weight.device)
         return adapted.to(weight.dtype)
 
     def adapted_call(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
@@ -93,13 +81,12 @@ class FunLoraFactorLayer(FunLoraLayer):
         if len(adapter_names) != 1 or not self._separates(adapter_names[0]):
             return super().adapted_call(adapter_names, call)
         (name,) = adapter_names
-        rows, columns = self.weight_shape[:2]
+        factors = zip((self.funlora_A, self.funlora_B), self.weight_shape[:2], strict=True)
+        shape = (-1, *(1 for _ in self.weight_shape[2:]))
         ratio = self.settings[name].ratio
-        a, b = _widened(self.funlora_A(name), ratio, rows), _widened(self.funlora_B(name), ratio, columns)
-        bias = call.rest[0]
-        a, b, bias = (None if v is None else v.reshape(-1, *(1 for _ in self.weight_shape[2:])) for v in (a, b, bias))
+        a, b = (_widened(factor(name), ratio, size).reshape(shape) for factor, size in factors)
         output = call.run((b * call.x).to(call.x.dtype), call.weight, None)
-        adapted = a * output if bias is None else a * output + bias
+        adapted = a * output if call.rest[0] is None else a * output + call.rest[0].reshape(shape)
         return adapted.to(output.dtype)
 
     def _separates(self, name: str) -> bool:
@@ -109,7 +96,7 @@ class FunLoraFactorLayer(FunLoraLayer):
         rows, columns = self.weight_shape[:2]
         # In a convolution with groups, an entry of b belongs to several channels.
         worth_it = rows * columns >= SMALLEST_SIZE and columns == self.in_features
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._tensors_of(name))
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.tensors_of(name))
         return plain and worth_it and trains
 
     def _initial_factors(self, config: FunLoraConfig, operation: str) -> dict[str, torch.Tensor]:
@@ -147,7 +134,7 @@ class FunLoraLinear(FunLoraFactorLayer):
 
 
 class FunLoraClassVector(FunLoraLayer):
-    """An Embedding whose output an adapter replaces by its own vector, whatever the label.
+    """An Embedding whose output an adapter replaces by its own vector, for every label.
 
     The vector starts at the mean of the base's rows. Vectors of several active adapters average. Merged, every row of the
     embedding is that vector, and labels are looked up again: they must be below the base's `num_embeddings`. The same holds
@@ -156,6 +143,7 @@ class FunLoraClassVector(FunLoraLayer):
     Source: arXiv 2510.02631, the class-conditioning vector [text]; its start, average and scale are [ours].
     """
 
+    funlora_class_vector: AdapterParameters
     adapter_layer_names = ("funlora_class_vector",)
     base_function = staticmethod(nn.functional.embedding)
 
@@ -174,11 +162,11 @@ class FunLoraClassVector(FunLoraLayer):
     def adapted_call(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
         """x: class labels `(batch,)`, which are not read at scale 1 -> `(batch, embedding_dim)`."""
         whole = all(self.scaling[name] == 1 for name in adapter_names)
-        rows = self._replaced(adapter_names, None if whole else call.run(call.x, call.weight))
+        rows = self._replaced(adapter_names, 0.0 if whole else call.run(call.x, call.weight))
         return rows.to(call.weight).expand(*call.x.shape, -1)
 
-    def _replaced(self, adapter_names: Sequence[str], rows: torch.Tensor | None) -> torch.Tensor:
-        """The vector `(embedding_dim,)`, or what takes the place of `rows`, `(..., embedding_dim)`."""
+    def _replaced(self, adapter_names: Sequence[str], rows: torch.Tensor | float) -> torch.Tensor:
+        """The vector `(embedding_dim,)`, or what replaces `rows`, `(..., embedding_dim)`."""
         vectors = [blend(rows, self.funlora_class_vector(name), self.scaling[name]) for name in adapter_names]
         return vectors[0] if len(vectors) == 1 else torch.stack(torch.broadcast_tensors(*vectors)).mean(dim=0)
 

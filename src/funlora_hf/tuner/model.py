@@ -48,7 +48,7 @@ class FunLoraModel(AdapterModel):
     prefix: str = "funlora_"
     tuner_layer_cls = FunLoraLayer
 
-    def _prepare_model(self, peft_config: FunLoraConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.target_modules is None:
             if not knows_order(model):
                 raise ValueError(
@@ -64,25 +64,17 @@ class FunLoraModel(AdapterModel):
             _check_targets(peft_config, model)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: FunLoraConfig, key: str) -> Any:
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         return _is_class_embedding(peft_config, key) or check_target_module_exists(peft_config, key)
 
     def _layer_class(self, peft_config: FunLoraConfig, name: str, target: nn.Module) -> type[FunLoraLayer]:
         if _is_class_embedding(peft_config, name):
             return FunLoraClassVector
         for module_cls, layer_cls in ((nn.Conv2d, FunLoraConv2d), (nn.Linear, FunLoraLinear)):
-            # A subclass with a forward of its own computes something else, and the output projection of torch's
-            # MultiheadAttention is never called.
-            plain = isinstance(target, module_cls) and type(target).forward is module_cls.forward
-            if plain and not isinstance(target, NonDynamicallyQuantizableLinear):
-                _check_not_quantized(name, target)
-                return layer_cls
+            # The output projection of torch's MultiheadAttention is never called.
             if isinstance(target, module_cls) and not isinstance(target, NonDynamicallyQuantizableLinear):
-                raise ValueError(
-                    f"Target module {name} is a {type(target).__module__}.{type(target).__name__}, which does not compute "
-                    f"as torch's {module_cls.__name__}, for example since it is quantized: FunLoRA multiplies a weight that it "
-                    "has to read. Load the model without quantization, or target other modules."
-                )
+                _check_plain(name, target, module_cls)
+                return layer_cls
         raise ValueError(
             f"Target module {target} is not supported. Currently, only the following modules are supported: "
             "`torch.nn.Conv2d`, `torch.nn.Linear`."
@@ -109,12 +101,7 @@ def _check_class_embedding(config: FunLoraConfig, model: nn.Module) -> None:
                 f"`class_embedding` is {config.class_embedding!r}, but {key} is a {type(base).__name__}, expected an "
                 "nn.Embedding. Name another module, or leave it None."
             )
-        if type(base).forward is not nn.Embedding.forward:
-            raise ValueError(
-                f"`class_embedding` {key} is a {type(base).__module__}.{type(base).__name__}, which does not compute as torch's "
-                "Embedding. Name another module, or leave it None."
-            )
-        _check_not_quantized(key, base)
+        _check_plain(key, base, nn.Embedding)
 
 
 def _check_targets(config: FunLoraConfig, model: nn.Module) -> None:
@@ -127,15 +114,19 @@ def _check_targets(config: FunLoraConfig, model: nn.Module) -> None:
         )
 
 
-def _check_not_quantized(name: str, target: nn.Module) -> None:
-    """Some quantizers keep torch's layer and put a tensor of their own into it (torchao), or bytes (bitsandbytes)."""
-    weight = target._parameters.get("weight")
-    if weight is None:
-        return  # computed by a parametrization from tensors that are plain
-    known = isinstance(weight, _PLAIN_TENSORS) and type(weight.data) in _PLAIN_TENSORS
-    if not known or not weight.is_floating_point():
-        raise ValueError(
-            f"Target module {name}, a {type(target).__name__}, has a weight of {type(weight.data).__name__} and "
-            f"{weight.dtype}, which is quantized: FunLoRA multiplies a weight that it has to read. Load the model without "
-            "quantization, or target other modules."
-        )
+def _check_plain(name: str, module: nn.Module, module_cls: type[nn.Module]) -> None:
+    """Refuse a subclass with its own forward, and a weight that a quantizer has replaced (torchao, bitsandbytes)."""
+    # None is a weight that a parametrization computes from plain tensors.
+    weight = module._parameters.get("weight")
+    if type(module).forward is not module_cls.forward:
+        problem = f"does not compute as torch's {module_cls.__name__}, for example since it is quantized"
+    elif weight is not None and not (
+        isinstance(weight, _PLAIN_TENSORS) and type(weight.data) in _PLAIN_TENSORS and weight.is_floating_point()
+    ):
+        problem = f"has a weight of {type(weight.data).__name__} and {weight.dtype}, which is quantized"
+    else:
+        return
+    raise ValueError(
+        f"Target module {name} is a {type(module).__module__}.{type(module).__name__}, which {problem}: FunLoRA needs a "
+        "weight that it can read. Load the model without quantization, or name other modules."
+    )

@@ -1,6 +1,8 @@
-"""Which convolutions of a U-Net an adapter takes when none are named, by the names and structure of modules."""
+"""Which convolutions of a U-Net an adapter targets by default, by the names and structure of modules."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
@@ -20,9 +22,9 @@ def conv_names(model: nn.Module) -> list[str]:
 
 
 def knows_order(model: nn.Module) -> bool:
-    """Whether `unet_conv_names` holds for this model: a diffusers U-Net of two dimensions in its standard parts.
+    """Whether `unet_conv_names` is right for this model: a diffusers U-Net of two dimensions with its standard parts.
 
-    Not so with `dual_cross_attention`, where a setting of each block says which of two transformers runs first.
+    It is not with `dual_cross_attention`, where a setting of each block decides which of two transformers runs first.
     """
     unet = without_peft(model)
     return (
@@ -47,6 +49,7 @@ def unet_conv_names(unet: nn.Module) -> list[str]:
         if part not in ("down_blocks", "mid_block", "up_blocks"):
             return (_PARTS.index(part),)
         block = 0
+        within: tuple[int, ...]
         if part != "mid_block":
             block, *rest = int(rest[0]), *rest[1:]
         if rest[0] in ("resnets", "attentions"):
@@ -57,7 +60,7 @@ def unet_conv_names(unet: nn.Module) -> list[str]:
             within = (1, rest[0] == "resnet_up")
         return (_PARTS.index(part), block, *within)
 
-    # sorted() is stable: but for that, the order of registration is the order of execution.
+    # sorted() is stable: apart from these, the order of registration is the order of execution.
     return sorted(conv_names(unet), key=position)
 
 
@@ -69,7 +72,7 @@ def decoder(unet: nn.Module) -> list[str]:
 def decoder_middle(unet: nn.Module) -> list[str]:
     """The paper's layers, the middle of the decoder, carried over to any U-Net of diffusers.
 
-    The decoder's N resnets are numbered in order of execution from 0; taken are the resnets N//3 .. 3N//4 - 1 and the
+    The decoder's N resnets are numbered in order of execution from 0; the rule takes resnets N//3 .. 3N//4 - 1 and the
     upsamplers after them. On the paper's CIFAR backbone, conv1 and conv2 of the first are dropped, so that the
     selection is its range 40..54 exactly; on its ImageNet-100 backbone the rule gives 40..56.
 
@@ -79,21 +82,19 @@ def decoder_middle(unet: nn.Module) -> list[str]:
     Source: Tables I and V [exact] for the paper's two backbones; the rule for others is [ours].
     """
     unet = without_peft(unet)
-    resnets = [
-        f"up_blocks.{i}.resnets.{j}" for i, block in enumerate(unet.up_blocks) for j in range(len(block.resnets))
-    ]
+    blocks: Any = unet.up_blocks
+    resnets = [(i, j) for i, block in enumerate(blocks) for j in range(len(block.resnets))]
     chosen = resnets[len(resnets) // 3 : max(3 * len(resnets) // 4, len(resnets) // 3 + 1)]
-    last_of_block = {f"up_blocks.{i}.resnets.{len(block.resnets) - 1}": i for i, block in enumerate(unet.up_blocks)}
-    prefixes = [f"{name}." for name in chosen]
-    prefixes += [f"up_blocks.{last_of_block[name]}.upsamplers." for name in chosen if name in last_of_block]
+    prefixes = [f"up_blocks.{i}.resnets.{j}." for i, j in chosen]
+    prefixes += [f"up_blocks.{i}.upsamplers." for i, j in chosen if j == len(blocks[i].resnets) - 1]
     names = [name for name in decoder(unet) if name.startswith(tuple(prefixes))]
     if _is_paper_cifar_backbone(unet):
-        names = [name for name in names if name not in (f"{chosen[0]}.conv1", f"{chosen[0]}.conv2")]
+        names = [name for name in names if name not in (f"{prefixes[0]}conv1", f"{prefixes[0]}conv2")]
     return names
 
 
 def _is_paper_cifar_backbone(unet: nn.Module) -> bool:
-    config = unet.config
+    config: Any = unet.config
     return (
         tuple(config.block_out_channels) == (128, 256, 256, 256)
         and config.layers_per_block == 2

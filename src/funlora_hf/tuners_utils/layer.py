@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.hooks import remove_hook_from_module
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..utils.tensors import check_before_loading
 from .weights import cached, forget
-from .wrappers import has_class
+from .wrappers import evaluation_mode, has_class
 
 
 BASE = "__base__"
@@ -26,12 +26,12 @@ class AdapterGroups:
     """A batch in which each sample has an adapter of its own, sorted by adapter once for all layers of a forward.
 
     Args:
-        names: adapter of each sample, `"__base__"` for none. A batch that comes sorted is only cut.
+        names: adapter of each sample, `"__base__"` for none. A sorted batch is only split.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self.sizes = {name: self.names.count(name) for name in dict.fromkeys(self.names)}
+        self.sizes = dict(Counter(self.names))  # in the order of first occurrence
         groups = list(self.sizes)
         order = torch.tensor([groups.index(name) for name in self.names], dtype=torch.long).argsort(stable=True)
         self._is_sorted = order.tolist() == list(range(len(order)))
@@ -42,7 +42,8 @@ class AdapterGroups:
         if len(self.sizes) == 1:
             return run(self.names[0], x)
         if x.device not in self._orders:
-            self._orders[x.device] = tuple(order.to(x.device) for order in next(iter(self._orders.values())))
+            order, back = next(iter(self._orders.values()))
+            self._orders[x.device] = order.to(x.device), back.to(x.device)
         order, back = self._orders[x.device]
         parts = (x if self._is_sorted else x[order]).split(list(self.sizes.values()))
         output = torch.cat([run(name, part) for name, part in zip(self.sizes, parts, strict=True)])
@@ -52,7 +53,9 @@ class AdapterGroups:
 class AdapterParameters(nn.ParameterDict):
     """One parameter of a layer, by adapter. Layers call it, so that hooks that move its parameters run (offloading)."""
 
-    def __call__(self, adapter_name: str) -> torch.Tensor | None:
+    _diffusers_hook: Any
+
+    def __call__(self, adapter_name: str) -> Any:
         kept = self.get(adapter_name)
         value = nn.Module.__call__(self, adapter_name)  # a ParameterDict refuses to be called
         if kept is not None and kept.is_meta and value.requires_grad:
@@ -65,14 +68,19 @@ class AdapterParameters(nn.ParameterDict):
         return None if parameter is None else parameter.view_as(parameter)
 
     def stop_offloading(self) -> None:
-        """Keep the parameters here from now on: what is written to offloaded ones is lost."""
+        """Keep the parameters on their device from now on: writes to offloaded ones are lost."""
         if hasattr(self, "_hf_hook"):
             remove_hook_from_module(self)
-        registry = getattr(self, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("group_offloading")
+        hook = _group_offloading(self)
         if hook is not None:
             hook.group.onload_()
-            registry.remove_hook("group_offloading", recurse=False)
+            self._diffusers_hook.remove_hook("group_offloading", recurse=False)
+
+
+def _group_offloading(module: nn.Module) -> Any:
+    """The hook by which diffusers offloads a module; None if it does not."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("group_offloading")
 
 
 def _refuse_gradient(gradient: torch.Tensor) -> None:
@@ -83,10 +91,10 @@ def _refuse_gradient(gradient: torch.Tensor) -> None:
 
 
 class InsteadOf(TorchFunctionMode):
-    """While a base layer runs, have `replacement(*args)` run in place of the torch function that computes it.
+    """While a base layer runs, replace the torch function that computes it by `replacement(*args)`.
 
-    The base layer keeps its own call, and with it the hooks and parametrizations that make its weight: offloading, casting,
-    sharding, weight_norm. Inside the replacement, torch functions are themselves.
+    The base layer keeps its own call, and so the hooks and parametrizations that make its weight: offloading, casting,
+    sharding, weight_norm. Inside the replacement, torch functions are not replaced.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], replacement: Callable[..., torch.Tensor]) -> None:
@@ -115,7 +123,7 @@ class BaseCall(NamedTuple):
         return self.function(x, weight, *rest, *self.rest[len(rest) :], **self.kwargs)
 
 
-def blend(identity: torch.Tensor | float | None, value: torch.Tensor, scale: float) -> torch.Tensor:
+def blend(identity: torch.Tensor | float, value: torch.Tensor, scale: float) -> torch.Tensor:
     """`identity + scale * (value - identity)`; at scale 1 `value` itself, to the bit, and `identity` is not used."""
     return value if scale == 1 else identity + scale * (value - identity)
 
@@ -128,14 +136,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     other_param_names = ("settings", "scaling", "r")
     base_function: ClassVar[Callable[..., torch.Tensor]] = staticmethod(nn.functional.conv2d)
+    in_features: int | None
+    out_features: int | None
+    weight_shape: torch.Size
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PeftConfig) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = _get_in_out_features(base_layer)
-        # Kept, since to ask a parametrized layer for its weight computes it.
-        self.weight_shape = base_layer.weight.shape
-        self.settings: dict[str, PeftConfig] = {}
+        # Kept, since a parametrized layer computes its weight when asked for it.
+        self.weight_shape = self.weight.shape
+        self.settings: dict[str, Any] = {}
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
         for name in self.adapter_layer_names:
@@ -154,15 +165,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     # Parameters made in inference mode could not be changed or trained outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
+    def update_layer(self, adapter_name: str, config: Any) -> None:
         """Add the parameters of an adapter, or start them again, on the device of the base's weight."""
         forget(self)
         self.stop_offloading_adapters()
         initial = self.initial_parameters(config)
         self.settings[adapter_name], self.scaling[adapter_name] = config, 1.0
         self.r[adapter_name] = getattr(config, "r", 1)
-        for name in self.adapter_layer_names:
-            parameters = getattr(self, name)
+        for name, parameters in self._dictionaries().items():
             if name in initial:
                 parameters[adapter_name] = nn.Parameter(initial[name])
                 self._shapes[f"{name}.{adapter_name}"] = initial[name].shape
@@ -172,12 +182,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def stop_offloading_adapters(self) -> None:
-        """Keep the parameters of adapters here from now on; the base stays offloaded."""
-        for name in self.adapter_layer_names:
-            getattr(self, name).stop_offloading()
+        """Keep the parameters of adapters on their device from now on; the base stays offloaded."""
+        for parameters in self._dictionaries().values():
+            parameters.stop_offloading()
 
     @abstractmethod
-    def initial_parameters(self, config: PeftConfig) -> dict[str, torch.Tensor]:
+    def initial_parameters(self, config: Any) -> dict[str, torch.Tensor]:
         """The tensors of a new adapter, by the name of their dictionary."""
 
     @abstractmethod
@@ -190,7 +200,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def effective_weight(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
         """`adapted_weight`, which inside `cached_weights` is computed once. It must not be changed."""
-        tensors = [call.weight, *(p for name in adapter_names for p in self._tensors_of(name))]
+        tensors = [call.weight, *(p for name in adapter_names for p in self.tensors_of(name))]
         # Reentrant checkpoints train without gradients in the forward.
         may_train = torch.is_grad_enabled() or self.get_base_layer().training
         if not call.is_own_weight or (may_train and any(tensor.requires_grad for tensor in tensors)):
@@ -206,11 +216,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if adapter not in self.scaling:
             return
         forget(self)
-        merged = list(self.merged_adapters)
-        if adapter in merged:
+        merged = self.merged_adapters if adapter in self.merged_adapters else []
+        if merged:
             self.unmerge()
         self.scaling[adapter] = scale
-        if adapter in merged:
+        if merged:
             self.merge(adapter_names=merged)
 
     def scale_layer(self, scale: float) -> None:
@@ -260,27 +270,26 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self._parameter_before_merge = [parameter]
             if self.shared_with:
                 warnings.warn(
-                    f"The weight of {self.path or base} is shared with {', '.join(self.shared_with)}. Merged, this layer has one of its "
-                    "own; the others keep theirs.",
+                    f"The weight of {self.path or base} is shared with {', '.join(self.shared_with)}. Merged, this layer has its own "
+                    "weight; the others keep theirs.",
                     stacklevel=2,
                 )
             else:
                 parameter.data = parameter.data.to("cpu")
-        # Not in place: the parameter may be that of other modules, too.
+        # Not in place: other modules may share the parameter.
         base.weight = nn.Parameter(merged, requires_grad=parameter.requires_grad)
         self.merged_adapters = together
 
     @torch.inference_mode(False)
     def unmerge(self) -> None:
-        """Put the base's own parameter back, with its values from before the merge to the bit."""
+        """Put the base's own parameter back, with exactly its values from before the merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         forget(self)
-        base = self.get_base_layer()
-        parameter = self._parameter_before_merge.pop()
-        parameter.data = parameter.data.to(device=base.weight.device, dtype=base.weight.dtype)
-        base.weight = parameter.requires_grad_(base.weight.requires_grad)
+        parameter, merged = self._parameter_before_merge.pop(), self.weight
+        parameter.data = parameter.data.to(merged)
+        self.get_base_layer().weight = parameter.requires_grad_(merged.requires_grad)
         self.merged_adapters = []
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -298,7 +307,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             self._check_mixed(adapter_names, x)
-        own_weight, calls = self.get_base_layer()._parameters.get("weight"), []
+        own_weight = self.get_base_layer()._parameters.get("weight")
+        calls: list[None] = []
 
         def run(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
             if weight.shape != self.weight_shape:
@@ -307,7 +317,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             call = BaseCall(self.base_function, x, weight, rest, kwargs, is_own_weight=weight is own_weight)
             if adapter_names is None:
                 return self.adapted_call(active, call)
-            return adapter_names.map(lambda name, part: self._call_one(name, call._replace(x=part)), x)
+
+            def run_one(name: str, part: torch.Tensor) -> torch.Tensor:
+                known = name in self.settings
+                return self.adapted_call([name], call._replace(x=part)) if known else call.run(part, weight)
+
+            return adapter_names.map(run_one, x)
 
         with InsteadOf(self.base_function, run):
             output = self.base_layer(x, *args, **kwargs)
@@ -317,11 +332,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 "expected once: the adapter cannot act in it."
             )
         return output
-
-    def _call_one(self, adapter_name: str, call: BaseCall) -> torch.Tensor:
-        if adapter_name not in self.settings:
-            return call.run(call.x, call.weight)
-        return self.adapted_call([adapter_name], call)
 
     def _check_mixed(self, groups: AdapterGroups, x: torch.Tensor) -> None:
         if len(x) != len(groups.names):
@@ -338,27 +348,31 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The parameters of all adapters, by `prefix` and their key in the layer's `state_dict`."""
         return {
             f"{prefix}{part}.{name}": parameter
-            for part in self.adapter_layer_names
-            for name, parameter in getattr(self, part).items()
+            for part, parameters in self._dictionaries().items()
+            for name, parameter in parameters.items()
         }
 
+    def tensors_of(self, adapter_name: str) -> list[torch.Tensor]:
+        """The parameters of one adapter."""
+        return [entries[adapter_name] for entries in self._dictionaries().values() if adapter_name in entries]
+
+    def _dictionaries(self) -> dict[str, AdapterParameters]:
+        return {name: getattr(self, name) for name in self.adapter_layer_names}
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The tuner checks all its layers before any is loaded; this is for a model without one around it.
+        # The tuner checks all its layers before it loads any; this is for a model without a tuner around it.
         own = (key for key in state_dict if key.startswith(prefix))
         adapters = [key for key in own if key.removeprefix(prefix).partition(".")[0] in self.adapter_layer_names]
         check_before_loading(self.adapter_tensors(prefix), {key: state_dict[key] for key in adapters})
         forget(self)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _tensors_of(self, adapter_name: str) -> list[torch.Tensor]:
-        dictionaries = (getattr(self, part) for part in self.adapter_layer_names)
-        return [parameters[adapter_name] for parameters in dictionaries if adapter_name in parameters]
-
     def _base_weight(self) -> torch.Tensor:
         """The weight that the base uses now, without merged adapters."""
         if self.merged:
             return self._parameter_before_merge[0]
-        base, found = self.get_base_layer(), []
+        base = self.get_base_layer()
+        found: list[torch.Tensor] = []
         parameter = base._parameters.get("weight")
         # accelerate, FSDP and diffusers bring, unshard or cast a weight in a call only.
         hooked = base._forward_pre_hooks or hasattr(base, "_diffusers_hook")
@@ -371,20 +385,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             found.append(weight.clone())  # its memory is freed after the call
             return x
 
+        unpadded = InsteadOf(nn.functional.pad, lambda x, *rest, **kwargs: x)
         # In training mode, spectral_norm would change its buffers.
-        training = [module for module in base.modules() if module.training]
-        base.eval()
-        try:
-            with InsteadOf(nn.functional.pad, lambda x, *rest, **kwargs: x), InsteadOf(self.base_function, keep):
-                base(torch.empty(0))
-        finally:
-            for module in training:
-                module.training = True
+        with evaluation_mode(base), unpadded, InsteadOf(self.base_function, keep):
+            base(torch.empty(0))
         return found[0]
 
     def _check_whole(self) -> None:
         """Raise a ValueError for parts of parameters, which FSDP leaves in a layer outside of a forward."""
-        base, weight = self.get_base_layer(), self.get_base_layer()._parameters.get("weight")
+        base = self.get_base_layer()
+        weight = base._parameters.get("weight")
         shapes = {"weight": self.weight_shape, **self._shapes}
         tensors = self.adapter_tensors() | ({} if weight is None else {"weight": weight})
         parts = [
@@ -396,30 +406,30 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.path or base} is sharded by FSDP: gather its parameters first.")
 
     def _own_weight(self, base: nn.Module) -> nn.Parameter:
-        """The parameter that a merged weight takes the place of."""
-        parameter, name = base._parameters.get("weight"), self.path or base
+        """The parameter that a merged weight replaces."""
+        parameter, hook = base._parameters.get("weight"), _group_offloading(base)
         if has_class(base, "FSDPModule") or hasattr(parameter, "placements"):
-            raise ValueError(f"Cannot merge into {name}: it is sharded by FSDP. Merge before.")
-        if parameter is None:
-            raise ValueError(
-                f"Cannot merge into {name}: its weight is computed from other tensors (a parametrization, weight_norm or "
-                "pruning). Remove that first, for example by `torch.nn.utils.parametrize.remove_parametrizations`."
+            problem = "it is sharded by FSDP. Merge before sharding."
+        elif parameter is None:
+            problem = (
+                "its weight is computed from other tensors (a parametrization, weight_norm or pruning). Remove that first, for "
+                "example by `torch.nn.utils.parametrize.remove_parametrizations`."
             )
-        if parameter.is_meta:
-            raise ValueError(
-                f"Cannot merge into {name}: its weight is offloaded. Remove the hooks first, for example by "
+        elif parameter.is_meta:
+            problem = (
+                "its weight is offloaded. Remove the hooks first, for example by "
                 "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`."
             )
-        registry = getattr(base, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("group_offloading")
-        if hook is not None and hook.config.offload_to_disk_path is not None:
-            raise ValueError(f"Cannot merge into {name}: its weight is offloaded to disk. Merge before.")
-        return parameter
+        elif hook is not None and hook.config.offload_to_disk_path is not None:
+            problem = "its weight is offloaded to disk. Merge before offloading."
+        else:
+            return parameter
+        raise ValueError(f"Cannot merge into {self.path or base}: {problem}")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Unlike PEFT's, this leaves the dtype alone: rounded to bfloat16, alpha would no longer start as the identity.
         device = self.weight.device if device is None else device
-        for parameters in (getattr(self, name) for name in self.adapter_layer_names):
+        for parameters in self._dictionaries().values():
             if adapter_name in parameters and "meta" not in (device.type, parameters[adapter_name].device.type):
                 parameters[adapter_name] = parameters[adapter_name].to(device)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .wrappers import plain_modules, without_peft
+from .wrappers import base_module, is_wrapper, plain_modules, without_peft
 
 
 _HOOKS = ("forward", "_hf_hook", "_diffusers_hook", "_old_forward")
@@ -30,9 +29,8 @@ def adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
     config.inference_mode = False
     config.base_model_name_or_path = None
     model = without_peft(model)
-    tensors = [*model.parameters(), *model.buffers()]
     # deepcopy takes what the memo holds instead of copying it.
-    memo = {id(tensor): _without_values(tensor) for tensor in tensors}
+    memo: dict[int, Any] = {id(tensor): _without_values(tensor) for tensor in (*model.parameters(), *model.buffers())}
     # Hooks of accelerate and diffusers, which hold values, and what cannot be copied.
     for module in model.modules():
         memo |= {id(value): None for name, value in module.__dict__.items() if name in _HOOKS}
@@ -49,7 +47,7 @@ def adapter_tensor_shapes(
     Args:
         model: the base, with adapters or without.
         config: of the adapter.
-        layers: names of all modules that it is about, where they are known: then no others are looked at, which is faster.
+        layers: names of all modules that it changes, where they are known: then no others are searched, which is faster.
 
     Raises:
         ValueError: what PEFT raises for targets that the model does not have.
@@ -59,8 +57,8 @@ def adapter_tensor_shapes(
 
 
 def _only(model: nn.Module, layers: Collection[str]) -> nn.Module:
-    """A model of these modules alone, by their names; the modules themselves, not copies."""
-    # What is wrapped comes behind its wrapper.
+    """A model of only these modules, by their names; the modules themselves, not copies."""
+    # A wrapped module comes after its wrapper.
     found = {name: module for name, module in plain_modules(model) if name in layers}
     root = nn.Module()
     for name in sorted(found):
@@ -69,7 +67,7 @@ def _only(model: nn.Module, layers: Collection[str]) -> nn.Module:
         for parent in parents:
             if parent not in place._modules:
                 place.add_module(parent, nn.Module())
-            place = place._modules[parent]
+            place = place.get_submodule(parent)
         place.add_module(last, found[name])
     return root
 
@@ -83,11 +81,9 @@ def _plain(model: nn.Module) -> nn.Module:
     """The model without adapters and hooks."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                setattr(parent, name, child.get_base_layer())
-            elif isinstance(child, AuxiliaryTrainingWrapper):
-                setattr(parent, name, child.original_module)
-    # What PEFT and diffusers take for a sign of adapters.
+            if is_wrapper(child):
+                setattr(parent, name, base_module(child))
+    # By this attribute PEFT and diffusers see that a model has adapters.
     model.__dict__.pop("peft_config", None)
     for module in model.modules():
         # Hooks of accelerate and diffusers, which would bring values.

@@ -1,4 +1,4 @@
-"""What tuners of adapter layers share: putting the layers in, and merging all of them or none."""
+"""What tuners of adapter layers share: adding the layers to a model, and merging all of them or none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -25,8 +26,8 @@ class AdapterModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads a class attribute of this name
 
     @abstractmethod
-    def _layer_class(self, peft_config: PeftConfig, name: str, target: nn.Module) -> type[AdapterLayer]:
-        """What to wrap the module `target` by; raises a ValueError for a module that cannot be adapted."""
+    def _layer_class(self, peft_config: Any, name: str, target: nn.Module) -> type[AdapterLayer]:
+        """The layer for the module `target`; raises a ValueError for a module that cannot be adapted."""
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         # PEFT looks up the model type here, which a UNet does not have; `_prepare_model` sees the model itself.
@@ -56,10 +57,8 @@ class AdapterModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
-        if current_key is None:
-            raise ValueError("Current Key shouldn't be `None`")
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, peft_config)
             return
@@ -74,11 +73,10 @@ class AdapterModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
-        # The layers keep adapters in float32; who switches that off, as PEFT allows, gets the dtype of the base.
+        # The layers keep adapters in float32; without `autocast_adapter_dtype` they get the dtype of the base.
         for layer in adapter_layers(self):
-            for parameters in (getattr(layer, name) for name in layer.adapter_layer_names):
-                if adapter_name in parameters:
-                    parameters[adapter_name].data = parameters[adapter_name].data.to(layer.weight.dtype)
+            for tensor in layer.tensors_of(adapter_name):
+                tensor.data = tensor.data.to(layer.weight.dtype)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's also moves adapters to the base's device, which of an offloaded layer is "meta", and writes to `weight`,
@@ -111,7 +109,7 @@ class AdapterModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         if merge:
             self.merge_adapter(adapter_names, safe_merge=safe_merge)  # all layers or none
         with warnings.catch_warnings():
@@ -125,11 +123,12 @@ class AdapterModel(BaseTuner):
                 f"No tensor to load has a name that begins with {prefix!r}, so that the adapter would stay as it was "
                 "initialized. Save it by `save_pretrained`, or rename its tensors to `base_model.model.<layer>.<parameter>`."
             )
-        own, live = self.state_dict(prefix=prefix), {}
+        own = self.state_dict(prefix=prefix)
+        live: dict[str, torch.Tensor] = {}
         for name, layer in self.named_modules():
             if isinstance(layer, self.tuner_layer_cls):
                 live |= layer.adapter_tensors(f"{prefix}{name}.")
-        # The base may have a module whose name begins as those of an adapter's tensors do.
+        # The base may have a module whose name begins like those of an adapter's tensors.
         others = [key for key in state_dict if key not in own and f".{self.prefix}" in f".{key}"]
         check_before_loading(
             live,
@@ -153,7 +152,7 @@ class AdapterModel(BaseTuner):
             yield
 
 
-def check_no_other_method(name: str, module: nn.Module, layer_cls: type[AdapterLayer]) -> None:
+def check_no_other_method(name: str, module: nn.Module, layer_cls: type) -> None:
     """Raise a ValueError if `module` carries an adapter of another method than that of `layer_cls`."""
     if isinstance(module, BaseTunerLayer) and not isinstance(module, layer_cls):
         raise ValueError(
@@ -163,7 +162,7 @@ def check_no_other_method(name: str, module: nn.Module, layer_cls: type[AdapterL
 
 
 def _find_shared(model: nn.Module) -> None:
-    """Tell adapter layers which other modules have their weight, and warn of layers that are called in other places, too."""
+    """Tell adapter layers which other modules have their weight, and warn of layers that other parts of the model share."""
     layers: dict[nn.Module, AdapterLayer] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, AdapterLayer):

@@ -1,4 +1,4 @@
-"""Register a method with PEFT that it does not ship."""
+"""Register methods with PEFT that it does not have."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from peft.utils.peft_types import register_peft_method
 
 
 def extend_peft_type(name: str) -> PeftType:
-    """Add a member to PEFT's closed enum of methods, which `register_peft_method` demands; a no-op the second time.
-
-    Args:
-        name: in upper case; the value is the same.
-
-    Returns:
-        The member.
-    """
+    """The member of PEFT's closed enum of methods with this name, in upper case, and value; added if it is missing."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -34,7 +27,7 @@ def register(name: str, *, config_cls: type, model_cls: type) -> None:
     Raises:
         RuntimeError: PEFT, or another package, has a method of this name already.
     """
-    present = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[name.upper()])
+    present = PEFT_TYPE_TO_CONFIG_MAPPING.get(extend_peft_type(name.upper()))
     if present is config_cls:
         return
     if present is not None:

@@ -1,4 +1,4 @@
-"""Effective weights that are kept for the time of a context, so that sampling computes each of them once."""
+"""Keep effective weights inside a context, so that sampling computes each of them once."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""See a model's own modules through what PEFT has wrapped around them, and take adapters off."""
+"""Find a model's own modules inside PEFT's wrappers, and remove adapters."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import TypeGuard
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -21,8 +23,8 @@ def without_peft(model: nn.Module) -> nn.Module:
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Like `named_modules`, but by the names that modules have without adapters.
 
-    A layer with adapters comes several times under its name: as the wrapper, as what it wraps, and as its copies in
-    `modules_to_save`. What belongs to adapters alone, such as LoRA's factors, is left out.
+    A layer with adapters comes several times under its name: the wrapper, the wrapped module, and its copies in
+    `modules_to_save`. Modules of adapters, such as LoRA's factors, are left out.
     """
     seen: set[nn.Module] = set()
 
@@ -44,13 +46,13 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def remove_adapters(model: nn.Module, names: Collection[str], *, keep_configs: bool = False) -> None:
-    """Take adapters off a model, even if they were put in only in part.
+    """Remove adapters from a model, even if they were added only in part.
 
-    Modules that no adapter is left in are the base's own again.
+    A module without any adapter left is replaced by the base's own.
 
     Args:
         model: whose modules PEFT has wrapped in place.
-        names: of adapters; those that are not there are ignored.
+        names: of adapters; unknown ones are ignored.
         keep_configs: leave `model.peft_config` as it is.
     """
     for path, module in adapted_modules(model).items():
@@ -60,42 +62,54 @@ def remove_adapters(model: nn.Module, names: Collection[str], *, keep_configs: b
         if not module._get_available_adapters():
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, base_module(module))
-    if keep_configs or not hasattr(model, "peft_config"):
+    configs = getattr(model, "peft_config", None)
+    if keep_configs or configs is None:
         return
     for name in names:
-        model.peft_config.pop(name, None)
+        configs.pop(name, None)
     if not adapted_modules(model):
         del model.peft_config
 
 
 def adapted_modules(model: nn.Module) -> dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper]:
-    """The modules that adapters have wrapped, by name; not what lies inside the wrappers."""
+    """The wrappers around modules with adapters, by name, without wrappers inside of others."""
     found: dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper] = {}
     for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if is_wrapper(module) and not inside:
+        if is_wrapper(module) and not any(path.startswith(f"{outer}.") for outer in found):
             found[path] = module
     return found
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for the time of a context; afterwards each module has the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def has_class(module: nn.Module, *names: str) -> bool:
-    """Whether a module's class or one that it inherits from has one of these names; for classes that are not imported."""
+    """Whether a module is of a class with one of these names, or of a subclass; for classes that are not imported."""
     return any(cls.__name__ in names for cls in type(module).__mro__)
 
 
-def is_wrapper(module: nn.Module) -> bool:
-    """Whether PEFT has put this module around one of the model's own."""
+def is_wrapper(module: nn.Module) -> TypeGuard[BaseTunerLayer | AuxiliaryTrainingWrapper]:
+    """Whether this is a wrapper of PEFT's around one of the model's own modules."""
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
 def base_module(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> nn.Module:
-    """What a wrapper of PEFT's has wrapped."""
+    """The module that a wrapper of PEFT's is around."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
 
 
 def _delete_adapter(module: BaseTunerLayer | AuxiliaryTrainingWrapper, name: str) -> None:
     with warnings.catch_warnings():
-        # PEFT makes another adapter active, and says so.
+        # PEFT warns that it makes another adapter active.
         warnings.simplefilter("ignore", UserWarning)
         if isinstance(module, BaseTunerLayer):
             module.delete_adapter(name)

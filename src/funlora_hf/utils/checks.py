@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from types import UnionType
+from typing import TypeGuard
 
 
 # Precisions that bases are loaded in.
@@ -63,34 +64,33 @@ def check_names(name: str, value: object, *, single: bool) -> None:
     """Raise a ValueError unless `value` is a list of texts, None or, with `single`, one text."""
     if value is None or (single and isinstance(value, str)):
         return
-    listed = isinstance(value, (Sequence, Set)) and not isinstance(value, str)
-    if not listed or not all(isinstance(entry, str) for entry in value):
+    if not _is_several(value) or not all(isinstance(entry, str) for entry in value):
         raise ValueError(f"`{name}` is {value!r}, expected {'a regex, ' if single else ''}a list of names, or None.")
 
 
 def check_layer_indexes(value: object) -> None:
     """Raise a ValueError unless `value` is an integer, a list of them, or None."""
-    entries = value if isinstance(value, (Sequence, Set)) and not isinstance(value, str) else [value]
+    entries = value if _is_several(value) else [value]
     if value is not None and not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
         raise ValueError(f"`layers_to_transform` is {value!r}, expected an index, a list of them, or None.")
 
 
 def check_fingerprint(value: object) -> None:
     """Raise a ValueError unless `value` is None or a SHA-256 for some of `FINGERPRINT_DTYPES`."""
-    if value is None:
-        return
-    if (
-        not isinstance(value, Mapping)
-        or not value
-        or not all(
-            key in FINGERPRINT_DTYPES and isinstance(entry, str) and _SHA256.fullmatch(entry)
-            for key, entry in value.items()
-        )
+    if value is not None and not (
+        isinstance(value, Mapping)
+        and value
+        and value.keys() <= set(FINGERPRINT_DTYPES)
+        and all(isinstance(entry, str) and _SHA256.fullmatch(entry) for entry in value.values())
     ):
         raise ValueError(
             f"`base_fingerprint` is {value!r}, expected 64 hexadecimal digits for each of "
             f"{', '.join(map(repr, FINGERPRINT_DTYPES))}, or None: see `base_fingerprints`."
         )
+
+
+def _is_several(value: object) -> TypeGuard[Sequence[object] | Set[object]]:
+    return isinstance(value, (Sequence, Set)) and not isinstance(value, str)
 
 
 def shortened(text: str, length: int) -> str:

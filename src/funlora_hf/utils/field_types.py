@@ -1,4 +1,4 @@
-"""Holds the values of a dataclass against its annotations, as what is read from files needs."""
+"""Check the values of a dataclass, which may come from a file, against its annotations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from .checks import shortened
 
 
-# What torch and JSON readers hold.
+# The first integer that torch cannot hold.
 _MOST = 2**63
 _NAMES = {
     int: "a whole number",
@@ -27,7 +27,7 @@ def check_field_types(arguments: Any, *, leave_out: Collection[str] = ()) -> Non
     """
     Raise a ValueError that names a field, its value and what was expected, unless every value is of its field's type.
 
-    A whole number will do for a float. No number may be NaN or infinite, or of 64 bits or more; no text may have a NUL
+    A whole number is valid for a float. No number may be NaN or infinite, or of 64 bits or more; no text may have a NUL
     character or half a surrogate pair in it, which neither paths nor files can have.
 
     Args:

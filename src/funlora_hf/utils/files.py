@@ -25,7 +25,7 @@ MOST_JSON = 2**27
 
 
 class WriteError(OSError):
-    """A file or folder could not be written: the disk is full, read-only or gone. What was there before is as it was."""
+    """A file or folder could not be written: the disk is full, read-only or gone. What was there before is unchanged."""
 
 
 @contextmanager
@@ -37,31 +37,30 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+        temporary = _temporary(path)
         try:
             yield temporary
             _sync(temporary)
             os.replace(temporary, path)
             _sync(path.parent)
         finally:
-            # A disk that cannot be written to can leave it there; `recover_folder` takes it away.
+            # It stays on a disk that cannot be written to; `recover_folder` removes it.
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; takes the place of `path` when the block ends well, vanishes when it does not.
+    """A temporary folder to fill; replaces `path` when the block ends well, is removed when it does not.
 
-    A folder that stood at `path` is set aside under another name for the moment of the exchange; `recover_folder`
-    brings it back if the process is killed just then.
+    A folder at `path` has another name during the exchange; `recover_folder` restores it if the process is killed then.
 
     Raises:
         WriteError: it cannot be written.
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+        temporary = _temporary(path)
         temporary.mkdir()
         try:
             yield temporary
@@ -78,16 +77,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder that is there; a kill leaves all of it, or what `recover_folder` takes away."""
-    leaving = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+    """Delete a folder that exists; a kill leaves all of it, or what `recover_folder` removes."""
+    leaving = _temporary(path)
     with contextlib.suppress(OSError):
         os.replace(path, leaving)
         shutil.rmtree(leaving, ignore_errors=True)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Says of whatever keeps a file from being written which file it is."""
+    """Raise a WriteError that names the file for any error that keeps it from being written."""
     try:
         yield
     except WriteError:
@@ -97,13 +100,13 @@ def _writing(path: Path) -> Iterator[None]:
         code = error.errno if isinstance(error, OSError) else None
         raise WriteError(
             code,
-            f"{path} could not be written ({error}), and what was there before is as it was. Make room, or see that the "
-            "folder can be written to, and go on.",
+            f"{path} could not be written ({error}); what was there before is unchanged. Make room, or make the folder "
+            "writable, and continue.",
         ) from error
 
 
 def _sync(path: Path) -> None:
-    """Have the disk keep a file, or the names in a folder, before anything that counts on it is written."""
+    """Flush a file, or the names in a folder, to the disk, before anything that relies on it is written."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
@@ -115,7 +118,7 @@ def _sync(path: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Clean up below `folder` after a killed process: half-written entries go, a folder set aside comes back."""
+    """Clean up below `folder` after a killed process: remove half-written entries, restore a replaced folder."""
     for leftover in list(folder.rglob(f"{_TEMPORARY}*")):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -140,7 +143,7 @@ def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no JSON, cut short for instance, or more than `most_bytes`; it names the file.
+        ValueError: not valid JSON, or more than `most_bytes`; it names the file.
     """
     try:
         size = path.stat().st_size
@@ -148,20 +151,15 @@ def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
             raise ValueError(f"it has {size} bytes, expected {most_bytes} at most")
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is no sound JSON file: {error}.") from error
+        raise ValueError(f"{os.fspath(path)!r} is not a valid JSON file: {error}.") from error
 
 
 def read_mapping(path: Path, *, keys: Iterable[str] = (), most_bytes: int = MOST_JSON) -> dict[str, Any]:
-    """As `read_json`, of a file that holds a mapping.
-
-    Args:
-        path: of the file.
-        keys: those that it must have.
-        most_bytes: that the file may have.
+    """As `read_json`, of a file that holds a mapping with these `keys`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no JSON, no mapping or one that lacks a key, or more than `most_bytes`; it names the file.
+        ValueError: not valid JSON, not a mapping, a missing key, or more than `most_bytes`; it names the file.
     """
     value = read_json(path, most_bytes=most_bytes)
     if not isinstance(value, dict):
@@ -191,7 +189,7 @@ def read_tensors(path: Path, *, remedy: str, keys: Iterable[str] = ()) -> dict[s
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a sound safetensors file ({error}): {remedy}.") from error
+        raise ValueError(f"{os.fspath(path)!r} is not a valid safetensors file ({error}): {remedy}.") from error
     missing = [key for key in keys if key not in tensors]
     if missing:
         raise ValueError(f"{os.fspath(path)!r} has no tensor {', '.join(map(repr, missing))}: {remedy}.")
@@ -209,14 +207,9 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_sha256(folder: Path, *, leave_out: Iterable[str] = ()) -> str:
-    """SHA-256 over names and bytes of all files below a folder, hidden ones apart.
+    """SHA-256 over names and bytes of all files below a folder, 64 hexadecimal digits.
 
-    Args:
-        folder: to hash.
-        leave_out: names of subfolders or files directly in it that do not count.
-
-    Returns:
-        64 hexadecimal digits.
+    Hidden files, and the subfolders or files directly in the folder that `leave_out` names, do not count.
     """
     leave_out = set(leave_out)
     digest = hashlib.sha256()

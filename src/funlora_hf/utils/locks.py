@@ -1,4 +1,4 @@
-"""One owner of a folder at a time, who is named to all others."""
+"""Lock a folder for one process, which the error of every other process names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-# The system lets go of the lock when its process ends, however that ends; its file then stays, and the owner's with it.
+# The system releases the lock when its process ends, even if that is killed; then this file and the owner's file stay.
 LOCK_FILE = ".funlora.lock"
 OWNER_FILE = ".funlora.owner.json"
 
@@ -30,17 +30,14 @@ class FolderInUseError(RuntimeError):
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """
-    Hold a folder, which is made if it is missing, until the block ends or the process does.
+    Lock a folder, which is created if it is missing, until the block or the process ends.
 
-    A lock whose owner was killed is taken over, with a warning that says whose it was. On a filesystem without locks,
-    filelock's marker file takes the place of the system's lock, which it takes for stale by the owner's host and process.
-
-    Args:
-        folder (`Path`): to hold.
+    The lock of an owner that was killed is taken over, with a warning that names the owner. On a filesystem without locks,
+    filelock uses a marker file instead, and tells by the owner's host and process whether it is stale.
 
     Raises:
-        FolderInUseError: another process holds it; says which, where and since when.
-        OSError: the folder cannot be made or written to.
+        FolderInUseError: another process holds it; says which, where and for how long.
+        OSError: the folder cannot be created or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / LOCK_FILE), folder / OWNER_FILE
@@ -48,16 +45,16 @@ def folder_lock(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise FolderInUseError(
-            f"{folder} is in use by {_describe(owner)}. Wait for it or stop it, or take another folder; two at once would "
+            f"{folder} is in use by {_describe(owner)}. Wait for it or stop it, or use another folder; two at once would "
             "overwrite each other's files."
         ) from None
     try:
         if owner.is_file():
-            logger.warning("Took over %s from %s, which ended without letting go of it.", folder, _describe(owner))
+            logger.warning("Took over %s from %s, which ended without releasing it.", folder, _describe(owner))
         write_json(owner, {"host": platform.node(), "process": os.getpid(), "since": time.time()})
         yield
     finally:
-        # Deleted while it is held: whoever waits for this file sees that it has no name any more, and makes another.
+        # Deleted while it is held: a process that waits for this file sees that it is gone, and makes another.
         for path in (owner, folder / LOCK_FILE):
             with suppress(OSError):
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Seeds of runs, and of everything in a run, derived from one."""
+"""Seeds of runs, and seeds of everything in a run, which are derived from the run's."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import torch
 
 
 def derive_seed(seed: int, *keys: str | int) -> int:
-    """A seed for one purpose: the same keys give the same seed on every process, machine and resume.
+    """A seed in [0, 2**63) for one purpose: the same keys give the same seed on every process, machine and resume.
 
     Args:
         seed: of the run.
         keys: what it is for, such as a phase's name and a step.
-
-    Returns:
-        An integer in [0, 2**63).
     """
     text = "/".join([str(seed), *(str(key) for key in keys)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -28,6 +25,6 @@ def generator_for(seed: int, *keys: str | int) -> torch.Generator:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise a ValueError unless the `seeds` of several runs differ, and there is one."""
+    """Raise a ValueError unless the `seeds` of several runs differ, and there is at least one."""
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"`seeds` is {list(seeds)}, expected different numbers, at least one.")

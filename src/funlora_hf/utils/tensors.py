@@ -1,4 +1,4 @@
-"""Look at tensors: names, shapes and finite values of several, the rank of one."""
+"""Check the names, shapes and values of tensors, and compute the rank of one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_before_loading(
     """
     Refuse tensors of adapters that `load_state_dict` would load in part. Other shapes are left to torch.
 
-    PEFT only warns of tensors that a file lacks, says nothing of those that the model lacks, and does not look at values.
+    PEFT only warns of missing tensors, ignores unexpected ones, and does not check values.
 
     Args:
         live: all tensors of adapters that can be loaded, by a key that ends in the adapter's name.
@@ -65,7 +65,7 @@ def check_before_loading(
         raise ValueError(
             f"The tensors do not fit the adapters of this model, nothing was loaded:\n{listed(problems)}\n"
             "Load them with the config that they were saved with, into the model that they were trained for. If the "
-            "adapter is in the model by now, call `delete_adapter` before another attempt."
+            "adapter is already in the model, call `delete_adapter` before you try again."
         )
 
 
