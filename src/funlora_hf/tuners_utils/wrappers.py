@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterator
+from typing import TypeGuard
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -83,7 +84,7 @@ def has_class(module: nn.Module, *names: str) -> bool:
     return any(cls.__name__ in names for cls in type(module).__mro__)
 
 
-def is_wrapper(module: nn.Module) -> bool:
+def is_wrapper(module: nn.Module) -> TypeGuard[BaseTunerLayer | AuxiliaryTrainingWrapper]:
     """Whether PEFT has put this module around one of the model's own."""
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
