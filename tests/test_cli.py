@@ -225,7 +225,7 @@ def test_a_missing_folder_and_repository(fails, hub, tmp_path, name):
 
 def test_info_of_a_damaged_adapter(fails, run_folder):
     damage(run_folder)
-    assert "class_7/adapter_config.json' is no JSON" in fails("info", run_folder)
+    assert "class_7/adapter_config.json' is not a valid JSON file" in fails("info", run_folder)
 
 
 def test_verify(command, run_folder, tiny_pipe):
@@ -365,7 +365,7 @@ def test_push_says_what_is_wrong(fails, hub, run_folder, tmp_path):
     assert "403" in fails("push", run_folder, REPO)
     hub.clear_faults()
     damage(run_folder)
-    assert "is no JSON" in fails("push", run_folder, REPO)
+    assert "is not a valid JSON file" in fails("push", run_folder, REPO)
     assert not hub.repos()
 
 

@@ -152,6 +152,18 @@ def test_a_file_whose_names_are_taken_changes_nothing(plain_unet, tiny_pipe, fol
     assert not any(isinstance(module, FunLoraLayer) for module in tiny_pipe.unet.modules())
 
 
+def test_the_model_has_as_many_adapters_as_classes_act_at_once(tiny_pipe, folders):
+    for class_id in (7, 8):
+        tiny_pipe.load_adapter(folders[class_id])
+    for asked, expected in (([7], 1), ([8], 1), ([7, 8], 2), ([7], 2)):
+        sample, sigma = batch(len(asked))
+        tiny_pipe.predict_velocity(sample, sigma, asked)
+        names = {
+            name for layer in tiny_pipe.unet.modules() if isinstance(layer, FunLoraLayer) for name in layer.settings
+        }
+        assert len(names) == expected
+
+
 def test_sampling_takes_no_random_numbers_from_its_caller(tiny_pipe, folders):
     for class_id in (7, 8):
         tiny_pipe.load_adapter(folders[class_id])

@@ -145,7 +145,7 @@ def test_what_is_not_there_is_said(folder, hub, tmp_path):
     hub.commit("user/digits", {"a": b"b"})
     with pytest.raises(FileNotFoundError, match=r"'user/digits', subfolder 'class_7', has no adapter_config\.json"):
         read_adapter("user/digits", subfolder="class_7")
-    with pytest.raises(FileNotFoundError, match="`revision` is 'v2', which repository 'user/digits' has not"):
+    with pytest.raises(FileNotFoundError, match="`revision` is 'v2', which repository 'user/digits' does not have"):
         read_adapter("user/digits", revision="v2")
     with pytest.raises(FileNotFoundError, match="'user/other' is neither a folder that is there nor a repository"):
         read_adapter("user/other")

@@ -53,7 +53,7 @@ def test_what_is_read_is_what_was_saved(file, adapters, tiny_unet):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"config": None}, "holds adapters of type None"),
+        ({"config": None}, "has no `peft_type`, expected the configuration of an adapter"),
         ({"config": {"peft_type": "LORA"}}, "holds adapters of type LORA"),
         (
             {"config": {"peft_type": "FUNLORA", "r": 0}},

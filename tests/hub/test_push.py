@@ -317,7 +317,7 @@ def test_the_size_of_an_adapter_on_the_papers_backbone(tmp_path):
 def test_a_damaged_adapter_is_not_pushed(hub, run_folder):
     file = run_folder / "adapters" / "class_9" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="is not a sound safetensors file"):
+    with pytest.raises(ValueError, match="is not a valid safetensors file"):
         push_all(run_folder, REPO)
     assert REPO not in hub.repos()
 

@@ -76,14 +76,14 @@ def test_a_sound_run_with_a_bank_is_left_as_it_was(run_folder, bank_file, tiny_p
 @pytest.mark.parametrize(
     ("file", "damage", "text"),
     [
-        ("adapter_config.json", lambda file: file.write_text("{"), "is no JSON"),
+        ("adapter_config.json", lambda file: file.write_text("{"), "is not a valid JSON file"),
         ("adapter_config.json", lambda file: write_json(file, {**read_json(file), "r": 3}), "`r` is 3"),
         ("adapter_config.json", lambda file: write_json(file, {**read_json(file), "class_label": 9}), "says class 9"),
         ("adapter_config.json", lambda file: file.unlink(), "has no adapter_config.json"),
         (
             "adapter_model.safetensors",
             lambda file: file.write_bytes(file.read_bytes()[:-4]),
-            "not a sound safetensors",
+            "not a valid safetensors",
         ),
         ("adapter_model.safetensors", lambda file: file.unlink(), "has no adapter_model.safetensors"),
         ("adapter_model.safetensors", lambda file: rewrite(file, put_nan), "found NaN or infinity"),
@@ -167,7 +167,7 @@ def test_other_methods_of_peft_fit_by_their_shapes(run_folder, tiny_pipe):
     [
         (lambda file: rewrite(file, lambda tensors: tensors["adapters"][1].fill_(torch.inf)), "in class 8."),
         (lambda file: rewrite(file, lambda tensors: tensors.update(adapters=tensors["adapters"][:1])), "every class"),
-        (lambda file: file.write_bytes(file.read_bytes()[:-4]), "not a sound safetensors file"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-4]), "not a valid safetensors file"),
         (lambda file: save_file({"adapters": torch.zeros(2, 3)}, file), "not written by AdapterBank.save"),
     ],
 )

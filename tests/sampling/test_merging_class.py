@@ -299,7 +299,7 @@ def test_other_kinds_of_class_embedding_are_refused(tiny_unet):
 
 def test_a_u_net_that_is_not_as_its_config_says_is_refused(pipe):
     pipe.unet.conv_in.register_parameter("gain", torch.nn.Parameter(torch.ones(1)))
-    with pytest.raises(ValueError, match=r"has \['conv_in.gain'\] besides"):
+    with pytest.raises(ValueError, match=r"also has \['conv_in.gain'\]"):
         merge_class(pipe, 3)
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import sys
+import typing
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.integrate import solve_ivp
 
-from funlora_hf import FunLoraConfig, FunLoraPipeline
+from funlora_hf import FunLoraConfig, FunLoraPipeline, FunLoraPipelineOutput
 from funlora_hf.adapters.base_model import read_unet
 from funlora_hf.tuner import FunLoraLayer
 
@@ -352,3 +355,18 @@ def test_the_pipeline_saves_its_base_without_adapters(tiny_pipe, config, tmp_pat
         unet.save_pretrained(tmp_path / "plain")
         loaded = UNet2DModel.from_pretrained(tmp_path / "plain")
         assert all(torch.equal(tensor, unet.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads is new in Python 3.11")
+@pytest.mark.parametrize("name", ["__call__", "interpolate"])
+def test_the_type_of_the_output_follows_return_dict(name):
+    method = getattr(FunLoraPipeline, name)
+    types = {}
+    for overloaded in typing.get_overloads(method):
+        hints = typing.get_type_hints(overloaded)
+        (flag,) = typing.get_args(hints["return_dict"])
+        types[flag] = hints["return"]
+        assert inspect.signature(overloaded).parameters.keys() == inspect.signature(method).parameters.keys()
+    assert types.keys() == {True, False}
+    assert types[True] is FunLoraPipelineOutput
+    assert typing.get_origin(types[False]) is tuple

@@ -113,6 +113,10 @@ def test_json_refuses_what_json_has_not(tmp_path):
     with pytest.raises(ValueError, match="Out of range"):
         write_json(tmp_path / "a.json", math.nan)
     assert read_json(tmp_path / "a.json") == {"b": [1, None]}
+    for text in ("NaN", "[-Infinity]", "1e999", "[" * 100_000, "\xff"):
+        (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"a\.json' is not a valid JSON file"):
+            read_json(tmp_path / "a.json")
 
 
 def test_the_hash_sees_names_and_bytes_but_not_what_is_left_out(tmp_path):

@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
 
 from ..tuner import FunLoraConfig, mixed_batch
-from ..tuner.hotswap import SAVED_PREFIX, plain_key, wrapped_model
-from ..tuners_utils.layer import BASE, AdapterLayer, adapter_layers
-from ..tuners_utils.wrappers import remove_adapters
-from ..utils.checks import listed
+from ..tuners_utils.layer import BASE
 from ..utils.files import whole_file
-from ..utils.tensors import misnamed, misshapen, not_finite
 from .base_fingerprint import FingerprintCheck
 from .base_model import load_base
-from .class_folder import adapter_folders
+from .class_folder import adapter_folders, known_class
 from .class_folder import adapter_name as class_adapter_name
+from .class_rows import ClassRows, adapters_enabled
 from .flat_adapter import FlatAdapter
-from .untrusted_adapter import ADAPTER_FILES, SavedAdapter, exact_targets, fetch, read_adapter, restore_targets
-from .untrusted_bank import METADATA, ROWS, SavedBank, read_bank
+from .untrusted_adapter import ADAPTER_FILES, bankable, exact_targets, fetch, read_adapter
+from .untrusted_bank import METADATA, ROWS, read_bank
 
 
-# What all adapters of a bank share; which layers they have, their tensors show.
-_SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
-
-
-class AdapterBank:
+class AdapterBank(ClassRows):
     """
     Many FunLoRA adapters of one configuration for one model, of which one is live.
 
@@ -76,44 +65,19 @@ class AdapterBank:
         config: FunLoraConfig,
         adapter_name: str = "live",
         *,
-        beside: Sequence[AdapterBank] = (),
+        beside: Sequence[ClassRows] = (),
     ) -> None:
-        if config.modules_to_save:
-            raise ValueError(
-                f"`modules_to_save` is {list(config.modules_to_save)}, expected None: a bank holds adapters, not modules."
-            )
-        self.model = wrapped_model(model)
-        self.adapter_name = adapter_name
+        super().__init__(model, config, adapter_name, beside=beside)
+        self._live: FlatAdapter = self._first
         self._is_beside_others = bool(beside)
-        _check_alone(self.model, [adapter_name, *(name for bank in beside for name in bank.adapter_names)])
-        if not _layers(self.model, adapter_name):
-            _inject(self.model, replace(config, class_label=None, class_name=None), adapter_name)
-        self._layers = _layers(self.model, adapter_name)
-        self.config: FunLoraConfig = self._layers[0].settings[adapter_name]
-        _check_shared("config", config, self.config)
-        self._live = FlatAdapter(self.model, adapter_name)
         self._base = FingerprintCheck(self.model)
-        # Further adapters in the model, for mixed batches, and which of them hold which class.
-        self._others: list[FlatAdapter] = []
-        self._placed: dict[int, FlatAdapter] = {}
-        self._rows: dict[int, torch.Tensor] = {}
         self._names: dict[int, str] = {}
-        # Classes from a bank's file, of which no number has been read yet.
-        self._unchecked: set[int] = set()
         self._active: int | None = None
-        # A layer that another bank uses, too, may be at work for it.
-        self._switch([layer for layer in self._layers if set(layer.settings) == {adapter_name}], on=False)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __contains__(self, class_label: object) -> bool:
-        return class_label in self._rows
 
     @property
     def classes(self) -> dict[int, str]:
         """Ids and names of the classes in the bank, in the order in which they came."""
-        return dict(self._names)
+        return {label: self._names.get(label, str(label)) for label in self._rows}
 
     @property
     def live_tensors(self) -> dict[str, torch.Tensor]:
@@ -121,24 +85,13 @@ class AdapterBank:
         return dict(self._live.tensors)
 
     @property
-    def adapter_names(self) -> list[str]:
-        """The adapters that the bank has put into the model: the live one, and those for mixed batches."""
-        return [self.adapter_name, *(adapter.name for adapter in self._others)]
-
-    @property
     def active(self) -> int | None:
         """The live class; None: the base."""
         return self._active
 
-    def takes(self, adapter: SavedAdapter) -> bool:
-        """Whether an adapter is made as those of the bank: by its config, names and shapes."""
-        live, given = self._live.tensors, {plain_key(key): shape for key, shape in adapter.shapes.items()}
-        shared = all(getattr(adapter.config, name) == getattr(self.config, name) for name in _SHARED)
-        return shared and not misnamed(live, given) and not misshapen(live, given)
-
     def activate(self, class_label: int | None) -> None:
         """
-        Make a class live in the model, or None of them: the base.
+        Make a class live in the model; None makes the base live.
 
         Takes one copy of a few kilobytes, independent of how many classes there are. Not between a forward and its backward.
 
@@ -157,7 +110,7 @@ class AdapterBank:
     @contextmanager
     def mixed_batch(self, class_labels: Sequence[int | None]) -> Iterator[None]:
         """
-        Run every sample of a batch through a class of its own, as the function `mixed_batch` does for adapters by name.
+        Run each sample of a batch through its own class, as the function `mixed_batch` does for adapters by name.
 
         Args:
             class_labels (`Sequence[int | None]`): the class of every sample; None: the base. Sorted by class they run fastest.
@@ -169,30 +122,6 @@ class AdapterBank:
         names = [BASE if label is None else placed[label] for label in class_labels]
         with adapters_enabled(self.model), mixed_batch(self.model, names):
             yield
-
-    def place(self, class_labels: Collection[int]) -> dict[int, str]:
-        """
-        Have adapters in the model hold these classes, besides the live one.
-
-        Args:
-            class_labels (`Collection[int]`): classes of the bank; several times the same counts once.
-
-        Returns:
-            `dict[int, str]`: the name of each one's adapter. Valid until the next call.
-
-        Raises:
-            ValueError: as `activate`.
-        """
-        self._check_unmerged()
-        rows = {label: self._finite_row(label) for label in class_labels}
-        kept = {label: adapter for label, adapter in self._placed.items() if label in rows}
-        free = [adapter for adapter in self._others if adapter not in kept.values()]
-        for label in rows:
-            if label not in kept:
-                kept[label] = free.pop(0) if free else self._add_place()
-                kept[label].copy_(rows[label])
-        self._placed = kept
-        return {label: adapter.name for label, adapter in kept.items()}
 
     def add(
         self,
@@ -210,7 +139,7 @@ class AdapterBank:
 
         Args:
             source (`str` or `os.PathLike`): a folder written by PEFT's `save_pretrained`, or a repository on the Hub.
-            subfolder (`str`, *optional*): where in it the adapter lies.
+            subfolder (`str`, *optional*): the adapter's folder in it.
             revision (`str`, *optional*): branch, tag or commit of a repository.
             class_label (`int`, *optional*): id of the class; None: the one in the adapter's config.
             class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
@@ -223,29 +152,20 @@ class AdapterBank:
         Raises:
             BaseMismatchError: the adapter was trained for another base.
             ValueError: no id or one that is taken, another configuration than the bank's, or tensors that are missing,
-                unexpected, of another shape or not finite. The bank is as it was then.
+                unexpected, of another shape or not finite. The bank has not changed then.
             FileNotFoundError: a folder without an adapter, or no such repository.
         """
         adapter = read_adapter(source, subfolder=subfolder, revision=revision, local_files_only=local_files_only)
-        config = adapter.config
-        if not isinstance(config, FunLoraConfig):
-            raise ValueError(
-                f"`source` {adapter.source!r} holds an adapter of type {config.peft_type.value}, expected FUNLORA."
-            )
-        _check_shared(adapter.source, config, self.config)
-        class_label = config.class_label if class_label is None else class_label
-        if class_label is None:
-            raise ValueError(f"The adapter {adapter.source!r} does not say which class it is: pass `class_label`.")
+        config = bankable(adapter.config, repr(adapter.source))
+        self._check_shared(config, adapter.source)
+        class_label, class_name = known_class(config, adapter.source, class_label, class_name)
         if not ignore_base_fingerprint:
             self._base.check(config, adapter.source)
-        if config.modules_to_save:
-            raise ValueError(
-                f"`modules_to_save` of {adapter.source!r} is {list(config.modules_to_save)}, expected None: a bank holds "
-                "adapters, not modules."
-            )
         what = f"The tensors of {adapter.source!r}"
         self._check_fits(adapter.shapes, what)
-        return self._add(adapter.tensors(), class_label, class_name or config.class_name, what)
+        self.insert(adapter.tensors(), class_label, what)
+        self._names[class_label] = class_name
+        return class_label
 
     def add_tensors(
         self, state_dict: Mapping[str, torch.Tensor], *, class_label: int, class_name: str | None = None
@@ -255,58 +175,27 @@ class AdapterBank:
 
         Args and errors are those of `add`.
         """
-        return self._add(state_dict, class_label, class_name, "The tensors")
-
-    def _add(self, state_dict: Mapping[str, torch.Tensor], class_label: int, class_name: str | None, what: str) -> int:
-        if class_label in self._rows:
-            raise ValueError(f"`class_label` is {class_label}, a class that is in the bank already: remove it first.")
-        row = self._live.flatten(self._check_fits(state_dict, what))
-        if not torch.isfinite(row).all():
-            raise ValueError(f"{what} have numbers that are too large for {row.dtype}, nothing was added.")
-        self._rows[class_label] = row
+        self.insert(state_dict, class_label)
         self._names[class_label] = class_name or str(class_label)
         return class_label
 
-    def _check_fits(self, state_dict: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
-        """The tensors by the live adapter's keys."""
-        given = {plain_key(key): value for key, value in state_dict.items()}
-        live = self._live.tensors
-        problems = [*misnamed(live, given), *misshapen(live, given), *not_finite(given)]
-        if len(given) < len(state_dict):
-            problems.append(f"{len(state_dict) - len(given)} tensors come twice, expected each of them once")
-        if problems:
-            raise ValueError(f"{what} do not fit this bank, nothing was added:\n{listed(problems)}")
-        return given
-
     def remove(self, class_label: int) -> None:
         """Forget a class; if it is live, the base is live afterwards. Raises a ValueError for one that is not there."""
-        self._row_of(class_label)
         if self._active == class_label:
             self.activate(None)
-            self._live.copy_(torch.zeros(self._live.numel))
-        if class_label in self._placed:
-            self._placed.pop(class_label).copy_(torch.zeros(self._live.numel))
-        self._unchecked.discard(class_label)
-        del self._rows[class_label]
-        del self._names[class_label]
-
-    def unload(self) -> None:
-        """Take the bank's adapters off the model, which is the base again; the bank itself is of no more use."""
-        remove_adapters(self.model, self.adapter_names)
-
-    def state_dict(self, class_label: int) -> dict[str, torch.Tensor]:
-        """A class's tensors by the keys that PEFT saves them under; copies. Raises a ValueError if it is not there."""
-        return {
-            f"{SAVED_PREFIX}{key}": part.clone()
-            for key, part in self._live.unflatten(self._row_of(class_label)).items()
-        }
+            self._live.clear()
+        super().remove(class_label)
+        self._names.pop(class_label, None)
 
     def save(self, file: str | os.PathLike) -> None:
         """Write all classes into one safetensors file, which appears whole or not at all."""
         layout = [[key, list(tensor.shape)] for key, tensor in self._live.tensors.items()]
-        classes = [[label, self._names[label]] for label in self._rows]
-        # One entry: safetensors writes several in any order, and equal banks shall give equal files.
-        metadata = {METADATA: json.dumps({"config": self.config.to_dict(), "layout": layout, "classes": classes})}
+        # One entry, since safetensors writes several in any order, and equal banks should give equal files.
+        metadata = {
+            METADATA: json.dumps(
+                {"config": self.config.to_dict(), "layout": layout, "classes": list(self.classes.items())}
+            )
+        }
         rows = [row.cpu() for row in self._rows.values()]
         table = torch.stack(rows) if rows else torch.empty(0, self._live.numel)
         with whole_file(Path(file)) as temporary:
@@ -319,7 +208,7 @@ class AdapterBank:
         model: nn.Module,
         adapter_name: str = "live",
         *,
-        beside: Sequence[AdapterBank] = (),
+        beside: Sequence[ClassRows] = (),
         ignore_base_fingerprint: bool = False,
     ) -> AdapterBank:
         """
@@ -330,7 +219,7 @@ class AdapterBank:
             model (`torch.nn.Module`): the base that the adapters were trained for.
             adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
             beside (sequence of `AdapterBank`, *optional*): as for [`AdapterBank`].
-            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): load adapters of another base, too.
+            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): also load adapters of another base.
 
         Raises:
             BaseMismatchError: the adapters were trained for another base.
@@ -340,18 +229,8 @@ class AdapterBank:
         saved = read_bank(file)
         if not ignore_base_fingerprint:
             FingerprintCheck(model).check(saved.config, saved.file)
-        is_new = not _layers(wrapped_model(model), adapter_name)
-        if is_new:
-            saved.check_fits(model)
-        bank = cls(model, exact_targets(saved.config, saved.shapes), adapter_name, beside=beside)
-        if is_new:
-            restore_targets(bank.config, saved.config)
-        try:
-            saved.check_row(bank.live_tensors)
-            bank._take_rows(saved)
-        except Exception:
-            bank.unload()
-            raise
+        bank = cls.of_file(saved, model, adapter_name, beside=beside)
+        bank._names = dict(saved.classes)
         return bank
 
     @classmethod
@@ -366,15 +245,15 @@ class AdapterBank:
         ignore_base_fingerprint: bool = False,
     ) -> AdapterBank:
         """
-        A bank of the classes in a repository that has a folder `class_<id>` for each, as `push_all` lays them out.
+        A bank of the classes in a repository that has a folder `class_<id>` for each, as `push_all` writes it.
 
         Args:
             source (`str` or `os.PathLike`): the repository, or a folder laid out like it.
-            model (`torch.nn.Module`, *optional*): the base; None: the U-Net that the adapters' configs name, which is loaded.
-            classes (collection of `int`, *optional*): the ids wanted, of which alone files are fetched; None: all there are.
+            model (`torch.nn.Module`, *optional*): the base; None: load the U-Net that the adapters' configs name.
+            classes (collection of `int`, *optional*): the ids wanted, only their files are fetched; None: all.
             revision (`str`, *optional*): branch, tag or commit of the repository.
-            local_files_only (`bool`, *optional*, defaults to `False`): take all from the cache, without asking the Hub.
-            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): add adapters of another base, too.
+            local_files_only (`bool`, *optional*, defaults to `False`): take everything from the cache, without asking the Hub.
+            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): also add adapters of another base.
 
         Returns:
             [`AdapterBank`], on `bank.model`.
@@ -383,7 +262,7 @@ class AdapterBank:
             BaseMismatchError: an adapter was trained for another base.
             ValueError: no `model`, and the configs name none that can be loaded; adapters of several configurations; or as `add`.
                 The model is then as it was.
-            FileNotFoundError: no such repository, or a class that it has not.
+            FileNotFoundError: no such repository, or a class that it does not have.
         """
         names = ["class_*"] if classes is None else [class_adapter_name(label) for label in classes]
         files = [f"{name}/{file}" for name in names for file in ADAPTER_FILES]
@@ -392,16 +271,12 @@ class AdapterBank:
         if not folders:
             raise FileNotFoundError(f"{os.fspath(source)!r} has no folder class_<id>, expected one for each class.")
         first = read_adapter(folders[0])
-        if not isinstance(first.config, FunLoraConfig):
-            raise ValueError(
-                f"{os.fspath(source)!r} holds adapters of type {first.config.peft_type.value}, expected FUNLORA."
-            )
-        if model is None:
-            model = load_base(first.config, local_files_only=local_files_only)
+        config = bankable(first.config, repr(os.fspath(source)))
+        base = load_base(config, local_files_only=local_files_only) if model is None else model
         if not ignore_base_fingerprint:
-            FingerprintCheck(model).check(first.config, first.source)
-        first.check_fits(model)
-        bank = cls(model, first.exact_config)
+            FingerprintCheck(base).check(config, first.source)
+        first.check_fits(base)
+        bank = cls(base, exact_targets(config, first.shapes))
         try:
             for folder in folders:
                 bank.add(folder, ignore_base_fingerprint=ignore_base_fingerprint)
@@ -409,101 +284,3 @@ class AdapterBank:
             bank.unload()
             raise
         return bank
-
-    def _take_rows(self, saved: SavedBank) -> None:
-        """Fill the bank from a file, of which no number is read."""
-        live = self._live.tensors
-        order = _order(list(live), list(saved.shapes), [tensor.numel() for tensor in saved.shapes.values()])
-        for (label, name), row in zip(saved.classes.items(), saved.rows(), strict=True):
-            self._rows[label] = row if order is None else row[order]
-            self._names[label] = name
-            self._unchecked.add(label)
-
-    def _row_of(self, class_label: int) -> torch.Tensor:
-        if class_label not in self._rows:
-            known = ", ".join(map(str, list(self._rows)[:20])) or "none"
-            more = ", ..." if len(self._rows) > 20 else ""
-            raise ValueError(f"`class_label` is {class_label!r}, expected a class of the bank: {known}{more}.")
-        return self._rows[class_label]
-
-    def _finite_row(self, class_label: int) -> torch.Tensor:
-        row = self._row_of(class_label)
-        if class_label in self._unchecked:
-            # A number of a wider type may be too large for the adapter's.
-            if not torch.isfinite(self._live.cast(row)).all():
-                raise ValueError(
-                    f"Class {class_label} has numbers that are not finite: add it again from a sound adapter."
-                )
-            self._unchecked.remove(class_label)
-        return row
-
-    def _check_unmerged(self) -> None:
-        if any(layer.merged for layer in self._layers):
-            raise ValueError(f"Adapter {self.adapter_name!r} is merged into the base's weights: unmerge it first.")
-
-    @staticmethod
-    def _switch(layers: Sequence[AdapterLayer], *, on: bool) -> None:
-        for layer in layers:
-            if layer.disable_adapters == on:
-                layer.enable_adapters(on)
-
-    def _add_place(self) -> FlatAdapter:
-        """One more adapter in the model."""
-        name = f"{self.adapter_name}_{len(self._others) + 1}"
-        # It gets other values at once, so its start must not take from the random numbers of who calls.
-        with torch.random.fork_rng(devices=[]):
-            for layer in self._layers:
-                layer.update_layer(name, self.config)
-        self._others.append(FlatAdapter(self.model, name))
-        return self._others[-1]
-
-
-@contextmanager
-def adapters_enabled(model: nn.Module) -> Iterator[None]:
-    """Enable the adapter layers of a model that are disabled, and disable them again afterwards."""
-    disabled = [layer for layer in adapter_layers(model) if layer.disable_adapters]
-    for layer in disabled:
-        layer.enable_adapters(True)
-    try:
-        yield
-    finally:
-        for layer in disabled:
-            layer.enable_adapters(False)
-
-
-def _layers(model: nn.Module, adapter_name: str) -> list[AdapterLayer]:
-    """The layers that have an adapter of this name."""
-    return [layer for layer in adapter_layers(model) if adapter_name in layer.settings]
-
-
-def _inject(model: nn.Module, config: FunLoraConfig, adapter_name: str) -> None:
-    """Put an adapter into a model; those that are active there stay so."""
-    active = {layer: layer.active_adapters for layer in adapter_layers(model)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, model, adapter_name)
-    for layer, names in active.items():
-        layer.set_adapter(names, inference_mode=True)
-
-
-def _check_alone(model: nn.Module, own: Collection[str]) -> None:
-    others = sorted({name for layer in adapter_layers(model) for name in layer.settings} - set(own))
-    if others:
-        raise ValueError(
-            f"`model` has the adapters {', '.join(others)}, expected none besides {next(iter(own))!r}: unload them."
-        )
-
-
-def _check_shared(source: str, config: FunLoraConfig, expected: FunLoraConfig) -> None:
-    differ = [name for name in _SHARED if getattr(config, name) != getattr(expected, name)]
-    if differ:
-        found = ", ".join(f"`{name}` is {getattr(config, name)!r}, not {getattr(expected, name)!r}" for name in differ)
-        raise ValueError(f"The configuration of {source!r} does not fit this bank's: {found}. Use a bank of its own.")
-
-
-def _order(wanted: Sequence[str], stored: Sequence[str], sizes: Sequence[int]) -> Any:
-    """Indices that bring a stored row into the order wanted; None where it is that already."""
-    if list(wanted) == list(stored):
-        return None
-    numbers = dict(zip(stored, torch.arange(sum(sizes)).split(list(sizes)), strict=True))
-    return torch.cat([numbers[key] for key in wanted])

@@ -1,16 +1,15 @@
-"""Says whether an adapter was trained for this base: a hash of the base's tensors, and its check."""
+"""The fingerprint of a base, a hash of its tensors, and whether an adapter was trained for it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from peft import PeftConfig
 from torch import nn
 
-from ..tuners_utils.wrappers import adapted_modules, base_module, is_wrapper, without_peft
+from ..tuners_utils.wrappers import base_module, is_wrapper, without_peft
 from ..utils.checks import FINGERPRINT_DTYPES
 
 
@@ -30,7 +29,7 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: adapters are merged into the weights.
     """
-    return {place.name: place.tensor for place in _base_places(model)}
+    return _collect(without_peft(model), "", {})
 
 
 def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> str:
@@ -61,7 +60,7 @@ def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> s
             tensor = tensor.to(dtype)
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         # NumPy has no bfloat16, so bytes are taken as such; a scalar has no last dimension to view.
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -82,9 +81,9 @@ def base_fingerprints(model: nn.Module) -> dict[str, str]:
 
 class FingerprintCheck:
     """
-    Holds adapters against one base, hashing it once and again only after it has changed.
+    Checks adapters against one base, which is hashed once, and again only after it has changed.
 
-    Seen are changes that torch counts, and another storage or dtype; `tensor.data.mul_(2)` is not.
+    Detects in-place changes tracked by torch and new storage or dtype, but not `tensor.data.mul_(2)`.
 
     Args:
         model (`torch.nn.Module`): the base.
@@ -92,8 +91,7 @@ class FingerprintCheck:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._places: list[_Place] = []
-        self._state: list[tuple[int, int, torch.dtype]] = []
+        self._state: list[tuple[int, int, torch.dtype]] | None = None
         self._fingerprint = self._dtype = ""
 
     def check(self, config: PeftConfig, source: str) -> None:
@@ -107,8 +105,14 @@ class FingerprintCheck:
         stored: Mapping[str, str] | None = getattr(config, "base_fingerprint", None)
         if stored is None:
             return
-        if not self._places or self._state != [place.state for place in self._places]:
-            self._hash()
+        tensors = base_tensors(self._model).values()
+        state = [_state(tensor) for tensor in tensors]
+        if self._state != state:
+            name = next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "float32")
+            # In another precision (float64), the values of float32 are compared.
+            self._dtype = name if name in FINGERPRINT_DTYPES else "float32"
+            self._fingerprint = base_fingerprint(self._model, dtype=None if name == self._dtype else torch.float32)
+            self._state = state
         if stored.get(self._dtype) != self._fingerprint:
             raise BaseMismatchError(
                 f"The adapter {source!r} was trained for another base: it expects the fingerprint {stored.get(self._dtype)} "
@@ -116,52 +120,26 @@ class FingerprintCheck:
                 "pass `ignore_base_fingerprint=True` if you know that it fits."
             )
 
-    def _hash(self) -> None:
-        self._places = _base_places(self._model)
-        dtypes = [place.tensor.dtype for place in self._places if place.tensor.is_floating_point()]
-        name = str(dtypes[0]).removeprefix("torch.") if dtypes else "float32"
-        # Of another precision (float64), the values of float32 are compared.
-        self._dtype = name if name in FINGERPRINT_DTYPES else "float32"
-        self._fingerprint = base_fingerprint(self._model, dtype=None if name == self._dtype else torch.float32)
-        self._state = [place.state for place in self._places]
 
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor of the base is: its plain name, the module that holds it, its name there."""
-
-    name: str
-    module: nn.Module
-    slot: str
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        found = self.module._parameters.get(self.slot)
-        return self.module._buffers[self.slot] if found is None else found
-
-    @property
-    def state(self) -> tuple[int, int, torch.dtype]:
-        """Changes when the tensor does. Tensors made in inference mode count no versions."""
-        tensor = self.tensor
-        return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
-
-
-def _base_places(model: nn.Module) -> list[_Place]:
-    model = without_peft(model)
-    if any(getattr(module, "merged", False) is True for module in adapted_modules(model).values()):
-        raise ValueError("Adapters are merged into the base's weights: call `unmerge_adapter` first.")
-    return list(_places(model, ""))
-
-
-def _places(module: nn.Module, prefix: str) -> Iterator[_Place]:
+def _collect(module: nn.Module, prefix: str, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add the tensors of a module and its children to `found`, by their names after `prefix`."""
     while is_wrapper(module):
+        if getattr(module, "merged", False) is True:
+            raise ValueError("Adapters are merged into the base's weights: call `unmerge_adapter` first.")
         module = base_module(module)
-    persistent = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
-    for slots, names in ((module._parameters, list(module._parameters)), (module._buffers, persistent)):
-        yield from (_Place(f"{prefix}{name}", module, name) for name in names if slots[name] is not None)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}{name}"] = tensor
     for name, child in module._modules.items():
         if child is not None:
-            yield from _places(child, f"{prefix}{name}.")
+            _collect(child, f"{prefix}{name}.", found)
+    return found
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
+    """Changes when the tensor does. Tensors made in inference mode count no versions."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
 
 
 def _base_of(config: PeftConfig) -> str:

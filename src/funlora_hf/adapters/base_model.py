@@ -6,55 +6,58 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from diffusers import UNet2DModel
+from diffusers.models import UNet2DModel
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
 from ..utils.checks import check_class_label, check_class_name, shortened
 from ..utils.files import read_mapping
-from .unet_config import check_sizes, check_unet_config
 from .untrusted_adapter import fetch
 
 
 UNET_FOLDER = "unet"
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 PIPELINE = "model_index.json"
-# Where the generator of a run lies: a strategy that trains it on after task 1 leaves another one than the base.
+# The generator of a run: `model` if the strategy trains it after task 1, else the base.
 GENERATOR_FOLDERS = ("model", "base")
-# Ids and names of a thousand classes have some 50 kB.
+# Ids and names of a thousand classes take about 50 kB.
 MOST_CONFIG = 2**24
 # Of a pipeline's repository, or of one that is the U-Net itself.
 _UNET_FILES = [f"{place}{name}" for place in ("", f"{UNET_FOLDER}/") for name in ("*.json", "*.safetensors")]
+# Edge of an image; diffusers' largest U-Nets have 256.
+MOST_SAMPLE_SIZE = 4096
+# Of each other number, such as channels.
+MOST_NUMBER = 2**16
+# Modules are built one by one, also on the meta device: a large count takes time before it takes memory.
+MOST_LAYERS = 64
+MOST_CLASSES = 2**24
+_LIMITS = {
+    "sample_size": MOST_SAMPLE_SIZE,
+    "layers_per_block": MOST_LAYERS,
+    "mid_block_layers": MOST_LAYERS,
+    "num_class_embeds": MOST_CLASSES,
+}
 _COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
 
 
 def check_base_folder(folder: Path) -> None:
     """
-    Raise a ValueError that names the file, unless the JSON of a pipeline, U-Net or scheduler names just the classes of such a
-    base and no sizes beyond reason, and the U-Net's tensors are those of a U-Net without adapters: diffusers imports whatever
-    library a file names, builds whatever it asks for, and only warns of tensors that it does not find.
+    Raise a ValueError that names the file, unless the JSON of a pipeline, U-Net or scheduler names only the classes of such a
+    base and sizes within limits, and the U-Net's tensors are those of a U-Net without adapters: diffusers imports any library
+    that a file names, builds models of any size, and only warns about missing tensors.
     """
     if (folder / PIPELINE).is_file():
         index = read_mapping(folder / PIPELINE, most_bytes=MOST_CONFIG)
-        for name, expected in _COMPONENTS.items():
-            if name in index and index[name] != list(expected):
-                raise ValueError(
-                    f"{os.fspath(folder / PIPELINE)!r} has `{name}` {shortened(repr(index[name]), 100)}, expected "
-                    f"{list(expected)}: no other library is loaded."
-                )
+        for name, component in _COMPONENTS.items():
+            if name in index and index[name] != list(component):
+                _refuse(folder, index, name, f"{list(component)}: no other library is loaded")
         if not isinstance(index.get("_class_name"), str):
-            raise ValueError(
-                f"{os.fspath(folder / PIPELINE)!r} has `_class_name` {shortened(repr(index.get('_class_name')), 100)}, expected "
-                "the name of a pipeline: no code of a folder is run."
-            )
+            _refuse(folder, index, "_class_name", "the name of a pipeline: no code of a folder is run")
         for name, kind in (("class_ids", list), ("id2label", dict)):
-            if not isinstance(index.get(name, kind()), (kind, type(None))):
-                raise ValueError(
-                    f"{os.fspath(folder / PIPELINE)!r} has `{name}` {shortened(repr(index[name]), 100)}, expected a "
-                    f"{kind.__name__}."
-                )
+            if not isinstance(index.get(name), (kind, type(None))):
+                _refuse(folder, index, name, f"a {kind.__name__}")
     for place in (folder / UNET_FOLDER / "config.json", folder / "config.json"):
         if place.is_file():
             check_unet_config(read_mapping(place, most_bytes=MOST_CONFIG), field=os.fspath(place))
@@ -71,6 +74,11 @@ def check_base_folder(folder: Path) -> None:
         check_sizes(
             read_mapping(folder / SCHEDULER_CONFIG, most_bytes=MOST_CONFIG), field=os.fspath(folder / SCHEDULER_CONFIG)
         )
+
+
+def _refuse(folder: Path, index: Mapping[str, Any], name: str, expected: str) -> NoReturn:
+    found = shortened(repr(index.get(name)), 100)
+    raise ValueError(f"{os.fspath(folder / PIPELINE)!r} has `{name}` {found}, expected {expected}.")
 
 
 def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:
@@ -99,7 +107,7 @@ def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DMo
 
 
 def base_classes(folder: Path) -> dict[int, str]:
-    """Names by ids of the classes that a pipeline's U-Net itself knows, by row of its class embedding.
+    """Names by ids of the classes that a pipeline's U-Net knows without adapters, by row of its class embedding.
 
     Raises:
         OSError: no U-Net in the folder.
@@ -109,17 +117,31 @@ def base_classes(folder: Path) -> dict[int, str]:
     try:
         index = read_mapping(folder / PIPELINE, most_bytes=MOST_CONFIG) if (folder / PIPELINE).is_file() else {}
         rows = UNet2DModel.load_config(folder, subfolder=_unet_subfolder(folder)).get("num_class_embeds") or 0
-        ids = index.get("class_ids") or list(range(rows))
-        names = {int(class_id): str(name) for class_id, name in (index.get("id2label") or {}).items()}
-        classes = {int(class_id): names.get(int(class_id), str(class_id)) for class_id in ids}
-        for class_id, name in classes.items():
-            check_class_label(class_id)
-            check_class_name(name)
-        return classes
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        return class_names(index.get("class_ids") or range(rows), index.get("id2label") or {})
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"The classes of the base {os.fspath(folder)!r} cannot be read: {shortened(str(error), 1000)}"
         ) from error
+
+
+def class_names(class_ids: Iterable[Any], id2label: Mapping[Any, Any]) -> dict[int, str]:
+    """Names by ids, in the order of the ids, of values that a file may contain; an id without a name is its own.
+
+    Raises:
+        ValueError: no valid ids and names.
+    """
+    try:
+        names = {int(class_id): str(name) for class_id, name in id2label.items()}
+        classes = {int(class_id): names.get(int(class_id), str(int(class_id))) for class_id in class_ids}
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"`class_ids` is {shortened(repr(class_ids), 100)} and `id2label` {shortened(repr(id2label), 100)}, expected a list "
+            f"of ids and a mapping of ids to names: {error}."
+        ) from error
+    for class_id, name in classes.items():
+        check_class_label(class_id)
+        check_class_name(name)
+    return classes
 
 
 def read_unet(folder: Path) -> UNet2DModel:
@@ -127,19 +149,23 @@ def read_unet(folder: Path) -> UNet2DModel:
     The U-Net in a folder on this machine: a pipeline's, or one that is the U-Net itself.
 
     Raises:
-        ValueError: it cannot be loaded, or its file lacks tensors or has others; diffusers alone only warns of these.
+        ValueError: it cannot be loaded, or its file lacks tensors or has others, of which diffusers only warns.
     """
     check_base_folder(folder)
+    source = os.fspath(folder)
     try:
         unet, found = UNet2DModel.from_pretrained(
             folder, subfolder=_unet_subfolder(folder), use_safetensors=True, output_loading_info=True
         )
-    # Whatever a U-Net's constructor raises for arguments of a file.
+    # A U-Net's constructor raises many types for invalid arguments.
     except Exception as error:
-        raise ValueError(
-            f"The U-Net in {os.fspath(folder)!r} cannot be loaded: {shortened(str(error), 1000)}"
-        ) from error
-    _check_loaded(found, os.fspath(folder))
+        raise ValueError(f"The U-Net in {source!r} cannot be loaded: {shortened(str(error), 1000)}") from error
+    _check_names(found.get("unexpected_keys", ()), source)
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: keys for kind in kinds if (keys := found.get(kind))}
+    if wrong:
+        listed = "; ".join(f"{kind}: {', '.join(map(str, list(keys)[:5]))}" for kind, keys in wrong.items())
+        raise ValueError(f"The U-Net in {source!r} does not have the tensors that its config makes: {listed}.")
     return unet.eval()
 
 
@@ -155,17 +181,6 @@ def _check_shards(index: Path) -> None:
             )
 
 
-def _check_loaded(found: Mapping[str, Any], source: str) -> None:
-    """Refuse a U-Net whose file lacks tensors or has others."""
-    _check_names(found.get("unexpected_keys", ()), source)
-    wrong = {
-        name: found.get(name) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if found.get(name)
-    }
-    if wrong:
-        listed = "; ".join(f"{name}: {', '.join(map(str, list(keys)[:5]))}" for name, keys in wrong.items())
-        raise ValueError(f"The U-Net in {source!r} does not have the tensors that its config makes: {listed}.")
-
-
 def _check_names(names: Iterable[str], source: str) -> None:
     wrapped = next((name for name in names if ".base_layer." in name), None)
     if wrapped is not None:
@@ -177,3 +192,31 @@ def _check_names(names: Iterable[str], source: str) -> None:
 
 def _unet_subfolder(folder: Path) -> str | None:
     return UNET_FOLDER if (folder / UNET_FOLDER).is_dir() else None
+
+
+def check_unet_config(config: Mapping[str, Any], *, field: str) -> None:
+    """
+    Raise a ValueError unless every number, alone or in a list, is below a limit, and no list is longer than one.
+
+    Args:
+        config: arguments of a UNet2DModel.
+        field: their name in the error.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"`{field}` is a {type(config).__name__}, expected a mapping of UNet2DModel arguments.")
+    check_sizes(config, field=field)
+
+
+def check_sizes(config: Mapping[str, Any], *, field: str) -> None:
+    """As `check_unet_config`, for the arguments of any component."""
+    for name, value in config.items():
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if len(entries) > MOST_LAYERS:
+            raise ValueError(f"`{field}.{name}` has {len(entries)} entries, expected {MOST_LAYERS} at most.")
+        most = _LIMITS.get(name, MOST_NUMBER)
+        for entry in entries:
+            # In this form it also refuses NaN.
+            if isinstance(entry, (int, float)) and not -most <= entry <= most:
+                raise ValueError(
+                    f"`{field}.{name}` has {shortened(repr(entry), 100)}, expected numbers of {most} at most."
+                )

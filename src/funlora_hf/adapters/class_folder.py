@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ..cards.model_cards import adapter_card
@@ -29,28 +29,58 @@ def adapter_name(class_id: int) -> str:
 
 def adapter_folders(adapters: Path) -> list[Path]:
     """The `class_<id>` folders below `adapters` by rising id; empty if there are none."""
-    return sorted((path for path in adapters.glob(f"{_PREFIX}*") if folder_class(path) is not None), key=folder_class)
+    found = [(folder_class(path), path) for path in adapters.glob(f"{_PREFIX}*")]
+    return [path for _, path in sorted((number, path) for number, path in found if number is not None)]
 
 
 def folder_class(folder: Path) -> int | None:
     """The id in the name of a folder `class_<id>`; None for another name."""
-    number = folder.name.removeprefix(_PREFIX)
-    return int(number) if folder.name.startswith(_PREFIX) and number.isdecimal() else None
+    return _id_in(folder.name)
+
+
+def _id_in(name: str) -> int | None:
+    number = name.removeprefix(_PREFIX)
+    return int(number) if name.startswith(_PREFIX) and number.isdecimal() else None
+
+
+def class_of(config: PeftConfig | Mapping[str, Any], name: str = "") -> tuple[Any, Any]:
+    """Id and name of the class that an adapter makes; None for what is unknown.
+
+    FunLoRA's configuration holds both. Of another method, the id may be in `name`, the adapter's or its folder's.
+    """
+    settings = config if isinstance(config, Mapping) else vars(config)
+    label = settings.get("class_label")
+    return _id_in(name) if label is None else label, settings.get("class_name")
+
+
+def known_class(
+    config: PeftConfig, source: str, class_label: int | None, class_name: str | None, *, name: str = ""
+) -> tuple[int, str]:
+    """Id and name of an adapter's class: those given, else those of `class_of`, else the id as its name.
+
+    Raises:
+        ValueError: no id, or an invalid id or name.
+    """
+    label, own_name = class_of(config, name)
+    label = label if class_label is None else class_label
+    if label is None:
+        raise ValueError(f"The adapter {source!r} does not say which class it is: pass `class_label`.")
+    known_name = class_name or own_name or str(label)
+    check_class_label(label)
+    check_class_name(known_name)
+    return label, known_name
 
 
 def adapter_class(folder: Path) -> dict[str, Any]:
-    """Which class an adapter folder of a run makes: `{"class_label": id or None, "class_name": name or None}`.
+    """The class of the adapter in a folder of a run: `{"class_label": id or None, "class_name": name or None}`.
 
-    FunLoRA's configuration says so; other methods' do not, and the folder's name and the card do.
+    As `class_of` says; where the configuration has no name, the card may have it.
 
     Raises:
-        ValueError: what says so is damaged, or no id or name; it names the file.
+        ValueError: a damaged file, or one with an invalid id or name; it names the file.
     """
-    file = folder / "adapter_config.json"
-    settings = read_mapping(file)
-    label, name = settings.get("class_label"), settings.get("class_name")
-    if label is None:
-        label = folder_class(folder)
+    file = folder / CONFIG_NAME
+    label, name = class_of(read_mapping(file), folder.name)
     card = folder / "README.md"
     if name is None and card.is_file():
         file, name = card, _name_in_card(card)
@@ -67,9 +97,9 @@ def adapter_class(folder: Path) -> dict[str, Any]:
 def _name_in_card(card: Path) -> Any:
     try:
         return ModelCard.load(card).data.to_dict().get("class_name")
-    # Of YAML that anybody may have written, PyYAML and huggingface_hub raise many types.
+    # PyYAML and huggingface_hub raise many types for YAML of unknown origin.
     except Exception as error:
-        raise ValueError(f"{os.fspath(card)!r} has no sound front matter: {shortened(str(error), 300)}") from error
+        raise ValueError(f"{os.fspath(card)!r} has no valid front matter: {shortened(str(error), 300)}") from error
 
 
 def save_adapter(
@@ -103,15 +133,7 @@ def save_adapter(
 def save_adapter_tensors(
     config: PeftConfig, tensors: Mapping[str, torch.Tensor], folder: Path, *, class_name: str | None = None
 ) -> None:
-    """
-    As `save_adapter`, the same bytes, for an adapter that is in no model.
-
-    Args:
-        config (`PeftConfig`): of the adapter.
-        tensors (`Mapping[str, torch.Tensor]`): by the keys that PEFT saves them under.
-        folder (`Path`): to write, `class_<id>`.
-        class_name (`str`, *optional*): of the class, for the card; None: the one in a FunLoRA adapter's config.
-    """
+    """As `save_adapter`, with the same bytes, of tensors by the keys that PEFT saves them under, into a folder `class_<id>`."""
     with whole_folder(folder) as temporary:
         config.save_pretrained(os.fspath(temporary))
         contents = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -121,22 +143,13 @@ def save_adapter_tensors(
 
 
 def _write_card(
-    config: PeftConfig,
-    name: str,
-    class_label: int | None,
-    class_name: str | None,
-    parameters: int,
-    folder: Path,
+    config: PeftConfig, name: str, class_label: int | None, class_name: str | None, parameters: int, folder: Path
 ) -> None:
-    class_name = class_name or getattr(config, "class_name", None) or name
-    if class_label is None:
-        class_label = getattr(config, "class_label", None)
-    if class_label is None and name.removeprefix(_PREFIX).isdigit():
-        class_label = int(name.removeprefix(_PREFIX))
+    own_label, own_name = class_of(config, name)
     card = adapter_card(
         config,
-        class_label=class_label,
-        class_name=class_name,
+        class_label=own_label if class_label is None else class_label,
+        class_name=class_name or own_name or name,
         parameters=parameters,
         num_bytes=(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
     )

@@ -1,4 +1,4 @@
-"""FlatAdapter: an adapter in a model whose tensors are parts of one row of numbers, replaced by one copy."""
+"""FlatAdapter: an adapter in a model whose tensors are views of one row, so that one copy replaces them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..tuners_utils.weights import forget
 
 class FlatAdapter:
     """
-    An adapter that is in a model, as one row of numbers.
+    An adapter in a model as one row of numbers.
 
     Args:
         model (`torch.nn.Module`): holds the adapter.
@@ -32,7 +32,7 @@ class FlatAdapter:
         return self._row.numel()
 
     def flatten(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Tensors by the keys of `tensors` as a row `(numel,)` of its own, on the device and in the dtype of this adapter's."""
+        """Tensors by the keys of `tensors` as a new row `(numel,)` with the device and dtype of this adapter."""
         return torch.cat([tensors[key].detach().reshape(-1).to(self._row) for key in self.tensors])
 
     def cast(self, row: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,12 @@ class FlatAdapter:
         for layer in self._layers:
             forget(layer)
 
+    def clear(self) -> None:
+        """Leave nothing of the last row in the model."""
+        self.copy_(torch.zeros(self.numel))
+
     def _tie(self) -> torch.Tensor:
-        """A row of which all tensors are views, with their values, in float32 at least: a cast of the model is not theirs."""
+        """Make all tensors views of a new row with their values, in float32 at least, whatever dtype the model is cast to."""
         # Views of a row made in inference mode could not be changed outside of it.
         with torch.inference_mode(False), torch.no_grad():
             row = torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors.values()])
@@ -72,7 +76,7 @@ class FlatAdapter:
         return row
 
     def _are_others(self) -> bool:
-        """Whether the layers have other parameters now than those of `tensors`, as after offloading."""
+        """Whether the layers now have other parameters than `tensors`, as after offloading."""
         held = {id(tensor) for tensor in self.tensors.values()}
         return any(
             id(parameter) not in held

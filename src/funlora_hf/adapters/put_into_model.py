@@ -1,8 +1,9 @@
-"""Puts a saved adapter into a PeftModel, or leaves the model as it was."""
+"""Put a saved adapter into a PeftModel, or leave the model as it was."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -12,7 +13,8 @@ from ..utils.checks import listed
 from ..utils.tensors import not_finite
 from .base_fingerprint import FingerprintCheck
 from .class_folder import adapter_name as class_adapter_name
-from .untrusted_adapter import SavedAdapter, brief, read_adapter, restore_targets
+from .class_folder import class_of
+from .untrusted_adapter import SavedAdapter, brief, exact_targets, read_adapter, restore_targets
 
 
 def load_adapter(
@@ -26,13 +28,13 @@ def load_adapter(
     ignore_base_fingerprint: bool = False,
 ) -> PeftModel:
     """
-    Load an adapter as PEFT does, after a look at whether it is sound and was trained for this base.
+    Load an adapter as PEFT does, after checks that it is valid and was trained for this base.
 
     Args:
         model (`torch.nn.Module`): the base, such as a `UNet2DModel`, or a PeftModel of it that gets one adapter more.
         source (`str` or `os.PathLike`): a folder written by PEFT's `save_pretrained`, or a repository on the Hub.
         adapter_name (`str`, *optional*): its name in the model; None: `class_<id>` of its class, or "default".
-        subfolder (`str`, *optional*): where in it the adapter lies.
+        subfolder (`str`, *optional*): the adapter's folder in it.
         revision (`str`, *optional*): branch, tag or commit of a repository.
         local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache, without asking the Hub.
         ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): load it also if it was trained for another base.
@@ -54,7 +56,7 @@ def load_adapter(
     """
     adapter = read_adapter(source, subfolder=subfolder, revision=revision, local_files_only=local_files_only)
     if adapter_name is None:
-        label = getattr(adapter.config, "class_label", None)
+        label, _ = class_of(adapter.config)
         adapter_name = "default" if label is None else class_adapter_name(label)
     peft_model = model if isinstance(model, PeftModel) else None
     if peft_model is not None and adapter_name in peft_model.peft_config:
@@ -68,17 +70,10 @@ def load_adapter(
 
 
 def put_adapter(base: nn.Module, peft_model: PeftModel | None, adapter: SavedAdapter, name: str) -> PeftModel:
-    """
-    Put an adapter into a model.
-
-    Args:
-        base: the model itself; its layers are wrapped in place.
-        peft_model: what holds the adapters that it has; None: nothing does yet.
-        adapter: to put in.
-        name: of the adapter, which is free.
+    """Put an adapter into a model, whose layers are wrapped in place; `peft_model` holds the adapters that it has, if any.
 
     Returns:
-        `PeftModel`, its parts in evaluation mode.
+        `PeftModel`, with its parts in evaluation mode.
 
     Raises:
         ValueError: the adapter does not fit; or what PEFT raises. The model is as it was.
@@ -86,12 +81,13 @@ def put_adapter(base: nn.Module, peft_model: PeftModel | None, adapter: SavedAda
     training = base.training
     adapter.check_fits(base)
     tensors = adapter.tensors()
+    config = exact_targets(adapter.config, adapter.shapes)
     try:
         if peft_model is None:
-            peft_model = PeftModel(base, adapter.exact_config, adapter_name=name)
+            peft_model = PeftModel(base, config, adapter_name=name)
         else:
-            peft_model.add_adapter(name, adapter.exact_config)
-        loaded = set_peft_model_state_dict(peft_model, tensors, adapter_name=name)
+            peft_model.add_adapter(name, config)
+        loaded: Any = set_peft_model_state_dict(peft_model, tensors, adapter_name=name)
         # PEFT only warns of what is missing, and that part would act as the identity.
         missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
         if missing or loaded.unexpected_keys:

@@ -1,4 +1,4 @@
-"""An adapter as it lies in a folder or in a repository of the Hub, read with suspicion.
+"""Read an adapter of unknown origin from a folder or from a repository on the Hub.
 
 Only JSON and safetensors are read, and nothing in them is run.
 """
@@ -8,15 +8,13 @@ from __future__ import annotations
 import copy
 import glob
 import hashlib
-import json
-import math
 import os
 import re
 import struct
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -30,7 +28,6 @@ from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from ..tuner import FunLoraConfig
@@ -38,27 +35,32 @@ from ..tuner.hotswap import plain_key
 from ..tuners_utils.meta_shapes import adapter_tensor_shapes
 from ..tuners_utils.wrappers import plain_modules, without_peft
 from ..utils.checks import listed, shortened
+from ..utils.files import read_json, read_tensors
 from ..utils.tensors import misnamed, misshapen, not_finite
 
 
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
-# What a config and the header of a weight file may take; those of a sound adapter take some kilobytes.
+# Limits for a config and the header of a weight file, which usually take a few kilobytes.
 MOST_CONFIG_BYTES = 2**20
 MOST_HEADER_BYTES = 2**23
-# An adapter with more numbers than this many bases is no adapter.
+# An adapter may have as many numbers as this many bases.
 MOST_BASES = 4
-# No U-Net has as many parameters, nor any method as large a rank or count.
+# No U-Net has so many parameters, and no method so large a rank or count.
 MOST_TENSORS = 20_000
 MOST_COUNT = 2**20
-# An empty tensor takes no byte, whatever its shape is.
+# An empty tensor takes no bytes, so a file may give it any shape.
 _MOST_SIZE = 2**40
 _MOST_TEXT = 1000
+REMEDY = "download or train the adapter again"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CLASS_VECTOR = "funlora_class_vector"
 _TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _HARMLESS_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.)*(?:\.[*+](?:[\w-]|\\?\.)*)?\$?")
-# Starts of LoRA that leave the base as it is; the others of PEFT take something out of its weights, or read files.
+# Starts of LoRA that do not change the base; PEFT's others change its weights or read files.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
+
+
+_Config = TypeVar("_Config", bound=PeftConfig)
 
 
 @dataclass(frozen=True)
@@ -83,22 +85,14 @@ class SavedAdapter:
         """How many numbers it holds."""
         return _numel(self.shapes)
 
-    @property
-    def exact_config(self) -> PeftConfig:
-        """The config with just the layers that the tensors show for its targets: a regex of a file is not run."""
-        return exact_targets(self.config, self.shapes)
-
     def check_fits(self, model: nn.Module) -> None:
-        """Raise a ValueError unless the tensors are just those that the config makes on a model, of which no memory is taken."""
+        """Raise a ValueError unless the config makes exactly these tensors on a model; takes no memory for them."""
         check_tensors(self.config, self.shapes, model)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The numbers. Raises a ValueError for a damaged file, and for any that is not finite."""
         file = self.folder / SAFETENSORS_WEIGHTS_NAME
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            unsound(file, error)
+        tensors = read_tensors(file, remedy=REMEDY)
         problems = not_finite(tensors)
         if problems:
             raise ValueError(f"{os.fspath(file)!r} is damaged:\n{listed(problems)}")
@@ -117,7 +111,7 @@ def read_adapter(
 
     Args:
         source (`str` or `os.PathLike`): a folder written by PEFT's `save_pretrained`, or a repository on the Hub.
-        subfolder (`str`, *optional*): where in it the adapter lies.
+        subfolder (`str`, *optional*): the adapter's folder in it.
         revision (`str`, *optional*): branch, tag or commit of a repository.
         local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache, without asking the Hub.
 
@@ -147,7 +141,7 @@ def fetch(
     source: str | os.PathLike, files: Sequence[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
     """
-    The folder that `source` names, or a copy of a repository with these files, as far as it has them.
+    The folder that `source` names, or a copy of a repository with those of these files that it has.
 
     Args:
         source (`str` or `os.PathLike`): a folder, or a repository on the Hub.
@@ -175,7 +169,7 @@ def fetch(
             f"{name!r} is neither a folder that is there nor the name of a repository, 'user/repo'."
         ) from None
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"`revision` is {revision!r}, which repository {name!r} has not.") from error
+        raise FileNotFoundError(f"`revision` is {revision!r}, which repository {name!r} does not have.") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{name!r} is neither a folder that is there nor a repository that you may read: check its name and, for a "
@@ -211,15 +205,7 @@ def check_download(file: Path) -> None:
 def read_config(folder: Path) -> PeftConfig:
     """The configuration in a folder. Raises a ValueError that names the file for one that PEFT cannot take."""
     file = folder / CONFIG_NAME
-    try:
-        with open(file, "rb") as stream:
-            content = stream.read(MOST_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{os.fspath(file)!r} cannot be read ({brief(error)}).") from error
-    if len(content) > MOST_CONFIG_BYTES:
-        raise ValueError(f"{os.fspath(file)!r} has {file.stat().st_size} bytes, expected {MOST_CONFIG_BYTES} at most.")
-    attributes = parse_json(content, os.fspath(file))
-    return config_from(attributes, os.fspath(file))
+    return config_from(read_json(file, most_bytes=MOST_CONFIG_BYTES), os.fspath(file))
 
 
 def config_from(attributes: Any, source: str) -> PeftConfig:
@@ -229,7 +215,7 @@ def config_from(attributes: Any, source: str) -> PeftConfig:
     attributes = {key: value for key, value in attributes.items() if key != "runtime_config"}  # as PEFT does
     try:
         config = PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**attributes))
-    except Exception as error:  # a config class may stumble over anything where its fields have other types
+    except Exception as error:  # config classes raise many types for fields of another type
         raise ValueError(
             f"{source!r} is not a configuration that PEFT knows: {shortened(repr(error), _MOST_TEXT)}."
         ) from error
@@ -237,15 +223,41 @@ def config_from(attributes: Any, source: str) -> PeftConfig:
     return config
 
 
+def method(config: PeftConfig) -> str:
+    """The name of an adapter's method, such as "LORA"."""
+    return PeftType(config.peft_type).value
+
+
+def bankable(config: PeftConfig, source: str) -> FunLoraConfig:
+    """The configuration. Raises a ValueError that names its source for another method's, and for `modules_to_save`."""
+    if not isinstance(config, FunLoraConfig):
+        raise ValueError(f"{source} holds adapters of type {method(config)}, expected FUNLORA.")
+    if config.modules_to_save:
+        raise ValueError(
+            f"{source}: `modules_to_save` is {list(config.modules_to_save)}, expected None: a bank holds adapters, not modules."
+        )
+    return config
+
+
 def read_shapes(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of the weight file in a folder, on the meta device. Raises a ValueError that names a damaged file."""
-    file = folder / SAFETENSORS_WEIGHTS_NAME
+    return read_header(folder / SAFETENSORS_WEIGHTS_NAME)[0]
+
+
+def read_header(file: Path, *, most_bytes: int = MOST_HEADER_BYTES) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the meta device, and its metadata; no number is read.
+
+    Raises:
+        ValueError: a damaged file, or one with a longer header, with tensors of another type or too many of them; it names
+            the file.
+    """
     try:
         with open(file, "rb") as stream:
             start = stream.read(8)
-        if len(start) < 8 or struct.unpack("<Q", start)[0] > MOST_HEADER_BYTES:
+        if len(start) < 8 or struct.unpack("<Q", start)[0] > most_bytes:
             raise ValueError("its header is cut off or too long")
         with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
             kinds = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
         odd = sorted({dtype for _, dtype in kinds.values()} - DTYPES.keys())
@@ -256,26 +268,27 @@ def read_shapes(folder: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"it has a tensor of shape {large[0]}")
         if len(kinds) > MOST_TENSORS:
             raise ValueError(f"it has {len(kinds)} tensors, expected {MOST_TENSORS} at most")
-        return {key: torch.empty(shape, dtype=DTYPES[dtype], device="meta") for key, (shape, dtype) in kinds.items()}
+        shapes = {key: torch.empty(size, dtype=DTYPES[dtype], device="meta") for key, (size, dtype) in kinds.items()}
+        return shapes, metadata
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, OverflowError) as error:
-        unsound(file, error)
+        raise ValueError(f"{os.fspath(file)!r} is not a valid safetensors file ({brief(error)}): {REMEDY}.") from error
 
 
-def parse_json(content: str | bytes, source: str) -> Any:
-    """JSON as the standard has it: no NaN and no infinity. Raises a ValueError that names the source for anything else."""
-    try:
-        text = content if isinstance(content, str) else content.decode("utf-8")
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source!r} is no JSON: {brief(error)}.") from error
+def differences(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
+    """One line for each tensor that is missing, unexpected or of another shape, by keys with PEFT's prefix or without."""
+    expected = {plain_key(key): tensor for key, tensor in expected.items()}
+    plain = {plain_key(key): tensor for key, tensor in given.items()}
+    problems = [*misnamed(expected, plain), *misshapen(expected, plain)]
+    if len(plain) < len(given):
+        problems.append(f"{len(given) - len(plain)} tensors come twice, expected each of them once")
+    return problems
 
 
-def exact_targets(config: PeftConfig, keys: Collection[str]) -> PeftConfig:
+def exact_targets(config: _Config, keys: Collection[str]) -> _Config:
     """
-    The config with just those layers as targets that saved tensors, by their keys, belong to.
+    The config with exactly the layers of saved tensors, given by their keys, as targets.
 
-    What names layers by a regex is replaced, since some take forever. Another method's list of names stays as it is, if it
-    is not longer than what it made.
+    This replaces regexes, since some take forever. Another method's list of names stays, unless it is longer than the keys.
     """
     targets = getattr(config, "target_modules", None)
     is_list = isinstance(targets, (list, set, tuple)) and len(targets) <= len(keys)
@@ -285,28 +298,22 @@ def exact_targets(config: PeftConfig, keys: Collection[str]) -> PeftConfig:
     layers = _adapted_layers(config, keys)
     exact = copy.copy(config)
     # A list would also take modules whose name ends so.
-    exact.target_modules = "|".join(map(re.escape, sorted(layers))) if layers else set()
-    for name in _TARGET_FIELDS[1:]:
+    targets = "|".join(map(re.escape, sorted(layers))) if layers else set()
+    for name in _TARGET_FIELDS:
         if hasattr(exact, name):
-            setattr(exact, name, None)
+            setattr(exact, name, targets if name == "target_modules" else None)
     return exact
 
 
 def restore_targets(config: PeftConfig, original: PeftConfig) -> None:
-    """Undo `exact_targets` in a config that it gave, so that it is saved as it came."""
+    """Undo `exact_targets` in a config that it returned, so that it is saved as it was read."""
     for name in _TARGET_FIELDS:
         if hasattr(original, name):
             setattr(config, name, getattr(original, name))
 
 
 def check_tensors(config: PeftConfig, shapes: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    """
-    Hold tensors against those that a config makes on a model, of which no memory is taken.
-
-    Args:
-        config (`PeftConfig`): of the adapter.
-        shapes (`Mapping[str, torch.Tensor]`): by the keys that PEFT saves tensors under, with its prefix or without.
-        model (`torch.nn.Module`): the base, with adapters or without.
+    """Compare saved tensors with those that a config makes on a model; takes no memory for them.
 
     Raises:
         ValueError: tensors, or sizes or names in the config, that do not fit the model or each other.
@@ -321,24 +328,20 @@ def check_tensors(config: PeftConfig, shapes: Mapping[str, torch.Tensor], model:
     if _numel(shapes) > most:
         raise ValueError(f"it holds {_numel(shapes)} numbers, expected {most} at most: {MOST_BASES} times the base's.")
     exact = exact_targets(config, shapes)
-    if isinstance(config, FunLoraConfig):
-        # A start as the identity takes no time on the meta device, and its shapes are those of any other.
+    if isinstance(exact, FunLoraConfig):
+        # An identity start takes no time on the meta device and has the same shapes as any other.
         exact.init_weights = True
     try:
         expected = adapter_tensor_shapes(model, exact, layers=_layers(config, shapes, model))
-    except Exception as error:  # PEFT may stumble over anything where a value makes no sense
+    except Exception as error:  # PEFT raises many types for values that make no sense
         raise ValueError(f"its config makes no adapter of this model: {brief(error)}") from error
-    expected = {plain_key(key): tensor for key, tensor in expected.items()}
-    given = {plain_key(key): tensor for key, tensor in shapes.items()}
-    problems = [*misnamed(expected, given), *misshapen(expected, given)]
-    if len(given) < len(shapes):
-        problems.append(f"{len(shapes) - len(given)} tensors come twice, expected each of them once")
+    problems = differences(expected, shapes)
     if problems:
         raise ValueError(f"its tensors are not those of its config on this model:\n{listed(problems)}")
 
 
 def _layers(config: PeftConfig, keys: Iterable[str], model: nn.Module) -> set[str] | None:
-    """All modules of a model that FunLoRA's config and tensors are about; None: they cannot be told."""
+    """All modules of a model that FunLoRA's config and tensors name; None: unknown."""
     layers = _adapted_layers(config, keys)
     inside = any(other.startswith(f"{name}.") for name in layers for other in layers)
     if not isinstance(config, FunLoraConfig) or config.modules_to_save or inside:
@@ -356,7 +359,7 @@ def _numel(shapes: Mapping[str, torch.Tensor]) -> int:
 def _check_names(config: PeftConfig, keys: Iterable[str], model: nn.Module) -> None:
     """Raise a ValueError unless a model has the layers that saved tensors, by their keys, and `modules_to_save` name.
 
-    PEFT takes the latter for a regex, and any end of a name for a module, even an empty one.
+    PEFT reads the latter as regexes, and takes any end of a name as a module, even an empty one.
     """
     known = {name for name, _ in plain_modules(model) if name}
     unknown = sorted(_adapted_layers(config, keys) - known)
@@ -372,8 +375,8 @@ def _check_names(config: PeftConfig, keys: Iterable[str], model: nn.Module) -> N
 
 
 def _adapted_layers(config: PeftConfig, keys: Iterable[str]) -> set[str]:
-    """Names of the layers that an adapter's tensors are in: what comes before the first part of a key that is its method's."""
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    """Names of the layers that an adapter's tensors are in: the part of a key before its method's prefix."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)]
     layers = set()
     for key in keys:
         parts = plain_key(key).split(".")
@@ -384,7 +387,7 @@ def _adapted_layers(config: PeftConfig, keys: Iterable[str]) -> set[str]:
 
 
 def _check_sizes(config: FunLoraConfig, shapes: Mapping[str, torch.Tensor]) -> None:
-    """What the config says of sizes must show in the tensors, before anything is made of these sizes."""
+    """Compare the config's sizes with the tensors, before anything of these sizes is created."""
     factors = [key for key in shapes if key.endswith("funlora_A") or key.endswith("funlora_add_A")]
     alphas = [key for key in shapes if key.endswith("_alpha")]
     has_layers = bool(_adapted_layers(config, shapes))
@@ -400,7 +403,7 @@ def _check_sizes(config: FunLoraConfig, shapes: Mapping[str, torch.Tensor]) -> N
 
 
 def _check_numbers(config: PeftConfig) -> None:
-    """Sizes and counts of another method: what it makes of them is not known here, so large ones are refused."""
+    """Refuse large sizes and counts of another method, since their effect is not known here."""
     for field, value in vars(config).items():
         values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
         large = [entry for entry in values if isinstance(entry, int) and abs(entry) > MOST_COUNT]
@@ -409,7 +412,7 @@ def _check_numbers(config: PeftConfig) -> None:
 
 
 def _check_patterns(config: PeftConfig, shapes: Mapping[str, torch.Tensor]) -> None:
-    """Refuse what PEFT would run as a regex, but for names with one wildcard; some take forever."""
+    """Refuse keys that PEFT would run as a regex, except names with one wildcard: some take forever."""
     for field, value in vars(config).items():
         if field == "auto_mapping" or not isinstance(value, dict):
             continue
@@ -426,8 +429,9 @@ def _check_patterns(config: PeftConfig, shapes: Mapping[str, torch.Tensor]) -> N
 def _check_harmless(config: PeftConfig, source: str) -> None:
     if config.peft_type == PeftType.XLORA:
         raise ValueError(f"{source!r} is an adapter of type XLORA, which would load others: load them one by one.")
-    if getattr(config, "bias", "none") != "none":
-        raise ValueError(f"{source!r}: `bias` is {config.bias!r}, which would change the base, expected 'none'.")
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise ValueError(f"{source!r}: `bias` is {bias!r}, which would change the base, expected 'none'.")
     if not isinstance(config, LoraConfig):
         return
     if config.init_lora_weights not in _HARMLESS_STARTS:
@@ -441,26 +445,9 @@ def _check_harmless(config: PeftConfig, source: str) -> None:
         )
 
 
-def unsound(file: Path, error: Exception) -> NoReturn:
-    raise ValueError(
-        f"{os.fspath(file)!r} is not a sound safetensors file ({brief(error)}): download or train the adapter again."
-    ) from error
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    if not math.isfinite(value):
-        raise ValueError(f"{shortened(number, 50)} is too large a number")
-    return value
-
-
 def brief(error: BaseException) -> str:
-    """What an error says, as far as it can be read."""
-    text, _, _ = str(error).partition("\nException raised from")  # what torch adds of its own code
+    """The readable part of an error's text."""
+    text, _, _ = str(error).partition("\nException raised from")  # torch's own stack
     return shortened(text.strip() or type(error).__name__, _MOST_TEXT)
 
 

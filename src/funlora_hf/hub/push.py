@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from ..adapters.base_fingerprint import base_fingerprints
 from ..adapters.base_model import PIPELINE
-from ..adapters.class_folder import adapter_name, save_adapter
+from ..adapters.class_folder import adapter_name, known_class, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
 from ..cards.model_cards import ClassRow, Place
 from ..sampling.pipeline import FunLoraPipeline
@@ -105,7 +105,8 @@ def push_adapter(
     """
     if adapter_name not in model.peft_config:
         raise ValueError(f"`adapter_name` is {adapter_name!r}, expected one of: {', '.join(model.peft_config)}.")
-    label = _label(model, adapter_name) if class_label is None else class_label
+    config = model.peft_config[adapter_name]
+    label, _ = known_class(config, adapter_name, class_label, class_name, name=adapter_name)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / f"class_{label}"
         _save_as(model, adapter_name, written, label, class_name)
@@ -276,15 +277,6 @@ def _index(
 
 def _weights(class_label: int) -> str:
     return f"{adapter_name(class_label)}/{ADAPTER_FILES[1]}"
-
-
-def _label(model: PeftModel, name: str) -> int:
-    label = getattr(model.peft_config[name], "class_label", None)
-    if label is None and name.removeprefix("class_").isdigit():
-        label = int(name.removeprefix("class_"))
-    if label is None:
-        raise ValueError(f"The adapter {name!r} does not say which class it is: pass `class_label`.")
-    return label
 
 
 def _save_as(model: PeftModel, name: str, folder: Path, label: int, class_name: str | None) -> None:

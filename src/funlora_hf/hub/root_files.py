@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..adapters.class_folder import adapter_folders, folder_class
+from ..adapters.class_folder import adapter_folders, class_of, folder_class
 from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch, read_config
 from ..cards.model_cards import ClassRow
 from .classes_json import INDEX, HubIndex, read_index
@@ -34,6 +34,6 @@ def known_contents(repo_id: str, present: set[str]) -> HubIndex:
 
 def _class_name(folder: Path) -> str | None:
     try:
-        return getattr(read_config(folder), "class_name", None)
-    except ValueError:
+        return class_of(read_config(folder))[1]
+    except (OSError, ValueError):
         return None  # a damaged one is listed, and can be deleted, all the same

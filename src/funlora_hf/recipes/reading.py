@@ -48,7 +48,7 @@ def load_yaml(text: str | bytes) -> Any:
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has {len(text)} bytes, expected {MOST_BYTES} at most")
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     # PyYAML lets through whatever int(), float(), dates and base64 raise.

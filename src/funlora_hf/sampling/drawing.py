@@ -47,7 +47,7 @@ def draw_samples(
         count: how many.
         purpose: part of the seed, so that images for one use are not those of another.
         seed: of the run.
-        batch_size: images at once; belongs to what makes them repeatable.
+        batch_size: images at once; another batch size gives other images.
         solver: as in the pipeline.
         num_inference_steps: as in the pipeline.
         tolerance: rtol and atol of "dopri5".
@@ -72,7 +72,7 @@ def draw_samples(
                 output_type="pt",
                 guidance=guidance,
             )
-            parts.append(output.images.cpu())
+            parts.append(torch.as_tensor(output.images, device="cpu"))
             evaluations.append(output.nfe)
     return Samples(torch.cat(parts), mean(evaluations))
 

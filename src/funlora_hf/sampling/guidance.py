@@ -1,4 +1,4 @@
-"""Steers sampling by the gradient of a score of the image that a state leads to.
+"""Steer sampling by the gradient of a score of the image that a state leads to.
 
 Source: GUIDE (arXiv 2403.03938) has it for DDIM [code]; the form for flow matching is [ours].
 """
@@ -34,7 +34,7 @@ def estimate_sample(state: torch.Tensor, sigma: torch.Tensor, velocity: torch.Te
 class Guidance:
     """Pushes samples to where a score is higher: `v - s min(sigma / (1 - sigma), c) grad_x score(x - sigma v)`.
 
-    The gradient goes through the model, too. Passed to [`FunLoraPipeline`] as `guidance`.
+    The gradient also goes through the model. Passed to [`FunLoraPipeline`] as `guidance`.
 
     Args:
         score: of estimated images `(batch, channels, height, width)` in [-1, 1], `(batch,)`: a log-probability.
@@ -62,7 +62,7 @@ class Guidance:
             unguided = velocity(sigma, state)
             score = self.score(estimate_sample(state, sigma, unguided))
             (gradient,) = torch.autograd.grad(score.sum(), state)
-        # In this order: at sigma = 1 the quotient is infinite, and no error.
+        # At sigma = 1 the quotient is infinite, which `clamp` handles.
         weight = (sigma / (1 - sigma)).clamp(max=self.most)
         return unguided.detach() - self.scale * weight * gradient
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import UNet2DModel
+from diffusers.models import UNet2DModel
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.embeddings import TimestepEmbedding
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -48,48 +48,49 @@ def merge_class(pipe: FunLoraPipeline, class_label: int | str) -> UNet2DModel:
         >>> unet = UNet2DModel.from_pretrained("seven")
         ```
     """
-    (class_id,) = pipe._class_ids([class_label])
     _check_exportable(pipe.unet)
-    merged = pipe._adapters.merged(None if class_id in pipe.base_classes else class_id)
-    tensors = dict(merged.state_dict())
-    if merged.class_embedding is not None:
+    merged, row = pipe.merged_unet(class_label)
+    tensors = merged.state_dict()
+    embedding = merged.class_embedding
+    if embedding is not None:
         _check_class_embedding(merged)
-        # Adapter classes ask for the row that the pipeline asks for, too; it is theirs if they bring a vector.
-        row = pipe._embedding_rows([class_id]).to(merged.class_embedding.weight.device)
-        tensors[_BIAS] = _sum(tensors[_BIAS], merged.class_embedding(row)[0])
+        if row is not None:
+            tensors[_BIAS] = _sum(tensors[_BIAS], embedding(row.to(embedding.weight.device))[0])
     tensors |= _unfused(merged)
     config = {name: value for name, value in merged.config.items() if not name.startswith("_")}
-    return _plain_unet({**config, "num_class_embeds": None}, tensors).to(merged.device)
+    unet = _plain_unet({**config, "num_class_embeds": None}, tensors)
+    return unet.to(merged.device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature
 
 
 def _check_exportable(unet: nn.Module) -> None:
     if not isinstance(unet, UNet2DModel) or type(unet).forward is not UNet2DModel.forward:
         raise ValueError(
             f"`pipe.unet` is a {type(unet).__name__}, expected a UNet2DModel of diffusers: another one may use its class "
-            "vector in another way. Of a compiled model, put the original into the pipeline."
+            "vector in another way. If it is compiled, put the original model into the pipeline."
         )
     if any(layer.merged for layer in unet.modules() if isinstance(layer, BaseTunerLayer)):
         raise ValueError("Adapters are merged into the base's weights: call `unmerge_adapter` first.")
     if any(tensor.is_meta for tensor in unet.state_dict().values()):
         raise ValueError(
             "`pipe.unet` has tensors on the meta device, as under `enable_sequential_cpu_offload`: call "
-            "`pipe.remove_all_hooks()`, or load the pipeline anew, first."
+            "`pipe.remove_all_hooks()`, or load the pipeline again, first."
         )
 
 
 def _check_class_embedding(unet: UNet2DModel) -> None:
-    """`emb = linear_2(...) + class_embedding(labels)` must hold, with nothing in between."""
+    """`emb = linear_2(...) + class_embedding(labels)` must be true, with nothing in between."""
     embedding, time = unet.class_embedding, unet.time_embedding
-    if unet.config.class_embed_type is not None or type(embedding) is not nn.Embedding:
+    kind = unet.config["class_embed_type"]
+    if kind is not None or type(embedding) is not nn.Embedding:
         raise ValueError(
-            f"`class_embed_type` is {unet.config.class_embed_type!r} and the class embedding a {type(embedding).__name__}, "
+            f"`class_embed_type` is {kind!r} and the class embedding a {type(embedding).__name__}, "
             "expected None and an Embedding: only a vector of the class alone can become part of a bias. Use the pipeline."
         )
     plain = type(time) is TimestepEmbedding and type(time.linear_2) is nn.Linear
     if not plain or time.linear_2.bias is None or time.post_act is not None:
         raise ValueError(
-            "`time_embedding` does not end in a Linear with a bias, expected so: the class's vector has no other place in "
-            "a plain U-Net. Use the pipeline."
+            "`time_embedding` does not end in a Linear with a bias, as expected: the class's vector has no other place in a "
+            "plain U-Net. Use the pipeline."
         )
 
 
@@ -101,7 +102,7 @@ def _sum(bias: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 
 def _unfused(unet: UNet2DModel) -> dict[str, torch.Tensor]:
     """The query, key and value of attentions that compute them by one layer, `to_qkv`, as a plain U-Net has them."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path, module in unet.named_modules():
         if isinstance(module, Attention) and isinstance(module.processor, FusedAttnProcessor2_0):
             names = ("to_q", "to_k", "to_v")
@@ -113,8 +114,8 @@ def _unfused(unet: UNet2DModel) -> dict[str, torch.Tensor]:
 
 
 def _plain_unet(config: dict, tensors: dict[str, torch.Tensor]) -> UNet2DModel:
-    """A U-Net of this config made of these tensors; those of the class embedding and of fused attentions are left over."""
-    # Building one may draw numbers, which must not come from those of who calls.
+    """A U-Net of this config made of these tensors; those of the class embedding and of fused attentions are not used."""
+    # Building one may draw random numbers, but not from the caller's generator.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         unet = UNet2DModel.from_config(config)
     names = unet.state_dict().keys()
@@ -122,7 +123,7 @@ def _plain_unet(config: dict, tensors: dict[str, torch.Tensor]) -> UNet2DModel:
     missing = names - tensors.keys()
     if left or missing:
         raise ValueError(
-            f"`pipe.unet` is not as its config describes it: it has {sorted(left)} besides, and lacks {sorted(missing)}. A "
+            f"`pipe.unet` is not as its config describes it: it also has {sorted(left)}, and lacks {sorted(missing)}. A "
             "plain U-Net of this config would compute something else."
         )
     unet.load_state_dict({name: tensors[name].contiguous() for name in names}, assign=True)

@@ -1,4 +1,4 @@
-"""FunLoraPipeline: samples any class of a base and of the adapters loaded onto it, in one call."""
+"""FunLoraPipeline: sample the classes of a base and of its adapters in one call."""
 
 import os
 from collections import Counter
@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional, TypeAlias, overload
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers.models import UNet2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from peft import PeftMixedModel, PeftModel
@@ -20,15 +22,22 @@ from peft.tuners.tuners_utils import BaseTuner
 from tqdm.auto import tqdm
 
 from ..adapters.base_fingerprint import base_tensors
-from ..adapters.base_model import check_base_folder
+from ..adapters.base_model import check_base_folder, class_names
 from ..adapters.by_class import ClassAdapters
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name, known_class
 from ..adapters.untrusted_adapter import read_adapter
+from ..adapters.untrusted_bank import read_bank
 from ..flow_matching import sigma_to_timestep
 from ..tuners_utils.wrappers import adapted_modules
-from ..utils.checks import check_class_label, check_class_name, shortened
+from ..utils.checks import shortened
 from .guidance import Guidance
 from .solvers import SolverOutput, check_solver, solve
+
+
+ClassLabels: TypeAlias = int | str | Sequence[int | str] | torch.Tensor
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
+Images: TypeAlias = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+Weights: TypeAlias = int | Sequence[float] | torch.Tensor
 
 
 @dataclass
@@ -43,7 +52,7 @@ class FunLoraPipelineOutput(BaseOutput):
         nfe (`int`): number of function evaluations: how often the U-Net ran.
     """
 
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    images: Images
     nfe: int
 
 
@@ -58,7 +67,7 @@ class FunLoraPipeline(DiffusionPipeline):
         unet ([`UNet2DModel`]):
             The base. Loading adapters wraps layers of it in place; its own weights never change.
         scheduler ([`FlowMatchEulerDiscreteScheduler`]):
-            Gives the sigmas at which the fixed-step solvers stop.
+            Gives the sigmas of the fixed-step solvers.
         class_ids (`list[int]`, *optional*):
             Classes that the base knows: row i of its class embedding is the class `class_ids[i]`. None: the rows'
             own numbers.
@@ -66,7 +75,9 @@ class FunLoraPipeline(DiffusionPipeline):
             Names of the base's classes. None: their ids as text.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet"  # type: ignore[assignment]  # diffusers types it as None
+    unet: UNet2DModel
+    scheduler: FlowMatchEulerDiscreteScheduler
 
     def __init__(
         self,
@@ -87,43 +98,69 @@ class FunLoraPipeline(DiffusionPipeline):
                 "be trained by flow matching."
             )
         self.register_modules(unet=unet, scheduler=scheduler)
-        rows = 0 if unet.config.num_class_embeds is None else unet.config.num_class_embeds
-        class_ids, id2label = _as_classes(range(rows) if class_ids is None else class_ids, id2label or {})
-        if len(class_ids) != rows or len(set(class_ids)) != rows:
+        rows = unet.config["num_class_embeds"] or 0
+        classes = class_names(range(rows) if class_ids is None else class_ids, id2label or {})
+        if len(classes) != rows or (class_ids is not None and len(class_ids) != rows):
             raise ValueError(
                 f"`class_ids` is {class_ids}, expected {rows} different ids: one for each row of the U-Net's class "
                 "embedding (`num_class_embeds`)."
             )
-        id2label = {class_id: id2label.get(class_id, str(class_id)) for class_id in class_ids}
-        _check_names(id2label)
-        self.register_to_config(class_ids=class_ids, id2label=id2label)
-        self._base_rows = {class_id: row for row, class_id in enumerate(class_ids)}
-        self._names = dict(id2label)
+        _check_names(classes)
+        self.register_to_config(class_ids=list(classes), id2label=classes)
         self._adapters = ClassAdapters(unet)
 
     @property
     def classes(self) -> dict[int, str]:
         """Every class that can be asked for now, id -> name: the base's, then the adapters' in order of loading."""
-        return dict(self._names)
+        return {**self.config["id2label"], **self._adapters.classes}
 
     @property
     def base_classes(self) -> list[int]:
         """Ids of the classes that the base itself knows, by row of its class embedding."""
-        return list(self._base_rows)
+        return list(self.config["class_ids"])
+
+    @overload
+    def __call__(
+        self,
+        class_labels: ClassLabels,
+        num_inference_steps: int = ...,
+        solver: str = ...,
+        rtol: float = ...,
+        atol: float = ...,
+        generator: Generators = ...,
+        output_type: str = ...,
+        return_dict: Literal[True] = ...,
+        guidance: Guidance | None = ...,
+    ) -> FunLoraPipelineOutput: ...
+
+    @overload
+    def __call__(
+        self,
+        class_labels: ClassLabels,
+        num_inference_steps: int = ...,
+        solver: str = ...,
+        rtol: float = ...,
+        atol: float = ...,
+        generator: Generators = ...,
+        output_type: str = ...,
+        *,
+        return_dict: Literal[False],
+        guidance: Guidance | None = ...,
+    ) -> tuple[Images, int]: ...
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        class_labels: ClassLabels,
         num_inference_steps: int = 10,
         solver: str = "heun",
         rtol: float = 1e-5,
         atol: float = 1e-5,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: str = "pil",
         return_dict: bool = True,
         guidance: Guidance | None = None,
-    ) -> FunLoraPipelineOutput | tuple:
+    ) -> FunLoraPipelineOutput | tuple[Images, int]:
         r"""
         The call function to the pipeline for generation.
 
@@ -155,7 +192,7 @@ class FunLoraPipeline(DiffusionPipeline):
         _check_sampling(solver, num_inference_steps, output_type)
         class_ids = self._class_ids(class_labels)
         noise = self._noise(len(class_ids), generator)
-        # Sorted by class, a batch need not be sorted in every adapted layer.
+        # A batch that is sorted by class need not be sorted in every adapted layer.
         order = sorted(range(len(class_ids)), key=class_ids.__getitem__)
         class_ids = [class_ids[index] for index in order]
         rows = self._embedding_rows(class_ids)
@@ -170,12 +207,43 @@ class FunLoraPipeline(DiffusionPipeline):
         sample[order] = output.sample
         return self._output(sample, output.nfe, output_type, return_dict)
 
+    @overload
+    def interpolate(
+        self,
+        class_label_1: int | str,
+        class_label_2: int | str,
+        weights: Weights = ...,
+        num_inference_steps: int = ...,
+        solver: str = ...,
+        rtol: float = ...,
+        atol: float = ...,
+        generator: torch.Generator | None = ...,
+        output_type: str = ...,
+        return_dict: Literal[True] = ...,
+    ) -> FunLoraPipelineOutput: ...
+
+    @overload
+    def interpolate(
+        self,
+        class_label_1: int | str,
+        class_label_2: int | str,
+        weights: Weights = ...,
+        num_inference_steps: int = ...,
+        solver: str = ...,
+        rtol: float = ...,
+        atol: float = ...,
+        generator: torch.Generator | None = ...,
+        output_type: str = ...,
+        *,
+        return_dict: Literal[False],
+    ) -> tuple[Images, int]: ...
+
     @torch.no_grad()
     def interpolate(
         self,
         class_label_1: int | str,
         class_label_2: int | str,
-        weights: int | Sequence[float] | torch.Tensor = 8,
+        weights: Weights = 8,
         num_inference_steps: int = 10,
         solver: str = "heun",
         rtol: float = 1e-5,
@@ -183,7 +251,7 @@ class FunLoraPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> FunLoraPipelineOutput | tuple:
+    ) -> FunLoraPipelineOutput | tuple[Images, int]:
         r"""
         Images on the way from one class to another, all from the same noise.
 
@@ -235,9 +303,7 @@ class FunLoraPipeline(DiffusionPipeline):
             output = self._solve(velocity, noise, num_inference_steps, solver, rtol, atol)
         return self._output(output.sample, output.nfe, output_type, return_dict)
 
-    def predict_velocity(
-        self, sample: torch.Tensor, sigma: torch.Tensor, class_labels: int | str | Sequence[int | str] | torch.Tensor
-    ) -> torch.Tensor:
+    def predict_velocity(self, sample: torch.Tensor, sigma: torch.Tensor, class_labels: ClassLabels) -> torch.Tensor:
         """
         dx/dsigma of each sample under its own class.
 
@@ -275,7 +341,7 @@ class FunLoraPipeline(DiffusionPipeline):
                 A folder written by PEFT's `save_pretrained`, or a repository on the Hub. FunLoRA, or any other method of
                 PEFT whose layers take `adapter_names`; such an adapter may bring its class vector as row 0 of the class
                 embedding (`trainable_token_indices={"class_embedding": [0]}`). All adapters loaded are of one method.
-            subfolder (`str`, *optional*): where in it the adapter lies.
+            subfolder (`str`, *optional*): the adapter's folder in it.
             class_label (`int`, *optional*): id under which to ask for the class; None: the one in the adapter's config.
             class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
             revision (`str`, *optional*): branch, tag or commit of a repository.
@@ -294,18 +360,12 @@ class FunLoraPipeline(DiffusionPipeline):
             FileNotFoundError: no such folder, repository, revision or adapter in it.
         """
         adapter = read_adapter(source, subfolder=subfolder, revision=revision, local_files_only=local_files_only)
-        config = adapter.config
-        # Other methods' configs do not say which class an adapter makes.
-        class_label = getattr(config, "class_label", None) if class_label is None else class_label
-        if class_label is None:
-            raise ValueError(f"The adapter {adapter.source!r} does not say which class it is: pass `class_label`.")
-        class_name = class_name or getattr(config, "class_name", None) or str(class_label)
-        if class_label in self._names:
-            where = "the base knows" if class_label in self._base_rows else "an adapter is loaded for"
+        class_label, class_name = known_class(adapter.config, adapter.source, class_label, class_name)
+        if class_label in self.classes:
+            where = "the base knows" if class_label in self.base_classes else "an adapter is loaded for"
             raise ValueError(f"`class_label` is {class_label}, a class that {where} already: pass another one.")
-        _check_names({**self._names, class_label: class_name})
-        self._adapters.add(adapter, class_label, ignore_base_fingerprint=ignore_base_fingerprint)
-        self._names[class_label] = class_name
+        _check_names({**self.classes, class_label: class_name})
+        self._adapters.add(adapter, class_label, class_name, ignore_base_fingerprint=ignore_base_fingerprint)
         return class_label
 
     def load_adapter_bank(self, file: str | os.PathLike, *, ignore_base_fingerprint: bool = False) -> list[int]:
@@ -325,50 +385,49 @@ class FunLoraPipeline(DiffusionPipeline):
                 changed then.
             FileNotFoundError: no such file.
         """
-        bank = self._adapters.open_bank(file, ignore_base_fingerprint=ignore_base_fingerprint)
-        try:
-            taken = sorted(set(bank.classes) & set(self._names))
-            if taken:
-                raise ValueError(f"{os.fspath(file)!r} has the classes {taken}, which are known already: unload them.")
-            _check_names({**self._names, **bank.classes})
-        except ValueError:
-            bank.unload()
-            raise
-        self._adapters.add_bank(bank)
-        self._names.update(bank.classes)
-        return list(bank.classes)
+        saved = read_bank(file)
+        taken = sorted(saved.classes.keys() & self.classes.keys())
+        if taken:
+            raise ValueError(f"{saved.file!r} has the classes {taken}, which are known already: unload them.")
+        _check_names({**self.classes, **saved.classes})
+        self._adapters.add_bank(saved, ignore_base_fingerprint=ignore_base_fingerprint)
+        return list(saved.classes)
 
     def unload_adapter(self, class_label: int) -> None:
         """Forget the class of an adapter. Raises a ValueError for a class that no adapter was loaded for."""
-        if class_label not in self._names or class_label in self._base_rows:
+        if class_label not in self._adapters.classes:
             raise ValueError(f"`class_label` is {class_label}, expected a class loaded by `load_adapter`.")
         self._adapters.remove(class_label)
-        del self._names[class_label]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def merged_unet(self, class_label: int | str) -> tuple[UNet2DModel, torch.Tensor | None]:
+        """For [`merge_class`]: a copy of the U-Net with the adapter of a class merged into its weights, and `(1,)` the row of its
+        class embedding that stands for the class, if it has rows. Raises a ValueError for what cannot be merged."""
+        (class_id,) = self._class_ids([class_label])
+        unet = self._adapters.merged(None if class_id in self.base_classes else class_id)
+        return unet, self._embedding_rows([class_id])  # type: ignore[return-value]  # it has the class of `self.unet`
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         Save the base as diffusers does, untouched by adapters, and every adapter in `adapters/class_<id>/` beside it.
 
         Args:
             save_directory (`str` or `os.PathLike`): the folder.
-            kwargs: as in [`DiffusionPipeline.save_pretrained`].
+            args, kwargs: as in [`DiffusionPipeline.save_pretrained`].
 
         Raises:
             ValueError: adapters are merged into the base's weights.
         """
         base = FunLoraPipeline(
-            _without_adapters(self.unet), self.scheduler, self.config.class_ids, self.config.id2label
+            _without_adapters(self.unet), self.scheduler, self.base_classes, self.config["id2label"]
         )
-        super(FunLoraPipeline, base).save_pretrained(save_directory, **kwargs)
-        for class_id in self._names:
-            if class_id not in self._base_rows:
-                folder = Path(save_directory) / ADAPTERS_FOLDER / adapter_name(class_id)
-                self._adapters.save(class_id, folder, class_name=self._names[class_id])
+        super(FunLoraPipeline, base).save_pretrained(save_directory, *args, **kwargs)
+        for class_id in self._adapters.classes:
+            self._adapters.save(class_id, Path(save_directory) / ADAPTERS_FOLDER / adapter_name(class_id))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "FunLoraPipeline":
         """As [`DiffusionPipeline.from_pretrained`], reading safetensors only; adapters in `adapters/` of a local folder are
-        loaded, too. Raises a ValueError also for whatever else the arguments in its JSON make a component raise."""
+        also loaded. Raises a ValueError for any other error of a component that is built from the arguments in its JSON."""
         kwargs.setdefault("use_safetensors", True)
         try:
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -390,41 +449,44 @@ class FunLoraPipeline(DiffusionPipeline):
             check_base_folder(Path(pretrained_model_name_or_path))
         return super().load_config(pretrained_model_name_or_path, *args, **kwargs)
 
-    def _class_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+    def _class_ids(self, class_labels: ClassLabels) -> list[int]:
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.reshape(-1).tolist()
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
-        ids_by_name = {name: class_id for class_id, name in self._names.items()}
-        class_ids = [ids_by_name.get(label) if isinstance(label, str) else int(label) for label in class_labels]
-        for label, class_id in zip(class_labels, class_ids, strict=True):
-            if class_id not in self._names:
-                known = ", ".join(f"{class_id} ({name})" for class_id, name in self._names.items())
+        classes = self.classes
+        ids_by_name = {name: class_id for class_id, name in classes.items()}
+        class_ids: list[int] = []
+        for label in class_labels:
+            class_id = ids_by_name.get(label) if isinstance(label, str) else int(label)
+            if class_id is None or class_id not in classes:
+                known = ", ".join(f"{class_id} ({name})" for class_id, name in classes.items())
                 raise ValueError(
                     f"`class_labels` has {label!r}, expected ids or names of known classes: {known}. Load the class "
                     "with `load_adapter`."
                 )
+            class_ids.append(class_id)
         if not class_ids:
             raise ValueError("`class_labels` is empty, expected one class for every image wanted.")
         return class_ids
 
     def _embedding_rows(self, class_ids: Sequence[int]) -> torch.Tensor | None:
-        if not self._base_rows:
-            return None
-        # An adapter class brings its own vector; the row asked for then does not matter.
-        return torch.tensor([self._base_rows.get(class_id, 0) for class_id in class_ids])
+        rows = {class_id: row for row, class_id in enumerate(self.base_classes)}
+        # An adapter class has its own vector; its row does not matter.
+        return torch.tensor([rows.get(class_id, 0) for class_id in class_ids]) if rows else None
 
     def _velocity(self, sample: torch.Tensor, sigma: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         rows = None if rows is None else rows.to(sample.device)
         output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float()), rows)
         return output.sample.to(sample.dtype)
 
-    def _noise(self, batch: int, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor:
+    def _noise(self, batch: int, generator: Generators) -> torch.Tensor:
         config = self.unet.config
-        height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-        # The state stays in float32, whatever the U-Net computes in: its rounding would add up over the steps.
+        size = config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        # The state stays in float32, also if the U-Net computes in another dtype, whose rounding would add up over the steps.
         return randn_tensor(
-            (batch, config.in_channels, height, width),
+            (batch, config["in_channels"], height, width),
             generator=generator,
             device=self._execution_device,
             dtype=torch.float32,
@@ -440,7 +502,7 @@ class FunLoraPipeline(DiffusionPipeline):
         atol: float,
     ) -> SolverOutput:
         """From noise to data on the scheduler's grid, with a progress bar."""
-        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps))
+        self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist())
         steps = None if solver == "dopri5" else num_inference_steps
         with tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
             return solve(
@@ -449,11 +511,11 @@ class FunLoraPipeline(DiffusionPipeline):
 
     def _output(
         self, sample: torch.Tensor, nfe: int, output_type: str, return_dict: bool
-    ) -> FunLoraPipelineOutput | tuple:
+    ) -> FunLoraPipelineOutput | tuple[Images, int]:
         """Samples in [-1, 1] as the images that the caller asked for."""
-        images = (sample / 2 + 0.5).clamp(0, 1)
+        images: Images = (sample / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            images = torch.as_tensor(images).cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
                 images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
@@ -462,7 +524,8 @@ class FunLoraPipeline(DiffusionPipeline):
         return FunLoraPipelineOutput(images=images, nfe=nfe)
 
     def _acting(self, class_ids: Sequence[int]) -> AbstractContextManager:
-        return self._adapters.acting([None if class_id in self._base_rows else class_id for class_id in class_ids])
+        base = set(self.base_classes)
+        return self._adapters.acting([None if class_id in base else class_id for class_id in class_ids])
 
 
 def _check_sampling(solver: str, num_inference_steps: int, output_type: str) -> None:
@@ -473,7 +536,7 @@ def _check_sampling(solver: str, num_inference_steps: int, output_type: str) -> 
         raise ValueError(f"`num_inference_steps` is {num_inference_steps}, expected at least 1.")
 
 
-def _interpolation_weights(weights: int | Sequence[float] | torch.Tensor) -> torch.Tensor:
+def _interpolation_weights(weights: Weights) -> torch.Tensor:
     """One weight for every image, in float32."""
     if isinstance(weights, int):
         if weights < 2:
@@ -482,28 +545,13 @@ def _interpolation_weights(weights: int | Sequence[float] | torch.Tensor) -> tor
             )
         return torch.linspace(0, 1, weights)
     tensor = torch.as_tensor(weights, dtype=torch.float32).reshape(-1)
-    # Written so that NaN is refused, too.
+    # In this form it also refuses NaN.
     if not len(tensor) or not ((tensor >= 0) & (tensor <= 1)).all():
         raise ValueError(f"`weights` is {weights}, expected numbers in [0, 1], one for every image wanted.")
     return tensor
 
 
-def _as_classes(class_ids: Sequence, id2label: Mapping) -> tuple[list[int], dict[int, str]]:
-    """Ids, and names by ids, as a file may have them."""
-    try:
-        ids = [int(class_id) for class_id in class_ids]
-        return ids, {int(class_id): str(name) for class_id, name in id2label.items()}
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(
-            f"`class_ids` is {shortened(repr(class_ids), 100)} and `id2label` {shortened(repr(id2label), 100)}, expected a list "
-            f"of ids and a mapping of ids to names: {error}."
-        ) from error
-
-
 def _check_names(id2label: Mapping[int, str]) -> None:
-    for class_id, name in id2label.items():
-        check_class_label(class_id)
-        check_class_name(name)
     twice = sorted(name for name, count in Counter(id2label.values()).items() if count > 1)
     if twice:
         raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")

@@ -98,7 +98,7 @@ def has_class(module: nn.Module, *names: str) -> bool:
 
 
 def is_wrapper(module: nn.Module) -> TypeGuard[BaseTunerLayer | AuxiliaryTrainingWrapper]:
-    """Whether this is a wrapper of PEFT's around one of the model's own modules."""
+    """Whether PEFT has put this module around one of the model's own."""
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 

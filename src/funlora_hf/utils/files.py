@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from .checks import shortened
 
 
 _TEMPORARY = ".writing-"
@@ -143,15 +146,36 @@ def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not valid JSON, or more than `most_bytes`; it names the file.
+        ValueError: not valid JSON, NaN and infinities included, more than `most_bytes`, or unreadable; it names the file.
     """
     try:
         size = path.stat().st_size
         if size > most_bytes:
             raise ValueError(f"it has {size} bytes, expected {most_bytes} at most")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)!r} is not a valid JSON file: {error}.") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of JSON as the standard has it. Raises a ValueError for anything else, NaN and infinities too."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"it contains {name}")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{shortened(number, 50)} is too large a number")
+    return value
 
 
 def read_mapping(path: Path, *, keys: Iterable[str] = (), most_bytes: int = MOST_JSON) -> dict[str, Any]:

@@ -1,0 +1,252 @@
+"""ClassRows: classes of one configuration as rows of numbers, some of them in adapters of a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from peft import inject_adapter_in_model
+from torch import nn
+
+from ..tuner import FunLoraConfig
+from ..tuner.hotswap import SAVED_PREFIX, plain_key, wrapped_model
+from ..tuners_utils.layer import AdapterLayer, adapter_layers
+from ..tuners_utils.wrappers import remove_adapters
+from ..utils.checks import listed
+from ..utils.tensors import not_finite
+from .flat_adapter import FlatAdapter
+from .untrusted_adapter import SavedAdapter, bankable, differences, exact_targets, restore_targets
+from .untrusted_bank import SavedBank
+
+
+# What all adapters of a bank share; their tensors show which layers they have.
+_SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
+_Rows = TypeVar("_Rows", bound="ClassRows")
+
+
+class ClassRows:
+    """
+    FunLoRA adapters of one configuration as rows of numbers, and as many adapters in the model as classes act at once.
+
+    Args:
+        model (`torch.nn.Module`): the base, whose layers are wrapped in place, or a model that has this adapter already.
+        config (`FunLoraConfig`): of all adapters. Without `modules_to_save`.
+        adapter_name (`str`): of the first adapter in the model.
+        beside (sequence of `ClassRows`, *optional*): those with other configurations on the same model.
+
+    Raises:
+        ValueError: `modules_to_save`, or a model with other adapters, or with this one in another configuration.
+    """
+
+    _live: FlatAdapter | None = None  # an adapter that `place` leaves alone
+
+    def __init__(
+        self, model: nn.Module, config: FunLoraConfig, adapter_name: str, *, beside: Sequence[ClassRows] = ()
+    ) -> None:
+        bankable(config, "`config`")
+        self.model = wrapped_model(model)
+        self.adapter_name = adapter_name
+        found = {name for layer in adapter_layers(self.model) for name in layer.settings}
+        others = sorted(found.difference([adapter_name], *(rows.adapter_names for rows in beside)))
+        if others:
+            raise ValueError(
+                f"`model` has the adapters {', '.join(others)}, expected none besides {adapter_name!r}: unload them."
+            )
+        if not _layers(self.model, adapter_name):
+            _inject(self.model, replace(config, class_label=None, class_name=None), adapter_name)
+        self._layers = _layers(self.model, adapter_name)
+        self.config = bankable(self._layers[0].settings[adapter_name], f"adapter {adapter_name!r}")
+        self._check_shared(config, "config")
+        self._first = FlatAdapter(self.model, adapter_name)
+        # All adapters in the model, and those of them that `place` gave to classes.
+        self._adapters = [self._first]
+        self._placed: dict[int, FlatAdapter] = {}
+        self._rows: dict[int, torch.Tensor] = {}
+        # Classes from a file, of which no number has been read yet.
+        self._unchecked: set[int] = set()
+        # A layer that other rows also use may be active for them.
+        self._switch([layer for layer in self._layers if set(layer.settings) == {adapter_name}], on=False)
+
+    @classmethod
+    def of_file(
+        cls: type[_Rows], saved: SavedBank, model: nn.Module, adapter_name: str, *, beside: Sequence[ClassRows] = ()
+    ) -> _Rows:
+        """All classes of a bank's file, of which no number is read; args and errors as for the class."""
+        is_new = not _layers(wrapped_model(model), adapter_name)
+        if is_new:
+            saved.check_fits(model)
+        rows = cls(model, exact_targets(saved.config, saved.shapes), adapter_name, beside=beside)
+        if is_new:
+            restore_targets(rows.config, saved.config)
+        try:
+            rows._check_fits(saved.shapes, f"The tensors of {saved.file!r}")
+            rows._take(saved)
+        except Exception:
+            rows.unload()
+            raise
+        return rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, class_label: object) -> bool:
+        return class_label in self._rows
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """The adapters in the model, the first one and those that mixed batches added."""
+        return [adapter.name for adapter in self._adapters]
+
+    def takes(self, adapter: SavedAdapter) -> bool:
+        """Whether an adapter has the same configuration, names and shapes as these."""
+        shared = all(getattr(adapter.config, name) == getattr(self.config, name) for name in _SHARED)
+        return shared and not differences(self._first.tensors, adapter.shapes)
+
+    def place(self, class_labels: Collection[int]) -> dict[int, str]:
+        """
+        Have adapters in the model hold these classes; the live one of a bank stays as it is.
+
+        Args:
+            class_labels (`Collection[int]`): known classes; duplicates count once.
+
+        Returns:
+            `dict[int, str]`: the name of each one's adapter. Valid until the next call.
+
+        Raises:
+            ValueError: an unknown class, one with numbers that are not finite, or an adapter that is merged into the base's
+                weights. Nothing has changed then.
+        """
+        self._check_unmerged()
+        rows = {label: self._finite_row(label) for label in class_labels}
+        kept = {label: adapter for label, adapter in self._placed.items() if label in rows}
+        taken = [self._live, *kept.values()]
+        free = [adapter for adapter in self._adapters if adapter not in taken]
+        for label in rows:
+            if label not in kept:
+                kept[label] = free.pop(0) if free else self._add_place()
+                kept[label].copy_(rows[label])
+        self._placed = kept
+        return {label: adapter.name for label, adapter in kept.items()}
+
+    def insert(self, state_dict: Mapping[str, torch.Tensor], class_label: int, what: str = "The tensors") -> None:
+        """Add a class by its tensors, as PEFT saves them, which an error calls `what`."""
+        if class_label in self._rows:
+            raise ValueError(f"`class_label` is {class_label}, a class that is in the bank already: remove it first.")
+        self._check_fits(state_dict, what)
+        row = self._first.flatten({plain_key(key): tensor for key, tensor in state_dict.items()})
+        if not torch.isfinite(row).all():
+            raise ValueError(f"{what} have numbers that are too large for {row.dtype}, nothing was added.")
+        self._rows[class_label] = row
+
+    def remove(self, class_label: int) -> None:
+        """Forget a class. Raises a ValueError for one that is not there."""
+        self._row_of(class_label)
+        if class_label in self._placed:
+            self._placed.pop(class_label).clear()
+        self._unchecked.discard(class_label)
+        del self._rows[class_label]
+
+    def unload(self) -> None:
+        """Remove the adapters from the model, which is the base again; this object cannot be used afterwards."""
+        remove_adapters(self.model, self.adapter_names)
+
+    def state_dict(self, class_label: int) -> dict[str, torch.Tensor]:
+        """Copies of a class's tensors by the keys that PEFT saves them under. Raises a ValueError if it is not there."""
+        parts = self._first.unflatten(self._row_of(class_label))
+        return {f"{SAVED_PREFIX}{key}": part.clone() for key, part in parts.items()}
+
+    def _check_shared(self, config: FunLoraConfig, source: str) -> None:
+        own = [(name, getattr(config, name), getattr(self.config, name)) for name in _SHARED]
+        differ = ", ".join(
+            f"`{name}` is {found!r}, not {expected!r}" for name, found, expected in own if found != expected
+        )
+        if differ:
+            raise ValueError(
+                f"The configuration of {source!r} does not fit this bank's: {differ}. Use another bank for it."
+            )
+
+    def _check_fits(self, state_dict: Mapping[str, torch.Tensor], what: str) -> None:
+        problems = [*differences(self._first.tensors, state_dict), *not_finite(state_dict)]
+        if problems:
+            raise ValueError(f"{what} do not fit this bank, nothing was added:\n{listed(problems)}")
+
+    def _take(self, saved: SavedBank) -> None:
+        keys, sizes = list(self._first.tensors), [tensor.numel() for tensor in saved.shapes.values()]
+        for class_label, row in zip(saved.classes, saved.rows(), strict=True):
+            if keys != list(saved.shapes):  # another version of the model may list its modules in another order
+                parts = dict(zip(saved.shapes, row.split(sizes), strict=True))
+                row = torch.cat([parts[key] for key in keys])
+            self._rows[class_label] = row
+            self._unchecked.add(class_label)
+
+    def _row_of(self, class_label: int) -> torch.Tensor:
+        if class_label not in self._rows:
+            known = ", ".join(map(str, list(self._rows)[:20])) or "none"
+            more = ", ..." if len(self._rows) > 20 else ""
+            raise ValueError(f"`class_label` is {class_label!r}, expected a class of the bank: {known}{more}.")
+        return self._rows[class_label]
+
+    def _finite_row(self, class_label: int) -> torch.Tensor:
+        row = self._row_of(class_label)
+        if class_label in self._unchecked:
+            # A number of a wider type may be too large for the adapter's.
+            if not torch.isfinite(self._first.cast(row)).all():
+                raise ValueError(
+                    f"Class {class_label} has numbers that are not finite: add it again from a valid adapter."
+                )
+            self._unchecked.remove(class_label)
+        return row
+
+    def _check_unmerged(self) -> None:
+        if any(layer.merged for layer in self._layers):
+            raise ValueError(f"Adapter {self.adapter_name!r} is merged into the base's weights: unmerge it first.")
+
+    @staticmethod
+    def _switch(layers: Sequence[AdapterLayer], *, on: bool) -> None:
+        for layer in layers:
+            if layer.disable_adapters == on:
+                layer.enable_adapters(on)
+
+    def _add_place(self) -> FlatAdapter:
+        """One more adapter in the model."""
+        name = f"{self.adapter_name}_{len(self._adapters)}"
+        # It gets other values at once, so its start must not draw from the caller's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            for layer in self._layers:
+                layer.update_layer(name, self.config)
+        self._adapters.append(FlatAdapter(self.model, name))
+        return self._adapters[-1]
+
+
+@contextmanager
+def adapters_enabled(model: nn.Module) -> Iterator[None]:
+    """Enable the adapter layers of a model that are disabled, and disable them again afterwards."""
+    disabled = [layer for layer in adapter_layers(model) if layer.disable_adapters]
+    for layer in disabled:
+        layer.enable_adapters(True)
+        # Enabling makes active adapters trainable, and weights of such are not kept.
+        layer.set_adapter(layer.active_adapters, inference_mode=True)
+    try:
+        yield
+    finally:
+        for layer in disabled:
+            layer.enable_adapters(False)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> list[AdapterLayer]:
+    """The layers that have an adapter of this name."""
+    return [layer for layer in adapter_layers(model) if adapter_name in layer.settings]
+
+
+def _inject(model: nn.Module, config: FunLoraConfig, adapter_name: str) -> None:
+    """Put an adapter into a model without changing which adapters are active."""
+    active = {layer: layer.active_adapters for layer in adapter_layers(model)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, model, adapter_name)
+    for layer, names in active.items():
+        layer.set_adapter(names, inference_mode=True)
