@@ -1,4 +1,4 @@
-"""What an ablation came to, as the rows of a table and as Markdown. Reads results; runs nothing."""
+"""Results of an ablation as the rows of a table and as Markdown. Reads results; runs nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ablation.variants import TABLES, Variant
-from funlora_hf.evaluation.tables import spread_text
+from funlora_hf.evaluation.tables import markdown_table, spread_text
 
 
 Results = Mapping[str, Sequence[Mapping[str, Any] | None]]
@@ -48,14 +48,9 @@ def ablation_rows(results: Results, tables: Sequence[str]) -> list[dict[str, Any
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as one Markdown table, each cell "mean ± standard deviation over the seeds"."""
-    lines = [
-        f"| table | variant | seeds | {' | '.join(_COLUMNS)} |",
-        f"|---|---|{'---:|' * (len(_COLUMNS) + 1)}",
-    ]
-    for row in rows:
-        cells = " | ".join(_cell(row, column) for column in _COLUMNS)
-        lines.append(f"| {row['table']} | {row['variant']} | {row['seeds']} | {cells} |")
-    return "\n".join(lines) + "\n"
+    names = ("table", "variant", "seeds")
+    cells = [[*(row[name] for name in names), *(_cell(row, column) for column in _COLUMNS)] for row in rows]
+    return markdown_table([*names, *_COLUMNS], cells, texts=2) + "\n"
 
 
 def _averages(results: Results, variant: Variant) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a comparison came to, as rows of a table. Reads results; runs nothing, draws nothing."""
+"""Results of a comparison as rows of a table. Reads results; runs nothing, draws nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from comparison.runner import Compared
-from funlora_hf.evaluation.tables import spread_text
+from funlora_hf.evaluation.tables import markdown_table, spread_text
 
 
 Results = Mapping[str, Any]
@@ -126,14 +126,9 @@ def flat_rows(rows: Sequence[Row], columns: Sequence[Column]) -> list[dict[str, 
 
 def as_markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """The rows as one Markdown table, each cell "mean ± standard deviation over the seeds"."""
-    lines = [
-        f"| strategy | seeds | {' | '.join(column.title for column in columns)} |",
-        f"|---|{'---:|' * (len(columns) + 1)}",
-    ]
-    for row in rows:
-        label = row.compared.choice.label.replace("|", "\\|")
-        lines.append(f"| {label} | {row.seeds_text} | {' | '.join(row.cell(column) for column in columns)} |")
-    return "\n".join(lines) + "\n"
+    header = ("strategy", "seeds", *(column.title for column in columns))
+    cells = [(row.compared.choice.label, row.seeds_text, *(row.cell(column) for column in columns)) for row in rows]
+    return markdown_table(header, cells) + "\n"
 
 
 def training_seconds(run: Results) -> float | None:

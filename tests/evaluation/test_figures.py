@@ -177,7 +177,7 @@ def test_grid_shortens_long_names_in_the_middle(tmp_path, saved):
         ({"images_by_class": {"a": images(0)}}, "N of at least 1"),
         ({"images_by_class": {"a": images(1, channels=2)}}, "C of 1 or 3"),
         ({"images_by_class": {"a": images(1), "b": images(1, size=9)}}, "expected one shape"),
-        ({"images_per_class": 0}, "images_per_class is 0"),
+        ({"images_per_class": 0}, "`images_per_class` should be a positive integer"),
         ({"path": "grid.jpg"}, "path is 'grid.jpg', expected a name ending in .png"),
     ],
 )

@@ -536,8 +536,8 @@ def _find_column(field: str, column: str | None, features: Features, found: list
         if len(found) == 1:
             return found[0]
         raise ValueError(
-            f"{field}=None needs exactly one such column, but {found or 'none'} can be one among the columns "
-            f"{list(features)}: name the column with --{field}; a folder of images needs one subfolder for each class."
+            f"{field}=None finds {found or 'none'} among the columns {list(features)}, expected exactly one: name the "
+            f"column with --{field}; a folder of images needs one subfolder for each class."
         )
     _check_column(field, column, features)
     if column not in accepted:

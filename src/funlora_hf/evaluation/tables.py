@@ -1,10 +1,10 @@
-"""What runs came to, as text for the terminal, and how tables write numbers. Reads results, measures nothing."""
+"""Results of runs as text: for the terminal, Markdown and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -54,6 +54,19 @@ def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
             spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
             lines.append(f"{name:<18}{mean(values):>8.{digits}f}{spread}")
     return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> str:
+    """A table in Markdown, without a newline at its end.
+
+    Args:
+        header: titles of the columns.
+        rows: cells, written as `str` does; a "|" in them is escaped.
+        texts: so many first columns are aligned to the left, the others, of numbers, to the right.
+    """
+    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    first, *others = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([first, f"|{'---|' * texts}{'---:|' * (len(header) - texts)}", *others])
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
