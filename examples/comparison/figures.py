@@ -234,16 +234,12 @@ def samples_figure(
         for images_by_class in per_task:
             for images in images_by_class.values():
                 check_images(f"samples[{name!r}]", images)
-    rows = [
-        [
-            on_white(
-                [enlarged(images[:IMAGES_SHOWN], IMAGE_SIDE) for images in list(by_class.values())[:CLASSES_SHOWN]],
-                gap=2,
-            )
-            for by_class in per_task
-        ]
-        for per_task in samples.values()
-    ]
+
+    def cell(by_class: Mapping[str, Tensor]) -> np.ndarray:
+        shown = list(by_class.values())[:CLASSES_SHOWN]
+        return on_white([enlarged(images[:IMAGES_SHOWN], IMAGE_SIDE) for images in shown], gap=2)
+
+    rows = [[cell(by_class) for by_class in per_task] for per_task in samples.values()]
     show_pixels(
         rows,
         path,
@@ -282,30 +278,19 @@ def _label_lines(axes: Any, ends: Mapping[str, float], *, names: Sequence[str] |
     names = list(ends) if names is None else names
     to_axes = axes.transData + axes.transAxes.inverted()
     right = axes.get_xlim()[1]
-    levels = {}
-    for name, value in ends.items():
-        level = -1.0 if math.isnan(value) else to_axes.transform((right, value))[1]
-        levels[name] = level
+    levels = {
+        name: -1.0 if math.isnan(value) else to_axes.transform((right, value))[1] for name, value in ends.items()
+    }
     order = sorted(levels, key=levels.__getitem__)
     height = axes.get_position().height * axes.figure.get_size_inches()[1]
     places = _apart([levels[name] for name in order], LABEL_HEIGHT / height)
+    beside = {"transform": axes.transAxes, "clip_on": False}
     for name, place in zip(order, places, strict=True):
-        level, look = levels[name], Look.of(names.index(name))
-        if level >= 0:
-            axes.plot(
-                [1.0, 1.04],
-                [level, place],
-                transform=axes.transAxes,
-                clip_on=False,
-                color=GREY,
-                linewidth=0.6,
-                zorder=1,
-            )
-        key = [1.05, 1.085, 1.12]
-        axes.plot(
-            key, [place] * 3, transform=axes.transAxes, clip_on=False, markevery=[1], **look.style(markersize=4.5)
-        )
-        axes.text(1.14, place, shorten(name, LONGEST_LABEL), transform=axes.transAxes, va="center", fontsize=9)
+        if levels[name] >= 0:
+            axes.plot([1.0, 1.04], [levels[name], place], color=GREY, linewidth=0.6, zorder=1, **beside)
+        style = Look.of(names.index(name)).style(markersize=4.5)
+        axes.plot([1.05, 1.085, 1.12], [place] * 3, markevery=[1], **beside, **style)
+        axes.text(1.14, place, shorten(name, LONGEST_LABEL), va="center", fontsize=9, **beside)
 
 
 def _apart(levels: Sequence[float], gap: float) -> list[float]:
@@ -339,8 +324,8 @@ def _matrix_panel(axes: Any, matrix: Sequence[Sequence[float]]) -> Any:
                 size = 8 if tasks <= 6 else 5.5
                 axes.text(tested, after, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=size)
     step = 1 if tasks <= MOST_TASKS_WITH_NUMBERS else math.ceil(tasks / 6)
-    axes.set_xticks(range(0, tasks, step), labels=[str(task + 1) for task in range(0, tasks, step)], fontsize=8)
-    axes.set_yticks(range(0, tasks, step), labels=[str(task + 1) for task in range(0, tasks, step)], fontsize=8)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(range(0, tasks, step), labels=range(1, tasks + 1, step), fontsize=8)
     without_frame(axes, pad=2)
     return cells
 

@@ -4,14 +4,13 @@ A dataset is read with `datasets`, its label column once, and its images only wh
 continual learner must not hold the images of earlier tasks, so nothing here keeps decoded images.
 """
 
-import copy
 import glob
 import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from ..utils.checks import shortened
 from .encoded_images import decode_image
 
 
-# Every held-out split is drawn with this seed, whatever the seed of a run: runs must be tested on the same images.
+# Every held-out split is drawn with this seed, not the run's: all runs must be tested on the same images.
 HOLD_OUT_SEED = 0
 TEST_SPLIT_NAMES = ("test", "validation", "valid", "val")
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "class_label", "category", "target", "fine_label", "y")
@@ -60,6 +59,7 @@ class _Part:
     rows: dict[int, np.ndarray]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ImageClassificationData:
     """Real images of a dataset, by class; decodes only the classes asked for.
 
@@ -69,24 +69,17 @@ class ImageClassificationData:
         name: dataset name, for results (for a local dataset the last part of its path).
         class_names: class id -> name, in the dataset's own order.
         image_shape: (channels, height, width) of the images that `images` returns.
+        image_column: the dataset's column of the images.
+        parts: "train" and "test", undecoded.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        class_names: Mapping[int, str],
-        image_shape: tuple[int, int, int],
-        image_column: str,
-        parts: Mapping[str, _Part],
-    ):
-        self.name = name
-        self.class_names = dict(class_names)
-        self.image_shape = image_shape
-        self._image_column = image_column
-        self._parts = dict(parts)
-        # Shared by the copies that `with_class_ids` makes, so that each warning is given once per dataset.
-        self._warned: set[str] = set()
+    name: str
+    class_names: dict[int, str]
+    image_shape: tuple[int, int, int]
+    image_column: str
+    parts: dict[str, _Part]
+    # Shared by the copies that `with_class_ids` makes, so that each warning is given once per dataset.
+    _warned: set[str] = field(default_factory=set)
 
     def count(self, class_id: int, *, split: str = "train") -> int:
         """Number of images of a class, without decoding any.
@@ -117,20 +110,20 @@ class ImageClassificationData:
             ValueError: class_id or split is unknown, or an image cannot be read.
         """
         rows = self._rows(class_id, split)
-        part = self._parts[split]
+        part = self.parts[split]
         channels, size, _ = self.image_shape
         pixels = np.empty((len(rows), channels, size, size), dtype=np.uint8)
         for index, (row, example) in enumerate(zip(rows, part.encoded.select(rows), strict=True)):
             try:
-                if example[self._image_column] is None:
+                if example[self.image_column] is None:
                     raise ValueError("the row holds no image")
-                image = decode_image(example[self._image_column])
+                image = decode_image(example[self.image_column])
                 mode = image.mode
                 pixels[index] = _to_array(image, size=size, channels=channels)
             except Exception as error:  # PIL's decoders raise many types, several of them not OSError
                 raise ValueError(
                     f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
-                    f"{shortened(repr(self.class_names[class_id]), 100)} in column {self._image_column!r} cannot be read "
+                    f"{shortened(repr(self.class_names[class_id]), 100)} in column {self.image_column!r} cannot be read "
                     f"({type(error).__name__}: {shortened(str(error), 300)}). Expected an image that "
                     "Pillow can open and convert to 8 bits; remove this row from the dataset or replace its image."
                 ) from error
@@ -154,22 +147,21 @@ class ImageClassificationData:
             )
         _check_unique("ids", ids)
         new_id = dict(zip(self.class_names, ids, strict=True))
-        renamed = copy.copy(self)
-        renamed.class_names = {new_id[old]: name for old, name in self.class_names.items()}
-        renamed._parts = {
+        class_names = {new_id[old]: name for old, name in self.class_names.items()}
+        parts = {
             split: replace(part, rows={new_id[old]: rows for old, rows in part.rows.items()})
-            for split, part in self._parts.items()
+            for split, part in self.parts.items()
         }
-        return renamed
+        return replace(self, class_names=class_names, parts=parts)
 
     def _rows(self, class_id: int, split: str) -> np.ndarray:
-        if split not in self._parts:
-            raise ValueError(f"split={split!r} is unknown: expected one of {sorted(self._parts)}.")
+        if split not in self.parts:
+            raise ValueError(f"split={split!r} is unknown: expected one of {sorted(self.parts)}.")
         if class_id not in self.class_names:
             raise ValueError(
                 f"class_id={class_id!r} is not a class of dataset {self.name!r}: use one of {list(self.class_names)}."
             )
-        return self._parts[split].rows.get(class_id, np.empty(0, dtype=np.int64))
+        return self.parts[split].rows.get(class_id, np.empty(0, dtype=np.int64))
 
     def _warn_of_conversion(self, mode: str) -> None:
         grey = mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16")
@@ -232,15 +224,13 @@ def load_image_data(
     if channels not in (1, 3):
         raise ValueError(f"channels={channels!r} must be 1 (grey) or 3 (RGB): use a model with 1 or 3 input channels.")
     most = 1 if max_images_per_class is None else max_images_per_class
-    for field, count in (("image_size", image_size), ("max_images_per_class", most)):
+    for name, count in (("image_size", image_size), ("max_images_per_class", most)):
         if not isinstance(count, (int, np.integer)) or count < 1:
-            raise ValueError(f"{field}={count!r} must be a whole number >= 1: set --{field} accordingly.")
+            raise ValueError(f"{name}={count!r} must be a whole number >= 1: set --{name} accordingly.")
     held = test_fraction if validation_fraction is None else validation_fraction
-    for field, fraction in (("test_fraction", test_fraction), ("validation_fraction", held)):
+    for name, fraction in (("test_fraction", test_fraction), ("validation_fraction", held)):
         if not 0 < fraction < 1:
-            raise ValueError(
-                f"{field}={fraction!r} must lie between 0 and 1, both excluded: set --{field} to e.g. 0.2."
-            )
+            raise ValueError(f"{name}={fraction!r} must lie between 0 and 1, both excluded: set --{name} to e.g. 0.2.")
     name, splits = _open_splits(
         dataset_name, config_name=dataset_config_name, revision=revision, digits_test_fraction=test_fraction
     )
@@ -415,9 +405,8 @@ def _open_splits(
             return name, load_dataset(**arguments)
     except Exception as error:
         # For damaged files `datasets` raises many types. Errors of the network and of permissions pass unchanged.
-        if isinstance(error, (ImportError, OSError)) and not isinstance(
-            error, (FileNotFoundError, ValueError, DatasetsError)
-        ):
+        of_files = (FileNotFoundError, ValueError, DatasetsError)
+        if isinstance(error, (ImportError, OSError)) and not isinstance(error, of_files):
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         # A DatasetGenerationError only wraps the error that tells something.
@@ -503,15 +492,13 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _find_splits(splits: DatasetDict, *, train_split: str, test_split: str | None) -> str | None:
     """Name of the test split, None for a hold-out of the training split."""
-    for field, value in (("train_split", train_split), ("test_split", test_split)):
+    for name, value in (("train_split", train_split), ("test_split", test_split)):
         if value is not None and value not in splits:
             raise ValueError(
-                f"{field}={value!r} is not a split of the dataset, which has {list(splits)}: set --{field} to one of "
-                "these."
+                f"{name}={value!r} is not a split of the dataset, which has {list(splits)}: set --{name} to one of these."
             )
     if test_split is None:
-        found = [name for name in TEST_SPLIT_NAMES if name in splits and name != train_split]
-        return found[0] if found else None
+        return next((name for name in TEST_SPLIT_NAMES if name in splits and name != train_split), None)
     return None if test_split == train_split else test_split
 
 
@@ -621,7 +608,7 @@ def _to_array(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
     """One image as uint8 (channels, size, size), values 0..255."""
     image = _to_eight_bits(image)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        # Dropping the alpha channel instead would show whatever colour lies under transparent pixels.
+        # Dropping the alpha channel instead would show the colours under transparent pixels.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = image.convert("L" if channels == 1 else "RGB")

@@ -10,7 +10,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -59,6 +59,7 @@ def classifier_config(config: EvaluationArguments, max_train_steps: int | None) 
         raise ValueError(f"classifier_{error}") from error
 
 
+@dataclass(eq=False, repr=False)
 class RunEvaluator:
     """
     Args:
@@ -72,30 +73,21 @@ class RunEvaluator:
         max_train_steps: cap on the classifiers' steps.
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        data: ImageClassificationData,
-        tasks: list[Task],
-        *,
-        config: EvaluationArguments,
-        seed: int,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        max_train_steps: int | None,
-    ) -> None:
-        self.strategy = strategy
-        self.data = data
-        self.tasks = tasks
-        self.config = config
-        self.seed = seed
-        self.accelerator = accelerator
-        self._classes = strategy.setting.seen(tasks[-1])
-        self._classifier = classifier_config(config, max_train_steps)
-        self._folder = folder
-        self._records = folder.checkpoints / "evaluation"
-        self._synthetic = folder.synthetic
-        self._probes = folder.checkpoints / "probes"
+    strategy: Strategy
+    data: ImageClassificationData
+    tasks: list[Task]
+    _: KW_ONLY
+    config: EvaluationArguments
+    seed: int
+    folder: RunFolder
+    accelerator: Accelerator
+    max_train_steps: int | None
+
+    def __post_init__(self) -> None:
+        self._classes = self.strategy.setting.seen(self.tasks[-1])
+        self._classifier = classifier_config(self.config, self.max_train_steps)
+        self._records = self.folder.checkpoints / "evaluation"
+        self._probes = self.folder.checkpoints / "probes"
         # Decoded once: every later task is tested on the images of all earlier ones.
         self._tests: dict[int, torch.Tensor] = {}
 
@@ -115,7 +107,7 @@ class RunEvaluator:
         sampled = time.perf_counter()
         if self.accelerator.is_main_process:
             for class_id in task.class_ids:
-                class_grid(self.synthetic_images(class_id, task), self._folder.class_figure(class_id))
+                class_grid(self.synthetic_images(class_id, task), self.folder.class_figure(class_id))
             row, per_class = self._accuracies(task, seen)
             measured = {
                 "accuracies": row,
@@ -125,7 +117,7 @@ class RunEvaluator:
             }
             if self.strategy.learning_changes_past_classes:
                 measured["held_out_losses"] = self.held_out_losses(seen)
-            self._folder.check_there()
+            self.folder.check_there()
             write_json(record, measured)
 
     def synthetic_images(self, class_id: int, task: Task) -> torch.Tensor:
@@ -252,7 +244,9 @@ class RunEvaluator:
     def _sample_path(self, class_id: int, task: Task) -> Path:
         # A class that never changes is sampled once for all tasks: the same seed would give the same images.
         changes = self.strategy.learning_changes_past_classes
-        return self._synthetic / (f"task_{task.index + 1}" if changes else "all") / f"class_{class_id}.safetensors"
+        return (
+            self.folder.synthetic / (f"task_{task.index + 1}" if changes else "all") / f"class_{class_id}.safetensors"
+        )
 
     def _draw(self, pipe: FunLoraPipeline, class_id: int, purpose: str) -> Samples:
         config = self.config

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -29,25 +29,23 @@ ORANGE = "#E69F00"
 PURPLE = "#CC79A7"
 GREY = "#7F7F7F"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.labelsize": 10,
     "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.titlesize": 11,
     "figure.labelsize": 10,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 10,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
 }
+_GRID = {"axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6}
 DPI = 150
 # Side, in pixels, that one image of the grid should reach; small images are enlarged by a whole factor up to it.
 GRID_CELL = 64
@@ -100,7 +98,7 @@ def sample_grid(
     side = GRID_CELL if len(images_by_class) <= MANY_CLASSES else GRID_CELL_OF_MANY
     rows = [enlarged(images[:images_per_class], side) for images in images_by_class.values()]
     names = [shorten(name) for name in images_by_class]
-    show_pixels(rows, path, gap=max(2, rows[0].shape[1] // 16), names=names, title=title)
+    show_pixels(rows, path, gap=max(2, len(rows[0][0]) // 16), names=names, title=title)
 
 
 def class_grid(images: Tensor, path: str | os.PathLike[str]) -> None:
@@ -329,14 +327,14 @@ def coefficients_by_layer(
 
 @contextmanager
 def new_figure(
-    path: str | os.PathLike[str], size: tuple[float, float], *, layout: str | None = "constrained"
+    path: str | os.PathLike[str], size: tuple[float, float], *, layout: Literal["constrained"] | None = "constrained"
 ) -> Iterator[Any]:
     """A matplotlib figure in `STYLE`, written when the block ends well: a whole PNG on white, cut to what it shows.
 
     Args:
         path: the PNG to write.
         size: width and height in inches.
-        layout: of matplotlib; None: the axes stay where they are put.
+        layout: of matplotlib; None leaves the axes where they are put.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -347,7 +345,7 @@ def new_figure(
         import matplotlib.figure
     except ImportError as error:
         raise ImportError('figures need matplotlib; install it with: pip install "funlora-hf[demo]"') from error
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context({**STYLE, **_GRID}):
         figure = matplotlib.figure.Figure(figsize=size, dpi=DPI, layout=layout)
         yield figure
         with whole_file(target) as temporary:
@@ -388,11 +386,11 @@ def show_pixels(
         axes.set_title(title, loc="left", pad=8)
 
 
-def enlarged(images: Tensor, side: int) -> np.ndarray:
-    """Images, uint8 (N, C, H, W), as (N, height, width, 3), by the whole factor that brings the longer side nearest to `side`."""
+def enlarged(images: Tensor, side: int) -> list[np.ndarray]:
+    """Images, uint8 (N, C, H, W), as N of (height, width, 3), by the whole factor that brings the longer side nearest to `side`."""
     factor = max(1, round(side / max(images.shape[2:])))
     pixels = images.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-    return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    return list(pixels.repeat(factor, axis=1).repeat(factor, axis=2))
 
 
 def on_white(rows: Sequence[Sequence[np.ndarray]], *, gap: int) -> np.ndarray:

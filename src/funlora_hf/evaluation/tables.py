@@ -83,8 +83,8 @@ def spread_text(average: float | None, deviation: float | None, digits: int) -> 
 
     Args:
         average: or None.
-        deviation: or None, where there is one value only. One that rounds to nothing (the evaluations of a fixed-step
-            solver) is no news and left out.
+        deviation: or None, where there is only one value. One that rounds to 0 (the evaluations of a fixed-step solver)
+            is left out.
         digits: after the point.
     """
     if average is None:
@@ -100,7 +100,7 @@ def _what(results: Mapping[str, Any]) -> str:
 
 
 def _image_quality(results: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
-    """Name -> digits and value of what was measured of a run's images; results of before it was measured have none."""
+    """Name -> digits and value of what was measured of a run's images; results of earlier versions have none."""
     quality = results.get("image_quality")
     if quality is None:
         return {}
