@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
 }
-_GRID = {"axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6}
+_GRID: dict[Any, Any] = {"axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6}
 DPI = 150
 # Side, in pixels, that one image of the grid should reach; small images are enlarged by a whole factor up to it.
 GRID_CELL = 64
