@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from ablation.variants import TABLES, Variant
-from funlora_hf.evaluation.tables import markdown_table, spread_text
+from funlora_hf.evaluation.tables import markdown_table, mean_and_std, spread_text
 
 
 Results = Mapping[str, Sequence[Mapping[str, Any] | None]]
@@ -57,11 +57,9 @@ def _averages(results: Results, variant: Variant) -> dict[str, Any]:
     runs = [run for run in results[variant.key] if run is not None]
     row: dict[str, Any] = {"seeds": len(runs)}
     for column, (_, value) in _COLUMNS.items():
-        values = [value(run) for run in runs]
-        known = bool(values) and None not in values
-        row[column] = mean(values) if known else None
+        row[column], deviation = mean_and_std([value(run) for run in runs])
         if column not in _WITHOUT_SPREAD:
-            row[f"{column} std"] = stdev(values) if known and len(values) > 1 else None
+            row[f"{column} std"] = deviation
     return row
 
 

@@ -78,6 +78,14 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation (n - 1); both None if there is no value or one is None, the second also for one value."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None, None
+    return mean(known), stdev(known) if len(known) > 1 else None
+
+
 def spread_text(average: float | None, deviation: float | None, digits: int) -> str:
     """A cell of a table: "mean ± standard deviation", "-" without a mean.
 
