@@ -108,3 +108,18 @@ def run_example():
         return done
 
     return start
+
+
+@pytest.fixture
+def saved_figures(monkeypatch):
+    """The figures saved so far, to look at what is drawn."""
+    module = pytest.importorskip("matplotlib.figure")
+    figures = []
+    savefig = module.Figure.savefig
+
+    def record(self, *args, **kwargs):
+        figures.append(self)
+        savefig(self, *args, **kwargs)
+
+    monkeypatch.setattr(module.Figure, "savefig", record)
+    return figures

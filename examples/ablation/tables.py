@@ -1,13 +1,13 @@
-"""What an ablation came to, as the rows of a table and as Markdown. Reads results; runs nothing."""
+"""Results of an ablation as the rows of a table and as Markdown. Reads results; runs nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from ablation.variants import TABLES, Variant
-from funlora_hf.evaluation.tables import spread_text
+from funlora_hf.evaluation.tables import markdown_table, mean_and_std, spread_text
 
 
 Results = Mapping[str, Sequence[Mapping[str, Any] | None]]
@@ -48,25 +48,18 @@ def ablation_rows(results: Results, tables: Sequence[str]) -> list[dict[str, Any
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as one Markdown table, each cell "mean ± standard deviation over the seeds"."""
-    lines = [
-        f"| table | variant | seeds | {' | '.join(_COLUMNS)} |",
-        f"|---|---|{'---:|' * (len(_COLUMNS) + 1)}",
-    ]
-    for row in rows:
-        cells = " | ".join(_cell(row, column) for column in _COLUMNS)
-        lines.append(f"| {row['table']} | {row['variant']} | {row['seeds']} | {cells} |")
-    return "\n".join(lines) + "\n"
+    names = ("table", "variant", "seeds")
+    cells = [[*(row[name] for name in names), *(_cell(row, column) for column in _COLUMNS)] for row in rows]
+    return markdown_table([*names, *_COLUMNS], cells, texts=2) + "\n"
 
 
 def _averages(results: Results, variant: Variant) -> dict[str, Any]:
     runs = [run for run in results[variant.key] if run is not None]
     row: dict[str, Any] = {"seeds": len(runs)}
     for column, (_, value) in _COLUMNS.items():
-        values = [value(run) for run in runs]
-        known = bool(values) and None not in values
-        row[column] = mean(values) if known else None
+        row[column], deviation = mean_and_std([value(run) for run in runs])
         if column not in _WITHOUT_SPREAD:
-            row[f"{column} std"] = stdev(values) if known and len(values) > 1 else None
+            row[f"{column} std"] = deviation
     return row
 
 

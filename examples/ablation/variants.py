@@ -15,7 +15,7 @@ class Variant:
     """One row of a table.
 
     Args:
-        key: names its folder; equal keys are one run, whatever tables show it.
+        key: names its folder; equal keys are one run, in all tables.
         label: in the table.
         changes: argument of `continual_train.py` -> value, where it differs from the reference.
         rate_of: key of the variant whose learning rate it takes; None: one is chosen for it.

@@ -111,7 +111,7 @@ def _parse(entry: str) -> Choice:
     try:
         strategy_cls.make_options(options)
     except ValueError as error:
-        raise ValueError(f"`strategies` has {entry!r}, which cannot be had: {error}") from error
+        raise ValueError(f"`strategies` has {entry!r}, which is not possible: {error}") from error
     shown = ", ".join(f"{key}={text}" for key, text in texts.items())
     label = label or (f"{name} ({shown})" if shown else name)
     return Choice(name, options, arguments, label, _key(name, {**options, **arguments}))
@@ -135,7 +135,7 @@ def _value(entry: str, key: str, text: str) -> Any:
     try:
         return parse_value(text)
     except ValueError as error:
-        raise ValueError(f"`strategies` has {entry!r}, where {key!r} is no YAML: {text!r}.") from error
+        raise ValueError(f"`strategies` has {entry!r}, where {key!r} is not valid YAML: {text!r}.") from error
 
 
 def _key(name: str, values: Mapping[str, Any]) -> str:

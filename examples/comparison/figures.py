@@ -15,20 +15,20 @@ from torch import Tensor
 from funlora_hf.evaluation.figures import (
     BLACK,
     BLUE,
-    DPI,
     GREEN,
     GREY,
-    GRID_COLOUR,
     ORANGE,
     PURPLE,
     SKY_BLUE,
-    STYLE,
     VERMILION,
     check_images,
-    import_matplotlib,
-    png_path,
-    save_figure,
+    enlarged,
+    mark_places,
+    new_figure,
+    on_white,
     shorten,
+    show_pixels,
+    without_frame,
 )
 
 
@@ -100,11 +100,9 @@ def accuracy_figure(
     _check_strategies("averages", averages)
     for name, of_seeds in averages.items():
         _check_lengths(f"averages[{name!r}]", of_seeds, len(classes_seen))
-    target = png_path(path)
-    matplotlib = import_matplotlib()
-    with matplotlib.rc_context(STYLE):
-        figure, (axes,) = _plots(matplotlib, len(averages), panels=1)
-        axes.set_ylim(0, 100)
+    with new_figure(path, (PLOT_WIDTH, PLOT_HEIGHT), layout=None) as figure:
+        (axes,) = _plots(figure, len(averages), panels=1)
+        axes.set(ylim=(0, 100), xlabel="classes seen", ylabel="average accuracy (%)")
         for place, of_seeds in enumerate(averages.values()):
             values, look = np.array(of_seeds, dtype=float), Look.of(place)
             middle = values.mean(axis=0)
@@ -113,11 +111,8 @@ def accuracy_figure(
                 low, high = np.clip(middle - spread, 0, 100), np.clip(middle + spread, 0, 100)
                 axes.fill_between(classes_seen, low, high, color=look.colour, alpha=0.13, linewidth=0)
             axes.plot(classes_seen, middle, clip_on=False, zorder=3, **look.style())
-        _mark_places(matplotlib, axes, classes_seen)
-        axes.set_xlabel("classes seen")
-        axes.set_ylabel("average accuracy (%)")
+        _mark_places(axes, classes_seen)
         _label_lines(axes, {name: np.mean(of_seeds, axis=0)[-1] for name, of_seeds in averages.items()})
-        save_figure(figure, target)
 
 
 def cost_figure(
@@ -149,10 +144,8 @@ def cost_figure(
     for values, label in panels:
         for name, per_task in values.items():
             _check_lengths(f"{label}: {name!r}", [per_task], max(1, len(per_task)))
-    target = png_path(path)
-    matplotlib = import_matplotlib()
-    with matplotlib.rc_context(STYLE):
-        figure, every = _plots(matplotlib, len(names), panels=len(panels))
+    with new_figure(path, (PLOT_WIDTH, PLOT_HEIGHT), layout=None) as figure:
+        every = _plots(figure, len(names), panels=len(panels))
         for axes, (values, label) in zip(every, panels, strict=True):
             tasks = range(1, 1 + max(len(per_task) for per_task in values.values()))
             positive = [value for per_task in values.values() for value in per_task if value > 0]
@@ -163,15 +156,18 @@ def cost_figure(
                 axes.plot(tasks[: len(shown)], shown, clip_on=False, zorder=3, **Look.of(names.index(name)).style())
                 ends[name] = shown[-1]
             if logarithmic:
+                # Numbers such as 0.5 and 20 rather than powers, at steps that are enough to read from.
+                steps = (1, 2, 5) if max(positive) < 1e3 * min(positive) else (1,)
                 axes.set_yscale("log")
-                _plain_logarithms(matplotlib, axes, positive)
+                axes.yaxis.get_major_locator().set_params(subs=steps)
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
             else:
                 axes.set_ylim(0, 1.08 * max([*positive, 1e-9]))
-            _mark_places(matplotlib, axes, list(tasks))
+            _mark_places(axes, list(tasks))
             axes.set_ylabel(label + (", log scale" if logarithmic else ""))
             _label_lines(axes, ends, names=names)
         every[-1].set_xlabel("task")
-        save_figure(figure, target)
 
 
 def forgetting_figure(
@@ -192,23 +188,20 @@ def forgetting_figure(
     for name, matrix in matrices.items():
         if not matrix or any(len(row) != task + 1 for task, row in enumerate(matrix)):
             raise ValueError(f"matrices[{name!r}] has rows of {[len(row) for row in matrix]}, expected 1, 2, 3, ...")
-    target = png_path(path)
-    matplotlib = import_matplotlib()
     tasks = max(len(matrix) for matrix in matrices.values())
     side = min(max(0.22 * tasks, 1.5), 3.4)
     columns = min(len(matrices), max(1, int(8.2 / (side + 0.35))))
     rows = math.ceil(len(matrices) / columns)
-    with matplotlib.rc_context(STYLE):
-        size = (columns * (side + 0.35) + 0.9, rows * (side + 0.45) + 0.45)
-        figure = matplotlib.figure.Figure(figsize=size, dpi=DPI, layout="constrained")
+    size = (columns * (side + 0.35) + 0.9, rows * (side + 0.45) + 0.45)
+    with new_figure(path, size) as figure:
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes in panels.flat[len(matrices) :]:
             axes.set_axis_off()
         for axes, (name, matrix) in zip(panels.flat, matrices.items(), strict=False):
             cells = _matrix_panel(axes, matrix)
             axes.set_title(textwrap.fill(shorten(name, LONGEST_LABEL), int(side * 15)), fontsize=9)
-        figure.supxlabel("tested on task", fontsize=STYLE["axes.labelsize"])
-        figure.supylabel("after task", fontsize=STYLE["axes.labelsize"])
+        figure.supxlabel("tested on task")
+        figure.supylabel("after task")
         # Beside the first rows only: as high as the figure, it would be read from nowhere.
         share = min(1.0, 3.2 / size[1])
         bar = figure.colorbar(
@@ -216,7 +209,6 @@ def forgetting_figure(
         )
         bar.outline.set_visible(False)
         bar.set_label("accuracy (%)")
-        save_figure(figure, target)
 
 
 def samples_figure(
@@ -242,72 +234,37 @@ def samples_figure(
         for images_by_class in per_task:
             for images in images_by_class.values():
                 check_images(f"samples[{name!r}]", images)
-    target = png_path(path)
-    matplotlib = import_matplotlib()
-    tasks = max(len(per_task) for per_task in samples.values())
-    cells = {
-        (row, column): _cell(images_by_class)
-        for row, per_task in enumerate(samples.values())
-        for column, images_by_class in enumerate(per_task)
-    }
-    height = max(cell.shape[0] for cell in cells.values())
-    width = max(cell.shape[1] for cell in cells.values())
-    gap = IMAGE_SIDE // 2
-    canvas = np.full((len(samples) * (height + gap) - gap, tasks * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for (row, column), cell in cells.items():
-        top, left = row * (height + gap), column * (width + gap)
-        canvas[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
-    classes = list(next(iter(samples.values()))[0])
-    with matplotlib.rc_context(STYLE):
-        # Pixel for pixel, as in `sample_grid`.
-        figure = matplotlib.figure.Figure(figsize=(canvas.shape[1] / DPI, canvas.shape[0] / DPI), dpi=DPI)
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.imshow(canvas, interpolation="nearest", aspect="auto")
-        axes.set_yticks(
-            [row * (height + gap) + (height - 1) / 2 for row in range(len(samples))],
-            labels=[textwrap.fill(shorten(name, LONGEST_LABEL), 30) for name in samples],
-        )
-        axes.set_xticks(
-            [column * (width + gap) + (width - 1) / 2 for column in range(tasks)],
-            labels=[f"after task {column + 1}" for column in range(tasks)],
-        )
-        axes.xaxis.tick_top()
-        axes.tick_params(length=0, pad=5)
-        axes.spines[:].set_visible(False)
-        axes.set_title(_classes_title(classes), loc="left", pad=10, fontsize=10)
-        save_figure(figure, target)
+
+    def cell(by_class: Mapping[str, Tensor]) -> np.ndarray:
+        shown = list(by_class.values())[:CLASSES_SHOWN]
+        return on_white([enlarged(images[:IMAGES_SHOWN], IMAGE_SIDE) for images in shown], gap=2)
+
+    rows = [[cell(by_class) for by_class in per_task] for per_task in samples.values()]
+    show_pixels(
+        rows,
+        path,
+        gap=IMAGE_SIDE // 2,
+        names=[textwrap.fill(shorten(name, LONGEST_LABEL), 30) for name in samples],
+        columns=[f"after task {task + 1}" for task in range(max(map(len, rows)))],
+        title=_classes_title(list(next(iter(samples.values()))[0])),
+    )
 
 
-def _plots(matplotlib: Any, labels: int, *, panels: int) -> tuple[Any, list[Any]]:
-    """A figure with axes of known size, one below the other, high enough for so many labels beside them."""
+def _plots(figure: Any, labels: int, *, panels: int) -> list[Any]:
+    """Axes of known size, one below the other, high enough for so many labels beside them."""
     height, between = max(PLOT_HEIGHT if panels == 1 else 2.3, LABEL_HEIGHT * labels), 0.35
-    total = panels * height + (panels - 1) * between
-    figure = matplotlib.figure.Figure(figsize=(PLOT_WIDTH, total), dpi=DPI)
-    every = []
-    for panel in range(panels):
-        bottom = total - (panel + 1) * height - panel * between
-        axes = figure.add_axes((0, bottom / total, 1, height / total))
-        axes.grid(axis="y", color=GRID_COLOUR, linewidth=0.6)
-        axes.set_axisbelow(True)
-        every.append(axes)
-    return figure, every
+    figure.set_size_inches(PLOT_WIDTH, panels * height + (panels - 1) * between)
+    whole = {"left": 0, "right": 1, "bottom": 0, "top": 1, "hspace": between / height}
+    every = list(figure.subplots(panels, 1, squeeze=False, gridspec_kw=whole).flat)
+    for axes in every:
+        axes.grid(axis="y")
+    return every
 
 
-def _mark_places(matplotlib: Any, axes: Any, places: Sequence[float]) -> None:
-    if len(places) <= 12:
-        axes.set_xticks(list(places))
-    else:
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True))
+def _mark_places(axes: Any, places: Sequence[float]) -> None:
+    mark_places(axes, places)
     margin = 0.03 * max(places[-1] - places[0], 1)
     axes.set_xlim(places[0] - margin, places[-1] + margin)
-
-
-def _plain_logarithms(matplotlib: Any, axes: Any, values: Sequence[float]) -> None:
-    """Numbers such as 0.5 and 20 rather than powers, at steps that are enough to read from."""
-    steps = (1, 2, 5) if max(values) < 1e3 * min(values) else (1,)
-    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
-    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def _label_lines(axes: Any, ends: Mapping[str, float], *, names: Sequence[str] | None = None) -> None:
@@ -321,30 +278,19 @@ def _label_lines(axes: Any, ends: Mapping[str, float], *, names: Sequence[str] |
     names = list(ends) if names is None else names
     to_axes = axes.transData + axes.transAxes.inverted()
     right = axes.get_xlim()[1]
-    levels = {}
-    for name, value in ends.items():
-        level = -1.0 if math.isnan(value) else to_axes.transform((right, value))[1]
-        levels[name] = level
+    levels = {
+        name: -1.0 if math.isnan(value) else to_axes.transform((right, value))[1] for name, value in ends.items()
+    }
     order = sorted(levels, key=levels.__getitem__)
     height = axes.get_position().height * axes.figure.get_size_inches()[1]
     places = _apart([levels[name] for name in order], LABEL_HEIGHT / height)
+    beside = {"transform": axes.transAxes, "clip_on": False}
     for name, place in zip(order, places, strict=True):
-        level, look = levels[name], Look.of(names.index(name))
-        if level >= 0:
-            axes.plot(
-                [1.0, 1.04],
-                [level, place],
-                transform=axes.transAxes,
-                clip_on=False,
-                color=GREY,
-                linewidth=0.6,
-                zorder=1,
-            )
-        key = [1.05, 1.085, 1.12]
-        axes.plot(
-            key, [place] * 3, transform=axes.transAxes, clip_on=False, markevery=[1], **look.style(markersize=4.5)
-        )
-        axes.text(1.14, place, shorten(name, LONGEST_LABEL), transform=axes.transAxes, va="center", fontsize=9)
+        if levels[name] >= 0:
+            axes.plot([1.0, 1.04], [levels[name], place], color=GREY, linewidth=0.6, zorder=1, **beside)
+        style = Look.of(names.index(name)).style(markersize=4.5)
+        axes.plot([1.05, 1.085, 1.12], [place] * 3, markevery=[1], **beside, **style)
+        axes.text(1.14, place, shorten(name, LONGEST_LABEL), va="center", fontsize=9, **beside)
 
 
 def _apart(levels: Sequence[float], gap: float) -> list[float]:
@@ -378,27 +324,10 @@ def _matrix_panel(axes: Any, matrix: Sequence[Sequence[float]]) -> Any:
                 size = 8 if tasks <= 6 else 5.5
                 axes.text(tested, after, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=size)
     step = 1 if tasks <= MOST_TASKS_WITH_NUMBERS else math.ceil(tasks / 6)
-    axes.set_xticks(range(0, tasks, step), labels=[str(task + 1) for task in range(0, tasks, step)], fontsize=8)
-    axes.set_yticks(range(0, tasks, step), labels=[str(task + 1) for task in range(0, tasks, step)], fontsize=8)
-    axes.tick_params(length=0, pad=2)
-    axes.spines[:].set_visible(False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(range(0, tasks, step), labels=range(1, tasks + 1, step), fontsize=8)
+    without_frame(axes, pad=2)
     return cells
-
-
-def _cell(images_by_class: Mapping[str, Tensor]) -> np.ndarray:
-    """Images of some classes on white, a row a class; uint8 (height, width, 3)."""
-    shown = [images[:IMAGES_SHOWN] for images in list(images_by_class.values())[:CLASSES_SHOWN]]
-    _, _, height, width = shown[0].shape
-    factor = max(1, round(IMAGE_SIDE / max(height, width)))
-    height, width, gap = height * factor, width * factor, 2
-    columns = max(len(images) for images in shown)
-    canvas = np.full((len(shown) * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
-    for row, images in enumerate(shown):
-        for column, image in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
-            top, left = row * (height + gap), column * (width + gap)
-            # A grey image is broadcast over the three channels.
-            canvas[top : top + height, left : left + width] = image.repeat(factor, axis=0).repeat(factor, axis=1)
-    return canvas
 
 
 def _classes_title(classes: Sequence[str]) -> str:

@@ -81,12 +81,14 @@ def run_jobs(jobs: Sequence[Job], num_workers: int, *, description: str) -> list
         for number, job in enumerate(jobs):
             if number not in outcomes:
                 _run_side_by_side({number: job}, 1, outcomes, progress)
-                outcomes.setdefault(number, _killed(job, progress))
+                if number not in outcomes:
+                    killed = Outcome(error="its process was killed, perhaps because memory ran out")
+                    outcomes[number] = _noted(job, killed, progress)
     return [outcomes[number] for number in range(len(jobs))]
 
 
 def with_changes(reference: RunArguments, changes: dict[str, Any]) -> RunArguments:
-    """Arguments in which some are replaced, whatever dataclass they belong to; of a run that goes on where it stopped.
+    """Arguments with some replaced, in any of the dataclasses, of a run that goes on where it stopped.
 
     Raises:
         ValueError: an argument that no dataclass has.
@@ -139,19 +141,15 @@ def _run_side_by_side(jobs: dict[int, Job], num_workers: int, outcomes: dict[int
         numbers = {pool.submit(_run_job, job): number for number, job in jobs.items()}
         for future in as_completed(numbers):
             with contextlib.suppress(BrokenProcessPool):
-                outcome = future.result()
-                outcomes[numbers[future]] = outcome
-                progress.update()
-                if outcome.error is not None:
-                    log = jobs[numbers[future]].folder / LOG
-                    logger.error("A run failed, the others go on: %s. See %s.", outcome.error, log)
+                number = numbers[future]
+                outcomes[number] = _noted(jobs[number], future.result(), progress)
 
 
-def _killed(job: Job, progress: tqdm) -> Outcome:
+def _noted(job: Job, outcome: Outcome, progress: tqdm) -> Outcome:
     progress.update()
-    error = "its process was killed, perhaps for want of memory"
-    logger.error("A run failed, the others go on: %s. See %s.", error, job.folder / LOG)
-    return Outcome(error=error)
+    if outcome.error is not None:
+        logger.error("A run failed, the others go on: %s. See %s.", outcome.error, job.folder / LOG)
+    return outcome
 
 
 def _run_job(job: Job) -> Outcome:
@@ -168,8 +166,8 @@ def _run_job(job: Job) -> Outcome:
 def _run_or_read(job: Job) -> dict[str, Any]:
     folder, arguments = RunFolder(job.folder), job.arguments
     settings = run_settings(arguments.data, arguments.model, arguments.training, arguments.evaluation)
-    anew = arguments.training.overwrite_output_dir
-    if not anew and folder.results.is_file() and read_mapping(folder.results).get("settings") == settings:
+    overwrite = arguments.training.overwrite_output_dir
+    if not overwrite and folder.results.is_file() and read_mapping(folder.results).get("settings") == settings:
         # At once, without the data; raises what the run did that found something forgotten.
         return report_finished(folder)
     if job.adapters is not None and not (job.folder / ADAPTERS_FOLDER).is_dir():

@@ -1,7 +1,8 @@
-"""Writes down a comparison: Markdown, CSV, JSON, figures and one HTML page. Reads results and samples; runs nothing."""
+"""Writes a comparison as Markdown, CSV, JSON, figures and one HTML page. Reads results and samples; runs nothing."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import platform
@@ -12,7 +13,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from comparison.figures import MOST_STRATEGIES, accuracy_figure, cost_figure, forgetting_figure, samples_figure
 from comparison.page import Picture, comparison_page
@@ -20,13 +20,12 @@ from comparison.runner import Compared, failures
 from comparison.tables import Column, Row, as_markdown, columns_of, flat_rows, rows_of
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.evaluation.tables import as_csv
-from funlora_hf.utils.files import whole_file, write_json
+from funlora_hf.utils.files import read_tensors, whole_file, write_json
 
 
 logger = logging.getLogger(__name__)
 
 _LEAST_SECONDS = 0.01
-_SAMPLE_KEY = re.compile(r"task_(\d+)/class_(\d+)")
 _NOTES = (
     'Mean and standard deviation (n - 1) over the seeds; "-" where there is none.',
     "LA: average accuracy over all tasks after the last one; AIA: its mean over all tasks; forgetting: by how much an earlier "
@@ -147,7 +146,7 @@ def _pictures(compared: Sequence[Compared], folder: Path) -> list[Picture]:
             if draw(compared, path):
                 pictures.append(Picture(title, caption, path.read_bytes()))
             else:
-                # That of an earlier report, which the runs do not bear out any more.
+                # One of an earlier report does not belong to these runs.
                 path.unlink(missing_ok=True)
         except ImportError as error:
             # matplotlib is an extra, and no reason to lose the table.
@@ -159,7 +158,8 @@ def _pictures(compared: Sequence[Compared], folder: Path) -> list[Picture]:
 def _draw_accuracy(compared: Sequence[Compared], path: Path) -> bool:
     averages = _by_label(compared, lambda run: run.get("A"))
     if averages:
-        accuracy_figure(averages, path, classes_seen=_classes_seen(compared))
+        classes_seen = list(itertools.accumulate(len(task) for task in _any_run(compared)["tasks"]))
+        accuracy_figure(averages, path, classes_seen=classes_seen)
     return bool(averages)
 
 
@@ -205,20 +205,13 @@ def _draw_samples(compared: Sequence[Compared], path: Path) -> bool:
 
 def _first_classes(results: Mapping[str, Any], path: Path) -> list[dict[str, torch.Tensor]]:
     """Samples of the first task's classes after each task, by the name of the class."""
-    classes, names = results["tasks"][0], results.get("class_names") or {}
-    per_task: list[dict[str, torch.Tensor]] = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {key: _SAMPLE_KEY.fullmatch(key) for key in file.keys()}  # noqa: SIM118
-            keys = {tuple(map(int, match.groups())): key for key, match in found.items() if match}
-            for task in range(1, len(results["tasks"]) + 1):
-                of_task = {c: keys[task, c] for c in classes if (task, c) in keys}
-                if not of_task:
-                    break
-                per_task.append({names.get(str(c), str(c)): file.get_tensor(key) for c, key in of_task.items()})
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is not a sound safetensors file ({error}): delete it.") from error
-    return per_task
+    names = results.get("class_names") or {}
+    saved = read_tensors(path, remedy="delete it")
+    per_task = []
+    for task in range(1, len(results["tasks"]) + 1):
+        keys = {names.get(str(c), str(c)): f"task_{task}/class_{c}" for c in results["tasks"][0]}
+        per_task.append({name: saved[key] for name, key in keys.items() if key in saved})
+    return list(itertools.takewhile(bool, per_task))
 
 
 def _by_label(compared: Sequence[Compared], value: Callable[[Mapping[str, Any]], Any]) -> dict[str, list[Any]]:
@@ -229,11 +222,6 @@ def _by_label(compared: Sequence[Compared], value: Callable[[Mapping[str, Any]],
 
 def _means(values: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, list[float]]:
     return {label: [fmean(of_task) for of_task in zip(*of_runs, strict=True)] for label, of_runs in values.items()}
-
-
-def _classes_seen(compared: Sequence[Compared]) -> list[int]:
-    tasks = next(run for one in compared for run in one.finished)["tasks"]
-    return [sum(len(task) for task in tasks[: place + 1]) for place in range(len(tasks))]
 
 
 def _any_run(compared: Sequence[Compared]) -> Mapping[str, Any]:
@@ -260,7 +248,7 @@ def _summary(compared: Sequence[Compared], failed: Sequence[Any]) -> str:
 def _details(compared: Sequence[Compared], command: str) -> dict[str, str]:
     run = _any_run(compared)
     environment = run.get("environment", {})
-    details = {
+    return {
         "command": command,
         "seeds": ", ".join(map(str, compared[0].seeds)),
         "machine": _machine(),
@@ -269,7 +257,6 @@ def _details(compared: Sequence[Compared], command: str) -> dict[str, str]:
         "python": platform.python_version(),
         "versions": ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items()) or "-",
     }
-    return details
 
 
 def _machine() -> str:
@@ -286,5 +273,5 @@ def _machine() -> str:
 
 
 def _without_folders(text: str) -> str:
-    """Text whose absolute paths have lost all but their last part: where they lie is no one else's business."""
+    """Text with only the last part of each absolute path, since the rest is private."""
     return re.sub(r"(?<![\w./~-])/(?:[^/\s'\"=,:]+/)*(?=[^/\s'\"])", "", text)

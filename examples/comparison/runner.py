@@ -77,7 +77,7 @@ def run_comparison(comparison: ComparisonArguments, reference: RunArguments) -> 
         What became of each strategy, in their order.
 
     Raises:
-        ValueError: arguments that a comparison cannot heed, or that a strategy's run cannot have.
+        ValueError: arguments that a comparison or a strategy's run does not support.
         FolderInUseError: another comparison is at work in `output_dir`.
     """
     _check_reference(reference)
@@ -137,4 +137,4 @@ def _job(reference: RunArguments, choice: Choice, seed: int) -> Job:
     except TypeError as error:
         raise ValueError(f"`strategies` has {choice.label!r} with a value of the wrong kind: {error}.") from error
     except ValueError as error:
-        raise ValueError(f"`strategies` has {choice.label!r}, whose run cannot be had: {error}") from error
+        raise ValueError(f"`strategies` has {choice.label!r}, whose run is not possible: {error}") from error

@@ -1,14 +1,13 @@
-"""What a comparison came to, as rows of a table. Reads results; runs nothing, draws nothing."""
+"""Results of a comparison as rows of a table. Reads results; runs nothing, draws nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import Any
 
 from comparison.runner import Compared
-from funlora_hf.evaluation.tables import spread_text
+from funlora_hf.evaluation.tables import markdown_table, mean_and_std, spread_text
 
 
 Results = Mapping[str, Any]
@@ -101,13 +100,9 @@ def rows_of(compared: Sequence[Compared], columns: Sequence[Column]) -> list[Row
             for column in columns
         }
         # A mean over some of the finished runs would hide that the others were not measured.
-        known = {
-            key: [value for value, run in zip(of_seeds, one.outcomes, strict=True) if run.results is not None]
-            for key, of_seeds in values.items()
-        }
-        complete = {key: [] if None in of_runs else of_runs for key, of_runs in known.items()}
-        means = {key: mean(of_runs) if of_runs else None for key, of_runs in complete.items()}
-        deviations = {key: stdev(of_runs) if len(of_runs) > 1 else None for key, of_runs in complete.items()}
+        averages = {column.key: mean_and_std([column.value(run) for run in one.finished]) for column in columns}
+        means = {key: average for key, (average, _) in averages.items()}
+        deviations = {key: deviation for key, (_, deviation) in averages.items()}
         rows.append(Row(one, values, means, deviations))
     return rows
 
@@ -126,14 +121,9 @@ def flat_rows(rows: Sequence[Row], columns: Sequence[Column]) -> list[dict[str, 
 
 def as_markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """The rows as one Markdown table, each cell "mean ± standard deviation over the seeds"."""
-    lines = [
-        f"| strategy | seeds | {' | '.join(column.title for column in columns)} |",
-        f"|---|{'---:|' * (len(columns) + 1)}",
-    ]
-    for row in rows:
-        label = row.compared.choice.label.replace("|", "\\|")
-        lines.append(f"| {label} | {row.seeds_text} | {' | '.join(row.cell(column) for column in columns)} |")
-    return "\n".join(lines) + "\n"
+    header = ("strategy", "seeds", *(column.title for column in columns))
+    cells = [(row.compared.choice.label, row.seeds_text, *(row.cell(column) for column in columns)) for row in rows]
+    return markdown_table(header, cells) + "\n"
 
 
 def training_seconds(run: Results) -> float | None:

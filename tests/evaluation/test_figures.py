@@ -27,20 +27,6 @@ LAYERS = [
 ][:70]
 
 
-@pytest.fixture
-def saved(monkeypatch):
-    """The figures saved so far, to look at their text."""
-    figures = []
-    savefig = matplotlib.figure.Figure.savefig
-
-    def record(self, *args, **kwargs):
-        figures.append(self)
-        savefig(self, *args, **kwargs)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", record)
-    return figures
-
-
 def pixels(path):
     with Image.open(path) as image:
         assert image.format == "PNG"
@@ -138,7 +124,7 @@ def test_grid_shows_every_pixel_as_a_square(tmp_path):
             assert (where.max(axis=0) - where.min(axis=0) == 15).all()
 
 
-def test_grid_rows_follow_the_mapping_and_columns_the_limit(tmp_path, saved):
+def test_grid_rows_follow_the_mapping_and_columns_the_limit(tmp_path, saved_figures):
     red = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 250
     blue = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
@@ -150,14 +136,14 @@ def test_grid_rows_follow_the_mapping_and_columns_the_limit(tmp_path, saved):
     assert is_red.sum() == 4 * 64 * 64
     assert is_blue.sum() == 2 * 64 * 64
     assert np.argwhere(is_red)[:, 0].max() < np.argwhere(is_blue)[:, 0].min()
-    axes = saved[0].axes[0]
+    axes = saved_figures[0].axes[0]
     assert ticks(axes.yaxis) == ["zebra", "ant"]
     assert axes.get_title(loc="left") == "after task 1"
 
 
-def test_grid_shortens_long_names_in_the_middle(tmp_path, saved):
+def test_grid_shortens_long_names_in_the_middle(tmp_path, saved_figures):
     sample_grid({"first" + "x" * 60 + "last": images(1)}, tmp_path / "grid.png")
-    (name,) = ticks(saved[0].axes[0].yaxis)
+    (name,) = ticks(saved_figures[0].axes[0].yaxis)
     assert len(name) <= 40
     assert name.startswith("first")
     assert name.endswith("last")
@@ -177,7 +163,7 @@ def test_grid_shortens_long_names_in_the_middle(tmp_path, saved):
         ({"images_by_class": {"a": images(0)}}, "N of at least 1"),
         ({"images_by_class": {"a": images(1, channels=2)}}, "C of 1 or 3"),
         ({"images_by_class": {"a": images(1), "b": images(1, size=9)}}, "expected one shape"),
-        ({"images_per_class": 0}, "images_per_class is 0"),
+        ({"images_per_class": 0}, "`images_per_class` should be a positive integer"),
         ({"path": "grid.jpg"}, "path is 'grid.jpg', expected a name ending in .png"),
     ],
 )
@@ -200,7 +186,7 @@ def test_curve_is_a_png(tmp_path, tasks, with_joint):
     check(tmp_path / "curve.png")
 
 
-def test_curve_content(tmp_path, saved):
+def test_curve_content(tmp_path, saved_figures):
     accuracy_curve(
         [90.0, 70.0, 60.0],
         tmp_path / "curve.png",
@@ -209,7 +195,7 @@ def test_curve_content(tmp_path, saved):
         label="generative replay",
         title="CIFAR-100",
     )
-    axes = saved[0].axes[0]
+    axes = saved_figures[0].axes[0]
     assert axes.get_xlabel() == "classes seen"
     assert axes.get_ylabel() == "average accuracy (%)"
     assert axes.get_title() == "CIFAR-100"
@@ -226,17 +212,17 @@ def test_curve_content(tmp_path, saved):
 @pytest.mark.parametrize(
     ("values", "bottom"), [([99.0, 80.0], 0), ([99.0, 80.1], 75), ([99.0, 96.0], 95), ([100.0], 95), ([95.2], 90)]
 )
-def test_curve_says_where_its_axis_starts(tmp_path, saved, values, bottom):
+def test_curve_says_where_its_axis_starts(tmp_path, saved_figures, values, bottom):
     accuracy_curve(values, tmp_path / "curve.png", classes_seen=range(1, len(values) + 1))
-    axes = saved[0].axes[0]
+    axes = saved_figures[0].axes[0]
     assert axes.get_ylim() == (bottom, 100)
     assert axes.get_yticks()[0] == bottom
     assert (f"from {bottom}" in axes.get_ylabel()) == (bottom > 0)
 
 
-def test_curve_reaches_the_last_class_with_many_tasks(tmp_path, saved):
+def test_curve_reaches_the_last_class_with_many_tasks(tmp_path, saved_figures):
     accuracy_curve([50.0] * 50, tmp_path / "curve.png", classes_seen=range(2, 101, 2))
-    shown = ticks(saved[0].axes[0].xaxis)
+    shown = ticks(saved_figures[0].axes[0].xaxis)
     assert "100" in shown
     assert len(shown) <= 12
 
@@ -261,19 +247,19 @@ def test_curve_names_wrong_input(tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 65, 70])
-def test_importance_is_a_png(tmp_path, saved, count):
+def test_importance_is_a_png(tmp_path, saved_figures, count):
     layer_importance({name: (0.1 + i / 100, 0.02) for i, name in enumerate(LAYERS[:count])}, tmp_path / "bars.png")
     check(tmp_path / "bars.png")
-    axes = saved[0].axes[0]
+    axes = saved_figures[0].axes[0]
     assert len(ticks(axes.yaxis)) == len(set(ticks(axes.yaxis))) == count
     # Labels must not run into each other.
     boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert all(upper.y0 >= lower.y1 - 1 for upper, lower in itertools.pairwise(boxes))
 
 
-def test_importance_content(tmp_path, saved):
+def test_importance_content(tmp_path, saved_figures):
     layer_importance({"conv_in": (0.1, 0.01), "mid.conv": (0.4, 0.05), "conv_out": (0.2, 0.0)}, tmp_path / "bars.png")
-    axes = saved[0].axes[0]
+    axes = saved_figures[0].axes[0]
     assert ticks(axes.yaxis) == ["conv_in", "mid.conv", "conv_out"]
     assert [bar.get_width() for bar in axes.patches] == [0.1, 0.4, 0.2]
     # The first layer is on top.
@@ -295,9 +281,9 @@ def test_importance_content(tmp_path, saved):
         (["down.0.conv"], ["down.0.conv"], None),
     ],
 )
-def test_importance_writes_shared_parts_of_names_once(tmp_path, saved, names, shown, shared):
+def test_importance_writes_shared_parts_of_names_once(tmp_path, saved_figures, names, shown, shared):
     layer_importance(dict.fromkeys(names, (1.0, 0.1)), tmp_path / "bars.png")
-    axes = saved[0].axes[0]
+    axes = saved_figures[0].axes[0]
     assert ticks(axes.yaxis) == shown
     assert axes.get_xlabel().partition("\nlayers: ")[2] == (shared or "")
 
@@ -317,18 +303,18 @@ def test_importance_names_wrong_input(tmp_path, importance, message):
 
 
 @pytest.mark.parametrize(("layers", "groups"), [(1, 1), (15, 8), (65, 2)])
-def test_ranks_are_a_png(tmp_path, saved, layers, groups):
+def test_ranks_are_a_png(tmp_path, saved_figures, layers, groups):
     ranks = {f"group {g}": dict.fromkeys(LAYERS[:layers], (g + 1.0, 0.5)) for g in range(groups)}
     rank_by_layer(ranks, tmp_path / "ranks.png", title="digits")
     check(tmp_path / "ranks.png")
-    axes = saved[0].axes[0]
+    axes = saved_figures[0].axes[0]
     assert len(ticks(axes.yaxis)) == len(set(ticks(axes.yaxis))) == layers
     assert axes.get_title() == "digits"
     boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
     assert all(upper.y0 >= lower.y1 - 1 for upper, lower in itertools.pairwise(boxes))
 
 
-def test_ranks_content(tmp_path, saved):
+def test_ranks_content(tmp_path, saved_figures):
     rank_by_layer(
         {
             "cosine": {"conv_in": (7.0, 1.0), "mid.conv": (9.0, 0.5)},
@@ -336,7 +322,7 @@ def test_ranks_content(tmp_path, saved):
         },
         tmp_path / "ranks.png",
     )
-    axes = saved[0].axes[0]
+    axes = saved_figures[0].axes[0]
     assert ticks(axes.yaxis) == ["conv_in", "mid.conv", "conv_out"]
     assert axes.yaxis_inverted()
     assert axes.get_xlim()[0] == 0
@@ -346,7 +332,7 @@ def test_ranks_content(tmp_path, saved):
     np.testing.assert_allclose([span[:, 0] for span in spans], [[6, 8], [8.5, 9.5]])
     np.testing.assert_allclose(drawn["power"][0], [[3, 1.2], [2, 2.2]])
     assert axes.get_xlabel() == "numerical rank of F (mean and standard deviation over classes)"
-    (legend,) = saved[0].legends
+    (legend,) = saved_figures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["cosine", "power"]
     colours = {bars[0].get_color() for bars in axes.containers}
     markers = {bars[0].get_marker() for bars in axes.containers}
@@ -379,7 +365,7 @@ def test_coefficients_are_a_png(tmp_path, layers, panels, size):
     check(tmp_path / "cells.png")
 
 
-def test_coefficients_content(tmp_path, saved):
+def test_coefficients_content(tmp_path, saved_figures):
     coefficients_by_layer(
         {
             "alpha": {"up.0.conv": [1.0, -2.0, 0.5], "up.1.conv": [0.0, 1.0, 1.5]},
@@ -388,7 +374,7 @@ def test_coefficients_content(tmp_path, saved):
         tmp_path / "cells.png",
         title="cosine, 8 classes",
     )
-    figure = saved[0]
+    figure = saved_figures[0]
     first, second = figure.axes[:2]
     assert [axes.get_title() for axes in (first, second)] == ["alpha", "change of omega"]
     assert ticks(first.yaxis) == ["up.0", "up.1"]

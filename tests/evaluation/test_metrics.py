@@ -88,7 +88,7 @@ def test_forgetting_ignores_the_newest_task(matrix, other):
         ([], "accuracy_matrix is empty"),
         ([[1.0, 2.0]], r"accuracy_matrix\[0\] has 2 entries, expected 1"),
         ([[1.0], [2.0]], r"accuracy_matrix\[1\] has 1 entries, expected 2"),
-        ([[1.0], [2.0, 100.5]], r"accuracy_matrix\[1\]\[1\] is 100.5, expected a number in \[0, 100\]"),
+        ([[1.0], [2.0, 100.5]], r"accuracy_matrix\[1\]\[1\] is 100.5, expected a finite number in \[0, 100\]"),
         ([[-0.1]], r"accuracy_matrix\[0\]\[0\] is -0.1"),
         ([[math.nan]], r"accuracy_matrix\[0\]\[0\] is nan, expected a finite number"),
         ([[math.inf]], "is inf, expected a finite number"),

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from funlora_hf.evaluation.tables import mean_table, summary_table
+from funlora_hf.evaluation.tables import markdown_table, mean_table, summary_table
 
 
 def results(seed: int, la: float) -> dict:
@@ -92,3 +92,9 @@ def test_the_mean_is_over_the_runs():
     text = mean_table([results(0, 97.0), results(1, 99.0)])
     assert "seeds 0, 1" in text
     assert "LA (%)               98.00 +- 1.41" in text
+
+
+def test_a_markdown_table_escapes_bars_and_aligns_numbers_to_the_right():
+    table = markdown_table(["run", "rank"], [("a|b", 3), ("c", "-")])
+    assert table == "| run | rank |\n|---|---:|\n| a\\|b | 3 |\n| c | - |"
+    assert markdown_table(["a", "b"], [], texts=2) == "| a | b |\n|---|---|"

@@ -1,4 +1,4 @@
-"""Looks at encoded images, which anybody may have written, before they are decoded."""
+"""Decodes images that anybody may have written, after a look at their headers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..utils.checks import shortened
 
@@ -19,11 +19,10 @@ MOST_PIXELS = 2**25
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
-def check_encoded_image(encoded: Mapping[str, Any]) -> None:
-    """
-    Raise a ValueError unless an image is in a file on this machine or in bytes, and its header says that it can be decoded.
+def decode_image(encoded: Mapping[str, Any]) -> Image.Image:
+    """Decode an image in a file on this machine or in bytes, and turn it as its EXIF orientation says.
 
-    Nothing is decoded, no other program is started, and no address is asked for.
+    The header is checked before anything is decoded. No other program is started and no address is requested.
 
     Args:
         encoded: "bytes", or None and "path", as `datasets` keeps an image undecoded.
@@ -31,17 +30,26 @@ def check_encoded_image(encoded: Mapping[str, Any]) -> None:
     Raises:
         ValueError: no file, another format than `FORMATS`, or its header has no size, or one of more than `MOST_PIXELS`.
         OSError: Pillow finds no image in it.
-        Exception: what else Pillow's formats raise for a header.
+        Exception: what else Pillow's formats raise.
     """
     content, path = encoded.get("bytes"), encoded.get("path")
-    if content is None and not (path and "\0" not in path and os.path.isfile(path)):
+    source: str | io.BytesIO
+    if content is not None:
+        source = io.BytesIO(content)
+    elif path and "\0" not in path and os.path.isfile(path):
+        source = path
+    else:
         raise ValueError(f"its file is {shortened(repr(path), 200)}, which is no file on this machine")
     with warnings.catch_warnings():
-        # Ours is the lower limit.
+        # Our limit is lower.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
-            kind, (width, height) = image.format, image.size
-    if kind not in FORMATS:
-        raise ValueError(f"it is of format {kind}, expected one of {', '.join(FORMATS)}: convert it")
-    if not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
-        raise ValueError(f"it has {width} x {height} pixels, expected 1 to {MOST_PIXELS}: scale it down")
+        image = Image.open(source)
+    with image:
+        if image.format not in FORMATS:
+            raise ValueError(f"it is of format {image.format}, expected one of {', '.join(FORMATS)}: convert it")
+        width, height = image.size
+        if not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
+            raise ValueError(f"it has {width} x {height} pixels, expected 1 to {MOST_PIXELS}: scale it down")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image

@@ -5,11 +5,14 @@ continual learner must not hold the images of earlier tasks, so nothing here kee
 """
 
 import glob
+import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +23,17 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image, ImageOps
 
 from ..utils.checks import shortened
-from .encoded_images import check_encoded_image
+from .encoded_images import decode_image
 
 
-# Every held-out split is drawn with this seed, whatever the seed of a run: runs must be tested on the same images.
+# Every held-out split is drawn with this seed, not the run's: all runs must be tested on the same images.
 HOLD_OUT_SEED = 0
 TEST_SPLIT_NAMES = ("test", "validation", "valid", "val")
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "class_label", "category", "target", "fine_label", "y")
+_COLUMN_TYPES = {
+    "image_column": "Image, binary or a struct with 'bytes'",
+    "label_column": "ClassLabel, integers or strings",
+}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -52,6 +59,7 @@ class _Part:
     rows: dict[int, np.ndarray]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ImageClassificationData:
     """Real images of a dataset, by class; decodes only the classes asked for.
 
@@ -61,24 +69,17 @@ class ImageClassificationData:
         name: dataset name, for results (for a local dataset the last part of its path).
         class_names: class id -> name, in the dataset's own order.
         image_shape: (channels, height, width) of the images that `images` returns.
+        image_column: the dataset's column of the images.
+        parts: "train" and "test", undecoded.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        class_names: Mapping[int, str],
-        image_shape: tuple[int, int, int],
-        image_column: str,
-        parts: Mapping[str, _Part],
-    ):
-        self.name = name
-        self.class_names = dict(class_names)
-        self.image_shape = image_shape
-        self._image_column = image_column
-        self._parts = dict(parts)
-        # Shared by the copies that `with_class_ids` makes, so that each warning is given once per dataset.
-        self._warned: set[str] = set()
+    name: str
+    class_names: dict[int, str]
+    image_shape: tuple[int, int, int]
+    image_column: str
+    parts: dict[str, _Part]
+    # Shared by the copies that `with_class_ids` makes, so that each warning is given once per dataset.
+    _warned: set[str] = field(default_factory=set)
 
     def count(self, class_id: int, *, split: str = "train") -> int:
         """Number of images of a class, without decoding any.
@@ -109,23 +110,20 @@ class ImageClassificationData:
             ValueError: class_id or split is unknown, or an image cannot be read.
         """
         rows = self._rows(class_id, split)
-        part = self._parts[split]
+        part = self.parts[split]
         channels, size, _ = self.image_shape
         pixels = np.empty((len(rows), channels, size, size), dtype=np.uint8)
-        decoder = ImageFeature()
         for index, (row, example) in enumerate(zip(rows, part.encoded.select(rows), strict=True)):
             try:
-                if example[self._image_column] is None:
+                if example[self.image_column] is None:
                     raise ValueError("the row holds no image")
-                check_encoded_image(example[self._image_column])
-                # decode_example applies the EXIF orientation.
-                image = decoder.decode_example(example[self._image_column])
+                image = decode_image(example[self.image_column])
                 mode = image.mode
                 pixels[index] = _to_array(image, size=size, channels=channels)
             except Exception as error:  # PIL's decoders raise many types, several of them not OSError
                 raise ValueError(
                     f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
-                    f"{shortened(repr(self.class_names[class_id]), 100)} in column {self._image_column!r} cannot be read "
+                    f"{shortened(repr(self.class_names[class_id]), 100)} in column {self.image_column!r} cannot be read "
                     f"({type(error).__name__}: {shortened(str(error), 300)}). Expected an image that "
                     "Pillow can open and convert to 8 bits; remove this row from the dataset or replace its image."
                 ) from error
@@ -149,27 +147,21 @@ class ImageClassificationData:
             )
         _check_unique("ids", ids)
         new_id = dict(zip(self.class_names, ids, strict=True))
-        renamed = ImageClassificationData(
-            name=self.name,
-            class_names={new_id[old]: name for old, name in self.class_names.items()},
-            image_shape=self.image_shape,
-            image_column=self._image_column,
-            parts={
-                split: replace(part, rows={new_id[old]: rows for old, rows in part.rows.items()})
-                for split, part in self._parts.items()
-            },
-        )
-        renamed._warned = self._warned
-        return renamed
+        class_names = {new_id[old]: name for old, name in self.class_names.items()}
+        parts = {
+            split: replace(part, rows={new_id[old]: rows for old, rows in part.rows.items()})
+            for split, part in self.parts.items()
+        }
+        return replace(self, class_names=class_names, parts=parts)
 
     def _rows(self, class_id: int, split: str) -> np.ndarray:
-        if split not in self._parts:
-            raise ValueError(f"split={split!r} is unknown: expected one of {sorted(self._parts)}.")
+        if split not in self.parts:
+            raise ValueError(f"split={split!r} is unknown: expected one of {sorted(self.parts)}.")
         if class_id not in self.class_names:
             raise ValueError(
                 f"class_id={class_id!r} is not a class of dataset {self.name!r}: use one of {list(self.class_names)}."
             )
-        return self._parts[split].rows.get(class_id, np.empty(0, dtype=np.int64))
+        return self.parts[split].rows.get(class_id, np.empty(0, dtype=np.int64))
 
     def _warn_of_conversion(self, mode: str) -> None:
         grey = mode in ("1", "L", "LA", "La", "I", "F") or mode.startswith("I;16")
@@ -229,20 +221,22 @@ def load_image_data(
         ImportError: "digits" without scikit-learn.
         ValueError: an argument does not fit the dataset, or rows are unlabelled.
     """
-    _check_numbers(
-        image_size=image_size,
-        channels=channels,
-        test_fraction=test_fraction,
-        validation_fraction=validation_fraction,
-        max_images_per_class=max_images_per_class,
-    )
+    if channels not in (1, 3):
+        raise ValueError(f"channels={channels!r} must be 1 (grey) or 3 (RGB): use a model with 1 or 3 input channels.")
+    most = 1 if max_images_per_class is None else max_images_per_class
+    for name, count in (("image_size", image_size), ("max_images_per_class", most)):
+        if not isinstance(count, (int, np.integer)) or count < 1:
+            raise ValueError(f"{name}={count!r} must be a whole number >= 1: set --{name} accordingly.")
+    held = test_fraction if validation_fraction is None else validation_fraction
+    for name, fraction in (("test_fraction", test_fraction), ("validation_fraction", held)):
+        if not 0 < fraction < 1:
+            raise ValueError(f"{name}={fraction!r} must lie between 0 and 1, both excluded: set --{name} to e.g. 0.2.")
     name, splits = _open_splits(
         dataset_name, config_name=dataset_config_name, revision=revision, digits_test_fraction=test_fraction
     )
     test_split = _find_splits(splits, train_split=train_split, test_split=test_split)
     train = splits[train_split]
-    image_column = _find_image_column(train.features, image_column)
-    label_column = _find_label_column(train.features, label_column, image_column=image_column)
+    image_column, label_column = _find_columns(train.features, image_column, label_column)
 
     # With a validation split the dataset's own test split is not even opened.
     sources = [train_split] if test_split is None or validation_fraction else [train_split, test_split]
@@ -255,18 +249,30 @@ def load_image_data(
         sources = [train_split]
     train_rows, test_rows = rows
 
-    class_names = _with_training_images(class_names, train_rows, name=name, train_split=train_split)
+    trained = {class_id: class_name for class_id, class_name in class_names.items() if class_id in train_rows}
+    if not trained:
+        raise ValueError(
+            f"train_split={train_split!r} of dataset {name!r} has no rows, expected training images: choose another "
+            "split with --train_split."
+        )
+    dropped = [class_name for class_id, class_name in class_names.items() if class_id not in trained]
+    if dropped:
+        warnings.warn(
+            f"dataset {name!r}: these classes have no image in split {train_split!r} and are left out: "
+            f"{shortened(', '.join(dropped), 1000)}.",
+            stacklevel=2,
+        )
     parts = {}
     for split, source, split_rows in (("train", sources[0], train_rows), ("test", sources[-1], test_rows)):
         # Undecoded, so that a broken image fails under its row index, when its class is asked for.
         encoded = splits[source].select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
         kept = {
-            class_id: split_rows[class_id][:max_images_per_class] for class_id in class_names if class_id in split_rows
+            class_id: split_rows[class_id][:max_images_per_class] for class_id in trained if class_id in split_rows
         }
         parts[split] = _Part(source=source, encoded=encoded, rows=kept)
     return ImageClassificationData(
         name=name,
-        class_names=class_names,
+        class_names=trained,
         image_shape=(channels, image_size, image_size),
         image_column=image_column,
         parts=parts,
@@ -335,12 +341,8 @@ def assign_class_ids(names: Sequence[str], known: Mapping[int, str]) -> list[int
     _check_unique("names", list(names))
     _check_unique("known", list(known.values()))
     id_of = {name: class_id for class_id, name in known.items()}
-    free = max(known, default=-1) + 1
-    for name in names:
-        if name not in id_of:
-            id_of[name] = free
-            free += 1
-    return [id_of[name] for name in names]
+    free = itertools.count(max(known, default=-1) + 1)
+    return [id_of[name] if name in id_of else next(free) for name in names]
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
@@ -349,34 +351,12 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
 
 
 def _check_unique(field: str, values: list) -> None:
-    repeated = sorted({value for value in values if values.count(value) > 1}) if len(set(values)) < len(values) else []
+    repeated = sorted(value for value, count in Counter(values).items() if count > 1)
     if repeated:
         raise ValueError(
             f"{field}={shortened(str(values), 1000)} holds {shortened(str(repeated), 1000)} more than once: each class must be "
             "given once."
         )
-
-
-def _check_numbers(
-    *,
-    image_size: int,
-    channels: int,
-    test_fraction: float,
-    validation_fraction: float | None,
-    max_images_per_class: int | None,
-) -> None:
-    if channels not in (1, 3):
-        raise ValueError(f"channels={channels!r} must be 1 (grey) or 3 (RGB): use a model with 1 or 3 input channels.")
-    for field, value in (("image_size", image_size), ("max_images_per_class", max_images_per_class)):
-        if value is None and field == "max_images_per_class":
-            continue
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{field}={value!r} must be a whole number >= 1: set --{field} accordingly.")
-    for field, value in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
-        if value is None and field == "validation_fraction":
-            continue
-        if not 0 < value < 1:
-            raise ValueError(f"{field}={value!r} must lie between 0 and 1, both excluded: set --{field} to e.g. 0.2.")
 
 
 def _open_splits(
@@ -424,13 +404,12 @@ def _open_splits(
         with _without_unpickling():
             return name, load_dataset(**arguments)
     except Exception as error:
-        # Of what files say of themselves, `datasets` raises many types; no network and no rights speak for themselves.
-        if isinstance(error, (ImportError, OSError)) and not isinstance(
-            error, (FileNotFoundError, ValueError, DatasetsError)
-        ):
+        # For damaged files `datasets` raises many types. Errors of the network and of permissions pass unchanged.
+        of_files = (FileNotFoundError, ValueError, DatasetsError)
+        if isinstance(error, (ImportError, OSError)) and not isinstance(error, of_files):
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        # A DatasetGenerationError says only that something else happened.
+        # A DatasetGenerationError only wraps the error that tells something.
         told = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise kind(
             f"dataset_name={dataset_name!r} could not be loaded ({type(told).__name__}: {shortened(str(told), 1000)}). "
@@ -441,7 +420,7 @@ def _open_splits(
 
 @contextmanager
 def _without_unpickling() -> Iterator[None]:
-    """For an entry `.pth` of a tar archive, `datasets` would call torch's unpickler, restricted as that is."""
+    """Refuse entries `.pth` of tar archives, for which `datasets` would call torch's (restricted) unpickler."""
 
     def refuse(_: bytes) -> None:
         raise ValueError("an archive has an entry .pth, which is a pickle, expected images and labels as text or JSON")
@@ -474,18 +453,11 @@ def _load_digits(test_fraction: float) -> DatasetDict:
     train, test = train_test_split(
         np.arange(len(pixels)), test_size=test_fraction, stratify=digits.target, random_state=HOLD_OUT_SEED
     )
-    features = Features(
-        {"image": ImageFeature(), "label": ClassLabel(names=[str(name) for name in digits.target_names])}
+    rows = {"image": [Image.fromarray(image) for image in pixels], "label": digits.target}
+    dataset = Dataset.from_dict(
+        rows, features=Features({"image": ImageFeature(), "label": ClassLabel(num_classes=10)})
     )
-    return DatasetDict(
-        {
-            split: Dataset.from_dict(
-                {"image": [Image.fromarray(pixels[row]) for row in rows], "label": digits.target[rows]},
-                features=features,
-            )
-            for split, rows in (("train", train), ("test", test))
-        }
-    )
+    return DatasetDict(train=dataset.select(train), test=dataset.select(test))
 
 
 def _image_folder_files(folder: Path, dataset_name: str) -> dict:
@@ -520,57 +492,45 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _find_splits(splits: DatasetDict, *, train_split: str, test_split: str | None) -> str | None:
     """Name of the test split, None for a hold-out of the training split."""
-    for field, value in (("train_split", train_split), ("test_split", test_split)):
+    for name, value in (("train_split", train_split), ("test_split", test_split)):
         if value is not None and value not in splits:
             raise ValueError(
-                f"{field}={value!r} is not a split of the dataset, which has {list(splits)}: set --{field} to one of "
-                "these."
+                f"{name}={value!r} is not a split of the dataset, which has {list(splits)}: set --{name} to one of these."
             )
     if test_split is None:
-        found = [name for name in TEST_SPLIT_NAMES if name in splits and name != train_split]
-        return found[0] if found else None
+        return next((name for name in TEST_SPLIT_NAMES if name in splits and name != train_split), None)
     return None if test_split == train_split else test_split
 
 
-def _find_image_column(features: Features, column: str | None) -> str:
+def _find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    def having(fits: Callable[[Any], bool]) -> list[str]:
+        return [name for name, feature in features.items() if fits(feature)]
+
+    images = having(lambda feature: isinstance(feature, ImageFeature))
+    encoded = having(lambda feature: isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
+    structs = having(lambda feature: isinstance(feature, dict) and "bytes" in feature)
+    image_column = _find_column("image_column", image_column, features, images, [*images, *encoded, *structs])
+    labels = having(lambda feature: isinstance(feature, ClassLabel))
+    values = having(lambda feature: _is_integer(feature) or _is_string(feature))
+    usual = [name for name in values if name.lower() in LABEL_COLUMN_NAMES]
+    accepted = [name for name in (*labels, *values) if name != image_column]
+    return image_column, _find_column("label_column", label_column, features, labels or usual, accepted)
+
+
+def _find_column(field: str, column: str | None, features: Features, found: list[str], accepted: list[str]) -> str:
+    """The column given, which must be one of `accepted`, or the only one of `found`."""
     if column is None:
-        found = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-        if len(found) != 1:
-            raise ValueError(
-                f"image_column=None needs exactly one Image column, but the dataset has {found or 'none'} among its "
-                f"columns {list(features)}: name the column with --image_column."
-            )
-        return found[0]
-    _check_column("image_column", column, features)
-    feature = features[column]
-    is_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
-    if not (isinstance(feature, ImageFeature) or is_bytes or (isinstance(feature, dict) and "bytes" in feature)):
+        if len(found) == 1:
+            return found[0]
         raise ValueError(
-            f"image_column={column!r} is of type {feature}, expected Image, binary or a struct with 'bytes': name "
-            f"another of the columns {list(features)} with --image_column."
+            f"{field}=None finds {found or 'none'} among the columns {list(features)}, expected exactly one: name the "
+            f"column with --{field}; a folder of images needs one subfolder for each class."
         )
-    return column
-
-
-def _find_label_column(features: Features, column: str | None, *, image_column: str) -> str:
-    if column is None:
-        found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-        if not found:
-            usable = [name for name, feature in features.items() if _is_integer(feature) or _is_string(feature)]
-            found = [name for name in usable if name.lower() in LABEL_COLUMN_NAMES]
-        if len(found) != 1:
-            raise ValueError(
-                f"label_column=None needs exactly one label column, but {found or 'none'} can be one among "
-                f"the columns {list(features)}: name the column with --label_column; a folder of images needs "
-                "one subfolder for each class."
-            )
-        return found[0]
-    _check_column("label_column", column, features)
-    feature = features[column]
-    if column == image_column or not (isinstance(feature, ClassLabel) or _is_integer(feature) or _is_string(feature)):
+    _check_column(field, column, features)
+    if column not in accepted:
         raise ValueError(
-            f"label_column={column!r} is of type {feature}, expected ClassLabel, integers or strings: name another of "
-            f"the columns {list(features)} with --label_column."
+            f"{field}={column!r} is of type {features[column]}, expected {_COLUMN_TYPES[field]}: name another of the "
+            f"columns {list(features)} with --{field}."
         )
     return column
 
@@ -583,11 +543,11 @@ def _check_column(field: str, column: str, features: Features) -> None:
         )
 
 
-def _is_integer(feature) -> bool:
+def _is_integer(feature: object) -> bool:
     return isinstance(feature, Value) and feature.dtype.startswith(("int", "uint"))
 
 
-def _is_string(feature) -> bool:
+def _is_string(feature: object) -> bool:
     return isinstance(feature, Value) and "string" in feature.dtype
 
 
@@ -597,35 +557,29 @@ def _read_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[int, 
     for split, dataset in splits.items():
         _check_column("label_column", column, dataset.features)
         values[split] = dataset.select_columns([column])[:][column]
-    train, *others = values.values()
+    first, *others = (set(of_split) - {None} for of_split in values.values())
     feature = next(iter(splits.values())).features[column]
+    expected = "a class (integers from 0 to 2**63 - 1, or text)"
     if isinstance(feature, ClassLabel):
         names = dict(enumerate(feature.names))
+        expected = f"0..{len(names) - 1}"
     elif _is_integer(feature):
-        names = {value: str(value) for value in sorted({v for vs in values.values() for v in vs if v is not None})}
-        names = {value: name for value, name in names.items() if 0 <= value < 2**63}
+        names = {value: str(value) for value in sorted(first.union(*others)) if 0 <= value < 2**63}
     else:
         # Names of the training split first: the ids must not depend on which test split is chosen.
-        known = {value for value in train if value is not None}
-        extra = {value for other in others for value in other if value is not None} - known
-        names = dict(enumerate(sorted(known) + sorted(extra)))
+        names = dict(enumerate([*sorted(first), *sorted(set().union(*others) - first)]))
     id_of = {name: class_id for class_id, name in names.items()} if _is_string(feature) else {i: i for i in names}
     ids = {}
-    for split, split_values in values.items():
-        try:
-            ids[split] = np.array([id_of[value] for value in split_values], dtype=np.int64)
-        except KeyError:
-            row = next(row for row, value in enumerate(split_values) if value not in id_of)
-            expected = (
-                f"0..{len(names) - 1}"
-                if isinstance(feature, ClassLabel)
-                else "a class (integers from 0 to 2**63 - 1, or text)"
-            )
+    for split, of_split in values.items():
+        row = next((row for row, value in enumerate(of_split) if value not in id_of), None)
+        if row is not None:
             raise ValueError(
-                f"label_column={column!r}: row {row} of split {split!r} has the label {shortened(repr(split_values[row]), 100)}, expected "
-                f"{expected}. Remove the unlabelled rows, or choose a labelled split with --train_split or "
-                f"--test_split (--test_split {next(iter(splits))} holds a part of the training split out)."
-            ) from None
+                f"label_column={column!r}: row {row} of split {split!r} has the label "
+                f"{shortened(repr(of_split[row]), 100)}, expected {expected}. Remove the unlabelled rows, or choose a "
+                f"labelled split with --train_split or --test_split (--test_split {next(iter(splits))} holds a part of "
+                "the training split out)."
+            )
+        ids[split] = np.array([id_of[value] for value in of_split], dtype=np.int64)
     return names, ids
 
 
@@ -650,29 +604,11 @@ def _hold_out(rows: Mapping[int, np.ndarray], fraction: float) -> tuple[dict[int
     return kept, held
 
 
-def _with_training_images(
-    class_names: Mapping[int, str], train_rows: Mapping[int, np.ndarray], *, name: str, train_split: str
-) -> dict[int, str]:
-    dropped = [class_name for class_id, class_name in class_names.items() if class_id not in train_rows]
-    if len(dropped) == len(class_names):
-        raise ValueError(
-            f"train_split={train_split!r} of dataset {name!r} has no rows, expected training images: choose another "
-            "split with --train_split."
-        )
-    if dropped:
-        warnings.warn(
-            f"dataset {name!r}: these classes have no image in split {train_split!r} and are left out: "
-            f"{shortened(', '.join(dropped), 1000)}.",
-            stacklevel=3,
-        )
-    return {class_id: class_name for class_id, class_name in class_names.items() if class_id in train_rows}
-
-
 def _to_array(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
-    """Convert one image to uint8 (channels, size, size), values 0..255."""
+    """One image as uint8 (channels, size, size), values 0..255."""
     image = _to_eight_bits(image)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        # Dropping the alpha channel instead would show whatever colour lies under transparent pixels.
+        # Dropping the alpha channel instead would show the colours under transparent pixels.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = image.convert("L" if channels == 1 else "RGB")

@@ -1,4 +1,4 @@
-"""What trained adapters have become: rank of F, coefficients, importance. Reads run folders; runs no model.
+"""Measures of trained adapters: rank of F, coefficients, importance. Reads run folders; runs no model.
 
 The paper's Figure 4 (rank by layer) and Figure 5 (alpha and omega by layer), beside the importance of Figure 3.
 """
@@ -23,6 +23,7 @@ from ..tuner.functional import default_omega
 from ..utils.files import read_mapping, read_tensors, write_json
 from .figures import coefficients_by_layer, rank_by_layer
 from .figures import layer_importance as layer_importance_figure
+from .tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -112,23 +113,22 @@ def measure_adapter(folder: Path) -> AdapterMeasures:
     method = read_mapping(folder / "adapter_config.json").get("peft_type")
     if method != "FUNLORA":
         raise ValueError(f"{folder} holds a {method} adapter, expected FUNLORA: no other method has an F to measure.")
-    settings = FunLoraConfig.from_pretrained(folder)
-    rank, alpha, omega = {}, {}, {}
+    measures = AdapterMeasures(FunLoraConfig.from_pretrained(str(folder)), {}, {}, {})
     saved = read_tensors(folder / "adapter_model.safetensors", remedy="take it from where it came from")
     for layer, tensors in layers_of_state_dict(saved).items():
-        values = [tensors.get(name) for name in ("A", "B", "alpha", "omega")]
+        own = {name: tensors[name] for name in ("alpha", "omega") if name in tensors}
         try:
-            rank[layer] = numerical_rank(functional_matrix(*values, function=settings.function))
+            F = functional_matrix(tensors["A"], tensors["B"], **own, function=measures.settings.function)
+            measures.rank[layer] = numerical_rank(F)
         except ValueError as error:
             raise ValueError(f"{folder}, layer {layer}: {error}") from error
-        for name, into in (("alpha", alpha), ("omega", omega)):
-            if name in tensors:
-                into[layer] = tensors[name].tolist()
-    return AdapterMeasures(settings, rank, alpha, omega)
+        for name, values in own.items():
+            getattr(measures, name)[layer] = values.tolist()
+    return measures
 
 
 def measure_run(path: Path) -> RunMeasures:
-    """Everything here of all adapters of a run.
+    """Measures of all adapters of a run.
 
     Args:
         path: folder of a run, with `adapters/class_<id>/`.
@@ -144,22 +144,22 @@ def measure_run(path: Path) -> RunMeasures:
         )
     adapters = {folder.name: measure_adapter(folder) for folder in folders}
     results = read_mapping(path / "results.json") if (path / "results.json").is_file() else {}
-    # A run on an existing base has none of its own, but its results list the layers in order of execution.
+    # A run on an existing base has no folder of it, but its results list the layers in order of execution.
     order = execution_order(path / "base") if (path / "base").is_dir() else results.get("layer_importance")
     importance = layer_importance(folders, order=list(order or ()))
     if not importance:
         raise ValueError(f"{path} has adapters without factors, class vectors alone: there is no F to measure.")
-    first = next(iter(adapters.values()))
+    first = folders[0].name
     for name, adapter in adapters.items():
-        if set(adapter.rank) != set(importance) or _shape(adapter.settings) != _shape(first.settings):
+        if set(adapter.rank) != set(importance) or _shape(adapter.settings) != _shape(adapters[first].settings):
             raise ValueError(
-                f"{path / ADAPTERS_FOLDER / name} has other layers or settings than {next(iter(adapters))}: measure runs "
-                "whose adapters are alike."
+                f"{path / ADAPTERS_FOLDER / name} has other layers or settings than {first}: measure runs whose adapters "
+                "are alike."
             )
     losses = (results.get("held_out_loss") or {}).get("per_class") or {}
-    losses = {name: losses.get(name.removeprefix("class_")) for name in adapters}
+    losses = {f"class_{class_id}": loss for class_id, loss in losses.items() if loss is not None}
     return RunMeasures(
-        path, list(importance), adapters, importance, {name: loss for name, loss in losses.items() if loss is not None}
+        path, list(importance), adapters, importance, {name: losses[name] for name in adapters if name in losses}
     )
 
 
@@ -201,39 +201,32 @@ def analyze_runs(paths: Sequence[Path], output_dir: Path) -> str:
 
 def rank_table(runs: Mapping[str, RunMeasures]) -> str:
     """Rank over layers and classes beside the held-out loss, as Markdown; one row per run."""
-    lines = [
-        "| run | layers | classes | rank: mean | std | least | most | held-out loss of these classes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ("run", "layers", "classes", "rank: mean", "std", "least", "most", "held-out loss of these classes")
+    rows = []
     for name, run in runs.items():
         ranks = [rank for adapter in run.adapters.values() for rank in adapter.rank.values()]
-        average, spread = _mean_and_std(ranks)
         loss = f"{mean(run.held_out_loss.values()):.4f}" if run.held_out_loss else "-"
-        lines.append(
-            f"| {name} | {len(run.layers)} | {len(run.adapters)} | {average:.2f} | {spread:.2f} | {min(ranks)} | "
-            f"{max(ranks)} | {loss} |"
-        )
-    return "\n".join(lines)
+        spread = [f"{value:.2f}" for value in _mean_and_std(ranks)]
+        rows.append((name, len(run.layers), len(run.adapters), *spread, min(ranks), max(ranks), loss))
+    return markdown_table(header, rows)
 
 
 def _named(runs: Sequence[RunMeasures]) -> dict[str, RunMeasures]:
-    functions = Counter(run.settings.function for run in runs)
-    folders = Counter((run.settings.function, run.path.name) for run in runs)
-
-    def name(run: RunMeasures) -> str:
-        function = run.settings.function
-        if functions[function] == 1:
-            return function
-        return f"{function}, {run.path.name if folders[function, run.path.name] == 1 else run.path}"
-
-    return {name(run): run for run in runs}
+    """The runs by the shortest name that no other run has: function; function and folder; function and path."""
+    names = [
+        (run.settings.function, f"{run.settings.function}, {run.path.name}", f"{run.settings.function}, {run.path}")
+        for run in runs
+    ]
+    uses = Counter(name for of_run in names for name in set(of_run))
+    return {
+        next((n for n in of_run if uses[n] == 1), of_run[-1]): run for of_run, run in zip(names, runs, strict=True)
+    }
 
 
 def _ranks(run: RunMeasures) -> dict[str, Any]:
-    settings = run.settings
     return {
         "run": str(run.path),
-        **_shape(settings),
+        **_shape(run.settings),
         "tolerance": "max(C_out, C_in) * float32 epsilon * largest singular value",
         "layers": {
             layer: {
@@ -271,23 +264,19 @@ def _coefficients(run: RunMeasures) -> dict[str, Any]:
 def _panels(run: RunMeasures) -> dict[str, dict[str, list[float]]]:
     """What the figure of the coefficients shows: alpha, and how far alpha and omega have moved."""
     settings = run.settings
-    panels = {}
-    alpha, omega = run.coefficients_by_layer("alpha"), run.coefficients_by_layer("omega")
-    if alpha:
-        panels["alpha"] = {layer: [average for average, _ in values] for layer, values in alpha.items()}
-        start = initial_alpha(settings.function, settings.num_functions, settings.operation).tolist()
-        if any(start):
-            panels["change of alpha"] = _changes(alpha, start)
-    if omega:
-        panels["change of omega"] = _changes(omega, default_omega(settings.num_functions).tolist())
-    return panels
-
-
-def _changes(values: Mapping[str, Sequence[tuple[float, float]]], start: Sequence[float]) -> dict[str, list[float]]:
-    return {
-        layer: [average - begun for (average, _), begun in zip(over_classes, start, strict=True)]
-        for layer, over_classes in values.items()
+    zeros = torch.zeros(settings.num_functions)
+    alpha = initial_alpha(settings.function, settings.num_functions, settings.operation)
+    starts = [("alpha", "alpha", zeros), ("change of omega", "omega", default_omega(settings.num_functions))]
+    if alpha is not None and alpha.any():
+        starts.insert(1, ("change of alpha", "alpha", alpha))
+    panels = {
+        title: {
+            layer: [average - begun for (average, _), begun in zip(over_classes, start.tolist(), strict=True)]
+            for layer, over_classes in run.coefficients_by_layer(name).items()
+        }
+        for title, name, start in starts
     }
+    return {title: by_layer for title, by_layer in panels.items() if by_layer}
 
 
 def _shape(settings: FunLoraConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Judges a run while it goes: samples, classifier, accuracy matrix, image quality, the proof of zero forgetting.
+"""Evaluates a run as it goes: samples, classifier, accuracy matrix, image quality, the proof of zero forgetting.
 
-Told by the trainer when a task is over; keeps what it found in the run's folder, so that a resumed run does not measure
-twice.
+The trainer tells it when a task is over. Its results are kept in the run's folder, so that a resumed run does not
+measure twice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def classifier_config(config: EvaluationArguments, max_train_steps: int | None) -> ClassifierConfig:
-    """How a run's arguments have its classifier trained.
+    """The classifier's settings from the arguments of a run.
 
     Raises:
         ValueError: an argument out of range.
@@ -59,72 +59,65 @@ def classifier_config(config: EvaluationArguments, max_train_steps: int | None) 
         raise ValueError(str(error).replace("`", "`classifier_", 1)) from error
 
 
+@dataclass(eq=False, repr=False)
 class RunEvaluator:
     """
     Args:
-        strategy: what is judged.
+        strategy: what is evaluated.
         data: real images; classes of a given base may be missing from it.
         tasks: all tasks.
-        config: how to sample and judge.
+        config: how to sample and evaluate.
         seed: of the run.
         folder: of the run.
         accelerator: for its processes and device.
         max_train_steps: cap on the classifiers' steps.
     """
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        data: ImageClassificationData,
-        tasks: list[Task],
-        *,
-        config: EvaluationArguments,
-        seed: int,
-        folder: RunFolder,
-        accelerator: Accelerator,
-        max_train_steps: int | None,
-    ) -> None:
-        self.strategy = strategy
-        self.data = data
-        self.tasks = tasks
-        self.config = config
-        self.seed = seed
-        self.accelerator = accelerator
-        self._classifier = classifier_config(config, max_train_steps)
-        self._folder = folder
-        self._records = folder.checkpoints / "evaluation"
-        self._synthetic = folder.synthetic
-        self._probes = folder.checkpoints / "probes"
+    strategy: Strategy
+    data: ImageClassificationData
+    tasks: list[Task]
+    _: KW_ONLY
+    config: EvaluationArguments
+    seed: int
+    folder: RunFolder
+    accelerator: Accelerator
+    max_train_steps: int | None
+
+    def __post_init__(self) -> None:
+        self._classes = self.strategy.setting.seen(self.tasks[-1])
+        self._classifier = classifier_config(self.config, self.max_train_steps)
+        self._records = self.folder.checkpoints / "evaluation"
+        self._probes = self.folder.checkpoints / "probes"
         # Decoded once: every later task is tested on the images of all earlier ones.
         self._tests: dict[int, torch.Tensor] = {}
 
     def end_task(self, task: Task) -> None:
-        """Measure what there is to measure after a task, once."""
+        """Sample and measure after a task, once."""
         record = self._records / f"task_{task.index + 1}.json"
         if record.is_file():
             return
         started = time.perf_counter()
-        seen = [class_id for earlier in self.tasks[: task.index + 1] for class_id in earlier.class_ids]
+        seen = self.strategy.setting.seen(task)
         with self.strategy.inference(seen) as pipe:
             if self.accelerator.is_main_process:
-                self._remember_base()
-                for class_id in task.class_ids:
-                    self._remember_probe(pipe, class_id)
-            mine = seen[self.accelerator.process_index :: self.accelerator.num_processes]
-            for class_id in mine:
+                self._remember_start(pipe, task)
+            for class_id in seen[self.accelerator.process_index :: self.accelerator.num_processes]:
                 self._sample_class(pipe, class_id, task)
         self.accelerator.wait_for_everyone()
         sampled = time.perf_counter()
         if self.accelerator.is_main_process:
             for class_id in task.class_ids:
-                class_grid(self.synthetic_images(class_id, task), self._folder.class_figure(class_id))
+                class_grid(self.synthetic_images(class_id, task), self.folder.class_figure(class_id))
             row, per_class = self._accuracies(task, seen)
-            seconds = {"sampling": sampled - started, "classifier": time.perf_counter() - sampled}
-            measured = {"accuracies": row, "class_accuracies": per_class, "seconds": seconds}
-            measured["own_classifier"] = self._own_accuracies(task, seen)
+            measured = {
+                "accuracies": row,
+                "class_accuracies": per_class,
+                "seconds": {"sampling": sampled - started, "classifier": time.perf_counter() - sampled},
+                "own_classifier": self._own_accuracies(task, seen),
+            }
             if self.strategy.learning_changes_past_classes:
                 measured["held_out_losses"] = self.held_out_losses(seen)
-            self._folder.check_there()
+            self.folder.check_there()
             write_json(record, measured)
 
     def synthetic_images(self, class_id: int, task: Task) -> torch.Tensor:
@@ -133,9 +126,7 @@ class RunEvaluator:
 
     def nfe(self) -> float:
         """How often the U-Net ran for the images of a class, as the mean over the classes after the last task."""
-        task = self.tasks[-1]
-        classes = [class_id for earlier in self.tasks for class_id in earlier.class_ids]
-        return mean(self._samples(class_id, task)["nfe"].item() for class_id in classes)
+        return mean(self._samples(class_id, self.tasks[-1])["nfe"].item() for class_id in self._classes)
 
     def records(self) -> list[dict[str, Any]]:
         """What was measured after each task."""
@@ -148,30 +139,27 @@ class RunEvaluator:
             path: a safetensors file: `task_<t>/class_<id>`, t from 1, uint8 `(n, channels, height, width)`, n <= count.
             count: of each.
         """
-        tensors, seen = {}, []
+        tensors = {}
         for task in self.tasks:
-            seen += task.class_ids
-            for class_id in seen:
+            for class_id in self.strategy.setting.seen(task):
                 images = self.synthetic_images(class_id, task)[:count]
                 tensors[f"task_{task.index + 1}/class_{class_id}"] = images.contiguous()
         with whole_file(path) as temporary:
             save_file(tensors, temporary)
 
     def held_out_losses(self, classes: Sequence[int] | None = None) -> dict[str, float]:
-        """Held-out loss of classes, of those that have test images, by the generator as it is now.
+        """Held-out loss of the classes that have test images, by the generator as it is now.
 
         Args:
             classes: their ids; None: all of the run.
         """
-        classes = [c for task in self.tasks for c in task.class_ids] if classes is None else classes
-        classes = [class_id for class_id in classes if self._count(class_id, "test")]
-        losses = {}
+        classes = [c for c in (self._classes if classes is None else classes) if self._count(c, "test")]
+        sigmas = self.config.held_out_sigmas
         with self.strategy.inference(classes) as pipe:
-            for class_id in classes:
-                losses[str(class_id)] = held_out_loss(
-                    pipe, class_id, self._test_images(class_id), num_sigmas=self.config.held_out_sigmas, seed=self.seed
-                )
-        return losses
+            return {
+                str(c): held_out_loss(pipe, c, self._test_images(c), num_sigmas=sigmas, seed=self.seed)
+                for c in classes
+            }
 
     def image_quality(self) -> dict[str, Any] | None:
         """How near the images sampled after the last task are to the test images, over all classes that have any.
@@ -181,19 +169,18 @@ class RunEvaluator:
 
         Raises:
             ImportError: a package that measures it is not installed.
-            OSError: the weights of Inception are not to be had.
+            OSError: the weights of Inception are not available.
             RuntimeError: the reference classifier's loss is not finite.
         """
         if self.config.image_quality == "none":
             return None
-        classes = [class_id for task in self.tasks for class_id in task.class_ids]
-        tested = [class_id for class_id in classes if self._count(class_id, "test")]
-        trained = [class_id for class_id in classes if self._count(class_id, "train")]
+        tested = [class_id for class_id in self._classes if self._count(class_id, "test")]
+        trained = [class_id for class_id in self._classes if self._count(class_id, "train")]
         if not tested or len(trained) < 2:
             logger.warning(
                 "No image quality: of the classes %s, %d have test images and %d training images, expected at least one "
                 "and two.",
-                classes,
+                list(self._classes),
                 len(tested),
                 len(trained),
             )
@@ -209,16 +196,15 @@ class RunEvaluator:
         return asdict(compare_images(real, generated, extractor, neighbours=self.config.image_quality_neighbours))
 
     def zero_forgetting(self) -> dict[str, Any] | None:
-        """Whether each class's first samples come out the same to the bit, and the base's folder, too.
+        """Whether each class's first samples and the base's folder are the same to the bit as when they were new.
 
         None for a strategy that has no frozen base.
         """
         if not self.strategy.has_frozen_base:
             return None
-        classes = [class_id for task in self.tasks for class_id in task.class_ids]
         changed, not_comparable = [], []
-        with self.strategy.inference(classes) as pipe:
-            for class_id in classes:
+        with self.strategy.inference(self._classes) as pipe:
+            for class_id in self._classes:
                 before = read_mapping(self._probes / f"class_{class_id}.json", keys=("environment", "sha256"))
                 if before["environment"] != self._environment():
                     not_comparable.append(class_id)
@@ -230,14 +216,13 @@ class RunEvaluator:
                 "they are left out of the comparison.",
                 not_comparable,
             )
-        before, after = read_mapping(self._records / "base.json", keys=["sha256"])["sha256"], self._base_sha256()
-        compared = len(classes) - len(not_comparable)
+        compared = len(self._classes) - len(not_comparable)
         return {
             "identical": not changed if compared else None,
             "classes_compared": compared,
             "classes_changed": changed,
-            "base_sha256_before": before,
-            "base_sha256_after": after,
+            "base_sha256_before": read_mapping(self._records / "base.json", keys=["sha256"])["sha256"],
+            "base_sha256_after": self._base_sha256(),
         }
 
     def _sample_class(self, pipe: FunLoraPipeline, class_id: int, task: Task) -> None:
@@ -250,7 +235,7 @@ class RunEvaluator:
     def _samples(self, class_id: int, task: Task) -> dict[str, torch.Tensor]:
         # The generator as it was after an earlier task is gone, if tasks change it.
         if self.strategy.learning_changes_past_classes and task != self.tasks[-1]:
-            remedy = "start anew with --overwrite_output_dir"
+            remedy = "start again with --overwrite_output_dir"
         else:
             record = self._records / f"task_{task.index + 1}.json"
             remedy = f"delete it and {record}, and --resume_from_checkpoint latest draws it again"
@@ -259,7 +244,9 @@ class RunEvaluator:
     def _sample_path(self, class_id: int, task: Task) -> Path:
         # A class that never changes is sampled once for all tasks: the same seed would give the same images.
         changes = self.strategy.learning_changes_past_classes
-        return self._synthetic / (f"task_{task.index + 1}" if changes else "all") / f"class_{class_id}.safetensors"
+        return (
+            self.folder.synthetic / (f"task_{task.index + 1}" if changes else "all") / f"class_{class_id}.safetensors"
+        )
 
     def _draw(self, pipe: FunLoraPipeline, class_id: int, purpose: str) -> Samples:
         config = self.config
@@ -275,22 +262,20 @@ class RunEvaluator:
             tolerance=config.solver_tolerance,
         )
 
-    def _accuracies(self, task: Task, seen: list[int]) -> tuple[list[float], dict[str, float]] | tuple[None, None]:
+    def _accuracies(self, task: Task, seen: Sequence[int]) -> tuple[list[float], dict[str, float]] | tuple[None, None]:
         """Row of the accuracy matrix, % on the test images of each task so far, and % on those of each class.
 
         Both None where it cannot be measured.
         """
-        first = self.tasks[0].class_ids
-        without_train = [c for c in first if not self._count(c, "train")]
-        without_test = [c for c in seen if not self._count(c, "test")]
-        if without_train or without_test:
+        missing = {c for c in self.tasks[0].class_ids if not self._count(c, "train")}
+        missing |= {c for c in seen if not self._count(c, "test")}
+        if missing:
             logger.warning(
                 "No accuracy: the dataset has no real images of classes %s, which the classifier needs.",
-                sorted({*without_train, *without_test}),
+                sorted(missing),
             )
             return None, None
-        source = self._real if task.index == 0 else self.synthetic_images
-        images = [source(class_id, task) for class_id in seen]
+        images = [self.data.images(c) if task.index == 0 else self.synthetic_images(c, task) for c in seen]
         labels = [torch.full((len(part),), row) for row, part in enumerate(images)]
         classifier = train_classifier(
             torch.cat(images),
@@ -303,16 +288,17 @@ class RunEvaluator:
         )
         return self._tested(classifier, task, seen)
 
-    def _own_accuracies(self, task: Task, seen: list[int]) -> list[float] | None:
-        """Row of the accuracy matrix of the classifier that the strategy itself has trained; None: there is none."""
+    def _own_accuracies(self, task: Task, seen: Sequence[int]) -> list[float] | None:
+        """Row of the accuracy matrix of the classifier that the strategy itself has trained; None if there is none."""
         classifier = self.strategy.own_classifier()
         if classifier is None or not all(self._count(class_id, "test") for class_id in seen):
             return None
         return self._tested(classifier, task, seen)[0]
 
-    def _tested(self, classifier: nn.Module, task: Task, seen: list[int]) -> tuple[list[float], dict[str, float]]:
+    def _tested(self, classifier: nn.Module, task: Task, seen: Sequence[int]) -> tuple[list[float], dict[str, float]]:
         """A classifier's % of right answers on the test images of each task so far, and on those of each class."""
-        row, per_class = [], {}
+        row: list[float] = []
+        per_class: dict[str, float] = {}
         for earlier in self.tasks[: task.index + 1]:
             tests = [self._test_images(class_id) for class_id in earlier.class_ids]
             truth = [torch.full((len(x),), seen.index(c)) for c, x in zip(earlier.class_ids, tests, strict=True)]
@@ -335,22 +321,19 @@ class RunEvaluator:
             self._tests[class_id] = self.data.images(class_id, split="test")
         return self._tests[class_id]
 
-    def _real(self, class_id: int, task: Task) -> torch.Tensor:
-        return self.data.images(class_id)
-
     def _count(self, class_id: int, split: str) -> int:
         return self.data.count(class_id, split=split) if class_id in self.data.class_names else 0
 
-    def _remember_base(self) -> None:
-        path = self._records / "base.json"
-        if self.strategy.has_frozen_base and not path.is_file():
-            write_json(path, {"sha256": self._base_sha256()})
-
-    def _remember_probe(self, pipe: FunLoraPipeline, class_id: int) -> None:
-        path = self._probes / f"class_{class_id}.json"
-        if not path.is_file():
-            sha256 = tensor_sha256(self._draw(pipe, class_id, "probe").images)
-            write_json(path, {"sha256": sha256, "environment": self._environment()})
+    def _remember_start(self, pipe: FunLoraPipeline, task: Task) -> None:
+        """Keep what `zero_forgetting` compares with: hashes of the base and of each new class's first samples."""
+        base = self._records / "base.json"
+        if self.strategy.has_frozen_base and not base.is_file():
+            write_json(base, {"sha256": self._base_sha256()})
+        for class_id in task.class_ids:
+            path = self._probes / f"class_{class_id}.json"
+            if not path.is_file():
+                sha256 = tensor_sha256(self._draw(pipe, class_id, "probe").images)
+                write_json(path, {"sha256": sha256, "environment": self._environment()})
 
     def _environment(self) -> dict[str, Any]:
         """What the last bits of a result may depend on."""

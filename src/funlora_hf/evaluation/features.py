@@ -28,10 +28,10 @@ class FeatureExtractor(nn.Module):
 
 
 class ClassifierFeatures(FeatureExtractor):
-    """What a classifier hands to its last layer: D is 256 for the small network and 512 for ResNet-18.
+    """The input of a classifier's last layer: D is 256 for the small network and 512 for ResNet-18.
 
     Distances in these features say which of two generators is nearer to the real images as this classifier sees them.
-    They have no unit and must not be compared with those of another classifier, nor with FID. [ours]
+    They have no unit and cannot be compared with those of another classifier, nor with FID. [ours]
 
     Args:
         classifier: as `build_classifier` makes it, trained; it is copied.
@@ -44,7 +44,14 @@ class ClassifierFeatures(FeatureExtractor):
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
-        self.network = _without_head(classifier).eval()
+        linear = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ValueError(
+                f"`classifier` is a {type(classifier).__name__} without a linear layer, expected a network that ends with "
+                "one: build it by `build_classifier`."
+            )
+        self.network = copy.deepcopy(classifier).eval()
+        self.network.set_submodule(linear[-1], nn.Identity())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features, float32 `(N, D)`, of images, uint8 `(N, C, H, W)` with the C that the classifier was built for."""
@@ -59,7 +66,7 @@ class InceptionFeatures(FeatureExtractor):
 
     Raises:
         ImportError: torch-fidelity, or torchvision which it needs, is not installed.
-        OSError: the weights are neither in the cache nor to be downloaded.
+        OSError: the weights are not in the cache and could not be downloaded.
 
     Source: Heusel et al. 2017, arXiv 1706.08500 [text].
     """
@@ -79,8 +86,8 @@ class InceptionFeatures(FeatureExtractor):
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
         except OSError as error:  # urllib's errors are OSErrors
             raise OSError(
-                f"the weights of Inception, which the extra of {_FID_EXTRA} downloads when they are first used, cannot be "
-                f"had: {error}. Connect to the network once, put the file that torch-fidelity asks for into "
+                f"the weights of Inception, which the extra of {_FID_EXTRA} downloads when they are first used, are not "
+                f"available: {error}. Connect to the network once, put the file that torch-fidelity asks for into "
                 f"{torch.hub.get_dir()}/checkpoints, or choose `image_quality` 'classifier'."
             ) from error
 
@@ -109,19 +116,5 @@ def extract_features(extractor: FeatureExtractor, images: torch.Tensor, *, batch
         raise ValueError(f"`images` is {found}, expected a uint8 tensor in 0..255: convert it first.")
     if images.ndim != 4 or images.numel() == 0:
         raise ValueError(f"`images` has shape {tuple(images.shape)}, expected (N, C, H, W) with at least one image.")
-    weight = next(extractor.parameters(), None)
-    device = torch.device("cpu") if weight is None else weight.device
+    device = next((weight.device for weight in extractor.parameters()), torch.device("cpu"))
     return torch.cat([extractor(batch.to(device)) for batch in images.split(batch_size)])
-
-
-def _without_head(classifier: nn.Module) -> nn.Module:
-    """A copy whose last linear layer hands on what it is given."""
-    network = copy.deepcopy(classifier)
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise ValueError(
-            f"`classifier` is a {type(classifier).__name__} without a linear layer, expected a network that ends with "
-            "one: build it by `build_classifier`."
-        )
-    network.set_submodule(linear[-1], nn.Identity())
-    return network

@@ -5,18 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
-from diffusers.utils import make_image_grid
 from torch import Tensor
 
+from ..utils.checks import check_at_least_one
 from ..utils.files import whole_file
 
 
@@ -30,7 +29,7 @@ ORANGE = "#E69F00"
 PURPLE = "#CC79A7"
 GREY = "#7F7F7F"
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
@@ -39,13 +38,15 @@ STYLE = {
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "figure.titlesize": 11,
+    "figure.labelsize": 10,
     "legend.frameon": False,
     "legend.fontsize": 10,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
 }
+_GRID: dict[Any, Any] = {"axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6}
 DPI = 150
-GRID_COLOUR = "#DDDDDD"
 # Side, in pixels, that one image of the grid should reach; small images are enlarged by a whole factor up to it.
 GRID_CELL = 64
 # A grid of many classes is tall: its images are kept smaller.
@@ -54,6 +55,8 @@ MANY_CLASSES = 20
 # Images of one class in a grid of its own, and their columns.
 CLASS_GRID_IMAGES = 16
 CLASS_GRID_COLUMNS = 4
+# In the figure of the ranks.
+_GROUPS = tuple(zip((BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE, BLACK, GREY), "os^DvPX*", strict=True))
 # Characters of a label after which its middle is left out.
 LONGEST_LABEL = 40
 
@@ -82,30 +85,20 @@ def sample_grid(
 
     Source: [ours].
     """
-    if isinstance(images_per_class, bool) or not isinstance(images_per_class, int) or images_per_class < 1:
-        raise ValueError(f"images_per_class is {images_per_class!r}, expected an integer of at least 1; try 10")
-    canvas, cell = _grid_canvas(images_by_class, images_per_class=images_per_class)
-    target = png_path(path)
-    matplotlib = import_matplotlib()
-    height, width = canvas.shape[:2]
-    with matplotlib.rc_context(STYLE):
-        # The axes fill the figure pixel for pixel, so nothing is resampled; the names lie outside, and the tight
-        # bounding box at saving makes room for them.
-        figure = matplotlib.figure.Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.imshow(canvas, interpolation="nearest", aspect="auto")
-        pitch = cell + gap_between(cell)
-        axes.set_yticks(
-            [row * pitch + (cell - 1) / 2 for row in range(len(images_by_class))],
-            labels=[shorten(name) for name in images_by_class],
+    check_at_least_one("images_per_class", images_per_class)
+    if not images_by_class:
+        raise ValueError("images_by_class is empty, expected at least one class; sample some images first")
+    for name, images in images_by_class.items():
+        check_images(f"images_by_class[{name!r}]", images)
+    shapes = {tuple(images.shape[1:]) for images in images_by_class.values()}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"images_by_class has images of shapes {sorted(shapes)}, expected one shape; resize them first"
         )
-        axes.set_xticks([])
-        axes.tick_params(length=0, pad=6)
-        axes.spines[:].set_visible(False)
-        if title is not None:
-            # Left-aligned, so that a title longer than a narrow grid does not run over the names.
-            axes.set_title(title, loc="left", pad=8)
-        save_figure(figure, target)
+    side = GRID_CELL if len(images_by_class) <= MANY_CLASSES else GRID_CELL_OF_MANY
+    rows = [enlarged(images[:images_per_class], side) for images in images_by_class.values()]
+    names = [shorten(name) for name in images_by_class]
+    show_pixels(rows, path, gap=max(2, len(rows[0][0]) // 16), names=names, title=title)
 
 
 def class_grid(images: Tensor, path: str | os.PathLike[str]) -> None:
@@ -142,25 +135,12 @@ def image_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int) ->
     Source: [ours].
     """
     check_images("images", images)
-    target = png_path(path)
-    _, _, height, width = images.shape
-    factor = max(1, round(GRID_CELL / max(height, width)))
-    tiles = [_tile(image, factor) for image in images]
-    columns = min(columns, len(tiles))
-    rows = math.ceil(len(tiles) / columns)
-    blank = PIL.Image.new("RGB", tiles[0].size, "white")
-    grid = make_image_grid(tiles + [blank] * (rows * columns - len(tiles)), rows, columns)
+    target = _png_path(path)
+    pictures = enlarged(images, GRID_CELL)
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    canvas = np.pad(on_white(rows, gap=2), ((1, 1), (1, 1), (0, 0)), constant_values=255)
     with whole_file(target) as temporary:
-        grid.save(temporary, format="png")
-
-
-def _tile(image: Tensor, factor: int) -> PIL.Image.Image:
-    """An image, uint8 (C, H, W), enlarged and with a white edge."""
-    # Of grey images, PIL wants no channel.
-    pixels = image.cpu().permute(1, 2, 0).squeeze(2) if len(image) == 1 else image.cpu().permute(1, 2, 0)
-    picture = PIL.Image.fromarray(pixels.numpy()).convert("RGB")
-    picture = PIL.ImageOps.scale(picture, factor, PIL.Image.Resampling.NEAREST)
-    return PIL.ImageOps.expand(picture, border=1, fill="white")
+        PIL.Image.fromarray(canvas).save(temporary, format="png")
 
 
 def accuracy_curve(
@@ -199,48 +179,20 @@ def accuracy_curve(
         raise ValueError(
             f"classes_seen is {list(classes_seen)}, expected increasing numbers; count the classes so far"
         )
-    target = png_path(path)
-    matplotlib = import_matplotlib()
     lowest = min([*average_accuracies, *(joint or [])])
     bottom = 5 * math.floor((lowest - 0.5) / 5) if lowest > 80 else 0
-    with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=(5.5, 3.6), dpi=DPI, layout="constrained")
-        axes = figure.add_subplot()
-        # Markers crowd a line of many tasks.
-        marker_size = 5 if len(classes_seen) <= 20 else 3
-        axes.set_ylim(bottom, 100)
-        axes.grid(axis="y", color=GRID_COLOUR, linewidth=0.6)
-        axes.set_axisbelow(True)
-        if joint is not None:
-            axes.plot(
-                classes_seen,
-                joint,
-                color=VERMILION,
-                linestyle="--",
-                marker="s",
-                markersize=marker_size - 1,
-                label="joint (upper bound)",
-                clip_on=False,
-            )
-        axes.plot(
-            classes_seen,
-            average_accuracies,
-            color=BLUE,
-            marker="o",
-            markersize=marker_size,
-            label=label,
-            clip_on=False,
-        )
-        if len(classes_seen) <= 12:
-            axes.set_xticks(list(classes_seen))
-        else:
-            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True))
-        axes.set_xlabel("classes seen")
+    # Markers crowd a line of many tasks.
+    size = 5 if len(classes_seen) <= 20 else 3
+    with new_figure(path, (5.5, 3.6)) as figure:
+        axes = figure.add_subplot(ylim=(bottom, 100), xlabel="classes seen", title=title)
         axes.set_ylabel("average accuracy (%)" if bottom == 0 else f"average accuracy (%), from {bottom}")
-        if title is not None:
-            axes.set_title(title)
-        axes.legend(loc="best")
-        save_figure(figure, target)
+        axes.grid(axis="y")
+        if joint is not None:
+            style = {"color": VERMILION, "markersize": size - 1, "clip_on": False}
+            axes.plot(classes_seen, joint, "s--", label="joint (upper bound)", **style)
+        axes.plot(classes_seen, average_accuracies, "o-", color=BLUE, markersize=size, label=label, clip_on=False)
+        mark_places(axes, classes_seen)
+        axes.legend()
 
 
 def layer_importance(
@@ -268,30 +220,14 @@ def layer_importance(
     Source: the quantity, arXiv 2510.02631, layer importance [text]; the drawing [ours].
     """
     _check_over_classes("importance", importance)
-    target = png_path(path)
-    matplotlib = import_matplotlib()
-    means = [mean for mean, _ in importance.values()]
-    deviations = [deviation for _, deviation in importance.values()]
-    names, shared = _without_shared_parts(list(importance))
-    with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=(6.5, 1.2 + 0.19 * len(names)), dpi=DPI, layout="constrained")
-        axes = figure.add_subplot()
-        axes.barh(
-            range(len(names)),
-            means,
-            xerr=deviations,
-            height=0.7,
-            color=SKY_BLUE,
-            error_kw={"ecolor": BLACK, "elinewidth": 1, "capsize": 2},
-        )
-        _name_layers(axes, names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.grid(axis="x", color=GRID_COLOUR, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_xlabel(f"{xlabel}\nlayers: {shared}" if shared else xlabel)
-        if title is not None:
-            axes.set_title(title)
-        save_figure(figure, target)
+    with new_figure(path, (6.5, 1.2 + 0.19 * len(importance))) as figure:
+        axes = figure.add_subplot(title=title)
+        means, deviations = zip(*importance.values(), strict=True)
+        errors = {"ecolor": BLACK, "elinewidth": 1, "capsize": 2}
+        axes.barh(range(len(means)), means, xerr=deviations, height=0.7, color=SKY_BLUE, error_kw=errors)
+        axes.set_xlabel(xlabel + _name_layers(axes, list(importance)))
+        axes.set_ylim(len(means) - 0.4, -0.6)
+        axes.grid(axis="x")
 
 
 def rank_by_layer(
@@ -317,62 +253,32 @@ def rank_by_layer(
 
     Source: the quantity, arXiv 2510.02631, Figure 4 [text]; the drawing [ours].
     """
-    looks = (
-        (BLUE, "o"),
-        (VERMILION, "s"),
-        (GREEN, "^"),
-        (ORANGE, "D"),
-        (PURPLE, "v"),
-        (SKY_BLUE, "P"),
-        (BLACK, "X"),
-        (GREY, "*"),
-    )
-    if not 1 <= len(ranks) <= len(looks):
+    if not 1 <= len(ranks) <= len(_GROUPS):
         raise ValueError(
-            f"ranks has {len(ranks)} groups, expected between 1 and {len(looks)}; draw them in several figures"
+            f"ranks has {len(ranks)} groups, expected between 1 and {len(_GROUPS)}; draw them in several figures"
         )
     for group, by_layer in ranks.items():
         _check_over_classes(f"ranks[{group!r}]", by_layer, lowest=0)
-    target = png_path(path)
-    matplotlib = import_matplotlib()
     layers = list(dict.fromkeys(layer for by_layer in ranks.values() for layer in by_layer))
-    names, shared = _without_shared_parts(layers)
-    # Beside each other, so that equal ranks do not hide each other.
-    step = 0.8 / len(ranks)
-    height = max(0.19, 0.07 * len(ranks))
-    with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=(6.5, 1.6 + height * len(layers)), dpi=DPI, layout="constrained")
-        axes = figure.add_subplot()
-        for index, ((group, by_layer), (colour, marker)) in enumerate(zip(ranks.items(), looks, strict=False)):
-            shift = (index - (len(ranks) - 1) / 2) * step
-            axes.errorbar(
-                [mean for mean, _ in by_layer.values()],
-                [layers.index(layer) + shift for layer in by_layer],
-                xerr=[deviation for _, deviation in by_layer.values()],
-                color=colour,
-                marker=marker,
-                markersize=4,
-                linestyle="none",
-                elinewidth=1,
-                capsize=2,
-                label=group,
-                clip_on=False,
-            )
-        _name_layers(axes, names)
+    with new_figure(path, (6.5, 1.6 + max(0.19, 0.07 * len(ranks)) * len(layers))) as figure:
+        axes = figure.add_subplot(title=title)
+        # Beside each other, so that equal ranks do not hide each other.
+        shifts = (np.arange(len(ranks)) - (len(ranks) - 1) / 2) * 0.8 / len(ranks)
+        for (group, by_layer), (colour, marker), shift in zip(ranks.items(), _GROUPS, shifts, strict=False):
+            means, deviations = zip(*by_layer.values(), strict=True)
+            places = [layers.index(layer) + shift for layer in by_layer]
+            style = {"color": colour, "markersize": 4, "elinewidth": 1, "capsize": 2, "clip_on": False}
+            axes.errorbar(means, places, xerr=deviations, fmt=marker, label=group, **style)
+        shared = _name_layers(axes, layers)
+        axes.set_xlabel(f"numerical rank of F (mean and standard deviation over classes){shared}")
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True))
-        axes.grid(axis="x", color=GRID_COLOUR, linewidth=0.6)
-        boundaries = [place - 0.5 for place in range(1, len(layers))]
-        axes.hlines(boundaries, 0, 1, transform=axes.get_yaxis_transform(), color="#EEEEEE", linewidth=0.6, zorder=0)
-        axes.set_axisbelow(True)
-        label = "numerical rank of F (mean and standard deviation over classes)"
-        axes.set_xlabel(f"{label}\nlayers: {shared}" if shared else label)
+        axes.locator_params(axis="x", nbins=10, steps=[1, 2, 5, 10], integer=True)
+        axes.grid(axis="x")
+        for place in range(1, len(layers)):
+            axes.axhline(place - 0.5, color="#EEEEEE", linewidth=0.6, zorder=0)
         # Outside, where it hides no point.
         figure.legend(loc="outside upper center", ncols=min(len(ranks), 4))
-        if title is not None:
-            axes.set_title(title)
-        save_figure(figure, target)
 
 
 def coefficients_by_layer(
@@ -398,43 +304,130 @@ def coefficients_by_layer(
     Source: the quantities, arXiv 2510.02631, Figure 5 [text]; the drawing [ours].
     """
     layers, size = _check_panels(panels)
-    target = png_path(path)
-    matplotlib = import_matplotlib()
-    names, shared = _without_shared_parts(layers)
-    with matplotlib.rc_context(STYLE):
-        height = 0.19 * max(len(layers), 6)
-        figure = matplotlib.figure.Figure(
-            figsize=(2.2 + 2.2 * len(panels), 1.6 + height), dpi=DPI, layout="constrained"
-        )
+    height = 0.19 * max(len(layers), 6)
+    with new_figure(path, (2.2 + 2.2 * len(panels), 1.6 + height)) as figure:
+        if title is not None:
+            figure.suptitle(title)
         row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (name, by_layer) in zip(row, panels.items(), strict=True):
-            values = np.array([by_layer[layer] for layer in layers], dtype=float)
+            values = np.array(list(by_layer.values()), dtype=float)
             # A panel of zeros still needs a scale.
             limit = np.abs(values).max() or 1.0
             cells = axes.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-            axes.spines[:].set_visible(False)
-            axes.tick_params(length=0)
+            axes.set(title=name, xlabel="function, from 1 to p")
             places = range(0, size, math.ceil(size / 10))
             axes.set_xticks(places, labels=[str(place + 1) for place in places])
-            axes.set_xlabel("function, from 1 to p")
-            axes.set_title(name)
+            without_frame(axes)
             # `pad` is a share of the height.
             scale = figure.colorbar(cells, ax=axes, location="bottom", shrink=0.9, aspect=14, pad=0.05 / height)
             scale.outline.set_visible(False)
-        _name_layers(row[0], names)
-        if shared:
-            figure.supxlabel(f"layers: {shared}", fontsize=STYLE["axes.labelsize"])
-        if title is not None:
-            figure.suptitle(title, fontsize=STYLE["axes.titlesize"])
-        save_figure(figure, target)
+        if shared := _name_layers(row[0], layers):
+            figure.supxlabel(shared.lstrip())
 
 
-def _name_layers(axes: Any, names: Sequence[str]) -> None:
-    """Writes the names of the layers at 0, 1, ... of the vertical axis."""
+@contextmanager
+def new_figure(
+    path: str | os.PathLike[str], size: tuple[float, float], *, layout: Literal["constrained"] | None = "constrained"
+) -> Iterator[Any]:
+    """A matplotlib figure in `STYLE`, written when the block ends well: a whole PNG on white, cut to what it shows.
+
+    Args:
+        path: the PNG to write.
+        size: width and height in inches.
+        layout: of matplotlib; None leaves the axes where they are put.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the path does not end in .png.
+    """
+    target = _png_path(path)
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError('figures need matplotlib; install it with: pip install "funlora-hf[demo]"') from error
+    with matplotlib.rc_context({**STYLE, **_GRID}):
+        figure = matplotlib.figure.Figure(figsize=size, dpi=DPI, layout=layout)
+        yield figure
+        with whole_file(target) as temporary:
+            figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
+
+
+def show_pixels(
+    rows: Sequence[Sequence[np.ndarray]],
+    path: str | os.PathLike[str],
+    *,
+    gap: int,
+    names: Sequence[str],
+    columns: Sequence[str] = (),
+    title: str | None = None,
+) -> None:
+    """Draws pictures row by row, pixel for pixel.
+
+    Args:
+        rows: pictures, see `on_white`.
+        path: the PNG to write.
+        gap: pixels between pictures.
+        names: of the rows, written on the left.
+        columns: names of the columns, written above.
+        title: text above the grid.
+    """
+    canvas = on_white(rows, gap=gap)
+    height, width = canvas.shape[:2]
+    # The axes fill the figure, so nothing is resampled; the tight bounding box makes room for the names outside.
+    with new_figure(path, (width / DPI, height / DPI), layout=None) as figure:
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.imshow(canvas, interpolation="nearest", aspect="auto")
+        for axis, texts, length in ((axes.yaxis, names, height), (axes.xaxis, columns, width)):
+            pitch = (length + gap) / max(len(texts), 1)
+            axis.set_ticks([(place + 0.5) * pitch - (gap + 1) / 2 for place in range(len(texts))], labels=texts)
+        axes.xaxis.tick_top()
+        without_frame(axes, pad=6)
+        # Left-aligned, so that a title longer than a narrow grid does not run over the names.
+        axes.set_title(title, loc="left", pad=8)
+
+
+def enlarged(images: Tensor, side: int) -> list[np.ndarray]:
+    """Images, uint8 (N, C, H, W), as N of (height, width, 3), by the whole factor that brings the longer side nearest to `side`."""
+    factor = max(1, round(side / max(images.shape[2:])))
+    pixels = images.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    return list(pixels.repeat(factor, axis=1).repeat(factor, axis=2))
+
+
+def on_white(rows: Sequence[Sequence[np.ndarray]], *, gap: int) -> np.ndarray:
+    """Pictures, uint8 (height, width, 3), beside and below each other in one; each in a cell as large as the largest."""
+    height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (0, 1))
+    columns = max(len(row) for row in rows)
+    shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
+    canvas = np.full(shape, 255, dtype=np.uint8)
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            top, left = row * (height + gap), column * (width + gap)
+            canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return canvas
+
+
+def mark_places(axes: Any, places: Sequence[float]) -> None:
+    """Writes the places on the horizontal axis: all of them if they are few, round numbers otherwise."""
+    if len(places) <= 12:
+        axes.set_xticks(list(places))
+    else:
+        axes.locator_params(axis="x", nbins=10, steps=[1, 2, 5, 10], integer=True)
+
+
+def without_frame(axes: Any, *, pad: float = 3.5) -> None:
+    """Leaves out the frame and the ticks of axes, but not their labels, `pad` points away."""
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, pad=pad)
+
+
+def _name_layers(axes: Any, layers: list[str]) -> str:
+    """Writes the names of the layers at 0, 1, ... of the vertical axis; returns a line on what all names share, or ""."""
+    names, shared = _without_shared_parts(layers)
     axes.set_yticks(range(len(names)), labels=[shorten(name) for name in names], fontsize=8)
     axes.tick_params(axis="y", length=0)
     # The long name needs the height of several rows.
     axes.set_ylabel("layer, in order of execution" if len(names) >= 10 else "layer")
+    return f"\nlayers: {shared}" if shared else ""
 
 
 def _check_over_classes(name: str, values: Mapping[str, tuple[float, float]], *, lowest: float = -math.inf) -> None:
@@ -469,72 +462,11 @@ def _check_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[
     return layers, size
 
 
-def import_matplotlib() -> ModuleType:
-    """Returns matplotlib with the parts used here, or says which extra brings it."""
-    try:
-        import matplotlib
-        import matplotlib.figure
-        import matplotlib.ticker
-    except ImportError as error:
-        raise ImportError('figures need matplotlib; install it with: pip install "funlora-hf[demo]"') from error
-    return matplotlib
-
-
-def png_path(path: str | os.PathLike[str]) -> Path:
-    """The path of a figure. Raises a ValueError if it does not end in .png."""
+def _png_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix.lower() != ".png":
         raise ValueError(f"path is {str(target)!r}, expected a name ending in .png; only PNG is written")
     return target
-
-
-def save_figure(figure: Any, target: Path) -> None:
-    """Writes a matplotlib figure as a whole PNG on white, cut to what it shows."""
-    with whole_file(target) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.1, facecolor="white")
-
-
-def gap_between(cell: int) -> int:
-    """Pixels between the images of a grid whose images are `cell` pixels high."""
-    return max(2, cell // 16)
-
-
-def _grid_canvas(images_by_class: Mapping[str, Tensor], *, images_per_class: int) -> tuple[np.ndarray, int]:
-    """Lays the images out on white.
-
-    Args:
-        images_by_class: see `sample_grid`.
-        images_per_class: most images in a row.
-
-    Returns:
-        The canvas, uint8 (height, width, 3), range 0..255, and the height of one image on it in pixels.
-    """
-    if not images_by_class:
-        raise ValueError("images_by_class is empty, expected at least one class; sample some images first")
-    shapes = set()
-    for name, images in images_by_class.items():
-        check_images(f"images_by_class[{name!r}]", images)
-        shapes.add(tuple(images.shape[1:]))
-    if len(shapes) > 1:
-        raise ValueError(
-            f"images_by_class has images of shapes {sorted(shapes)}, expected one shape; resize them first"
-        )
-    _, height, width = shapes.pop()
-    side = GRID_CELL if len(images_by_class) <= MANY_CLASSES else GRID_CELL_OF_MANY
-    factor = max(1, round(side / max(height, width)))
-    columns = min(images_per_class, max(len(images) for images in images_by_class.values()))
-    cell_height, cell_width = height * factor, width * factor
-    gap = gap_between(cell_height)
-    canvas = np.full(
-        (len(images_by_class) * (cell_height + gap) - gap, columns * (cell_width + gap) - gap, 3), 255, dtype=np.uint8
-    )
-    for row, images in enumerate(images_by_class.values()):
-        for column, image in enumerate(images[:columns].cpu().permute(0, 2, 3, 1).numpy()):
-            top, left = row * (cell_height + gap), column * (cell_width + gap)
-            enlarged = image.repeat(factor, axis=0).repeat(factor, axis=1)
-            # A grey image is broadcast over the three channels.
-            canvas[top : top + cell_height, left : left + cell_width] = enlarged
-    return canvas, cell_height
 
 
 def check_images(name: str, images: Tensor) -> None:
@@ -578,17 +510,17 @@ def _without_shared_parts(names: list[str]) -> tuple[list[str], str]:
     parts = [name.split(".") for name in names]
     # At least one part of the shortest name stays.
     spare = min(len(part) for part in parts) - 1 if len(names) > 1 else 0
-    start = 0
-    while start < spare and len({part[start] for part in parts}) == 1:
-        start += 1
+    start = min(spare, _common(parts))
     # "2.resnets.0" does not read as a name, so a number keeps the part before it.
     while start and any(part[start].isdigit() for part in parts):
         start -= 1
-    end = 0
-    while end < spare - start and len({part[-1 - end] for part in parts}) == 1:
-        end += 1
+    end = min(spare - start, _common(part[::-1] for part in parts))
     stripped = [".".join(part[start : len(part) - end]) for part in parts]
-    if start == end == 0:
-        return stripped, ""
     first = parts[0]
-    return stripped, ".".join([*first[:start], "*", *first[len(first) - end :]])
+    shared = [*first[:start], "*", *first[len(first) - end :]]
+    return stripped, ".".join(shared) if start or end else ""
+
+
+def _common(parts: Iterable[Sequence[str]]) -> int:
+    """How many first parts are the same in all."""
+    return sum(1 for _ in itertools.takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False)))

@@ -13,9 +13,9 @@ All three compare two sets of images in the feature space of an extractor.
   is the distance to its k-th nearest neighbour in the set. Precision is the share of generated images that lie in the
   ball of a real one, recall the share of real images that lie in the ball of a generated one.
 
-What they must not be compared with: values of another extractor, of a classifier that was trained on other classes,
-images or settings, of other numbers of images (all three are biased, the Frechet distance by about D / N), or of another k.
-A set of fewer images than features has a covariance that is not of full rank: the distance is still defined, and says less.
+Compare only values of the same extractor (a classifier trained on the same classes and images with the same settings),
+of the same numbers of images (all three are biased, the Frechet distance by about D / N) and of the same k. A set of fewer
+images than features has a covariance that is not of full rank: the distance is still defined, but says less.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
         raise ImportError(
             f'the Frechet distance needs torchmetrics ({error}); install it with: pip install "funlora-hf[demo]"'
         ) from error
-    # Only the main process measures: a metric that synchronises would wait for the others for ever.
+    # Only the main process measures: a metric that synchronises would wait for the others forever.
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), sync_on_compute=False)
     metric.update(real.cpu().double(), real=True)
     metric.update(generated.cpu().double(), real=False)
@@ -119,8 +119,8 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, *, neighbours:
     Raises:
         ValueError: features that are not as described, or not finite; too few images for `neighbours`.
 
-    Source: arXiv 1904.06991, equations 1 and 2 [text]: a ball has its edge, so equal images lie in each other's, even
-        where a generator repeats one image and all its radii are 0.
+    Source: arXiv 1904.06991, equations 1 and 2 [text]: a ball includes its edge, so equal images lie in each other's,
+        even where a generator repeats one image and all its radii are 0.
     """
     _check_features(real, generated)
     check_at_least_one("neighbours", neighbours)
@@ -160,24 +160,11 @@ def compare_images(
     distance = frechet_distance(*features)
     most = min(len(real), len(generated)) - 1
     if neighbours > most:
-        logger.warning(
-            "Precision and recall by %d neighbours instead of %d: there are only %d real and %d generated images.",
-            most,
-            neighbours,
-            len(real),
-            len(generated),
-        )
+        text = "Precision and recall by %d neighbours instead of %d: there are only %d real and %d generated images."
+        logger.warning(text, most, neighbours, len(real), len(generated))
         neighbours = most
     shares = precision_recall(*features, neighbours=neighbours)
-    return ImageQuality(
-        extractor=extractor.name,
-        frechet_distance=distance,
-        precision=shares.precision,
-        recall=shares.recall,
-        neighbours=neighbours,
-        num_real=len(real),
-        num_generated=len(generated),
-    )
+    return ImageQuality(extractor.name, distance, *shares, neighbours, len(real), len(generated))
 
 
 def match_classes(
@@ -213,7 +200,8 @@ def match_classes(
             f"`real` has images of the classes {sorted(real)} and `generated` of {sorted(generated)}, expected at least "
             "one class with images of both kinds."
         )
-    return torch.cat([real_part for real_part, _ in pairs]), torch.cat([drawn_part for _, drawn_part in pairs])
+    real_parts, drawn_parts = zip(*pairs, strict=True)
+    return torch.cat(real_parts), torch.cat(drawn_parts)
 
 
 def reference_features(
@@ -221,8 +209,7 @@ def reference_features(
 ) -> ClassifierFeatures:
     """Features of a classifier that is trained on real images of all classes with a seed of its own.
 
-    The same images and recipe give the same features, whatever the seed and strategy of a run and the order of its
-    classes.
+    The same images and recipe give the same features for every seed and strategy of a run and every order of its classes.
 
     Args:
         images: class id -> uint8 `(n, C, H, W)`, for at least two classes.
@@ -256,7 +243,7 @@ def reference_features(
 
 
 class _Given(nn.Identity):
-    """Stands where torchmetrics expects an extractor: its "images" are features already."""
+    """In place of the extractor that torchmetrics expects: its "images" are features already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -266,12 +253,8 @@ class _Given(nn.Identity):
 def _radii(features: torch.Tensor, neighbours: int) -> torch.Tensor:
     """Distance of each point to its k-th nearest neighbour; `(N, D)` -> `(N,)`."""
     # The nearest of all is the point itself.
-    return torch.cat(
-        [
-            _distances(block, features).topk(neighbours + 1, largest=False).values[:, -1]
-            for block in features.split(_BLOCK)
-        ]
-    )
+    blocks = (_distances(block, features) for block in features.split(_BLOCK))
+    return torch.cat([block.topk(neighbours + 1, largest=False).values[:, -1] for block in blocks])
 
 
 def _share_inside(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
@@ -286,20 +269,16 @@ def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _check_features(real: torch.Tensor, generated: torch.Tensor) -> None:
-    for name, features in (("real", real), ("generated", generated)):
-        if not isinstance(features, torch.Tensor) or not features.is_floating_point() or features.ndim != 2:
-            found = (
-                f"{features.dtype} {tuple(features.shape)}"
-                if isinstance(features, torch.Tensor)
-                else type(features).__name__
-            )
+    for name, given in (("real", real), ("generated", generated)):
+        if not isinstance(given, torch.Tensor) or not given.is_floating_point() or given.ndim != 2:
+            found = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
             raise ValueError(f"`{name}` is {found}, expected features as a float tensor (N, D).")
-        if len(features) < 2 or features.shape[1] == 0:
+        if len(given) < 2 or given.shape[1] == 0:
             raise ValueError(
-                f"`{name}` has shape {tuple(features.shape)}, expected (N, D) with N at least 2: one image has no spread."
+                f"`{name}` has shape {tuple(given.shape)}, expected (N, D) with N at least 2: one image has no spread."
             )
-        if not features.isfinite().all():
-            raise ValueError(f"`{name}` has features that are not finite: look at the extractor's weights.")
+        if not given.isfinite().all():
+            raise ValueError(f"`{name}` has features that are not finite: check the extractor's weights.")
     if real.shape[1] != generated.shape[1]:
         raise ValueError(
             f"`generated` has {generated.shape[1]} features and `real` {real.shape[1]}, expected as many: take both from "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -97,14 +96,11 @@ def _validated(accuracy_matrix: Sequence[Sequence[float]]) -> list[list[float]]:
                 f"tasks 0..t; leave out the tasks that are not yet seen"
             )
         for other, value in enumerate(row):
-            # bool is a Real to Python, yet never an accuracy.
-            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            # bool is a Real to Python, but never an accuracy; NaN is in no range.
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 100:
                 raise ValueError(
-                    f"accuracy_matrix[{task}][{other}] is {value!r}, expected a finite number in [0, 100] (%)"
-                )
-            if not 0 <= value <= 100:
-                raise ValueError(
-                    f"accuracy_matrix[{task}][{other}] is {value!r}, expected a number in [0, 100]; accuracies are in %"
+                    f"accuracy_matrix[{task}][{other}] is {value!r}, expected a finite number in [0, 100]; accuracies are "
+                    "in %"
                 )
         matrix.append([float(value) for value in row])
     return matrix

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from ..continual.strategy import Strategy
 from ..continual.strategy_state import memory_reports
 from ..continual.trainer import phase_seconds, preparation_seconds
 from ..data.image_data import Task
-from ..layer_selection import layer_importance
+from ..layer_selection import LayerImportance, layer_importance
 from ..utils.files import read_mapping, write_json
 from .adapter_analysis import execution_order
 from .evaluator import RunEvaluator
@@ -50,16 +52,11 @@ _PACKAGES = (
 
 def accuracy_results(rows: Sequence[Sequence[float] | None]) -> dict[str, Any]:
     """`accuracy_matrix`, `A`, `LA`, `AIA` and `forgetting` of results.json, all in %; None where not measured."""
-    if any(row is None for row in rows):
+    matrix = [list(row) for row in rows if row is not None]
+    if len(matrix) < len(rows):
         return dict.fromkeys(("accuracy_matrix", "A", "LA", "AIA", "forgetting"))
-    summary = ContinualAccuracy.from_matrix(rows)
-    return {
-        "accuracy_matrix": [list(row) for row in rows],
-        "A": list(summary.A),
-        "LA": summary.LA,
-        "AIA": summary.AIA,
-        "forgetting": summary.forgetting,
-    }
+    scores = ContinualAccuracy.from_matrix(matrix)
+    return {"accuracy_matrix": matrix, **asdict(scores), "A": list(scores.A)}
 
 
 def joint_average_accuracies(path: str | None, num_tasks: int) -> list[float] | None:
@@ -99,38 +96,49 @@ def report_run(
     strategy, tasks = evaluator.strategy, evaluator.tasks
     records = evaluator.records()
     accuracies = accuracy_results([record["accuracies"] for record in records])
+    own_rows = [record.get("own_classifier") for record in records]
     losses = evaluator.held_out_losses()
     zero_forgetting = evaluator.zero_forgetting()
     importance = _importance(strategy, folder)
+    image_quality = None
     try:
         _figures(evaluator, accuracies, importance, folder)
     except ImportError as error:
         # matplotlib is an extra, and no reason to lose the results of days.
         logger.warning("No figures: %s", error)
-    image_quality = _image_quality(evaluator)
+    try:
+        image_quality = evaluator.image_quality()
+    except (ImportError, OSError, RuntimeError) as error:
+        # An extra, a download or the training of a network that fails is no reason to lose them either.
+        logger.warning("No image quality: %s", error)
     results = {
         "strategy": strategy.name,
         "strategy_options": strategy.setting.training.strategy_options or {},
         "peft_method": strategy.method_name,
         "dataset": evaluator.data.name,
         "seed": evaluator.seed,
-        "class_order": [class_id for task in tasks for class_id in task.class_ids],
+        "class_order": list(strategy.setting.seen(tasks[-1])),
         "class_names": {str(class_id): name for class_id, name in strategy.setting.class_names.items()},
         "tasks": [list(task.class_ids) for task in tasks],
         **accuracies,
-        # A record of before it was measured has none.
+        # Records of earlier versions have none.
         "class_accuracy": records[-1].get("class_accuracies"),
         "held_out_loss": {"mean": sum(losses.values()) / len(losses) if losses else None, "per_class": losses},
-        "held_out_loss_by_task": _held_out_by_task(records, losses, tasks),
-        "own_classifier": _own_classifier(records),
+        # Classes that never change have their last losses after every task.
+        "held_out_loss_by_task": [
+            record.get("held_out_losses")
+            or {c: losses[c] for c in map(str, strategy.setting.seen(task)) if c in losses}
+            for task, record in zip(tasks, records, strict=True)
+        ],
+        "own_classifier": None if None in own_rows else accuracy_results(own_rows),
         "image_quality": image_quality,
         **strategy.parameters_per_class(),
         "nfe": evaluator.nfe(),
-        "layer_importance": {layer: {"mean": m, "std": s} for layer, (m, s) in importance.items()},
+        "layer_importance": {layer: of_layer._asdict() for layer, of_layer in importance.items()},
         "memory": strategy.memory_report(),
         "memory_per_task": memory_reports(folder),
-        "training_images_per_task": images_per_task(folder, len(tasks)),
-        # A record of before it was counted has none.
+        "training_images_per_task": _per_task(folder, "images", [0] * len(tasks)),
+        # Records of earlier versions have none.
         "skipped_steps": sum(record.get("skipped_steps", 0) for record in phase_seconds(folder).values()),
         "seconds": _seconds(folder, records, len(tasks), time.perf_counter() - started),
         "zero_forgetting": zero_forgetting,
@@ -154,53 +162,31 @@ def report_run(
 def report_finished(folder: RunFolder) -> dict[str, Any]:
     """Print the results of a finished run again. Returns and raises what `report_run` did."""
     results = read_mapping(folder.results, keys=["zero_forgetting"])
-    # A run that was killed behind its results has not come to it.
+    # A run that was killed after it wrote its results has not removed them yet.
     folder.forget_samples()
     print(f"The run in {folder.path} is finished already.\n\n{summary_table(results)}")
     _check_zero_forgetting(results["zero_forgetting"], folder)
     return results
 
 
-def images_per_task(folder: RunFolder, num_tasks: int) -> list[int]:
-    """Images that the phases of each task were trained on, repeated ones counted. A phase of the images of several tasks is
-    counted in the first."""
-    counts = [0] * num_tasks
-    for record in phase_seconds(folder).values():
-        counts[record.get("task") or 0] += record["images"]
-    return counts
-
-
 def tasks_with_grid(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks after which the samples of all classes are drawn: up to 20 all of them, of more 20 at even distances, with the
-    first and the last."""
+    """The tasks after which the samples of all classes are drawn: at most 20, evenly spaced, with the first and the last."""
     count = min(len(tasks), MOST_SAMPLE_GRIDS)
     return [tasks[index] for index in np.linspace(0, len(tasks) - 1, count).round().astype(int)]
 
 
-def _held_out_by_task(
-    records: Sequence[Mapping[str, Any]], final: Mapping[str, float], tasks: Sequence[Task]
-) -> list[dict[str, float]]:
-    """Held-out losses of the classes seen after each task; those of classes that never change are the last ones."""
-    by_task, seen = [], []
-    for task, record in zip(tasks, records, strict=True):
-        seen += [str(class_id) for class_id in task.class_ids]
-        unchanged = {class_id: final[class_id] for class_id in seen if class_id in final}
-        by_task.append(record.get("held_out_losses") or unchanged)
-    return by_task
-
-
-def _own_classifier(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    rows = [record.get("own_classifier") for record in records]
-    return None if None in rows else accuracy_results(rows)
+def _per_task(folder: RunFolder, key: str, start: Sequence[float]) -> list[float]:
+    """Sum over the phases of each task of what was recorded; a phase of the images of several tasks counts in the first."""
+    sums = list(start)
+    for record in phase_seconds(folder).values():
+        sums[int(record.get("task") or 0)] += record[key]
+    return sums
 
 
 def _seconds(folder: RunFolder, records: Sequence[Mapping[str, Any]], num_tasks: int, report: float) -> dict[str, Any]:
-    recorded = phase_seconds(folder)
-    phases = {name: record["seconds"] for name, record in recorded.items()}
+    phases = {name: record["seconds"] for name, record in phase_seconds(folder).items()}
     preparation = preparation_seconds(folder)
-    per_task = [preparation.get(index, 0.0) for index in range(num_tasks)]
-    for record in recorded.values():
-        per_task[record.get("task") or 0] += record["seconds"]
+    prepared = [preparation.get(index, 0.0) for index in range(num_tasks)]
     parts = {
         "training": sum(phases.values()) + sum(preparation.values()),
         "sampling": sum(record["seconds"]["sampling"] for record in records),
@@ -211,24 +197,15 @@ def _seconds(folder: RunFolder, records: Sequence[Mapping[str, Any]], num_tasks:
         **parts,
         "total": sum(parts.values()),
         "phases": phases,
-        "preparation_per_task": [preparation.get(index, 0.0) for index in range(num_tasks)],
-        "training_per_task": per_task,
+        "preparation_per_task": prepared,
+        "training_per_task": _per_task(folder, "seconds", prepared),
     }
 
 
-def _image_quality(evaluator: RunEvaluator) -> dict[str, Any] | None:
-    try:
-        return evaluator.image_quality()
-    except (ImportError, OSError, RuntimeError) as error:
-        # An extra, a download, or a network of its own that fails: no reason to lose the results of days either.
-        logger.warning("No image quality: %s", error)
-        return None
-
-
-def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, tuple[float, float]]:
+def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, LayerImportance]:
     adapters = adapter_folders(folder.path / ADAPTERS_FOLDER)
     if not adapters or strategy.method_name == "vanilla_add":
-        # Importance is the distance of A and B from one, where all but vanilla LoRA start.
+        # Importance is the distance of A and B from one, where all methods start but vanilla LoRA.
         return {}
     return layer_importance(adapters, order=execution_order(strategy.setting.base_dir))
 
@@ -236,22 +213,20 @@ def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, tuple[float,
 def _figures(
     evaluator: RunEvaluator,
     accuracies: Mapping[str, Any],
-    importance: Mapping[str, tuple[float, float]],
+    importance: Mapping[str, LayerImportance],
     folder: RunFolder,
 ) -> None:
-    strategy, tasks = evaluator.strategy, evaluator.tasks
-    names = strategy.setting.class_names
+    setting, tasks = evaluator.strategy.setting, evaluator.tasks
     for task in tasks_with_grid(tasks):
-        seen = strategy.setting.seen(task)
-        images = {names[class_id]: evaluator.synthetic_images(class_id, task) for class_id in seen}
+        images = {setting.class_names[c]: evaluator.synthetic_images(c, task) for c in setting.seen(task)}
         path = folder.figures / f"samples_task_{task.index + 1}.png"
         sample_grid(images, path, title=f"Samples after task {task.index + 1}")
     if accuracies["A"] is not None:
         accuracy_curve(
             accuracies["A"],
             folder.figures / "accuracy.png",
-            classes_seen=[sum(len(task.class_ids) for task in tasks[: t + 1]) for t in range(len(tasks))],
-            label=strategy.name,
+            classes_seen=list(itertools.accumulate(len(task.class_ids) for task in tasks)),
+            label=evaluator.strategy.name,
             joint=joint_average_accuracies(evaluator.config.joint_results, len(tasks)),
         )
     if importance:
@@ -259,10 +234,9 @@ def _figures(
 
 
 def _check_zero_forgetting(zero_forgetting: dict[str, Any] | None, folder: RunFolder) -> None:
-    if zero_forgetting is None:
-        return
-    if zero_forgetting["classes_changed"] or (
-        zero_forgetting["base_sha256_before"] != zero_forgetting["base_sha256_after"]
+    if zero_forgetting is not None and (
+        zero_forgetting["classes_changed"]
+        or zero_forgetting["base_sha256_before"] != zero_forgetting["base_sha256_after"]
     ):
         raise ForgettingError(
             f"Something learned has changed, see zero_forgetting in {folder.results}: {zero_forgetting}."

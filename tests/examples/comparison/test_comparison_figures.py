@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 
-import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -18,20 +17,6 @@ from comparison.figures import (
     forgetting_figure,
     samples_figure,
 )
-
-
-@pytest.fixture
-def saved(monkeypatch):
-    """The figures saved so far, to look at what is drawn."""
-    figures = []
-    savefig = matplotlib.figure.Figure.savefig
-
-    def record(self, *args, **kwargs):
-        figures.append(self)
-        savefig(self, *args, **kwargs)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", record)
-    return figures
 
 
 def check(path):
@@ -57,11 +42,11 @@ def test_every_look_differs_in_grey_too():
 
 
 @pytest.mark.parametrize("names", [NAMES[:1], NAMES[:3], NAMES])
-def test_accuracy_has_a_line_a_band_and_a_name_for_each_strategy(tmp_path, saved, names):
+def test_accuracy_has_a_line_a_band_and_a_name_for_each_strategy(tmp_path, saved_figures, names):
     values = averages(names)
     accuracy_figure(values, tmp_path / "figures" / "accuracy.png", classes_seen=[2, 4, 6, 8, 10])
     check(tmp_path / "figures" / "accuracy.png")
-    (axes,) = saved[0].axes
+    (axes,) = saved_figures[0].axes
     assert sorted(texts(axes)) == sorted(names)
     assert len(axes.collections) == len(names)
     lines = [line for line in axes.lines if len(line.get_xdata()) == 5]
@@ -75,9 +60,9 @@ def test_accuracy_has_a_line_a_band_and_a_name_for_each_strategy(tmp_path, saved
     assert (places[top], places[bottom]) == (max(places.values()), min(places.values()))
 
 
-def test_one_seed_has_no_band(tmp_path, saved):
+def test_one_seed_has_no_band(tmp_path, saved_figures):
     accuracy_figure({"funlora": [[90.0, 80.0]]}, tmp_path / "accuracy.png", classes_seen=[1, 2])
-    assert not saved[0].axes[0].collections
+    assert not saved_figures[0].axes[0].collections
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 13])
@@ -94,12 +79,12 @@ def test_names_do_not_overlap_and_stay_in_order(count):
     assert _apart([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
 
 
-def test_cost_shows_seconds_and_megabytes(tmp_path, saved):
+def test_cost_shows_seconds_and_megabytes(tmp_path, saved_figures):
     seconds = {"funlora": [60.0, 20.0, 20.0], "replay": [60.0, 30.0, 40.0]}
     kept = {"funlora": [2e6, 3e6, 4e6], "replay": [5e6] * 3}
     cost_figure(seconds, kept, tmp_path / "figures" / "cost.png")
     check(tmp_path / "figures" / "cost.png")
-    above, below = saved[0].axes
+    above, below = saved_figures[0].axes
     assert [axes.get_yscale() for axes in (above, below)] == ["linear", "linear"]
     assert [list(line.get_ydata()) for line in above.lines if len(line.get_xdata()) == 3][:2] == list(seconds.values())
     drawn = [list(line.get_ydata()) for line in below.lines if len(line.get_xdata()) == 3]
@@ -107,9 +92,9 @@ def test_cost_shows_seconds_and_megabytes(tmp_path, saved):
     assert above.get_ylim()[0] == below.get_ylim()[0] == 0
 
 
-def test_cost_of_very_different_sizes_is_logarithmic_and_leaves_zeros_out(tmp_path, saved):
+def test_cost_of_very_different_sizes_is_logarithmic_and_leaves_zeros_out(tmp_path, saved_figures):
     cost_figure({"joint": [500.0, 0.0], "funlora": [60.0, 1.0]}, {}, tmp_path / "cost.png")
-    (axes,) = saved[0].axes
+    (axes,) = saved_figures[0].axes
     assert axes.get_yscale() == "log"
     assert axes.get_ylabel() == "training of the task (s), log scale"
     joint = axes.lines[0].get_ydata()
@@ -118,18 +103,18 @@ def test_cost_of_very_different_sizes_is_logarithmic_and_leaves_zeros_out(tmp_pa
     assert sorted(texts(axes)) == ["funlora", "joint"]
 
 
-def test_a_strategy_looks_the_same_in_both_panels_of_the_cost(tmp_path, saved):
+def test_a_strategy_looks_the_same_in_both_panels_of_the_cost(tmp_path, saved_figures):
     cost_figure({"a": [1.0], "b": [2.0]}, {"b": [1e6]}, tmp_path / "cost.png")
-    above, below = saved[0].axes
+    above, below = saved_figures[0].axes
     assert above.lines[1].get_color() == below.lines[0].get_color() == Look.of(1).colour
 
 
 @pytest.mark.parametrize(("names", "tasks"), [(NAMES[:1], 1), (NAMES[:3], 5), (NAMES, 5), (NAMES[:2], 20)])
-def test_forgetting_has_a_panel_for_each_strategy_on_one_scale(tmp_path, saved, names, tasks):
+def test_forgetting_has_a_panel_for_each_strategy_on_one_scale(tmp_path, saved_figures, names, tasks):
     matrices = {name: made_up_results(name, 0, tasks=tasks)["accuracy_matrix"] for name in names}
     forgetting_figure(matrices, tmp_path / "figures" / "forgetting.png")
     check(tmp_path / "figures" / "forgetting.png")
-    panels = [axes for axes in saved[0].axes if axes.images and axes.get_title()]
+    panels = [axes for axes in saved_figures[0].axes if axes.images and axes.get_title()]
     assert len(panels) == len(names)
     for axes, matrix in zip(panels, matrices.values(), strict=True):
         (image,) = axes.images
@@ -142,7 +127,7 @@ def test_forgetting_has_a_panel_for_each_strategy_on_one_scale(tmp_path, saved, 
         assert texts(axes) == (written if tasks <= 12 else [])
 
 
-def test_samples_are_shown_pixel_for_pixel(tmp_path, saved):
+def test_samples_are_shown_pixel_for_pixel(tmp_path, saved_figures):
     generator = torch.Generator().manual_seed(0)
 
     def images(count):
@@ -162,7 +147,7 @@ def test_samples_are_shown_pixel_for_pixel(tmp_path, saved):
                 wanted = shown[0, 0].numpy().repeat(4, axis=0).repeat(4, axis=1)
                 corners = np.argwhere(windows[:, :, 0, 0] == wanted[0, 0])
                 assert any(np.array_equal(windows[tuple(corner)], wanted) for corner in corners)
-    axes = saved[0].axes[0]
+    axes = saved_figures[0].axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["funlora", "joint"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["after task 1", "after task 2"]
     assert axes.get_title(loc="left") == "Samples of classes zero, one of task 1"

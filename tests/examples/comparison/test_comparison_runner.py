@@ -85,9 +85,9 @@ def test_overwriting_starts_every_run_anew(jobs, tmp_path):
         (
             {},
             "joint:adapter_learning_rate=fast",
-            "'joint .adapter_learning_rate=fast.', whose run cannot be had: .*expected a number",
+            "'joint .adapter_learning_rate=fast.', whose run is not possible: .*expected a number",
         ),
-        ({}, "joint:solver=eluer", "whose run cannot be had: `solver` is 'eluer'"),
+        ({}, "joint:solver=eluer", "whose run is not possible: `solver` is 'eluer'"),
         ({"base_model": "somewhere"}, "joint", "cannot add classes to `base_model` 'somewhere'"),
     ],
 )

@@ -70,7 +70,7 @@ def finished_job(folder, *, forgotten=None):
 
 
 @pytest.mark.slow
-def test_no_failure_loses_the_others(tmp_path):
+def test_no_failure_loses_the_others(tmp_path, caplog):
     broken = Job(short_run(dataset_name=str(tmp_path / "nowhere")), tmp_path / "broken")
     deadly = Job(short_run(), Deadly(tmp_path / "deadly"))
     forgetful = finished_job(tmp_path / "forgetful", forgotten=[3])
@@ -83,6 +83,8 @@ def test_no_failure_loses_the_others(tmp_path):
     # What failed when it was finished does not pass when it is read.
     assert (third.results, third.error.partition(":")[0]) == (None, "ForgettingError")
     assert [(outcome.results["folder"], outcome.error) for outcome in rest] == [("a", None), ("b", None), ("c", None)]
+    # Those that ran again after a worker was killed, and finished, are not reported.
+    assert sum("A run failed" in record.message for record in caplog.records) == 3
 
 
 THREADS = """
