@@ -66,6 +66,7 @@ quality: .venv/installed
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 style: .venv/installed
 	$(BIN)/ruff check --fix $(CHECKED)
@@ -91,4 +92,4 @@ style: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .space .oldest-peft outputs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .space .oldest-peft outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis
