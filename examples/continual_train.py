@@ -5,8 +5,8 @@
 
 `--help` lists all arguments; a recipe gives defaults, arguments on the command line win.
 
-Exit codes: 0, finished; 75 (EX_TEMPFAIL), `--time_limit_minutes` is over, and 143, SIGTERM has come: after both,
-`--resume_from_checkpoint latest` goes on; 1, an error; 2, an argument that is not known. Of a process that a launcher
+Exit codes: 0, finished; 75 (EX_TEMPFAIL), `--time_limit_minutes` is over; 143, SIGTERM has come; 130, Ctrl-C: after these
+three, `--resume_from_checkpoint latest` goes on; 1, an error; 2, an argument that is not known. Of a process that a launcher
 (torchrun, accelerate launch) has started, the launcher itself returns 1 for each but 0.
 """
 

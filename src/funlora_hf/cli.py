@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in [f"error: {lines[0]}", *lines[1:_ERROR_LINES]]:
             _say(line, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        _say("stopped by Ctrl-C", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

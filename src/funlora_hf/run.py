@@ -76,7 +76,7 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
 
     Args:
         arguments ([`RunArguments`]): what to do.
-        termination ([`Termination`], *optional*): an entered one, for a run that SIGTERM has to end at a checkpoint.
+        termination ([`Termination`], *optional*): an entered one, for a run that SIGTERM and SIGINT have to end at a checkpoint.
 
     Returns:
         `dict`: the contents of results.json; None after `update_class`, and on all processes but the main one.
@@ -86,7 +86,7 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
         PushError: `push_to_hub`, but the finished run could not be pushed.
         ForgettingError: the samples of an earlier class, or the base, have changed; results.json is still written.
         TimeLimitReached: `time_limit_minutes` is over; the run can be resumed.
-        Terminated: SIGTERM has come; likewise.
+        Terminated: SIGTERM or SIGINT has come; likewise.
         FolderInUseError: another run uses `output_dir`.
         WriteError: a file could not be written; what is finished is safe.
         ValueError, FileExistsError, FileNotFoundError: arguments that do not fit each other, the data or the folder.

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from funlora_hf.continual.termination import EXIT_CODE, Terminated, Termination
+from funlora_hf.continual.termination import Terminated, Termination
 
 
 def test_outside_of_steps_it_stops_at_once():
@@ -41,7 +41,7 @@ def test_it_is_not_an_error_that_others_catch():
             os.kill(os.getpid(), signal.SIGTERM)
         except Exception:
             pytest.fail("caught by somebody who expects errors")
-    assert raised.value.code == EXIT_CODE == 143
+    assert raised.value.code == 143
 
 
 def test_afterwards_the_signal_is_whose_it_was():
@@ -61,7 +61,7 @@ with Termination(grace=0.2) as termination, termination.deferred():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(600)
 """
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == EXIT_CODE
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 143
 
 
 def test_a_process_that_stops_in_time_is_left_alone():
@@ -78,3 +78,41 @@ except Terminated:
 """
     done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "alive\n")
+
+
+def test_ctrl_c_stops_likewise_with_its_own_code():
+    with pytest.raises(Terminated, match=r"SIGINT: stopped outside the steps.*--resume_from_checkpoint latest") as raised, Termination():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert raised.value.code == 130
+    with Termination() as termination, termination.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a terminal and a launcher pass on the same one
+        assert termination.requested
+        assert termination.error("after step 3").code == 130
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    code = """
+import os, signal, time
+from funlora_hf.continual.termination import Termination
+
+with Termination() as termination, termination.deferred():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1.2)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(600)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 130
+
+
+def test_sigterm_after_ctrl_c_still_ends_in_time():
+    code = """
+import os, signal, time
+from funlora_hf.continual.termination import Termination
+
+with Termination(grace=0.2) as termination, termination.deferred():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 143

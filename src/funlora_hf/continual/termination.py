@@ -1,60 +1,77 @@
-"""SIGTERM, by which batch systems and launchers ask a process to end before they kill it."""
+"""SIGTERM, by which batch systems and launchers end a process, and SIGINT, which is Ctrl-C."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 
-# As a shell reports a process that SIGTERM has ended.
-EXIT_CODE = 128 + signal.SIGTERM
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds in which a second SIGINT is the same one: a terminal and a launcher both pass it on.
+SAME_SIGNAL = 1.0
 
 
 class Terminated(SystemExit):
-    """The run has stopped after SIGTERM and can be resumed; ends the process with code 143 unless it is caught."""
+    """
+    The run has stopped after a signal and can be resumed. Ends the process, unless it is caught, with the code by which a shell
+    reports the signal: 143 after SIGTERM, 130 after SIGINT.
+    """
 
-    def __init__(self, where: str) -> None:
-        super().__init__(EXIT_CODE)
-        self.where = where
+    def __init__(self, where: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(128 + number)
+        self.where, self.signal = where, signal.Signals(number)
 
     def __str__(self) -> str:
         return (
-            f"SIGTERM: stopped {self.where}. What is learned is kept; start it again with the same arguments and "
+            f"{self.signal.name}: stopped {self.where}. What is learned is kept; start it again with the same arguments and "
             "--resume_from_checkpoint latest to go on."
         )
 
 
 class Termination:
     """
-    A context in which SIGTERM raises `Terminated` in the main thread: at once, or, in a block of `deferred`, when that asks for
-    it. All files of a run appear whole or not at all, so that it may stop anywhere.
+    A context in which SIGTERM and SIGINT raise `Terminated` in the main thread: at once, or, in a block of `deferred`, when that
+    asks for it. All files of a run appear whole or not at all, so that it may stop anywhere. A second SIGINT ends the process at
+    once, a second SIGTERM changes nothing.
 
     Args:
         grace (`float`):
-            Seconds after the signal until the process is ended. Batch systems rarely wait longer than 10, and Python needs some of
+            Seconds after SIGTERM until the process is ended. Batch systems rarely wait longer than 10, and Python needs some of
             these to unload its libraries once a run has stopped.
     """
 
     def __init__(self, grace: float = 7.0) -> None:
-        self.requested = False
+        self.number: int | None = None
         self._grace = grace
         self._deferred = False
-        self._previous: Any = None
+        self._received = 0.0
+        self._previous: dict[int, Any] = {}
         self._guard: threading.Timer | None = None
 
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self.number is not None
+
     def __enter__(self) -> Termination:
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
         if self._guard is not None:
             self._guard.cancel()
+
+    def error(self, where: str) -> Terminated:
+        """What to raise for the signal that has come, here or in another process."""
+        return Terminated(where, self.number or signal.SIGTERM)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -66,11 +83,15 @@ class Termination:
             self._deferred = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == self.number == signal.SIGINT and now - self._received > SAME_SIGNAL:
+            os._exit(128 + number)
+        if number == signal.SIGTERM and self._guard is None:
+            self._guard = threading.Timer(self._grace, os._exit, [128 + number])
+            self._guard.daemon = True
+            self._guard.start()
         if self.requested:
-            return  # a launcher and a batch system may both send it
-        self.requested = True
-        self._guard = threading.Timer(self._grace, os._exit, [EXIT_CODE])
-        self._guard.daemon = True
-        self._guard.start()
+            return  # a launcher, a terminal and a batch system may all send one
+        self.number, self._received = number, now
         if not self._deferred:
-            raise Terminated("outside the steps of a phase")
+            raise self.error("outside the steps of a phase")

@@ -29,7 +29,7 @@ from .losses import PendingLosses
 from .run_folder import RunFolder
 from .strategy import Phase, PhaseSettings, Strategy, Trainable
 from .strategy_state import keep_memory_report, load_task_state, save_task_state
-from .termination import Terminated, Termination
+from .termination import Termination
 from .time_limit import TimeLimit, TimeLimitReached
 
 
@@ -75,7 +75,7 @@ class ContinualTrainer:
         random_flip (`bool`): flip training images at random.
         evaluator ([`Evaluator`], *optional*): told after every task.
         limit ([`TimeLimit`], *optional*): when to stop; None: never.
-        termination ([`Termination`], *optional*): whether SIGTERM has come; None: not listened to.
+        termination ([`Termination`], *optional*): whether SIGTERM or SIGINT has come; None: not listened to.
         steps_between_reads (`int`, *optional*):
             After how many steps losses are read from the device; None: every step on the CPU, rarely on a GPU, which
             would have to wait meanwhile.
@@ -246,7 +246,7 @@ class ContinualTrainer:
 
     def _stop_if(self, reason: _Reason, where: str) -> None:
         if reason is _Reason.SIGNAL:
-            raise Terminated(where)
+            raise self._termination.error(where)
         if reason is _Reason.TIME:
             raise self._limit.reached(where)
 
