@@ -38,7 +38,8 @@ from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies.funlora import FunLora
 from funlora_hf.continual.strategy import Phase, Setting
 from funlora_hf.continual.trainer import ContinualTrainer
-from funlora_hf.data.image_data import Task, load_image_data
+from funlora_hf.data.image_data import load_image_data
+from funlora_hf.data.tasks import Task
 from funlora_hf.run import RunArguments
 from funlora_hf.utils.files import write_json
 

@@ -27,7 +27,7 @@ from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies.funlora import FunLora
 from funlora_hf.continual.strategy import Batch, Setting, Strategy
 from funlora_hf.continual.trainer import ContinualTrainer, phase_seconds
-from funlora_hf.data.image_data import Task
+from funlora_hf.data.tasks import Task
 from funlora_hf.utils.files import folder_sha256, read_json, write_json
 from funlora_hf.utils.seeds import generator_for
 

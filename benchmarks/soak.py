@@ -31,7 +31,7 @@ from interleaved import RESULTS, Comparison, Curve, Findings, Point, comparison,
 from torch import nn
 
 from funlora_hf.continual.config import ContinualTrainingArguments, DataArguments, EvaluationArguments, ModelArguments
-from funlora_hf.data.image_data import Task
+from funlora_hf.data.tasks import Task
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.figures import BLUE, DPI, GREEN, GREY, ORANGE, STYLE, VERMILION
 from funlora_hf.run import RunArguments, run

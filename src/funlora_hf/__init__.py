@@ -3,8 +3,8 @@
 from .adapters.bank import AdapterBank
 from .adapters.base_fingerprint import BaseMismatchError, base_fingerprint, base_fingerprints
 from .adapters.put_into_model import load_adapter
-from .hub.delete import delete_class
-from .hub.push import delete_class_from_hub, push_adapter, push_all, push_base
+from .hub.delete import delete_class, delete_class_from_hub
+from .hub.push import push_adapter, push_all, push_base
 from .layer_selection import conv_layers, layer_importance, parameters_per_class, select_layers
 from .sampling.guidance import Guidance, expand_adapter_names
 from .sampling.merging import merge_class

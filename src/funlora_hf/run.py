@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, str_to_bool
 
 from .continual.base import ExistingBase, find_base
 from .continual.config import (
@@ -32,7 +32,9 @@ from .continual.strategy import Setting, Strategy
 from .continual.termination import Termination
 from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer, Evaluator
-from .data.image_data import ImageClassificationData, Task, assign_class_ids, load_image_data, split_into_tasks
+from .data.class_ids import assign_class_ids
+from .data.image_data import ImageClassificationData, load_image_data
+from .data.tasks import Task, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_finished, report_run
@@ -123,7 +125,8 @@ class _Run:
         with self._held():
             if self.accelerator.is_main_process:
                 overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
-                self.folder.open(self._settings(), overwrite=overwrite, resume=resume)
+                settings = {**self._settings(), "classes": data.digests()}
+                self.folder.open(settings, overwrite=overwrite, resume=resume, needed=self._needed())
             self.accelerator.wait_for_everyone()
             if self.training.report_to != "none":
                 self.accelerator.init_trackers("logs")
@@ -195,6 +198,11 @@ class _Run:
             raise
         self.accelerator.end_training()
 
+    def _needed(self) -> dict[str, str]:
+        """What the run reads, by the argument that names it."""
+        named = {"base_model": self.model.base_model, "dataset_name": self.arguments.data.dataset_name}
+        return {field: place for field, place in named.items() if place is not None and Path(place).exists()}
+
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.arguments.data, self.model, self.training, self.arguments.evaluation)
 
@@ -218,7 +226,7 @@ class _Run:
             check_class_name(name)
         if base is None:
             return data
-        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), base.classes))
+        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), base.classes, taken=base.taken))
 
     def _tasks(self, data: ImageClassificationData, base: ExistingBase | None) -> list[Task]:
         given = self.arguments.data
@@ -301,7 +309,43 @@ def _check_strategy(arguments: RunArguments) -> None:
         )
 
 
+# What `accelerate launch` and its config may set for the whole process, by the argument that says the same here.
+_LAUNCHER = {
+    "ACCELERATE_MIXED_PRECISION": "mixed_precision",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+}
+# What it may set and a run does not do.
+_UNUSED_BY_RUNS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
+
+def _check_launcher(training: ContinualTrainingArguments) -> None:
+    """Refuse settings of the launcher that differ from the run's, or that the run does not act on."""
+    for variable, field in _LAUNCHER.items():
+        launched, own = os.environ.get(variable), getattr(training, field)
+        if launched is not None and launched.lower() != str(own):
+            raise ValueError(
+                f"`{field}` is {own!r}, but the launcher has set {variable} to {launched!r}: pass --{field} {launched.lower()}, or "
+                "change accelerate's config."
+            )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("no", ""):
+        raise ValueError(
+            f"The launcher has set ACCELERATE_DYNAMO_BACKEND to {backend!r}, which a run does not use: pass --dynamo_backend no "
+            "to `accelerate launch`, and --torch_compile here."
+        )
+    for variable, name in _UNUSED_BY_RUNS.items():
+        if str_to_bool(os.environ.get(variable, "false")):
+            raise ValueError(
+                f"The launcher has switched on {name}, which a run does not use: switch it off in its config."
+            )
+
+
 def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
+    _check_launcher(training)
     # Processes that train independent adapters wait for the slowest one, which may take days.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     try:

@@ -81,7 +81,12 @@ except Terminated:
 
 
 def test_ctrl_c_stops_likewise_with_its_own_code():
-    with pytest.raises(Terminated, match=r"SIGINT: stopped outside the steps.*--resume_from_checkpoint latest") as raised, Termination():
+    with (
+        pytest.raises(
+            Terminated, match=r"SIGINT: stopped outside the steps.*--resume_from_checkpoint latest"
+        ) as raised,
+        Termination(),
+    ):
         os.kill(os.getpid(), signal.SIGINT)
     assert raised.value.code == 130
     with Termination() as termination, termination.deferred():

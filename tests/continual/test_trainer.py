@@ -18,7 +18,7 @@ from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategy import Phase, PhaseSettings, StepOutput, Strategy, Trainable
 from funlora_hf.continual.time_limit import TimeLimit, TimeLimitReached
 from funlora_hf.continual.trainer import ContinualTrainer, NonFiniteLossError, learning_rate, phase_seconds
-from funlora_hf.data.image_data import Task
+from funlora_hf.data.tasks import Task
 
 
 TASKS = [Task(0, (0,)), Task(1, (1,)), Task(2, (2,))]

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from funlora_hf.data import image_data as data
-from funlora_hf.data.image_data import Task, assign_class_ids, load_image_data, split_into_tasks
+from funlora_hf.data.class_ids import assign_class_ids
+from funlora_hf.data.image_data import load_image_data
+from funlora_hf.data.tasks import Task, split_into_tasks
 
 
 CIFAR10 = Path(

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from funlora_hf.data.image_data import Task
+from funlora_hf.data.tasks import Task
 from funlora_hf.evaluation.report import tasks_with_grid
 
 

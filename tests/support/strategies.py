@@ -14,7 +14,7 @@ from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies.registry import strategy_class
 from funlora_hf.continual.strategy import Setting, Strategy
 from funlora_hf.continual.trainer import ContinualTrainer
-from funlora_hf.data.image_data import Task
+from funlora_hf.data.tasks import Task
 
 
 TASKS = (Task(0, (5, 1)), Task(1, (0, 7)), Task(2, (3,)))

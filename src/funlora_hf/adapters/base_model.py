@@ -81,6 +81,29 @@ def _refuse(folder: Path, index: Mapping[str, Any], name: str, expected: str) ->
     raise ValueError(f"{os.fspath(folder / PIPELINE)!r} has `{name}` {found}, expected {expected}.")
 
 
+def check_velocity_unet(config: Mapping[str, Any], *, field: str) -> None:
+    """
+    Raise a ValueError that names the field unless a U-Net of this config can give velocities: it is called with 1000 * sigma, a
+    fraction that falls to 0, and its output is one number for each number of the image.
+
+    Args:
+        config: arguments of a UNet2DModel.
+        field: what to call it in an error.
+    """
+    kind = config.get("time_embedding_type") or "positional"
+    if kind != "positional":
+        why = "takes its logarithm" if kind == "fourier" else "takes whole numbers only"
+        raise ValueError(
+            f"`{field}.time_embedding_type` is {kind!r}, expected 'positional': the time falls to 0 in fractions, and {kind!r} {why}."
+        )
+    channels = [config.get(name, 3) for name in ("in_channels", "out_channels")]
+    if channels[0] != channels[1]:
+        raise ValueError(
+            f"`{field}.out_channels` is {channels[1]}, expected {channels[0]}, its `in_channels`: a velocity has the shape of the "
+            "image."
+        )
+
+
 def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:
     """
     The U-Net that an adapter was trained for: of a pipeline's folder or repository, or one that is the U-Net itself.

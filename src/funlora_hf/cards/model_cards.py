@@ -364,6 +364,8 @@ def _training(results: Mapping[str, Any], dataset: str | None, kind: str) -> dic
     own = {name.removeprefix(f"{kind}_"): value for name, value in training.items() if name.startswith(f"{kind}_")}
     steps, epochs, most = own.get("train_steps"), own.get("epochs"), training.get("max_train_steps")
     decay, start = own.get("ema_decay"), own.get("ema_start")
+    reached = results.get("ema_decay_reached", {}).get(kind, decay)
+    warmed_up = "" if reached == decay else f", of which the warm-up reached {reached:.4g}"
     accumulation, precision = training.get("gradient_accumulation_steps"), training.get("mixed_precision")
     values = {
         "data set": dataset and _text(dataset),
@@ -374,7 +376,7 @@ def _training(results: Mapping[str, Any], dataset: str | None, kind: str) -> dic
         "batch size": own.get("batch_size"),
         "learning rate": own.get("learning_rate"),
         "warm-up steps": own.get("warmup_steps"),
-        "EMA": decay and (f"decay {decay}" + (f", after {start:.0%} of the steps" if start else "")),
+        "EMA": decay and (f"decay {decay}{warmed_up}" + (f", after {start:.0%} of the steps" if start else "")),
         "gradient accumulation": None if accumulation == 1 else accumulation,
         "precision": None if precision == "no" else precision,
         "seed": results.get("seed"),

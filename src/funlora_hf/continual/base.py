@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
-from ..adapters.base_model import base_classes, check_base_folder
+from ..adapters.base_model import base_classes, check_base_folder, check_velocity_unet
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
@@ -158,6 +158,7 @@ class ExistingBase:
         folder: pipeline folder on this machine.
         source: how others find its U-Net: the folder's `unet/`, or the repository.
         classes: id -> name of every class known, by the base's rows and by adapters.
+        taken: ids of the adapters of the run that made the base, if it lies in the folder of one.
         image_size: edge of its images in pixels.
         channels: of its images.
     """
@@ -167,6 +168,7 @@ class ExistingBase:
     classes: dict[int, str]
     image_size: int
     channels: int
+    taken: tuple[int, ...] = ()
 
     def with_adapters(self, adapters: Path) -> ExistingBase:
         """The same, also knowing the classes of the adapters below a folder."""
@@ -188,7 +190,8 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
     """
     local = Path(name)
     if local.is_dir():
-        folder, source = local, os.fspath(local / "unet")
+        # Absolute, since adapters keep it: from another folder, "mybase/unet" would be the repository of somebody else.
+        folder, source = local, os.fspath(local.absolute() / "unet")
     elif name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"`base_model` is {name!r}, but that folder does not exist.")
     else:
@@ -200,6 +203,7 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
         )
     check_base_folder(folder)
     config = UNet2DModel.load_config(folder, subfolder="unet")
+    check_velocity_unet(config, field="base_model.unet")
     for number in ("sample_size", "in_channels"):
         check_at_least_one(number, config.get(number))
     if not config.get("num_class_embeds"):
@@ -207,5 +211,8 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
             f"`base_model` {name!r} has a U-Net without a class embedding (`num_class_embeds`), which class vectors "
             "replace: train a class-conditional base."
         )
-    base = ExistingBase(folder, source, base_classes(folder), config["sample_size"], config["in_channels"])
+    # A run has its adapters beside its base.
+    beside = adapter_folders(folder.absolute().parent / ADAPTERS_FOLDER) if folder.name == "base" else []
+    taken = tuple(adapter_class(adapter)["class_label"] for adapter in beside)
+    base = ExistingBase(folder, source, base_classes(folder), config["sample_size"], config["in_channels"], taken)
     return base.with_adapters(folder / ADAPTERS_FOLDER)

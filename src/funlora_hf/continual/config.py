@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..adapters.base_model import check_unet_config
+from ..adapters.base_model import check_unet_config, check_velocity_unet
 from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
 from ..sampling.solvers import check_solver
@@ -116,6 +116,7 @@ class ModelArguments:
         check_field_types(self)
         if self.unet_config is not None:
             check_unet_config(self.unet_config, field="unet_config")
+            check_velocity_unet(self.unet_config, field="unet_config")
             _check_halving(self.unet_config)
         _check_counts(self, "rank")
         self.funlora_config()
@@ -149,7 +150,7 @@ class ContinualTrainingArguments:
     channels_last: bool = _argument(False, "U-Net and images in torch.channels_last: faster on GPUs in fp16 and bf16.")
     torch_compile: bool = _argument(False, "Compile the U-Net's blocks for training, once for all classes.")
     gradient_accumulation_steps: int = _argument(1, "Batches summed up for one step.")
-    max_grad_norm: float | None = _argument(1.0, "Clip the gradient's norm; None does not.")
+    max_grad_norm: float | None = _argument(1.0, "Clip the gradient's norm to this, above 0; None does not.")
     max_nonfinite_steps: int = _argument(
         10,
         "Steps in a row that are skipped for a loss or gradient that is not finite; one more stops the run. 0: the first.",
@@ -186,6 +187,9 @@ class ContinualTrainingArguments:
     base_learning_rate: float = _argument(1e-3, "Peak learning rate of task 1.")
     base_warmup_steps: int = _argument(20, "Steps of linear warm-up in task 1.")
     base_ema_decay: float = _argument(0.99, "Decay of the moving average in task 1.")
+    base_ema_warmup: bool = _argument(
+        True, "After s averaged steps of task 1, the decay is at most (1 + s) / (10 + s)."
+    )
     base_ema_start: float = _argument(0.0, "Share of task 1 after which averaging starts.")
 
     adapter_train_steps: int | None = _argument(150, "Steps of a class; None: epochs count.")
@@ -194,6 +198,9 @@ class ContinualTrainingArguments:
     adapter_learning_rate: float = _argument(2e-2, "Peak learning rate of a class.")
     adapter_warmup_steps: int = _argument(20, "Steps of linear warm-up of a class.")
     adapter_ema_decay: float = _argument(0.98, "Decay of the moving average of a class.")
+    adapter_ema_warmup: bool = _argument(
+        True, "After s averaged steps of a class, the decay is at most (1 + s) / (10 + s)."
+    )
     adapter_ema_start: float = _argument(0.0, "Share of a class after which averaging starts.")
 
     update_class: int | None = _argument(None, "Train the adapter of this one class again; nothing else changes.")
@@ -218,8 +225,13 @@ class ContinualTrainingArguments:
             self, "gradient_accumulation_steps", "checkpointing_steps", "base_batch_size", "adapter_batch_size"
         )
         _check_counts(self, "max_train_steps", "checkpoints_total_limit")
-        if self.max_nonfinite_steps < 0:
-            raise ValueError(f"`max_nonfinite_steps` is {self.max_nonfinite_steps}, expected an integer >= 0.")
+        for name in ("max_nonfinite_steps", "base_warmup_steps", "adapter_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}, expected an integer >= 0.")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(
+                f"`max_grad_norm` is {self.max_grad_norm}, expected a number above 0, or None for no clipping."
+            )
         if self.time_limit_minutes is not None and not self.time_limit_minutes > 0:
             raise ValueError(
                 f"`time_limit_minutes` is {self.time_limit_minutes}, expected a number above 0, or None for no limit."

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.image_data import Task
+from ..data.tasks import Task
 from ..hub.push import push_all
 from ..hub.repository import HubRepository
 from .config import ContinualTrainingArguments

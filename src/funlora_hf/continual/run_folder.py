@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
+from ..utils.checks import shortened
 from ..utils.files import read_mapping, recover_folder, remove_folder, write_json
 
 
@@ -62,15 +63,29 @@ class RunFolder:
         """Where the samples of a class are shown."""
         return self.figures / f"{adapter_name(class_id)}.png"
 
-    def open(self, settings: Mapping[str, Any], *, overwrite: bool, resume: bool) -> None:
+    def open(
+        self,
+        settings: Mapping[str, Mapping[str, Any]],
+        *,
+        overwrite: bool,
+        resume: bool,
+        needed: Mapping[str, str] | None = None,
+    ) -> None:
         """Take the folder for a run with these settings; one process calls this.
+
+        Args:
+            settings: what a resumed run has to agree with, in parts.
+            overwrite: delete another run in the folder.
+            resume: go on with the run in the folder.
+            needed: files and folders that the run reads, by the argument that names them.
 
         Raises:
             FileExistsError: another run is in the folder, and neither `overwrite` nor `resume` is set.
-            ValueError: `resume`, but the run there has other settings.
+            ValueError: `resume`, but the run there has other settings; `overwrite`, but what would be deleted is needed or a link.
         """
         present = [name for name in CONTENTS if (self.path / name).exists()]
         if present and overwrite:
+            self._check_deletion(present, needed or {})
             for path in [self.path / name for name in present]:
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -134,16 +149,32 @@ class RunFolder:
             place = "holds a run without one" if present else "holds no run"
             logger.warning("No checkpoint to resume from: %s %s. Starting from the beginning.", self.path, place)
 
+    def _check_deletion(self, present: Sequence[str], needed: Mapping[str, str]) -> None:
+        for name in present:
+            path = self.path / name
+            if path.is_symlink():
+                raise ValueError(
+                    f"`overwrite_output_dir` is set, but {path} is a link: move it, or choose another `output_dir`."
+                )
+            for field, place in needed.items():
+                if Path(place).resolve().is_relative_to(path.resolve()):
+                    raise ValueError(
+                        f"`overwrite_output_dir` would delete {path}, in which `{field}` {place!r} lies: choose another "
+                        "`output_dir`."
+                    )
+
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         written = read_mapping(self._settings)
         differences = [
-            f"{name} was {before!r} and is {value!r}"
+            f"{name} was {before} and is {value}"
             for part, fields in settings.items()
-            for name, value in fields.items()
-            if name not in _FREE and (before := written.get(part, {}).get(name)) != value
+            if part in written
+            for name in {**written.get(part, {}), **fields}
+            if name not in _FREE
+            and (before := repr(written.get(part, {}).get(name))) != (value := repr(fields.get(name)))
         ]
         if differences:
             raise ValueError(
-                f"`resume_from_checkpoint`: the run in {self.path} has other settings: {'; '.join(differences)}. Resume "
+                f"`resume_from_checkpoint`: the run in {self.path} has other settings: {shortened('; '.join(differences), 4000)}. Resume "
                 "with the same settings, or start again with --overwrite_output_dir."
             )

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import nn
 
-from ..data.image_data import Task
+from ..data.tasks import Task
 from ..flow_matching import flow_matching_loss, interpolate, sigma_to_timestep, velocity_target
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.field_types import check_field_types
@@ -73,6 +73,7 @@ class PhaseSettings:
         warmup_steps: of a linear warm-up.
         ema_decay: of the moving average of the trained parameters.
         ema_start: share of the steps, in [0, 1], after which averaging starts.
+        ema_warmup: whether the decay is at most (1 + s) / (10 + s) after s averaged steps.
     """
 
     train_steps: int | None
@@ -82,6 +83,7 @@ class PhaseSettings:
     warmup_steps: int
     ema_decay: float
     ema_start: float
+    ema_warmup: bool = True
 
     @classmethod
     def of(cls, training: ContinualTrainingArguments, prefix: str) -> PhaseSettings:

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..data.image_data import Task
+from ..data.tasks import Task
 from ..utils.files import read_mapping, read_tensors, whole_file, write_json
 from .run_folder import RunFolder
 from .strategy import Strategy

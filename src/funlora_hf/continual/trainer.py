@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..adapters.class_folder import adapter_name
-from ..data.image_data import ImageClassificationData, Task
+from ..data.image_data import ImageClassificationData
+from ..data.tasks import Task
 from ..utils.files import read_json, remove_folder, write_json
 from ..utils.seeds import derive_seed
 from .batches import PhaseBatches
@@ -26,6 +26,7 @@ from .compilation import compilation_errors
 from .config import ContinualTrainingArguments
 from .guarded_steps import GuardedSteps, Outcome
 from .losses import PendingLosses
+from .moving_average import MovingAverage
 from .run_folder import RunFolder
 from .strategy import Phase, PhaseSettings, Strategy, Trainable
 from .strategy_state import keep_memory_report, load_task_state, save_task_state
@@ -266,19 +267,19 @@ class ContinualTrainer:
         try:
             with self._termination.deferred():
                 with compilation_errors():
-                    steps, skipped = self._train(phase, trainable, batches)
+                    record = self._train(phase, trainable, batches)
                 if self._writes(phase):
                     self.folder.check_there()
                     # Before the phase ends, since a finished phase is not run again.
-                    self._record_seconds(phase, steps, skipped, time.perf_counter() - started)
+                    self._record_seconds(phase, {"seconds": time.perf_counter() - started, **record})
                     self.strategy.end_phase(phase, trainable)
         finally:
             self.strategy.release_phase(phase, trainable)
             self.accelerator.free_memory()
         self._drop_checkpoints(phase)
 
-    def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> tuple[int, int]:
-        """Returns the steps of the phase, and how many of them were skipped."""
+    def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> dict[str, Any]:
+        """Returns the steps of the phase, how many of them were skipped, and the decay of the average in the last one."""
         accelerator, training = self.accelerator, self.training
         steps = self._steps(phase, batches)
         state = self._training_state(trainable, phase.settings, steps)
@@ -333,7 +334,8 @@ class ContinualTrainer:
                 steps,
                 phase.name,
             )
-        return steps, skipped
+        decay = state.ema.get_decay(state.ema.optimization_step)
+        return {"steps": steps, "skipped_steps": skipped, "ema_decay": decay}
 
     def _training_state(self, trainable: Trainable, settings: PhaseSettings, steps: int) -> TrainingState:
         parameters = list(trainable.parameters.values())
@@ -343,7 +345,8 @@ class ContinualTrainer:
         fused = True if on_gpu or self._read_every > 1 else None
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=fused)
         start = int(settings.ema_start * steps)
-        ema = EMAModel(parameters, decay=settings.ema_decay, update_after_step=start, foreach=on_gpu)
+        decay, warmup = settings.ema_decay, settings.ema_warmup
+        ema = MovingAverage(parameters, decay=decay, warmup=warmup, start=start, foreach=on_gpu)
         scaler = self.accelerator.scaler
         if scaler is not None:
             # accelerate has one for all phases, but a class must not depend on earlier ones of the process.
@@ -418,15 +421,13 @@ class ContinualTrainer:
         if not torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).all():
             raise self._non_finite(phase, step - 1, "A parameter is not finite")
 
-    def _record_seconds(self, phase: Phase, steps: int, skipped: int, seconds: float) -> None:
+    def _record_seconds(self, phase: Phase, found: dict[str, Any]) -> None:
         if phase.name.startswith("update_"):
             return
         tasks = {self._task_of.get(class_id) for class_id in phase.class_ids}
         record = {
-            "seconds": seconds,
-            "steps": steps,
-            "skipped_steps": skipped,
-            "images": steps * phase.settings.batch_size * self.training.gradient_accumulation_steps,
+            **found,
+            "images": found["steps"] * phase.settings.batch_size * self.training.gradient_accumulation_steps,
             "process": self.accelerator.process_index,
             "task": tasks.pop() if len(tasks) == 1 else None,
         }
@@ -458,8 +459,8 @@ def learning_rate(settings: PhaseSettings, step: int) -> float:
 
 
 def phase_seconds(folder: RunFolder) -> dict[str, dict[str, float]]:
-    """What each finished phase of a run took: `{phase: {seconds, steps, skipped_steps, images, process, task}}`; the task counts from 0, and
-    is None for a phase of several tasks' images."""
+    """What each finished phase of a run took: `{phase: {seconds, steps, skipped_steps, ema_decay, images, process, task}}`; the task counts
+    from 0, and is None for a phase of several tasks' images."""
     return {path.stem: read_json(path) for path in sorted((folder.checkpoints / "seconds").glob("*.json"))}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -19,27 +20,37 @@ MOST_PIXELS = 2**25
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
-def decode_image(encoded: Mapping[str, Any]) -> Image.Image:
+def check_inside(path: str | None, roots: Sequence[str]) -> Path:
+    """
+    The file that a row names. Links in the folders of a data set may lead out of it, names may not.
+
+    Raises:
+        ValueError: it is no file on this machine, or lies outside of the folders of the data set.
+    """
+    if not path or "\0" in path or not os.path.isfile(path):
+        raise ValueError(f"its file is {shortened(repr(path), 200)}, which is no file on this machine")
+    place = Path(os.path.abspath(path))
+    if not any(place.is_relative_to(os.path.abspath(root)) for root in roots):
+        raise ValueError(f"its file is {shortened(repr(path), 200)}, which lies outside of the data set")
+    return place
+
+
+def decode_image(encoded: Mapping[str, Any], *, roots: Sequence[str]) -> Image.Image:
     """Decode an image in a file on this machine or in bytes, and turn it as its EXIF orientation says.
 
     The header is checked before anything is decoded. No other program is started and no address is requested.
 
     Args:
         encoded: "bytes", or None and "path", as `datasets` keeps an image undecoded.
+        roots: folders in which the file may lie.
 
     Raises:
-        ValueError: no file, another format than `FORMATS`, or its header has no size, or one of more than `MOST_PIXELS`.
+        ValueError: no file, or none in `roots`, another format than `FORMATS`, or its header has no size, or one of more than `MOST_PIXELS`.
         OSError: Pillow finds no image in it.
         Exception: what else Pillow's formats raise.
     """
     content, path = encoded.get("bytes"), encoded.get("path")
-    source: str | io.BytesIO
-    if content is not None:
-        source = io.BytesIO(content)
-    elif path and "\0" not in path and os.path.isfile(path):
-        source = path
-    else:
-        raise ValueError(f"its file is {shortened(repr(path), 200)}, which is no file on this machine")
+    source = io.BytesIO(content) if content is not None else check_inside(path, roots)
     with warnings.catch_warnings():
         # Our limit is lower.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

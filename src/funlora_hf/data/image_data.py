@@ -5,7 +5,7 @@ continual learner must not hold the images of earlier tasks, so nothing here kee
 """
 
 import glob
-import itertools
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, config, load_dataset
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from huggingface_hub import constants
 from PIL import Image, ImageOps
 
 from ..utils.checks import shortened
-from .encoded_images import decode_image
+from .class_ids import check_unique
+from .encoded_images import check_inside, decode_image
 
 
 # Every held-out split is drawn with this seed, not the run's: all runs must be tested on the same images.
@@ -38,25 +41,13 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass(frozen=True)
-class Task:
-    """The classes learned together in one step of a continual run.
-
-    Attributes:
-        index: place of the task in the run, from 0.
-        class_ids: ids of its classes.
-    """
-
-    index: int
-    class_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _Part:
     """Images of one split: undecoded rows of a dataset's split, and which of them belong to which class."""
 
     source: str  # the dataset's own name of the split, for error texts: a held-out part comes from "train" too
     encoded: Dataset
     rows: dict[int, np.ndarray]
+    roots: tuple[str, ...] = ()  # folders in which a row may name a file
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -117,7 +108,7 @@ class ImageClassificationData:
             try:
                 if example[self.image_column] is None:
                     raise ValueError("the row holds no image")
-                image = decode_image(example[self.image_column])
+                image = decode_image(example[self.image_column], roots=part.roots)
                 mode = image.mode
                 pixels[index] = _to_array(image, size=size, channels=channels)
             except Exception as error:  # PIL's decoders raise many types, several of them not OSError
@@ -129,6 +120,26 @@ class ImageClassificationData:
                 ) from error
             self._warn_of_conversion(mode)
         return torch.from_numpy(pixels)
+
+    def digests(self) -> dict[str, str]:
+        """What each class is, by its id: name, number of images and a hash of their files, without decoding any.
+
+        Raises:
+            ValueError: the file of an image cannot be read.
+        """
+        found = {}
+        for class_id, name in self.class_names.items():
+            digest = hashlib.sha256()
+            for split, part in self.parts.items():
+                for example in part.encoded.select(self._rows(class_id, split)):
+                    encoded = example[self.image_column] or {}
+                    content = encoded.get("bytes")
+                    if content is None and encoded.get("path") is not None:
+                        content = check_inside(encoded["path"], part.roots).read_bytes()
+                    digest.update(hashlib.sha256(content or b"").digest())
+            counts = " and ".join(f"{self.count(class_id, split=split)} {split} images" for split in self.parts)
+            found[f"class {class_id}"] = f"{name} ({counts}, SHA-256 {digest.hexdigest()[:16]})"
+        return found
 
     def with_class_ids(self, ids: Sequence[int]) -> "ImageClassificationData":
         """The same data under new class ids.
@@ -145,7 +156,7 @@ class ImageClassificationData:
                 f"ids={ids} has {len(ids)} entries, expected {len(self.class_names)}: give one id for each class of "
                 f"dataset {self.name!r}, in the order of class_names."
             )
-        _check_unique("ids", ids)
+        check_unique("ids", ids)
         new_id = dict(zip(self.class_names, ids, strict=True))
         class_names = {new_id[old]: name for old, name in self.class_names.items()}
         parts = {
@@ -231,7 +242,7 @@ def load_image_data(
     for name, fraction in (("test_fraction", test_fraction), ("validation_fraction", held)):
         if not 0 < fraction < 1:
             raise ValueError(f"{name}={fraction!r} must lie between 0 and 1, both excluded: set --{name} to e.g. 0.2.")
-    name, splits = _open_splits(
+    name, splits, roots = _open_splits(
         dataset_name, config_name=dataset_config_name, revision=revision, digits_test_fraction=test_fraction
     )
     test_split = _find_splits(splits, train_split=train_split, test_split=test_split)
@@ -269,7 +280,7 @@ def load_image_data(
         kept = {
             class_id: split_rows[class_id][:max_images_per_class] for class_id in trained if class_id in split_rows
         }
-        parts[split] = _Part(source=source, encoded=encoded, rows=kept)
+        parts[split] = _Part(source=source, encoded=encoded, rows=kept, roots=roots)
     return ImageClassificationData(
         name=name,
         class_names=trained,
@@ -279,90 +290,15 @@ def load_image_data(
     )
 
 
-def split_into_tasks(
-    class_ids: Sequence[int],
-    classes_per_task: int,
-    *,
-    class_order_seed: int | None = None,
-    first_task: Sequence[int] | None = None,
-) -> list[Task]:
-    """Split classes into tasks.
-
-    Args:
-        class_ids: the dataset's classes, in the dataset's order.
-        classes_per_task: classes of each task; the last task may have fewer.
-        class_order_seed: None keeps the order of class_ids, a seed shuffles it.
-        first_task: classes that an existing generator knows already. If there are any, they are exactly task 0, in
-            this order, and the classes of class_ids that are not among them follow.
-
-    Returns:
-        The tasks; each class is in exactly one.
-
-    Raises:
-        ValueError: classes_per_task < 1, an id given twice, or fewer than two classes in all.
-    """
-    if classes_per_task < 1:
-        raise ValueError(
-            f"classes_per_task={classes_per_task} must be at least 1: set --classes_per_task to 1 or more."
-        )
-    class_ids = [int(class_id) for class_id in class_ids]
-    known = [int(class_id) for class_id in first_task or ()]
-    _check_unique("class_ids", class_ids)
-    _check_unique("first_task", known)
-    among_known = set(known)
-    new = [class_id for class_id in class_ids if class_id not in among_known]
-    if len(known) + len(new) < 2:
-        raise ValueError(
-            f"class_ids={class_ids} with first_task={known} gives {len(known) + len(new)} class(es), but continual "
-            "learning needs at least two classes: choose another dataset (--dataset_name) or another --label_column, "
-            "or give --base_model to add this one class to an existing generator."
-        )
-    if class_order_seed is not None:
-        new = [new[index] for index in np.random.default_rng(class_order_seed).permutation(len(new))]
-    chunks = [new[start : start + classes_per_task] for start in range(0, len(new), classes_per_task)]
-    if known:
-        chunks.insert(0, known)
-    return [Task(index=index, class_ids=tuple(chunk)) for index, chunk in enumerate(chunks)]
-
-
-def assign_class_ids(names: Sequence[str], known: Mapping[int, str]) -> list[int]:
-    """Ids for a dataset's classes next to the classes that a generator knows.
-
-    Args:
-        names: the dataset's class names, in its order.
-        known: class id -> name of the generator's classes; may be empty.
-
-    Returns:
-        One id for each name: the known one if the name is known, else the next free id from max(known) + 1 on.
-
-    Raises:
-        ValueError: a name given twice, in names or in known.
-    """
-    _check_unique("names", list(names))
-    _check_unique("known", list(known.values()))
-    id_of = {name: class_id for class_id, name in known.items()}
-    free = itertools.count(max(known, default=-1) + 1)
-    return [id_of[name] if name in id_of else next(free) for name in names]
-
-
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
     """uint8 0..255 of any shape to float32 in [-1, 1], the range that generator and classifier work in."""
     return images.float() / 127.5 - 1
 
 
-def _check_unique(field: str, values: list) -> None:
-    repeated = sorted(value for value, count in Counter(values).items() if count > 1)
-    if repeated:
-        raise ValueError(
-            f"{field}={shortened(str(values), 1000)} holds {shortened(str(repeated), 1000)} more than once: each class must be "
-            "given once."
-        )
-
-
 def _open_splits(
     dataset_name: str, *, config_name: str | None, revision: str | None, digits_test_fraction: float
-) -> tuple[str, DatasetDict]:
-    """Name for results, and all splits of the dataset."""
+) -> tuple[str, DatasetDict, tuple[str, ...]]:
+    """Name for results, all splits of the dataset, and the folders in which its rows may name files."""
     path = Path(dataset_name).expanduser()
     is_digits = dataset_name == "digits"
     is_local = not is_digits and (
@@ -386,8 +322,10 @@ def _open_splits(
             "leave --dataset_config_name out."
         )
     if is_digits:
-        return "digits", _load_digits(digits_test_fraction)
+        return "digits", _load_digits(digits_test_fraction), ()
+    roots = [path if path.is_dir() else path.parent, config.EXTRACTED_DATASETS_PATH]
     if not is_local:
+        roots = [constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH]
         name, arguments = dataset_name, {"path": dataset_name, "name": config_name, "revision": revision}
     elif is_parquet_folder:
         name, arguments = path.resolve().name, {"path": str(path), "name": config_name}
@@ -402,7 +340,7 @@ def _open_splits(
         )
     try:
         with _without_unpickling():
-            return name, load_dataset(**arguments)
+            return name, load_dataset(**arguments), tuple(map(str, roots))
     except Exception as error:
         # For damaged files `datasets` raises many types. Errors of the network and of permissions pass unchanged.
         of_files = (FileNotFoundError, ValueError, DatasetsError)
@@ -480,9 +418,31 @@ def _image_folder_files(folder: Path, dataset_name: str) -> dict:
             "<class>/<image> for every image, or <split>/<class>/<image> for every image. Move the images or remove "
             "the odd folders."
         )
-    base = glob.escape(str(folder))
-    patterns = {split.name: f"{base}/{glob.escape(split.name)}/*/*" for split in split_folders}
-    return {"data_files": patterns or {"train": f"{base}/*/*"}, "drop_labels": False}
+    _warn_of_other_files(class_folders, folder)
+    # A pattern for each class, since those with several * leave linked folders out.
+    patterns: dict[str, list[str]] = {}
+    for place in class_folders:
+        split = place.parent.name if split_folders else "train"
+        patterns.setdefault(split, []).append(f"{glob.escape(str(place))}/*")
+    return {"data_files": patterns, "drop_labels": False}
+
+
+def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
+    """Warn of visible files that `datasets` does not take for images, which it leaves out without a word."""
+    left_out: Counter[tuple[str, str]] = Counter()
+    for place in class_folders:
+        for file in place.iterdir():
+            if file.suffix.lower() not in ImageFolder.EXTENSIONS and not file.name.startswith((".", "__")):
+                left_out[place.relative_to(folder).as_posix(), file.suffix or "none"] += 1
+    if left_out:
+        counted = ", ".join(
+            f"{count} in {place!r} (extension {suffix})" for (place, suffix), count in left_out.items()
+        )
+        warnings.warn(
+            f"dataset {folder.resolve().name!r}: these files do not have the extension of an image and are left out: "
+            f"{shortened(counted, 1000)}.",
+            stacklevel=5,
+        )
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -25,7 +25,8 @@ from ..classifier import ClassifierConfig, percentage, predict, train_classifier
 from ..continual.config import EvaluationArguments
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
-from ..data.image_data import ImageClassificationData, Task
+from ..data.image_data import ImageClassificationData
+from ..data.tasks import Task
 from ..held_out import held_out_loss
 from ..sampling.drawing import Samples, draw_samples, tensor_sha256, to_uint8
 from ..sampling.pipeline import FunLoraPipeline

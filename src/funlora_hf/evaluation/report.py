@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
+from ..continual.base import BASE_PHASE
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
 from ..continual.strategy_state import memory_reports
 from ..continual.trainer import phase_seconds, preparation_seconds
-from ..data.image_data import Task
+from ..data.tasks import Task
 from ..layer_selection import LayerImportance, layer_importance
 from ..utils.files import read_mapping, write_json
 from .adapter_analysis import execution_order
@@ -140,6 +141,7 @@ def report_run(
         "training_images_per_task": _per_task(folder, "images", [0] * len(tasks)),
         # Records of earlier versions have none.
         "skipped_steps": sum(record.get("skipped_steps", 0) for record in phase_seconds(folder).values()),
+        "ema_decay_reached": _decays(folder),
         "seconds": _seconds(folder, records, len(tasks), time.perf_counter() - started),
         "zero_forgetting": zero_forgetting,
         "settings": settings,
@@ -173,6 +175,15 @@ def tasks_with_grid(tasks: Sequence[Task]) -> list[Task]:
     """The tasks after which the samples of all classes are drawn: at most 20, evenly spaced, with the first and the last."""
     count = min(len(tasks), MOST_SAMPLE_GRIDS)
     return [tasks[index] for index in np.linspace(0, len(tasks) - 1, count).round().astype(int)]
+
+
+def _decays(folder: RunFolder) -> dict[str, float]:
+    """The decay of the moving average in the last step of the base, and of the first adapter or later phase."""
+    found: dict[str, float] = {}
+    for name, record in phase_seconds(folder).items():
+        if "ema_decay" in record:
+            found.setdefault("base" if name == BASE_PHASE else "adapter", record["ema_decay"])
+    return found
 
 
 def _per_task(folder: RunFolder, key: str, start: Sequence[float]) -> list[float]:

@@ -1,7 +1,7 @@
 """Share bases and classes on the Hub: push, pull, describe, verify, delete."""
 
-from .delete import delete_class
-from .push import delete_class_from_hub, push_adapter, push_all, push_base
+from .delete import delete_class, delete_class_from_hub
+from .push import push_adapter, push_all, push_base
 
 
 __all__ = ["delete_class", "delete_class_from_hub", "push_adapter", "push_all", "push_base"]

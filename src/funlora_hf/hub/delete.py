@@ -6,13 +6,17 @@ import os
 import shutil
 from pathlib import Path
 
+from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 
 from ..adapters.bank import AdapterBank
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
 from ..sampling.pipeline import FunLoraPipeline
+from ..utils.checks import check_choice
 from ..utils.files import read_mapping, read_tensors, whole_file
-from .push import delete_class_from_hub
+from .classes_json import INDEX
+from .repository import HubRepository
+from .root_files import known_contents
 
 
 def delete_class(
@@ -67,6 +71,42 @@ def delete_class(
             f"`class_label` is {class_label}, which none of the places given has: name a class of an adapter, and where it is."
         )
     return found
+
+
+def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "keep") -> CommitInfo | None:
+    """
+    Delete the folder of a class and its line in the card from a repository, in one commit.
+
+    Args:
+        repo_id (`str`): of the repository, laid out as `push_all` does.
+        class_label (`int`): id of the class.
+        history (`str`, *optional*, defaults to `"keep"`):
+            "keep": earlier commits and tags still have the class, for those who ask for them. "squash": the newest commit becomes
+            the only one; tags of tasks are deleted, those of bases stay.
+
+    Returns:
+        `CommitInfo`, or None if there was no such class; its history is still squashed, if asked for.
+
+    Raises:
+        HfHubHTTPError: no such repository, or no right to write.
+    """
+    check_choice("history", history, ("keep", "squash"))
+    repository = HubRepository(repo_id, create=False)
+    contents = known_contents(repo_id, repository.files())
+    folders = [folder for folder, row in contents.classes.items() if row.class_label == class_label]
+    done = None
+    if folders:
+        done = repository.commit(
+            # A card without an index is not ours.
+            lambda present: (
+                known_contents(repo_id, present).without(class_label).files(repo_id) if INDEX in present else {}
+            ),
+            f"Delete class {class_label}",
+            delete=folders,
+        )
+    if history == "squash":
+        repository.forget_history(keep_tags=lambda tag: tag.startswith("base-"))
+    return done
 
 
 def _delete_from_folder(folder: Path, class_label: int) -> bool:

@@ -19,10 +19,9 @@ from ..adapters.untrusted_adapter import ADAPTER_FILES
 from ..cards.model_cards import ClassRow, Place
 from ..sampling.pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig
-from ..utils.checks import check_choice
-from .classes_json import INDEX, HubIndex, shown_results
+from .classes_json import HubIndex, shown_results
 from .repository import HubRepository
-from .root_files import known_contents, root_files
+from .root_files import root_files
 from .what_to_push import BaseFolder, RunToPush, read_adapter_folder, read_base, read_run, warn_without_base
 
 
@@ -202,42 +201,6 @@ def push_all(
     # An earlier push may have broken off between a commit and its tag.
     repository.tag(*(f"task-{number}" for number in range(1, len(run.tasks) + 1)), *run.base_tags)
     return [done for done in commits if done is not None]
-
-
-def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "keep") -> CommitInfo | None:
-    """
-    Delete the folder of a class and its line in the card from a repository, in one commit.
-
-    Args:
-        repo_id (`str`): of the repository, laid out as `push_all` does.
-        class_label (`int`): id of the class.
-        history (`str`, *optional*, defaults to `"keep"`):
-            "keep": earlier commits and tags still have the class, for those who ask for them. "squash": the newest commit becomes
-            the only one; tags of tasks are deleted, those of bases stay.
-
-    Returns:
-        `CommitInfo`, or None if there was no such class; its history is still squashed, if asked for.
-
-    Raises:
-        HfHubHTTPError: no such repository, or no right to write.
-    """
-    check_choice("history", history, ("keep", "squash"))
-    repository = HubRepository(repo_id, create=False)
-    contents = known_contents(repo_id, repository.files())
-    folders = [folder for folder, row in contents.classes.items() if row.class_label == class_label]
-    done = None
-    if folders:
-        done = repository.commit(
-            # A card without an index is not ours.
-            lambda present: (
-                known_contents(repo_id, present).without(class_label).files(repo_id) if INDEX in present else {}
-            ),
-            f"Delete class {class_label}",
-            delete=folders,
-        )
-    if history == "squash":
-        repository.forget_history(keep_tags=lambda tag: tag.startswith("base-"))
-    return done
 
 
 def _base_of(run: RunToPush, repo_id: str, base_model: str | None, base_revision: str | None) -> Place:

@@ -19,10 +19,11 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapters.base_fingerprint import base_tensors
-from ..adapters.base_model import check_base_folder, class_names
+from ..adapters.base_model import check_base_folder, check_velocity_unet, class_names
 from ..adapters.by_class import ClassAdapters
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name, known_class
 from ..adapters.untrusted_adapter import read_adapter
@@ -38,6 +39,10 @@ ClassLabels: TypeAlias = int | str | Sequence[int | str] | torch.Tensor
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 Images: TypeAlias = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 Weights: TypeAlias = int | Sequence[float] | torch.Tensor
+
+
+# What the solvers assume of the scheduler, whose own steps are not used.
+_SCHEDULE = {"num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}
 
 
 @dataclass
@@ -92,11 +97,20 @@ class FunLoraPipeline(DiffusionPipeline):
                 f"`unet` is a {type(unet).__name__}, expected the UNet2DModel in it, without adapters: save the adapter with "
                 "`save_pretrained`, pass `unet.unload()`, and add the adapter with `load_adapter`."
             )
+        if not isinstance(_uncompiled(unet), UNet2DModel):
+            raise ValueError(f"`unet` is a {type(unet).__name__}, expected a UNet2DModel.")
+        check_velocity_unet(unet.config, field="unet.config")
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             raise ValueError(
                 f"`scheduler` is a {type(scheduler).__name__}, expected a FlowMatchEulerDiscreteScheduler: the base must "
                 "be trained by flow matching."
             )
+        for name, expected in _SCHEDULE.items():
+            if scheduler.config.get(name, expected) != expected:
+                raise ValueError(
+                    f"`scheduler.config.{name}` is {scheduler.config[name]}, expected {expected}: the solvers take even steps from "
+                    "sigma 1 to 0 and call the U-Net with 1000 * sigma."
+                )
         self.register_modules(unet=unet, scheduler=scheduler)
         rows = unet.config["num_class_embeds"] or 0
         classes = class_names(range(rows) if class_ids is None else class_ids, id2label or {})
@@ -185,7 +199,7 @@ class FunLoraPipeline(DiffusionPipeline):
             [`FunLoraPipelineOutput`] or `tuple`: the images, in the order asked, and the number of evaluations.
 
         Raises:
-            ValueError: unknown class, solver or output type, no class at all, or less than one step.
+            ValueError: unknown class, solver or output type, no class at all, less than one step, or samples that are not finite.
 
         Source: arXiv 2510.02631, sampling by an ODE solver [text]; the default solver and steps are [ours].
         """
@@ -203,6 +217,7 @@ class FunLoraPipeline(DiffusionPipeline):
         with self._acting(class_ids):
             velocity = velocity if guidance is None else partial(guidance, velocity)
             output = self._solve(velocity, noise[order], num_inference_steps, solver, rtol, atol)
+        self._check_finite(output.sample, [[class_id] for class_id in class_ids], solver, num_inference_steps)
         sample = torch.empty_like(output.sample)
         sample[order] = output.sample
         return self._output(sample, output.nfe, output_type, return_dict)
@@ -301,6 +316,7 @@ class FunLoraPipeline(DiffusionPipeline):
 
         with self._acting(class_ids):
             output = self._solve(velocity, noise, num_inference_steps, solver, rtol, atol)
+        self._check_finite(output.sample, [[class_1, class_2]] * len(output.sample), solver, num_inference_steps)
         return self._output(output.sample, output.nfe, output_type, return_dict)
 
     def predict_velocity(self, sample: torch.Tensor, sigma: torch.Tensor, class_labels: ClassLabels) -> torch.Tensor:
@@ -492,6 +508,21 @@ class FunLoraPipeline(DiffusionPipeline):
             dtype=torch.float32,
         )
 
+    def _check_finite(
+        self, samples: torch.Tensor, class_ids: Sequence[Sequence[int]], solver: str, num_inference_steps: int
+    ) -> None:
+        """Raise a ValueError that names the classes of samples that are not finite, which images cannot show."""
+        finite = torch.isfinite(samples).flatten(1).all(dim=1).tolist()
+        spoiled = sorted(
+            {one for ids, is_finite in zip(class_ids, finite, strict=True) if not is_finite for one in ids}
+        )
+        if spoiled:
+            names = ", ".join(f"{class_id} ({self.classes[class_id]})" for class_id in spoiled)
+            raise ValueError(
+                f"{finite.count(False)} of {len(finite)} samples are not finite after {num_inference_steps} steps of {solver!r}; their "
+                f"classes: {names}. Check the weights of the base and of these adapters."
+            )
+
     def _solve(
         self,
         velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -557,8 +588,14 @@ def _check_names(id2label: Mapping[int, str]) -> None:
         raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
 
 
+def _uncompiled(unet: Any) -> Any:
+    """The module that `torch.compile` has wrapped, or the module itself."""
+    return getattr(unet, "_orig_mod", unet)
+
+
 def _without_adapters(unet: UNet2DModel) -> UNet2DModel:
     """A U-Net without adapters that shares the base's tensors."""
+    unet = _uncompiled(unet)
     if not adapted_modules(unet):
         return unet
     with torch.device("meta"):

@@ -5,6 +5,7 @@ The integrators are torchdiffeq's; the grid is the scheduler's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,17 +64,26 @@ def solve(
         [`SolverOutput`].
 
     Raises:
-        ValueError: unknown solver, or sigmas that do not fall.
+        ValueError: unknown solver, a tolerance that is not above 0, sigmas that do not fall, or "dopri5" gave up.
 
     Source: arXiv 2510.02631, sampling: dopri5 and rk4 [text], tolerance and other solvers [ours].
     """
     check_solver(solver)
     if sigmas.dim() != 1 or len(sigmas) < 2 or (sigmas.diff() >= 0).any():
         raise ValueError(f"`sigmas` is {sigmas.tolist()}, expected a falling sequence of at least two.")
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        if not 0 < tolerance < math.inf:
+            raise ValueError(f"`{name}` is {tolerance}, expected a number above 0.")
     counted = _Counted(velocity, on_step)
     sigmas = sigmas.to(noise.device)
     if solver == "dopri5":
-        states = odeint(counted, noise, sigmas[[0, -1]], rtol=rtol, atol=atol, method="dopri5")
+        try:
+            states = odeint(counted, noise, sigmas[[0, -1]], rtol=rtol, atol=atol, method="dopri5")
+        except AssertionError as error:
+            raise ValueError(
+                f"`solver` 'dopri5' gave up after {counted.evaluations} evaluations ({error}): the velocity is not finite or changes "
+                "too fast. Check the model, raise `rtol` and `atol`, or take another solver."
+            ) from error
     else:
         options = {"grid_constructor": lambda func, y0, t: sigmas.to(t)}
         states = odeint(counted, noise, sigmas[[0, -1]], method=_FIXED_STEP[solver], options=options)

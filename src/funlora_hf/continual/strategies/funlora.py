@@ -18,7 +18,7 @@ from torch import nn
 
 from ...adapters.base_fingerprint import base_fingerprints
 from ...adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save_adapter
-from ...data.image_data import Task
+from ...data.tasks import Task
 from ...layer_selection import ParametersPerClass, parameters_per_class
 from ...sampling.pipeline import FunLoraPipeline
 from ...tuner import FunLoraConfig, mixed_batch

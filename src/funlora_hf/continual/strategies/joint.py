@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ...data.image_data import Task
+from ...data.tasks import Task
 from ...sampling.pipeline import FunLoraPipeline
 from ..base import base_shape, label_rows, load_pipeline, save_base, trainable_unet
 from ..strategy import (

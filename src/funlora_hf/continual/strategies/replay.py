@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from ...classifier import build_classifier
-from ...data.image_data import Task
+from ...data.tasks import Task
 from ..base import BASE_PHASE, label_rows
 from ..strategy import Batch, Phase, PhaseSettings, Setting, StepOutput, Trainable, tensor_bytes
 from .finetune import Finetune

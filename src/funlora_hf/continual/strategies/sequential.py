@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ...adapters.base_model import base_classes
-from ...data.image_data import Task
+from ...data.tasks import Task
 from ...sampling.pipeline import FunLoraPipeline
 from ...utils.files import read_tensors, whole_file
 from ..base import (

@@ -1,0 +1,3 @@
+"""The import path before `continual.strategies.funlora`."""
+
+from .strategies.funlora import *  # noqa: F403

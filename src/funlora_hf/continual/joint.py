@@ -1,0 +1,3 @@
+"""The import path before `continual.strategies.joint`."""
+
+from .strategies.joint import *  # noqa: F403

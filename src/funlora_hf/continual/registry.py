@@ -1,0 +1,3 @@
+"""The import path before `continual.strategies.registry`."""
+
+from .strategies.registry import *  # noqa: F403
