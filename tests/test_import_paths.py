@@ -9,7 +9,12 @@ import pytest
 
 PATHS = {
     "funlora_hf.baselines": ["ConvLoraConfig"],
-    "funlora_hf.continual.config": ["ContinualTrainingArguments", "DataArguments", "EvaluationArguments", "ModelArguments"],
+    "funlora_hf.continual.config": [
+        "ContinualTrainingArguments",
+        "DataArguments",
+        "EvaluationArguments",
+        "ModelArguments",
+    ],
     "funlora_hf.continual.existing_base": ["ExistingBase", "find_base"],
     "funlora_hf.continual.finetune": ["Finetune"],
     "funlora_hf.continual.funlora": ["FunLora"],

@@ -28,15 +28,18 @@ from funlora_hf import FunLoraPipeline
 from funlora_hf.classifier import ClassifierConfig, train_classifier
 from funlora_hf.continual import time_limit
 from funlora_hf.continual import trainer as trainer_module
+from funlora_hf.continual.base import find_base
+from funlora_hf.continual.config import ContinualTrainingArguments
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategy import StepOutput
 from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
+from funlora_hf.data.class_ids import assign_class_ids
 from funlora_hf.data.image_data import load_image_data, to_model_range
 from funlora_hf.evaluation import evaluator as evaluator_module
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError
-from funlora_hf.run import run
+from funlora_hf.run import _check_launcher, run
 from funlora_hf.sampling.drawing import to_uint8
 from funlora_hf.utils.files import read_json, write_json
 from funlora_hf.utils.locks import FolderInUseError, folder_lock
@@ -863,3 +866,68 @@ def test_a_second_run_in_one_folder_is_refused(arguments, tmp_path):
     ):
         run(short_run(output_dir=str(out), **arguments))
     assert [path.name for path in out.rglob("*")] == ["adapters", "class_4"]
+
+
+LAUNCHED = [
+    ("ACCELERATE_MIXED_PRECISION", "bf16", "`mixed_precision` is 'no'.*pass --mixed_precision bf16"),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "`gradient_accumulation_steps` is 1"),
+    ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ACCELERATE_DYNAMO_BACKEND"),
+    ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+    ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "text"), LAUNCHED)
+def test_what_the_launcher_has_set_otherwise_is_refused(variable, value, text, inside, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=text):
+        run(short_run(output_dir="out"))
+    assert not (inside / "out").exists()
+
+
+def test_what_the_launcher_has_set_likewise_is_taken(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    _check_launcher(ContinualTrainingArguments())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": -1.0},
+        {"base_warmup_steps": -1},
+        {"adapter_warmup_steps": -5},
+        {"max_nonfinite_steps": -1},
+    ],
+)
+def test_numbers_out_of_range_are_refused_at_construction(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"`{name}` is {changes[name]}, expected"):
+        ContinualTrainingArguments(**changes)
+
+
+def test_the_decay_that_the_average_reached_is_reported(finished, inside):
+    results = read_json(finished / "results.json")
+    reached, steps = results["ema_decay_reached"], results["settings"]["ContinualTrainingArguments"]
+    for phase in ("base", "adapter"):
+        last = steps[f"{phase}_train_steps"] - 1
+        assert reached[phase] == pytest.approx((1 + last) / (10 + last))
+        assert reached[phase] < steps[f"{phase}_ema_decay"]
+    run(
+        short_run(output_dir="out", num_tasks=2, base_ema_warmup=False, adapter_ema_warmup=False, image_quality="none")
+    )
+    reached = read_json(inside / "out" / "results.json")["ema_decay_reached"]
+    assert reached == {"base": 0.99, "adapter": 0.98}
+
+
+def test_new_classes_avoid_the_ids_of_adapters_beside_the_base(finished, inside):
+    """Which `find_base` sees for a base in the folder of a run, be the folder named from afar or from inside."""
+    base = find_base(str(finished / "base"))
+    assert base.source == str(finished / "base" / "unet")
+    assert base.taken == (4, 5, 6, 7, 8, 9)
+    assert assign_class_ids(["new"], base.classes, taken=base.taken) == [10]
+    shutil.copytree(finished / "base", inside / "elsewhere" / "base")
+    assert find_base(str(inside / "elsewhere" / "base")).taken == ()

@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, str_to_bool
 
-from .continual.base import ExistingBase, find_base
+from .continual.base import ExistingBase, find_base, local_source
 from .continual.config import (
     DIGITS_UNET,
     LATEST,
@@ -247,7 +247,7 @@ class _Run:
         setting = Setting(
             output_dir=self.folder.path,
             base_dir=self.folder.base if base is None else base.folder,
-            base_source=os.fspath(self.folder.base / "unet") if base is None else base.source,
+            base_source=local_source(self.folder.base) if base is None else base.source,
             has_base=base is not None,
             class_names={**({} if base is None else base.classes), **data.class_names},
             tasks=tuple(tasks),

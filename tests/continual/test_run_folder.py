@@ -85,3 +85,43 @@ def test_a_folder_without_settings_has_none_to_lose(tmp_path):
 def test_an_update_needs_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="`update_class` has nothing to update"):
         RunFolder(tmp_path).check_update()
+
+
+@pytest.mark.parametrize("place", ["base", "base/unet", "adapters", "results.json", "model/../base", "figures/images"])
+def test_overwriting_never_deletes_what_the_run_reads(place, run):
+    for folder in ("base/unet", "adapters", "model", "figures/images"):
+        (run.path / folder).mkdir(parents=True, exist_ok=True)
+    run.results.write_text("{}")
+    before = sorted(path for path in run.path.rglob("*"))
+    with pytest.raises(ValueError, match=r"`overwrite_output_dir` would delete .*`dataset_name`"):
+        run.open(SETTINGS, overwrite=True, resume=False, needed={"dataset_name": str(run.path / place)})
+    assert sorted(path for path in run.path.rglob("*")) == before
+
+
+def test_overwriting_follows_no_link_to_what_the_run_reads(run, tmp_path):
+    (tmp_path / "link").symlink_to(run.base)
+    with pytest.raises(ValueError, match="`base_model`"):
+        run.open(SETTINGS, overwrite=True, resume=False, needed={"base_model": str(tmp_path / "link")})
+    run.open(SETTINGS, overwrite=True, resume=False, needed={"base_model": str(tmp_path)})
+    assert not run.base.exists()
+
+
+def test_overwriting_deletes_nothing_where_one_thing_is_a_link(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (run.path / "model").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="model is a link"):
+        run.open(SETTINGS, overwrite=True, resume=False)
+    assert run.base.is_dir()
+
+
+@pytest.mark.parametrize(
+    "now", [{"class 0": "a"}, {"class 0": "a", "class 1": "c"}, {"class 0": "a", "class 1": "b", "class 2": "d"}]
+)
+def test_resuming_needs_the_same_classes(now, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    classes = {"class 0": "a", "class 1": "b"}
+    folder.open({**SETTINGS, "classes": classes}, overwrite=False, resume=False)
+    folder.base.mkdir()
+    folder.open({**SETTINGS, "classes": classes}, overwrite=False, resume=True)
+    with pytest.raises(ValueError, match=r"other settings: class [12] was .* and is "):
+        folder.open({**SETTINGS, "classes": now}, overwrite=False, resume=True)

@@ -744,3 +744,109 @@ def test_with_class_ids(tmp_path):
         found.with_class_ids([4])
     with pytest.raises(ValueError, match=r"ids=.*more than once"):
         found.with_class_ids([4, 4])
+
+
+# What is left out is named; rows name no files outside
+
+
+def write_images(folder, count=3, suffix=".png"):
+    folder.mkdir(parents=True)
+    for index in range(count):
+        grey(index).save(folder / f"{index}.png")
+        (folder / f"{index}.png").rename(folder / f"{index}{suffix}")
+
+
+def counts(folder):
+    found = load_image_data(str(folder), image_size=8, channels=1)
+    return {name: found.count(i) + found.count(i, split="test") for i, name in found.class_names.items()}
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "test")])
+def test_linked_class_folders_are_read(splits, tmp_path):
+    for split in splits:
+        write_images(tmp_path / "store" / split / "b")
+        write_images(tmp_path / "images" / split / "a")
+        (tmp_path / "images" / split / "linked").symlink_to(tmp_path / "store" / split / "b")
+        write_images(tmp_path / "images" / split / "c [x]")
+    each = 3 * len(splits)
+    assert counts(tmp_path / "images") == {"a": each, "c [x]": each, "linked": each}
+    (tmp_path / "images" / splits[0] / "linked").rename(tmp_path / "images" / splits[0] / "linked [x]")
+    with pytest.raises(ValueError, match=r"linked folder .*linked \[x\]'"):
+        counts(tmp_path / "images")
+
+
+def test_linked_images_are_read(tmp_path):
+    for name in "ab":
+        write_images(tmp_path / "store" / name)
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for file in (tmp_path / "store" / name).iterdir():
+            (tmp_path / "images" / name / file.name).symlink_to(file)
+    assert counts(tmp_path / "images") == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".HEIC", ".raw", ""])
+def test_files_without_the_extension_of_an_image_are_counted_and_named(suffix, tmp_path):
+    write_images(tmp_path / "images" / "a")
+    write_images(tmp_path / "images" / "b")
+    write_images(tmp_path / "images" / "only others", suffix=suffix)
+    (tmp_path / "images" / "b" / f"more{suffix}").write_bytes(b"x")
+    (tmp_path / "images" / "b" / ".hidden").write_bytes(b"x")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        assert counts(tmp_path / "images") == {"a": 3, "b": 3}
+    said = next(str(one.message) for one in caught if "extension" in str(one.message))
+    assert f"3 in 'only others' (extension {suffix or 'none'})" in said
+    assert f"1 in 'b' (extension {suffix or 'none'})" in said
+
+
+def parquet_that_names(path, folder):
+    """A parquet file of four rows, of which one has no bytes but the path of a file."""
+    folder.mkdir(exist_ok=True)
+    rows = table([0, 0, 1, 1], datasets.Value("int64")).cast_column("image", datasets.Image(decode=False))
+    images = [*[*rows["image"]][:3], {"bytes": None, "path": str(path)}]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    made = datasets.Dataset.from_dict({"image": images, "label": rows["label"]}, features=features)
+    pq.write_table(made.data.table, folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+@pytest.mark.parametrize("place", ["outside.png", "data/../outside.png", "data/link/../../outside.png"])
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_a_row_names_no_file_outside_of_the_data(place, whole_folder, tmp_path, monkeypatch):
+    grey(200).save(tmp_path / "outside.png")
+    (tmp_path / "data" / "link").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / place, place):
+        file = parquet_that_names(path, tmp_path / "data")
+        found = load_image_data(str(file.parent if whole_folder else file), image_size=8, channels=1)
+        with pytest.raises(ValueError, match="lies outside of the data set"):
+            [found.images(1, split=split) for split in ("train", "test")]
+
+
+def test_a_row_names_a_file_beside_it(tmp_path):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    grey(200).save(tmp_path / "data" / "images" / "x.png")
+    file = parquet_that_names(tmp_path / "data" / "images" / "x.png", tmp_path / "data")
+    found = load_image_data(str(file), image_size=8, channels=1)
+    assert 200 in torch.cat([found.images(1, split=split) for split in ("train", "test")])
+
+
+def test_digests_know_classes_by_name_and_content(tmp_path):
+    for name in "abc":
+        write_images(tmp_path / "images" / name, count=5)
+
+    def digests():
+        return load_image_data(str(tmp_path / "images"), image_size=8, channels=1).digests()
+
+    before = digests()
+    assert list(before) == ["class 0", "class 1", "class 2"]
+    (tmp_path / "images").rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "images")
+    os.utime(tmp_path / "images" / "a" / "0.png", (0, 0))
+    assert digests() == before
+    grey(99).save(tmp_path / "images" / "b" / "2.png")
+    changed = digests()
+    assert [key for key in before if changed[key] != before[key]] == ["class 1"]
+    (tmp_path / "images" / "c" / "4.png").unlink()
+    assert digests()["class 2"] != before["class 2"]
+    (tmp_path / "images" / "a").rename(tmp_path / "images" / "z")
+    assert digests()["class 0"] == changed["class 1"]

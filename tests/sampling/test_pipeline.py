@@ -9,14 +9,17 @@ import typing
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from peft import LoraConfig, PeftModel, get_peft_model
+from runs import TINY_UNET, make_tiny_unet
 from safetensors.torch import load_file, save_file
 from scipy.integrate import solve_ivp
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline, FunLoraPipelineOutput
 from funlora_hf.adapters.base_model import read_unet
+from funlora_hf.continual.base import find_base
+from funlora_hf.continual.config import ModelArguments
 from funlora_hf.tuner import FunLoraLayer
 
 
@@ -370,3 +373,67 @@ def test_the_type_of_the_output_follows_return_dict(name):
     assert types.keys() == {True, False}
     assert types[True] is FunLoraPipelineOutput
     assert typing.get_origin(types[False]) is tuple
+
+
+UNUSUAL = [
+    ({"time_embedding_type": "fourier"}, "time_embedding_type"),
+    ({"time_embedding_type": "learned", "num_train_timesteps": 1000}, "time_embedding_type"),
+    ({"out_channels": 2}, "out_channels"),
+]
+
+
+@pytest.mark.parametrize(("changes", "field"), UNUSUAL)
+def test_a_unet_with_other_conventions_is_refused_by_name(changes, field, tmp_path):
+    """Before anything is sampled or trained: by the pipeline, as an existing base, and in the arguments of a run."""
+    unet = UNet2DModel(**{**TINY_UNET, "num_class_embeds": 2, **changes})
+    with pytest.raises(ValueError, match=rf"`unet\.config\.{field}`"):
+        FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())
+    FunLoraPipeline(make_tiny_unet(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(ValueError, match=rf"`base_model\.unet\.{field}`"):
+        find_base(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"`unet_config\.{field}`"):
+        ModelArguments(unet_config={**TINY_UNET, **changes})
+
+
+@pytest.mark.parametrize("changes", [{"num_train_timesteps": 500}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
+def test_a_scheduler_with_other_conventions_is_refused_by_name(changes, tiny_unet):
+    (name,) = changes
+    with pytest.raises(ValueError, match=rf"`scheduler\.config\.{name}`"):
+        FunLoraPipeline(tiny_unet, FlowMatchEulerDiscreteScheduler(**changes))
+
+
+def test_another_kind_of_model_is_refused_at_construction():
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+    )
+    with pytest.raises(ValueError, match="`unet` is a UNet2DConditionModel, expected a UNet2DModel"):
+        FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk4"])
+def test_samples_that_are_not_finite_are_no_images(value, solver, tiny_pipe):
+    """The error names the class whose weights are spoiled and no other."""
+    with torch.no_grad():
+        tiny_pipe.unet.class_embedding.weight[1] = value
+    assert tiny_pipe([3], 2, solver, generator=generator()).images
+    with pytest.raises(ValueError, match=rf"1 of 2 samples are not finite after 2 steps of '{solver}'.*: 5 \(5\)"):
+        tiny_pipe([3, 5], 2, solver, generator=generator())
+    with pytest.raises(ValueError, match=r"samples are not finite.*3 \(three\), 5 \(5\)"):
+        tiny_pipe.interpolate(3, 5, [0.5, 1.0], num_inference_steps=2, solver=solver)
+
+
+def test_a_compiled_unet_is_saved_with_its_adapters(adapters, tiny_pipe, tmp_path):
+    tiny_pipe.load_adapter(adapters / "class_7")
+    tiny_pipe.unet = torch.compile(tiny_pipe.unet, backend="eager")
+    tiny_pipe.save_pretrained(tmp_path / "saved")
+    again = FunLoraPipeline.from_pretrained(tmp_path / "saved")
+    images = [pipe([7, 3], 2, generator=generator(), output_type="np").images for pipe in (tiny_pipe, again)]
+    np.testing.assert_allclose(*images, atol=1e-5)

@@ -90,3 +90,16 @@ def test_bad_input_is_named(noise):
         solve(velocity, noise, sigmas(2), solver="rk5")
     with pytest.raises(ValueError, match=r"`sigmas` is .* expected a falling sequence"):
         solve(velocity, noise, torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+@pytest.mark.parametrize("tolerance", [0.0, -1e-5, float("nan"), float("inf")])
+def test_tolerances_are_above_0(name, tolerance, noise):
+    with pytest.raises(ValueError, match=f"`{name}` is {tolerance}, expected a number above 0"):
+        solve(velocity, noise, sigmas(2), solver="dopri5", **{name: tolerance})
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x * float("nan"), lambda x: 1e30 * x * x])
+def test_a_solver_that_gives_up_says_so(spoil, noise):
+    with pytest.raises(ValueError, match=r"`solver` 'dopri5' gave up after [0-9]+ evaluations"):
+        solve(lambda sigma, x: spoil(x), noise, sigmas(2), solver="dopri5")

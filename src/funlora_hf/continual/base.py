@@ -177,6 +177,11 @@ class ExistingBase:
         return replace(self, classes={**self.classes, **names})
 
 
+def local_source(folder: Path) -> str:
+    """How adapters name the U-Net of a base on this machine: beginning with "/" or "./", as no repository's name does."""
+    return os.path.join(os.curdir, folder / "unet")
+
+
 def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
     """Look at the base that `base_model` names.
 
@@ -190,8 +195,7 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
     """
     local = Path(name)
     if local.is_dir():
-        # Absolute, since adapters keep it: from another folder, "mybase/unet" would be the repository of somebody else.
-        folder, source = local, os.fspath(local.absolute() / "unet")
+        folder, source = local, local_source(local)
     elif name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"`base_model` is {name!r}, but that folder does not exist.")
     else:

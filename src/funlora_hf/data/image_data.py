@@ -422,6 +422,11 @@ def _image_folder_files(folder: Path, dataset_name: str) -> dict:
     # A pattern for each class, since those with several * leave linked folders out.
     patterns: dict[str, list[str]] = {}
     for place in class_folders:
+        if place.is_symlink() and glob.has_magic(str(place)):
+            raise ValueError(
+                f"dataset_name={dataset_name!r} has the linked folder {str(place.relative_to(folder))!r}, which `datasets` cannot "
+                "follow for one of the characters *?[ in its path: rename it, or put the images themselves there."
+            )
         split = place.parent.name if split_folders else "train"
         patterns.setdefault(split, []).append(f"{glob.escape(str(place))}/*")
     return {"data_files": patterns, "drop_labels": False}
