@@ -26,6 +26,7 @@ import numpy as np
 import PIL.Image
 import psutil
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from diffusers import UNet2DModel
 from interleaved import RESULTS, Comparison, Curve, Findings, Point, comparison, main, point
 from torch import nn
@@ -231,7 +232,7 @@ def held() -> dict[str, int]:
     process = psutil.Process()
     memory, open_files = process.memory_info().rss, process.num_fds()
     # By type: some objects act as if they were of another class when they are asked.
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and not is_fake(thing)]
     modules = sum(issubclass(type(thing), nn.Module) for thing in gc.get_objects())
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
