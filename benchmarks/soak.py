@@ -26,10 +26,10 @@ import numpy as np
 import PIL.Image
 import psutil
 import torch
-from torch._subclasses.fake_tensor import is_fake
 from diffusers import UNet2DModel
 from interleaved import RESULTS, Comparison, Curve, Findings, Point, comparison, main, point
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 from funlora_hf.continual.config import ContinualTrainingArguments, DataArguments, EvaluationArguments, ModelArguments
 from funlora_hf.data.tasks import Task

@@ -19,7 +19,6 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapters.base_fingerprint import base_tensors
