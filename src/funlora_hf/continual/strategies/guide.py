@@ -23,7 +23,7 @@ from .replay import Replay, is_classifier
 class GuideOptions(ReplayOptions):
     """
     Args:
-        guidance_scale: s; 0 samples as `replay` does. 0.2 is GUIDE's for CIFAR-10 in five tasks, 0.5 for CIFAR-100 [code].
+        guidance_scale: s; 0 samples as `replay` does. GUIDE has 0.2 for CIFAR-10 in two tasks and 0.5 in five [code].
         refreshes: in how many rounds, evenly over the classifier's training, the images are drawn, each steered by the
             classifier as it then is [ours].
         largest_weight: of the guidance, which would be infinite at the noise [ours].
