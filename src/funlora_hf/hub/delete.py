@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
@@ -14,6 +15,7 @@ from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_choice
 from ..utils.files import read_mapping, read_tensors, whole_file
+from ..utils.locks import folder_lock
 from .classes_json import INDEX
 from .repository import HubRepository
 from .root_files import known_contents
@@ -47,7 +49,8 @@ def delete_class(
         `list[str]`: the places that had the class: "repo_id", "pipeline", "bank", "output_dir".
 
     Raises:
-        ValueError: a class of the base, which is part of its weights, or one that none of the places has.
+        ValueError: a class of the base, which is part of its weights, one that none of the places has, or a link in `output_dir`.
+        FolderInUseError: a run is at work in `output_dir`.
         HfHubHTTPError: the Hub refused; nothing has been deleted then.
     """
     if pipeline is not None and class_label in pipeline.base_classes:
@@ -55,22 +58,28 @@ def delete_class(
             f"`class_label` is {class_label}, a class of the base, expected one that an adapter makes: what the base knows is "
             "part of its weights and cannot be deleted."
         )
-    found = []
-    if repo_id is not None and delete_class_from_hub(repo_id, class_label, history=history) is not None:
-        found.append("repo_id")
-    if pipeline is not None and class_label in pipeline.classes:
-        pipeline.unload_adapter(class_label)
-        found.append("pipeline")
-    if bank is not None and class_label in bank:
-        bank.remove(class_label)
-        found.append("bank")
-    if output_dir is not None and _delete_from_folder(Path(output_dir), class_label):
-        found.append("output_dir")
-    if not found:
-        raise ValueError(
-            f"`class_label` is {class_label}, which none of the places given has: name a class of an adapter, and where it is."
-        )
-    return found
+    folder = None if output_dir is None else Path(output_dir)
+    with ExitStack() as held:
+        traces: list[Path] = []
+        if folder is not None and folder.is_dir():
+            held.enter_context(folder_lock(folder))
+            traces = _traces(folder, class_label)
+        found = []
+        if repo_id is not None and delete_class_from_hub(repo_id, class_label, history=history) is not None:
+            found.append("repo_id")
+        if pipeline is not None and class_label in pipeline.classes:
+            pipeline.unload_adapter(class_label)
+            found.append("pipeline")
+        if bank is not None and class_label in bank:
+            bank.remove(class_label)
+            found.append("bank")
+        if folder is not None and _delete_from_folder(folder, class_label, traces):
+            found.append("output_dir")
+        if not found:
+            raise ValueError(
+                f"`class_label` is {class_label}, which none of the places given has: name a class of an adapter, and where it is."
+            )
+        return found
 
 
 def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "keep") -> CommitInfo | None:
@@ -109,13 +118,23 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
     return done
 
 
-def _delete_from_folder(folder: Path, class_label: int) -> bool:
+def _traces(folder: Path, class_label: int) -> list[Path]:
+    """What shows the class in a folder. Raises a ValueError, before anything is deleted, if some of it is a link."""
     name = adapter_name(class_label)
-    adapter = folder / ADAPTERS_FOLDER / name
-    had_it = adapter.is_dir()
-    _forget_samples(folder / "figures" / "samples.safetensors", name)
-    traces = [adapter, folder / "figures" / f"{name}.png", *_grids_with(folder, class_label)]
+    traces = [folder / ADAPTERS_FOLDER / name, folder / "figures" / f"{name}.png", *_grids_with(folder, class_label)]
     traces += [path for path in (folder / "checkpoints").rglob(f"{name}*") if path.stem == name]
+    for path in (*traces, *{path.parent for path in traces}):
+        if path.is_symlink():
+            raise ValueError(
+                f"{os.fspath(path)!r} is a link, and what it points to may be needed elsewhere: delete it yourself."
+            )
+    return traces
+
+
+def _delete_from_folder(folder: Path, class_label: int, traces: list[Path]) -> bool:
+    name = adapter_name(class_label)
+    had_it = (folder / ADAPTERS_FOLDER / name).is_dir()
+    _forget_samples(folder / "figures" / "samples.safetensors", name)
     for path in traces:
         if path.is_dir():
             shutil.rmtree(path)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_name
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
 from ..adapters.untrusted_adapter import check_download
 from ..utils.files import whole_folder
+from ..utils.locks import folder_lock
 from .find import ADAPTER_CONTENTS, BASE_CONTENTS, Contents, find_contents
 from .verify import sound_base, verify_contents
 
@@ -50,7 +51,8 @@ def pull(
     Raises:
         FileNotFoundError: no such repository or class, no base though asked for.
         FileExistsError: a folder is there with other content.
-        ValueError: something is damaged, or does not belong to the base.
+        ValueError: something is damaged, or does not belong to the base; or a base that other adapters need would be replaced.
+        FolderInUseError: a run is at work in `output_dir`.
     """
     output_dir = Path(output_dir)
     found = find_contents(
@@ -69,12 +71,29 @@ def pull(
             f"{', '.join(there)}: there already, with other content than in {found.source!r}. Pass --overwrite to replace it, or "
             "another folder."
         )
-    for target, files in differ.items():
-        with whole_folder(target) as temporary:
-            for name, file in files.items():
-                (temporary / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, temporary / name)
+    _check_base_is_not_needed(differ, output_dir)
+    with folder_lock(output_dir):
+        for target, files in differ.items():
+            with whole_folder(target) as temporary:
+                for name, file in files.items():
+                    (temporary / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, temporary / name)
     return list(differ)
+
+
+def _check_base_is_not_needed(differ: Mapping[Path, Mapping[str, Path]], output_dir: Path) -> None:
+    """Raise a ValueError if a base would be replaced, by one of other weights, that adapters in the folder were trained for."""
+    target = output_dir / BASE_FOLDER
+    others = [folder.name for folder in adapter_folders(output_dir / ADAPTERS_FOLDER) if folder not in differ]
+    if target not in differ or not target.is_dir() or not others:
+        return
+    weights = {name: path for name, path in differ[target].items() if name.endswith(".safetensors")}
+    if not all(
+        (target / name).is_file() and filecmp.cmp(target / name, path, shallow=False) for name, path in weights.items()
+    ):
+        raise ValueError(
+            f"`overwrite` would replace {os.fspath(target)!r}, the base of {', '.join(others)}: pull into another folder."
+        )
 
 
 def _check_sound(found: Contents, output_dir: Path) -> None:

@@ -1,0 +1,73 @@
+"""What deleting and pulling must leave alone: links, folders in use, bases that are needed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
+from runs import digests, make_tiny_unet
+
+from funlora_hf import FunLoraPipeline, delete_class
+from funlora_hf.hub.pull import pull
+from funlora_hf.utils.locks import FolderInUseError
+
+
+@pytest.mark.parametrize("linked", ["adapters/class_7", "adapters", "figures/class_7.png", "figures"])
+def test_a_link_is_refused_before_anything_is_deleted(linked, run_folder, tmp_path):
+    (run_folder / "figures").mkdir()
+    (run_folder / "figures" / "class_7.png").write_bytes(b"x")
+    (run_folder / linked).rename(tmp_path / "elsewhere")
+    (run_folder / linked).symlink_to(tmp_path / "elsewhere")
+    before = digests(tmp_path)
+    with pytest.raises(ValueError, match="is a link"):
+        delete_class(7, output_dir=run_folder)
+    assert digests(tmp_path) == before
+
+
+@pytest.fixture
+def in_use(run_folder):
+    """The folder, in which another process is at work."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom funlora_hf.utils.locks import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, run_folder], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield run_folder
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_in_use_is_left_alone(in_use, tmp_path):
+    before = digests(in_use / "adapters")
+    with pytest.raises(FolderInUseError):
+        delete_class(7, output_dir=in_use)
+    shutil.copytree(in_use / "adapters" / "class_7", tmp_path / "source" / "class_9")
+    config = tmp_path / "source" / "class_9" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"class_label": 7', '"class_label": 9'))
+    with pytest.raises(FolderInUseError):
+        pull(tmp_path / "source", in_use)
+    assert digests(in_use / "adapters") == before
+
+
+def test_a_lock_is_gone_afterwards(run_folder):
+    assert delete_class(7, output_dir=run_folder) == ["output_dir"]
+    assert sorted(path.name for path in run_folder.iterdir()) == ["adapters", "base"]
+
+
+def test_pull_does_not_replace_the_base_of_other_adapters(run_folder, tmp_path):
+    """One of the same weights it does."""
+    unet = make_tiny_unet()
+    source = tmp_path / "source"
+    pipe = FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler(), [3, 5], {3: "other name"})
+    pipe.save_pretrained(source / "base")
+    pull(source, run_folder, with_base=True, overwrite=True)
+    unet.conv_in.bias.data += 1
+    pipe.save_pretrained(source / "base")
+    before = digests(run_folder)
+    with pytest.raises(ValueError, match=r"the base of class_7, class_8: pull into another folder"):
+        pull(source, run_folder, with_base=True, overwrite=True)
+    assert digests(run_folder) == before
