@@ -178,7 +178,7 @@ def test_interpolation_gives_the_usual_output_types(pipe):
         ({"weights": [float("nan")]}, "`weights` is .*nan"),
         ({"weights": 1}, "`weights` is 1, expected at least 2 images"),
         ({"solver": "midpoint"}, "`solver` is 'midpoint', expected one of"),
-        ({"num_inference_steps": 0}, "`num_inference_steps` is 0"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` should be a positive integer"),
         ({"output_type": "latent"}, "`output_type` is 'latent'"),
     ],
 )
@@ -237,7 +237,7 @@ def test_a_list_of_generators_makes_each_image_its_own(pipe):
         ({"class_labels": ["four"]}, "`class_labels` has 'four'"),
         ({"class_labels": []}, "`class_labels` is empty"),
         ({"class_labels": 3, "solver": "midpoint"}, "`solver` is 'midpoint', expected one of"),
-        ({"class_labels": 3, "num_inference_steps": 0}, "`num_inference_steps` is 0"),
+        ({"class_labels": 3, "num_inference_steps": 0}, "`num_inference_steps` should be a positive integer"),
         ({"class_labels": 3, "output_type": "latent"}, "`output_type` is 'latent'"),
     ],
 )
@@ -437,3 +437,66 @@ def test_a_compiled_unet_is_saved_with_its_adapters(adapters, tiny_pipe, tmp_pat
     again = FunLoraPipeline.from_pretrained(tmp_path / "saved")
     images = [pipe([7, 3], 2, generator=generator(), output_type="np").images for pipe in (tiny_pipe, again)]
     np.testing.assert_allclose(*images, atol=1e-5)
+
+
+def test_a_second_pipeline_of_the_same_unet_leaves_the_first_alone(adapters, tiny_pipe):
+    tiny_pipe.load_adapter(adapters / "class_7")
+    before = tiny_pipe([7, 3], 2, generator=generator(), output_type="np").images
+    other = FunLoraPipeline(**tiny_pipe.components)
+    with pytest.raises(ValueError, match="has the adapters bank0 of another pipeline"):
+        other.load_adapter(adapters / "class_9")
+    np.testing.assert_array_equal(tiny_pipe([7, 3], 2, generator=generator(), output_type="np").images, before)
+    own = FunLoraPipeline(copy.deepcopy(make_tiny_unet()), tiny_pipe.scheduler)
+    own.load_adapter(adapters / "class_9")
+    tiny_pipe.unload_adapter(7)
+    other.load_adapter(adapters / "class_9")
+    images = [pipe([9, 0], 2, generator=generator(), output_type="np").images for pipe in (own, other)]
+    np.testing.assert_allclose(*images, atol=1e-6)
+
+
+def test_a_replaced_unet_is_taken_up_or_refused(adapters, tiny_pipe):
+    tiny_pipe.unet = make_tiny_unet()
+    tiny_pipe.load_adapter(adapters / "class_7")
+    expected = tiny_pipe([7], 2, generator=generator(), output_type="np").images
+    assert tiny_pipe._adapters.model is tiny_pipe.unet
+    tiny_pipe.unet = make_tiny_unet()
+    for use in (lambda: tiny_pipe([7], 2), lambda: tiny_pipe.load_adapter(adapters / "class_9")):
+        with pytest.raises(ValueError, match="`unet` was replaced after adapters were loaded"):
+            use()
+    tiny_pipe.unload_adapter(7)
+    tiny_pipe.load_adapter(adapters / "class_7")
+    np.testing.assert_array_equal(tiny_pipe([7], 2, generator=generator(), output_type="np").images, expected)
+
+
+BAD_CALLS = [
+    ({"generator": [generator()]}, "`generator` is a list of 1, expected one for each of 2 images"),
+    ({"generator": [generator() for _ in range(3)]}, "`generator` is a list of 3"),
+    ({"class_labels": [3, 5.5]}, r"`class_labels` has 5\.5"),
+    ({"class_labels": torch.tensor([3.0, 4.9])}, r"`class_labels` has 4\.9"),
+    ({"class_labels": [True, 3]}, "`class_labels` has True"),
+    ({"num_inference_steps": 2.5}, "`num_inference_steps`"),
+    ({"num_inference_steps": True}, "`num_inference_steps`"),
+    ({"num_inference_steps": 0}, "`num_inference_steps`"),
+]
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD_CALLS)
+def test_arguments_of_a_call_are_acted_on_or_refused(changes, text, tiny_pipe):
+    with pytest.raises(ValueError, match=text):
+        tiny_pipe(**{"class_labels": [3, 5], "num_inference_steps": 2, **changes})
+
+
+@pytest.mark.parametrize("sigma", [float("nan"), -0.1, 1.5, [0.5, 2.0]])
+def test_sigma_lies_between_data_and_noise(sigma, tiny_pipe):
+    with pytest.raises(ValueError, match="`sigma` is"):
+        tiny_pipe.predict_velocity(torch.zeros(2, 1, 8, 8), torch.tensor(sigma), [3, 5])
+
+
+def test_saving_refuses_what_would_lose_adapters_or_could_not_be_read(adapters, tiny_pipe, tmp_path):
+    tiny_pipe.load_adapter(adapters / "class_7")
+    for arguments in ({"safe_serialization": False}, {"push_to_hub": True, "repo_id": "user/x"}):
+        with pytest.raises(ValueError, match=f"`{next(iter(arguments))}`"):
+            tiny_pipe.save_pretrained(tmp_path / "saved", **arguments)
+    with pytest.raises(ValueError, match="`safe_serialization`"):
+        tiny_pipe.save_pretrained(tmp_path / "saved", False)
+    assert not (tmp_path / "saved").exists()

@@ -17,7 +17,7 @@ from ..tuner import FunLoraConfig, mixed_batch
 from ..tuners_utils.layer import BASE
 from ..tuners_utils.model import AdapterModel
 from ..tuners_utils.weights import cached_weights
-from ..tuners_utils.wrappers import remove_adapters, without_peft
+from ..tuners_utils.wrappers import adapter_names_in, remove_adapters, without_peft
 from .base_fingerprint import FingerprintCheck
 from .class_folder import adapter_name, save_adapter, save_adapter_tensors
 from .class_rows import ClassRows, adapters_enabled
@@ -74,6 +74,11 @@ class ClassAdapters:
         self._names: dict[int, str] = {}
 
     @property
+    def model(self) -> nn.Module:
+        """The base."""
+        return self._model
+
+    @property
     def classes(self) -> dict[int, str]:
         """Ids and names of the classes, in the order in which they were loaded."""
         return dict(self._names)
@@ -95,6 +100,7 @@ class ClassAdapters:
                 "another pipeline for it."
             )
         with self._turn.taken():
+            self._check_alone()
             if not ignore_base_fingerprint:
                 self._base.check(adapter.config, adapter.source)
             try:
@@ -121,6 +127,7 @@ class ClassAdapters:
     def add_bank(self, saved: SavedBank, *, ignore_base_fingerprint: bool = False) -> None:
         """Load all classes of a bank's file, none of which is loaded yet. Errors as in [`AdapterBank.load`]."""
         with self._turn.taken():
+            self._check_alone()
             if not ignore_base_fingerprint:
                 self._base.check(saved.config, saved.file)
             self._banks.append(ClassRows.of_file(saved, self._model, self._free_name(), beside=self._banks))
@@ -156,7 +163,7 @@ class ClassAdapters:
         Raises:
             ValueError: an adapter that cannot be merged.
         """
-        names = {adapter_name(label) for label in self._configs}.union(*(bank.adapter_names for bank in self._banks))
+        names = self._own_names()
         if class_label is None:
             model = deepcopy(self._model)
             remove_adapters(model, names)
@@ -194,6 +201,18 @@ class ClassAdapters:
             batch = [BASE if label is None else names[label] for label in class_labels]
             with adapters_enabled(self._model), self._batch(batch), cached_weights(self._model):
                 yield
+
+    def _own_names(self) -> set[str]:
+        return {adapter_name(label) for label in self._configs}.union(*(bank.adapter_names for bank in self._banks))
+
+    def _check_alone(self) -> None:
+        """Raise a ValueError if the model has adapters of somebody else, such as a pipeline that shares it."""
+        others = sorted(adapter_names_in(self._model) - self._own_names())
+        if others:
+            raise ValueError(
+                f"The U-Net has the adapters {', '.join(others)} of another pipeline or of other code: unload them there, or give each "
+                "pipeline a U-Net of its own (`copy.deepcopy`)."
+            )
 
     def _batch(self, names: list[str]) -> AbstractContextManager:
         if self._peft_model is None or isinstance(self._peft_model.base_model, AdapterModel):

@@ -29,7 +29,7 @@ from ..adapters.untrusted_adapter import read_adapter
 from ..adapters.untrusted_bank import read_bank
 from ..flow_matching import sigma_to_timestep
 from ..tuners_utils.wrappers import adapted_modules
-from ..utils.checks import shortened
+from ..utils.checks import check_at_least_one, shortened
 from .guidance import Guidance
 from .solvers import SolverOutput, check_solver, solve
 
@@ -331,8 +331,10 @@ class FunLoraPipeline(DiffusionPipeline):
             `torch.Tensor`: of the shape and dtype of `sample`.
 
         Raises:
-            ValueError: unknown class.
+            ValueError: unknown class, or a sigma outside of [0, 1].
         """
+        if not ((sigma >= 0) & (sigma <= 1)).all():
+            raise ValueError(f"`sigma` is {sigma.tolist()}, expected numbers in [0, 1].")
         class_ids = self._class_ids(class_labels)
         with self._acting(class_ids):
             return self._velocity(sample, sigma, self._embedding_rows(class_ids))
@@ -380,6 +382,7 @@ class FunLoraPipeline(DiffusionPipeline):
             where = "the base knows" if class_label in self.base_classes else "an adapter is loaded for"
             raise ValueError(f"`class_label` is {class_label}, a class that {where} already: pass another one.")
         _check_names({**self.classes, class_label: class_name})
+        self._follow_unet()
         self._adapters.add(adapter, class_label, class_name, ignore_base_fingerprint=ignore_base_fingerprint)
         return class_label
 
@@ -405,6 +408,7 @@ class FunLoraPipeline(DiffusionPipeline):
         if taken:
             raise ValueError(f"{saved.file!r} has the classes {taken}, which are known already: unload them.")
         _check_names({**self.classes, **saved.classes})
+        self._follow_unet()
         self._adapters.add_bank(saved, ignore_base_fingerprint=ignore_base_fingerprint)
         return list(saved.classes)
 
@@ -432,6 +436,12 @@ class FunLoraPipeline(DiffusionPipeline):
         Raises:
             ValueError: adapters are merged into the base's weights.
         """
+        if (args[0] if args else kwargs.get("safe_serialization")) is False:
+            raise ValueError("`safe_serialization` is False, expected True: only safetensors are read again.")
+        if kwargs.get("push_to_hub") and self._adapters.classes:
+            raise ValueError(
+                "`push_to_hub` would push the base without its adapters: save first, then `funlora_hf.push_all` the folder."
+            )
         base = FunLoraPipeline(
             _without_adapters(self.unet), self.scheduler, self.base_classes, self.config["id2label"]
         )
@@ -473,7 +483,7 @@ class FunLoraPipeline(DiffusionPipeline):
         ids_by_name = {name: class_id for class_id, name in classes.items()}
         class_ids: list[int] = []
         for label in class_labels:
-            class_id = ids_by_name.get(label) if isinstance(label, str) else int(label)
+            class_id = ids_by_name.get(label) if isinstance(label, str) else _whole(label)
             if class_id is None or class_id not in classes:
                 known = ", ".join(f"{class_id} ({name})" for class_id, name in classes.items())
                 raise ValueError(
@@ -496,6 +506,10 @@ class FunLoraPipeline(DiffusionPipeline):
         return output.sample.to(sample.dtype)
 
     def _noise(self, batch: int, generator: Generators) -> torch.Tensor:
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, expected one for each of {batch} images, or a single one."
+            )
         config = self.unet.config
         size = config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
@@ -553,17 +567,33 @@ class FunLoraPipeline(DiffusionPipeline):
             return images, nfe
         return FunLoraPipelineOutput(images=images, nfe=nfe)
 
+    def _follow_unet(self) -> None:
+        """Take up a U-Net that was put in the place of `unet`. Raises a ValueError if there are adapters, which stay in the other."""
+        if _uncompiled(self.unet) is _uncompiled(self._adapters.model):
+            return
+        if self._adapters.classes:
+            raise ValueError(
+                "`unet` was replaced after adapters were loaded, which are in the U-Net before it: unload them first, or make a new "
+                "pipeline."
+            )
+        self._adapters = ClassAdapters(self.unet)
+
     def _acting(self, class_ids: Sequence[int]) -> AbstractContextManager:
+        self._follow_unet()
         base = set(self.base_classes)
         return self._adapters.acting([None if class_id in base else class_id for class_id in class_ids])
+
+
+def _whole(label: Any) -> int | None:
+    """A label as an integer, or None if it is no whole number."""
+    return int(label) if not isinstance(label, bool) and label == int(label) else None
 
 
 def _check_sampling(solver: str, num_inference_steps: int, output_type: str) -> None:
     check_solver(solver)
     if output_type not in ("pil", "np", "pt"):
         raise ValueError(f"`output_type` is {output_type!r}, expected 'pil', 'np' or 'pt'.")
-    if num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` is {num_inference_steps}, expected at least 1.")
+    check_at_least_one("num_inference_steps", num_inference_steps)
 
 
 def _interpolation_weights(weights: Weights) -> torch.Tensor:

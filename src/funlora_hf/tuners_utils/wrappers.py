@@ -80,6 +80,12 @@ def adapted_modules(model: nn.Module) -> dict[str, BaseTunerLayer | AuxiliaryTra
     return found
 
 
+def adapter_names_in(model: nn.Module) -> set[str]:
+    """Names of all adapters in a model's layers, of whatever method."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return {name for layer in layers for part in layer.adapter_layer_names for name in getattr(layer, part, ())}
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode for the time of a context; afterwards each module has the mode that it had."""
