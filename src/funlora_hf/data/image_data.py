@@ -121,13 +121,13 @@ class ImageClassificationData:
             self._warn_of_conversion(mode)
         return torch.from_numpy(pixels)
 
-    def digests(self) -> dict[str, str]:
+    def digests(self) -> dict[str, dict[str, str | int]]:
         """What each class is, by its id: name, number of images and a hash of their files, without decoding any.
 
         Raises:
             ValueError: the file of an image cannot be read.
         """
-        found = {}
+        found: dict[str, dict[str, str | int]] = {}
         for class_id, name in self.class_names.items():
             digest = hashlib.sha256()
             for split, part in self.parts.items():
@@ -137,8 +137,8 @@ class ImageClassificationData:
                     if content is None and encoded.get("path") is not None:
                         content = check_inside(encoded["path"], part.roots).read_bytes()
                     digest.update(hashlib.sha256(content or b"").digest())
-            counts = " and ".join(f"{self.count(class_id, split=split)} {split} images" for split in self.parts)
-            found[f"class {class_id}"] = f"{name} ({counts}, SHA-256 {digest.hexdigest()[:16]})"
+            counts = {f"{split}_images": self.count(class_id, split=split) for split in self.parts}
+            found[f"class {class_id}"] = {"name": name, **counts, "sha256": digest.hexdigest()[:16]}
         return found
 
     def with_class_ids(self, ids: Sequence[int]) -> "ImageClassificationData":
