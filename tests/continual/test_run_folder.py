@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
+from funlora_hf.continual.config import ContinualTrainingArguments, run_settings
 from funlora_hf.continual.run_folder import RunFolder
 
 
@@ -125,3 +128,15 @@ def test_resuming_needs_the_same_classes(now, tmp_path):
     folder.open({**SETTINGS, "classes": classes}, overwrite=False, resume=True)
     with pytest.raises(ValueError, match=r"other settings: class [12] was .* and is "):
         folder.open({**SETTINGS, "classes": now}, overwrite=False, resume=True)
+
+
+@pytest.mark.parametrize(("warmup", "differs"), [(True, False), (False, True)])
+def test_a_setting_that_the_run_did_not_know_had_its_default(warmup, differs, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    settings = run_settings(ContinualTrainingArguments(base_ema_warmup=warmup))
+    (name,) = settings
+    of_an_earlier_version = {key: value for key, value in settings[name].items() if key != "base_ema_warmup"}
+    folder.open({name: of_an_earlier_version}, overwrite=False, resume=False)
+    folder.base.mkdir()
+    with pytest.raises(ValueError, match="base_ema_warmup was True and is False") if differs else nullcontext():
+        folder.open(settings, overwrite=False, resume=True)

@@ -296,6 +296,10 @@ class EvaluationArguments:
         )
 
 
+# Of a run, in the order in which `RunArguments` takes them.
+ARGUMENTS = (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments)
+
+
 def parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any] | None:
     """`key=value` texts as a mapping, with values read as in a recipe; a mapping as it is, and None if it is empty."""
     if isinstance(given, Mapping):

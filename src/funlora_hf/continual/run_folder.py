@@ -6,12 +6,14 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
 from ..utils.checks import shortened
 from ..utils.files import read_mapping, recover_folder, remove_folder, write_json
+from .config import ARGUMENTS
 
 
 logger = logging.getLogger(__name__)
@@ -165,6 +167,10 @@ class RunFolder:
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         written = read_mapping(self._settings)
+        for part in ARGUMENTS:
+            # A setting that came with a later version had its default.
+            defaults = {one.name: one.default for one in fields(part)}
+            written[part.__name__] = {**defaults, **written.get(part.__name__, {})}
         differences = [
             f"{name} was {before} and is {value}"
             for part, fields in settings.items()
