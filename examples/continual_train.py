@@ -20,7 +20,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from funlora_hf.continual.compilation import CompilationError
-from funlora_hf.continual.config import ContinualTrainingArguments, DataArguments, EvaluationArguments, ModelArguments
+from funlora_hf.continual.config import ARGUMENTS
 from funlora_hf.continual.publishing import PushError
 from funlora_hf.continual.termination import Terminated, Termination
 from funlora_hf.continual.time_limit import TimeLimitReached
@@ -61,7 +61,7 @@ def parse(arguments: list[str], *more: type, description: str = __doc__) -> Any:
     recipe_parser.add_argument("--config", help="A recipe: YAML with the arguments below as keys.")
     given, rest = recipe_parser.parse_known_args(arguments)
     parser = HfArgumentParser(
-        (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments, *more),
+        (*ARGUMENTS, *more),
         description=description,
         parents=[recipe_parser],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -10,16 +10,17 @@ import yaml
 from hostile import ABSURD, JSON, bounded, examples, guarded
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import PARTS, REPOSITORY
+from runs import REPOSITORY
 
 from ablation.runner import AblationArguments
 from comparison.runner import ComparisonArguments
+from funlora_hf.continual.config import ARGUMENTS
 from funlora_hf.recipes.reading import MOST_BYTES, load_yaml, read_recipe
 from funlora_hf.run import RunArguments
 
 
 KEYS = sorted(
-    {name for part in (*PARTS, AblationArguments, ComparisonArguments) for name in part.__dataclass_fields__}
+    {name for part in (*ARGUMENTS, AblationArguments, ComparisonArguments) for name in part.__dataclass_fields__}
 )
 VALUES = JSON | st.sampled_from(
     [*ABSURD, float("nan"), float("inf"), "\ud800", "a\0b", [], {}, [[]], "../..", b"\xff", "x" * 10**4]
@@ -94,7 +95,7 @@ def test_any_values_of_any_keys(times, parse, tmp_path, capsys):
 
 @TIMES
 def test_any_unet(times, parse, tmp_path, capsys):
-    sound = RunArguments(*(part() for part in PARTS)).model.unet_config
+    sound = RunArguments(*(part() for part in ARGUMENTS)).model.unet_config
     file = tmp_path / "recipe.yaml"
 
     @examples(100 * times)

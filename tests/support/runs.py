@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline
 from funlora_hf.adapters.class_folder import adapter_name, save_adapter
-from funlora_hf.continual.config import ContinualTrainingArguments, DataArguments, EvaluationArguments, ModelArguments
+from funlora_hf.continual.config import ARGUMENTS
 from funlora_hf.run import RunArguments
 
 
@@ -50,7 +50,6 @@ SHORT = {
     "held_out_sigmas": 2,
     "classifier_epochs": 1,
 }
-PARTS = (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments)
 
 
 def make_tiny_unet() -> UNet2DModel:
@@ -63,7 +62,7 @@ def short_run(**overrides) -> RunArguments:
     """Arguments of a run of 4 + 4 + 2 digits with few steps; keyword arguments by the name of their field."""
     values = {**SHORT, **overrides}
     given = []
-    for part in PARTS:
+    for part in ARGUMENTS:
         fields = part.__dataclass_fields__
         given.append(part(**{name: values.pop(name) for name in list(values) if name in fields}))
     assert not values, f"no such arguments: {values}"

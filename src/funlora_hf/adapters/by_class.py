@@ -64,7 +64,7 @@ class ClassAdapters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self.model = model
         self._base = FingerprintCheck(model)
         self._turn = _Turn()
         self._banks: list[ClassRows] = []
@@ -72,11 +72,6 @@ class ClassAdapters:
         # What each class was loaded with, and its name.
         self._configs: dict[int, PeftConfig] = {}
         self._names: dict[int, str] = {}
-
-    @property
-    def model(self) -> nn.Module:
-        """The base."""
-        return self._model
 
     @property
     def classes(self) -> dict[int, str]:
@@ -113,14 +108,14 @@ class ClassAdapters:
     def _put(self, adapter: SavedAdapter, class_label: int) -> None:
         config = adapter.config
         if self._peft_model is not None or not isinstance(config, FunLoraConfig) or config.modules_to_save:
-            self._peft_model = put_adapter(self._model, self._peft_model, adapter, adapter_name(class_label))
+            self._peft_model = put_adapter(self.model, self._peft_model, adapter, adapter_name(class_label))
             return
         tensors = adapter.tensors()
         bank = next((bank for bank in self._banks if bank.takes(adapter)), None)
         if bank is None:
-            adapter.check_fits(self._model)
+            adapter.check_fits(self.model)
             exact = exact_targets(config, adapter.shapes)
-            bank = ClassRows(self._model, exact, self._free_name(), beside=self._banks)
+            bank = ClassRows(self.model, exact, self._free_name(), beside=self._banks)
             self._banks.append(bank)
         bank.insert(tensors, class_label)
 
@@ -130,7 +125,7 @@ class ClassAdapters:
             self._check_alone()
             if not ignore_base_fingerprint:
                 self._base.check(saved.config, saved.file)
-            self._banks.append(ClassRows.of_file(saved, self._model, self._free_name(), beside=self._banks))
+            self._banks.append(ClassRows.of_file(saved, self.model, self._free_name(), beside=self._banks))
             self._configs.update(dict.fromkeys(saved.classes, saved.config))
             self._names.update(saved.classes)
 
@@ -141,7 +136,7 @@ class ClassAdapters:
             if isinstance(holder, ClassRows):
                 holder.remove(class_label)
             else:
-                remove_adapters(self._model, [adapter_name(class_label)])
+                remove_adapters(self.model, [adapter_name(class_label)])
             del self._configs[class_label], self._names[class_label]
             self._clean_up()
 
@@ -165,7 +160,7 @@ class ClassAdapters:
         """
         names = self._own_names()
         if class_label is None:
-            model = deepcopy(self._model)
+            model = deepcopy(self.model)
             remove_adapters(model, names)
             return model
         name, holder = adapter_name(class_label), self._holder(class_label)
@@ -199,7 +194,7 @@ class ClassAdapters:
             for bank in self._banks:
                 names |= bank.place([label for label in wanted if label in bank])
             batch = [BASE if label is None else names[label] for label in class_labels]
-            with adapters_enabled(self._model), self._batch(batch), cached_weights(self._model):
+            with adapters_enabled(self.model), self._batch(batch), cached_weights(self.model):
                 yield
 
     def _own_names(self) -> set[str]:
@@ -207,7 +202,7 @@ class ClassAdapters:
 
     def _check_alone(self) -> None:
         """Raise a ValueError if the model has adapters of somebody else, such as a pipeline that shares it."""
-        others = sorted(adapter_names_in(self._model) - self._own_names())
+        others = sorted(adapter_names_in(self.model) - self._own_names())
         if others:
             raise ValueError(
                 f"The U-Net has the adapters {', '.join(others)} of another pipeline or of other code: unload them there, or give each "
@@ -216,7 +211,7 @@ class ClassAdapters:
 
     def _batch(self, names: list[str]) -> AbstractContextManager:
         if self._peft_model is None or isinstance(self._peft_model.base_model, AdapterModel):
-            return mixed_batch(self._model, names)
+            return mixed_batch(self.model, names)
         return self._peft_model._enable_peft_forward_hooks(adapter_names=names)
 
     def _holder(self, class_label: int) -> ClassRows | PeftModel:

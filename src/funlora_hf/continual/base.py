@@ -158,9 +158,9 @@ class ExistingBase:
         folder: pipeline folder on this machine.
         source: how others find its U-Net: the folder's `unet/`, or the repository.
         classes: id -> name of every class known, by the base's rows and by adapters.
-        taken: ids of the adapters of the run that made the base, if it lies in the folder of one.
         image_size: edge of its images in pixels.
         channels: of its images.
+        taken: ids of the adapters of the run that made the base, if it lies in the folder of one.
     """
 
     folder: Path
