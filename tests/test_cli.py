@@ -91,6 +91,15 @@ def test_unknown_arguments_are_a_usage_error(command, arguments):
     assert "usage: funlora" in err
 
 
+def test_an_unknown_option_suggests_the_nearest_of_its_command(command):
+    code, out, err = command("sample", "run", "--solvr=heun", "--num_image_s", "3")
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: funlora sample")
+    *_, last = err.splitlines()
+    assert last.endswith("--solvr=heun --num_image_s 3. Did you mean '--solver'? Did you mean '--num_images'?")
+    assert "Did you mean" not in command("info", "run", "--solvr", "heun")[2]
+
+
 def test_recipes_are_printed_one_a_line_for_scripts(command):
     code, out, err = command("recipes")
     assert (code, err) == (0, "")

@@ -30,6 +30,7 @@ from .recipes.reading import recipe_names
 from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
 from .sampling.solvers import SOLVERS
+from .utils.arguments import refuse_unknown
 
 
 EXIT_CODES = (
@@ -61,8 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:
         return _train(arguments[1:])
-    given = vars(_parser().parse_args(arguments))
-    run = given.pop("run")
+    known, unknown = _parser().parse_known_args(arguments)
+    given = vars(known)
+    run, command = given.pop("run"), given.pop("command")
+    refuse_unknown(command, unknown)
     try:
         with _progress_only_on_a_terminal():
             return run(**given)
@@ -95,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(
             run.__name__.removeprefix("_"), help=text, description=f"{text}.", epilog=EXIT_CODES, parents=parents
         )
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, command=command)
         return command
 
     # It has a parser of its own, see `main`; here it is listed.

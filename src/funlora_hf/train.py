@@ -22,6 +22,7 @@ from .continual.trainer import NonFiniteLossError
 from .evaluation.report import ForgettingError
 from .recipes.reading import read_recipe
 from .run import RunArguments, run
+from .utils.arguments import refuse_unknown
 from .utils.locks import FolderInUseError
 
 
@@ -67,6 +68,8 @@ def parse(arguments: Sequence[str], *more: type, description: str = DESCRIPTION,
     parser = HfArgumentParser(
         (*ARGUMENTS, *more),
         prog=prog,
+        # Not all options again at each error.
+        usage="%(prog)s [-h] [--config RECIPE] [--OPTION VALUE ...]",
         description=description,
         epilog=EXIT_CODES,
         parents=[recipe_parser],
@@ -74,11 +77,16 @@ def parse(arguments: Sequence[str], *more: type, description: str = DESCRIPTION,
     )
     if given.config is not None:
         take_recipe(parser, given.config)
+    for action in parser._actions:
+        if isinstance(action, argparse._StoreFalseAction):
+            # HfArgumentParser gives it the help and a default of the option that it switches off.
+            action.help, action.default = f"Switch off --{action.dest}.", argparse.SUPPRESS
     try:
-        # The last one holds --config, which belongs to no dataclass.
-        data, model, training, evaluation, *others, _ = parser.parse_args_into_dataclasses(
-            rest, look_for_args_file=False
+        # The last but one holds --config, which belongs to no dataclass.
+        data, model, training, evaluation, *others, _, unknown = parser.parse_args_into_dataclasses(
+            rest, return_remaining_strings=True, look_for_args_file=False
         )
+        refuse_unknown(parser, unknown)
         run_arguments = RunArguments(data, model, training, evaluation)
     except ValueError as error:
         if given.config is None:
