@@ -35,7 +35,7 @@ def main() -> None:
     try:
         reference, comparison = parse(sys.argv[1:], ComparisonArguments, description=__doc__)
         compared = run_comparison(comparison, reference)
-    except ERRORS as error:
+    except (*ERRORS, RuntimeError) as error:
         logging.getLogger(__name__).debug("details", exc_info=True)
         sys.exit(f"error: {error}")
     output_dir = Path(reference.training.output_dir)
