@@ -25,10 +25,6 @@ from funlora_hf.utils.locks import folder_lock
 from funlora_hf.utils.seeds import check_seeds
 
 
-# The base, and the first classes whose adapters have a rate; the base never changes.
-TASKS_TO_CHOOSE_ON = 2
-
-
 @dataclass
 class AblationArguments:
     """What to run, and how often."""
@@ -140,6 +136,4 @@ def _learning_rates(
         for variant in variants
         if variant.rate_of is None
     ]
-    return choose_learning_rates(
-        candidates, ablation.learning_rates, output_dir, ablation.num_workers, num_tasks=TASKS_TO_CHOOSE_ON
-    )
+    return choose_learning_rates(candidates, ablation.learning_rates, output_dir, ablation.num_workers)

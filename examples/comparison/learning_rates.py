@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Shares of the training images of each class on which no run of the grid trains.
 VALIDATION_FRACTION = 0.2
+# The base, and one task that can make a strategy forget it.
+NUM_TASKS = 2
 # Rates beyond the grid that are tried for a run whose best one is at its edge.
 MOST_WIDENINGS = 6
 RATES_FILE = "learning_rates.json"
@@ -79,21 +81,20 @@ def check_rates(rates: Iterable[float] | None) -> None:
 
 
 def choose_learning_rates(
-    candidates: Sequence[Candidate], rates: Sequence[float], output_dir: Path, num_workers: int, *, num_tasks: int
+    candidates: Sequence[Candidate], rates: Sequence[float], output_dir: Path, num_workers: int
 ) -> dict[str, float]:
     """
     The rate of each candidate with the lowest held-out loss, written with all losses to `learning_rates.json`.
 
-    Every run learns `num_tasks` tasks on four fifths of the training images; its loss is that of flow matching on the last
-    fifth, as the mean over all classes seen, so that what a rate makes a strategy forget counts. Where the best rate is at the
-    edge, rates beyond it are tried. Runs that are finished are not run again.
+    Every run learns the first task after the base on four fifths of the training images; its loss is that of flow matching on
+    the last fifth, as the mean over all classes seen, the base's too, so that what a rate makes a strategy forget counts. Where
+    the best rate is at the edge, rates beyond it are tried. Runs that are finished are not run again.
 
     Args:
         candidates: keys differ.
         rates: to begin with.
         output_dir: runs go to `learning_rates/<key>/<rate>` in it, their bases to `bases/`.
         num_workers: runs at a time.
-        num_tasks: how many tasks, from the first, a run learns.
 
     Returns:
         The rate by key.
@@ -107,7 +108,7 @@ def choose_learning_rates(
         asked = [(candidate, rate) for candidate in candidates for rate in wanted[candidate.key]]
         if not asked:
             break
-        jobs = [_job(candidate, rate, output_dir / "learning_rates", num_tasks) for candidate, rate in asked]
+        jobs = [_job(candidate, rate, output_dir / "learning_rates") for candidate, rate in asked]
         outcomes = run_on_shared_bases(
             jobs, output_dir / "bases", num_workers, description="learning rates", shown=loss_text
         )
@@ -127,15 +128,15 @@ def choose_learning_rates(
                 scores[candidate.key].best,
             )
     chosen = {key: of_key.best for key, of_key in scores.items()}
-    write_json(output_dir / RATES_FILE, _record(candidates, scores, wanted, num_tasks))
+    write_json(output_dir / RATES_FILE, _record(candidates, scores, wanted))
     return chosen
 
 
-def _job(candidate: Candidate, rate: float, folder: Path, num_tasks: int) -> Job:
+def _job(candidate: Candidate, rate: float, folder: Path) -> Job:
     path = folder / candidate.key / f"{rate:g}"
     arguments = candidate.arguments
     changes: dict[str, Any] = {**CHEAP_EVALUATION, "output_dir": str(path)}
-    changes["num_tasks"] = min(num_tasks, arguments.data.num_tasks or num_tasks)
+    changes["num_tasks"] = NUM_TASKS
     changes["validation_fraction"] = arguments.data.validation_fraction or VALIDATION_FRACTION
     if "classifier_train_steps" in strategy_class(arguments.training.strategy).known_options():
         # Its own classifier has no part in the generator.
@@ -150,11 +151,10 @@ def _loss(results: dict[str, Any] | None) -> float:
 
 
 def _record(
-    candidates: Sequence[Candidate], scores: dict[str, Scores], wanted: dict[str, list[float]], num_tasks: int
+    candidates: Sequence[Candidate], scores: dict[str, Scores], wanted: dict[str, list[float]]
 ) -> dict[str, Any]:
     return {
-        "criterion": "held-out flow-matching loss, mean over all classes seen",
-        "num_tasks": num_tasks,
+        "criterion": "held-out flow-matching loss after the first task after the base, mean over all classes seen",
         "seed": candidates[0].arguments.training.seed if candidates else None,
         "arguments": {candidate.key: candidate.argument for candidate in candidates},
         "chosen": {key: of_key.best for key, of_key in scores.items()},

@@ -18,10 +18,6 @@ from funlora_hf.utils.locks import folder_lock
 from funlora_hf.utils.seeds import check_seeds
 
 
-# The base, a first task, and one that can make the strategy forget it.
-TASKS_TO_CHOOSE_ON = 3
-
-
 @dataclass
 class ComparisonArguments:
     """Which strategies to compare, and how often each is run."""
@@ -40,8 +36,8 @@ class ComparisonArguments:
         default=None,
         metadata={
             "help": "Choose each strategy's own rate after the base among these, and beyond them where the best is at the edge: "
-            "by the flow-matching loss on a fifth of the training images, held out, of all classes of the first three tasks, with "
-            "the first seed. None: the recipe's. A rate that --strategies names stays."
+            "by the flow-matching loss of all classes seen after the first task after the base, on a fifth of the training images, "
+            "held out, with the first seed. None: the recipe's. A rate that --strategies names stays."
         },
     )
     num_workers: int = field(default=1, metadata={"help": "Runs at a time; they share the cores."})
@@ -139,7 +135,6 @@ def _learning_rates(
         comparison.learning_rates,
         Path(reference.training.output_dir),
         comparison.num_workers,
-        num_tasks=TASKS_TO_CHOOSE_ON,
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import pandas
 
 from comparison.learning_rates import rate_argument
 from comparison.runner import Compared
@@ -137,46 +138,18 @@ def as_markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def as_text(rows: Sequence[Row], columns: Sequence[Column], *, width: int = 120) -> str:
-    """The rows for a terminal: as many columns below each other as fit, the strategies' names in front of each part.
+    """The rows for a terminal: in parts of as many columns as fit, each with the strategies' names in front.
 
     Args:
         rows: of the table.
         columns: of the table; those in which every cell is empty are left out.
         width: of the terminal, in characters.
     """
-    names = ["strategy", *(shorten(row.compared.choice.label, _LONGEST_NAME) for row in rows)]
-    every = [["seeds", *(row.seeds_text for row in rows)]]
-    every += [[column.title, *(row.cell(column) for row in rows)] for column in columns]
-    parts: list[list[list[str]]] = []
-    for column in every:
-        if set(column[1:]) == {"-"}:
-            continue
-        # The title takes as many lines as it needs to be no wider than the cells.
-        room = max(8, *map(len, column[1:]))
-        lines = textwrap.wrap(column[0], max(room, *map(len, column[0].split())))
-        cells = ["\n".join(lines), *column[1:]]
-        if not parts or _width([*parts[-1], cells]) > width:
-            parts.append([names])
-        parts[-1].append(cells)
-    return "\n".join(_as_lines(part) for part in parts)
-
-
-def _as_lines(columns: Sequence[Sequence[str]]) -> str:
-    titles = [column[0].split("\n") for column in columns]
-    height, widths = max(map(len, titles)), [_width([column]) for column in columns]
-    heads = [[""] * (height - len(title)) + title for title in titles]
-    lines = [*zip(*heads, strict=True), *zip(*(column[1:] for column in columns), strict=True)]
-    return "".join(
-        f"{'  '.join(f'{cell:>{size}}' if place else f'{cell:<{size}}' for place, (cell, size) in enumerate(zip(line, widths, strict=True)))}\n"
-        for line in lines
-    )
-
-
-def _width(columns: Sequence[Sequence[str]]) -> int:
-    """Of columns beside each other, with two spaces between them."""
-    return sum(max(len(line) for cell in column for line in cell.split("\n")) for column in columns) + 2 * (
-        len(columns) - 1
-    )
+    names = [shorten(row.compared.choice.label, _LONGEST_NAME) for row in rows]
+    cells = {"seeds": [row.seeds_text for row in rows]}
+    cells |= {column.title: [row.cell(column) for row in rows] for column in columns}
+    shown = {title: of_rows for title, of_rows in cells.items() if set(of_rows) != {"-"}}
+    return pandas.DataFrame(shown, index=names).to_string(line_width=width) + "\n"
 
 
 def training_seconds(run: Results) -> float | None:
@@ -187,8 +160,8 @@ def training_seconds(run: Results) -> float | None:
 
 def _learning_rate(run: Results) -> float | None:
     """After the base."""
-    settings = (run.get("settings") or {}).get("ContinualTrainingArguments") or {}
-    return settings.get(rate_argument(run["strategy"]))
+    settings = _in(run, "settings", "ContinualTrainingArguments")
+    return settings[rate_argument(run["strategy"])] if settings else None
 
 
 def _training_images(run: Results) -> int | None:
