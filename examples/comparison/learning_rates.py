@@ -24,6 +24,8 @@ VALIDATION_FRACTION = 0.2
 NUM_TASKS = 2
 # Rates beyond the grid that are tried for a run whose best one is at its edge.
 MOST_WIDENINGS = 6
+# That a run takes.
+HIGHEST_RATE = 1e3
 RATES_FILE = "learning_rates.json"
 
 
@@ -58,14 +60,20 @@ class Scores:
         """The rate of the lowest loss."""
         return min(self.losses, key=self.losses.__getitem__)
 
+    @property
+    def is_at_edge(self) -> bool:
+        """Whether the best rate is the lowest or the highest of at least two."""
+        return len(self.losses) > 1 and self.best in (min(self.losses), max(self.losses))
+
     def beyond(self) -> list[float]:
-        """The next rate outwards, if the best one is at the edge of at least two."""
-        rates = sorted(self.losses)
-        if len(rates) < 2 or self.best not in (rates[0], rates[-1]):
+        """The next rate outwards, if the best one is at the edge and a run takes it."""
+        if not self.is_at_edge:
             return []
+        rates = sorted(self.losses)
         # A new edge keeps the grid's own ratio.
         edge, inner = (rates[0], rates[1]) if self.best == rates[0] else (rates[-1], rates[-2])
-        return [float(f"{edge * edge / inner:.3g}")]
+        rate = float(f"{edge * edge / inner:.3g}")
+        return [rate] if rate <= HIGHEST_RATE else []
 
 
 def rate_argument(strategy: str) -> str:
@@ -121,14 +129,14 @@ def choose_learning_rates(
                 f"No learning rate of {candidate.label} gives a finite held-out loss: see the log.txt of its runs in "
                 f"{output_dir / 'learning_rates' / candidate.key}."
             )
-        if wanted[candidate.key]:
+        if scores[candidate.key].is_at_edge:
             logger.warning(
                 "%s: the best learning rate, %g, is at the edge of those tried: a rate beyond it may be better.",
                 candidate.label,
                 scores[candidate.key].best,
             )
     chosen = {key: of_key.best for key, of_key in scores.items()}
-    write_json(output_dir / RATES_FILE, _record(candidates, scores, wanted))
+    write_json(output_dir / RATES_FILE, _record(candidates, scores))
     return chosen
 
 
@@ -150,15 +158,13 @@ def _loss(results: dict[str, Any] | None) -> float:
     return math.inf if loss is None or not math.isfinite(loss) else loss
 
 
-def _record(
-    candidates: Sequence[Candidate], scores: dict[str, Scores], wanted: dict[str, list[float]]
-) -> dict[str, Any]:
+def _record(candidates: Sequence[Candidate], scores: dict[str, Scores]) -> dict[str, Any]:
     return {
         "criterion": "held-out flow-matching loss after the first task after the base, mean over all classes seen",
         "seed": candidates[0].arguments.training.seed if candidates else None,
         "arguments": {candidate.key: candidate.argument for candidate in candidates},
         "chosen": {key: of_key.best for key, of_key in scores.items()},
-        "at_edge": [key for key, beyond in wanted.items() if beyond],
+        "at_edge": [key for key, of_key in scores.items() if of_key.is_at_edge],
         "losses": {
             key: {f"{rate:g}": None if math.isinf(loss) else loss for rate, loss in sorted(of_key.losses.items())}
             for key, of_key in scores.items()

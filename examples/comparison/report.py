@@ -35,7 +35,7 @@ _NOTES = (
     "Held-out loss: of flow matching, on test images. Frechet distance, precision and recall compare samples with test "
     "images by the features of the network that the heading names; distances by different networks do not compare.",
     "PPC: parameters per class, the numbers kept for each class after the base. Learning rate: of the tasks after the base; joint "
-    "training has one for all.",
+    "training has one for all. The runs that a rate was chosen by do not count as work.",
     "Training images: those that passed through the network, the same ones again included. Training seconds include what "
     "prepares a task, such as sampling what is replayed. Strategies that start from the same base share one for each seed, trained "
     "once: its seconds and images count for each of them. NFE: evaluations of the network for one batch of samples.",

@@ -87,8 +87,20 @@ def test_a_rate_that_fails_is_worse_than_any_other(losses, tmp_path):
         choose(tmp_path, candidate("frozen"))
 
 
-def test_one_rate_is_not_widened():
-    assert Scores({0.1: 1.0}).beyond() == []
+@pytest.mark.parametrize(
+    ("losses", "is_at_edge", "beyond"),
+    [
+        ({0.1: 1.0}, False, []),
+        ({0.1: 1.0, 0.3: 2.0}, True, [0.0333]),
+        ({0.1: 2.0, 0.2: 1.0}, True, [0.4]),
+        ({0.1: 2.0, 0.2: 1.0, 0.4: math.inf}, False, []),
+        # More than a run takes.
+        ({10.0: 2.0, 900.0: 1.0}, True, []),
+    ],
+)
+def test_the_grid_goes_on_beyond_its_edge_in_its_own_ratio(losses, is_at_edge, beyond):
+    scores = Scores(losses)
+    assert (scores.is_at_edge, scores.beyond()) == (is_at_edge, beyond)
 
 
 def test_runs_of_the_grid_test_on_training_images_only(losses, tmp_path):
