@@ -177,6 +177,8 @@ class Strategy(ABC):
     """False: what a class's samples look like never changes once its task is over."""
     has_frozen_base: ClassVar[bool] = False
     """The base never changes after task 1, nor a class after its own task: both are checked at the end."""
+    prefix: ClassVar[str] = "adapter"
+    """Whose learning rate, warm-up and moving average a task takes: "base" or "adapter"."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting

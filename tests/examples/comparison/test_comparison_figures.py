@@ -60,6 +60,14 @@ def test_accuracy_has_a_line_a_band_and_a_name_for_each_strategy(tmp_path, saved
     assert (places[top], places[bottom]) == (max(places.values()), min(places.values()))
 
 
+def test_accuracy_is_on_a_fixed_scale_and_names_the_parameters_per_class(tmp_path, saved_figures):
+    values = {"funlora": [[99.0, 98.0]], "joint": [[99.5, 99.0]]}
+    accuracy_figure(values, tmp_path / "accuracy.png", classes_seen=[1, 2], ppc={"funlora": 1164.0})
+    (axes,) = saved_figures[0].axes
+    assert axes.get_ylim() == (0, 100)
+    assert sorted(texts(axes)) == ["funlora, PPC 1,164", "joint"]
+
+
 def test_one_seed_has_no_band(tmp_path, saved_figures):
     accuracy_figure({"funlora": [[90.0, 80.0]]}, tmp_path / "accuracy.png", classes_seen=[1, 2])
     assert not saved_figures[0].axes[0].collections

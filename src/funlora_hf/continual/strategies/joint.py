@@ -31,6 +31,7 @@ class Joint(Strategy):
     """Trains all classes together, with as many optimiser steps as funlora does for all tasks [ours]."""
 
     name = "joint"
+    prefix = "base"
     requires = frozenset({"all_tasks"})
     learning_changes_past_classes = False
 
@@ -53,7 +54,7 @@ class Joint(Strategy):
         if task.index > 0:
             return []
         training = self.setting.training
-        base = PhaseSettings.of(training, "base")
+        base = PhaseSettings.of(training, self.prefix)
         if base.train_steps is not None and training.adapter_train_steps is not None:
             later = len(self.class_ids) - len(task.class_ids)
             # Epochs over more images give more steps by themselves; a number of steps has to be raised.

@@ -91,8 +91,6 @@ class KeptFile:
 class Sequential(Strategy):
     """One generator for all classes. Its class embedding gets rows for a task's classes when the task begins."""
 
-    prefix = "adapter"
-    """Whose learning rate, warm-up and moving average a task takes: "base" or "adapter"."""
     needs_base = True
     """Whether sampling after a later task needs the base in addition to what is kept."""
 
