@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
@@ -182,19 +183,26 @@ def local_source(folder: Path) -> str:
     return os.path.join(os.curdir, folder / "unet")
 
 
-def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
+def find_base(
+    name: str, *, revision: str | None = None, unet_config: Mapping[str, Any] | None = None
+) -> ExistingBase:
     """Look at the base that `base_model` names.
 
     Args:
         name: a pipeline folder, or a repository on the Hub, which is downloaded.
         revision: branch, tag or commit of a repository.
+        unet_config: what the arguments say of its U-Net; None: nothing.
 
     Raises:
         FileNotFoundError: the folder does not exist, or has no pipeline.
-        ValueError: its U-Net has no class embedding.
+        ValueError: its U-Net has no class embedding, or differs from `unet_config`; a revision of a folder.
     """
     local = Path(name)
     if local.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"`base_model_revision` is {revision!r}, but `base_model` {name!r} is a folder, which has none: leave it out."
+            )
         folder, source = local, local_source(local)
     elif name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"`base_model` is {name!r}, but that folder does not exist.")
@@ -215,6 +223,12 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
             f"`base_model` {name!r} has a U-Net without a class embedding (`num_class_embeds`), which class vectors "
             "replace: train a class-conditional base."
         )
+    for argument, given in (unet_config or {}).items():
+        if argument in config and config[argument] != given:
+            raise ValueError(
+                f"`unet_config.{argument}` is {given!r}, but the U-Net of `base_model` {name!r} has {config[argument]!r}: leave "
+                "`unet_config` out, or name another base."
+            )
     # A run has its adapters beside its base.
     beside = adapter_folders(folder.absolute().parent / ADAPTERS_FOLDER) if folder.name == "base" else []
     taken = tuple(adapter_class(adapter)["class_label"] for adapter in beside)

@@ -31,11 +31,11 @@ def check_at_least_one(field: str, value: object) -> None:
         raise ValueError(f"`{field}` should be a positive integer value but the value passed is {shown}.")
 
 
-def check_class_label(value: object) -> None:
+def check_class_label(value: object, *, field: str = "class_label") -> None:
     """Raise a ValueError unless `value` is None or a class id: an integer from 0 that torch can hold."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63):
         shown = shortened(repr(value), 100)
-        raise ValueError(f"`class_label` is {shown}, expected an id from 0 to 2**63 - 1, or None.")
+        raise ValueError(f"`{field}` is {shown}, expected an id from 0 to 2**63 - 1, or None.")
 
 
 def check_class_name(value: str | None) -> None:
