@@ -28,6 +28,7 @@ from .hub.verify import verify
 from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
 from .sampling.solvers import SOLVERS
+from .utils.checks import one_form
 
 
 EXIT_CODES = (
@@ -241,11 +242,11 @@ def _load(base: str, adapters: Sequence[str]) -> FunLoraPipeline:
 
 def _class_id(pipe: FunLoraPipeline, text: str) -> int:
     """The class that a word means: an id, if there is one like it, else a name."""
-    known = {name: class_id for class_id, name in pipe.classes.items()}
+    known = {one_form(name): class_id for class_id, name in pipe.classes.items()}
     known |= {str(class_id): class_id for class_id in pipe.classes}
-    if text not in known:
+    if one_form(text) not in known:
         raise ValueError(f"`--classes` has {text!r}, expected ids or names of: {_class_texts(pipe.classes)}.")
-    return known[text]
+    return known[one_form(text)]
 
 
 def _class_text(class_id: int, name: str | None) -> str:

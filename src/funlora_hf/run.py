@@ -231,7 +231,10 @@ class _Run:
             check_class_name(name)
         if base is None:
             return data
-        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), base.classes, taken=base.taken))
+        # A run that goes on keeps its ids, also if they are taken in a repository by now, perhaps by itself.
+        own = self.folder.classes() if self.training.resume_from_checkpoint else {}
+        known = {**own, **base.classes}
+        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), known, taken=base.taken))
 
     def _tasks(self, data: ImageClassificationData, base: ExistingBase | None) -> list[Task]:
         given = self.arguments.data

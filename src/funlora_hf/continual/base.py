@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from ..adapters.base_model import base_classes, check_base_folder, check_velocity_unet
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, folder_class
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
 from ..utils.files import whole_folder
@@ -25,6 +28,10 @@ from .config import ContinualTrainingArguments
 from .strategy import Setting, Trainable
 
 
+logger = logging.getLogger(__name__)
+
+# What the HTTP client of `huggingface_hub`, requests or httpx, raises if no answer comes.
+_NO_ANSWER: Any = HfHubHTTPError.__bases__[0]
 # Task 1's phase, the same for all strategies that start from a base.
 BASE_PHASE = "base"
 
@@ -161,7 +168,7 @@ class ExistingBase:
         classes: id -> name of every class known, by the base's rows and by adapters.
         image_size: edge of its images in pixels.
         channels: of its images.
-        taken: ids of the adapters of the run that made the base, if it lies in the folder of one.
+        taken: ids of the adapters beside it: of the run that made it, if it lies in the folder of one, or in its repository.
     """
 
     folder: Path
@@ -181,6 +188,21 @@ class ExistingBase:
 def local_source(folder: Path) -> str:
     """How adapters name the U-Net of a base on this machine: beginning with "/" or "./", as no repository's name does."""
     return os.path.join(os.curdir, folder / "unet")
+
+
+def _ids_in_repository(name: str, revision: str | None) -> tuple[int, ...]:
+    """Ids in the names of a repository's folders `class_<id>`, on its main branch and in a revision; none without the Hub."""
+    try:
+        files = {file for one in {None, revision} for file in HfApi().list_repo_files(name, revision=one)}
+    except (OSError, _NO_ANSWER) as error:
+        logger.warning(
+            "The files of the repository %r could not be listed, so that new classes may get ids of adapters in it: %s",
+            name,
+            str(error).partition("\n")[0],
+        )
+        return ()
+    numbers = {folder_class(Path(file).parent) for file in files}
+    return tuple(sorted(number for number in numbers if number is not None))
 
 
 def find_base(
@@ -229,8 +251,11 @@ def find_base(
                 f"`unet_config.{argument}` is {given!r}, but the U-Net of `base_model` {name!r} has {config[argument]!r}: leave "
                 "`unet_config` out, or name another base."
             )
-    # A run has its adapters beside its base.
-    beside = adapter_folders(folder.absolute().parent / ADAPTERS_FOLDER) if folder.name == "base" else []
-    taken = tuple(adapter_class(adapter)["class_label"] for adapter in beside)
+    if local.is_dir():
+        # A run has its adapters beside its base.
+        beside = adapter_folders(folder.absolute().parent / ADAPTERS_FOLDER) if folder.name == "base" else []
+        taken = tuple(adapter_class(adapter)["class_label"] for adapter in beside)
+    else:
+        taken = _ids_in_repository(name, revision)
     base = ExistingBase(folder, source, base_classes(folder), config["sample_size"], config["in_channels"], taken)
     return base.with_adapters(folder / ADAPTERS_FOLDER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set
 from types import UnionType
 from typing import TypeGuard
@@ -52,6 +53,11 @@ def check_class_name(value: str | None) -> None:
         f"`class_name` is {shortened(repr(value), 100)}, {problem}, expected text of at most {MOST_NAME_CHARACTERS} "
         "characters."
     )
+
+
+def one_form(name: str) -> str:
+    """A class's name as names are compared: letters with marks have several forms in Unicode that look alike."""
+    return unicodedata.normalize("NFC", name)
 
 
 def check_type(name: str, value: object, expected: type | UnionType, text: str) -> None:
