@@ -14,11 +14,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
 from ..adapters.base_model import base_classes, check_base_folder, check_velocity_unet
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, folder_class
+from ..hub.repository import NO_ANSWER
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
 from ..utils.files import whole_folder
@@ -30,8 +30,6 @@ from .strategy import Setting, Trainable
 
 logger = logging.getLogger(__name__)
 
-# What the HTTP client of `huggingface_hub`, requests or httpx, raises if no answer comes.
-_NO_ANSWER: Any = HfHubHTTPError.__bases__[0]
 # Task 1's phase, the same for all strategies that start from a base.
 BASE_PHASE = "base"
 
@@ -194,7 +192,7 @@ def _ids_in_repository(name: str, revision: str | None) -> tuple[int, ...]:
     """Ids in the names of a repository's folders `class_<id>`, on its main branch and in a revision; none without the Hub."""
     try:
         files = {file for one in {None, revision} for file in HfApi().list_repo_files(name, revision=one)}
-    except (OSError, _NO_ANSWER) as error:
+    except (OSError, NO_ANSWER) as error:
         logger.warning(
             "The files of the repository %r could not be listed, so that new classes may get ids of adapters in it: %s",
             name,
@@ -205,9 +203,7 @@ def _ids_in_repository(name: str, revision: str | None) -> tuple[int, ...]:
     return tuple(sorted(number for number in numbers if number is not None))
 
 
-def find_base(
-    name: str, *, revision: str | None = None, unet_config: Mapping[str, Any] | None = None
-) -> ExistingBase:
+def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[str, Any] | None = None) -> ExistingBase:
     """Look at the base that `base_model` names.
 
     Args:

@@ -54,6 +54,8 @@ def _check_counts(arguments: Any, *names: str) -> None:
 class DataArguments:
     """Which images, and how their classes are split into tasks."""
 
+    _argument_group_name = "data"
+
     dataset_name: str = _argument("digits", "'digits' (scikit-learn), a folder, a parquet file or a Hub dataset.")
     dataset_config_name: str | None = _argument(None, "Configuration of a dataset on the Hub.")
     dataset_revision: str | None = _argument(None, "Branch, tag or commit of a dataset.")
@@ -80,6 +82,8 @@ class DataArguments:
 @dataclass
 class ModelArguments:
     """The base, and the adapters put onto it."""
+
+    _argument_group_name = "base and adapters"
 
     base_model: str | None = _argument(None, "Pipeline (folder or repository) to add classes to; skips task 1.")
     base_model_revision: str | None = _argument(None, "Branch, tag or commit of the base.")
@@ -154,6 +158,8 @@ class ModelArguments:
 class ContinualTrainingArguments:
     """How each phase is trained, and where the run goes."""
 
+    _argument_group_name = "training"
+
     output_dir: str = _argument("outputs/digits", "Folder of the run.")
     overwrite_output_dir: bool = _argument(False, "Delete the run that is in the folder.")
     resume_from_checkpoint: str | None = _argument(None, "'latest': go on where a run stopped.")
@@ -185,7 +191,7 @@ class ContinualTrainingArguments:
     time_limit_minutes: float | None = _argument(
         None,
         "From this time after its start, the run begins no step and no evaluation of a task: it writes a "
-        "checkpoint and stops, continual_train.py with the exit code 75. None: no limit.",
+        "checkpoint and stops, with the exit code 75. None: no limit.",
     )
     report_to: str = _argument("none", "Tracker of accelerate: 'tensorboard', 'wandb', ...")
 
@@ -276,7 +282,10 @@ class ContinualTrainingArguments:
                 )
             return
         check_class_label(self.update_class, field="update_class")
-        for name, instead in (("push_to_hub", "update the class, then `funlora push`"), ("overwrite_output_dir", "leave it out")):
+        for name, instead in (
+            ("push_to_hub", "update the class, then `funlora push`"),
+            ("overwrite_output_dir", "leave it out"),
+        ):
             if getattr(self, name):
                 raise ValueError(f"`{name}` is set and `update_class` given, expected one of them: {instead}.")
 
@@ -293,7 +302,9 @@ class ContinualTrainingArguments:
             if not 0 <= value <= high:
                 raise ValueError(f"`{phase}_{name}` is {value}, expected a number between 0 and {high}.")
         if getattr(self, f"{phase}_learning_rate") == 0:
-            raise ValueError(f"`{phase}_learning_rate` is 0, with which nothing is learned, expected a number above 0.")
+            raise ValueError(
+                f"`{phase}_learning_rate` is 0, with which nothing is learned, expected a number above 0."
+            )
         if getattr(self, f"{phase}_ema_decay") == 1 and not getattr(self, f"{phase}_ema_warmup"):
             raise ValueError(
                 f"`{phase}_ema_decay` is 1 without `{phase}_ema_warmup`, so that the average stays at the start, expected less."
@@ -303,6 +314,8 @@ class ContinualTrainingArguments:
 @dataclass
 class EvaluationArguments:
     """How the learned classes are sampled and judged."""
+
+    _argument_group_name = "evaluation"
 
     num_samples_per_class: int = _argument(250, "Images sampled of every class.")
     sampling_batch_size: int = _argument(250, "Images sampled at once.")

@@ -137,8 +137,12 @@ def _vector_row() -> dict[str, list[int]]:
 _METHODS = (
     PeftMethod("funlora", _funlora, takes=ADAPTER_ARGUMENTS),
     PeftMethod("class_vector", _class_vector),
-    PeftMethod("vanilla_add", partial(_funlora, function="identity", operation="add"), takes=("rank", "target_modules")),
-    PeftMethod("vanilla_mul", partial(_funlora, function="identity", operation="mul"), takes=("rank", "target_modules")),
+    PeftMethod(
+        "vanilla_add", partial(_funlora, function="identity", operation="add"), takes=("rank", "target_modules")
+    ),
+    PeftMethod(
+        "vanilla_mul", partial(_funlora, function="identity", operation="mul"), takes=("rank", "target_modules")
+    ),
     PeftMethod("scale_shift", _scale_shift, takes=("target_modules",)),
     PeftMethod(
         "lora_attention",
