@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate.utils.memory
 import huggingface_hub.file_download
 import huggingface_hub.utils._http
 import pytest
@@ -24,6 +25,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from runs import REPOSITORY, make_tiny_unet, write_adapters
 
 from funlora_hf import FunLoraPipeline, base_fingerprints
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_collection_after_phases():
+    """Collecting garbage, as accelerate does after each phase, would take most of a tiny run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate.utils.memory, "gc", SimpleNamespace(collect=lambda: 0))
+        yield
 
 
 @pytest.fixture(autouse=True)

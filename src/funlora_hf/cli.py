@@ -25,20 +25,20 @@ from .hub.describe import AdapterDescription, BankDescription, describe
 from .hub.find import find_contents
 from .hub.pull import pull
 from .hub.push import push_all
+from .hub.repository import NO_ANSWER
 from .hub.verify import verify
 from .recipes.reading import recipe_names
 from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
 from .sampling.solvers import SOLVERS
 from .utils.arguments import refuse_unknown
+from .utils.checks import one_form
 
 
 EXIT_CODES = (
     "exit codes: 0 done (verify: everything is valid); 1 an error, on stderr (verify: or something that is not valid); "
     "2 an argument that is not known"
 )
-# What the HTTP client of `huggingface_hub`, requests or httpx, raises if no answer comes.
-_NO_ANSWER: Any = HfHubHTTPError.__bases__[0]
 # Images of one class that are sampled at once.
 _BATCH = 64
 # Longer errors, such as those with a page of HTML, are cut off.
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _progress_only_on_a_terminal():
             return run(**given)
-    except (HfHubHTTPError, _NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
+    except (HfHubHTTPError, NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         for line in [f"error: {lines[0]}", *lines[1:_ERROR_LINES]]:
             _say(line, file=sys.stderr)
@@ -267,11 +267,11 @@ def _load(base: str, adapters: Sequence[str]) -> FunLoraPipeline:
 
 def _class_id(pipe: FunLoraPipeline, text: str) -> int:
     """The class that a word means: an id, if there is one like it, else a name."""
-    known = {name: class_id for class_id, name in pipe.classes.items()}
+    known = {one_form(name): class_id for class_id, name in pipe.classes.items()}
     known |= {str(class_id): class_id for class_id in pipe.classes}
-    if text not in known:
+    if one_form(text) not in known:
         raise ValueError(f"`--classes` has {text!r}, expected ids or names of: {_class_texts(pipe.classes)}.")
-    return known[text]
+    return known[one_form(text)]
 
 
 def _class_text(class_id: int, name: str | None) -> str:

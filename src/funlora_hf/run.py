@@ -27,6 +27,7 @@ from .continual.config import (
 from .continual.devices import deterministic_kernels
 from .continual.publishing import Publisher
 from .continual.run_folder import RunFolder
+from .continual.strategies.peft_methods import peft_method
 from .continual.strategies.registry import strategy_class
 from .continual.strategy import Setting, Strategy
 from .continual.termination import Termination
@@ -115,7 +116,7 @@ class _Run:
     def learn(self) -> dict[str, Any] | None:
         """Train, evaluate and report; resume where a run stopped."""
         name, revision = self.model.base_model, self.model.base_model_revision
-        base = None if name is None else find_base(name, revision=revision)
+        base = None if name is None else find_base(name, revision=revision, unet_config=self.model.unet_config)
         data = self._data(base)
         tasks = self._tasks(data, base)
         strategy = self._strategy(base, data, tasks)
@@ -128,8 +129,7 @@ class _Run:
                 settings = {**self._settings(), "classes": data.digests()}
                 self.folder.open(settings, overwrite=overwrite, resume=resume, needed=self._needed())
             self.accelerator.wait_for_everyone()
-            if self.training.report_to != "none":
-                self.accelerator.init_trackers("logs")
+            self._start_trackers()
             with self.folder.staying():
                 return self._learn(strategy, data, tasks)
 
@@ -140,6 +140,7 @@ class _Run:
             if self.accelerator.is_main_process:
                 recover_folder(self.folder.adapters)  # what a killed process has left
             self.accelerator.wait_for_everyone()
+            self._start_trackers()
             with self._ends():
                 name = self.model.base_model or os.fspath(self.folder.base)
                 base = find_base(name, revision=self.model.base_model_revision).with_adapters(self.folder.adapters)
@@ -177,6 +178,10 @@ class _Run:
         if publisher is not None:
             publisher.end_run()
         return results
+
+    def _start_trackers(self) -> None:
+        if self.training.report_to != "none":
+            self.accelerator.init_trackers("logs")
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -226,7 +231,10 @@ class _Run:
             check_class_name(name)
         if base is None:
             return data
-        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), base.classes, taken=base.taken))
+        # A run that goes on keeps its ids, also if they are taken in a repository by now, perhaps by itself.
+        own = self.folder.classes() if self.training.resume_from_checkpoint else {}
+        known = {**own, **base.classes}
+        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), known, taken=base.taken))
 
     def _tasks(self, data: ImageClassificationData, base: ExistingBase | None) -> list[Task]:
         given = self.arguments.data
@@ -289,6 +297,7 @@ class _Listeners(list[Evaluator]):
 
 def _check_strategy(arguments: RunArguments) -> None:
     strategy_cls = strategy_class(arguments.training.strategy)
+    peft_method(arguments.model.peft_method)
     strategy_cls.make_options(arguments.training.strategy_options or {})
     base_model = arguments.model.base_model
     if "all_tasks" in strategy_cls.requires and base_model is not None:
@@ -349,13 +358,17 @@ def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
     # Processes that train independent adapters wait for the slowest one, which may take days.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             log_with=None if training.report_to == "none" else training.report_to,
             project_dir=training.output_dir,
             kwargs_handlers=[patience],
         )
+        if training.report_to != "none" and not accelerator.log_with:
+            # accelerate leaves it out without a word.
+            raise ImportError("its package is not installed")
+        return accelerator
     except (ValueError, ImportError) as error:
         raise ValueError(
             f"`report_to` {training.report_to!r} or `mixed_precision` {training.mixed_precision!r} is not available here: "

@@ -112,6 +112,11 @@ class RunFolder:
         self._warn_if_fresh(resume, present)
         write_json(self._settings, settings)
 
+    def classes(self) -> dict[int, str]:
+        """Ids and names of the data's classes as the run in the folder has noted them; empty if there is none."""
+        noted = read_mapping(self._settings).get("classes", {}) if self._settings.is_file() else {}
+        return {int(key.removeprefix("class ")): entry["name"] for key, entry in noted.items()}
+
     def forget_samples(self) -> None:
         """Delete the synthetic images, which only a run that goes on needs."""
         remove_folder(self.synthetic)

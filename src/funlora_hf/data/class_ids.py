@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from ..utils.checks import shortened
+from ..utils.checks import one_form, shortened
 
 
 def assign_class_ids(names: Sequence[str], known: Mapping[int, str], *, taken: Collection[int] = ()) -> list[int]:
@@ -25,10 +24,10 @@ def assign_class_ids(names: Sequence[str], known: Mapping[int, str], *, taken: C
     Raises:
         ValueError: a name given twice, in names or in known.
     """
-    names = [unicodedata.normalize("NFC", name) for name in names]
-    id_of = {unicodedata.normalize("NFC", name): class_id for class_id, name in known.items()}
+    names = [one_form(name) for name in names]
+    id_of = {one_form(name): class_id for class_id, name in known.items()}
     check_unique("names", names)
-    check_unique("known", [unicodedata.normalize("NFC", name) for name in known.values()])
+    check_unique("known", [one_form(name) for name in known.values()])
     free = itertools.count(max([*known, *taken], default=-1) + 1)
     return [id_of[name] if name in id_of else next(free) for name in names]
 

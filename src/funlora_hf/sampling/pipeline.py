@@ -29,7 +29,7 @@ from ..adapters.untrusted_adapter import read_adapter
 from ..adapters.untrusted_bank import read_bank
 from ..flow_matching import sigma_to_timestep
 from ..tuners_utils.wrappers import adapted_modules
-from ..utils.checks import check_at_least_one, shortened
+from ..utils.checks import check_at_least_one, one_form, shortened
 from .guidance import Guidance
 from .solvers import SolverOutput, check_solver, solve
 
@@ -480,10 +480,10 @@ class FunLoraPipeline(DiffusionPipeline):
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
         classes = self.classes
-        ids_by_name = {name: class_id for class_id, name in classes.items()}
+        ids_by_name = {one_form(name): class_id for class_id, name in classes.items()}
         class_ids: list[int] = []
         for label in class_labels:
-            class_id = ids_by_name.get(label) if isinstance(label, str) else _whole(label)
+            class_id = ids_by_name.get(one_form(label)) if isinstance(label, str) else _whole(label)
             if class_id is None or class_id not in classes:
                 known = ", ".join(f"{class_id} ({name})" for class_id, name in classes.items())
                 raise ValueError(
@@ -612,7 +612,7 @@ def _interpolation_weights(weights: Weights) -> torch.Tensor:
 
 
 def _check_names(id2label: Mapping[int, str]) -> None:
-    twice = sorted(name for name, count in Counter(id2label.values()).items() if count > 1)
+    twice = sorted(name for name, count in Counter(map(one_form, id2label.values())).items() if count > 1)
     if twice:
         raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
 
