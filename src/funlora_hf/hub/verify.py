@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 
 from ..adapters.base_fingerprint import FingerprintCheck, base_fingerprint, base_tensors
 from ..adapters.base_model import base_classes, read_unet
-from ..adapters.class_folder import adapter_class, class_of, folder_class
+from ..adapters.class_folder import adapter_class, class_in_name, class_of
 from ..adapters.untrusted_adapter import SavedAdapter, check_download, read_adapter
 from ..adapters.untrusted_bank import SavedBank, read_bank
 from ..utils.checks import listed
@@ -129,8 +129,8 @@ def _check_base(folder: Path, index: Path, own: list[UNet2DModel]) -> str:
 def _check_adapter(folder: Path, fits: Callable[[SavedAdapter, str], str]) -> str:
     adapter = read_adapter(folder)
     adapter.tensors()
-    label, _ = class_of(adapter.config)
-    if None not in (label, folder_class(folder)) and label != folder_class(folder):
+    label, named = class_of(adapter.config)[0], class_in_name(folder.name)
+    if None not in (label, named) and label != named:
         raise ValueError(f"its folder is {folder.name!r}, but its config says class {label}.")
     adapter_class(folder)  # of other methods, the card has the name
     return fits(adapter, folder.name)

@@ -204,9 +204,6 @@ class Sequential(Strategy):
             self._sampled = (task, make_pipeline(unet, self.setting.seen(known), self.setting.class_names))
         return self._sampled[1]
 
-    def parameters_per_class(self) -> dict[str, int | None]:
-        return {"parameters_per_class": None, "parameters_per_class_with_vector": None}
-
     def memory_report(self) -> dict[str, int]:
         newest = self.kept.newest(self.setting.tasks)
         base = folder_bytes([self.setting.base_dir])
