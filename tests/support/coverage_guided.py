@@ -26,9 +26,9 @@ with atheris.instrument_imports(include=["funlora_hf", "yaml", "PIL"]):
     from PIL import Image
 
     from funlora_hf import FunLoraConfig
-    from funlora_hf.adapters.base_model import base_classes
     from funlora_hf.adapters.untrusted_adapter import read_config, read_header
     from funlora_hf.adapters.untrusted_bank import read_bank
+    from funlora_hf.adapters.untrusted_base import base_classes
     from funlora_hf.data.encoded_images import FORMATS
     from funlora_hf.data.image_data import ImageClassificationData, _Part
     from funlora_hf.recipes.reading import read_recipe

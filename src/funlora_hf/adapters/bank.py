@@ -17,13 +17,13 @@ from ..tuner import FunLoraConfig, mixed_batch
 from ..tuners_utils.layer import BASE
 from ..utils.files import whole_file
 from .base_fingerprint import FingerprintCheck
-from .base_model import load_base
 from .class_folder import adapter_folders, known_class
 from .class_folder import adapter_name as class_adapter_name
 from .class_rows import ClassRows, adapters_enabled
 from .flat_adapter import FlatAdapter
 from .untrusted_adapter import ADAPTER_FILES, bankable, exact_targets, fetch, read_adapter
 from .untrusted_bank import METADATA, ROWS, read_bank
+from .untrusted_base import load_base
 
 
 class AdapterBank(ClassRows):

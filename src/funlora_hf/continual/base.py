@@ -13,8 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
-from ..adapters.base_model import base_classes, check_base_folder, check_velocity_unet
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
+from ..adapters.untrusted_base import base_classes, check_base_folder, check_velocity_unet
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
 from ..utils.files import whole_folder

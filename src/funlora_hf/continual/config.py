@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..adapters.base_model import check_unet_config, check_velocity_unet
+from ..adapters.untrusted_base import check_unet_config, check_velocity_unet
 from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
 from ..sampling.solvers import check_solver

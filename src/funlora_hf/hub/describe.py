@@ -13,10 +13,10 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..adapters.base_fingerprint import BaseMismatchError, FingerprintCheck, base_fingerprint
-from ..adapters.base_model import base_classes, read_unet
 from ..adapters.class_folder import adapter_class
 from ..adapters.untrusted_adapter import method, read_adapter
 from ..adapters.untrusted_bank import read_bank
+from ..adapters.untrusted_base import base_classes, read_unet
 from ..tuner import FunLoraConfig
 from .find import find_contents
 

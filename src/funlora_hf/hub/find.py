@@ -7,9 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.base_model import GENERATOR_FOLDERS, PIPELINE, UNET_FOLDER
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name
 from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch
+from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, UNET_FOLDER
 from .classes_json import CARD, INDEX
 from .what_to_push import SAMPLES
 

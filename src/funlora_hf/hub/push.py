@@ -13,9 +13,9 @@ from huggingface_hub import CommitInfo
 from peft import PeftModel
 
 from ..adapters.base_fingerprint import base_fingerprints
-from ..adapters.base_model import PIPELINE
 from ..adapters.class_folder import adapter_name, known_class, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
+from ..adapters.untrusted_base import PIPELINE
 from ..cards.model_cards import ClassRow, Place
 from ..sampling.pipeline import FunLoraPipeline
 from ..tuner import FunLoraConfig

@@ -12,10 +12,10 @@ import torch
 from diffusers import UNet2DModel
 
 from ..adapters.base_fingerprint import FingerprintCheck, base_fingerprint, base_tensors
-from ..adapters.base_model import base_classes, read_unet
 from ..adapters.class_folder import adapter_class, class_in_name, class_of
 from ..adapters.untrusted_adapter import SavedAdapter, check_download, read_adapter
 from ..adapters.untrusted_bank import SavedBank, read_bank
+from ..adapters.untrusted_base import base_classes, read_unet
 from ..utils.checks import listed
 from ..utils.tensors import not_finite
 from .classes_json import INDEX, read_index

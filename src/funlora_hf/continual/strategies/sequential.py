@@ -16,7 +16,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import save_file
 from torch import nn
 
-from ...adapters.base_model import base_classes
+from ...adapters.untrusted_base import base_classes
 from ...data.tasks import Task
 from ...sampling.pipeline import FunLoraPipeline
 from ...utils.files import read_tensors, whole_file

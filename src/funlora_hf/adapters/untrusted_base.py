@@ -1,4 +1,4 @@
-"""Find and read bases: the one that an adapter's config names, or the one in a folder."""
+"""Read a base of unknown origin: the one that an adapter's config names, or the one in a folder."""
 
 from __future__ import annotations
 
