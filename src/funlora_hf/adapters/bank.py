@@ -150,9 +150,7 @@ class AdapterBank(ClassRows):
         class_label, class_name = known_class(config, adapter.source, class_label, class_name)
         if not ignore_base_fingerprint:
             self._base.check(config, adapter.source)
-        what = f"The tensors of {adapter.source!r}"
-        self._check_fits(adapter.shapes, what)
-        self.insert(adapter.tensors(), class_label, what)
+        self.insert(adapter.tensors(), class_label, f"The tensors of {adapter.source!r}")
         self._names[class_label] = class_name
         return class_label
 

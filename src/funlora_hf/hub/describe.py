@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
@@ -127,15 +126,12 @@ def describe(
     base = check = None
     if found.base is not None:
         unet = read_unet(found.base)
-        base, check = _base(found.base, found.name(found.base), unet), FingerprintCheck(unet)
+        check, fingerprint = FingerprintCheck(unet), base_fingerprint(unet, dtype=torch.float32)
+        name, classes = found.name(found.base), base_classes(found.base)
+        base = BaseDescription(name, classes, unet.num_parameters(), fingerprint)
     adapters = [_adapter(folder, found.name(folder), check) for folder in found.adapters]
     banks = [_bank(file, found.name(file), check) for file in found.banks]
     return Description(found.source, base, adapters, banks)
-
-
-def _base(folder: Path, name: str, unet: UNet2DModel) -> BaseDescription:
-    fingerprint = base_fingerprint(unet, dtype=torch.float32)
-    return BaseDescription(name, base_classes(folder), unet.num_parameters(), fingerprint)
 
 
 def _adapter(folder: Path, name: str, check: FingerprintCheck | None) -> AdapterDescription:

@@ -107,12 +107,7 @@ def push_adapter(
     label, _ = known_class(config, adapter_name, class_label, class_name, name=adapter_name)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / f"class_{label}"
-        save_adapter(model, adapter_name, written, class_label=label, class_name=class_name)
-        if isinstance(config, FunLoraConfig):
-            own = FunLoraConfig.from_pretrained(os.fspath(written))
-            own.class_label, own.class_name = label, class_name or config.class_name
-            own.base_fingerprint = config.base_fingerprint or base_fingerprints(model)
-            own.save_pretrained(os.fspath(written))
+        _save_as(model, adapter_name, written, label, class_name)
         adapter = read_adapter_folder(written)
         base = _looked_at(
             adapter.base_on_hub if base_model is None else Place(base=base_model, base_revision=base_revision)
@@ -244,3 +239,18 @@ def _index(
 
 def _weights(class_label: int) -> str:
     return f"{adapter_name(class_label)}/{ADAPTER_FILES[1]}"
+
+
+def _save_as(model: PeftModel, name: str, folder: Path, label: int, class_name: str | None) -> None:
+    """Write an adapter as that of a class; FunLoRA's with the fingerprint of the base that it is on."""
+    config = model.peft_config[name]
+    if not isinstance(config, FunLoraConfig):
+        save_adapter(model, name, folder, class_label=label, class_name=class_name)
+        return
+    before = config.class_label, config.class_name, config.base_fingerprint
+    config.class_label, config.class_name = label, class_name or config.class_name
+    config.base_fingerprint = config.base_fingerprint or base_fingerprints(model)
+    try:
+        save_adapter(model, name, folder)
+    finally:
+        config.class_label, config.class_name, config.base_fingerprint = before
