@@ -48,7 +48,7 @@ soak: .venv/installed
 # The tests of what PEFT does for us, with the oldest peft that pyproject.toml allows.
 test-oldest-peft: .oldest-peft
 	PYTHONPATH="$(CURDIR)/.oldest-peft" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
-	  tests/tuner tests/tuners_utils tests/sampling/test_pipeline.py tests/test_layer_selection.py tests/adapters/test_by_class.py \
+	  tests/tuner tests/tuners_utils tests/sampling/test_pipeline.py tests/test_layer_selection.py tests/adapters/test_loaded_adapters.py \
 	  tests/adapters/test_untrusted_adapter.py tests/hub/test_push.py
 
 # The page in a browser: needs Chromium and its driver.

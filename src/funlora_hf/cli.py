@@ -17,8 +17,8 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from safetensors import SafetensorError
 
 from . import __version__
-from .adapters.base_model import PIPELINE
 from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
+from .adapters.untrusted_base import PIPELINE
 from .evaluation.figures import image_grid
 from .hub.delete import delete_class
 from .hub.describe import AdapterDescription, BankDescription, describe

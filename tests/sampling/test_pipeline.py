@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy.integrate import solve_ivp
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline, FunLoraPipelineOutput
-from funlora_hf.adapters.base_model import read_unet
+from funlora_hf.adapters.untrusted_base import read_unet
 from funlora_hf.continual.base import find_base
 from funlora_hf.continual.config import ModelArguments
 from funlora_hf.tuner import FunLoraLayer

@@ -35,16 +35,12 @@ def adapter_name(class_id: int) -> str:
 
 def adapter_folders(adapters: Path) -> list[Path]:
     """The `class_<id>` folders below `adapters` by rising id; empty if there are none."""
-    found = [(folder_class(path), path) for path in adapters.glob(f"{_PREFIX}*")]
+    found = [(class_in_name(path.name), path) for path in adapters.glob(f"{_PREFIX}*")]
     return [path for _, path in sorted((number, path) for number, path in found if number is not None)]
 
 
-def folder_class(folder: Path) -> int | None:
-    """The id in the name of a folder `class_<id>`; None for another name."""
-    return _id_in(folder.name)
-
-
-def _id_in(name: str) -> int | None:
+def class_in_name(name: str) -> int | None:
+    """The id in a name `class_<id>`; None for another name."""
     number = name.removeprefix(_PREFIX)
     return int(number) if name.startswith(_PREFIX) and number.isdecimal() else None
 
@@ -56,7 +52,7 @@ def class_of(config: PeftConfig | Mapping[str, Any], name: str = "") -> tuple[An
     """
     settings = config if isinstance(config, Mapping) else vars(config)
     label = settings.get("class_label")
-    return _id_in(name) if label is None else label, settings.get("class_name")
+    return class_in_name(name) if label is None else label, settings.get("class_name")
 
 
 def known_class(

@@ -16,8 +16,8 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi
 from torch import nn
 
-from ..adapters.base_model import base_classes, check_base_folder, check_velocity_unet
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, folder_class
+from ..adapters.untrusted_base import base_classes, check_base_folder, check_velocity_unet
 from ..hub.repository import NO_ANSWER
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
 
-from ..adapters.base_model import check_unet_config, check_velocity_unet
+from ..adapters.untrusted_base import check_unet_config, check_velocity_unet
 from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
 from ..sampling.solvers import check_solver

@@ -266,10 +266,10 @@ class Strategy(ABC):
     def inference(self, class_ids: Sequence[int]) -> AbstractContextManager[FunLoraPipeline]:
         """A context that gives a pipeline which samples these classes with the right weights."""
 
-    @abstractmethod
     def parameters_per_class(self) -> dict[str, int | None]:
         """Numbers stored for a class: "parameters_per_class" without, "parameters_per_class_with_vector" with the
         class vector; None where the strategy stores none."""
+        return {"parameters_per_class": None, "parameters_per_class_with_vector": None}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What must survive a restart besides the results on disk; stored after `end_task`."""

@@ -7,7 +7,6 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from .adapter_analysis import execution_order
 from .evaluator import RunEvaluator
 from .figures import accuracy_curve, sample_grid
 from .figures import layer_importance as layer_importance_figure
-from .metrics import ContinualAccuracy
+from .metrics import continual_scores
 from .tables import summary_table
 
 
@@ -56,8 +55,7 @@ def accuracy_results(rows: Sequence[Sequence[float] | None]) -> dict[str, Any]:
     matrix = [list(row) for row in rows if row is not None]
     if len(matrix) < len(rows):
         return dict.fromkeys(("accuracy_matrix", "A", "LA", "AIA", "forgetting"))
-    scores = ContinualAccuracy.from_matrix(matrix)
-    return {"accuracy_matrix": matrix, **asdict(scores), "A": list(scores.A)}
+    return {"accuracy_matrix": matrix, **continual_scores(matrix)}
 
 
 def joint_average_accuracies(path: str | None, num_tasks: int) -> list[float] | None:

@@ -16,9 +16,8 @@ from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_choice
 from ..utils.files import read_mapping, read_tensors, whole_file
 from ..utils.locks import folder_lock
-from .classes_json import INDEX
+from .classes_json import INDEX, known_contents
 from .repository import HubRepository
-from .root_files import known_contents
 
 
 def delete_class(

@@ -12,14 +12,13 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 
-from ..adapters.base_model import PIPELINE
 from ..adapters.class_folder import adapter_name, known_class, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
+from ..adapters.untrusted_base import PIPELINE
 from ..cards.model_cards import ClassRow, Place
 from ..sampling.pipeline import FunLoraPipeline
-from .classes_json import HubIndex, shown_results
+from .classes_json import HubIndex, root_files, shown_results
 from .repository import HubRepository
-from .root_files import root_files
 from .what_to_push import BaseFolder, RunToPush, read_adapter_folder, read_base, read_run, warn_without_base
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..adapters.base_fingerprint import base_fingerprints
-from ..adapters.base_model import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from ..adapters.untrusted_adapter import SavedAdapter, read_adapter
+from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
 from ..cards.model_cards import ClassRow, Place, adapter_card, repository
 from ..utils.files import read_json, read_mapping
 from .classes_json import CARD, results_without

@@ -22,11 +22,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from tqdm.auto import tqdm
 
 from ..adapters.base_fingerprint import base_tensors
-from ..adapters.base_model import check_base_folder, check_velocity_unet, class_names
-from ..adapters.by_class import ClassAdapters
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name, known_class
+from ..adapters.loaded_adapters import ClassAdapters
 from ..adapters.untrusted_adapter import read_adapter
 from ..adapters.untrusted_bank import read_bank
+from ..adapters.untrusted_base import check_base_folder, check_velocity_unet, class_names
 from ..flow_matching import sigma_to_timestep
 from ..tuners_utils.wrappers import adapted_modules
 from ..utils.checks import check_at_least_one, one_form, shortened

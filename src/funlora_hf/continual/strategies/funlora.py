@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import UNet2DModel
@@ -146,14 +146,11 @@ class FunLora(Strategy):
         else:
             # The adapter's own vector takes the place of the embedding, or of this row of it.
             labels = torch.full((len(batch.class_ids),), VECTOR_ROW, device=batch.sample.device)
-            with self._adapters(phase, batch, module):
+            names = [adapter_name(class_id) for class_id in batch.class_ids.tolist()]
+            # In a phase of one class, its adapter is the active one.
+            with mixed_batch(module, names) if len(phase.class_ids) > 1 else nullcontext():
                 losses = velocity_losses(module, batch, labels)
         return StepOutput(losses, {"flow_matching": losses.detach()})
-
-    def _adapters(self, phase: Phase, batch: Batch, module: nn.Module) -> AbstractContextManager[None]:
-        if len(phase.class_ids) == 1:
-            return nullcontext()  # the adapter of the class is the active one
-        return mixed_batch(module, [adapter_name(class_id) for class_id in batch.class_ids.tolist()])
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         if phase.name == BASE_PHASE:

@@ -87,9 +87,6 @@ class Joint(Strategy):
             self._pipe = load_pipeline(self.model_dir, self.setting)
         yield self._pipe
 
-    def parameters_per_class(self) -> dict[str, int | None]:
-        return {"parameters_per_class": None, "parameters_per_class_with_vector": None}
-
     def memory_report(self) -> dict[str, int]:
         persistent = folder_bytes([self.model_dir])
         return {"persistent": persistent, "per_class": 0, "transient": 4 * persistent}

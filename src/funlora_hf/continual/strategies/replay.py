@@ -155,12 +155,10 @@ class Replay(Finetune):
         )
 
     def _head_bytes(self, task: Task) -> int:
-        classes = len(self.setting.seen(task))
+        """Of the classifier's last layer, a row for each class."""
         with torch.device("meta"):
-            smaller, larger = (
-                sum(p.nbytes for p in self._untrained(count).parameters()) for count in (classes, classes + 1)
-            )
-        return classes * (larger - smaller)
+            *_, weight, bias = self._untrained(len(self.setting.seen(task))).parameters()
+        return weight.nbytes + bias.nbytes
 
     def _replay_bytes(self) -> int:
         """Of the images generated for the last task, which has the most."""

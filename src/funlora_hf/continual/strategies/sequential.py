@@ -16,7 +16,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import save_file
 from torch import nn
 
-from ...adapters.base_model import base_classes
+from ...adapters.untrusted_base import base_classes
 from ...data.tasks import Task
 from ...sampling.pipeline import FunLoraPipeline
 from ...utils.files import read_tensors, whole_file
@@ -208,9 +208,6 @@ class Sequential(Strategy):
             arrange(unet, self.setting.training, compiled=False)
             self._sampled = (task, make_pipeline(unet, self.setting.seen(known), self.setting.class_names))
         return self._sampled[1]
-
-    def parameters_per_class(self) -> dict[str, int | None]:
-        return {"parameters_per_class": None, "parameters_per_class_with_vector": None}
 
     def memory_report(self) -> dict[str, int]:
         newest = self.kept.newest(self.setting.tasks)

@@ -1,4 +1,4 @@
-"""The adapters of a U-Net by class, of any method: FunLoRA's as rows, others' in a PeftModel."""
+"""The adapters that a pipeline has loaded, by class, of any method: FunLoRA's as rows, others' in a PeftModel."""
 
 from __future__ import annotations
 

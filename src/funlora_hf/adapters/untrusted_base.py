@@ -1,4 +1,4 @@
-"""Find and read bases: the one that an adapter's config names, or the one in a folder."""
+"""Read a base of unknown origin: the one that an adapter's config names, or the one in a folder."""
 
 from __future__ import annotations
 
@@ -26,18 +26,15 @@ GENERATOR_FOLDERS = ("model", "base")
 MOST_CONFIG = 2**24
 # Of a pipeline's repository, or of one that is the U-Net itself.
 _UNET_FILES = [f"{place}{name}" for place in ("", f"{UNET_FOLDER}/") for name in ("*.json", "*.safetensors")]
-# Edge of an image; diffusers' largest U-Nets have 256.
-MOST_SAMPLE_SIZE = 4096
-# Of each other number, such as channels.
-MOST_NUMBER = 2**16
 # Modules are built one by one, also on the meta device: a large count takes time before it takes memory.
 MOST_LAYERS = 64
-MOST_CLASSES = 2**24
+# Of numbers such as channels, and of some others: diffusers' largest U-Nets have images of 256 x 256.
+_MOST_NUMBER = 2**16
 _LIMITS = {
-    "sample_size": MOST_SAMPLE_SIZE,
+    "sample_size": 4096,
     "layers_per_block": MOST_LAYERS,
     "mid_block_layers": MOST_LAYERS,
-    "num_class_embeds": MOST_CLASSES,
+    "num_class_embeds": 2**24,
 }
 _COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
 
@@ -58,7 +55,7 @@ def check_base_folder(folder: Path) -> None:
         for name, kind in (("class_ids", list), ("id2label", dict)):
             if not isinstance(index.get(name), (kind, type(None))):
                 _refuse(folder, index, name, f"a {kind.__name__}")
-    for place in (folder / UNET_FOLDER / "config.json", folder / "config.json"):
+    for place in (folder / UNET_FOLDER / "config.json", folder / "config.json", folder / SCHEDULER_CONFIG):
         if place.is_file():
             check_unet_config(read_mapping(place, most_bytes=MOST_CONFIG), field=os.fspath(place))
     for place in (folder / UNET_FOLDER, folder):
@@ -70,10 +67,6 @@ def check_base_folder(folder: Path) -> None:
                 raise ValueError(f"{os.fspath(path)!r} is not a valid safetensors file: {error}.") from error
         for path in sorted(place.glob("*.index*.json")):
             _check_shards(path)
-    if (folder / SCHEDULER_CONFIG).is_file():
-        check_sizes(
-            read_mapping(folder / SCHEDULER_CONFIG, most_bytes=MOST_CONFIG), field=os.fspath(folder / SCHEDULER_CONFIG)
-        )
 
 
 def _refuse(folder: Path, index: Mapping[str, Any], name: str, expected: str) -> NoReturn:
@@ -222,21 +215,16 @@ def check_unet_config(config: Mapping[str, Any], *, field: str) -> None:
     Raise a ValueError unless every number, alone or in a list, is below a limit, and no list is longer than one.
 
     Args:
-        config: arguments of a UNet2DModel.
+        config: arguments of a UNet2DModel, or of another component.
         field: their name in the error.
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"`{field}` is a {type(config).__name__}, expected a mapping of UNet2DModel arguments.")
-    check_sizes(config, field=field)
-
-
-def check_sizes(config: Mapping[str, Any], *, field: str) -> None:
-    """As `check_unet_config`, for the arguments of any component."""
     for name, value in config.items():
         entries = value if isinstance(value, (list, tuple)) else [value]
         if len(entries) > MOST_LAYERS:
             raise ValueError(f"`{field}.{name}` has {len(entries)} entries, expected {MOST_LAYERS} at most.")
-        most = _LIMITS.get(name, MOST_NUMBER)
+        most = _LIMITS.get(name, _MOST_NUMBER)
         for entry in entries:
             # In this form it also refuses NaN.
             if isinstance(entry, (int, float)) and not -most <= entry <= most:
