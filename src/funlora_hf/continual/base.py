@@ -16,7 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi
 from torch import nn
 
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, folder_class
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, class_in_name
 from ..adapters.untrusted_base import base_classes, check_base_folder, check_velocity_unet
 from ..hub.repository import NO_ANSWER
 from ..sampling.pipeline import FunLoraPipeline
@@ -199,7 +199,7 @@ def _ids_in_repository(name: str, revision: str | None) -> tuple[int, ...]:
             str(error).partition("\n")[0],
         )
         return ()
-    numbers = {folder_class(Path(file).parent) for file in files}
+    numbers = {class_in_name(Path(file).parent.name) for file in files}
     return tuple(sorted(number for number in numbers if number is not None))
 
 
