@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from ..continual.costs import Part
+
 
 def summary_table(results: Mapping[str, Any]) -> str:
     """The results of one run, as plain text."""
@@ -36,6 +38,20 @@ def summary_table(results: Mapping[str, Any]) -> str:
         lines.append(f"{'zero forgetting':<18}{_samples_text(zero)}, base {base}")
     lines.append(f"{'seconds':<18}{results['seconds']['total']:>8.0f}")
     return "\n".join(lines)
+
+
+def costs_table(parts: Sequence[Part]) -> str:
+    """What a run costs, as plain text: a line for each part, and their sum."""
+    lines = [f"{'':<26}{'':>24} {'per second':>11} {'hours':>10} {'TFLOP':>11} {'memory':>9}"]
+    for part in parts:
+        unit = part.unit if part.images == 1 else f"{part.unit} of {part.images}"
+        speed, hours = f"{1 / part.seconds:,.3g}", f"{part.hours:,.3g}"
+        memory = "" if part.memory is None else f"{part.memory / 1e9:.2f} GB"
+        lines.append(
+            f"{part.name:<26}{f'{part.count:,} {unit}':>24} {speed:>11} {hours:>10} {part.flops / 1e12:>11,.4g} {memory:>9}"
+        )
+    lines.append(f"{'together':<26}{'':>24} {'':>11} {sum(part.hours for part in parts):>10,.3g}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
