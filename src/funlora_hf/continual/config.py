@@ -52,6 +52,8 @@ def _check_counts(arguments: Any, *names: str) -> None:
 class DataArguments:
     """Which images, and how their classes are split into tasks."""
 
+    _argument_group_name = "data"
+
     dataset_name: str = _argument("digits", "'digits' (scikit-learn), a folder, a parquet file or a Hub dataset.")
     dataset_config_name: str | None = _argument(None, "Configuration of a dataset on the Hub.")
     dataset_revision: str | None = _argument(None, "Branch, tag or commit of a dataset.")
@@ -76,6 +78,8 @@ class DataArguments:
 @dataclass
 class ModelArguments:
     """The base, and the adapters put onto it."""
+
+    _argument_group_name = "base and adapters"
 
     base_model: str | None = _argument(None, "Pipeline (folder or repository) to add classes to; skips task 1.")
     base_model_revision: str | None = _argument(None, "Branch, tag or commit of the base.")
@@ -137,6 +141,8 @@ class ModelArguments:
 class ContinualTrainingArguments:
     """How each phase is trained, and where the run goes."""
 
+    _argument_group_name = "training"
+
     output_dir: str = _argument("outputs/digits", "Folder of the run.")
     overwrite_output_dir: bool = _argument(False, "Delete the run that is in the folder.")
     resume_from_checkpoint: str | None = _argument(None, "'latest': go on where a run stopped.")
@@ -168,7 +174,7 @@ class ContinualTrainingArguments:
     time_limit_minutes: float | None = _argument(
         None,
         "From this time after its start, the run begins no step and no evaluation of a task: it writes a "
-        "checkpoint and stops, continual_train.py with the exit code 75. None: no limit.",
+        "checkpoint and stops, with the exit code 75. None: no limit.",
     )
     report_to: str = _argument("none", "Tracker of accelerate: 'tensorboard', 'wandb', ...")
 
@@ -264,6 +270,8 @@ class ContinualTrainingArguments:
 @dataclass
 class EvaluationArguments:
     """How the learned classes are sampled and judged."""
+
+    _argument_group_name = "evaluation"
 
     num_samples_per_class: int = _argument(250, "Images sampled of every class.")
     sampling_batch_size: int = _argument(250, "Images sampled at once.")
