@@ -25,7 +25,7 @@ from .continual.config import (
     ModelArguments,
     run_settings,
 )
-from .continual.costs import KnownCounts, count_parts, measure_parts
+from .continual.costs import count_parts, measure_parts
 from .continual.devices import deterministic_kernels
 from .continual.publishing import Publisher
 from .continual.run_folder import RunFolder
@@ -36,6 +36,7 @@ from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer, Evaluator
 from .data.class_ids import assign_class_ids
 from .data.image_data import ImageClassificationData, load_image_data
+from .data.known_counts import KnownCounts
 from .data.tasks import Task, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
@@ -117,7 +118,9 @@ def dry_run(arguments: RunArguments) -> str:
         ValueError, FileNotFoundError: `update_class` is given, or arguments that do not fit each other or the data.
     """
     if arguments.training.update_class is not None:
-        raise ValueError("`dry_run` is set and `update_class` given, expected one of them: a dry run counts a whole run.")
+        raise ValueError(
+            "`dry_run` is set and `update_class` given, expected one of them: a dry run counts a whole run."
+        )
     with TemporaryDirectory() as folder:
         # Compiled steps are faster, but each kind takes minutes to compile.
         training = replace(arguments.training, output_dir=folder, torch_compile=False)
@@ -158,7 +161,11 @@ class _Run:
 
     def costs(self) -> str:
         """What the run costs; its folder is used up."""
-        name, most, evaluation = self.arguments.data.dataset_name, self.arguments.data.max_images_per_class, self.arguments.evaluation
+        name, most, evaluation = (
+            self.arguments.data.dataset_name,
+            self.arguments.data.max_images_per_class,
+            self.arguments.evaluation,
+        )
         base = self._base()
         known = None if base is not None else KnownCounts.of(name, most)
         data = known or self._data(base)
@@ -175,7 +182,9 @@ class _Run:
         )
         assumed = [] if known is None else [f"{name} was not opened: {known}."]
         if "dopri5" in (evaluation.solver, getattr(getattr(strategy, "options", None), "solver", None)):
-            assumed.append(f"dopri5 chooses its own steps: {DOPRI5_EVALUATIONS} evaluations an image are assumed, as on digits.")
+            assumed.append(
+                f"dopri5 chooses its own steps: {DOPRI5_EVALUATIONS} evaluations an image are assumed, as on digits."
+            )
         return "\n".join([costs_table(parts), "", *assumed])
 
     def update(self, class_id: int) -> None:
@@ -292,7 +301,9 @@ class _Run:
             )
         return tasks[: given.num_tasks]
 
-    def _strategy(self, base: ExistingBase | None, data: ImageClassificationData | KnownCounts, tasks: list[Task]) -> Strategy:
+    def _strategy(
+        self, base: ExistingBase | None, data: ImageClassificationData | KnownCounts, tasks: list[Task]
+    ) -> Strategy:
         setting = Setting(
             output_dir=self.folder.path,
             base_dir=self.folder.base if base is None else base.folder,

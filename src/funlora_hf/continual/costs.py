@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..classifier import ClassifierConfig, build_classifier, training_steps
 from ..data.image_data import ImageClassificationData
+from ..data.known_counts import KnownCounts
 from ..sampling.solvers import expected_evaluations
 from .base import base_shape
 from .config import EvaluationArguments
@@ -24,40 +25,6 @@ from .trainer import phase_steps
 
 # Seconds that each kind of work is measured for, beside its first steps.
 MEASURED_SECONDS = 2.0
-# Classes, and training and test images of each, of the recipes' data sets that a run would have to download first.
-_KNOWN = {
-    "uoft-cs/cifar10": (10, 5000, 1000),
-    "uoft-cs/cifar100": (100, 500, 100),
-    "clane9/imagenet-100": (100, 1267, 50),
-}
-
-
-class KnownCounts:
-    """Numbers of images of a recipe's data set on the Hub, which is not opened.
-
-    Args:
-        name: of the data set.
-        most: images of a class that are used; None: all.
-    """
-
-    def __init__(self, classes: int, train: int, test: int) -> None:
-        self.class_names = {class_id: str(class_id) for class_id in range(classes)}
-        self.counts = {"train": train, "test": test}
-
-    @classmethod
-    def of(cls, name: str, most: int | None) -> KnownCounts | None:
-        """Those of a name, with at most `most` images of a class; None: it has to be opened."""
-        if name not in _KNOWN:
-            return None
-        classes, *counts = _KNOWN[name]
-        return cls(classes, *(min(count, most or count) for count in counts))
-
-    def __str__(self) -> str:
-        return f"{len(self.class_names)} classes of {self.counts['train']:,} training and {self.counts['test']:,} test images"
-
-    def count(self, class_id: int, *, split: str = "train") -> int:
-        """Images of a class."""
-        return self.counts[split]
 
 
 @dataclass
@@ -66,13 +33,13 @@ class Part:
 
     Args:
         name: the kind.
-        unit: what is counted: "steps" of an optimiser, or "evaluations" of the U-Net for one image each.
-        count: how many.
+        unit: "steps" of an optimiser, or "evaluations" of the U-Net for one image each.
+        count: units.
         images: in a unit.
-        phase: one that has these steps; None for what is not training of the strategy.
-        flops: floating-point operations of the whole part, as torch counts them; None: not measured.
-        memory: bytes of weights, gradients, moments, average and what a step keeps for its backward pass; None: not measured.
-        seconds: of a unit on this machine; None: not measured.
+        phase: one that has these steps; None for what is no phase of the strategy.
+        flops: floating-point operations of the whole part, as torch counts them, once they are measured.
+        memory: bytes of weights, gradients, moments, average and what a step keeps for its backward pass, of a phase.
+        seconds: of a unit, once they are measured.
     """
 
     name: str
@@ -80,18 +47,16 @@ class Part:
     count: int
     images: int = 1
     phase: Phase | None = None
-    flops: float | None = None
+    flops: float = 0.0
     memory: float | None = None
-    seconds: float | None = None
-
-    @property
-    def hours(self) -> float | None:
-        """Of the whole part on this machine; None: not measured."""
-        return None if self.seconds is None else self.seconds * self.count / 3600
+    seconds: float = 0.0
 
 
 def count_parts(
-    strategy: Strategy, data: ImageClassificationData | KnownCounts, evaluation: EvaluationArguments, classifier: ClassifierConfig
+    strategy: Strategy,
+    data: ImageClassificationData | KnownCounts,
+    evaluation: EvaluationArguments,
+    classifier: ClassifierConfig,
 ) -> list[Part]:
     """All work of a run from its start to its end, by kind.
 
@@ -113,13 +78,17 @@ def count_parts(
     drawn = evaluation.num_samples_per_class * len(sum(seen, ()) if changes else seen[-1])
     drawn += evaluation.num_probe_samples * len(seen[-1]) * (2 if strategy.has_frozen_base else 1)
     real, test = (
-        {c: data.count(c, split=split) if c in data.class_names else 0 for c in seen[-1]} for split in ("train", "test")
+        {c: data.count(c, split=split) if c in data.class_names else 0 for c in seen[-1]}
+        for split in ("train", "test")
     )
     measured = sum(test[class_id] for classes in [*(seen if changes else []), seen[-1]] for class_id in classes)
-    classified = [sum(real[class_id] for class_id in seen[0])]
-    classified += [len(classes) * evaluation.num_samples_per_class for classes in seen[1:]]
-    classified += [sum(real.values())] if evaluation.image_quality == "classifier" else []
-    steps = sum(training_steps(number, classifier)[1] for number in classified if number)
+    classified = []
+    if all(real[class_id] for class_id in seen[0]) and all(test.values()):
+        classified = [sum(real[class_id] for class_id in seen[0])]
+        classified += [len(classes) * evaluation.num_samples_per_class for classes in seen[1:]]
+    if evaluation.image_quality == "classifier" and any(test.values()):
+        classified.append(sum(real.values()))
+    steps = sum(training_steps(number, classifier)[1] for number in classified)
     per_image = expected_evaluations(evaluation.solver, evaluation.num_inference_steps)
     replayed = sum(strategy.replay_evaluations(task) for task in setting.tasks)
     return [
@@ -183,7 +152,7 @@ def measure_parts(
 def _training_step(
     strategy: Strategy, phase: Phase, trainable: Trainable, accelerator: Accelerator, shape: tuple[int, ...]
 ) -> Callable[[int], None]:
-    """A training step on a batch of any size that leaves the weights as they are."""
+    """A training step on a batch of any size, at a learning rate of 0."""
     parameters, device = list(trainable.parameters.values()), accelerator.device
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True if on_gpu else None)
@@ -235,7 +204,7 @@ def _counted(step: Callable[[int], None], size: int) -> tuple[int, int]:
 
 
 def _seconds(step: Callable[[int], None], size: int, device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
     step(size)

@@ -45,13 +45,18 @@ def costs_table(parts: Sequence[Part]) -> str:
     lines = [f"{'':<26}{'':>24} {'per second':>11} {'hours':>10} {'TFLOP':>11} {'memory':>9}"]
     for part in parts:
         unit = part.unit if part.images == 1 else f"{part.unit} of {part.images}"
-        speed, hours = f"{1 / part.seconds:,.3g}", f"{part.hours:,.3g}"
+        hours = part.count * part.seconds / 3600
+        numbers = f"{_rounded(1 / part.seconds):>11} {_rounded(hours):>10} {_rounded(part.flops / 1e12):>11}"
         memory = "" if part.memory is None else f"{part.memory / 1e9:.2f} GB"
-        lines.append(
-            f"{part.name:<26}{f'{part.count:,} {unit}':>24} {speed:>11} {hours:>10} {part.flops / 1e12:>11,.4g} {memory:>9}"
-        )
-    lines.append(f"{'together':<26}{'':>24} {'':>11} {sum(part.hours for part in parts):>10,.3g}")
+        lines.append(f"{part.name:<26}{f'{part.count:,} {unit}':>24} {numbers} {memory:>9}")
+    lines.append(
+        f"{'together':<26}{'':>24} {'':>11} {_rounded(sum(part.count * part.seconds for part in parts) / 3600):>10}"
+    )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
