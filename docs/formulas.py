@@ -30,14 +30,11 @@ def _inline(match: re.Match) -> str:
 
 
 def _picture(formula: str) -> str:
-    # What matplotlib does not know.
-    text = formula.replace(r"\text", r"\mathrm").replace(r"\lVert", r"\|").replace(r"\rVert", r"\|").replace(r"\tfrac", r"\frac")
-    text = re.sub(r"\\mathrm\{([^}]*)\}", lambda match: r"\mathrm{%s}" % match[1].replace(" ", r"\ "), text)
     figure = Figure()
-    figure.text(0, 0, f"${text}$", fontsize=11)
+    figure.text(0, 0, f"${formula}$", fontsize=11)
     file = io.BytesIO()
     figure.savefig(file, format="svg", bbox_inches="tight", pad_inches=0.02, transparent=True)
-    width, height = re.search(rb'width="([\d.]+)pt" height="([\d.]+)pt"', file.getvalue()).groups()
+    height = re.search(rb'height="([\d.]+)pt"', file.getvalue())[1]
     source = base64.b64encode(file.getvalue()).decode()
     return (
         f'<img class="formula" alt="{html.escape(formula)}" style="vertical-align: middle; height: {float(height) / 11:.2f}em" '

@@ -15,7 +15,7 @@ from runs import REPOSITORY, short_run
 from funlora_hf.run import run
 
 
-# docs/sharing.md needs a Hub (test_readme.py), docs/strategies/writing_your_own.md the registry (test_strategies_docs.py).
+# docs/guides/sharing.md needs a Hub (test_readme.py), docs/strategies/writing_your_own.md the registry (test_strategies_docs.py).
 PYTHON_PAGES = ["README.md", "docs/getting_started.md", "docs/method.md", "docs/tuner.md", "docs/strategies/README.md"]
 PAGES = sorted(
     path.relative_to(REPOSITORY).as_posix() for path in [REPOSITORY / "README.md", *REPOSITORY.glob("docs/**/*.md")]
@@ -29,7 +29,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def test_every_page_with_python_is_run():
     found = {page for page in PAGES if blocks(page, "python")}
-    assert found == {*PYTHON_PAGES, "docs/sharing.md", "docs/strategies/writing_your_own.md"}
+    assert found == {*PYTHON_PAGES, "docs/guides/sharing.md", "docs/strategies/writing_your_own.md"}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,10 @@ def test_commands_name_what_exists(page, line):
     elif words[0] == "funlora":
         text = usage("-m", "funlora_hf", words[1])
         assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--\w+", text))
+    elif "-m" in words:
+        assert words[0] in ("accelerate", "torchrun"), line
+        given = words[words.index("-m") + 1 :]
+        assert {word for word in given if word.startswith("--")} <= set(re.findall(r"--\w+", usage("-m", given[0])))
     elif scripts := [word for word in words if word.startswith("examples/")]:
         text = usage(scripts[0])
         given = words[words.index(scripts[0]) :]
