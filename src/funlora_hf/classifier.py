@@ -169,12 +169,7 @@ def train_classifier(
     classifier.to(device).train()
     generator = torch.Generator().manual_seed(seed)
 
-    full_batches, rest = divmod(len(images), config.batch_size)
-    # A last batch of one image is left out for batch normalisation; the next epoch's order leaves out another one.
-    steps_per_epoch = full_batches + (1 if rest >= 2 else 0)
-    total_steps = config.epochs * steps_per_epoch
-    if config.max_train_steps is not None:
-        total_steps = min(total_steps, config.max_train_steps)
+    steps_per_epoch, total_steps = training_steps(len(images), config)
     rate = config.learning_rate
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
@@ -207,6 +202,16 @@ def train_classifier(
                 scheduler.step()
             bar.update()
     return classifier.eval()
+
+
+def training_steps(num_images: int, config: ClassifierConfig) -> tuple[int, int]:
+    """Steps of an epoch, and of the whole training, for a number of images of at least 1."""
+    full_batches, rest = divmod(max(2, num_images), config.batch_size)
+    # A last batch of one image is left out for batch normalisation; the next epoch's order leaves out another one.
+    steps_per_epoch = full_batches + (1 if rest >= 2 else 0)
+    limit = config.max_train_steps
+    total = config.epochs * steps_per_epoch
+    return steps_per_epoch, total if limit is None else min(total, limit)
 
 
 @torch.no_grad()

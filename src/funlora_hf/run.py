@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from .continual.config import (
     ModelArguments,
     run_settings,
 )
+from .continual.costs import count_parts, measure_parts
 from .continual.devices import deterministic_kernels
 from .continual.publishing import Publisher
 from .continual.run_folder import EVALUATION, RunFolder
@@ -36,10 +38,13 @@ from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer, Evaluator
 from .data.class_ids import assign_class_ids
 from .data.image_data import ImageClassificationData, load_image_data
+from .data.known_counts import KnownCounts
 from .data.tasks import Task, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_evaluation, report_finished, report_run
+from .evaluation.tables import costs_table
+from .sampling.solvers import DOPRI5_EVALUATIONS
 from .utils.checks import check_class_name
 from .utils.files import recover_folder
 from .utils.locks import folder_lock
@@ -149,6 +154,28 @@ def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None =
     return _Run(RunArguments(arguments.data, arguments.model, training, given), None).evaluate()
 
 
+def dry_run(arguments: RunArguments) -> str:
+    """Say what a run would cost on this machine, by a few steps in a temporary folder.
+
+    Args:
+        arguments ([`RunArguments`]): of the run.
+
+    Returns:
+        `str`: a table, and what it assumes.
+
+    Raises:
+        ValueError, FileNotFoundError: `update_class` is given, or arguments that do not fit each other or the data.
+    """
+    if arguments.training.update_class is not None:
+        raise ValueError(
+            "`dry_run` is set and `update_class` given, expected one of them: a dry run counts a whole run."
+        )
+    with TemporaryDirectory() as folder:
+        # Compiled steps are faster, but each kind takes minutes to compile.
+        training = replace(arguments.training, output_dir=folder, torch_compile=False)
+        return _Run(replace(arguments, training=training), None).costs()
+
+
 class _Run:
     """The parts of a run, which are made and joined here; its time limit counts from now."""
 
@@ -196,6 +223,34 @@ class _Run:
                     evaluator.end_task(task)
                     self.accelerator.wait_for_everyone()
                 return report_evaluation(evaluator, folder=self.folder) if self.accelerator.is_main_process else None
+
+    def costs(self) -> str:
+        """What the run costs; its folder is used up."""
+        name, most, evaluation = (
+            self.arguments.data.dataset_name,
+            self.arguments.data.max_images_per_class,
+            self.arguments.evaluation,
+        )
+        base = self._base()
+        known = None if base is not None else KnownCounts.of(name, most)
+        data = known or self._data(base)
+        strategy = self._strategy(base, data, self._tasks(data, base))
+        strategy.check()
+        classifier = classifier_config(evaluation, self.training.max_train_steps)
+        parts = count_parts(strategy, data, evaluation, classifier)
+        measure_parts(
+            parts,
+            strategy,
+            self.accelerator,
+            sampling_batch_size=evaluation.sampling_batch_size,
+            architecture=evaluation.classifier_architecture,
+        )
+        assumed = [] if known is None else [f"{name} was not opened: {known}."]
+        if "dopri5" in (evaluation.solver, getattr(getattr(strategy, "options", None), "solver", None)):
+            assumed.append(
+                f"dopri5 chooses its own steps: {DOPRI5_EVALUATIONS} evaluations an image are assumed, as on digits."
+            )
+        return "\n".join([costs_table(parts), "", *assumed])
 
     def update(self, class_id: int) -> None:
         """Train one adapter of a finished run again, on the images that its class has now."""
@@ -260,8 +315,7 @@ class _Run:
 
     def _prepared(self) -> tuple[Strategy, ImageClassificationData, list[Task]]:
         """What a run needs, checked; nothing is written."""
-        name, revision = self.model.base_model, self.model.base_model_revision
-        base = None if name is None else find_base(name, revision=revision, unet_config=self.model.unet_config)
+        base = self._base()
         data = self._data(base)
         tasks = self._tasks(data, base)
         strategy = self._strategy(base, data, tasks)
@@ -278,6 +332,14 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.arguments.data, self.model, self.training, self.arguments.evaluation)
+
+    def _base(self) -> ExistingBase | None:
+        name = self.model.base_model
+        return (
+            None
+            if name is None
+            else find_base(name, revision=self.model.base_model_revision, unet_config=self.model.unet_config)
+        )
 
     def _data(self, base: ExistingBase | None) -> ImageClassificationData:
         given, unet = self.arguments.data, self.model.unet
@@ -304,7 +366,7 @@ class _Run:
         known = {**own, **base.classes}
         return data.with_class_ids(assign_class_ids(list(data.class_names.values()), known, taken=base.taken))
 
-    def _tasks(self, data: ImageClassificationData, base: ExistingBase | None) -> list[Task]:
+    def _tasks(self, data: ImageClassificationData | KnownCounts, base: ExistingBase | None) -> list[Task]:
         given = self.arguments.data
         tasks = split_into_tasks(
             list(data.class_names),
@@ -319,7 +381,9 @@ class _Run:
             )
         return tasks[: given.num_tasks]
 
-    def _strategy(self, base: ExistingBase | None, data: ImageClassificationData, tasks: list[Task]) -> Strategy:
+    def _strategy(
+        self, base: ExistingBase | None, data: ImageClassificationData | KnownCounts, tasks: list[Task]
+    ) -> Strategy:
         setting = Setting(
             output_dir=self.folder.path,
             base_dir=self.folder.base if base is None else base.folder,

@@ -229,6 +229,10 @@ class Strategy(ABC):
     def phases(self, task: Task) -> Iterable[Phase]:
         """The phases of a task, in order."""
 
+    def replay_evaluations(self, task: Task) -> int:
+        """Evaluations of the U-Net, one for each image, to draw the images of past classes that a task trains on."""
+        return 0
+
     @abstractmethod
     def is_finished(self, phase: Phase) -> bool:
         """Whether the phase's complete result is on disk."""

@@ -294,7 +294,7 @@ class ContinualTrainer:
     def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> dict[str, Any]:
         """Returns the steps of the phase, how many of them were skipped, and the decay of the average in the last one."""
         accelerator, training = self.accelerator, self.training
-        steps = self._steps(phase, batches)
+        steps = phase_steps(phase, len(batches.images), training)
         state = self._training_state(trainable, phase.settings, steps)
         resumes = training.resume_from_checkpoint is not None
         done = load_newest(self.folder.checkpoints / phase.name, state) if resumes else 0
@@ -407,13 +407,6 @@ class ContinualTrainer:
             rate = learning_rate(phase.settings, loss.step)
             self.accelerator.log({f"{phase.name}/loss": loss.mean, f"{phase.name}/lr": rate}, step=loss.step)
 
-    def _steps(self, phase: Phase, batches: PhaseBatches) -> int:
-        settings, accumulated = phase.settings, self.training.gradient_accumulation_steps
-        epochs = settings.epochs
-        by_epochs = None if epochs is None else math.ceil(epochs * batches.batches_per_epoch / accumulated)
-        counts = (settings.train_steps, by_epochs, self.training.max_train_steps)
-        return min(count for count in counts if count is not None)
-
     def _checkpoint(self, phase: Phase, step: int, state: TrainingState) -> None:
         self._check_finite(phase, step, state.parameters.values())
         if self._writes(phase):
@@ -457,6 +450,20 @@ class ContinualTrainer:
             "are safe. Lower the learning rate or raise the warm-up of this phase; under fp16, try bf16. Where it comes by "
             "chance, raise `max_nonfinite_steps` and resume."
         )
+
+
+def phase_steps(phase: Phase, num_images: int, training: ContinualTrainingArguments) -> int:
+    """Optimiser steps of a phase.
+
+    Args:
+        phase: the phase.
+        num_images: its real images.
+        training: of the run.
+    """
+    settings = phase.settings
+    batches = -(-num_images // settings.batch_size) * (settings.epochs or 0)
+    by_epochs = None if settings.epochs is None else -(-batches // training.gradient_accumulation_steps)
+    return min(c for c in (settings.train_steps, by_epochs, training.max_train_steps) if c is not None)
 
 
 def learning_rate(settings: PhaseSettings, step: int) -> float:

@@ -1,0 +1,212 @@
+"""What a run costs: counted from its arguments, and hours by the speed of a few steps of each kind on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..classifier import ClassifierConfig, build_classifier, training_steps
+from ..data.image_data import ImageClassificationData
+from ..data.known_counts import KnownCounts
+from ..sampling.solvers import expected_evaluations
+from .base import base_shape
+from .config import EvaluationArguments
+from .moving_average import MovingAverage
+from .strategy import Batch, Phase, Strategy, Trainable
+from .trainer import phase_steps
+
+
+# Seconds that each kind of work is measured for, beside its first steps.
+MEASURED_SECONDS = 2.0
+
+
+@dataclass
+class Part:
+    """One kind of work of a run.
+
+    Args:
+        name: the kind.
+        unit: "steps" of an optimiser, or "evaluations" of the U-Net for one image each.
+        count: units.
+        images: in a unit.
+        phase: one that has these steps; None for what is no phase of the strategy.
+        flops: floating-point operations of the whole part, as torch counts them, once they are measured.
+        memory: bytes of weights, gradients, moments, average and what a step keeps for its backward pass, of a phase.
+        seconds: of a unit, once they are measured.
+    """
+
+    name: str
+    unit: str
+    count: int
+    images: int = 1
+    phase: Phase | None = None
+    flops: float = 0.0
+    memory: float | None = None
+    seconds: float = 0.0
+
+
+def count_parts(
+    strategy: Strategy,
+    data: ImageClassificationData | KnownCounts,
+    evaluation: EvaluationArguments,
+    classifier: ClassifierConfig,
+) -> list[Part]:
+    """All work of a run from its start to its end, by kind.
+
+    Args:
+        strategy: of the run, made but not begun.
+        data: numbers of images.
+        evaluation: how classes are sampled and judged.
+        classifier: how evaluation trains classifiers.
+    """
+    setting, training = strategy.setting, strategy.setting.training
+    parts: dict[str, Part] = {}
+    for phase in (phase for task in setting.tasks for phase in strategy.phases(task)):
+        kind = phase.name.rstrip("_0123456789")  # class_7 and class_8 are of one kind
+        images = phase.settings.batch_size * training.gradient_accumulation_steps
+        part = parts.setdefault(kind, Part(f"training: {kind}", "steps", 0, images, phase))
+        part.count += phase_steps(phase, sum(data.count(class_id) for class_id in phase.class_ids), training)
+    seen, changes = [setting.seen(task) for task in setting.tasks], strategy.learning_changes_past_classes
+    # What learning changes is sampled and measured again after each task.
+    drawn = evaluation.num_samples_per_class * len(sum(seen, ()) if changes else seen[-1])
+    drawn += evaluation.num_probe_samples * len(seen[-1]) * (2 if strategy.has_frozen_base else 1)
+    real, test = (
+        {c: data.count(c, split=split) if c in data.class_names else 0 for c in seen[-1]}
+        for split in ("train", "test")
+    )
+    measured = sum(test[class_id] for classes in [*(seen if changes else []), seen[-1]] for class_id in classes)
+    classified = []
+    if all(real[class_id] for class_id in seen[0]) and all(test.values()):
+        classified = [sum(real[class_id] for class_id in seen[0])]
+        classified += [len(classes) * evaluation.num_samples_per_class for classes in seen[1:]]
+    if evaluation.image_quality == "classifier" and any(test.values()):
+        classified.append(sum(real.values()))
+    steps = sum(training_steps(number, classifier)[1] for number in classified)
+    per_image = expected_evaluations(evaluation.solver, evaluation.num_inference_steps)
+    replayed = sum(strategy.replay_evaluations(task) for task in setting.tasks)
+    return [
+        *parts.values(),
+        *([Part("drawing images to replay", "evaluations", replayed)] if replayed else []),
+        Part(f"sampling {drawn:,} images", "evaluations", drawn * per_image),
+        Part("held-out loss", "evaluations", evaluation.held_out_sigmas * measured),
+        Part("classifiers", "steps", steps, classifier.batch_size),
+    ]
+
+
+def measure_parts(
+    parts: Sequence[Part], strategy: Strategy, accelerator: Accelerator, *, sampling_batch_size: int, architecture: str
+) -> None:
+    """Fill in FLOPs, memory and seconds by a few steps of each kind with random images.
+
+    Args:
+        parts: from `count_parts`; the last is that of the classifiers.
+        strategy: in an empty folder, into which it writes what the next kind of work needs.
+        accelerator: for its device and precision.
+        sampling_batch_size: images sampled at once.
+        architecture: of the classifiers.
+    """
+    device, config = accelerator.device, base_shape(strategy.setting).config
+    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    class_id = strategy.setting.tasks[0].class_ids[0]
+    for part in parts:
+        if (phase := part.phase) is not None:
+            trainable = strategy.build(phase)
+            try:
+                step = _training_step(strategy, phase, trainable, accelerator, shape)
+                kept = _measure(part, step, phase.settings.batch_size, device)
+                weights = sum(parameter.nbytes for parameter in trainable.module.parameters())
+                # Gradient, two moments and the average.
+                part.memory = kept + weights + 4 * sum(p.nbytes for p in trainable.parameters.values())
+                strategy.end_phase(phase, trainable)
+                class_id = phase.class_ids[0]
+            finally:
+                strategy.release_phase(phase, trainable)
+    drawing = [part for part in parts if part.unit == "evaluations"]
+    with strategy.inference([class_id]) as pipe:
+
+        def sample(size: int) -> None:
+            pipe([class_id] * size, num_inference_steps=1, solver="euler", output_type="pt")
+
+        _measure(drawing[0], sample, sampling_batch_size, device)
+    for part in drawing[1:]:
+        part.flops, part.seconds = drawing[0].flops / drawing[0].count * part.count, drawing[0].seconds
+    classes = len(strategy.setting.class_names)
+    network = build_classifier(classes, channels=shape[0], image_size=shape[1], architecture=architecture).to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+
+    def classify(size: int) -> None:
+        labels = torch.zeros(size, dtype=torch.long, device=device)
+        functional.cross_entropy(network(torch.randn(size, *shape, device=device)), labels).backward()
+        optimizer.step()
+
+    _measure(parts[-1], classify, parts[-1].images, device)
+
+
+def _training_step(
+    strategy: Strategy, phase: Phase, trainable: Trainable, accelerator: Accelerator, shape: tuple[int, ...]
+) -> Callable[[int], None]:
+    """A training step on a batch of any size, at a learning rate of 0."""
+    parameters, device = list(trainable.parameters.values()), accelerator.device
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True if on_gpu else None)
+    ema = MovingAverage(parameters, decay=0.0, warmup=False, start=0, foreach=on_gpu)
+
+    def step(size: int) -> None:
+        # Sorted, as batches of several classes are.
+        classes = torch.tensor(phase.class_ids)[torch.arange(size) % len(phase.class_ids)].sort().values
+        sample, noise = torch.randn(2, size, *shape, device=device)
+        with accelerator.autocast():
+            batch = Batch(sample, classes, noise, torch.rand(size, device=device))
+            loss = strategy.training_step(phase, batch, trainable.module).losses.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+
+    return step
+
+
+def _measure(part: Part, step: Callable[[int], None], batch_size: int, device: torch.device) -> float:
+    """Measure a part's FLOPs and seconds; returns the bytes that a step with a whole batch keeps for its backward pass."""
+    # Not 1, of which batch normalisation may have no variance.
+    (flops, kept), (more_flops, more_kept) = (_counted(step, size) for size in (2, 3))
+    batches = part.count * part.images / batch_size
+    part.flops = batches * (flops + (more_flops - flops) * (batch_size - 2))
+    size = min(2, batch_size)
+    # As large as time permits, since small batches are slower.
+    while (seconds := _seconds(step, size, device)) < MEASURED_SECONDS / 8 and size < batch_size:
+        size = min(4 * size, batch_size)
+    repeats = max(1, round(MEASURED_SECONDS / seconds))
+    part.seconds = median(_seconds(step, size, device) for _ in range(repeats)) / size * part.images
+    return kept + (more_kept - kept) * (batch_size - 2)
+
+
+def _counted(step: Callable[[int], None], size: int) -> tuple[int, int]:
+    """Floating-point operations of a step, and bytes that it keeps for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        step(size)
+    return counter.get_total_flops(), sum(kept.values())
+
+
+def _seconds(step: Callable[[int], None], size: int, device: torch.device) -> float:
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    step(size)
+    wait()
+    return time.perf_counter() - started
