@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -176,7 +175,8 @@ class AdapterBank(ClassRows):
 
     def save(self, file: str | os.PathLike) -> None:
         """Write all classes into one safetensors file, which appears whole or not at all."""
-        layout = [[key, list(tensor.shape)] for key, tensor in self._live.tensors.items()]
+        tensors = self._live.tensors
+        layout = [[key, list(tensor.shape)] for key, tensor in tensors.items()]
         # One entry, since safetensors writes several in any order, and equal banks should give equal files.
         metadata = {
             METADATA: json.dumps(
@@ -184,7 +184,7 @@ class AdapterBank(ClassRows):
             )
         }
         rows = [row.cpu() for row in self._rows.values()]
-        table = torch.stack(rows) if rows else torch.empty(0, sum(math.prod(shape) for _, shape in layout))
+        table = torch.stack(rows) if rows else torch.empty(0, sum(tensor.numel() for tensor in tensors.values()))
         with whole_file(Path(file)) as temporary:
             save_file({ROWS: table}, temporary, metadata=metadata)
 

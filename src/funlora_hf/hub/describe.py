@@ -147,12 +147,12 @@ def _bank(file: Path, name: str, check: FingerprintCheck | None) -> BankDescript
 
 
 def _stored(config: PeftConfig, file: Path, name: str, check: FingerprintCheck | None) -> dict[str, Any]:
-    is_funlora = isinstance(config, FunLoraConfig)
+    own = config if isinstance(config, FunLoraConfig) else None
     return {
         "name": name,
         "method": method(config),
-        "function": config.function if is_funlora else None,
-        "operation": config.operation if is_funlora else None,
+        "function": own.function if own else None,
+        "operation": own.operation if own else None,
         "num_bytes": file.stat().st_size,
         "base_model": config.base_model_name_or_path,
         "base_matches": _matches(check, config, name),
