@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 
 # Shares of the training images of each class on which no run of the grid trains.
 VALIDATION_FRACTION = 0.2
-# The base, and one task that can make a strategy forget it.
-NUM_TASKS = 2
+# Tasks that a run of the grid learns, the base's among them. A strategy that changes past classes needs two after the base: in the
+# second it first changes what it learned itself, and ways to merge differ. Otherwise the later classes are like the first.
+NUM_TASKS = {True: 3, False: 2}
 # Rates beyond the grid that are tried for a run whose best one is at its edge.
 MOST_WIDENINGS = 6
 # That a run takes.
@@ -94,9 +95,10 @@ def choose_learning_rates(
     """
     The rate of each candidate with the lowest held-out loss, written with all losses to `learning_rates.json`.
 
-    Every run learns the first task after the base on four fifths of the training images; its loss is that of flow matching on
-    the last fifth, as the mean over all classes seen, the base's too, so that what a rate makes a strategy forget counts. Where
-    the best rate is at the edge, rates beyond it are tried. Runs that are finished are not run again.
+    Every run learns the first task after the base, and the second if the strategy changes past classes, on four fifths of the
+    training images; its loss is that of flow matching on the last fifth, as the mean over all classes seen, the base's too, so
+    that what a rate makes a strategy forget counts. Where the best rate is at the edge, rates beyond it are tried. Runs that are
+    finished are not run again.
 
     Args:
         candidates: keys differ.
@@ -144,13 +146,17 @@ def _job(candidate: Candidate, rate: float, folder: Path) -> Job:
     path = folder / candidate.key / f"{rate:g}"
     arguments = candidate.arguments
     changes: dict[str, Any] = {**CHEAP_EVALUATION, "output_dir": str(path)}
-    changes["num_tasks"] = NUM_TASKS
+    changes["num_tasks"] = _num_tasks(candidate)
     changes["validation_fraction"] = arguments.data.validation_fraction or VALIDATION_FRACTION
     if "classifier_train_steps" in strategy_class(arguments.training.strategy).known_options():
         # Its own classifier has no part in the generator.
         changes["strategy_options"] = {**(arguments.training.strategy_options or {}), "classifier_train_steps": 1}
     label, own = f"{candidate.label}, learning rate {rate:g}", {candidate.argument: rate}
     return Job(with_changes(arguments, changes), path, label, after_base=own)
+
+
+def _num_tasks(candidate: Candidate) -> int:
+    return NUM_TASKS[strategy_class(candidate.arguments.training.strategy).learning_changes_past_classes]
 
 
 def _loss(results: dict[str, Any] | None) -> float:
@@ -160,7 +166,8 @@ def _loss(results: dict[str, Any] | None) -> float:
 
 def _record(candidates: Sequence[Candidate], scores: dict[str, Scores]) -> dict[str, Any]:
     return {
-        "criterion": "held-out flow-matching loss after the first task after the base, mean over all classes seen",
+        "criterion": "held-out flow-matching loss, mean over all classes of the first tasks",
+        "num_tasks": {candidate.key: _num_tasks(candidate) for candidate in candidates},
         "seed": candidates[0].arguments.training.seed if candidates else None,
         "arguments": {candidate.key: candidate.argument for candidate in candidates},
         "chosen": {key: of_key.best for key, of_key in scores.items()},

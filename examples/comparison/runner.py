@@ -36,8 +36,8 @@ class ComparisonArguments:
         default=None,
         metadata={
             "help": "Choose each strategy's own rate after the base among these, and beyond them where the best is at the edge: "
-            "by the flow-matching loss of all classes seen after the first task after the base, on a fifth of the training images, "
-            "held out, with the first seed. None: the recipe's. A rate that --strategies names stays."
+            "by the flow-matching loss of all classes of the first tasks, on a fifth of the training images, held out, with the first "
+            "seed. None: the recipe's. A rate that --strategies names stays."
         },
     )
     num_workers: int = field(default=1, metadata={"help": "Runs at a time; they share the cores."})

@@ -70,7 +70,7 @@ def test_the_grid_is_widened_where_the_best_is_at_its_edge(losses, tmp_path, bes
 
 def test_a_best_that_stays_at_the_edge_is_said(losses, tmp_path, caplog):
     losses["frozen"] = lambda x: -x
-    chosen = choose(tmp_path, candidate("frozen"))
+    chosen = choose(tmp_path, candidate("frozen"), rates=(1e-6, 1e-5))
     assert len(losses.jobs) == 2 + MOST_WIDENINGS
     assert f"FROZEN: the best learning rate, {chosen['frozen']:g}, is at the edge" in caplog.text
     assert read_json(tmp_path / "learning_rates.json")["at_edge"] == ["frozen"]
@@ -109,7 +109,8 @@ def test_runs_of_the_grid_test_on_training_images_only(losses, tmp_path):
     choose(tmp_path, candidate("replay", strategy_options=options), candidate("frozen"), rates=(0.1, 1, 9))
     replay, frozen = losses.jobs[0].arguments, losses.jobs[3].arguments
     assert replay.data.validation_fraction == frozen.data.validation_fraction == 0.2
-    assert replay.data.num_tasks == frozen.data.num_tasks == 2
+    # What replay learned in the first task after the base can change in the second.
+    assert (replay.data.num_tasks, frozen.data.num_tasks) == (3, 2)
     assert replay.training.strategy_options == {"num_inference_steps": 2, "classifier_train_steps": 1}
     assert len({job.folder for job in losses.jobs}) == 6
     assert all(job.folder.is_relative_to(tmp_path / "learning_rates") for job in losses.jobs)
