@@ -128,6 +128,11 @@ class FunLoraPipeline(DiffusionPipeline):
         return {**self.config["id2label"], **self._adapters.classes}
 
     @property
+    def components(self) -> dict[str, Any]:
+        """What `FunLoraPipeline(**pipe.components)` makes another pipeline of: the parts, and ids and names of the base's classes."""
+        return {**super().components, "class_ids": self.base_classes, "id2label": dict(self.config["id2label"])}
+
+    @property
     def base_classes(self) -> list[int]:
         """Ids of the classes that the base itself knows, by row of its class embedding."""
         return list(self.config["class_ids"])
@@ -466,6 +471,14 @@ class FunLoraPipeline(DiffusionPipeline):
         for folder in adapter_folders(Path(pretrained_model_name_or_path) / ADAPTERS_FOLDER):
             pipe.load_adapter(folder, **adapter_class(folder))
         return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "FunLoraPipeline":
+        """As [`DiffusionPipeline.from_pipe`]. Pipelines that share a U-Net also share its adapters, present and future."""
+        made = super().from_pipe(pipeline, **kwargs)
+        if isinstance(pipeline, FunLoraPipeline) and made.unet is pipeline.unet:
+            made._adapters = pipeline._adapters
+        return made
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
