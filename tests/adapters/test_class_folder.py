@@ -14,7 +14,7 @@ def test_a_folder_has_config_weights_and_card(tiny_unet, tmp_path):
     config = FunLoraConfig(class_embedding="class_embedding", class_label=7, class_name="seven")
     model = get_peft_model(tiny_unet, config, adapter_name="class_7")
     for place in ("a", "b"):
-        save_adapter(model, "class_7", tmp_path / place / "class_7")
+        save_adapter(model, tmp_path / place / "class_7", "class_7")
     folder = tmp_path / "a" / "class_7"
     assert sorted(digests(folder)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
@@ -28,7 +28,7 @@ def test_a_folder_has_config_weights_and_card(tiny_unet, tmp_path):
 
 def test_the_default_adapter_is_written_in_place(tiny_unet, tmp_path):
     model = get_peft_model(tiny_unet, FunLoraConfig())
-    save_adapter(model, "default", tmp_path / "a")
+    save_adapter(model, tmp_path / "a")
     assert sorted(digests(tmp_path / "a")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..data.tasks import Task
-from ..flow_matching import flow_matching_loss, interpolate, sigma_to_timestep, velocity_target
+from ..flow_matching import losses_at
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.field_types import check_field_types
 from .config import ContinualTrainingArguments, ModelArguments, parse_options
@@ -294,13 +294,8 @@ def velocity_losses(module: nn.Module, batch: Batch, labels: torch.Tensor) -> to
         module: a class-conditional U-Net.
         batch: what to train on.
         labels: rows of its class embedding, `(batch,)`, int64, on the CPU or the device.
-
-    Source: arXiv 2510.02631, conditional flow matching [text].
     """
-    noisy = interpolate(batch.sample, batch.noise, batch.sigma)
-    labels = on_device(labels, noisy.device)
-    model_output = module(noisy, sigma_to_timestep(batch.sigma), labels, return_dict=False)[0]
-    return flow_matching_loss(model_output, velocity_target(batch.sample, batch.noise))
+    return losses_at(module, batch.sample, batch.noise, batch.sigma, on_device(labels, batch.sample.device))
 
 
 def tensor_bytes(path: Path) -> int:

@@ -12,13 +12,11 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 
-from ..adapters.base_fingerprint import base_fingerprints
 from ..adapters.base_model import PIPELINE
 from ..adapters.class_folder import adapter_name, known_class, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
 from ..cards.model_cards import ClassRow, Place
 from ..sampling.pipeline import FunLoraPipeline
-from ..tuner import FunLoraConfig
 from .classes_json import HubIndex, shown_results
 from .repository import HubRepository
 from .root_files import root_files
@@ -108,7 +106,7 @@ def push_adapter(
     label, _ = known_class(config, adapter_name, class_label, class_name, name=adapter_name)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / f"class_{label}"
-        _save_as(model, adapter_name, written, label, class_name)
+        save_adapter(model, written, adapter_name, class_label=label, class_name=class_name)
         adapter = read_adapter_folder(written)
         base = _looked_at(
             adapter.base_on_hub if base_model is None else Place(base=base_model, base_revision=base_revision)
@@ -240,18 +238,3 @@ def _index(
 
 def _weights(class_label: int) -> str:
     return f"{adapter_name(class_label)}/{ADAPTER_FILES[1]}"
-
-
-def _save_as(model: PeftModel, name: str, folder: Path, label: int, class_name: str | None) -> None:
-    """Write an adapter as that of a class; FunLoRA's with the fingerprint of the base that it is on."""
-    config = model.peft_config[name]
-    if not isinstance(config, FunLoraConfig):
-        save_adapter(model, name, folder, class_label=label, class_name=class_name)
-        return
-    before = config.class_label, config.class_name, config.base_fingerprint
-    config.class_label, config.class_name = label, class_name or config.class_name
-    config.base_fingerprint = config.base_fingerprint or base_fingerprints(model)
-    try:
-        save_adapter(model, name, folder)
-    finally:
-        config.class_label, config.class_name, config.base_fingerprint = before

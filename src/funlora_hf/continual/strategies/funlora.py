@@ -164,8 +164,8 @@ class FunLora(Strategy):
             self._report_omega(trainable, name, class_id)
             save_adapter(
                 trainable.module,
-                name,
                 self.adapters_dir / adapter_name(class_id),
+                name,
                 class_label=class_id,
                 class_name=self.setting.class_names[class_id],
             )
