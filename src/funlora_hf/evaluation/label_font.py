@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 from PIL import ImageFont
 from PIL.ImageFont import FreeTypeFont, Layout
@@ -35,8 +36,7 @@ def label_font(labels: Iterable[str], size: int) -> FreeTypeFont:
     Source: [ours].
     """
     characters = frozenset("".join(labels))
-    font = ImageFont.load_default(size)
-    assert isinstance(font, FreeTypeFont)  # of another type without a size
+    font = cast(FreeTypeFont, ImageFont.load_default(size))  # of another type without a size
     lacking = _lacking(font, characters)
     for path in _installed() if lacking else ():
         try:
