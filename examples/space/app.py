@@ -36,9 +36,10 @@ SETTINGS = {"steps": 10, "solver": "heun", "seed": 0}
 IMAGES = 8
 TRAIN_STEPS = 150
 MESSAGE_LENGTH = 600
-# Of each user's files, in seconds; and of users whose classes are kept.
-KEPT_SECONDS = 3600
+# Users whose classes are kept.
 MOST_SESSIONS = 100
+# Files older than this, in seconds, are deleted, as often.
+FILE_SECONDS = 3600
 CSS = """
 .picture .image-frame { padding-top: 36px; }
 .picture img { max-width: 100%; }
@@ -62,7 +63,7 @@ def build_page(
         first (`Picture`, *optional*): samples that are shown at first.
     """
     hearts = tempfile.TemporaryDirectory(prefix="funlora-hearts-")
-    with gr.Blocks(title="FunLoRA", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
+    with gr.Blocks(title="FunLoRA", analytics_enabled=False, delete_cache=(FILE_SECONDS, FILE_SECONDS)) as page:
         session = gr.State()
         gr.Markdown(
             "# FunLoRA\nOne frozen base, one small adapter for every class added. Sample the classes, teach it one of your "
@@ -189,14 +190,15 @@ def build_page(
                 show_progress_on=pictures or outputs[-1:],
                 **ONE_AT_A_TIME,
             )
-        files.change(_with_message(_preview, 1), [session, files], [teach_picture, teach_text], **ONE_AT_A_TIME)
+        files.change(_with_message(_preview, 1), [session, files], [teach_picture, teach_text])
         examples_button.click(lambda: (draw_hearts(Path(hearts.name)), "heart"), None, [files, new_name])
 
         def enter() -> tuple:
             own = studio.session()
             return own, *_choices(own)
 
-        page.load(enter, None, [session, *choices], **ONE_AT_A_TIME)
+        # Nobody waits for the computations of others to see the page.
+        page.load(enter, None, [session, *choices], concurrency_limit=None)
     return page
 
 
@@ -228,12 +230,17 @@ def _teach(
         progress((step, steps), desc="Learning", unit="steps")
 
     taught = studio.teach(files or [], name, steps=steps, seed=seed or 0, on_step=show)
-    label, folder = taught.class_label, taught.archive.stem
+    label = taught.class_label
+    done = (
+        f"{taught.steps} steps"
+        if taught.steps == steps
+        else f"{taught.steps} of {steps} steps, in the time that it has"
+    )
     text = (
-        f"Learned class {title(label, studio.classes)} in {taught.seconds:.1f} seconds: {taught.numbers:,} numbers, "
-        f"{taught.steps} steps. The base and the other classes are as they were. Sample it, go to it from another class, or "
-        f"download it, unpack it, and use it on the same base:\n```python\n"
-        f"pipe = FunLoraPipeline.from_pretrained({studio.base!r})\npipe.load_adapter({folder!r})\n"
+        f"Learned class {title(label, studio.classes)} in {taught.seconds:.1f} seconds: {taught.numbers:,} numbers, {done}. "
+        "The base and the other classes are as they were. Sample it, go to it from another class, or download it, unpack it, "
+        "and use it on the same base:\n```python\nfrom funlora_hf import FunLoraPipeline\n\n"
+        f"pipe = FunLoraPipeline.from_pretrained({studio.base!r})\npipe.load_adapter({taught.archive.stem!r})\n"
         f"images = pipe(class_labels=[{label}] * 8).images\n```"
     )
     kept = _choices(studio, [*(chosen or []), label], start, label)

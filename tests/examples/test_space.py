@@ -266,7 +266,7 @@ def _missing() -> list[str]:
 
 
 class Page:
-    """The page in a browser. What it waits for has a minute to come."""
+    """The page in a browser. What it waits for has five minutes to come."""
 
     def __init__(self, driver, address: str) -> None:
         self.driver = driver
@@ -276,7 +276,7 @@ class Page:
         from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
-        waiting = WebDriverWait(self.driver, 60, 0.1, ignored_exceptions=[StaleElementReferenceException])
+        waiting = WebDriverWait(self.driver, 300, 0.1, ignored_exceptions=[StaleElementReferenceException])
         return waiting.until(lambda driver: condition())
 
     def element(self, selector: str):
@@ -379,7 +379,7 @@ def page(run, tmp_path):
 
 
 def _wait_for(server: subprocess.Popen, port: int, log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and server.poll() is None:
         with socket.socket() as attempt:
             attempt.settimeout(1)
