@@ -25,6 +25,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from runs import REPOSITORY, make_tiny_unet, write_adapters
 
 from funlora_hf import FunLoraPipeline, base_fingerprints
+from funlora_hf.evaluation.label_font import drawable
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -132,3 +133,16 @@ def saved_figures(monkeypatch):
 
     monkeypatch.setattr(module.Figure, "savefig", record)
     return figures
+
+
+@pytest.fixture
+def drawn_labels(monkeypatch):
+    """The labels of grids drawn so far: names of rows, then of columns, then the title."""
+    labels = []
+
+    def record(label, font):
+        labels.append(drawable(label, font))
+        return labels[-1]
+
+    monkeypatch.setattr("funlora_hf.evaluation.figures.drawable", record)
+    return labels

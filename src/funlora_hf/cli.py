@@ -214,9 +214,10 @@ def _sample(
         draw_samples(pipe, class_id, num_images, purpose="funlora sample", batch_size=_BATCH, **how).images
         for class_id in class_ids
     ]
-    image_grid(to_uint8(torch.cat(images)), output, columns=num_images)
-    for row, class_id in enumerate(class_ids, start=1):
-        _say(f"row {row}: {_class_text(class_id, pipe.classes[class_id])}")
+    names = [_class_text(class_id, pipe.classes[class_id]) for class_id in class_ids]
+    image_grid(to_uint8(torch.cat(images)), output, columns=num_images, names=names)
+    for row, name in enumerate(names, start=1):
+        _say(f"row {row}: {name}")
     _say(output)
     return 0
 

@@ -110,7 +110,7 @@ class ImageClassificationData:
                     raise ValueError("the row holds no image")
                 image = decode_image(example[self.image_column], roots=part.roots)
                 mode = image.mode
-                pixels[index] = _to_array(image, size=size, channels=channels)
+                pixels[index] = to_array(image, size=size, channels=channels)
             except Exception as error:  # PIL's decoders raise many types, several of them not OSError
                 raise ValueError(
                     f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
@@ -569,7 +569,7 @@ def _hold_out(rows: Mapping[int, np.ndarray], fraction: float) -> tuple[dict[int
     return kept, held
 
 
-def _to_array(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
+def to_array(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
     """One image as uint8 (channels, size, size), values 0..255."""
     image = _to_eight_bits(image)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
