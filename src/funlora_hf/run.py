@@ -6,7 +6,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, str_to_bool
 
 from .continual.base import ExistingBase, find_base, local_source
 from .continual.config import (
+    ARGUMENTS,
     DIGITS_UNET,
     LATEST,
     ContinualTrainingArguments,
@@ -28,7 +29,7 @@ from .continual.config import (
 from .continual.costs import count_parts, measure_parts
 from .continual.devices import deterministic_kernels
 from .continual.publishing import Publisher
-from .continual.run_folder import RunFolder
+from .continual.run_folder import EVALUATION, RunFolder
 from .continual.strategies.registry import strategy_class
 from .continual.strategy import Setting, Strategy
 from .continual.termination import Termination
@@ -40,7 +41,7 @@ from .data.known_counts import KnownCounts
 from .data.tasks import Task, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
-from .evaluation.report import report_finished, report_run
+from .evaluation.report import report_evaluation, report_finished, report_run
 from .evaluation.tables import costs_table
 from .sampling.solvers import DOPRI5_EVALUATIONS
 from .utils.checks import check_class_name
@@ -76,6 +77,21 @@ class RunArguments:
             )
         self.model.unet_config = dict(DIGITS_UNET)
 
+    @classmethod
+    def of(cls, folder: str | os.PathLike) -> RunArguments:
+        """The arguments of the run in a folder, which may have been moved.
+
+        Raises:
+            FileNotFoundError: the folder holds no run.
+        """
+        written, given = RunFolder(Path(folder)).settings(), []
+        for part in ARGUMENTS:
+            known = {one.name for one in fields(part)}
+            given.append(part(**{key: value for key, value in written[part.__name__].items() if key in known}))
+        arguments = cls(*given)
+        arguments.training.output_dir = os.fspath(folder)
+        return arguments
+
 
 def run(arguments: RunArguments, *, termination: Termination | None = None) -> dict[str, Any] | None:
     """
@@ -105,8 +121,41 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
     return None
 
 
+def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None = None) -> dict[str, Any] | None:
+    """
+    Evaluate a finished run, later or again: rewrites what evaluation gives in results.json and in figures/.
+
+    Of strategies whose generator changes, only its last state is there to be evaluated.
+
+    Args:
+        folder (`str` or `os.PathLike`): of the run.
+        evaluation ([`EvaluationArguments`], *optional*): how; None: as the run says.
+
+    Returns:
+        `dict`: the contents of results.json; None on all processes but the main one.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+        FolderInUseError: another run uses the folder.
+        ValueError: `evaluation` without evaluation; the data or the classes are not those of the run.
+    """
+    arguments = RunArguments.of(folder)
+    training, given = arguments.training, evaluation or replace(arguments.evaluation, evaluation=True)
+    if not given.evaluation:
+        raise ValueError("`evaluation` is False, expected True: leave --no_evaluation out.")
+    # What would end it before its time, or send it elsewhere.
+    training.time_limit_minutes, training.report_to, training.push_to_hub, training.hub_model_id = (
+        None,
+        "none",
+        False,
+        None,
+    )
+    return _Run(RunArguments(arguments.data, arguments.model, training, given), None).evaluate()
+
+
 def dry_run(arguments: RunArguments) -> str:
-    """Say what a run would cost on this machine, by a few steps in a temporary folder.
+    """
+    Say what a run would cost on this machine, by a few steps in a temporary folder.
 
     Args:
         arguments ([`RunArguments`]): of the run.
@@ -117,14 +166,17 @@ def dry_run(arguments: RunArguments) -> str:
     Raises:
         ValueError, FileNotFoundError: `update_class` is given, or arguments that do not fit each other or the data.
     """
-    if arguments.training.update_class is not None:
+    training, evaluation = arguments.training, arguments.evaluation
+    if training.update_class is not None:
         raise ValueError(
             "`dry_run` is set and `update_class` given, expected one of them: a dry run counts a whole run."
         )
+    if evaluation.image_quality == "inception":
+        evaluation = replace(evaluation, image_quality="none")  # would be downloaded
     with TemporaryDirectory() as folder:
-        # Compiled steps are faster, but each kind takes minutes to compile.
-        training = replace(arguments.training, output_dir=folder, torch_compile=False)
-        return _Run(replace(arguments, training=training), None).costs()
+        # Compiling would take minutes.
+        training = replace(training, output_dir=folder, torch_compile=False)
+        return _Run(RunArguments(arguments.data, arguments.model, training, evaluation), None).costs()
 
 
 class _Run:
@@ -141,13 +193,7 @@ class _Run:
 
     def learn(self) -> dict[str, Any] | None:
         """Train, evaluate and report; resume where a run stopped."""
-        base = self._base()
-        data = self._data(base)
-        tasks = self._tasks(data, base)
-        strategy = self._strategy(base, data, tasks)
-        strategy.check()
-        if self.arguments.evaluation.image_quality == "inception" and self.accelerator.is_main_process:
-            InceptionFeatures()  # downloads its weights, or fails now, not after days
+        strategy, data, tasks = self._prepared()
         with self._held():
             if self.accelerator.is_main_process:
                 overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
@@ -159,33 +205,43 @@ class _Run:
             with self.folder.staying():
                 return self._learn(strategy, data, tasks)
 
+    def evaluate(self) -> dict[str, Any] | None:
+        """Evaluate the run, which is finished."""
+        if not self.folder.results.is_file():
+            raise FileNotFoundError(
+                f"{self.folder.path} has no {self.folder.results.name}, expected a finished run: --resume_from_checkpoint latest "
+                "goes on with one that is not."
+            )
+        strategy, data, tasks = self._prepared()
+        evaluator = self._evaluator(strategy, data, tasks)
+        with self._held():
+            if self.accelerator.is_main_process:
+                of_run = {name: part for name, part in self._settings().items() if name != EVALUATION}
+                self.folder.check_settings({**of_run, "classes": data.digests()})
+                recover_folder(self.folder.path)
+                evaluator.forget()
+            self.accelerator.wait_for_everyone()
+            with self.folder.staying(), self._ends():
+                self._trainer(strategy, data, tasks).restore()
+                for task in tasks:
+                    evaluator.end_task(task)
+                    self.accelerator.wait_for_everyone()
+                return report_evaluation(evaluator, folder=self.folder) if self.accelerator.is_main_process else None
+
     def costs(self) -> str:
         """What the run costs; its folder is used up."""
-        name, most, evaluation = (
-            self.arguments.data.dataset_name,
-            self.arguments.data.max_images_per_class,
-            self.arguments.evaluation,
-        )
-        base = self._base()
-        known = None if base is not None else KnownCounts.of(name, most)
-        data = known or self._data(base)
-        strategy = self._strategy(base, data, self._tasks(data, base))
-        strategy.check()
-        classifier = classifier_config(evaluation, self.training.max_train_steps)
-        parts = count_parts(strategy, data, evaluation, classifier)
-        measure_parts(
-            parts,
-            strategy,
-            self.accelerator,
-            sampling_batch_size=evaluation.sampling_batch_size,
-            architecture=evaluation.classifier_architecture,
-        )
-        assumed = [] if known is None else [f"{name} was not opened: {known}."]
-        if "dopri5" in (evaluation.solver, getattr(getattr(strategy, "options", None), "solver", None)):
-            assumed.append(
-                f"dopri5 chooses its own steps: {DOPRI5_EVALUATIONS} evaluations an image are assumed, as on digits."
+        given, evaluation = self.arguments.data, self.arguments.evaluation
+        known = None if self.model.base_model else KnownCounts.of(given.dataset_name, given.max_images_per_class)
+        strategy, data, _ = self._prepared(known)
+        parts = count_parts(strategy, data, evaluation, classifier_config(evaluation, self.training.max_train_steps))
+        measure_parts(parts, strategy, self.accelerator, evaluation)
+        notes = [] if known is None else [f"{given.dataset_name} was not opened: {known} are assumed."]
+        solvers = {evaluation.solver, (self.training.strategy_options or {}).get("solver")}
+        if "dopri5" in solvers:
+            notes.append(
+                f"dopri5 chooses its steps: {DOPRI5_EVALUATIONS} evaluations an image are assumed, as digits took."
             )
-        return "\n".join([costs_table(parts), "", *assumed])
+        return "\n".join([costs_table(parts), *notes])
 
     def update(self, class_id: int) -> None:
         """Train one adapter of a finished run again, on the images that its class has now."""
@@ -209,16 +265,7 @@ class _Run:
             accelerator.end_training()
             results = report_finished(folder) if is_main else None
         else:
-            evaluator = RunEvaluator(
-                strategy,
-                data,
-                tasks,
-                config=self.arguments.evaluation,
-                seed=training.seed,
-                folder=folder,
-                accelerator=accelerator,
-                max_train_steps=training.max_train_steps,
-            )
+            evaluator = self._evaluator(strategy, data, tasks)
             listeners = _Listeners([evaluator] if publisher is None else [evaluator, publisher])
             with self._ends():
                 self._trainer(strategy, data, tasks, listeners).train()
@@ -252,6 +299,19 @@ class _Run:
             raise
         self.accelerator.end_training()
 
+    def _prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any, list[Task]]:
+        """What a run needs, checked; nothing is written. With `counts`, the data is not opened."""
+        name, revision = self.model.base_model, self.model.base_model_revision
+        base = None if name is None else find_base(name, revision=revision)
+        data = counts or self._data(base)
+        tasks = self._tasks(data, base)
+        strategy = self._strategy(base, data, tasks)
+        strategy.check()
+        evaluation = self.arguments.evaluation
+        if evaluation.evaluation and evaluation.image_quality == "inception" and self.accelerator.is_main_process:
+            InceptionFeatures()  # downloads its weights, or fails now, not after days
+        return strategy, data, tasks
+
     def _needed(self) -> dict[str, str]:
         """What the run reads, by the argument that names it."""
         named = {"base_model": self.model.base_model, "dataset_name": self.arguments.data.dataset_name}
@@ -259,10 +319,6 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.arguments.data, self.model, self.training, self.arguments.evaluation)
-
-    def _base(self) -> ExistingBase | None:
-        name = self.model.base_model
-        return None if name is None else find_base(name, revision=self.model.base_model_revision)
 
     def _data(self, base: ExistingBase | None) -> ImageClassificationData:
         given, unet = self.arguments.data, self.model.unet
@@ -317,6 +373,18 @@ class _Run:
             num_images={class_id: data.count(class_id) for class_id in data.class_names},
         )
         return self.strategy_class(setting)
+
+    def _evaluator(self, strategy: Strategy, data: ImageClassificationData, tasks: list[Task]) -> RunEvaluator:
+        return RunEvaluator(
+            strategy,
+            data,
+            tasks,
+            config=self.arguments.evaluation,
+            seed=self.training.seed,
+            folder=self.folder,
+            accelerator=self.accelerator,
+            max_train_steps=self.training.max_train_steps,
+        )
 
     def _trainer(
         self,

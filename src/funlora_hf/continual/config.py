@@ -273,6 +273,9 @@ class EvaluationArguments:
 
     _argument_group_name = "evaluation"
 
+    evaluation: bool = _argument(
+        True, "Sample and judge the classes after each task; without, `funlora evaluate` does so later."
+    )
     num_samples_per_class: int = _argument(250, "Images sampled of every class.")
     sampling_batch_size: int = _argument(250, "Images sampled at once.")
     solver: str = _argument("heun", "'euler', 'heun', 'rk4' or 'dopri5'.")
@@ -280,7 +283,7 @@ class EvaluationArguments:
     solver_tolerance: float = _argument(1e-5, "rtol and atol of 'dopri5'.")
     num_probe_samples: int = _argument(8, "Images of every class drawn when it is learned and again at the end.")
     held_out_sigmas: int = _argument(16, "Times at which the held-out loss is measured.")
-    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': by the images' size.")
+    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': 'cnn' below 32 pixels.")
     classifier_epochs: int = _argument(20, "Epochs of the classifier.")
     classifier_batch_size: int = _argument(100, "Batch of the classifier.")
     classifier_learning_rate: float = _argument(0.1, "Peak learning rate of the classifier.")
@@ -343,6 +346,12 @@ def parse_value(text: str) -> Any:
 def run_settings(*arguments: Any) -> dict[str, Any]:
     """The arguments of a run as one JSON-able mapping, by dataclass; which a resumed run has to match."""
     return {type(part).__name__: json.loads(json.dumps(asdict(part))) for part in arguments}
+
+
+def measuring_settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of `EvaluationArguments` that what is sampled and measured after each task depends on; others are for the end."""
+    of_the_end = ("evaluation", "image_quality", "image_quality_neighbours", "joint_results")
+    return {name: value for name, value in evaluation.items() if name not in of_the_end}
 
 
 def _check_halving(unet_config: dict) -> None:

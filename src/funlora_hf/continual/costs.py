@@ -75,8 +75,8 @@ def count_parts(
         part.count += phase_steps(phase, sum(data.count(class_id) for class_id in phase.class_ids), training)
     seen, changes = [setting.seen(task) for task in setting.tasks], strategy.learning_changes_past_classes
     # What learning changes is sampled and measured again after each task.
-    drawn = evaluation.num_samples_per_class * len(sum(seen, ()) if changes else seen[-1])
-    drawn += evaluation.num_probe_samples * len(seen[-1]) * (2 if strategy.has_frozen_base else 1)
+    drawn = evaluation.num_samples_per_class * len(sum(seen, ()) if changes else seen[-1]) * evaluation.evaluation
+    drawn += evaluation.num_probe_samples * len(seen[-1]) * (2 if strategy.has_frozen_base else evaluation.evaluation)
     real, test = (
         {c: data.count(c, split=split) if c in data.class_names else 0 for c in seen[-1]}
         for split in ("train", "test")
@@ -91,26 +91,25 @@ def count_parts(
     steps = sum(training_steps(number, classifier)[1] for number in classified)
     per_image = expected_evaluations(evaluation.solver, evaluation.num_inference_steps)
     replayed = sum(strategy.replay_evaluations(task) for task in setting.tasks)
-    return [
-        *parts.values(),
-        *([Part("drawing images to replay", "evaluations", replayed)] if replayed else []),
+    judged = [
+        Part("drawing images to replay", "evaluations", replayed),
         Part(f"sampling {drawn:,} images", "evaluations", drawn * per_image),
-        Part("held-out loss", "evaluations", evaluation.held_out_sigmas * measured),
-        Part("classifiers", "steps", steps, classifier.batch_size),
+        Part("held-out loss", "evaluations", evaluation.held_out_sigmas * measured * evaluation.evaluation),
+        Part("classifiers", "steps", steps * evaluation.evaluation, classifier.batch_size),
     ]
+    return [*parts.values(), *(part for part in judged if part.count)]
 
 
 def measure_parts(
-    parts: Sequence[Part], strategy: Strategy, accelerator: Accelerator, *, sampling_batch_size: int, architecture: str
+    parts: Sequence[Part], strategy: Strategy, accelerator: Accelerator, evaluation: EvaluationArguments
 ) -> None:
     """Fill in FLOPs, memory and seconds by a few steps of each kind with random images.
 
     Args:
-        parts: from `count_parts`; the last is that of the classifiers.
+        parts: from `count_parts`.
         strategy: in an empty folder, into which it writes what the next kind of work needs.
         accelerator: for its device and precision.
-        sampling_batch_size: images sampled at once.
-        architecture: of the classifiers.
+        evaluation: how classes are sampled and judged.
     """
     device, config = accelerator.device, base_shape(strategy.setting).config
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
@@ -128,17 +127,22 @@ def measure_parts(
                 class_id = phase.class_ids[0]
             finally:
                 strategy.release_phase(phase, trainable)
-    drawing = [part for part in parts if part.unit == "evaluations"]
     with strategy.inference([class_id]) as pipe:
 
         def sample(size: int) -> None:
             pipe([class_id] * size, num_inference_steps=1, solver="euler", output_type="pt")
 
-        _measure(drawing[0], sample, sampling_batch_size, device)
-    for part in drawing[1:]:
-        part.flops, part.seconds = drawing[0].flops / drawing[0].count * part.count, drawing[0].seconds
-    classes = len(strategy.setting.class_names)
-    network = build_classifier(classes, channels=shape[0], image_size=shape[1], architecture=architecture).to(device)
+        drawing = [part for part in parts if part.unit == "evaluations"]
+        for part in drawing[:1]:
+            _measure(part, sample, evaluation.sampling_batch_size, device)
+        for part in drawing[1:]:
+            part.flops, part.seconds = drawing[0].flops / drawing[0].count * part.count, drawing[0].seconds
+    network = build_classifier(
+        len(strategy.setting.class_names),
+        channels=shape[0],
+        image_size=shape[1],
+        architecture=evaluation.classifier_architecture,
+    ).to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
 
     def classify(size: int) -> None:
@@ -146,7 +150,9 @@ def measure_parts(
         functional.cross_entropy(network(torch.randn(size, *shape, device=device)), labels).backward()
         optimizer.step()
 
-    _measure(parts[-1], classify, parts[-1].images, device)
+    for part in parts:
+        if part.unit == "steps" and part.phase is None:
+            _measure(part, classify, part.images, device)
 
 
 def _training_step(
