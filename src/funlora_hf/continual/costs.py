@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from accelerate import Accelerator
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..classifier import ClassifierConfig, build_classifier, training_steps
 from ..data.image_data import ImageClassificationData
@@ -19,12 +16,9 @@ from ..sampling.solvers import expected_evaluations
 from .base import base_shape
 from .config import EvaluationArguments
 from .moving_average import MovingAverage
+from .step_costs import StepCosts, measure_step
 from .strategy import Batch, Phase, Strategy, Trainable
 from .trainer import phase_steps
-
-
-# Seconds that each kind of work is measured for, beside its first steps.
-MEASURED_SECONDS = 2.0
 
 
 @dataclass
@@ -50,6 +44,11 @@ class Part:
     flops: float = 0.0
     memory: float | None = None
     seconds: float = 0.0
+
+    def take(self, costs: StepCosts, images: int) -> None:
+        """Take what a step with so many images costs."""
+        self.flops = costs.flops * self.count * self.images / images
+        self.seconds = costs.seconds * self.images / images
 
 
 def count_parts(
@@ -119,10 +118,11 @@ def measure_parts(
             trainable = strategy.build(phase)
             try:
                 step = _training_step(strategy, phase, trainable, accelerator, shape)
-                kept = _measure(part, step, phase.settings.batch_size, device)
+                costs = measure_step(step, phase.settings.batch_size, device)
+                part.take(costs, phase.settings.batch_size)
                 weights = sum(parameter.nbytes for parameter in trainable.module.parameters())
                 # Gradient, two moments and the average.
-                part.memory = kept + weights + 4 * sum(p.nbytes for p in trainable.parameters.values())
+                part.memory = costs.kept + weights + 4 * sum(p.nbytes for p in trainable.parameters.values())
                 strategy.end_phase(phase, trainable)
                 class_id = phase.class_ids[0]
             finally:
@@ -132,11 +132,10 @@ def measure_parts(
         def sample(size: int) -> None:
             pipe([class_id] * size, num_inference_steps=1, solver="euler", output_type="pt")
 
-        drawing = [part for part in parts if part.unit == "evaluations"]
-        for part in drawing[:1]:
-            _measure(part, sample, evaluation.sampling_batch_size, device)
-        for part in drawing[1:]:
-            part.flops, part.seconds = drawing[0].flops / drawing[0].count * part.count, drawing[0].seconds
+        for part in parts:
+            if part.unit == "evaluations":
+                size = evaluation.sampling_batch_size
+                part.take(measure_step(sample, size, device), size)
     network = build_classifier(
         len(strategy.setting.class_names),
         channels=shape[0],
@@ -152,7 +151,7 @@ def measure_parts(
 
     for part in parts:
         if part.unit == "steps" and part.phase is None:
-            _measure(part, classify, part.images, device)
+            part.take(measure_step(classify, part.images, device), part.images)
 
 
 def _training_step(
@@ -178,41 +177,3 @@ def _training_step(
         ema.step(parameters)
 
     return step
-
-
-def _measure(part: Part, step: Callable[[int], None], batch_size: int, device: torch.device) -> float:
-    """Measure a part's FLOPs and seconds; returns the bytes that a step with a whole batch keeps for its backward pass."""
-    # Not 1, of which batch normalisation may have no variance.
-    (flops, kept), (more_flops, more_kept) = (_counted(step, size) for size in (2, 3))
-    batches = part.count * part.images / batch_size
-    part.flops = batches * (flops + (more_flops - flops) * (batch_size - 2))
-    size = min(2, batch_size)
-    # As large as time permits, since small batches are slower.
-    while (seconds := _seconds(step, size, device)) < MEASURED_SECONDS / 8 and size < batch_size:
-        size = min(4 * size, batch_size)
-    repeats = max(1, round(MEASURED_SECONDS / seconds))
-    part.seconds = median(_seconds(step, size, device) for _ in range(repeats)) / size * part.images
-    return kept + (more_kept - kept) * (batch_size - 2)
-
-
-def _counted(step: Callable[[int], None], size: int) -> tuple[int, int]:
-    """Floating-point operations of a step, and bytes that it keeps for its backward pass."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-        step(size)
-    return counter.get_total_flops(), sum(kept.values())
-
-
-def _seconds(step: Callable[[int], None], size: int, device: torch.device) -> float:
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    step(size)
-    wait()
-    return time.perf_counter() - started
