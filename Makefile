@@ -5,7 +5,7 @@ SEEDS ?= 0
 STRATEGY ?= funlora
 ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-CHECKED := src examples benchmarks tests
+CHECKED := src examples benchmarks tests docs
 
 .PHONY: demo space test test-fast test-slow soak test-oldest-peft test-space bench docs style quality clean
 

@@ -149,7 +149,6 @@ def training_loss(
     Source: arXiv 2510.02631, conditional flow matching [text].
 
     Example:
-
         ```py
         >>> loss = training_loss(model, images, torch.zeros(len(images), dtype=torch.long))
         >>> loss.backward()

@@ -155,7 +155,8 @@ def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None =
 
 
 def dry_run(arguments: RunArguments) -> str:
-    """Say what a run would cost on this machine, by a few steps in a temporary folder.
+    """
+    Say what a run would cost on this machine, by a few steps in a temporary folder.
 
     Args:
         arguments ([`RunArguments`]): of the run.
@@ -166,14 +167,17 @@ def dry_run(arguments: RunArguments) -> str:
     Raises:
         ValueError, FileNotFoundError: `update_class` is given, or arguments that do not fit each other or the data.
     """
-    if arguments.training.update_class is not None:
+    training, evaluation = arguments.training, arguments.evaluation
+    if training.update_class is not None:
         raise ValueError(
             "`dry_run` is set and `update_class` given, expected one of them: a dry run counts a whole run."
         )
+    if evaluation.image_quality == "inception":
+        evaluation = replace(evaluation, image_quality="none")  # would be downloaded
     with TemporaryDirectory() as folder:
-        # Compiled steps are faster, but each kind takes minutes to compile.
-        training = replace(arguments.training, output_dir=folder, torch_compile=False)
-        return _Run(replace(arguments, training=training), None).costs()
+        # Compiling would take minutes.
+        training = replace(training, output_dir=folder, torch_compile=False)
+        return _Run(RunArguments(arguments.data, arguments.model, training, evaluation), None).costs()
 
 
 class _Run:
@@ -226,31 +230,18 @@ class _Run:
 
     def costs(self) -> str:
         """What the run costs; its folder is used up."""
-        name, most, evaluation = (
-            self.arguments.data.dataset_name,
-            self.arguments.data.max_images_per_class,
-            self.arguments.evaluation,
-        )
-        base = self._base()
-        known = None if base is not None else KnownCounts.of(name, most)
-        data = known or self._data(base)
-        strategy = self._strategy(base, data, self._tasks(data, base))
-        strategy.check()
-        classifier = classifier_config(evaluation, self.training.max_train_steps)
-        parts = count_parts(strategy, data, evaluation, classifier)
-        measure_parts(
-            parts,
-            strategy,
-            self.accelerator,
-            sampling_batch_size=evaluation.sampling_batch_size,
-            architecture=evaluation.classifier_architecture,
-        )
-        assumed = [] if known is None else [f"{name} was not opened: {known}."]
-        if "dopri5" in (evaluation.solver, getattr(getattr(strategy, "options", None), "solver", None)):
-            assumed.append(
-                f"dopri5 chooses its own steps: {DOPRI5_EVALUATIONS} evaluations an image are assumed, as on digits."
+        given, evaluation = self.arguments.data, self.arguments.evaluation
+        known = None if self.model.base_model else KnownCounts.of(given.dataset_name, given.max_images_per_class)
+        strategy, data, _ = self._prepared(known)
+        parts = count_parts(strategy, data, evaluation, classifier_config(evaluation, self.training.max_train_steps))
+        measure_parts(parts, strategy, self.accelerator, evaluation)
+        notes = [] if known is None else [f"{given.dataset_name} was not opened: {known} are assumed."]
+        solvers = {evaluation.solver, (self.training.strategy_options or {}).get("solver")}
+        if "dopri5" in solvers:
+            notes.append(
+                f"dopri5 chooses its steps: {DOPRI5_EVALUATIONS} evaluations an image are assumed, as digits took."
             )
-        return "\n".join([costs_table(parts), "", *assumed])
+        return "\n".join([costs_table(parts), *notes])
 
     def update(self, class_id: int) -> None:
         """Train one adapter of a finished run again, on the images that its class has now."""
@@ -313,10 +304,11 @@ class _Run:
             raise
         self.accelerator.end_training()
 
-    def _prepared(self) -> tuple[Strategy, ImageClassificationData, list[Task]]:
-        """What a run needs, checked; nothing is written."""
-        base = self._base()
-        data = self._data(base)
+    def _prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any, list[Task]]:
+        """What a run needs, checked; nothing is written. With `counts`, the data is not opened."""
+        name, revision = self.model.base_model, self.model.base_model_revision
+        base = None if name is None else find_base(name, revision=revision, unet_config=self.model.unet_config)
+        data = counts or self._data(base)
         tasks = self._tasks(data, base)
         strategy = self._strategy(base, data, tasks)
         strategy.check()
@@ -332,14 +324,6 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.arguments.data, self.model, self.training, self.arguments.evaluation)
-
-    def _base(self) -> ExistingBase | None:
-        name = self.model.base_model
-        return (
-            None
-            if name is None
-            else find_base(name, revision=self.model.base_model_revision, unet_config=self.model.unet_config)
-        )
 
     def _data(self, base: ExistingBase | None) -> ImageClassificationData:
         given, unet = self.arguments.data, self.model.unet

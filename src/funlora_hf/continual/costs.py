@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 from accelerate import Accelerator
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..classifier import ClassifierConfig, build_classifier, training_steps
 from ..data.image_data import ImageClassificationData
@@ -19,12 +16,9 @@ from ..sampling.solvers import expected_evaluations
 from .base import base_shape
 from .config import EvaluationArguments
 from .moving_average import MovingAverage
+from .step_costs import StepCosts, measure_step
 from .strategy import Batch, Phase, Strategy, Trainable
 from .trainer import phase_steps
-
-
-# Seconds that each kind of work is measured for, beside its first steps.
-MEASURED_SECONDS = 2.0
 
 
 @dataclass
@@ -51,6 +45,11 @@ class Part:
     memory: float | None = None
     seconds: float = 0.0
 
+    def take(self, costs: StepCosts, images: int) -> None:
+        """Take what a step with so many images costs."""
+        self.flops = costs.flops * self.count * self.images / images
+        self.seconds = costs.seconds * self.images / images
+
 
 def count_parts(
     strategy: Strategy,
@@ -75,8 +74,8 @@ def count_parts(
         part.count += phase_steps(phase, sum(data.count(class_id) for class_id in phase.class_ids), training)
     seen, changes = [setting.seen(task) for task in setting.tasks], strategy.learning_changes_past_classes
     # What learning changes is sampled and measured again after each task.
-    drawn = evaluation.num_samples_per_class * len(sum(seen, ()) if changes else seen[-1])
-    drawn += evaluation.num_probe_samples * len(seen[-1]) * (2 if strategy.has_frozen_base else 1)
+    drawn = evaluation.num_samples_per_class * len(sum(seen, ()) if changes else seen[-1]) * evaluation.evaluation
+    drawn += evaluation.num_probe_samples * len(seen[-1]) * (2 if strategy.has_frozen_base else evaluation.evaluation)
     real, test = (
         {c: data.count(c, split=split) if c in data.class_names else 0 for c in seen[-1]}
         for split in ("train", "test")
@@ -91,26 +90,25 @@ def count_parts(
     steps = sum(training_steps(number, classifier)[1] for number in classified)
     per_image = expected_evaluations(evaluation.solver, evaluation.num_inference_steps)
     replayed = sum(strategy.replay_evaluations(task) for task in setting.tasks)
-    return [
-        *parts.values(),
-        *([Part("drawing images to replay", "evaluations", replayed)] if replayed else []),
+    judged = [
+        Part("drawing images to replay", "evaluations", replayed),
         Part(f"sampling {drawn:,} images", "evaluations", drawn * per_image),
-        Part("held-out loss", "evaluations", evaluation.held_out_sigmas * measured),
-        Part("classifiers", "steps", steps, classifier.batch_size),
+        Part("held-out loss", "evaluations", evaluation.held_out_sigmas * measured * evaluation.evaluation),
+        Part("classifiers", "steps", steps * evaluation.evaluation, classifier.batch_size),
     ]
+    return [*parts.values(), *(part for part in judged if part.count)]
 
 
 def measure_parts(
-    parts: Sequence[Part], strategy: Strategy, accelerator: Accelerator, *, sampling_batch_size: int, architecture: str
+    parts: Sequence[Part], strategy: Strategy, accelerator: Accelerator, evaluation: EvaluationArguments
 ) -> None:
     """Fill in FLOPs, memory and seconds by a few steps of each kind with random images.
 
     Args:
-        parts: from `count_parts`; the last is that of the classifiers.
+        parts: from `count_parts`.
         strategy: in an empty folder, into which it writes what the next kind of work needs.
         accelerator: for its device and precision.
-        sampling_batch_size: images sampled at once.
-        architecture: of the classifiers.
+        evaluation: how classes are sampled and judged.
     """
     device, config = accelerator.device, base_shape(strategy.setting).config
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
@@ -120,25 +118,30 @@ def measure_parts(
             trainable = strategy.build(phase)
             try:
                 step = _training_step(strategy, phase, trainable, accelerator, shape)
-                kept = _measure(part, step, phase.settings.batch_size, device)
+                costs = measure_step(step, phase.settings.batch_size, device)
+                part.take(costs, phase.settings.batch_size)
                 weights = sum(parameter.nbytes for parameter in trainable.module.parameters())
                 # Gradient, two moments and the average.
-                part.memory = kept + weights + 4 * sum(p.nbytes for p in trainable.parameters.values())
+                part.memory = costs.kept + weights + 4 * sum(p.nbytes for p in trainable.parameters.values())
                 strategy.end_phase(phase, trainable)
                 class_id = phase.class_ids[0]
             finally:
                 strategy.release_phase(phase, trainable)
-    drawing = [part for part in parts if part.unit == "evaluations"]
     with strategy.inference([class_id]) as pipe:
 
         def sample(size: int) -> None:
             pipe([class_id] * size, num_inference_steps=1, solver="euler", output_type="pt")
 
-        _measure(drawing[0], sample, sampling_batch_size, device)
-    for part in drawing[1:]:
-        part.flops, part.seconds = drawing[0].flops / drawing[0].count * part.count, drawing[0].seconds
-    classes = len(strategy.setting.class_names)
-    network = build_classifier(classes, channels=shape[0], image_size=shape[1], architecture=architecture).to(device)
+        for part in parts:
+            if part.unit == "evaluations":
+                size = evaluation.sampling_batch_size
+                part.take(measure_step(sample, size, device), size)
+    network = build_classifier(
+        len(strategy.setting.class_names),
+        channels=shape[0],
+        image_size=shape[1],
+        architecture=evaluation.classifier_architecture,
+    ).to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
 
     def classify(size: int) -> None:
@@ -146,7 +149,9 @@ def measure_parts(
         functional.cross_entropy(network(torch.randn(size, *shape, device=device)), labels).backward()
         optimizer.step()
 
-    _measure(parts[-1], classify, parts[-1].images, device)
+    for part in parts:
+        if part.unit == "steps" and part.phase is None:
+            part.take(measure_step(classify, part.images, device), part.images)
 
 
 def _training_step(
@@ -172,41 +177,3 @@ def _training_step(
         ema.step(parameters)
 
     return step
-
-
-def _measure(part: Part, step: Callable[[int], None], batch_size: int, device: torch.device) -> float:
-    """Measure a part's FLOPs and seconds; returns the bytes that a step with a whole batch keeps for its backward pass."""
-    # Not 1, of which batch normalisation may have no variance.
-    (flops, kept), (more_flops, more_kept) = (_counted(step, size) for size in (2, 3))
-    batches = part.count * part.images / batch_size
-    part.flops = batches * (flops + (more_flops - flops) * (batch_size - 2))
-    size = min(2, batch_size)
-    # As large as time permits, since small batches are slower.
-    while (seconds := _seconds(step, size, device)) < MEASURED_SECONDS / 8 and size < batch_size:
-        size = min(4 * size, batch_size)
-    repeats = max(1, round(MEASURED_SECONDS / seconds))
-    part.seconds = median(_seconds(step, size, device) for _ in range(repeats)) / size * part.images
-    return kept + (more_kept - kept) * (batch_size - 2)
-
-
-def _counted(step: Callable[[int], None], size: int) -> tuple[int, int]:
-    """Floating-point operations of a step, and bytes that it keeps for its backward pass."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-        step(size)
-    return counter.get_total_flops(), sum(kept.values())
-
-
-def _seconds(step: Callable[[int], None], size: int, device: torch.device) -> float:
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    step(size)
-    wait()
-    return time.perf_counter() - started

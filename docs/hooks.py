@@ -1,4 +1,5 @@
-"""Formulas of the site, drawn by matplotlib: a script in the browser would have to be loaded from elsewhere."""
+"""What mkdocs calls for each page: formulas are drawn by matplotlib, since a script that draws them in the browser would have to be loaded
+from elsewhere, and types in docstrings lose their marks."""
 
 import base64
 import html
@@ -13,12 +14,19 @@ rcParams["mathtext.fontset"] = "cm"
 _BLOCK = re.compile(r"^( *)```math\n(.*?)\n *```$", re.MULTILINE | re.DOTALL)
 # Not in code, and not a sum of money.
 _INLINE = re.compile(r"(`[^`]*`)|\$([^\s$](?:[^$\n]*[^\s$])?)\$")
+_TYPE = re.compile(r"(<td>\s*<code>)([^<]*)(?=</code>)")
 
 
 def on_page_markdown(markdown: str, **kwargs: object) -> str:
     """Replace the formulas of a page by pictures; mkdocs calls this for each page."""
     parts = re.split(r"(^ *```.*?^ *```$)", _BLOCK.sub(_centred, markdown), flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.lstrip().startswith("```") else _INLINE.sub(_inline, part) for part in parts)
+
+
+def on_page_content(content: str, **kwargs: object) -> str:
+    """Show "[`Strategy`], *optional*" in docstrings, which PEFT and diffusers write so too, as "Strategy, optional"."""
+    content = _TYPE.sub(lambda match: match[1] + re.sub(r"\[?`([^`]*)`\]?|\*(\w+)\*", r"\1\2", match[2]), content)
+    return re.sub(r"\[(<code>[^<]*</code>)\]", r"\1", content)
 
 
 def _centred(match: re.Match) -> str:
