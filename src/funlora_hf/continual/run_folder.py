@@ -61,6 +61,17 @@ class RunFolder:
         self._settings = self.checkpoints / "run.json"
         self._was_there: bool | None = None
 
+    def settings(self) -> dict[str, Any]:
+        """What `open` was given, or else what results.json says of it; empty if no run is known to be in the folder."""
+        if self._settings.is_file():
+            return read_mapping(self._settings)
+        return read_mapping(self.results).get("settings", {}) if self.results.is_file() else {}
+
+    def to_learn(self) -> dict[int, str]:
+        """Names by ids of all classes of a run that has not ended; empty if there is none."""
+        classes = {} if self.results.is_file() else self.settings().get("classes", {})
+        return {int(key.removeprefix("class ")): one["name"] for key, one in classes.items()}
+
     def class_figure(self, class_id: int) -> Path:
         """Where the samples of a class are shown."""
         return self.figures / f"{adapter_name(class_id)}.png"
