@@ -1,7 +1,7 @@
 """Compares strategies of continual learning on the same tasks and seeds: a table, figures, and a page that shows them.
 
     python examples/compare_strategies.py --strategies funlora frozen joint --seeds 0 1 2 --output_dir outputs/comparison
-    python examples/compare_strategies.py --config examples/recipes/digits_2-2.yaml --num_workers 2 \
+    python examples/compare_strategies.py --config digits_2-2 --num_workers 2 \
         --strategies funlora funlora:function=power,label=power "funlora:adapter_learning_rate=1e-2"
 
 A strategy is a name, or name:key=value,key=value; a key is an option of the strategy, an argument of its run, or `label`,
@@ -22,10 +22,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from continual_train import ERRORS, parse
-
 from comparison.report import write_comparison
 from comparison.runner import ComparisonArguments, failures, run_comparison
+from funlora_hf.train import ERRORS, parse
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from runs import REPOSITORY, digests
+from runs import REPOSITORY, command_line, digests
 
+import funlora_hf
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint
 from funlora_hf.cli import main
 from funlora_hf.utils.files import read_json, write_json
@@ -71,11 +72,13 @@ def pixels(file):
         return np.asarray(image)
 
 
-@pytest.mark.parametrize("arguments", [[], ["info"], ["sample"], ["push"], ["pull"], ["delete"], ["verify"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["recipes"], ["info"], ["sample"], ["push"], ["pull"], ["delete"], ["verify"]]
+)
 def test_help_says_the_exit_codes(command, arguments):
     code, out, _ = command(*arguments, "--help")
     assert code == 0
-    assert "exit codes: 0 done" in " ".join(out.split())
+    assert "exit codes: 0 " in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,51 @@ def test_unknown_arguments_are_a_usage_error(command, arguments):
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert "usage: funlora" in err
+
+
+def test_recipes_are_printed_one_a_line_for_scripts(command):
+    code, out, err = command("recipes")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == sorted(
+        path.stem for path in (REPOSITORY / "src" / "funlora_hf" / "recipes").glob("*.yaml")
+    )
+    assert {"digits_2-2", "cifar10_2-2"} <= set(out.split())
+
+
+def test_version(command):
+    assert command("--version")[:2] == (0, f"funlora {funlora_hf.__version__}\n")
+
+
+IMPORTS = """
+import sys
+import funlora_hf
+before = set(sys.modules)
+from funlora_hf.cli import main
+for arguments in (["recipes"], ["--version"], ["--help"], ["sample", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert end.code == 0
+new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+print(sorted(new), file=sys.stderr)
+"""
+
+
+def test_commands_without_a_model_import_no_more_than_the_package():
+    done = run_python("-c", IMPORTS)
+    assert (done.returncode, done.stderr) == (0, "['funlora_hf']\n")
+
+
+def test_train_runs_and_takes_its_own_arguments(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("train", *command_line(num_tasks=1, max_train_steps=1, image_quality="none"))
+    assert code == 0, err
+    assert read_json(tmp_path / "out" / "results.json")["seed"] == 0
+    assert "zero forgetting" in out
+    code, out, _ = command("train", "--help")
+    assert code == 0
+    assert out.startswith("usage: funlora train ")
+    assert command("train", "--function", "sine")[0].startswith("error: `function` is 'sine'")
 
 
 def test_info_of_a_run(command, run_folder, tiny_pipe):
@@ -405,9 +453,13 @@ def home(hub, tmp_path):
 
 
 def run_module(*arguments, **environment):
+    return run_python("-m", "funlora_hf", *arguments, **environment)
+
+
+def run_python(*arguments, **environment):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src"), **environment}
     return subprocess.run(
-        [sys.executable, "-m", "funlora_hf", *arguments],
+        [sys.executable, *arguments],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""The command `funlora`: looks at, samples, shares and checks what runs have made. Results go to stdout, everything else to stderr."""
+"""The command `funlora`: trains, and looks at, samples, shares and checks what runs have made. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
 
+from . import __version__
 from .adapters.base_model import PIPELINE
 from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .evaluation.figures import image_grid
@@ -25,6 +26,7 @@ from .hub.find import find_contents
 from .hub.pull import pull
 from .hub.push import push_all
 from .hub.verify import verify
+from .recipes.reading import recipe_names
 from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
 from .sampling.solvers import SOLVERS
@@ -54,8 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         `int`: the exit code.
 
     Raises:
-        SystemExit: with 2 for arguments that are not known, with 0 after `--help`.
+        SystemExit: with 2 for arguments that are not known, with 0 after `--help` and `--version`; from `train`, for all but success.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
+        return _train(arguments[1:])
     given = vars(_parser().parse_args(arguments))
     run = given.pop("run")
     try:
@@ -80,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--subfolder", help="where in SOURCE")
     look.add_argument("--json", action="store_true", dest="as_json", help="print JSON, for scripts")
 
-    description = "Looks at, samples, shares and checks bases, FunLoRA adapters and banks of them."
+    description = "Trains, looks at, samples, shares and checks bases, FunLoRA adapters and banks of them."
     parser = argparse.ArgumentParser(prog="funlora", description=description, epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(run: Callable[..., int], text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -91,6 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run=run)
         return command
+
+    # It has a parser of its own, see `main`; here it is listed.
+    subparsers.add_parser("train", help="Train a generator class after class, or go on with a run", add_help=False)
+    add(_recipes, "List the recipes that `funlora train --config` knows by name, one a line")
 
     add(_info, "Say what lies in a folder, a file or a repository", look)
 
@@ -133,6 +143,19 @@ def _parser() -> argparse.ArgumentParser:
     check = add(_verify, "Check files, numbers and fingerprints, a line for each thing", look)
     check.add_argument("--base", help="run, pipeline or U-Net to compare adapters with (default: the base in SOURCE)")
     return parser
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from .train import main as train  # takes a second, and no other command needs it
+
+    train(arguments, prog="funlora train")
+    return 0
+
+
+def _recipes() -> int:
+    for name in recipe_names():
+        _say(name)
+    return 0
 
 
 def _info(as_json: bool, **source: Any) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from funlora_hf.continual.strategies.registry import STRATEGIES
 from funlora_hf.run import run
+from funlora_hf.train import parse
 
 
 PAGES = REPOSITORY / "docs" / "strategies"
@@ -62,10 +63,7 @@ def test_internal_links_resolve(path):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_the_command_of_a_page_is_understood(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
-    from continual_train import parse
-
+def test_the_command_of_a_page_is_understood(name):
     (command,) = re.findall(r"^    (accelerate launch (?:.*\\\n)*.*)$", page(name), re.MULTILINE)
     launcher, arguments = shlex.split(command)[:3], shlex.split(command.replace("\\\n", " "))[3:]
     assert launcher == ["accelerate", "launch", "examples/continual_train.py"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import REPOSITORY, TINY_UNET, command_line, digests
+from runs import TINY_UNET, command_line, digests
 from safetensors.torch import load_file
 from started_runs import assert_same_run, finish, log_of, operations, short, started, torchrun, wait_for
 
@@ -170,10 +170,9 @@ from torch.nn.parallel import DistributedDataParallel
 from funlora_hf.continual import time_limit
 ticks = itertools.count(step=1 + int(os.environ["RANK"]))
 time_limit.monotonic = lambda: float(next(ticks))
-sys.path.insert(0, {examples!r})
-import continual_train
+from funlora_hf import train
 try:
-    continual_train.main()
+    train.main()
 finally:
     # Its threads would outlive the group of processes, and gloo may then abort the process at its end.
     if any(isinstance(found, DistributedDataParallel) for found in gc.get_objects()):
@@ -183,7 +182,7 @@ finally:
 
 @long
 def test_two_processes_stop_together_and_go_on_to_the_same_end(tmp_path, run_example):
-    (tmp_path / "clocked.py").write_text(SLOW_AND_FAST.format(examples=str(REPOSITORY / "examples")))
+    (tmp_path / "clocked.py").write_text(SLOW_AND_FAST)
     (tmp_path / "whole").mkdir()
     run_example(*command_line(), cwd=tmp_path / "whole", launcher=torchrun(2))
     stops = []

@@ -168,7 +168,7 @@ class ContinualTrainingArguments:
     time_limit_minutes: float | None = _argument(
         None,
         "From this time after its start, the run begins no step and no evaluation of a task: it writes a "
-        "checkpoint and stops, continual_train.py with the exit code 75. None: no limit.",
+        "checkpoint and stops, with the exit code 75. None: no limit.",
     )
     report_to: str = _argument("none", "Tracker of accelerate: 'tensorboard', 'wandb', ...")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
+from difflib import get_close_matches
 from types import UnionType
 from typing import TypeGuard
 
@@ -96,6 +97,12 @@ def _is_several(value: object) -> TypeGuard[Sequence[object] | Set[object]]:
 def shortened(text: str, length: int) -> str:
     """The text, with its middle left out if it is longer than `length`."""
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest of the known words, to go after another one; empty if none is near."""
+    nearest = get_close_matches(text, list(known), n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def listed(problems: Iterable[str]) -> str:
