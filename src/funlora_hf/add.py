@@ -1,13 +1,16 @@
-"""Add classes to what exists: a run, a base, or a repository on the Hub."""
+"""Add classes to what exists: a run, a base, or a repository on the Hub. The command `funlora add`."""
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from transformers import HfArgumentParser
 
 from .adapters.base_model import PIPELINE
 from .adapters.untrusted_adapter import method, read_config
@@ -80,6 +83,38 @@ SETTINGS = tuple(
 """The arguments of a run that `add_classes` takes."""
 
 
+def parse(arguments: Sequence[str], *, prog: str, epilog: str) -> dict[str, Any]:
+    """The arguments of `add_classes` that a command line gives. Ends the process with 2 for one that is not known."""
+    known = [
+        (one.name, get_type_hints(kind)[one.name], field(default=one.default, metadata=one.metadata))
+        for kind in _RECIPE
+        for one in fields(kind)
+        if one.name in SETTINGS
+    ]
+    parser = HfArgumentParser(
+        make_dataclass("Settings", known),
+        prog=prog,
+        epilog=epilog,
+        description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
+        "given is as in the run, or else as `funlora train` has it without a recipe.",
+        formatter_class=argparse.HelpFormatter,
+    )
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # what is not given is that of the run
+    parser.add_argument(
+        "images",
+        metavar="IMAGES",
+        help="folder of images, which is one class named after it; folder of class folders; parquet file or dataset on the Hub",
+    )
+    parser.add_argument(
+        "--to", required=True, metavar="TO", help="folder of a run or of a pipeline, or repository of a base"
+    )
+    parser.add_argument("--class_name", help="name of the class, if IMAGES has one (default: that of its folder)")
+    parser.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository")
+    return vars(parser.parse_args(arguments))
+
+
 @dataclass(frozen=True)
 class Added:
     """
@@ -140,7 +175,7 @@ def add_classes(
     """
     target = _find(os.fspath(to), None if output_dir is None else Path(output_dir), revision)
     arguments = _arguments(os.fspath(images), target, settings)
-    return _Addition(target, arguments, termination, class_name).run()
+    return _Addition(target, arguments, termination, class_name).add()
 
 
 @dataclass(frozen=True)
@@ -168,15 +203,21 @@ class _Target:
 def _find(to: str, output_dir: Path | None, revision: str | None) -> _Target:
     place = Path(to)
     if revision is not None and place.is_dir():
-        raise ValueError(f"`revision` is {revision!r}, but `to` {to!r} is a folder, expected a repository: leave it out.")
+        raise ValueError(
+            f"`revision` is {revision!r}, but `to` {to!r} is a folder, expected a repository: leave it out."
+        )
     run = RunFolder(place) if place.is_dir() and not (place / PIPELINE).is_file() else None
     settings = {} if run is None else run.settings()
     given = settings.get("ModelArguments", {}).get("base_model")
     try:
-        name, revision = (to, revision) if given is None else (given, settings["ModelArguments"]["base_model_revision"])
+        name, revision = (
+            (to, revision) if given is None else (given, settings["ModelArguments"]["base_model_revision"])
+        )
         base = find_base(name, revision=revision)
     except FileNotFoundError as error:
-        raise FileNotFoundError(str(error).replace("`base_model`", "`to`" if given is None else "`base_model` of `to`")) from error
+        raise FileNotFoundError(
+            str(error).replace("`base_model`", "`to`" if given is None else "`base_model` of `to`")
+        ) from error
     known: dict[int, str] = {}
     if not place.is_dir():
         pushed = known_contents(to, HubRepository(to, create=False).files()).classes.values()
@@ -262,7 +303,8 @@ class _Addition(Run):
         self.images = self._renamed(self._images(target.base, hold_out=False, one_class=True), class_name)
         self.digests = self.images.digests()
 
-    def run(self) -> Added:
+    def add(self) -> Added:
+        """Train what is not there yet, with the folder locked."""
         is_main = self.accelerator.is_main_process
         self._check()
         with self._held(), self._ends():
@@ -315,9 +357,16 @@ class _Addition(Run):
 
     def _choose(self) -> tuple[ImageClassificationData, dict[int, dict[str, Any]], set[int]]:
         """The images by the ids that their classes get; what to begin, by id; and the ids of the classes that are finished."""
-        known = {**self.target.known, **{c: name for one in _contents(self.folder.path) for c, name in one.classes().items()}}
+        known = {
+            **self.target.known,
+            **{c: name for one in _contents(self.folder.path) for c, name in one.classes().items()},
+        }
         begun = self.added.begun()
-        going_on = {c: one["class_name"] for c, one in begun.items() if c not in known and one["class_name"] not in known.values()}
+        going_on = {
+            c: one["class_name"]
+            for c, one in begun.items()
+            if c not in known and one["class_name"] not in known.values()
+        }
         names = list(self.images.class_names.values())
         data = self.images.with_class_ids(assign_class_ids(names, {**known, **going_on}, taken=self.base.taken))
         records = {
@@ -328,9 +377,9 @@ class _Addition(Run):
         clashing = [f"{c} ({name})" for c, name in data.class_names.items() if c in known and c not in same]
         if clashing:
             raise ValueError(
-                f"`images` {self.arguments.data.dataset_name!r} has classes that are there already: {', '.join(clashing)}. Nothing "
-                "was trained. --update_class trains an adapter again; the classes of the base are frozen. If it is another class, "
-                "give it another name."
+                f"`images` {self.arguments.data.dataset_name!r} has classes that are there already, or that the run has still "
+                f"to learn: {', '.join(clashing)}. Nothing was trained. --update_class trains an adapter again; the classes of the base "
+                "are frozen. If it is another class, give it another name."
             )
         return data, {c: record for c, record in records.items() if c not in same}, same & known.keys()
 
