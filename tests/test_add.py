@@ -374,7 +374,7 @@ def test_what_cannot_be_is_named_and_nothing_is_written(arguments, error, text, 
     draw(inside / "two" / "b")
     (inside / "empty").mkdir()
     shutil.copytree("out/base", "joint/model")
-    write_json(inside / "joint" / "results.json", {"settings": {"ContinualTrainingArguments": {"strategy": "joint"}}})
+    write_json(inside / "joint" / "checkpoints" / "run.json", {"ContinualTrainingArguments": {"strategy": "joint"}})
     before = digests(inside)
     with pytest.raises(error, match=text):
         add_classes(**{"images": "cross", "to": "out", **arguments})

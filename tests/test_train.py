@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 
+from funlora_hf.continual.config import ARGUMENTS
 from funlora_hf.recipes.reading import find_recipe, recipe_names
 from funlora_hf.train import parse
 
@@ -36,3 +37,31 @@ def test_the_fast_recipe_differs_in_how_it_trains_and_judges_alone():
     ):
         assert fast[key] == paper[key], key
     assert fast["time_limit_minutes"] <= 8
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("--bas_train_steps=3", ". Did you mean '--base_train_steps'?"),
+        ("--sead=3", ". Did you mean '--seed'?"),
+        ("--xyzzy=3", ""),
+    ],
+)
+def test_an_unknown_option_ends_with_2_and_the_nearest(given, hint, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse([given, "--function", "cosine"])
+    assert end.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage.endswith("[--OPTION VALUE ...]")
+    assert error.partition("error: ")[2] == f"unrecognized arguments: {given}{hint}"
+
+
+def test_help_has_a_group_for_each_part_and_says_what_no_options_do(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    groups = re.split(r"^(\w[\w ]*):$", capsys.readouterr().out, flags=re.MULTILINE)
+    texts = dict(zip(groups[1::2], groups[2::2], strict=True))
+    for part, title in zip(ARGUMENTS, ("data", "base and adapters", "training", "evaluation"), strict=True):
+        assert set(part.__dataclass_fields__) == set(re.findall(r"^  --(?!no_)(\w+)", texts[title], re.MULTILINE))
+    assert "--no-deterministic Switch off --deterministic. --" in " ".join(texts["training"].split())

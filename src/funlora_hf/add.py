@@ -36,6 +36,7 @@ from .hub.find import Contents, find_contents
 from .hub.repository import HubRepository
 from .hub.root_files import known_contents
 from .run import Run, RunArguments
+from .utils.arguments import refuse_unknown
 from .utils.checks import check_class_name
 from .utils.files import read_mapping, recover_folder, write_json
 
@@ -77,13 +78,14 @@ _IMAGES = (
     "train_split",
     "max_images_per_class",
 )
+EXIT_CODES = "exit codes: 0 done; 143 SIGTERM has come, 130 Ctrl-C: the same command goes on; 1 an error; 2 an argument that is not known"
 SETTINGS = tuple(
     name for name in (*_IMAGES, *(name for names in _RECIPE.values() for name in names), *_HOW) if name != "strategy"
 )
 """The arguments of a run that `add_classes` takes."""
 
 
-def parse(arguments: Sequence[str], *, prog: str, epilog: str) -> dict[str, Any]:
+def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     """The arguments of `add_classes` that a command line gives. Ends the process with 2 for one that is not known."""
     known = [
         (one.name, get_type_hints(kind)[one.name], field(default=one.default, metadata=one.metadata))
@@ -94,13 +96,16 @@ def parse(arguments: Sequence[str], *, prog: str, epilog: str) -> dict[str, Any]
     parser = HfArgumentParser(
         make_dataclass("Settings", known),
         prog=prog,
-        epilog=epilog,
+        usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
         description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
         "given is as in the run, or else as `funlora train` has it without a recipe.",
+        epilog=EXIT_CODES,
         formatter_class=argparse.HelpFormatter,
     )
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what is not given is that of the run
+        if isinstance(action, argparse._StoreFalseAction):
+            action.help = f"Switch off --{action.dest}."
     parser.add_argument(
         "images",
         metavar="IMAGES",
@@ -112,7 +117,9 @@ def parse(arguments: Sequence[str], *, prog: str, epilog: str) -> dict[str, Any]
     parser.add_argument("--class_name", help="name of the class, if IMAGES has one (default: that of its folder)")
     parser.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
-    return vars(parser.parse_args(arguments))
+    given, unknown = parser.parse_known_args(arguments)
+    refuse_unknown(parser, unknown)
+    return vars(given)
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,10 @@ def _find(to: str, output_dir: Path | None, revision: str | None) -> _Target:
             f"`revision` is {revision!r}, but `to` {to!r} is a folder, expected a repository: leave it out."
         )
     run = RunFolder(place) if place.is_dir() and not (place / PIPELINE).is_file() else None
-    settings = {} if run is None else run.settings()
+    try:
+        settings = {} if run is None else run.settings()
+    except FileNotFoundError:
+        settings = {}  # pulled from a repository
     given = settings.get("ModelArguments", {}).get("base_model")
     try:
         name, revision = (
@@ -228,8 +238,8 @@ def _find(to: str, output_dir: Path | None, revision: str | None) -> _Target:
         present += _contents(folder.path)
     for contents in present:
         known |= contents.classes()
-    if run is not None:
-        known |= run.to_learn()
+    if run is not None and not run.results.is_file():
+        known |= run.classes()
     return _Target(name, base, folder, tuple(present), {**base.classes, **known}, settings)
 
 
@@ -242,7 +252,7 @@ def _folder(to: str, run: RunFolder | None, output_dir: Path | None) -> RunFolde
         return run
     folder = RunFolder(output_dir)
     is_run = run is not None and output_dir.resolve() == run.path.resolve()
-    if not is_run and (folder.settings() or any((output_dir / one).exists() for one in ("base", "model", PIPELINE))):
+    if not is_run and (folder.classes() or any((output_dir / one).exists() for one in ("base", "model", PIPELINE))):
         raise ValueError(
             f"`output_dir` {os.fspath(output_dir)!r} has a base of its own: name it by `to`, or give another folder."
         )

@@ -17,8 +17,9 @@ from .utils.field_types import check_field_types
 
 
 ARCHITECTURES = ("auto", "resnet18", "cnn")
-# Below this side "auto" takes the small network: ResNet-18 would shrink 8x8 digits to a single pixel.
-SMALLEST_RESNET_IMAGE = 16
+# Below this side "auto" takes the small network: ResNet-18 would shrink 8x8 digits to a single pixel, and takes a CPU seconds a step
+# at 28x28.
+SMALLEST_RESNET_IMAGE = 32
 # From this side on ResNet-18 keeps its ImageNet stem, which divides the resolution by four.
 SMALLEST_STANDARD_STEM_IMAGE = 128
 
@@ -41,7 +42,7 @@ class ClassifierConfig:
             image is not of the same class, as with digits.
         max_train_steps: upper limit of optimiser steps, None for none. The schedule is shortened with it, so a
             limited run still ends at a small learning rate.
-        architecture: "resnet18", "cnn", or "auto", which takes "cnn" for images smaller than 16 pixels and
+        architecture: "resnet18", "cnn", or "auto", which takes "cnn" for images smaller than 32 pixels and
             "resnet18" otherwise.
 
     Raises:

@@ -32,6 +32,7 @@ from .recipes.reading import recipe_names
 from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
 from .sampling.solvers import SOLVERS
+from .utils.arguments import refuse_unknown
 
 
 EXIT_CODES = (
@@ -61,14 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with 2 for arguments that are not known, with 0 after `--help` and `--version`; from `train`, for all but success.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["train"]:
-        return _train(arguments[1:])
-    given = (
-        {"run": _add, "arguments": arguments[1:]}
-        if arguments[:1] == ["add"]
-        else vars(_parser().parse_args(arguments))
+    given: dict[str, Any] = {"arguments": arguments[1:]}
+    run: Callable[..., int] | None = {"train": _train, "add": _add, "evaluate": _evaluate}.get(
+        arguments[0] if arguments else ""
     )
-    run = given.pop("run")
+    if run is None:
+        known, unknown = _parser().parse_known_args(arguments)
+        given = vars(known)
+        run = given.pop("run")
+        refuse_unknown(given.pop("command"), unknown)
     try:
         with _progress_only_on_a_terminal():
             return run(**given)
@@ -101,12 +103,13 @@ def _parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(
             run.__name__.removeprefix("_"), help=text, description=f"{text}.", epilog=EXIT_CODES, parents=parents
         )
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, command=command)
         return command
 
     # These have parsers of their own, see `main`; here they are listed.
     subparsers.add_parser("train", help="Train a generator class after class, or go on with a run", add_help=False)
     subparsers.add_parser("add", help="Add classes to a run, a base or a repository", add_help=False)
+    subparsers.add_parser("evaluate", help="Evaluate a finished run, later or again", add_help=False)
     add(_recipes, "List the recipes that `funlora train --config` knows by name, one a line")
 
     add(_info, "Say what lies in a folder, a file or a repository", look)
@@ -162,11 +165,12 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _add(arguments: Sequence[str]) -> int:
-    # As for `_train`.
     from .add import add_classes, parse
     from .continual.termination import Terminated, Termination
+    from .train import set_up_logging
 
-    given = parse(arguments, prog="funlora add", epilog=EXIT_CODES)
+    set_up_logging()
+    given = parse(arguments, prog="funlora add")
     try:
         with Termination() as termination:
             added = add_classes(**given, termination=termination)
@@ -183,6 +187,15 @@ def _add(arguments: Sequence[str]) -> int:
     base, folder = (shlex.quote(os.fspath(place)) for place in (added.base, added.output_dir))
     where = base if base == folder else f"{base} --adapters {folder}"
     _say(f"To see them: funlora sample {where} --class_label {' '.join(map(str, added.classes))}")
+    return 0
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from .run import evaluate
+    from .train import parse_evaluation, set_up_logging
+
+    set_up_logging()
+    evaluate(*parse_evaluation(arguments, prog="funlora evaluate"))
     return 0
 
 

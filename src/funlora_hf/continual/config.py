@@ -52,6 +52,8 @@ def _check_counts(arguments: Any, *names: str) -> None:
 class DataArguments:
     """Which images, and how their classes are split into tasks."""
 
+    _argument_group_name = "data"
+
     dataset_name: str = _argument("digits", "'digits' (scikit-learn), a folder, a parquet file or a Hub dataset.")
     dataset_config_name: str | None = _argument(None, "Configuration of a dataset on the Hub.")
     dataset_revision: str | None = _argument(None, "Branch, tag or commit of a dataset.")
@@ -76,6 +78,8 @@ class DataArguments:
 @dataclass
 class ModelArguments:
     """The base, and the adapters put onto it."""
+
+    _argument_group_name = "base and adapters"
 
     base_model: str | None = _argument(None, "Pipeline (folder or repository) to add classes to; skips task 1.")
     base_model_revision: str | None = _argument(None, "Branch, tag or commit of the base.")
@@ -136,6 +140,8 @@ class ModelArguments:
 @dataclass
 class ContinualTrainingArguments:
     """How each phase is trained, and where the run goes."""
+
+    _argument_group_name = "training"
 
     output_dir: str = _argument("outputs/digits", "Folder of the run.")
     overwrite_output_dir: bool = _argument(False, "Delete the run that is in the folder.")
@@ -265,6 +271,11 @@ class ContinualTrainingArguments:
 class EvaluationArguments:
     """How the learned classes are sampled and judged."""
 
+    _argument_group_name = "evaluation"
+
+    evaluation: bool = _argument(
+        True, "Sample and judge the classes after each task; without, `funlora evaluate` does so later."
+    )
     num_samples_per_class: int = _argument(250, "Images sampled of every class.")
     sampling_batch_size: int = _argument(250, "Images sampled at once.")
     solver: str = _argument("heun", "'euler', 'heun', 'rk4' or 'dopri5'.")
@@ -272,7 +283,7 @@ class EvaluationArguments:
     solver_tolerance: float = _argument(1e-5, "rtol and atol of 'dopri5'.")
     num_probe_samples: int = _argument(8, "Images of every class drawn when it is learned and again at the end.")
     held_out_sigmas: int = _argument(16, "Times at which the held-out loss is measured.")
-    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': by the images' size.")
+    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': 'cnn' below 32 pixels.")
     classifier_epochs: int = _argument(20, "Epochs of the classifier.")
     classifier_batch_size: int = _argument(100, "Batch of the classifier.")
     classifier_learning_rate: float = _argument(0.1, "Peak learning rate of the classifier.")
@@ -335,6 +346,12 @@ def parse_value(text: str) -> Any:
 def run_settings(*arguments: Any) -> dict[str, Any]:
     """The arguments of a run as one JSON-able mapping, by dataclass; which a resumed run has to match."""
     return {type(part).__name__: json.loads(json.dumps(asdict(part))) for part in arguments}
+
+
+def measuring_settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of `EvaluationArguments` that what is sampled and measured after each task depends on; others are for the end."""
+    of_the_end = ("evaluation", "image_quality", "image_quality_neighbours", "joint_results")
+    return {name: value for name, value in evaluation.items() if name not in of_the_end}
 
 
 def _check_halving(unet_config: dict) -> None:

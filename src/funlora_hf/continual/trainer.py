@@ -130,6 +130,19 @@ class ContinualTrainer:
                 self.evaluator.end_task(task)
                 self.accelerator.wait_for_everyone()
 
+    def restore(self) -> None:
+        """Load what the strategy keeps after its last task; trains nothing.
+
+        Raises:
+            ValueError: a task is not finished, or what it has learned is not there any more.
+        """
+        for task in self.tasks:
+            if not self._restore_task(task):
+                raise ValueError(
+                    f"Task {task.index + 1} of the run in {self.folder.path} is not finished, or one of its classes is gone: "
+                    "--resume_from_checkpoint latest trains what is missing."
+                )
+
     def learn_beside(self, task: Task) -> None:
         """Train what a task takes that is none of the run's: it is not evaluated. Errors as of `train`."""
         self._run_phases(list(self.strategy.phases(task)))

@@ -109,5 +109,6 @@ def read_recipe(path: str | os.PathLike, known: Collection[str]) -> dict[str, An
     unknown = sorted(str(key) for key in recipe if key not in known)
     if unknown:
         named = shortened(", ".join(map(repr, unknown)), 300)
-        raise ValueError(f"`config` {path!r} has unknown keys {named}; --help lists the known ones.")
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"`config` {path!r} has unknown keys {named}; --help lists the known ones.{hint}")
     return recipe
