@@ -93,6 +93,16 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
         for one in fields(kind)
         if one.name in SETTINGS
     ]
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument(
+        "images",
+        metavar="IMAGES",
+        help="folder of images, which is one class named after it; folder of class folders; parquet file or dataset on the Hub",
+    )
+    own.add_argument("--to", required=True, help="folder of a run or of a pipeline, or repository of a base")
+    own.add_argument("--class_name", help="name of the class, if IMAGES has one (default: that of its folder)")
+    own.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
+    own.add_argument("--revision", help="branch, tag or commit of the repository")
     parser = HfArgumentParser(
         make_dataclass("Settings", known),
         prog=prog,
@@ -100,23 +110,13 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
         description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
         "given is as in the run, or else as `funlora train` has it without a recipe.",
         epilog=EXIT_CODES,
+        parents=[own],
         formatter_class=argparse.HelpFormatter,
     )
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what is not given is that of the run
         if isinstance(action, argparse._StoreFalseAction):
             action.help = f"Switch off --{action.dest}."
-    parser.add_argument(
-        "images",
-        metavar="IMAGES",
-        help="folder of images, which is one class named after it; folder of class folders; parquet file or dataset on the Hub",
-    )
-    parser.add_argument(
-        "--to", required=True, metavar="TO", help="folder of a run or of a pipeline, or repository of a base"
-    )
-    parser.add_argument("--class_name", help="name of the class, if IMAGES has one (default: that of its folder)")
-    parser.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
-    parser.add_argument("--revision", help="branch, tag or commit of a repository")
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
     return vars(given)
@@ -192,6 +192,7 @@ class _Target:
 
     Args:
         name: of what has the base.
+        revision: of `name`, if that is a repository.
         base: to train on.
         folder: for the adapters.
         present: what there is beside the base.
@@ -200,6 +201,7 @@ class _Target:
     """
 
     name: str
+    revision: str | None
     base: ExistingBase
     folder: RunFolder
     present: tuple[Contents, ...]
@@ -234,13 +236,13 @@ def _find(to: str, output_dir: Path | None, revision: str | None) -> _Target:
         known = {row.class_label: row.class_name for row in pushed}
     folder = _folder(to, run, output_dir)
     present = [] if run is None else _contents(run.path)
-    if run is None or folder.path.resolve() != run.path.resolve():
+    if folder is not run:
         present += _contents(folder.path)
     for contents in present:
         known |= contents.classes()
     if run is not None and not run.results.is_file():
         known |= run.classes()
-    return _Target(name, base, folder, tuple(present), {**base.classes, **known}, settings)
+    return _Target(name, revision, base, folder, tuple(present), {**base.classes, **known}, settings)
 
 
 def _folder(to: str, run: RunFolder | None, output_dir: Path | None) -> RunFolder:
@@ -250,9 +252,10 @@ def _folder(to: str, run: RunFolder | None, output_dir: Path | None) -> RunFolde
                 f"`output_dir` is None, but `to` {to!r} is no run: name a folder for the adapters, or the run that the base is of."
             )
         return run
+    if run is not None and output_dir.resolve() == run.path.resolve():
+        return run
     folder = RunFolder(output_dir)
-    is_run = run is not None and output_dir.resolve() == run.path.resolve()
-    if not is_run and (folder.classes() or any((output_dir / one).exists() for one in ("base", "model", PIPELINE))):
+    if folder.classes() or any((output_dir / one).exists() for one in ("base", "model", PIPELINE)):
         raise ValueError(
             f"`output_dir` {os.fspath(output_dir)!r} has a base of its own: name it by `to`, or give another folder."
         )
@@ -290,7 +293,7 @@ def _arguments(images: str, target: _Target, given: Mapping[str, Any]) -> RunArg
 
     return RunArguments(
         part(DataArguments, dataset_name=images),
-        part(ModelArguments, base_model=os.fspath(target.base.folder)),
+        part(ModelArguments, base_model=target.name, base_model_revision=target.revision),
         part(
             ContinualTrainingArguments,
             output_dir=os.fspath(target.folder.path),

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -185,7 +186,7 @@ def _add(arguments: Sequence[str]) -> int:
         how = f"learned from {one['images']} images in {one['seconds']:.0f} s"
         _say(f"{what}: {how}" if class_id in added.trained else f"{what}: is there already, {how}")
     base, folder = (shlex.quote(os.fspath(place)) for place in (added.base, added.output_dir))
-    where = base if base == folder else f"{base} --adapters {folder}"
+    where = folder if Path(added.base) == added.output_dir else f"{base} --adapters {folder}"
     _say(f"To see them: funlora sample {where} --class_label {' '.join(map(str, added.classes))}")
     return 0
 
