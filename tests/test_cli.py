@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from runs import REPOSITORY, command_line, digests
+from runs import REPOSITORY, command_line, digests, write_adapters
 
 import funlora_hf
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint
@@ -273,6 +273,20 @@ def test_sample_says_what_is_wrong(fails, run_folder, tmp_path):
     assert str(tmp_path / "file") in fails(
         "sample", run_folder, "--classes", "7", "--num_inference_steps", "1", "--output", tmp_path / "file" / "a.png"
     )
+
+
+def test_sample_of_a_class_named_like_another_s_id(command, fails, run_folder, tiny_pipe, tmp_path):
+    write_adapters(tiny_pipe, run_folder, classes=[12], base=False, class_label=12, class_name="7")
+    assert (
+        "`--classes` has '7', the id of class 7 (name 7) and the name of class 12: pass --class_label 7, or --class_name 7"
+        in fails("sample", run_folder, "--classes", "7")
+    )
+    how = ("--num_images", "1", "--num_inference_steps", "1", "--output", tmp_path / "a.png")
+    code, out, _ = command("sample", run_folder, "--class_name", "7", "three", "--class_label", "7", *how)
+    assert code == 0
+    assert out.splitlines()[:3] == ["row 1: 7 (name 7)", "row 2: 12 (7)", "row 3: 3 (three)"]
+    assert "`--class_name` has '8', expected names of" in fails("sample", run_folder, "--class_name", "8")
+    assert "`--class_label` has '9', expected ids of" in fails("sample", run_folder, "--class_label", "9")
 
 
 def test_sample_of_an_adapter_of_another_base(fails, run_folder, tiny_pipe):

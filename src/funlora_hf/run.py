@@ -114,7 +114,7 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
         WriteError: a file could not be written; what is finished is safe.
         ValueError, FileExistsError, FileNotFoundError: arguments that do not fit each other, the data or the folder.
     """
-    joined, class_id = _Run(arguments, termination), arguments.training.update_class
+    joined, class_id = Run(arguments, termination), arguments.training.update_class
     if class_id is None:
         return joined.learn()
     joined.update(class_id)
@@ -150,7 +150,7 @@ def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None =
         False,
         None,
     )
-    return _Run(RunArguments(arguments.data, arguments.model, training, given), None).evaluate()
+    return Run(RunArguments(arguments.data, arguments.model, training, given), None).evaluate()
 
 
 def dry_run(arguments: RunArguments) -> str:
@@ -176,10 +176,10 @@ def dry_run(arguments: RunArguments) -> str:
     with TemporaryDirectory() as folder:
         # Compiling would take minutes.
         training = replace(training, output_dir=folder, torch_compile=False)
-        return _Run(RunArguments(arguments.data, arguments.model, training, evaluation), None).costs()
+        return Run(RunArguments(arguments.data, arguments.model, training, evaluation), None).costs()
 
 
-class _Run:
+class Run:
     """The parts of a run, which are made and joined here; its time limit counts from now."""
 
     def __init__(self, arguments: RunArguments, termination: Termination | None) -> None:
@@ -198,7 +198,7 @@ class _Run:
             if self.accelerator.is_main_process:
                 overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
                 settings = {**self._settings(), "classes": data.digests()}
-                self.folder.open(settings, overwrite=overwrite, resume=resume, needed=self._needed())
+                self.folder.open(settings, overwrite=overwrite, resume=resume, needed=self._needed(strategy.setting))
             self.accelerator.wait_for_everyone()
             if self.training.report_to != "none":
                 self.accelerator.init_trackers("logs")
@@ -253,7 +253,7 @@ class _Run:
             with self._ends():
                 name = self.model.base_model or os.fspath(self.folder.base)
                 base = find_base(name, revision=self.model.base_model_revision).with_adapters(self.folder.adapters)
-                data = self._data(base)
+                data = self._data(base, one_class=True)
                 self._trainer(self._strategy(base, data, []), data, []).update_class(class_id)
 
     def _learn(self, strategy: Strategy, data: ImageClassificationData, tasks: list[Task]) -> dict[str, Any] | None:
@@ -312,15 +312,28 @@ class _Run:
             InceptionFeatures()  # downloads its weights, or fails now, not after days
         return strategy, data, tasks
 
-    def _needed(self) -> dict[str, str]:
+    def _needed(self, setting: Setting) -> dict[str, str]:
         """What the run reads, by the argument that names it."""
-        named = {"base_model": self.model.base_model, "dataset_name": self.arguments.data.dataset_name}
-        return {field: place for field, place in named.items() if place is not None and Path(place).exists()}
+        named = {"dataset_name": self.arguments.data.dataset_name}
+        if setting.has_base:
+            named["base_model"] = os.fspath(setting.base_dir)
+        return {field: place for field, place in named.items() if Path(place).exists()}
 
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.arguments.data, self.model, self.training, self.arguments.evaluation)
 
-    def _data(self, base: ExistingBase | None) -> ImageClassificationData:
+    def _data(self, base: ExistingBase | None, **how: bool) -> ImageClassificationData:
+        """The images; beside a base, under the ids that it has for them or that are free."""
+        data = self._images(base, **how)
+        if base is None:
+            return data
+        # A run that goes on keeps its ids, whatever has been added beside its base since.
+        own = {} if self.training.overwrite_output_dir else self.folder.classes()
+        known = {**own, **base.classes}
+        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), known, taken=base.taken))
+
+    def _images(self, base: ExistingBase | None, **how: bool) -> ImageClassificationData:
+        """The images under the dataset's own ids; `how`: flags of `load_image_data`."""
         given, unet = self.arguments.data, self.model.unet
         data = load_image_data(
             given.dataset_name,
@@ -334,13 +347,12 @@ class _Run:
             dataset_config_name=given.dataset_config_name,
             revision=given.dataset_revision,
             max_images_per_class=given.max_images_per_class,
+            **how,
         )
         for name in data.class_names.values():
             # Now, not when its adapter has been trained.
             check_class_name(name)
-        if base is None:
-            return data
-        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), base.classes, taken=base.taken))
+        return data
 
     def _tasks(self, data: ImageClassificationData | KnownCounts, base: ExistingBase | None) -> list[Task]:
         given = self.arguments.data
@@ -392,13 +404,15 @@ class _Run:
         data: ImageClassificationData,
         tasks: list[Task],
         evaluator: Evaluator | None = None,
+        *,
+        folder: RunFolder | None = None,
     ) -> ContinualTrainer:
         return ContinualTrainer(
             strategy,
             data,
             tasks,
             training=self.training,
-            folder=self.folder,
+            folder=folder or self.folder,
             accelerator=self.accelerator,
             random_flip=self.arguments.data.random_flip,
             evaluator=evaluator,

@@ -13,8 +13,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
-from ..adapters.base_model import base_classes, check_base_folder, check_velocity_unet
+from ..adapters.base_model import GENERATOR_FOLDERS, PIPELINE, base_classes, check_base_folder, check_velocity_unet
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
+from ..hub.find import find_contents
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
 from ..utils.files import whole_folder
@@ -160,7 +161,7 @@ class ExistingBase:
         classes: id -> name of every class known, by the base's rows and by adapters.
         image_size: edge of its images in pixels.
         channels: of its images.
-        taken: ids of the adapters of the run that made the base, if it lies in the folder of one.
+        taken: ids of the adapters and banks of the run that made the base, if it lies in the folder of one.
     """
 
     folder: Path
@@ -186,7 +187,7 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
     """Look at the base that `base_model` names.
 
     Args:
-        name: a pipeline folder, or a repository on the Hub, which is downloaded.
+        name: a pipeline folder, that of a run, or a repository on the Hub, which is downloaded.
         revision: branch, tag or commit of a repository.
 
     Raises:
@@ -195,15 +196,18 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
     """
     local = Path(name)
     if local.is_dir():
-        folder, source = local, local_source(local)
+        # Of a run, its generator.
+        places = (local, *(local / place for place in GENERATOR_FOLDERS))
+        folder = next((place for place in places if (place / PIPELINE).is_file()), local)
+        source = local_source(folder)
     elif name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"`base_model` is {name!r}, but that folder does not exist.")
     else:
         folder, source = Path(FunLoraPipeline.download(name, revision=revision)), name
-    if not (folder / "model_index.json").is_file():
+    if not (folder / PIPELINE).is_file():
         raise FileNotFoundError(
-            f"`base_model` is {name!r}, expected a pipeline folder with a model_index.json, such as the base/ folder of "
-            "a run."
+            f"`base_model` is {name!r}, expected a pipeline folder with a {PIPELINE}, such as the base/ folder of a run, or "
+            "the run itself."
         )
     check_base_folder(folder)
     config = UNet2DModel.load_config(folder, subfolder="unet")
@@ -216,7 +220,7 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
             "replace: train a class-conditional base."
         )
     # A run has its adapters beside its base.
-    beside = adapter_folders(folder.absolute().parent / ADAPTERS_FOLDER) if folder.name == "base" else []
-    taken = tuple(adapter_class(adapter)["class_label"] for adapter in beside)
+    run = folder.absolute().parent if folder.name in GENERATOR_FOLDERS else None
+    taken = () if run is None else tuple(find_contents(run).classes())
     base = ExistingBase(folder, source, base_classes(folder), config["sample_size"], config["in_channels"], taken)
     return base.with_adapters(folder / ADAPTERS_FOLDER)

@@ -201,6 +201,8 @@ def load_image_data(
     dataset_config_name: str | None = None,
     revision: str | None = None,
     max_images_per_class: int | None = None,
+    hold_out: bool = True,
+    one_class: bool = False,
 ) -> ImageClassificationData:
     """Open an image-classification dataset; only its labels are read here.
 
@@ -222,6 +224,8 @@ def load_image_data(
         dataset_config_name: configuration of a hub dataset or of a folder of parquet files.
         revision: revision of a hub dataset.
         max_images_per_class: keep the first so many images of each class in either split; None: all.
+        hold_out: False: train on all images of a dataset without a test split, and have none to test on.
+        one_class: read a folder of images without subfolders as one class, named after the folder.
 
     Returns:
         The classes that have training images, under the dataset's own ids: the index in `ClassLabel`, the rank of a
@@ -243,7 +247,11 @@ def load_image_data(
         if not 0 < fraction < 1:
             raise ValueError(f"{name}={fraction!r} must lie between 0 and 1, both excluded: set --{name} to e.g. 0.2.")
     name, splits, roots = _open_splits(
-        dataset_name, config_name=dataset_config_name, revision=revision, digits_test_fraction=test_fraction
+        dataset_name,
+        config_name=dataset_config_name,
+        revision=revision,
+        digits_test_fraction=test_fraction,
+        one_class=one_class,
     )
     test_split = _find_splits(splits, train_split=train_split, test_split=test_split)
     train = splits[train_split]
@@ -254,7 +262,7 @@ def load_image_data(
     class_names, ids = _read_labels({source: splits[source] for source in sources}, label_column)
     rows = [_rows_by_class(ids[source]) for source in sources]
     if test_split is None:
-        rows = list(_hold_out(rows[0], test_fraction))
+        rows = list(_hold_out(rows[0], test_fraction)) if hold_out else [rows[0], {}]
     if validation_fraction:
         rows = list(_hold_out(rows[0], validation_fraction))
         sources = [train_split]
@@ -296,7 +304,12 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
 
 
 def _open_splits(
-    dataset_name: str, *, config_name: str | None, revision: str | None, digits_test_fraction: float
+    dataset_name: str,
+    *,
+    config_name: str | None,
+    revision: str | None,
+    digits_test_fraction: float,
+    one_class: bool,
 ) -> tuple[str, DatasetDict, tuple[str, ...]]:
     """Name for results, all splits of the dataset, and the folders in which its rows may name files."""
     path = Path(dataset_name).expanduser()
@@ -330,7 +343,8 @@ def _open_splits(
     elif is_parquet_folder:
         name, arguments = path.resolve().name, {"path": str(path), "name": config_name}
     elif path.is_dir():
-        name, arguments = path.resolve().name, {"path": "imagefolder", **_image_folder_files(path, dataset_name)}
+        files = _image_folder_files(path, dataset_name, one_class=one_class)
+        name, arguments = path.resolve().name, {"path": "imagefolder", **files}
     elif path.suffix == ".parquet":
         name, arguments = path.stem, {"path": "parquet", "data_files": glob.escape(str(path))}
     else:
@@ -398,18 +412,21 @@ def _load_digits(test_fraction: float) -> DatasetDict:
     return DatasetDict(train=dataset.select(train), test=dataset.select(test))
 
 
-def _image_folder_files(folder: Path, dataset_name: str) -> dict:
-    """Arguments of `load_dataset` for class subfolders, or for split folders that hold class subfolders.
+def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> dict:
+    """Arguments of `load_dataset` for class subfolders, for split folders that hold class subfolders, or for one class.
 
     Left to itself, `datasets` finds splits by words in any part of a path: a class called "train" or "bullet_train"
     would become the training split and the other classes would be lost. It also gives a single class no label.
     """
     top = _subfolders(folder)
-    if not top or any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES):
+    has_metadata = any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES)
+    is_class = one_class and not top and _has_images(folder)
+    if has_metadata or not (top or is_class):
         # Labels in a metadata file, or archives: datasets knows these.
         return {"data_dir": str(folder)}
     split_folders = [place for place in top if _subfolders(place)]
     class_folders = [place for split in split_folders for place in _subfolders(split)] if split_folders else top
+    class_folders = [folder] if is_class else class_folders
     deeper = [place for place in class_folders if _subfolders(place)]
     if deeper or len(split_folders) not in (0, len(top)):
         odd = deeper or [place for place in top if place not in split_folders]
@@ -417,6 +434,12 @@ def _image_folder_files(folder: Path, dataset_name: str) -> dict:
             f"dataset_name={dataset_name!r} mixes folder depths (see {odd[0].relative_to(folder)}): expected "
             "<class>/<image> for every image, or <split>/<class>/<image> for every image. Move the images or remove "
             "the odd folders."
+        )
+    if not is_class and _has_images(folder):
+        warnings.warn(
+            f"dataset {folder.resolve().name!r}: the images beside its folders "
+            f"({shortened(', '.join(place.name for place in top), 200)}) are of no class and are left out.",
+            stacklevel=4,
         )
     _warn_of_other_files(class_folders, folder)
     # A pattern for each class, since those with several * leave linked folders out.
@@ -448,6 +471,11 @@ def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
             f"{shortened(counted, 1000)}.",
             stacklevel=5,
         )
+
+
+def _has_images(folder: Path) -> bool:
+    visible = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "__")))
+    return any(file.suffix.lower() in ImageFolder.EXTENSIONS for file in visible)
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, folder_class
+from ..continual.added_classes import AddedClasses
 from ..continual.base import BASE_PHASE
 from ..continual.config import run_settings
 from ..continual.run_folder import RunFolder
@@ -132,6 +133,7 @@ def report_run(
         "ema_decay_reached": _decays(folder),
         "seconds": _seconds(evaluator, folder, time.perf_counter() - started),
         "zero_forgetting": zero_forgetting,
+        "added": AddedClasses(folder).finished(),
         "settings": settings,
         "versions": {name: version(name) for name in _PACKAGES},
         "environment": {
@@ -270,7 +272,9 @@ def _seconds(evaluator: RunEvaluator, folder: RunFolder, report: float) -> dict[
 
 
 def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, LayerImportance]:
-    adapters = adapter_folders(folder.path / ADAPTERS_FOLDER)
+    found = adapter_folders(folder.path / ADAPTERS_FOLDER)
+    # Not those that were added to the run.
+    adapters = [path for path in found if folder_class(path) in strategy.setting.class_names]
     if not adapters or strategy.method_name == "vanilla_add":
         # Importance is the distance of A and B from one, where all methods start but vanilla LoRA.
         return {}

@@ -137,7 +137,8 @@ def push_all(
     """
     Push a run: its base, if it trained one, and a folder `class_<id>/` for each class that an adapter makes.
 
-    Each task is one commit with the tag `task-<number>`. What is there already is left out: push again to resume.
+    Each task is one commit with the tag `task-<number>`; classes of no task are another one, without a tag. What is there already is
+    left out: push again to resume.
 
     Args:
         output_dir (`str` or `os.PathLike`): of the run.
@@ -170,7 +171,7 @@ def push_all(
             made: _Files = run.base.files() if run.base is not None and with_base else {}
             for label in labels:
                 place = replace(base, source=repository.repo_id, subfolder=adapter_name(label))
-                made |= run.adapters[label].files(place, results=run.results, license=license)
+                made |= run.adapters[label].files(place, results=run.results_of(label), license=license)
             shown = [label for label in run.adapters if label in labels or _weights(label) in present]
             rows = [run.adapters[label].row(run.results, adapter_name(label)) for label in shown]
             index = _index(base, run.base, rows, results=run.results, license=license)
@@ -180,9 +181,10 @@ def push_all(
 
     present = repository.files()
     # A run's base is its first task.
+    parts: list[tuple[int | None, list[int]]] = [*enumerate(run.tasks, start=1), (None, run.others)]
     waiting = [
         (number, task)
-        for number, task in enumerate(run.tasks, start=1)
+        for number, task in parts
         if (number == 1 and run.base is not None and PIPELINE not in present)
         or any(_weights(c) not in present for c in task if c in run.adapters)
     ]
@@ -191,9 +193,13 @@ def push_all(
         names = ", ".join(f"{c} ({run.adapters[c].class_name})" for c in own)
         # The last commit brings up to date whatever else has changed.
         is_last = number == waiting[-1][0]
-        message = f"Task {number}: " + (f"class {names}" if names else "base")
-        commit(run.adapters if is_last else own, message, with_base=is_last or number == 1)
-        repository.tag(f"task-{number}", *run.base_tags)
+        part = "Added" if number is None else f"Task {number}"
+        commit(
+            run.adapters if is_last else own,
+            f"{part}: " + (f"class {names}" if names else "base"),
+            with_base=is_last or number == 1,
+        )
+        repository.tag(*([] if number is None else [f"task-{number}"]), *run.base_tags)
     if not waiting:
         commit(run.adapters, "Update", with_base=True)
     # An earlier push may have broken off between a commit and its tag.
