@@ -234,7 +234,7 @@ def _teach(
     done = (
         f"{taught.steps} steps"
         if taught.steps == steps
-        else f"{taught.steps} of {steps} steps, in the time that it has"
+        else f"{taught.steps} of {steps} steps, since the minute was over"
     )
     text = (
         f"Learned class {title(label, studio.classes)} in {taught.seconds:.1f} seconds: {taught.numbers:,} numbers, {done}. "

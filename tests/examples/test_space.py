@@ -291,7 +291,13 @@ class Page:
 
     def tab(self, name: str) -> None:
         tab = f"//button[@role='tab'][normalize-space()='{name}']"
-        self.wait(lambda: self.driver.find_elements("xpath", tab))[0].click()
+        # A narrow window has some of them in a menu.
+        entry = f"//*[contains(@class, 'overflow-menu')]//button[normalize-space()='{name}']"
+        menu = ".overflow-menu > button"
+        self.wait(lambda: self.driver.find_elements("xpath", tab) or self.element(menu))
+        if not self.driver.find_elements("xpath", tab):
+            self.element(menu).click()
+        self.wait(lambda: self.driver.find_elements("xpath", f"{tab} | {entry}"))[0].click()
 
     def upload(self, name: str, files: list[str]) -> None:
         # The field for files is hidden behind what users see.
