@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 from huggingface_hub import ModelCard
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from runs import digests
 
 from funlora_hf import FunLoraConfig
@@ -36,3 +36,13 @@ def test_folders_come_by_rising_id(tmp_path):
     for name in ("class_10", "class_9", "class_x", "other"):
         (tmp_path / name).mkdir()
     assert [path.name for path in adapter_folders(tmp_path)] == ["class_9", "class_10"]
+
+
+def test_names_of_modules_are_written_in_one_order(tiny_unet, tmp_path):
+    """PEFT writes those of its LoRA in the order of a set, which differs from process to process."""
+    names = ["to_q", "to_v", "to_k", "to_out.0", "conv1", "conv2"]
+    model = get_peft_model(tiny_unet, LoraConfig(target_modules=names), adapter_name="class_7")
+    save_adapter(model, "class_7", tmp_path / "class_7")
+    text = (tmp_path / "class_7" / "adapter_config.json").read_text()
+    assert json.loads(text)["target_modules"] == sorted(names)
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True)
