@@ -147,3 +147,13 @@ def test_other_methods_have_no_fingerprint_and_no_warning(tiny_pipe, tmp_path, r
     save_adapter(get_peft_model(make_tiny_unet(), LoraConfig(target_modules=["conv1"])), tmp_path / "lora")
     tiny_pipe.load_adapter(tmp_path / "lora", class_label=7)
     assert not [warning for warning in recwarn if "not checked" in str(warning.message)]
+
+
+def test_names_of_modules_are_written_in_one_order(tiny_unet, tmp_path):
+    """PEFT writes those of its LoRA in the order of a set, which differs from process to process."""
+    names = ["to_q", "to_v", "to_k", "to_out.0", "conv1", "conv2"]
+    model = get_peft_model(tiny_unet, LoraConfig(target_modules=names), adapter_name="class_7")
+    save_adapter(model, tmp_path / "class_7", "class_7")
+    text = (tmp_path / "class_7" / "adapter_config.json").read_text()
+    assert json.loads(text)["target_modules"] == sorted(names)
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True)

@@ -567,3 +567,67 @@ def test_names_that_look_alike_are_one(tiny_unet):
     np.testing.assert_array_equal(images[0], images[2])
     with pytest.raises(ValueError, match="is used for two classes"):
         FunLoraPipeline(tiny_unet, scheduler, class_ids=[3, 5], id2label={3: composed, 5: decomposed})
+
+
+@pytest.mark.parametrize(
+    ("classes", "text"),
+    [
+        ({"class_ids": [3.7, 5]}, "not whole numbers"),
+        ({"class_ids": [True, 5]}, "not whole numbers"),
+        (
+            {"class_ids": [3, 5], "id2label": {3: "three", 9: "nine"}},
+            r"`id2label` names \[9\], expected ids of the base's",
+        ),
+    ],
+)
+def test_classes_are_taken_as_they_are_or_refused(classes, text, tiny_unet):
+    with pytest.raises(ValueError, match=text):
+        FunLoraPipeline(tiny_unet, FlowMatchEulerDiscreteScheduler(), **classes)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(),
+        FlowMatchEulerDiscreteScheduler(num_train_timesteps=100),
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    ],
+)
+def test_a_scheduler_put_in_later_is_checked_too(scheduler, tiny_pipe):
+    tiny_pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=r"`scheduler[.`]"):
+        tiny_pipe([3], 1)
+
+
+def test_dropout_never_acts_on_samples():
+    torch.manual_seed(0)
+    unet = UNet2DModel(**{**TINY_UNET, "dropout": 0.5, "num_class_embeds": 2}).train()
+    pipe = FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())
+    images = [pipe([0], 1, generator=generator(), output_type="np").images for _ in range(2)]
+    np.testing.assert_array_equal(*images)
+    assert unet.training
+
+
+def test_an_embedding_of_times_is_refused():
+    unet = UNet2DModel(**{**TINY_UNET, "num_class_embeds": 2, "class_embed_type": "timestep"})
+    with pytest.raises(ValueError, match=r"`unet.config.class_embed_type` is 'timestep', expected None"):
+        FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())
+
+
+def test_a_unet_without_a_size_is_named():
+    unet = UNet2DModel(**{**TINY_UNET, "sample_size": None, "num_class_embeds": 2})
+    with pytest.raises(ValueError, match=r"`unet.config.sample_size` is None"):
+        FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())([0], 1)
+
+
+def test_velocities_of_whole_numbers_are_refused(tiny_pipe):
+    with pytest.raises(ValueError, match=r"`sample` is of torch.int64"):
+        tiny_pipe.predict_velocity(torch.zeros(1, 1, 8, 8, dtype=torch.int64), torch.tensor(0.5), [3])
+
+
+def test_adapters_of_an_earlier_save_are_named(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    pipe.unload_adapter(9)
+    with pytest.warns(UserWarning, match=r"adapters' also holds class_9, which this pipeline does not have"):
+        pipe.save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from copy import copy
@@ -159,6 +160,7 @@ def save_adapter(
             for file in (temporary / adapter_name).iterdir():
                 os.replace(file, temporary / file.name)
             (temporary / adapter_name).rmdir()
+        _sort_sets(config, temporary / CONFIG_NAME)
         parameters = sum(parameter.numel() for parameter in parts.values())
         _write_card(config, adapter_name, class_label, class_name, parameters, temporary)
 
@@ -189,6 +191,15 @@ def save_adapter_tensors(
         save_file(contents, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         parameters = sum(tensor.numel() for tensor in tensors.values())
         _write_card(config, folder.name, None, class_name, parameters, temporary)
+
+
+def _sort_sets(config: PeftConfig, file: Path) -> None:
+    """Sort what PEFT writes in the order of a set, which differs from process to process."""
+    settings = read_mapping(file)
+    for key, value in vars(config).items():
+        if isinstance(value, set):
+            settings[key] = sorted(value)
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True))
 
 
 def _write_card(

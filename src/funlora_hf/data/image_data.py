@@ -24,7 +24,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import constants
 from PIL import Image, ImageOps
 
-from ..utils.checks import shortened
+from ..utils.checks import one_form, shortened
 from .class_ids import check_unique
 from .encoded_images import check_inside, decode_image
 
@@ -274,6 +274,11 @@ def load_image_data(
             f"train_split={train_split!r} of dataset {name!r} has no rows, expected training images: choose another "
             "split with --train_split."
         )
+    check_unique("class_names", [one_form(class_name) for class_name in trained.values()])
+    if any(not class_name.strip() for class_name in trained.values()):
+        raise ValueError(
+            f"label_column={label_column!r} of dataset {name!r} has a label without text, expected names."
+        )
     dropped = [class_name for class_id, class_name in class_names.items() if class_id not in trained]
     if dropped:
         warnings.warn(
@@ -442,6 +447,7 @@ def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> 
             stacklevel=4,
         )
     _warn_of_other_files(class_folders, folder)
+    _warn_of_links(class_folders, folder)
     # A pattern for each class, since those with several * leave linked folders out.
     patterns: dict[str, list[str]] = {}
     for place in class_folders:
@@ -456,19 +462,48 @@ def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> 
 
 
 def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
-    """Warn of visible files that `datasets` does not take for images, which it leaves out without a word."""
+    """Warn of what `datasets` leaves out without a word: visible files that it does not take for images or finds elsewhere than in
+    a class's folder, names that begin with "__", and folders without images."""
     left_out: Counter[tuple[str, str]] = Counter()
+    beside, empty = [], []
+    for above in sorted({folder, *(place.parent for place in class_folders)}):
+        beside += [one for one in above.iterdir() if one.name.startswith("__") or (_is_image(one) and one.is_file())]
     for place in class_folders:
-        for file in place.iterdir():
-            if file.suffix.lower() not in ImageFolder.EXTENSIONS and not file.name.startswith((".", "__")):
+        files = list(place.iterdir())
+        beside += [file for file in files if file.name.startswith("__")]
+        if not any(_is_image(file) and not file.name.startswith("__") for file in files):
+            empty.append(place)
+        for file in files:
+            if not _is_image(file) and not file.name.startswith((".", "__")):
                 left_out[place.relative_to(folder).as_posix(), file.suffix or "none"] += 1
-    if left_out:
-        counted = ", ".join(
-            f"{count} in {place!r} (extension {suffix})" for (place, suffix), count in left_out.items()
-        )
+    counted = [f"{count} in {place!r} (extension {suffix})" for (place, suffix), count in left_out.items()]
+    for problem, found in (
+        ("these files do not have the extension of an image", counted),
+        ("these images lie outside of the folders of the classes, or have names that begin with '__'", beside),
+        ("these folders have no image", empty),
+    ):
+        if found:
+            names = ", ".join(one if isinstance(one, str) else repr(str(one.relative_to(folder))) for one in found)
+            warnings.warn(
+                f"dataset {folder.resolve().name!r}: {problem} and are left out: {shortened(names, 1000)}.",
+                stacklevel=5,
+            )
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith(".")
+
+
+def _warn_of_links(class_folders: Sequence[Path], folder: Path) -> None:
+    """Warn of links to files outside of the folder, which are read as images: somebody else may have packed them."""
+    root = folder.resolve()
+    places = [one for place in class_folders for one in (place, *place.iterdir()) if one.is_symlink()]
+    leading = [(one, target) for one in places if not (target := one.resolve()).is_relative_to(root)]
+    if leading:
+        link, target = leading[0]
         warnings.warn(
-            f"dataset {folder.resolve().name!r}: these files do not have the extension of an image and are left out: "
-            f"{shortened(counted, 1000)}.",
+            f"dataset {root.name!r}: {len(leading)} links lead out of the folder and are followed, such as "
+            f"{shortened(str(link.relative_to(folder)), 300)!r} to {shortened(str(target), 300)!r}.",
             stacklevel=5,
         )
 

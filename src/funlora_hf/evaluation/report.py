@@ -71,11 +71,16 @@ def accuracy_results(rows: Sequence[Sequence[float] | None]) -> dict[str, Any]:
 
 
 def joint_average_accuracies(path: str | None, num_tasks: int) -> list[float] | None:
-    """A_1..A_T of a joint run, or None if it was not run or has another number of tasks."""
-    if path is None or not Path(path).is_file():
+    """A_1..A_T of a joint run, or None, with a warning if it was not run or has another number of tasks."""
+    if path is None:
         return None
-    averages = read_mapping(Path(path)).get("A")
-    return averages if averages is not None and len(averages) == num_tasks else None
+    averages = read_mapping(Path(path)).get("A") if Path(path).is_file() else None
+    if averages is None or len(averages) != num_tasks:
+        logger.warning(
+            "`joint_results` is %r, which holds no accuracies after %d tasks: they are not drawn.", path, num_tasks
+        )
+        return None
+    return averages
 
 
 class ForgettingError(RuntimeError):
