@@ -39,6 +39,7 @@ from .data.tasks import Task, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_evaluation, report_finished, report_run
+from .evaluation.task_log import TaskLog
 from .utils.checks import check_class_name
 from .utils.files import recover_folder
 from .utils.locks import folder_lock
@@ -220,7 +221,7 @@ class _Run:
             results = report_finished(folder) if is_main else None
         else:
             evaluator = self._evaluator(strategy, data, tasks)
-            listeners = _Listeners([evaluator] if publisher is None else [evaluator, publisher])
+            listeners = _Listeners([evaluator, TaskLog(evaluator), *([] if publisher is None else [publisher])])
             with self._ends():
                 self._trainer(strategy, data, tasks, listeners).train()
             if not is_main:
