@@ -33,7 +33,7 @@ from .continual.strategy import Setting, Strategy
 from .continual.termination import Termination
 from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer, Evaluator
-from .data.class_ids import assign_class_ids
+from .data.class_ids import assign_class_ids, ordered_class_ids
 from .data.image_data import ImageClassificationData, load_image_data
 from .data.tasks import Task, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
@@ -299,8 +299,10 @@ class _Run:
 
     def _tasks(self, data: ImageClassificationData, base: ExistingBase | None) -> list[Task]:
         given = self.arguments.data
+        known = {} if base is None else base.classes
+        new = {class_id: name for class_id, name in data.class_names.items() if class_id not in known}
         tasks = split_into_tasks(
-            list(data.class_names),
+            list(data.class_names) if given.class_order is None else ordered_class_ids(given.class_order, new),
             given.classes_per_task,
             class_order_seed=given.class_order_seed,
             first_task=None if base is None else list(base.classes),
