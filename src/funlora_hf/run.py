@@ -140,13 +140,8 @@ def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None =
     if not given.evaluation:
         raise ValueError("`evaluation` is False, expected True: leave --no_evaluation out.")
     # What would end it before its time, or send it elsewhere.
-    training.time_limit_minutes, training.report_to, training.push_to_hub, training.hub_model_id = (
-        None,
-        "none",
-        False,
-        None,
-    )
-    return _Run(RunArguments(arguments.data, arguments.model, training, given), None).evaluate()
+    training.time_limit_minutes, training.report_to, training.push_to_hub = None, "none", False
+    return _Run(replace(arguments, evaluation=given), None).evaluate()
 
 
 class _Run:
@@ -189,12 +184,15 @@ class _Run:
                 of_run = {name: part for name, part in self._settings().items() if name != EVALUATION}
                 self.folder.check_settings({**of_run, "classes": data.digests()})
                 recover_folder(self.folder.path)
-                evaluator.forget()
             self.accelerator.wait_for_everyone()
-            with self.folder.staying(), self._ends():
-                self._trainer(strategy, data, tasks).restore()
-                for task in tasks:
-                    evaluator.end_task(task)
+            with self.folder.staying():
+                with self._ends():
+                    self._trainer(strategy, data, tasks).restore()
+                    if self.accelerator.is_main_process:
+                        evaluator.forget()
+                    for task in tasks:
+                        self.accelerator.wait_for_everyone()
+                        evaluator.end_task(task)
                     self.accelerator.wait_for_everyone()
                 return report_evaluation(evaluator, folder=self.folder) if self.accelerator.is_main_process else None
 

@@ -52,6 +52,7 @@ def _check_counts(arguments: Any, *names: str) -> None:
 class DataArguments:
     """Which images, and how their classes are split into tasks."""
 
+    # The title in `--help`, which HfArgumentParser reads.
     _argument_group_name = "data"
 
     dataset_name: str = _argument("digits", "'digits' (scikit-learn), a folder, a parquet file or a Hub dataset.")
