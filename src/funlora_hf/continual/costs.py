@@ -71,7 +71,7 @@ def count_parts(
         kind = phase.name.rstrip("_0123456789")  # class_7 and class_8 are of one kind
         images = phase.settings.batch_size * training.gradient_accumulation_steps
         part = parts.setdefault(kind, Part(f"training: {kind}", "steps", 0, images, phase))
-        part.count += phase_steps(phase, sum(data.count(class_id) for class_id in phase.class_ids), training)
+        part.count += phase_steps(phase.settings, sum(data.count(class_id) for class_id in phase.class_ids), training)
     seen, changes = [setting.seen(task) for task in setting.tasks], strategy.learning_changes_past_classes
     # What learning changes is sampled and measured again after each task.
     drawn = evaluation.num_samples_per_class * len(sum(seen, ()) if changes else seen[-1]) * evaluation.evaluation
