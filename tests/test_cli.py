@@ -73,7 +73,8 @@ def pixels(file):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["train"], ["recipes"], ["info"], ["sample"], ["push"], ["pull"], ["delete"], ["verify"]]
+    "arguments",
+    [[], ["train"], ["evaluate"], ["recipes"], ["info"], ["sample"], ["push"], ["pull"], ["delete"], ["verify"]],
 )
 def test_help_says_the_exit_codes(command, arguments):
     code, out, _ = command(*arguments, "--help")
@@ -97,7 +98,7 @@ def test_an_unknown_option_suggests_the_nearest_of_its_command(command):
     assert err.startswith("usage: funlora sample")
     *_, last = err.splitlines()
     assert last.endswith("--solvr=heun --num_image_s 3. Did you mean '--solver'? Did you mean '--num_images'?")
-    assert "Did you mean" not in command("info", "run", "--solvr", "heun")[2]
+    assert "'--solver'" not in command("info", "run", "--solvr", "heun")[2]
 
 
 def test_recipes_are_printed_one_a_line_for_scripts(command):
@@ -133,16 +134,23 @@ def test_commands_without_a_model_import_no_more_than_the_package():
     assert (done.returncode, done.stderr) == (0, "['funlora_hf']\n")
 
 
-def test_train_runs_and_takes_its_own_arguments(command, tmp_path, monkeypatch):
+def test_train_and_evaluate_take_their_own_arguments(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = command("train", *command_line(num_tasks=1, max_train_steps=1, image_quality="none"))
+    few = command_line(num_tasks=1, max_train_steps=1, image_quality="none")
+    code, out, err = command("train", *few, "--no_evaluation")
     assert code == 0, err
-    assert read_json(tmp_path / "out" / "results.json")["seed"] == 0
-    assert "zero forgetting" in out
-    code, out, _ = command("train", "--help")
-    assert code == 0
-    assert out.startswith("usage: funlora train ")
+    assert "none yet: `funlora evaluate`" in out
     assert command("train", "--function", "sine")[0].startswith("error: `function` is 'sine'")
+    assert command("evaluate", "out", "--number", "3")[0] == 2
+    code, out, err = command("evaluate", "out", "--num_samples_per_class", "3")
+    assert code == 0, err
+    assert "LA (%)" in out
+    evaluation = read_json(tmp_path / "out" / "results.json")["settings"]["EvaluationArguments"]
+    assert (evaluation["num_samples_per_class"], evaluation["num_inference_steps"]) == (3, 2)
+    assert evaluation["evaluation"] is True
+    code, out, err = command("evaluate", "nowhere")
+    assert (code, out) == (1, "")
+    assert "error: nowhere holds no run" in err
 
 
 def test_info_of_a_run(command, run_folder, tiny_pipe):

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from .data.image_data import to_model_range
 from .tuners_utils.wrappers import evaluation_mode
 from .utils.checks import check_at_least_one, check_choice
 from .utils.field_types import check_field_types
+from .utils.progress import Progress
 
 
 ARCHITECTURES = ("auto", "resnet18", "cnn")
-# Below this side "auto" takes the small network: ResNet-18 would shrink 8x8 digits to a single pixel.
-SMALLEST_RESNET_IMAGE = 16
+# Below this side "auto" takes the small network: ResNet-18 would shrink 8x8 digits to a single pixel, and takes a CPU seconds a step
+# at 28x28.
+SMALLEST_RESNET_IMAGE = 32
 # From this side on ResNet-18 keeps its ImageNet stem, which divides the resolution by four.
 SMALLEST_STANDARD_STEM_IMAGE = 128
 
@@ -41,7 +42,7 @@ class ClassifierConfig:
             image is not of the same class, as with digits.
         max_train_steps: upper limit of optimiser steps, None for none. The schedule is shortened with it, so a
             limited run still ends at a small learning rate.
-        architecture: "resnet18", "cnn", or "auto", which takes "cnn" for images smaller than 16 pixels and
+        architecture: "resnet18", "cnn", or "auto", which takes "cnn" for images smaller than 32 pixels and
             "resnet18" otherwise.
 
     Raises:
@@ -143,7 +144,7 @@ def train_classifier(
         config: the recipe.
         seed: non-negative integer below 2**63.
         device: where to train.
-        progress_bar: whether to show the optimiser steps by tqdm.
+        progress_bar: whether to show the optimiser steps.
         description: the name in front of the progress bar.
 
     Returns:
@@ -195,7 +196,7 @@ def train_classifier(
         # cycle_momentum would replace the configured momentum by a cycle.
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps, cycle_momentum=False)
 
-    with tqdm(total=total_steps, desc=description, disable=not progress_bar, leave=False) as bar:
+    with Progress(total_steps, description, disable=not progress_bar) as bar:
         for step in range(total_steps):
             position = step % steps_per_epoch
             if position == 0:

@@ -60,12 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with 2 for arguments that are not known, with 0 after `--help` and `--version`; from `train`, for all but success.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["train"]:
-        return _train(arguments[1:])
-    known, unknown = _parser().parse_known_args(arguments)
-    given = vars(known)
-    run, command = given.pop("run"), given.pop("command")
-    refuse_unknown(command, unknown)
+    given: dict[str, Any] = {"arguments": arguments[1:]}
+    run: Callable[..., int] | None = {"train": _train, "evaluate": _evaluate}.get(arguments[0] if arguments else "")
+    if run is None:
+        known, unknown = _parser().parse_known_args(arguments)
+        given = vars(known)
+        run = given.pop("run")
+        refuse_unknown(given.pop("command"), unknown)
     try:
         with _progress_only_on_a_terminal():
             return run(**given)
@@ -101,8 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, command=command)
         return command
 
-    # It has a parser of its own, see `main`; here it is listed.
+    # These have parsers of their own, see `main`; here they are listed.
     subparsers.add_parser("train", help="Train a generator class after class, or go on with a run", add_help=False)
+    subparsers.add_parser("evaluate", help="Evaluate a finished run, later or again", add_help=False)
     add(_recipes, "List the recipes that `funlora train --config` knows by name, one a line")
 
     add(_info, "Say what lies in a folder, a file or a repository", look)
@@ -152,6 +154,15 @@ def _train(arguments: Sequence[str]) -> int:
     from .train import main as train  # takes a second, and no other command needs it
 
     train(arguments, prog="funlora train")
+    return 0
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from .run import evaluate
+    from .train import parse_evaluation, set_up_logging
+
+    set_up_logging()
+    evaluate(*parse_evaluation(arguments, prog="funlora evaluate"))
     return 0
 
 

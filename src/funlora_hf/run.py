@@ -6,7 +6,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, str_to_bool
 
 from .continual.base import ExistingBase, find_base, local_source
 from .continual.config import (
+    ARGUMENTS,
     DIGITS_UNET,
     LATEST,
     ContinualTrainingArguments,
@@ -26,18 +27,19 @@ from .continual.config import (
 )
 from .continual.devices import deterministic_kernels
 from .continual.publishing import Publisher
-from .continual.run_folder import RunFolder
+from .continual.run_folder import EVALUATION, RunFolder
 from .continual.strategies.registry import strategy_class
 from .continual.strategy import Setting, Strategy
 from .continual.termination import Termination
 from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer, Evaluator
-from .data.class_ids import assign_class_ids
+from .data.class_ids import assign_class_ids, ordered_class_ids
 from .data.image_data import ImageClassificationData, load_image_data
 from .data.tasks import Task, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
-from .evaluation.report import report_finished, report_run
+from .evaluation.report import report_evaluation, report_finished, report_run
+from .evaluation.task_log import TaskLog
 from .utils.checks import check_class_name
 from .utils.files import recover_folder
 from .utils.locks import folder_lock
@@ -71,6 +73,21 @@ class RunArguments:
             )
         self.model.unet_config = dict(DIGITS_UNET)
 
+    @classmethod
+    def of(cls, folder: str | os.PathLike) -> RunArguments:
+        """The arguments of the run in a folder, which may have been moved.
+
+        Raises:
+            FileNotFoundError: the folder holds no run.
+        """
+        written, given = RunFolder(Path(folder)).settings(), []
+        for part in ARGUMENTS:
+            known = {one.name for one in fields(part)}
+            given.append(part(**{key: value for key, value in written[part.__name__].items() if key in known}))
+        arguments = cls(*given)
+        arguments.training.output_dir = os.fspath(folder)
+        return arguments
+
 
 def run(arguments: RunArguments, *, termination: Termination | None = None) -> dict[str, Any] | None:
     """
@@ -100,6 +117,38 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
     return None
 
 
+def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None = None) -> dict[str, Any] | None:
+    """
+    Evaluate a finished run, later or again: rewrites what evaluation gives in results.json and in figures/.
+
+    Of strategies whose generator changes, only its last state is there to be evaluated.
+
+    Args:
+        folder (`str` or `os.PathLike`): of the run.
+        evaluation ([`EvaluationArguments`], *optional*): how; None: as the run says.
+
+    Returns:
+        `dict`: the contents of results.json; None on all processes but the main one.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+        FolderInUseError: another run uses the folder.
+        ValueError: `evaluation` without evaluation; the data or the classes are not those of the run.
+    """
+    arguments = RunArguments.of(folder)
+    training, given = arguments.training, evaluation or replace(arguments.evaluation, evaluation=True)
+    if not given.evaluation:
+        raise ValueError("`evaluation` is False, expected True: leave --no_evaluation out.")
+    # What would end it before its time, or send it elsewhere.
+    training.time_limit_minutes, training.report_to, training.push_to_hub, training.hub_model_id = (
+        None,
+        "none",
+        False,
+        None,
+    )
+    return _Run(RunArguments(arguments.data, arguments.model, training, given), None).evaluate()
+
+
 class _Run:
     """The parts of a run, which are made and joined here; its time limit counts from now."""
 
@@ -114,14 +163,7 @@ class _Run:
 
     def learn(self) -> dict[str, Any] | None:
         """Train, evaluate and report; resume where a run stopped."""
-        name, revision = self.model.base_model, self.model.base_model_revision
-        base = None if name is None else find_base(name, revision=revision)
-        data = self._data(base)
-        tasks = self._tasks(data, base)
-        strategy = self._strategy(base, data, tasks)
-        strategy.check()
-        if self.arguments.evaluation.image_quality == "inception" and self.accelerator.is_main_process:
-            InceptionFeatures()  # downloads its weights, or fails now, not after days
+        strategy, data, tasks = self._prepared()
         with self._held():
             if self.accelerator.is_main_process:
                 overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
@@ -132,6 +174,29 @@ class _Run:
                 self.accelerator.init_trackers("logs")
             with self.folder.staying():
                 return self._learn(strategy, data, tasks)
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Evaluate the run, which is finished."""
+        if not self.folder.results.is_file():
+            raise FileNotFoundError(
+                f"{self.folder.path} has no {self.folder.results.name}, expected a finished run: --resume_from_checkpoint latest "
+                "goes on with one that is not."
+            )
+        strategy, data, tasks = self._prepared()
+        evaluator = self._evaluator(strategy, data, tasks)
+        with self._held():
+            if self.accelerator.is_main_process:
+                of_run = {name: part for name, part in self._settings().items() if name != EVALUATION}
+                self.folder.check_settings({**of_run, "classes": data.digests()})
+                recover_folder(self.folder.path)
+                evaluator.forget()
+            self.accelerator.wait_for_everyone()
+            with self.folder.staying(), self._ends():
+                self._trainer(strategy, data, tasks).restore()
+                for task in tasks:
+                    evaluator.end_task(task)
+                    self.accelerator.wait_for_everyone()
+                return report_evaluation(evaluator, folder=self.folder) if self.accelerator.is_main_process else None
 
     def update(self, class_id: int) -> None:
         """Train one adapter of a finished run again, on the images that its class has now."""
@@ -155,17 +220,8 @@ class _Run:
             accelerator.end_training()
             results = report_finished(folder) if is_main else None
         else:
-            evaluator = RunEvaluator(
-                strategy,
-                data,
-                tasks,
-                config=self.arguments.evaluation,
-                seed=training.seed,
-                folder=folder,
-                accelerator=accelerator,
-                max_train_steps=training.max_train_steps,
-            )
-            listeners = _Listeners([evaluator] if publisher is None else [evaluator, publisher])
+            evaluator = self._evaluator(strategy, data, tasks)
+            listeners = _Listeners([evaluator, TaskLog(evaluator), *([] if publisher is None else [publisher])])
             with self._ends():
                 self._trainer(strategy, data, tasks, listeners).train()
             if not is_main:
@@ -197,6 +253,19 @@ class _Run:
             self.accelerator.end_training()
             raise
         self.accelerator.end_training()
+
+    def _prepared(self) -> tuple[Strategy, ImageClassificationData, list[Task]]:
+        """What a run needs, checked; nothing is written."""
+        name, revision = self.model.base_model, self.model.base_model_revision
+        base = None if name is None else find_base(name, revision=revision)
+        data = self._data(base)
+        tasks = self._tasks(data, base)
+        strategy = self._strategy(base, data, tasks)
+        strategy.check()
+        evaluation = self.arguments.evaluation
+        if evaluation.evaluation and evaluation.image_quality == "inception" and self.accelerator.is_main_process:
+            InceptionFeatures()  # downloads its weights, or fails now, not after days
+        return strategy, data, tasks
 
     def _needed(self) -> dict[str, str]:
         """What the run reads, by the argument that names it."""
@@ -230,8 +299,10 @@ class _Run:
 
     def _tasks(self, data: ImageClassificationData, base: ExistingBase | None) -> list[Task]:
         given = self.arguments.data
+        known = {} if base is None else base.classes
+        new = {class_id: name for class_id, name in data.class_names.items() if class_id not in known}
         tasks = split_into_tasks(
-            list(data.class_names),
+            list(data.class_names) if given.class_order is None else ordered_class_ids(given.class_order, new),
             given.classes_per_task,
             class_order_seed=given.class_order_seed,
             first_task=None if base is None else list(base.classes),
@@ -257,6 +328,18 @@ class _Run:
             num_images={class_id: data.count(class_id) for class_id in data.class_names},
         )
         return self.strategy_class(setting)
+
+    def _evaluator(self, strategy: Strategy, data: ImageClassificationData, tasks: list[Task]) -> RunEvaluator:
+        return RunEvaluator(
+            strategy,
+            data,
+            tasks,
+            config=self.arguments.evaluation,
+            seed=self.training.seed,
+            folder=self.folder,
+            accelerator=self.accelerator,
+            max_train_steps=self.training.max_train_steps,
+        )
 
     def _trainer(
         self,

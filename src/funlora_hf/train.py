@@ -14,7 +14,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from .continual.compilation import CompilationError
-from .continual.config import ARGUMENTS
+from .continual.config import ARGUMENTS, EvaluationArguments
 from .continual.publishing import PushError
 from .continual.termination import Terminated, Termination
 from .continual.time_limit import TimeLimitReached
@@ -111,6 +111,24 @@ def take_recipe(parser: HfArgumentParser, path: str) -> None:
     parser.set_defaults(**recipe)
 
 
+def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tuple[str, EvaluationArguments]:
+    """The folder of a run, and how to evaluate it: as the run says, but for what the command line has."""
+    parser = HfArgumentParser(
+        EvaluationArguments,
+        prog=prog,
+        usage="%(prog)s [-h] RUN [--OPTION VALUE ...]",
+        description="Evaluate a finished run, later or again: rewrites that part of its results.json, and its figures. "
+        "The defaults are the run's. Of strategies whose generator changes, only its last state is evaluated.",
+        epilog="exit codes: 0 done; 1 an error; 2 an argument that is not known",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    known, unknown = parser.parse_known_args(arguments)
+    refuse_unknown(parser, unknown)
+    parser.set_defaults(**{**vars(RunArguments.of(known.run).evaluation), "evaluation": True})
+    evaluation, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    return known.run, evaluation
+
+
 def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     """
     Run the command.
@@ -122,9 +140,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
     Raises:
         SystemExit: for all but success, with a code of `EXIT_CODES` or the text of an error.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "fsspec", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    set_up_logging()
     try:
         run_arguments = parse(sys.argv[1:] if arguments is None else arguments, prog=prog)
         with Termination() as termination:
@@ -138,6 +154,13 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
     except ERRORS as error:
         logging.getLogger(__name__).debug("details", exc_info=True)
         sys.exit(f"error: {error}")
+
+
+def set_up_logging() -> None:
+    """Messages of a run on stderr, without those of libraries that say much."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "fsspec", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,19 @@ class DataArguments:
     classes_per_task: int = _argument(2, "Classes that each task brings.")
     num_tasks: int | None = _argument(None, "Stop after this many tasks; None: all of them.")
     class_order_seed: int | None = _argument(None, "Shuffle the classes with this seed; None: the dataset's order.")
+    class_order: list[str] | None = _argument(  # noqa: RUF009 - makes a field
+        None, "All classes, by id or name, in the order in which they are learned; None: the dataset's order."
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_order, list):
+            # YAML reads ids as numbers.
+            self.class_order = [str(entry) if type(entry) is int else entry for entry in self.class_order]
         check_field_types(self)
+        if self.class_order is not None and self.class_order_seed is not None:
+            raise ValueError(
+                f"`class_order` and `class_order_seed` {self.class_order_seed} are both given, expected one of them: leave one out."
+            )
         _check_counts(self, "classes_per_task", "num_tasks", "max_images_per_class")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` is {self.validation_fraction}, expected a share between 0 and 1.")
@@ -273,6 +283,9 @@ class EvaluationArguments:
 
     _argument_group_name = "evaluation"
 
+    evaluation: bool = _argument(
+        True, "Sample and judge the classes after each task; without, `funlora evaluate` does so later."
+    )
     num_samples_per_class: int = _argument(250, "Images sampled of every class.")
     sampling_batch_size: int = _argument(250, "Images sampled at once.")
     solver: str = _argument("heun", "'euler', 'heun', 'rk4' or 'dopri5'.")
@@ -280,7 +293,7 @@ class EvaluationArguments:
     solver_tolerance: float = _argument(1e-5, "rtol and atol of 'dopri5'.")
     num_probe_samples: int = _argument(8, "Images of every class drawn when it is learned and again at the end.")
     held_out_sigmas: int = _argument(16, "Times at which the held-out loss is measured.")
-    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': by the images' size.")
+    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': 'cnn' below 32 pixels.")
     classifier_epochs: int = _argument(20, "Epochs of the classifier.")
     classifier_batch_size: int = _argument(100, "Batch of the classifier.")
     classifier_learning_rate: float = _argument(0.1, "Peak learning rate of the classifier.")
@@ -343,6 +356,12 @@ def parse_value(text: str) -> Any:
 def run_settings(*arguments: Any) -> dict[str, Any]:
     """The arguments of a run as one JSON-able mapping, by dataclass; which a resumed run has to match."""
     return {type(part).__name__: json.loads(json.dumps(asdict(part))) for part in arguments}
+
+
+def measuring_settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of `EvaluationArguments` that what is sampled and measured after each task depends on; others are for the end."""
+    of_the_end = ("evaluation", "image_quality", "image_quality_neighbours", "joint_results")
+    return {name: value for name, value in evaluation.items() if name not in of_the_end}
 
 
 def _check_halving(unet_config: dict) -> None:
