@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER
 from funlora_hf.continual.config import LATEST, run_settings
@@ -101,14 +102,15 @@ def run_jobs(
         The outcomes in the order of the jobs.
     """
     outcomes: dict[int, Outcome] = {}
-    with tqdm(total=len(jobs), desc=description, disable=None) as progress:
+    with logging_redirect_tqdm(), tqdm(total=len(jobs), desc=description, disable=None) as progress:
 
         def noted(number: int, outcome: Outcome) -> None:
             outcomes[number] = outcome
             progress.update()
             job, results = jobs[number], outcome.results
             if results is None:
-                logger.error("%s failed, the others go on: %s. See %s.", job.label, outcome.error, job.folder / LOG)
+                error = str(outcome.error).rstrip(".")
+                logger.error("%s failed, the others go on: %s. See %s.", job.label, error, job.folder / LOG)
             else:
                 told = f"{shown(results)}, {results['seconds']['total']:.0f} s"
                 tqdm.write(f"{description}, {len(outcomes)} of {len(jobs)}: {job.label}: {told}", file=sys.stderr)
