@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     own.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
     own.add_argument("--revision", help="branch, tag or commit of the repository")
     parser = HfArgumentParser(
-        make_dataclass("Settings", known),
+        make_dataclass("Settings", known),  # type: ignore[arg-type] - no class is of transformers' DataClassType
         prog=prog,
         usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
         description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
@@ -353,7 +353,7 @@ class _Addition(Run):
 
     def _check(self) -> None:
         """Raise an error for all that can be known before anything is written."""
-        strategy = self._strategy(self.base, self.images, [])
+        strategy = cast(FunLora, self._strategy(self.base, self.images, []))
         strategy.check()
         own = method(strategy.adapter_config(next(iter(self.images.class_names))))
         configs = [read_config(folder) for contents in self.target.present for folder in contents.adapters]

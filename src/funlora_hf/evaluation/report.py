@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, folder_class
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, class_in_name
 from ..continual.added_classes import AddedClasses
 from ..continual.base import BASE_PHASE
 from ..continual.config import run_settings
@@ -214,8 +214,8 @@ def _evaluated(evaluator: RunEvaluator, folder: RunFolder) -> dict[str, Any]:
     """The part of results.json that evaluation gives, with its figures; None where nothing was measured."""
     strategy, tasks, records = evaluator.strategy, evaluator.tasks, evaluator.records()
     sampled = records[-1] is not None
-    accuracies = accuracy_results([record and record["accuracies"] for record in records])
-    own = accuracy_results([record and record.get("own_classifier") for record in records])
+    accuracies = accuracy_results([None if record is None else record["accuracies"] for record in records])
+    own = accuracy_results([None if record is None else record.get("own_classifier") for record in records])
     losses = evaluator.held_out_losses() if sampled else {}
     image_quality = None
     with _figures_if_possible():
@@ -284,7 +284,7 @@ def _seconds(evaluator: RunEvaluator, folder: RunFolder, report: float) -> dict[
 def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, LayerImportance]:
     found = adapter_folders(folder.path / ADAPTERS_FOLDER)
     # Not those that were added to the run.
-    adapters = [path for path in found if folder_class(path) in strategy.setting.class_names]
+    adapters = [path for path in found if class_in_name(path.name) in strategy.setting.class_names]
     if not adapters or strategy.method_name == "vanilla_add":
         # Importance is the distance of A and B from one, where all methods start but vanilla LoRA.
         return {}
