@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     own.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
     own.add_argument("--revision", help="branch, tag or commit of the repository")
     parser = HfArgumentParser(
-        make_dataclass("Settings", known),  # type: ignore[arg-type] - no class is of transformers' DataClassType
+        make_dataclass("Settings", known),  # type: ignore[arg-type]  # no class is of transformers' DataClassType
         prog=prog,
         usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
         description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "

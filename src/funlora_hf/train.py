@@ -127,7 +127,7 @@ def take_recipe(parser: HfArgumentParser, path: str) -> None:
 def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tuple[str, EvaluationArguments]:
     """The folder of a run, and how to evaluate it: as the run says, but for what the command line has."""
     parser = HfArgumentParser(
-        EvaluationArguments,  # type: ignore[arg-type] - no class is of transformers' DataClassType
+        EvaluationArguments,  # type: ignore[arg-type]  # no class is of transformers' DataClassType
         prog=prog,
         usage="%(prog)s [-h] RUN [--OPTION VALUE ...]",
         description="Evaluate a finished run, later or again: rewrites that part of its results.json, and its figures. "
