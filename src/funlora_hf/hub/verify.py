@@ -155,4 +155,6 @@ def _check_fits(
     if is_known:
         check.check(saved.config, name)
     saved.check_fits(base)
-    return "made for this base" if is_known else "its shapes fit, base not checked: its config has no fingerprint of it"
+    return (
+        "made for this base" if is_known else "its shapes fit, base not checked: its config has no fingerprint of it"
+    )
