@@ -13,7 +13,7 @@ from runs import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
 PAGES = [REPOSITORY / "README.md", *sorted(DOCS.rglob("*.md"))]
-PUBLIC = ("tuner", "baselines", "flow_matching", "layer_selection", "sampling", "adapters", "hub", "data", "run", "add")
+PUBLIC = ("tuner", "baselines", "flow_matching", "layer_selection", "sampling", "adapters", "hub", "data", "run")
 
 
 def anchors(text: str) -> set[str]:
