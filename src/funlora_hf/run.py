@@ -116,7 +116,8 @@ class _Run:
     def learn(self) -> dict[str, Any] | None:
         """Train, evaluate and report; resume where a run stopped."""
         name, revision = self.model.base_model, self.model.base_model_revision
-        base = None if name is None else find_base(name, revision=revision, unet_config=self.model.unet_config)
+        unet_config = self.model.unet_config if isinstance(self.model.unet_config, dict) else None
+        base = None if name is None else find_base(name, revision=revision, unet_config=unet_config)
         data = self._data(base)
         tasks = self._tasks(data, base)
         strategy = self._strategy(base, data, tasks)
