@@ -4,8 +4,8 @@
     python examples/ablation.py --config digits_2-2 --tables rivals solvers --seeds 0 1 \
         --learning_rates 5e-3 1e-2 2e-2 4e-2
 
-Trains one base per seed and then every variant on it, and writes `ablation.md`, `ablation.csv` and `ablation.json` into
-`--output_dir`. Started again with the same arguments, it runs what is not finished. All arguments of
+Trains one base per seed and then every variant on it, and writes `ablation.md`, `ablation.csv`, `ablation.json` and, with
+`--learning_rates`, `learning_rates.json` into `--output_dir`. Started again with the same arguments, it runs what is not finished. All arguments of
 `continual_train.py` hold for every run; `--help` lists them.
 """
 

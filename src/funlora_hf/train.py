@@ -9,6 +9,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -21,7 +22,7 @@ from .continual.time_limit import TimeLimitReached
 from .continual.trainer import NonFiniteLossError
 from .evaluation.report import ForgettingError
 from .recipes.reading import read_recipe
-from .run import RunArguments, run
+from .run import RunArguments, dry_run, run
 from .utils.arguments import refuse_unknown
 from .utils.locks import FolderInUseError
 
@@ -45,6 +46,18 @@ ERRORS = (
 )
 # Of sysexits.h, EX_TEMPFAIL: try again later.
 EXIT_TIME_LIMIT = 75
+
+
+@dataclass
+class DryRunArguments:
+    """Whether to run at all."""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Train nothing: say what the run takes, and how long on this machine, after some ten seconds."
+        },
+    )
 
 
 def parse(arguments: Sequence[str], *more: type, description: str = DESCRIPTION, prog: str | None = None) -> Any:
@@ -144,7 +157,11 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
     """
     set_up_logging()
     try:
-        run_arguments = parse(sys.argv[1:] if arguments is None else arguments, prog=prog)
+        given = sys.argv[1:] if arguments is None else arguments
+        run_arguments, dry = parse(given, DryRunArguments, prog=prog)
+        if dry.dry_run:
+            print(dry_run(run_arguments))
+            return
         with Termination() as termination:
             run(run_arguments, termination=termination)
     except Terminated as terminated:

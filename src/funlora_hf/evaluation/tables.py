@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ..continual.costs import Part
+
 
 def summary_table(results: Mapping[str, Any]) -> str:
     """The results of one run, as plain text."""
@@ -62,6 +64,25 @@ def what_next(results: Mapping[str, Any], folder: Path) -> str:
 
 def _accuracy(value: float | None) -> str:
     return f"{'-' if value is None else format(value, '.2f'):>8}"
+
+
+def costs_table(parts: Sequence[Part]) -> str:
+    """What a run costs, as plain text: a line for each part, and their sum."""
+    lines = [f"{'':<26}{'':>24} {'per second':>11} {'hours':>10} {'TFLOP':>11} {'memory':>9}"]
+    for part in parts:
+        unit = part.unit if part.images == 1 else f"{part.unit} of {part.images}"
+        hours = part.count * part.seconds / 3600
+        numbers = f"{_rounded(1 / part.seconds):>11} {_rounded(hours):>10} {_rounded(part.flops / 1e12):>11}"
+        memory = "" if part.memory is None else f"{part.memory / 1e9:.2f} GB"
+        lines.append(f"{part.name:<26}{f'{part.count:,} {unit}':>24} {numbers} {memory:>9}")
+    lines.append(
+        f"{'together':<26}{'':>24} {'':>11} {_rounded(sum(part.count * part.seconds for part in parts) / 3600):>10}"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
