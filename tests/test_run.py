@@ -99,6 +99,7 @@ def test_the_folder_keeps_the_contract(finished):
         "accuracy.png",
         "layer_importance.png",
         "samples.safetensors",
+        "training_loss.png",
         *(f"samples_task_{t}.png" for t in (1, 2, 3)),
         *(f"class_{class_id}.png" for class_id in range(10)),
     }
@@ -121,6 +122,11 @@ def test_results_have_the_contract_s_keys(finished):
     assert results["zero_forgetting"]["identical"] is True
     assert results["zero_forgetting"]["classes_compared"] == 10
     assert results["zero_forgetting"]["base_sha256_before"] == results["zero_forgetting"]["base_sha256_after"]
+    assert {name: len(losses) for name, losses in results["training_losses"].items()} == {
+        "base": 12,
+        **{f"class_{class_id}": 8 for class_id in range(4, 10)},
+    }
+    assert all(0 < loss < 10 for losses in results["training_losses"].values() for loss in losses)
     assert results["versions"]["peft"]
     assert results["seconds"]["total"] > 0
 
@@ -424,7 +430,10 @@ def test_a_run_without_evaluation_checks_that_nothing_was_forgotten_and_says_wha
     assert results["seconds"]["sampling"] == results["seconds"]["classifier"] == 0
     assert results["zero_forgetting"]["identical"] is True
     assert results["zero_forgetting"]["classes_compared"] == 10
-    assert {path.name for path in (not_evaluated / "figures").iterdir()} == {"layer_importance.png"}
+    assert {path.name for path in (not_evaluated / "figures").iterdir()} == {
+        "layer_importance.png",
+        "training_loss.png",
+    }
 
 
 def test_evaluating_later_gives_what_evaluating_on_the_way_does(finished, not_evaluated, inside, capsys):
@@ -465,21 +474,29 @@ def test_evaluation_that_cannot_be_is_refused(copy):
     with folder_lock(copy), pytest.raises(FolderInUseError):
         evaluate(copy)
     shutil.rmtree(copy / "adapters/class_9")
+    before = digests(copy)
     with pytest.raises(ValueError, match=r"Task 3 .* one of its classes is gone"):
         evaluate(copy)
+    assert digests(copy) == before
     (copy / "results.json").unlink()
     with pytest.raises(FileNotFoundError, match="expected a finished run"):
         evaluate(copy)
 
 
-def test_how_a_run_is_evaluated_may_change_until_it_is_finished(copy):
+def test_how_a_run_is_evaluated_may_change_until_it_is_finished(copy, caplog):
     """All tasks are evaluated by the new settings; first samples are compared as they were drawn."""
+    caplog.set_level("INFO")
     (copy / "results.json").unlink()
     results = run(
         short_run(resume_from_checkpoint="latest", num_samples_per_class=3, num_probe_samples=1, image_quality="none")
     )
     assert results["zero_forgetting"]["identical"] is True
     assert load_file(copy / "figures/samples.safetensors")["task_1/class_0"].shape == (3, 1, 8, 8)
+    assert (
+        f"task 2 of 3: classes 4, 5, 6, 7 learned in {sum(results['seconds']['training_per_task'][1:2]):.0f} s, accuracy "
+        in (caplog.text)
+    )
+    assert "task 3 of 3: classes 8, 9 learned" in caplog.text
 
 
 def test_of_a_generator_that_changed_the_last_state_is_evaluated(inside, caplog, capsys):
@@ -670,8 +687,12 @@ def test_updating_a_class_changes_its_folder_alone(mode, copy):
     FunLoraPipeline.from_pretrained(copy / "base").load_adapter(copy / "adapters" / "class_6")
 
 
-def test_updating_finds_the_class_by_its_name_in_a_shuffled_order(inside):
-    results = run(short_run(class_order_seed=3))
+def test_updating_finds_the_class_by_its_name_in_another_order(inside, caplog):
+    caplog.set_level("INFO")
+    order = ["7", "2", "0", "9", "1", "3", "8", "5", "4", "6"]
+    results = run(short_run(class_order=order))
+    assert results["class_order"] == [int(text) for text in order]
+    assert "dataset digits: images in column 'image', labels in column 'label'" in caplog.text
     class_id = results["class_order"][-1]
     before = digests(inside / "out")
     run(short_run(update_class=class_id))

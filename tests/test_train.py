@@ -39,6 +39,14 @@ def test_the_fast_recipe_differs_in_how_it_trains_and_judges_alone():
     assert fast["time_limit_minutes"] <= 8
 
 
+def test_the_order_of_classes_is_given_by_text_or_numbers(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("class_order: [3, cat]\n")
+    assert parse(["--config", str(tmp_path / "recipe.yaml")]).data.class_order == ["3", "cat"]
+    assert parse(["--class_order", "3", "cat"]).data.class_order == ["3", "cat"]
+    with pytest.raises(ValueError, match="`class_order` and `class_order_seed` 1 are both given"):
+        parse(["--class_order", "3", "cat", "--class_order_seed", "1"])
+
+
 @pytest.mark.parametrize(
     ("given", "hint"),
     [

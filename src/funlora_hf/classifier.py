@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from .data.image_data import to_model_range
 from .tuners_utils.wrappers import evaluation_mode
 from .utils.checks import check_at_least_one, check_choice
 from .utils.field_types import check_field_types
+from .utils.progress import Progress
 
 
 ARCHITECTURES = ("auto", "resnet18", "cnn")
@@ -144,7 +144,7 @@ def train_classifier(
         config: the recipe.
         seed: non-negative integer below 2**63.
         device: where to train.
-        progress_bar: whether to show the optimiser steps by tqdm.
+        progress_bar: whether to show the optimiser steps.
         description: the name in front of the progress bar.
 
     Returns:
@@ -196,7 +196,7 @@ def train_classifier(
         # cycle_momentum would replace the configured momentum by a cycle.
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps, cycle_momentum=False)
 
-    with tqdm(total=total_steps, desc=description, disable=not progress_bar, leave=False) as bar:
+    with Progress(total_steps, description, disable=not progress_bar) as bar:
         for step in range(total_steps):
             position = step % steps_per_epoch
             if position == 0:

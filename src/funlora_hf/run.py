@@ -33,12 +33,13 @@ from .continual.strategy import Setting, Strategy
 from .continual.termination import Termination
 from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer, Evaluator
-from .data.class_ids import assign_class_ids
+from .data.class_ids import assign_class_ids, ordered_class_ids
 from .data.image_data import ImageClassificationData, load_image_data
 from .data.tasks import Task, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_evaluation, report_finished, report_run
+from .evaluation.task_log import TaskLog
 from .utils.checks import check_class_name
 from .utils.files import recover_folder
 from .utils.locks import folder_lock
@@ -139,13 +140,8 @@ def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None =
     if not given.evaluation:
         raise ValueError("`evaluation` is False, expected True: leave --no_evaluation out.")
     # What would end it before its time, or send it elsewhere.
-    training.time_limit_minutes, training.report_to, training.push_to_hub, training.hub_model_id = (
-        None,
-        "none",
-        False,
-        None,
-    )
-    return Run(RunArguments(arguments.data, arguments.model, training, given), None).evaluate()
+    training.time_limit_minutes, training.report_to, training.push_to_hub = None, "none", False
+    return Run(replace(arguments, evaluation=given), None).evaluate()
 
 
 class Run:
@@ -188,12 +184,15 @@ class Run:
                 of_run = {name: part for name, part in self._settings().items() if name != EVALUATION}
                 self.folder.check_settings({**of_run, "classes": data.digests()})
                 recover_folder(self.folder.path)
-                evaluator.forget()
             self.accelerator.wait_for_everyone()
-            with self.folder.staying(), self._ends():
-                self._trainer(strategy, data, tasks).restore()
-                for task in tasks:
-                    evaluator.end_task(task)
+            with self.folder.staying():
+                with self._ends():
+                    self._trainer(strategy, data, tasks).restore()
+                    if self.accelerator.is_main_process:
+                        evaluator.forget()
+                    for task in tasks:
+                        self.accelerator.wait_for_everyone()
+                        evaluator.end_task(task)
                     self.accelerator.wait_for_everyone()
                 return report_evaluation(evaluator, folder=self.folder) if self.accelerator.is_main_process else None
 
@@ -220,7 +219,7 @@ class Run:
             results = report_finished(folder) if is_main else None
         else:
             evaluator = self._evaluator(strategy, data, tasks)
-            listeners = _Listeners([evaluator] if publisher is None else [evaluator, publisher])
+            listeners = _Listeners([evaluator, TaskLog(evaluator), *([] if publisher is None else [publisher])])
             with self._ends():
                 self._trainer(strategy, data, tasks, listeners).train()
             if not is_main:
@@ -310,8 +309,10 @@ class Run:
 
     def _tasks(self, data: ImageClassificationData, base: ExistingBase | None) -> list[Task]:
         given = self.arguments.data
+        known = {} if base is None else base.classes
+        new = {class_id: name for class_id, name in data.class_names.items() if class_id not in known}
         tasks = split_into_tasks(
-            list(data.class_names),
+            list(data.class_names) if given.class_order is None else ordered_class_ids(given.class_order, new),
             given.classes_per_task,
             class_order_seed=given.class_order_seed,
             first_task=None if base is None else list(base.classes),

@@ -14,6 +14,7 @@ from funlora_hf.evaluation.figures import (
     class_grid,
     coefficients_by_layer,
     layer_importance,
+    loss_curves,
     rank_by_layer,
     sample_grid,
 )
@@ -444,3 +445,15 @@ def test_style_and_pyplot_are_left_alone(tmp_path, draw):
     assert dict(matplotlib.rcParams) == before
     if "matplotlib.pyplot" in sys.modules:
         assert sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def test_each_phase_has_a_curve_of_its_losses(saved_figures, tmp_path):
+    loss_curves({"base": [1.0, 0.5], "class_2": [0.4, None, 0.2, 0.1]}, tmp_path / "loss.png")
+    (axes,) = saved_figures[0].axes
+    base, class_2 = axes.lines
+    assert list(base.get_xdata()) == [25, 75]
+    assert list(class_2.get_xdata()) == [12.5, 37.5, 62.5, 87.5]
+    np.testing.assert_array_equal(class_2.get_ydata(), [0.4, np.nan, 0.2, 0.1])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["base", "class_2"]
+    loss_curves({f"class_{label}": [1.0] for label in range(11)}, tmp_path / "loss.png")
+    assert saved_figures[1].axes[0].get_legend() is None

@@ -52,6 +52,7 @@ def _check_counts(arguments: Any, *names: str) -> None:
 class DataArguments:
     """Which images, and how their classes are split into tasks."""
 
+    # The title in `--help`, which HfArgumentParser reads.
     _argument_group_name = "data"
 
     dataset_name: str = _argument("digits", "'digits' (scikit-learn), a folder, a parquet file or a Hub dataset.")
@@ -67,9 +68,19 @@ class DataArguments:
     classes_per_task: int = _argument(2, "Classes that each task brings.")
     num_tasks: int | None = _argument(None, "Stop after this many tasks; None: all of them.")
     class_order_seed: int | None = _argument(None, "Shuffle the classes with this seed; None: the dataset's order.")
+    class_order: list[str] | None = _argument(  # noqa: RUF009 - makes a field
+        None, "All classes, by id or name, in the order in which they are learned; None: the dataset's order."
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_order, list):
+            # YAML reads ids as numbers.
+            self.class_order = [str(entry) if type(entry) is int else entry for entry in self.class_order]
         check_field_types(self)
+        if self.class_order is not None and self.class_order_seed is not None:
+            raise ValueError(
+                f"`class_order` and `class_order_seed` {self.class_order_seed} are both given, expected one of them: leave one out."
+            )
         _check_counts(self, "classes_per_task", "num_tasks", "max_images_per_class")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` is {self.validation_fraction}, expected a share between 0 and 1.")

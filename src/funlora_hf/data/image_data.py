@@ -6,6 +6,7 @@ continual learner must not hold the images of earlier tasks, so nothing here kee
 
 import glob
 import hashlib
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from ..utils.checks import shortened
 from .class_ids import check_unique
 from .encoded_images import check_inside, decode_image
 
+
+logger = logging.getLogger(__name__)
 
 # Every held-out split is drawn with this seed, not the run's: all runs must be tested on the same images.
 HOLD_OUT_SEED = 0
@@ -256,6 +259,7 @@ def load_image_data(
     test_split = _find_splits(splits, train_split=train_split, test_split=test_split)
     train = splits[train_split]
     image_column, label_column = _find_columns(train.features, image_column, label_column)
+    logger.info("dataset %s: images in column %r, labels in column %r", name, image_column, label_column)
 
     # With a validation split the dataset's own test split is not even opened.
     sources = [train_split] if test_split is None or validation_fraction else [train_split, test_split]

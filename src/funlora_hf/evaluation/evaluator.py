@@ -31,6 +31,7 @@ from ..held_out import held_out_loss
 from ..sampling.drawing import Samples, draw_samples, tensor_sha256, to_uint8
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.files import folder_sha256, read_mapping, read_tensors, whole_file, write_json
+from ..utils.progress import Progress
 from ..utils.seeds import derive_seed
 from .features import FeatureExtractor, InceptionFeatures
 from .figures import class_grid
@@ -115,8 +116,13 @@ class RunEvaluator:
         with self.strategy.inference(seen) as pipe:
             if self.accelerator.is_main_process:
                 self._remember_start(pipe, task)
-            for class_id in seen[self.accelerator.process_index :: self.accelerator.num_processes]:
-                self._sample_class(pipe, class_id, task)
+            mine = seen[self.accelerator.process_index :: self.accelerator.num_processes]
+            with Progress(
+                len(mine), f"samples, task {task.index + 1}", disable=not self.accelerator.is_main_process
+            ) as bar:
+                for class_id in mine:
+                    self._sample_class(pipe, class_id, task)
+                    bar.update()
         self.accelerator.wait_for_everyone()
         sampled = time.perf_counter()
         if self.accelerator.is_main_process:
@@ -153,6 +159,10 @@ class RunEvaluator:
         for task in self.tasks:
             if not self._is_past(task):
                 self._record(task).unlink(missing_ok=True)
+
+    def sampled_classes(self, task: Task) -> tuple[int, ...]:
+        """The classes that are sampled after a task: all seen, where that has changed them."""
+        return self.strategy.setting.seen(task) if self.strategy.learning_changes_past_classes else task.class_ids
 
     def sampled(self) -> list[Task]:
         """The tasks after which there are samples of all classes."""

@@ -55,6 +55,7 @@ MANY_CLASSES = 20
 # Images of one class in a grid of its own, and their columns.
 CLASS_GRID_IMAGES = 16
 CLASS_GRID_COLUMNS = 4
+MOST_IN_LEGEND = 10
 # In the figure of the ranks.
 _GROUPS = tuple(zip((BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE, BLACK, GREY), "os^DvPX*", strict=True))
 # Characters of a label after which its middle is left out.
@@ -193,6 +194,27 @@ def accuracy_curve(
         axes.plot(classes_seen, average_accuracies, "o-", color=BLUE, markersize=size, label=label, clip_on=False)
         mark_places(axes, classes_seen)
         axes.legend()
+
+
+def loss_curves(losses: Mapping[str, Sequence[float | None]], path: str | os.PathLike[str]) -> None:
+    """Draws the training loss of each phase over its course.
+
+    Args:
+        losses: by phase, means over equal parts of it; None for a part without one.
+        path: the PNG to write; its folder is made if it is missing.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    with new_figure(path, (5.5, 3.6)) as figure:
+        axes = figure.add_subplot(yscale="log", xlabel="share of the phase (%)", ylabel="training loss, mean")
+        axes.grid(axis="y")
+        for name, means in losses.items():
+            places = [100 * (index + 0.5) / len(means) for index in range(len(means))]
+            values = [math.nan if mean is None else mean for mean in means]
+            axes.plot(places, values, ".-", label=name, linewidth=1, markersize=3)
+        if len(losses) <= MOST_IN_LEGEND:
+            axes.legend(ncols=2, fontsize=8)
 
 
 def layer_importance(

@@ -30,10 +30,10 @@ from ..layer_selection import LayerImportance, layer_importance
 from ..utils.files import read_mapping, write_json
 from .adapter_analysis import execution_order
 from .evaluator import RunEvaluator
-from .figures import accuracy_curve, sample_grid
+from .figures import accuracy_curve, loss_curves, sample_grid
 from .figures import layer_importance as layer_importance_figure
 from .metrics import ContinualAccuracy
-from .tables import summary_table
+from .tables import summary_table, what_next
 
 
 logger = logging.getLogger(__name__)
@@ -109,10 +109,14 @@ def report_run(
     strategy, tasks = evaluator.strategy, evaluator.tasks
     zero_forgetting = evaluator.zero_forgetting()
     importance = _importance(strategy, folder)
+    # Records of earlier versions have none.
+    losses = {name: record["losses"] for name, record in phase_seconds(folder).items() if "losses" in record}
     evaluated = _evaluated(evaluator, folder)
     with _figures_if_possible():
         if importance:
             layer_importance_figure(importance, folder.figures / "layer_importance.png")
+        if losses:
+            loss_curves(losses, folder.figures / "training_loss.png")
     results = {
         "strategy": strategy.name,
         "strategy_options": strategy.setting.training.strategy_options or {},
@@ -130,6 +134,7 @@ def report_run(
         "training_images_per_task": _per_task(folder, "images", [0] * len(tasks)),
         # Records of earlier versions have none.
         "skipped_steps": sum(record.get("skipped_steps", 0) for record in phase_seconds(folder).values()),
+        "training_losses": losses,
         "ema_decay_reached": _decays(folder),
         "seconds": _seconds(evaluator, folder, time.perf_counter() - started),
         "zero_forgetting": zero_forgetting,
@@ -172,7 +177,9 @@ def report_finished(folder: RunFolder) -> dict[str, Any]:
     results = read_mapping(folder.results, keys=["zero_forgetting"])
     # A run that was killed after it wrote its results has not removed them yet.
     folder.forget_samples()
-    print(f"The run in {folder.path} is finished already.\n\n{summary_table(results)}")
+    print(
+        f"The run in {folder.path} is finished already.\n\n{summary_table(results)}\n\n{what_next(results, folder.path)}"
+    )
     _check_zero_forgetting(results["zero_forgetting"], folder)
     return results
 
@@ -239,7 +246,7 @@ def _write(results: dict[str, Any], evaluator: RunEvaluator, folder: RunFolder) 
     evaluator.keep_first_samples(folder.samples)
     write_json(folder.results, results)
     folder.forget_samples()
-    print(summary_table(results))
+    print(f"{summary_table(results)}\n\n{what_next(results, folder.path)}")
 
 
 @contextmanager

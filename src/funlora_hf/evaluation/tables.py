@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -20,8 +22,12 @@ def summary_table(results: Mapping[str, Any]) -> str:
         lines.append("task              " + "".join(f"{t + 1:>8}" for t in range(len(results["A"]))))
         lines.append("A_t (%)           " + "".join(map(_accuracy, results["A"])))
         lines.append("")
-        for key, name in (("LA", "LA (%)"), ("AIA", "AIA (%)"), ("forgetting", "forgetting (%)")):
-            lines.append(f"{name:<18}{_accuracy(results[key])}")
+        for key, name, meaning in (
+            ("LA", "LA (%)", "   last accuracy: A_t after the last task"),
+            ("AIA", "AIA (%)", "   average incremental accuracy: mean of A_t"),
+            ("forgetting", "forgetting (%)", ""),
+        ):
+            lines.append(f"{name:<18}{_accuracy(results[key])}{meaning}")
     if results.get("own_classifier") is not None:
         lines.append(f"{'own classifier':<18}{results['own_classifier']['LA']:>8.2f} (LA in %)")
     losses = results["held_out_loss"]
@@ -38,6 +44,20 @@ def summary_table(results: Mapping[str, Any]) -> str:
         lines.append(f"{'zero forgetting':<18}{_samples_text(zero)}, base {base}")
     lines.append(f"{'seconds':<18}{results['seconds']['total']:>8.0f}")
     return "\n".join(lines)
+
+
+def what_next(results: Mapping[str, Any], folder: Path) -> str:
+    """Where the parts of a finished run lie, and what to type next, as plain text."""
+    run = shlex.quote(str(folder))
+    adapters = results["peft_method"] is not None
+    commands = [f"funlora sample {run} --classes {results['class_order'][-1]}"]
+    if results["nfe"] is None:
+        commands.append(f"funlora evaluate {run}")
+    if adapters:
+        commands.append(f"funlora add IMAGES --to {run}")
+    commands.append(f"funlora push {run} USER/REPO")
+    what = "base/, adapters/class_<id>/" if adapters else "base/, model/"
+    return "\n".join([f"{folder} holds {what}, results.json and figures/. Next:", *(f"  {line}" for line in commands)])
 
 
 def _accuracy(value: float | None) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 
 from ..adapters.bank import AdapterBank
+from ..adapters.base_model import PIPELINE, base_classes
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_choice
@@ -50,19 +51,24 @@ def delete_class(
         `list[str]`: the places that had the class: "repo_id", "pipeline", "bank", "output_dir".
 
     Raises:
+        FileNotFoundError: there is no folder `output_dir`.
         ValueError: a class of the base, which is part of its weights, one that none of the places has, or a link in `output_dir`.
         FolderInUseError: a run is at work in `output_dir`.
         HfHubHTTPError: the Hub refused; nothing has been deleted then.
     """
-    if pipeline is not None and class_label in pipeline.base_classes:
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(
+            f"`output_dir` is {os.fspath(folder)!r}, but there is no such folder: name the folder of a run or of a saved pipeline."
+        )
+    if class_label in _of_the_base(pipeline, folder):
         raise ValueError(
             f"`class_label` is {class_label}, a class of the base, expected one that an adapter makes: what the base knows is "
             "part of its weights and cannot be deleted."
         )
-    folder = None if output_dir is None else Path(output_dir)
     with ExitStack() as held:
         traces: list[Path] = []
-        if folder is not None and folder.is_dir():
+        if folder is not None:
             held.enter_context(folder_lock(folder))
             traces = _traces(folder, class_label)
         found = []
@@ -117,6 +123,15 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
     if history == "squash":
         repository.forget_history(keep_tags=lambda tag: tag.startswith("base-"))
     return done
+
+
+def _of_the_base(pipeline: FunLoraPipeline | None, folder: Path | None) -> set[int]:
+    """The classes of the bases in the places given."""
+    found = set() if pipeline is None else set(pipeline.base_classes)
+    for place in () if folder is None else (folder, folder / "base"):
+        if (place / PIPELINE).is_file():
+            found |= base_classes(place).keys()
+    return found
 
 
 def _traces(folder: Path, class_label: int) -> list[Path]:
