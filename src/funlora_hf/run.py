@@ -80,7 +80,8 @@ class RunArguments:
         Raises:
             FileNotFoundError: the folder holds no run.
         """
-        written, given = RunFolder(Path(folder)).settings(), []
+        written = RunFolder(Path(folder)).settings()
+        given: list[Any] = []
         for part in ARGUMENTS:
             known = {one.name for one in fields(part)}
             given.append(part(**{key: value for key, value in written[part.__name__].items() if key in known}))

@@ -65,8 +65,9 @@ def parse(arguments: Sequence[str], *more: type, description: str = DESCRIPTION,
         help="A recipe: YAML with the arguments below as keys; a file, or a name that `funlora recipes` lists.",
     )
     given, rest = recipe_parser.parse_known_args(arguments)
+    parts: Any = (*ARGUMENTS, *more)
     parser = HfArgumentParser(
-        (*ARGUMENTS, *more),
+        parts,
         prog=prog,
         # Not all options again at each error.
         usage="%(prog)s [-h] [--config RECIPE] [--OPTION VALUE ...]",
@@ -113,8 +114,9 @@ def take_recipe(parser: HfArgumentParser, path: str) -> None:
 
 def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tuple[str, EvaluationArguments]:
     """The folder of a run, and how to evaluate it: as the run says, but for what the command line has."""
+    parts: Any = EvaluationArguments
     parser = HfArgumentParser(
-        EvaluationArguments,
+        parts,
         prog=prog,
         usage="%(prog)s [-h] RUN [--OPTION VALUE ...]",
         description="Evaluate a finished run, later or again: rewrites that part of its results.json, and its figures. "

@@ -211,8 +211,8 @@ def _evaluated(evaluator: RunEvaluator, folder: RunFolder) -> dict[str, Any]:
     """The part of results.json that evaluation gives, with its figures; None where nothing was measured."""
     strategy, tasks, records = evaluator.strategy, evaluator.tasks, evaluator.records()
     sampled = records[-1] is not None
-    accuracies = accuracy_results([record and record["accuracies"] for record in records])
-    own = accuracy_results([record and record.get("own_classifier") for record in records])
+    accuracies = accuracy_results([None if record is None else record["accuracies"] for record in records])
+    own = accuracy_results([None if record is None else record.get("own_classifier") for record in records])
     losses = evaluator.held_out_losses() if sampled else {}
     image_quality = None
     with _figures_if_possible():
