@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     own.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
     own.add_argument("--revision", help="branch, tag or commit of the repository")
     parser = HfArgumentParser(
-        [_arguments_of(kind) for kind in _RECIPE],  # type: ignore[arg-type]  # a type that no class fits
+        [_arguments_of(kind) for kind in _RECIPE],
         prog=prog,
         usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
         description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     return vars(given)
 
 
-def _arguments_of(kind: type) -> type:
+def _arguments_of(kind: type) -> Any:
     """A dataclass of the arguments of a run, with those of its fields that `add_classes` takes."""
     hints = get_type_hints(kind)
     taken = [
