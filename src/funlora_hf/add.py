@@ -87,12 +87,6 @@ SETTINGS = tuple(
 
 def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     """The arguments of `add_classes` that a command line gives. Ends the process with 2 for one that is not known."""
-    known = [
-        (one.name, get_type_hints(kind)[one.name], field(default=one.default, metadata=one.metadata))
-        for kind in _RECIPE
-        for one in fields(kind)
-        if one.name in SETTINGS
-    ]
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument(
         "images",
@@ -104,7 +98,7 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     own.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
     own.add_argument("--revision", help="branch, tag or commit of the repository")
     parser = HfArgumentParser(
-        make_dataclass("Settings", known),  # type: ignore[arg-type]  # no class is of transformers' DataClassType
+        [_arguments_of(kind) for kind in _RECIPE],
         prog=prog,
         usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
         description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
@@ -120,6 +114,19 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
     return vars(given)
+
+
+def _arguments_of(kind: type) -> Any:
+    """A dataclass of the arguments of a run, with those of its fields that `add_classes` takes."""
+    hints = get_type_hints(kind)
+    taken = [
+        (one.name, hints[one.name], field(default=one.default, metadata=one.metadata))
+        for one in fields(kind)
+        if one.name in SETTINGS
+    ]
+    # The title in `--help`.
+    title = {"_argument_group_name": getattr(kind, "_argument_group_name", None)}
+    return make_dataclass(kind.__name__, taken, namespace=title)
 
 
 @dataclass(frozen=True)
