@@ -5,9 +5,9 @@ SEEDS ?= 0
 STRATEGY ?= funlora
 ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-CHECKED := src examples benchmarks tests
+CHECKED := src examples benchmarks tests docs
 
-.PHONY: demo space test test-fast test-slow soak test-oldest-peft test-space bench style quality clean
+.PHONY: demo space test test-fast test-slow soak test-oldest-peft test-space bench docs style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -62,6 +62,10 @@ bench: .venv/installed
 	done
 	$(BIN)/python benchmarks/interleaved.py > /dev/null
 
+# The documentation as a site, into site/; a warning, such as of a link without a target, is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 quality: .venv/installed
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
@@ -92,4 +96,4 @@ style: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .space .oldest-peft outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .space .oldest-peft outputs site .pytest_cache .ruff_cache .mypy_cache .hypothesis

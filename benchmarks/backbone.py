@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-import yaml
 from diffusers import UNet2DModel
 from peft import PeftModel, get_peft_model
 
 from funlora_hf import FunLoraConfig, select_layers
-
-
-RECIPE = Path(__file__).parents[1] / "examples" / "recipes" / "cifar10_2-2.yaml"
+from funlora_hf.recipes.reading import find_recipe, load_yaml
 
 
 def paper_unet() -> UNet2DModel:
     """35.75M parameters (arXiv 2510.02631; ten classes)."""
-    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    recipe = load_yaml(find_recipe("cifar10_2-2").read_text(encoding="utf-8"))
     return UNet2DModel(**recipe["unet_config"], num_class_embeds=10)
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from adapter_bank import filled, switch
-from backbone import RECIPE, adapted, batch, floor, paper_unet
+from backbone import adapted, batch, floor, paper_unet
 from diffusers import UNet2DModel
 from functional_matrix import Case, plain, tensors
 from interleaved import RESULTS, Comparison, bytes_saved, compare, environment, table
@@ -41,14 +41,11 @@ from funlora_hf.continual.trainer import ContinualTrainer
 from funlora_hf.data.image_data import load_image_data
 from funlora_hf.data.tasks import Task
 from funlora_hf.run import RunArguments
+from funlora_hf.train import parse
 from funlora_hf.utils.files import write_json
 
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from continual_train import parse
-
-
-FAST_RECIPE = RECIPE.with_name("cifar10_fast.yaml")
+FAST_RECIPE = "cifar10_fast"
 CIFAR10_CLASSES, CIFAR10_IMAGES = 10, 5000
 NOT_BEGUN = "not begun: time is over"
 
@@ -264,7 +261,7 @@ class Benchmark:
     def _recipe_arguments(self, output_dir: Path) -> RunArguments:
         return parse(
             [
-                *("--config", str(FAST_RECIPE), "--output_dir", str(output_dir)),
+                *("--config", FAST_RECIPE, "--output_dir", str(output_dir)),
                 *("--dataset_name", self.data or "random"),
                 *self.size.recipe,
             ]

@@ -1,11 +1,11 @@
 """Makes the paper's tables at the size of the data at hand: functions, operations, ratio, layers, rivals, solvers.
 
     python examples/ablation.py --output_dir outputs/ablation --num_workers 2
-    python examples/ablation.py --config examples/recipes/digits_2-2.yaml --tables rivals solvers --seeds 0 1 \
+    python examples/ablation.py --config digits_2-2 --tables rivals solvers --seeds 0 1 \
         --learning_rates 5e-3 1e-2 2e-2 4e-2
 
-Trains one base per seed and then every variant on it, and writes `ablation.md`, `ablation.csv` and `ablation.json` into
-`--output_dir`. Started again with the same arguments, it runs what is not finished. All arguments of
+Trains one base per seed and then every variant on it, and writes `ablation.md`, `ablation.csv`, `ablation.json` and, with
+`--learning_rates`, `learning_rates.json` into `--output_dir`. Started again with the same arguments, it runs what is not finished. All arguments of
 `continual_train.py` hold for every run; `--help` lists them.
 """
 
@@ -18,12 +18,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from continual_train import ERRORS, parse
-
 from ablation.runner import AblationArguments, run_ablation
 from ablation.tables import ablation_rows, as_markdown
 from ablation.variants import variants_of
 from funlora_hf.evaluation.tables import as_csv
+from funlora_hf.train import ERRORS, parse
 from funlora_hf.utils.files import whole_file
 
 

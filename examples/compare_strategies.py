@@ -1,12 +1,17 @@
 """Compares strategies of continual learning on the same tasks and seeds: a table, figures, and a page that shows them.
 
     python examples/compare_strategies.py --strategies funlora frozen joint --seeds 0 1 2 --output_dir outputs/comparison
-    python examples/compare_strategies.py --config examples/recipes/digits_2-2.yaml --num_workers 2 \
+    python examples/compare_strategies.py --config digits_2-2 --num_workers 2 \
         --strategies funlora funlora:function=power,label=power "funlora:adapter_learning_rate=1e-2"
+    python examples/compare_strategies.py --learning_rates 2e-3 6e-3 2e-2
 
 A strategy is a name, or name:key=value,key=value; a key is an option of the strategy, an argument of its run, or `label`,
-which is what tables and figures call it. Each run has a folder of its own, `seed_<seed>/<strategy>` in `--output_dir`,
-beside `comparison.md`, `comparison.csv`, `comparison.json`, `figures/` and `report.html`, which holds all of it in one file.
+which is what tables and figures call it. Strategies that start from a base share one for each seed, unless
+`--class_order_seed` shuffles the classes. With `--learning_rates`, each gets its own rate, chosen on training images and
+written to `learning_rates.json`.
+
+Each run has a folder of its own, `seed_<seed>/<strategy>` in `--output_dir`, beside `comparison.md`, `comparison.csv`,
+`comparison.json`, `figures/` and `report.html`, which holds all of it in one file; bases lie in `bases/`.
 
 Started again with the same arguments, it runs what is not finished. All arguments of `continual_train.py` hold for every
 run; `--help` lists them.
@@ -22,10 +27,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from continual_train import ERRORS, parse
-
 from comparison.report import write_comparison
 from comparison.runner import ComparisonArguments, failures, run_comparison
+from funlora_hf.train import ERRORS, parse
 
 
 def main() -> None:
@@ -35,7 +39,7 @@ def main() -> None:
     try:
         reference, comparison = parse(sys.argv[1:], ComparisonArguments, description=__doc__)
         compared = run_comparison(comparison, reference)
-    except ERRORS as error:
+    except (*ERRORS, RuntimeError) as error:
         logging.getLogger(__name__).debug("details", exc_info=True)
         sys.exit(f"error: {error}")
     output_dir = Path(reference.training.output_dir)

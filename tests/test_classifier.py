@@ -128,7 +128,7 @@ def test_the_replaced_stem_is_initialised_like_the_others():
 
 @pytest.mark.parametrize(
     ("image_size", "architecture", "is_resnet"),
-    [(8, "auto", False), (15, "auto", False), (16, "auto", True), (8, "resnet18", True), (32, "cnn", False)],
+    [(8, "auto", False), (31, "auto", False), (32, "auto", True), (8, "resnet18", True), (32, "cnn", False)],
 )
 def test_architecture_and_shape_of_the_logits(image_size, architecture, is_resnet):
     model = build_classifier(7, channels=1, image_size=image_size, architecture=architecture).eval()

@@ -14,8 +14,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from runs import REPOSITORY, digests
+from runs import REPOSITORY, command_line, digests, write_adapters
 
+import funlora_hf
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint
 from funlora_hf.cli import main
 from funlora_hf.utils.files import read_json, write_json
@@ -71,11 +72,14 @@ def pixels(file):
         return np.asarray(image)
 
 
-@pytest.mark.parametrize("arguments", [[], ["info"], ["sample"], ["push"], ["pull"], ["delete"], ["verify"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["train"], ["evaluate"], ["recipes"], ["info"], ["sample"], ["push"], ["pull"], ["delete"], ["verify"]],
+)
 def test_help_says_the_exit_codes(command, arguments):
     code, out, _ = command(*arguments, "--help")
     assert code == 0
-    assert "exit codes: 0 done" in " ".join(out.split())
+    assert "exit codes: 0 " in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -86,6 +90,67 @@ def test_unknown_arguments_are_a_usage_error(command, arguments):
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert "usage: funlora" in err
+
+
+def test_an_unknown_option_suggests_the_nearest_of_its_command(command):
+    code, out, err = command("sample", "run", "--solvr=heun", "--num_image_s", "3")
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: funlora sample")
+    *_, last = err.splitlines()
+    assert last.endswith("--solvr=heun --num_image_s 3. Did you mean '--solver'? Did you mean '--num_images'?")
+    assert "'--solver'" not in command("info", "run", "--solvr", "heun")[2]
+
+
+def test_recipes_are_printed_one_a_line_for_scripts(command):
+    code, out, err = command("recipes")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == sorted(
+        path.stem for path in (REPOSITORY / "src" / "funlora_hf" / "recipes").glob("*.yaml")
+    )
+    assert {"digits_2-2", "cifar10_2-2"} <= set(out.split())
+
+
+def test_version(command):
+    assert command("--version")[:2] == (0, f"funlora {funlora_hf.__version__}\n")
+
+
+IMPORTS = """
+import sys
+import funlora_hf
+before = set(sys.modules)
+from funlora_hf.cli import main
+for arguments in (["recipes"], ["--version"], ["--help"], ["sample", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert end.code == 0
+new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+print(sorted(new), file=sys.stderr)
+"""
+
+
+def test_commands_without_a_model_import_no_more_than_the_package():
+    done = run_python("-c", IMPORTS)
+    assert (done.returncode, done.stderr) == (0, "['funlora_hf']\n")
+
+
+def test_train_and_evaluate_take_their_own_arguments(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = command_line(num_tasks=1, max_train_steps=1, image_quality="none")
+    code, out, err = command("train", *few, "--no_evaluation")
+    assert code == 0, err
+    assert "none yet: `funlora evaluate`" in out
+    assert command("train", "--function", "sine")[0].startswith("error: `function` is 'sine'")
+    assert command("evaluate", "out", "--number", "3")[0] == 2
+    code, out, err = command("evaluate", "out", "--num_samples_per_class", "3")
+    assert code == 0, err
+    assert "LA (%)" in out
+    evaluation = read_json(tmp_path / "out" / "results.json")["settings"]["EvaluationArguments"]
+    assert (evaluation["num_samples_per_class"], evaluation["num_inference_steps"]) == (3, 2)
+    assert evaluation["evaluation"] is True
+    code, out, err = command("evaluate", "nowhere")
+    assert (code, out) == (1, "")
+    assert "error: nowhere holds no run" in err
 
 
 def test_info_of_a_run(command, run_folder, tiny_pipe):
@@ -162,11 +227,13 @@ def test_sample_draws_what_the_pipeline_does(command, run_folder, tmp_path):
     assert (code, out.splitlines()) == (0, ["row 1: 3 (three)", "row 2: 7 (name 7)", "row 3: 8 (name 8)", str(file)])
     grid = pixels(file)
     side = 8 * 8 + 2
-    assert grid.shape == (3 * side, 3 * side, 3)
+    # The names of the rows are on the left.
+    assert len(grid) == 3 * side < grid.shape[1]
+    grid = grid[:, -3 * side :]
     command(*arguments, "--classes", "8")
-    assert np.array_equal(pixels(file), grid[2 * side :])
+    assert np.array_equal(pixels(file)[:, -3 * side :][:, 1:], grid[2 * side :, 1:])
     command(*arguments, "--classes", "8", "--seed", "1")
-    assert not np.array_equal(pixels(file), grid[2 * side :])
+    assert not np.array_equal(pixels(file)[:, -3 * side :], grid[2 * side :])
     tile = grid[1 : 1 + 64, 1 : 1 + 64]
     assert np.array_equal(tile, tile[::8, ::8].repeat(8, axis=0).repeat(8, axis=1))
 
@@ -208,6 +275,20 @@ def test_sample_says_what_is_wrong(fails, run_folder, tmp_path):
     assert str(tmp_path / "file") in fails(
         "sample", run_folder, "--classes", "7", "--num_inference_steps", "1", "--output", tmp_path / "file" / "a.png"
     )
+
+
+def test_sample_of_a_class_named_like_another_s_id(command, fails, run_folder, tiny_pipe, tmp_path):
+    write_adapters(tiny_pipe, run_folder, classes=[12], base=False, class_label=12, class_name="7")
+    assert (
+        "`--classes` has '7', the id of class 7 (name 7) and the name of class 12: pass --class_label 7, or --class_name 7"
+        in fails("sample", run_folder, "--classes", "7")
+    )
+    how = ("--num_images", "1", "--num_inference_steps", "1", "--output", tmp_path / "a.png")
+    code, out, _ = command("sample", run_folder, "--class_name", "7", "three", "--class_label", "7", *how)
+    assert code == 0
+    assert out.splitlines()[:3] == ["row 1: 7 (name 7)", "row 2: 12 (7)", "row 3: 3 (three)"]
+    assert "`--class_name` has '8', expected names of" in fails("sample", run_folder, "--class_name", "8")
+    assert "`--class_label` has '9', expected ids of" in fails("sample", run_folder, "--class_label", "9")
 
 
 def test_sample_of_an_adapter_of_another_base(fails, run_folder, tiny_pipe):
@@ -405,9 +486,13 @@ def home(hub, tmp_path):
 
 
 def run_module(*arguments, **environment):
+    return run_python("-m", "funlora_hf", *arguments, **environment)
+
+
+def run_python(*arguments, **environment):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src"), **environment}
     return subprocess.run(
-        [sys.executable, "-m", "funlora_hf", *arguments],
+        [sys.executable, *arguments],
         env=environment,
         capture_output=True,
         text=True,

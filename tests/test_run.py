@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,7 @@ from funlora_hf.data.image_data import load_image_data, to_model_range
 from funlora_hf.evaluation import evaluator as evaluator_module
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError
-from funlora_hf.run import _check_launcher, run
+from funlora_hf.run import RunArguments, _check_launcher, evaluate, run
 from funlora_hf.sampling.drawing import to_uint8
 from funlora_hf.utils.files import read_json, write_json
 from funlora_hf.utils.locks import FolderInUseError, folder_lock
@@ -98,6 +99,7 @@ def test_the_folder_keeps_the_contract(finished):
         "accuracy.png",
         "layer_importance.png",
         "samples.safetensors",
+        "training_loss.png",
         *(f"samples_task_{t}.png" for t in (1, 2, 3)),
         *(f"class_{class_id}.png" for class_id in range(10)),
     }
@@ -120,6 +122,11 @@ def test_results_have_the_contract_s_keys(finished):
     assert results["zero_forgetting"]["identical"] is True
     assert results["zero_forgetting"]["classes_compared"] == 10
     assert results["zero_forgetting"]["base_sha256_before"] == results["zero_forgetting"]["base_sha256_after"]
+    assert {name: len(losses) for name, losses in results["training_losses"].items()} == {
+        "base": 12,
+        **{f"class_{class_id}": 8 for class_id in range(4, 10)},
+    }
+    assert all(0 < loss < 10 for losses in results["training_losses"].values() for loss in losses)
     assert results["versions"]["peft"]
     assert results["seconds"]["total"] > 0
 
@@ -378,6 +385,144 @@ def test_forgetting_fails_loudly(copy):
     assert read_json(copy / "results.json")["zero_forgetting"]["identical"] is False
 
 
+EVALUATED = (
+    "accuracy_matrix",
+    "A",
+    "LA",
+    "AIA",
+    "forgetting",
+    "class_accuracy",
+    "image_quality",
+    "nfe",
+    "own_classifier",
+)
+
+
+def forget_evaluation(folder, first_samples=False):
+    """Make a run one that has been trained but not evaluated; perhaps without what it remembers of its first samples either."""
+    for path in (folder / "results.json", *folder.glob("checkpoints/evaluation/task_*.json")):
+        path.unlink()
+    shutil.rmtree(folder / "figures")
+    if first_samples:
+        shutil.rmtree(folder / "checkpoints/evaluation")
+        shutil.rmtree(folder / "checkpoints/probes")
+
+
+@pytest.fixture(scope="module")
+def not_evaluated(finished, tmp_path_factory):
+    """A run that goes on without evaluation after its training, finished, not to be changed."""
+    folder = tmp_path_factory.mktemp("not_evaluated")
+    shutil.copytree(finished, folder / "out")
+    forget_evaluation(folder / "out", first_samples=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.set_num_threads(1)
+        run(short_run(evaluation=False, resume_from_checkpoint="latest"))
+    return folder / "out"
+
+
+def test_a_run_without_evaluation_checks_that_nothing_was_forgotten_and_says_what_is_missing(finished, not_evaluated):
+    results = read_json(not_evaluated / "results.json")
+    assert results.keys() == read_json(finished / "results.json").keys()
+    assert [results[key] for key in EVALUATED] == [None] * len(EVALUATED)
+    assert results["held_out_loss"] == {"mean": None, "per_class": {}}
+    assert results["held_out_loss_by_task"] == [None] * 3
+    assert results["seconds"]["sampling"] == results["seconds"]["classifier"] == 0
+    assert results["zero_forgetting"]["identical"] is True
+    assert results["zero_forgetting"]["classes_compared"] == 10
+    assert {path.name for path in (not_evaluated / "figures").iterdir()} == {
+        "layer_importance.png",
+        "training_loss.png",
+    }
+
+
+def test_evaluating_later_gives_what_evaluating_on_the_way_does(finished, not_evaluated, inside, capsys):
+    shutil.copytree(not_evaluated, inside / "moved")
+    later = evaluate(inside / "moved")
+    expected = read_json(finished / "results.json")
+    assert "LA (%)" in capsys.readouterr().out
+    assert read_json(inside / "moved/results.json") == later
+    timed = ("seconds", "settings", "environment")
+    assert {k: v for k, v in later.items() if k not in timed} == {k: v for k, v in expected.items() if k not in timed}
+    assert later["settings"]["EvaluationArguments"] == expected["settings"]["EvaluationArguments"]
+    figures = digests(inside / "moved/figures")
+    assert figures == digests(finished / "figures")
+    assert not (inside / "moved/checkpoints/synthetic").exists()
+
+
+def test_evaluating_again_takes_other_settings_and_changes_nothing_else(copy):
+    before = digests(copy)
+    fewer = replace(RunArguments.of(copy).evaluation, num_samples_per_class=3, image_quality="none")
+    results = evaluate(copy, fewer)
+    assert load_file(copy / "figures/samples.safetensors")["task_3/class_9"].shape == (3, 1, 8, 8)
+    assert results["settings"]["EvaluationArguments"]["num_samples_per_class"] == 3
+    assert results["zero_forgetting"]["identical"] is True
+    after = digests(copy)
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert all(re.match(r"results\.json|figures/|checkpoints/evaluation/task_", name) for name in changed), changed
+    # Not of the training: it is still the same run.
+    assert run(short_run(resume_from_checkpoint="latest"))["nfe"] == results["nfe"]
+
+
+def test_evaluation_that_cannot_be_is_refused(copy):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        evaluate(copy / "base")
+    with pytest.raises(ValueError, match=r"num_samples_per_class was 6 and is 3.*`funlora evaluate out`"):
+        run(short_run(resume_from_checkpoint="latest", num_samples_per_class=3))
+    with pytest.raises(ValueError, match="`evaluation` is False"):
+        evaluate(copy, replace(RunArguments.of(copy).evaluation, evaluation=False))
+    with folder_lock(copy), pytest.raises(FolderInUseError):
+        evaluate(copy)
+    shutil.rmtree(copy / "adapters/class_9")
+    before = digests(copy)
+    with pytest.raises(ValueError, match=r"Task 3 .* one of its classes is gone"):
+        evaluate(copy)
+    assert digests(copy) == before
+    (copy / "results.json").unlink()
+    with pytest.raises(FileNotFoundError, match="expected a finished run"):
+        evaluate(copy)
+
+
+def test_how_a_run_is_evaluated_may_change_until_it_is_finished(copy, caplog):
+    """All tasks are evaluated by the new settings; first samples are compared as they were drawn."""
+    caplog.set_level("INFO")
+    (copy / "results.json").unlink()
+    results = run(
+        short_run(resume_from_checkpoint="latest", num_samples_per_class=3, num_probe_samples=1, image_quality="none")
+    )
+    assert results["zero_forgetting"]["identical"] is True
+    assert load_file(copy / "figures/samples.safetensors")["task_1/class_0"].shape == (3, 1, 8, 8)
+    assert (
+        f"task 2 of 3: classes 4, 5, 6, 7 learned in {sum(results['seconds']['training_per_task'][1:2]):.0f} s, accuracy "
+        in (caplog.text)
+    )
+    assert "task 3 of 3: classes 8, 9 learned" in caplog.text
+
+
+def test_of_a_generator_that_changed_the_last_state_is_evaluated(inside, caplog, capsys):
+    shared = {"strategy": "finetune", "classes_per_task": 5, "base_train_steps": 2, "adapter_train_steps": 1}
+    shared |= {"image_quality": "none", "num_samples_per_class": 2, "num_inference_steps": 1}
+    on_the_way = run(short_run(**shared))
+    shutil.copytree("out", "later")
+    # What was measured on the way stays, with its pictures.
+    assert evaluate("out")["accuracy_matrix"] == on_the_way["accuracy_matrix"]
+    samples = load_file("out/figures/samples.safetensors")
+    assert digests(inside / "out/figures") == digests(inside / "later/figures")
+    assert "not evaluated" not in caplog.text
+    forget_evaluation(inside / "later")
+    run(short_run(**shared, output_dir="later", resume_from_checkpoint="latest", evaluation=False))
+    capsys.readouterr()
+    later = evaluate("later")
+    assert "Task 1 is not evaluated: the generator has learned a later task since" in caplog.text
+    assert "A_t (%)                  - " in capsys.readouterr().out
+    assert later["accuracy_matrix"] == [None, on_the_way["accuracy_matrix"][-1]]
+    assert later["A"] == [None, on_the_way["LA"]]
+    assert (later["LA"], later["AIA"], later["forgetting"]) == (on_the_way["LA"], None, None)
+    assert later["held_out_loss_by_task"] == [None, on_the_way["held_out_loss_by_task"][1]]
+    last = {name: tensor for name, tensor in samples.items() if name.startswith("task_2/")}
+    torch.testing.assert_close(load_file("later/figures/samples.safetensors"), last, rtol=0, atol=0)
+
+
 def test_samples_drawn_elsewhere_are_not_compared(copy, caplog):
     (copy / "results.json").unlink()
     for probe in (copy / "checkpoints" / "probes").iterdir():
@@ -542,8 +687,12 @@ def test_updating_a_class_changes_its_folder_alone(mode, copy):
     FunLoraPipeline.from_pretrained(copy / "base").load_adapter(copy / "adapters" / "class_6")
 
 
-def test_updating_finds_the_class_by_its_name_in_a_shuffled_order(inside):
-    results = run(short_run(class_order_seed=3))
+def test_updating_finds_the_class_by_its_name_in_another_order(inside, caplog):
+    caplog.set_level("INFO")
+    order = ["7", "2", "0", "9", "1", "3", "8", "5", "4", "6"]
+    results = run(short_run(class_order=order))
+    assert results["class_order"] == [int(text) for text in order]
+    assert "dataset digits: images in column 'image', labels in column 'label'" in caplog.text
     class_id = results["class_order"][-1]
     before = digests(inside / "out")
     run(short_run(update_class=class_id))

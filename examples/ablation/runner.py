@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 
 from ablation.variants import REFERENCE, Variant
-from comparison.jobs import Job, run_jobs, with_changes
+from comparison.bases import run_on_shared_bases
+from comparison.jobs import Job, with_changes
+from comparison.learning_rates import Candidate, check_rates, choose_learning_rates
 from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
 from funlora_hf.layer_selection import layer_importance, select_layers
 from funlora_hf.run import RunArguments
 from funlora_hf.utils.checks import check_at_least_one
 from funlora_hf.utils.field_types import check_field_types
-from funlora_hf.utils.files import read_mapping, write_json
+from funlora_hf.utils.files import read_mapping
 from funlora_hf.utils.locks import folder_lock
 from funlora_hf.utils.seeds import check_seeds
 
@@ -40,8 +40,9 @@ class AblationArguments:
     learning_rates: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Choose each variant's adapter_learning_rate among these: on the first seed and the first new task, "
-            "by the flow-matching loss on a fifth of the training images, held out. None: the recipe's for all."
+            "help": "Choose each variant's adapter_learning_rate among these, and beyond them where the best is at the edge: on "
+            "the first seed and the first new task, by the flow-matching loss on a fifth of the training images, held out. None: "
+            "the recipe's for all."
         },
     )
     num_workers: int = field(default=1, metadata={"help": "Runs at a time."})
@@ -50,9 +51,7 @@ class AblationArguments:
         check_field_types(self)
         check_at_least_one("num_workers", self.num_workers)
         check_seeds(self.seeds)
-        for rate in self.learning_rates or ():
-            if not 0 < rate < math.inf:
-                raise ValueError(f"`learning_rates` has {rate:g}, expected numbers above 0.")
+        check_rates(self.learning_rates)
 
 
 def run_ablation(
@@ -70,7 +69,7 @@ def run_ablation(
         `dict`: key of the variant -> results of its runs, a seed each; None for a run that failed, whose log says why.
 
     Raises:
-        RuntimeError: a base could not be trained, without which nothing can run.
+        RuntimeError: no learning rate works for one of the variants.
         FolderInUseError: another ablation is at work in `output_dir`.
     """
     output_dir = Path(reference.training.output_dir)
@@ -81,11 +80,6 @@ def run_ablation(
 def _run_variants(
     ablation: AblationArguments, reference: RunArguments, variants: Sequence[Variant], output_dir: Path
 ) -> dict[str, list[dict[str, Any] | None]]:
-    bases = [
-        Job(_base_run(reference, seed, output_dir), output_dir / f"seed_{seed}" / "base") for seed in ablation.seeds
-    ]
-    if None in _results(bases, ablation.num_workers, "bases"):
-        raise RuntimeError(f"A base could not be trained: see the log.txt of the runs in {output_dir}.")
     rates = _learning_rates(ablation, reference, variants, output_dir)
     results: dict[str, list[dict[str, Any] | None]] = {}
     for wave in _waves(variants):
@@ -94,14 +88,11 @@ def _run_variants(
             for seed in ablation.seeds:
                 rate = rates.get(variant.rate_of or variant.key)
                 jobs.append(_job(reference, variant, seed, rate, output_dir))
-        done = iter(_results(jobs, ablation.num_workers, "runs"))
+        outcomes = run_on_shared_bases(jobs, output_dir / "bases", ablation.num_workers, description="runs")
+        done = iter([outcome.results for outcome in outcomes])
         for variant in wave:
             results[variant.key] = [next(done) for _ in ablation.seeds]
     return results
-
-
-def _results(jobs: Sequence[Job], num_workers: int, description: str) -> list[dict[str, Any] | None]:
-    return [outcome.results for outcome in run_jobs(jobs, num_workers, description=description)]
 
 
 def _waves(variants: Sequence[Variant]) -> list[list[Variant]]:
@@ -111,31 +102,25 @@ def _waves(variants: Sequence[Variant]) -> list[list[Variant]]:
     return [wave for wave in (first, second) if wave]
 
 
-def _base_run(reference: RunArguments, seed: int, output_dir: Path) -> RunArguments:
-    return with_changes(
-        reference, {"seed": seed, "num_tasks": 1, "output_dir": os.fspath(output_dir / f"seed_{seed}" / "base")}
-    )
-
-
 def _job(reference: RunArguments, variant: Variant, seed: int, rate: float | None, output_dir: Path) -> Job:
     runs = output_dir / f"seed_{seed}"
     folder = runs / variant.key
-    changes = {"seed": seed, "output_dir": os.fspath(folder), "base_model": os.fspath(runs / "base" / "base")}
-    changes |= dict(variant.changes)
+    changes = {"seed": seed, "output_dir": os.fspath(folder), **variant.changes}
     if rate is not None:
         changes["adapter_learning_rate"] = rate
     if variant.needs is not None:
         changes["target_modules"] = _most_important(runs, variant.needs)
     adapters = runs / REFERENCE / ADAPTERS_FOLDER if variant.reuses_adapters else None
-    return Job(with_changes(reference, changes), folder, adapters)
+    return Job(with_changes(reference, changes), folder, f"{variant.label}, seed {seed}", adapters)
 
 
 def _most_important(runs: Path, needed: str) -> list[str]:
     """The most important layers, for as many numbers per class as the reference takes."""
+    results = read_mapping(runs / REFERENCE / "results.json", keys=["parameters_per_class", "settings"])
+    base = results["settings"]["ModelArguments"]["base_model"] or runs / REFERENCE / "base"
     with torch.device("meta"):
-        unet = UNet2DModel.from_config(UNet2DModel.load_config(runs / "base" / "base", subfolder="unet"))
+        unet = UNet2DModel.from_config(UNet2DModel.load_config(base, subfolder="unet"))
     importance = layer_importance(adapter_folders(runs / needed / ADAPTERS_FOLDER))
-    results = read_mapping(runs / REFERENCE / "results.json", keys=["parameters_per_class"])
     budget = results["parameters_per_class"]
     return select_layers(unet, f"<= {budget}", importance=importance)
 
@@ -143,34 +128,12 @@ def _most_important(runs: Path, needed: str) -> list[str]:
 def _learning_rates(
     ablation: AblationArguments, reference: RunArguments, variants: Sequence[Variant], output_dir: Path
 ) -> dict[str, float]:
-    """The best rate of every variant that has one of its own; written to `learning_rates.json`."""
+    """The best rate of every variant that has one of its own."""
     if ablation.learning_rates is None:
         return {}
-    seed = ablation.seeds[0]
-    own = [variant for variant in variants if variant.rate_of is None]
-    jobs = []
-    for variant in own:
-        for rate in ablation.learning_rates:
-            folder = output_dir / "learning_rates" / variant.key / f"{rate:g}"
-            job = _job(reference, variant, seed, rate, output_dir)
-            # One image a class and one step of the classifier: only the held-out loss is wanted.
-            cheap = {"num_tasks": 2, "validation_fraction": 0.2, "num_samples_per_class": 1, "num_probe_samples": 1}
-            cheap |= {"classifier_epochs": 1, "output_dir": os.fspath(folder)}
-            jobs.append(Job(with_changes(job.arguments, cheap), folder))
-    done = iter(_results(jobs, ablation.num_workers, "learning rates"))
-    losses = {variant.key: {rate: _new_loss(next(done)) for rate in ablation.learning_rates} for variant in own}
-    chosen = {}
-    for key, by_rate in losses.items():
-        known = {rate: loss for rate, loss in by_rate.items() if loss is not None}
-        if known:
-            chosen[key] = min(known, key=known.__getitem__)
-    write_json(output_dir / "learning_rates.json", {"chosen": chosen, "losses": losses})
-    return chosen
-
-
-def _new_loss(results: dict[str, Any] | None) -> float | None:
-    """Mean held-out loss of the classes of the last task."""
-    if results is None:
-        return None
-    losses = results["held_out_loss"]["per_class"]
-    return mean(losses[str(class_id)] for class_id in results["tasks"][-1])
+    candidates = [
+        Candidate(variant.key, variant.label, _job(reference, variant, ablation.seeds[0], None, output_dir).arguments)
+        for variant in variants
+        if variant.rate_of is None
+    ]
+    return choose_learning_rates(candidates, ablation.learning_rates, output_dir, ablation.num_workers)

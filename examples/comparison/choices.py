@@ -60,6 +60,13 @@ class Choice:
         own = {"strategy_options": dict(self.options)} if self.options else {}
         return {"strategy": self.name, **self.arguments, **own}
 
+    def generator(self) -> Choice:
+        """The choice whose generator this one's is: only the classifier of guide differs from that of replay."""
+        if self.name != "guide":
+            return self
+        known = strategy_class("replay").known_options()
+        return _choice("replay", {key: self.options[key] for key in self.options if key in known}, self.arguments)
+
 
 def parse_choices(entries: Sequence[str]) -> list[Choice]:
     """The strategies that texts choose.
@@ -113,8 +120,11 @@ def _parse(entry: str) -> Choice:
     except ValueError as error:
         raise ValueError(f"`strategies` has {entry!r}, which is not possible: {error}") from error
     shown = ", ".join(f"{key}={text}" for key, text in texts.items())
-    label = label or (f"{name} ({shown})" if shown else name)
-    return Choice(name, options, arguments, label, _key(name, {**options, **arguments}))
+    return _choice(name, options, arguments, label or (f"{name} ({shown})" if shown else name))
+
+
+def _choice(name: str, options: Mapping[str, Any], arguments: Mapping[str, Any], label: str | None = None) -> Choice:
+    return Choice(name, options, arguments, label or name, _key(name, {**options, **arguments}))
 
 
 def _split(entry: str, rest: str) -> dict[str, str]:

@@ -85,6 +85,7 @@ def accuracy_figure(
     path: str | os.PathLike[str],
     *,
     classes_seen: Sequence[int],
+    ppc: Mapping[str, float] | None = None,
 ) -> None:
     """Draws the average accuracy after each task, a line a strategy, with the standard deviation over seeds as a band.
 
@@ -92,6 +93,7 @@ def accuracy_figure(
         averages: strategy -> `A[t]` after each task, of each seed. Unit: %, range [0, 100].
         path: the PNG to write.
         classes_seen: after each task.
+        ppc: strategy -> parameters per class, shown with its name; strategies may be missing.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -112,7 +114,8 @@ def accuracy_figure(
                 axes.fill_between(classes_seen, low, high, color=look.colour, alpha=0.13, linewidth=0)
             axes.plot(classes_seen, middle, clip_on=False, zorder=3, **look.style())
         _mark_places(axes, classes_seen)
-        _label_lines(axes, {name: np.mean(of_seeds, axis=0)[-1] for name, of_seeds in averages.items()})
+        ends = {name: np.mean(of_seeds, axis=0)[-1] for name, of_seeds in averages.items()}
+        _label_lines(axes, ends, notes={name: f", PPC {numbers:,.0f}" for name, numbers in (ppc or {}).items()})
 
 
 def cost_figure(
@@ -267,13 +270,20 @@ def _mark_places(axes: Any, places: Sequence[float]) -> None:
     axes.set_xlim(places[0] - margin, places[-1] + margin)
 
 
-def _label_lines(axes: Any, ends: Mapping[str, float], *, names: Sequence[str] | None = None) -> None:
+def _label_lines(
+    axes: Any,
+    ends: Mapping[str, float],
+    *,
+    names: Sequence[str] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
     """Writes the names to the right of the axes, each level with the end of its line, or near it where they crowd.
 
     Args:
         axes: with its limits set.
         ends: strategy -> last value of its line; NaN has its name at the bottom.
         names: all strategies, which fixes each one's look; None: those of `ends`.
+        notes: strategy -> what to write after its name.
     """
     names = list(ends) if names is None else names
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -290,7 +300,8 @@ def _label_lines(axes: Any, ends: Mapping[str, float], *, names: Sequence[str] |
             axes.plot([1.0, 1.04], [levels[name], place], color=GREY, linewidth=0.6, zorder=1, **beside)
         style = Look.of(names.index(name)).style(markersize=4.5)
         axes.plot([1.05, 1.085, 1.12], [place] * 3, markevery=[1], **beside, **style)
-        axes.text(1.14, place, shorten(name, LONGEST_LABEL), va="center", fontsize=9, **beside)
+        text = shorten(name, LONGEST_LABEL) + (notes or {}).get(name, "")
+        axes.text(1.14, place, text, va="center", fontsize=9, **beside)
 
 
 def _apart(levels: Sequence[float], gap: float) -> list[float]:

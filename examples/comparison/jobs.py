@@ -7,17 +7,19 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 import traceback
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER
 from funlora_hf.continual.config import LATEST, run_settings
@@ -30,6 +32,8 @@ from funlora_hf.utils.files import read_mapping, whole_folder
 logger = logging.getLogger(__name__)
 
 LOG = "log.txt"
+# How often a terminal shows which task each run is at.
+_SECONDS_BETWEEN_LOOKS = 2.0
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,16 @@ class Job:
     Args:
         arguments: of the run.
         folder: its output folder.
+        label: on the terminal.
         adapters: folder of adapters to take instead of training them, or None.
+        after_base: arguments of the run that the base it shares with others was trained without.
     """
 
     arguments: RunArguments
     folder: Path
+    label: str
     adapters: Path | None = None
+    after_base: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,30 +68,61 @@ class Outcome:
     error: str | None = None
 
 
-def run_jobs(jobs: Sequence[Job], num_workers: int, *, description: str) -> list[Outcome]:
+def accuracy_text(results: Mapping[str, Any]) -> str:
+    """A run's accuracy, for the line at its end."""
+    return "no accuracy" if results.get("LA") is None else f"LA {results['LA']:.2f} %"
+
+
+def loss_text(results: Mapping[str, Any]) -> str:
+    """A run's held-out loss, for the line at its end."""
+    loss = results["held_out_loss"]["mean"]
+    return "no held-out loss" if loss is None else f"held-out loss {loss:.4f}"
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    num_workers: int,
+    *,
+    description: str,
+    shown: Callable[[Mapping[str, Any]], str] = accuracy_text,
+) -> list[Outcome]:
     """
     Run all jobs; what is finished is not run again, what was interrupted goes on, and no failure loses the others.
+
+    Every run gets a line at its end. On a terminal, a bar shows which runs are at work and how many tasks each has finished.
 
     Args:
         jobs: in folders that differ.
         num_workers: runs at a time. Each takes an equal share of the cores for torch's threads, unless OMP_NUM_THREADS
             says otherwise.
         description: of the progress bar.
+        shown: of a run's results, in its line.
 
     Returns:
         The outcomes in the order of the jobs.
     """
     outcomes: dict[int, Outcome] = {}
-    with tqdm(total=len(jobs), desc=description) as progress:
-        _run_side_by_side(dict(enumerate(jobs)), num_workers, outcomes, progress)
+    with logging_redirect_tqdm(), tqdm(total=len(jobs), desc=description, disable=None) as progress:
+
+        def noted(number: int, outcome: Outcome) -> None:
+            outcomes[number] = outcome
+            progress.update()
+            job, results = jobs[number], outcome.results
+            if results is None:
+                error = str(outcome.error).rstrip(".")
+                logger.error("%s failed, the others go on: %s. See %s.", job.label, error, job.folder / LOG)
+            else:
+                told = f"{shown(results)}, {results['seconds']['total']:.0f} s"
+                tqdm.write(f"{description}, {len(outcomes)} of {len(jobs)}: {job.label}: {told}", file=sys.stderr)
+
+        _run_side_by_side(dict(enumerate(jobs)), num_workers, noted, progress)
         # A worker that was killed (out of memory) takes its pool along. One at a time, only the job that it cannot bear
         # is lost.
         for number, job in enumerate(jobs):
             if number not in outcomes:
-                _run_side_by_side({number: job}, 1, outcomes, progress)
+                _run_side_by_side({number: job}, 1, noted, progress)
                 if number not in outcomes:
-                    killed = Outcome(error="its process was killed, perhaps because memory ran out")
-                    outcomes[number] = _noted(job, killed, progress)
+                    noted(number, Outcome(error="its process was killed, perhaps because memory ran out"))
     return [outcomes[number] for number in range(len(jobs))]
 
 
@@ -132,24 +171,36 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _run_side_by_side(jobs: dict[int, Job], num_workers: int, outcomes: dict[int, Outcome], progress: tqdm) -> None:
-    """Adds the outcomes by number; those of a pool that broke are missing."""
+def _run_side_by_side(
+    jobs: dict[int, Job], num_workers: int, noted: Callable[[int, Outcome], None], progress: tqdm
+) -> None:
+    """Calls `noted` with number and outcome of each job; those of a pool that broke are missing."""
     # Fresh processes: each job then has the random state, the thread count and the accelerator to itself.
     context = multiprocessing.get_context("spawn")
     threads = threads_per_worker(num_workers)
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker, initargs=(threads,)) as pool:
-        numbers = {pool.submit(_run_job, job): number for number, job in jobs.items()}
-        for future in as_completed(numbers):
-            with contextlib.suppress(BrokenProcessPool):
-                number = numbers[future]
-                outcomes[number] = _noted(jobs[number], future.result(), progress)
+        waiting, running = list(jobs), dict[Future[Outcome], int]()
+        while waiting or running:
+            # No more than there are workers: what was submitted is at work.
+            while waiting and len(running) < num_workers:
+                number = waiting.pop(0)
+                try:
+                    running[pool.submit(_run_job, jobs[number])] = number
+                except BrokenProcessPool:
+                    waiting.clear()
+            done, _ = wait(running, timeout=_SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+            for future in done:
+                number = running.pop(future)
+                with contextlib.suppress(BrokenProcessPool):
+                    noted(number, future.result())
+            progress.set_postfix_str(
+                "; ".join(f"{jobs[number].label}: task {_task(jobs[number])}" for number in running.values())
+            )
 
 
-def _noted(job: Job, outcome: Outcome, progress: tqdm) -> Outcome:
-    progress.update()
-    if outcome.error is not None:
-        logger.error("A run failed, the others go on: %s. See %s.", outcome.error, job.folder / LOG)
-    return outcome
+def _task(job: Job) -> int:
+    """The task that a run is at, from 1."""
+    return 1 + sum(1 for _ in (RunFolder(job.folder).checkpoints / "evaluation").glob("task_*.json"))
 
 
 def _run_job(job: Job) -> Outcome:

@@ -26,7 +26,13 @@ class Picture:
     png: bytes
 
 
-GROUPS = {"accuracy": "Accuracy", "images": "Images", "work": "Work", "kept": "Kept between tasks"}
+GROUPS = {
+    "accuracy": "Accuracy",
+    "parameters": "Parameters per class",
+    "images": "Images",
+    "work": "Work",
+    "kept": "Kept between tasks",
+}
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --soft: #5c5c5c; --line: #dcdcdc; --ground: #ffffff; --raised: #f5f6f8;

@@ -17,7 +17,7 @@ import torch
 from comparison.figures import MOST_STRATEGIES, accuracy_figure, cost_figure, forgetting_figure, samples_figure
 from comparison.page import Picture, comparison_page
 from comparison.runner import Compared, failures
-from comparison.tables import Column, Row, as_markdown, columns_of, flat_rows, rows_of
+from comparison.tables import Column, Row, as_markdown, as_text, columns_of, flat_rows, rows_of
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.evaluation.tables import as_csv
 from funlora_hf.utils.files import read_tensors, whole_file, write_json
@@ -34,8 +34,11 @@ _NOTES = (
     "the strategy trains itself.",
     "Held-out loss: of flow matching, on test images. Frechet distance, precision and recall compare samples with test "
     "images by the features of the network that the heading names; distances by different networks do not compare.",
+    "PPC: parameters per class, the numbers kept for each class after the base. Learning rate: of the tasks after the base; joint "
+    "training has one for all. The runs that a rate was chosen by do not count as work.",
     "Training images: those that passed through the network, the same ones again included. Training seconds include what "
-    "prepares a task, such as sampling what is replayed. NFE: evaluations of the network for one batch of samples. PPC: numbers kept for each class.",
+    "prepares a task, such as sampling what is replayed. Strategies that start from the same base share one for each seed, trained "
+    "once: its seconds and images count for each of them. NFE: evaluations of the network for one batch of samples.",
 )
 
 
@@ -51,15 +54,13 @@ def write_comparison(compared: Sequence[Compared], output_dir: Path, *, command:
         command: that made it. Folders before the last part of absolute paths in it are left out of what is written.
 
     Returns:
-        The table as Markdown, with the failed runs below.
+        The table for a terminal, with the failed runs below.
     """
     columns = columns_of(compared)
     rows = rows_of(compared, columns)
     failed = [(label, seed, _without_folders(error)) for label, seed, error in failures(compared)]
     details = _details(compared, _without_folders(command))
-    markdown = as_markdown(rows, columns) + "".join(
-        f"\nFailed: {label}, seed {seed}: {' '.join(error.split())}\n" for label, seed, error in failed
-    )
+    below = "".join(f"\nFailed: {label}, seed {seed}: {' '.join(error.split())}\n" for label, seed, error in failed)
     pictures = _pictures(compared, output_dir / "figures")
     page = comparison_page(
         title=_title(compared),
@@ -74,12 +75,12 @@ def write_comparison(compared: Sequence[Compared], output_dir: Path, *, command:
     write_json(output_dir / "comparison.json", _record(rows, columns, failed, details))
     for name, text in (
         ("comparison.csv", as_csv(flat_rows(rows, columns))),
-        ("comparison.md", markdown),
+        ("comparison.md", as_markdown(rows, columns) + below),
         ("report.html", page),
     ):
         with whole_file(output_dir / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return markdown
+    return as_text(rows, columns) + below
 
 
 def _record(
@@ -114,7 +115,8 @@ def _pictures(compared: Sequence[Compared], folder: Path) -> list[Picture]:
         (
             "accuracy",
             "Accuracy as classes are added",
-            "Average accuracy over all classes seen, after each task; bands: the standard deviation over the seeds.",
+            "Average accuracy over all classes seen, after each task; bands: the standard deviation over the seeds. PPC: parameters "
+            "per class, with the class vector.",
             _draw_accuracy,
         ),
         (
@@ -159,8 +161,14 @@ def _draw_accuracy(compared: Sequence[Compared], path: Path) -> bool:
     averages = _by_label(compared, lambda run: run.get("A"))
     if averages:
         classes_seen = list(itertools.accumulate(len(task) for task in _any_run(compared)["tasks"]))
-        accuracy_figure(averages, path, classes_seen=classes_seen)
+        accuracy_figure(averages, path, classes_seen=classes_seen, ppc=_parameters_per_class(compared))
     return bool(averages)
+
+
+def _parameters_per_class(compared: Sequence[Compared]) -> dict[str, float]:
+    """Of the strategies that have them, by label."""
+    of_runs = _by_label(compared, lambda run: run.get("parameters_per_class_with_vector"))
+    return {label: fmean(values) for label, values in of_runs.items()}
 
 
 def _draw_forgetting(compared: Sequence[Compared], path: Path) -> bool:

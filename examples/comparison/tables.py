@@ -6,11 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas
+
+from comparison.learning_rates import rate_argument
 from comparison.runner import Compared
+from funlora_hf.evaluation.figures import shorten
 from funlora_hf.evaluation.tables import markdown_table, mean_and_std, spread_text
 
 
 Results = Mapping[str, Any]
+
+# Of a strategy on a terminal.
+_LONGEST_NAME = 36
 
 
 @dataclass(frozen=True)
@@ -21,14 +28,14 @@ class Column:
         key: in JSON.
         group: the columns that stand together.
         title: with the unit.
-        digits: after the point.
+        digits: after the point; None: as many as it takes.
         value: of one run's results; None where it was not measured.
     """
 
     key: str
     group: str
     title: str
-    digits: int
+    digits: int | None
     value: Callable[[Results], float | None]
 
 
@@ -56,7 +63,10 @@ class Row:
 
     def cell(self, column: Column) -> str:
         """ "mean ± standard deviation", or "-"."""
-        return spread_text(self.means[column.key], self.deviations[column.key], column.digits)
+        average = self.means[column.key]
+        if column.digits is None:
+            return "-" if average is None else f"{average:g}"
+        return spread_text(average, self.deviations[column.key], column.digits)
 
 
 def columns_of(compared: Sequence[Compared]) -> list[Column]:
@@ -70,24 +80,25 @@ def columns_of(compared: Sequence[Compared]) -> list[Column]:
         Column(
             "own_classifier_LA", "accuracy", "own classifier's LA (%)", 2, lambda run: _in(run, "own_classifier", "LA")
         ),
+        Column("parameters_per_class", "parameters", "PPC", 0, lambda run: run.get("parameters_per_class")),
+        Column(
+            "parameters_per_class_with_vector",
+            "parameters",
+            "PPC with vector",
+            0,
+            lambda run: run.get("parameters_per_class_with_vector"),
+        ),
         Column("held_out_loss", "images", "held-out loss", 4, lambda run: _in(run, "held_out_loss", "mean")),
         Column("frechet_distance", "images", distance, 3, lambda run: _in(run, "image_quality", "frechet_distance")),
         Column("precision", "images", f"precision ({judge})", 3, lambda run: _in(run, "image_quality", "precision")),
         Column("recall", "images", f"recall ({judge})", 3, lambda run: _in(run, "image_quality", "recall")),
+        Column("learning_rate", "work", "learning rate", None, _learning_rate),
         Column("training_seconds", "work", "training (s)", 1, training_seconds),
         Column("training_images", "work", "training images", 0, _training_images),
         Column("sampling_seconds", "work", "sampling (s)", 1, lambda run: _in(run, "seconds", "sampling")),
         Column("nfe", "work", "NFE", 1, lambda run: run.get("nfe")),
         Column("kept_megabytes", "kept", "kept (MB)", 3, _kept_megabytes),
         Column("kept_growth_megabytes", "kept", "growth, task 2 to last (MB)", 3, _growth_megabytes),
-        Column("parameters_per_class", "kept", "PPC", 0, lambda run: run.get("parameters_per_class")),
-        Column(
-            "parameters_per_class_with_vector",
-            "kept",
-            "PPC with vector",
-            0,
-            lambda run: run.get("parameters_per_class_with_vector"),
-        ),
     ]
 
 
@@ -126,10 +137,31 @@ def as_markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     return markdown_table(header, cells) + "\n"
 
 
+def as_text(rows: Sequence[Row], columns: Sequence[Column], *, width: int = 120) -> str:
+    """The rows for a terminal: in parts of as many columns as fit, each with the strategies' names in front.
+
+    Args:
+        rows: of the table.
+        columns: of the table; those in which every cell is empty are left out.
+        width: of the terminal, in characters.
+    """
+    names = [shorten(row.compared.choice.label, _LONGEST_NAME) for row in rows]
+    cells = {"seeds": [row.seeds_text for row in rows]}
+    cells |= {column.title: [row.cell(column) for row in rows] for column in columns}
+    shown = {title: of_rows for title, of_rows in cells.items() if set(of_rows) != {"-"}}
+    return pandas.DataFrame(shown, index=names).to_string(line_width=width) + "\n"
+
+
 def training_seconds(run: Results) -> float | None:
     """Seconds of training over all tasks, with what prepares it, such as sampling what is replayed."""
     per_task = _in(run, "seconds", "training_per_task")
     return sum(per_task) if per_task else _in(run, "seconds", "training")
+
+
+def _learning_rate(run: Results) -> float | None:
+    """After the base."""
+    settings = _in(run, "settings", "ContinualTrainingArguments")
+    return settings[rate_argument(run["strategy"])] if settings else None
 
 
 def _training_images(run: Results) -> int | None:

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from .data.image_data import to_model_range
 from .tuners_utils.wrappers import evaluation_mode
 from .utils.checks import check_at_least_one, check_choice
 from .utils.field_types import check_field_types
+from .utils.progress import Progress
 
 
 ARCHITECTURES = ("auto", "resnet18", "cnn")
-# Below this side "auto" takes the small network: ResNet-18 would shrink 8x8 digits to a single pixel.
-SMALLEST_RESNET_IMAGE = 16
+# Below this side "auto" takes the small network: ResNet-18 would shrink 8x8 digits to a single pixel, and takes a CPU seconds a step
+# at 28x28.
+SMALLEST_RESNET_IMAGE = 32
 # From this side on ResNet-18 keeps its ImageNet stem, which divides the resolution by four.
 SMALLEST_STANDARD_STEM_IMAGE = 128
 
@@ -41,7 +42,7 @@ class ClassifierConfig:
             image is not of the same class, as with digits.
         max_train_steps: upper limit of optimiser steps, None for none. The schedule is shortened with it, so a
             limited run still ends at a small learning rate.
-        architecture: "resnet18", "cnn", or "auto", which takes "cnn" for images smaller than 16 pixels and
+        architecture: "resnet18", "cnn", or "auto", which takes "cnn" for images smaller than 32 pixels and
             "resnet18" otherwise.
 
     Raises:
@@ -132,7 +133,7 @@ def train_classifier(
         config: the recipe.
         seed: non-negative integer below 2**63.
         device: where to train.
-        progress_bar: whether to show the optimiser steps by tqdm.
+        progress_bar: whether to show the optimiser steps.
         description: the name in front of the progress bar.
 
     Returns:
@@ -168,12 +169,7 @@ def train_classifier(
     classifier.to(device).train()
     generator = torch.Generator().manual_seed(seed)
 
-    full_batches, rest = divmod(len(images), config.batch_size)
-    # A last batch of one image is left out for batch normalisation; the next epoch's order leaves out another one.
-    steps_per_epoch = full_batches + (1 if rest >= 2 else 0)
-    total_steps = config.epochs * steps_per_epoch
-    if config.max_train_steps is not None:
-        total_steps = min(total_steps, config.max_train_steps)
+    steps_per_epoch, total_steps = training_steps(len(images), config)
     rate = config.learning_rate
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
@@ -184,7 +180,7 @@ def train_classifier(
         # cycle_momentum would replace the configured momentum by a cycle.
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps, cycle_momentum=False)
 
-    with tqdm(total=total_steps, desc=description, disable=not progress_bar, leave=False) as bar:
+    with Progress(total_steps, description, disable=not progress_bar) as bar:
         for step in range(total_steps):
             position = step % steps_per_epoch
             if position == 0:
@@ -206,6 +202,16 @@ def train_classifier(
                 scheduler.step()
             bar.update()
     return classifier.eval()
+
+
+def training_steps(num_images: int, config: ClassifierConfig) -> tuple[int, int]:
+    """Steps of an epoch, and of the whole training, for a number of images of at least 1."""
+    full_batches, rest = divmod(max(2, num_images), config.batch_size)
+    # A last batch of one image is left out for batch normalisation; the next epoch's order leaves out another one.
+    steps_per_epoch = full_batches + (1 if rest >= 2 else 0)
+    limit = config.max_train_steps
+    total = config.epochs * steps_per_epoch
+    return steps_per_epoch, total if limit is None else min(total, limit)
 
 
 @torch.no_grad()

@@ -118,7 +118,6 @@ def test_one_image_is_every_image_of_its_epochs():
 
     phase = Phase("p", (4,), PhaseSettings(1, None, 3, 1e-3, 0, 0.9, 0.0), independent=True)
     source = PhaseBatches(One(), phase, seed=0, timestep_density="uniform", random_flip=False)
-    assert source.batches_per_epoch == 1
     assert [values(source.batch(number)) for number in range(3)] == [[0, 0, 0]] * 3
     # It is the same image, and not the same noise.
     assert len(source.batch(0).noise.flatten(1).unique(dim=0)) == 3
@@ -195,8 +194,3 @@ def test_the_memory_format_changes_no_value():
     for name in ("sample", "noise"):
         assert getattr(last, name).is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(getattr(last, name), getattr(plain, name))
-
-
-def test_an_epoch_is_counted_in_whole_batches():
-    assert batches(3).batches_per_epoch == 3
-    assert batches(8).batches_per_epoch == 1

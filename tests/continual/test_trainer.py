@@ -17,7 +17,14 @@ from funlora_hf.continual.config import ContinualTrainingArguments
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategy import Phase, PhaseSettings, StepOutput, Strategy, Trainable
 from funlora_hf.continual.time_limit import TimeLimit, TimeLimitReached
-from funlora_hf.continual.trainer import ContinualTrainer, NonFiniteLossError, learning_rate, phase_seconds
+from funlora_hf.continual.trainer import (
+    ContinualTrainer,
+    NonFiniteLossError,
+    learning_rate,
+    phase_images,
+    phase_seconds,
+    phase_steps,
+)
 from funlora_hf.data.tasks import Task
 
 
@@ -259,9 +266,24 @@ def test_lost_steps_that_are_read_late_are_counted_also_over_a_restart(tmp_path,
     again = LosesSteps(tmp_path / "cut", (2, 3))
     train(again, tmp_path / "cut", resume="latest", **options)
     assert torch.equal(again.total, whole.total)
-    for folder in ("whole", "cut"):
-        record = phase_seconds(RunFolder(tmp_path / folder))
+    records = [phase_seconds(RunFolder(tmp_path / folder)) for folder in ("whole", "cut")]
+    for record in records:
         assert [record[f"task_{task}"]["skipped_steps"] for task in (1, 2, 3)] == [0, 2, 0]
+    # Of the lost steps there is no loss; a resumed phase has those of before.
+    losses = [[record[f"task_{task}"]["losses"] for task in (1, 2, 3)] for record in records]
+    assert losses[0] == losses[1]
+    assert [None in of_phase for of_phase in losses[0]] == [False, True, False]
+    assert [len(of_phase) for of_phase in losses[0]] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("images", "accumulated", "expected"), [(6, 1, 4), (7, 1, 6), (7, 2, 3), (30, 1, 8)])
+def test_epochs_are_counted_in_whole_batches(images, accumulated, expected):
+    settings = PhaseSettings(None, 2, 3, 0.1, 0, 0.5, 0.0)
+    training = ContinualTrainingArguments(gradient_accumulation_steps=accumulated, max_train_steps=8)
+    assert phase_steps(settings, images, training) == expected
+    assert phase_steps(replace(settings, train_steps=2, epochs=None), images, training) == 2
+    phase = Phase("p", (4, 5), settings, independent=True)
+    assert phase_images(phase, {4: images - 1, 5: 1, 6: 1000}, training) == expected * 3 * accumulated
 
 
 def test_a_row_of_lost_steps_stops_also_when_it_is_cut(tmp_path):

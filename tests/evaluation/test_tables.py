@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from funlora_hf.evaluation.tables import markdown_table, mean_table, summary_table
+from pathlib import Path
+
+from funlora_hf.evaluation.tables import markdown_table, mean_table, summary_table, what_next
 
 
 def results(seed: int, la: float) -> dict:
@@ -29,8 +31,8 @@ def results(seed: int, la: float) -> dict:
 def test_the_summary_says_what_was_measured():
     text = summary_table(results(0, 98.0))
     for expected in (
-        "LA (%)               98.00",
-        "AIA (%)              99.00",
+        "LA (%)               98.00   last accuracy: A_t after the last task\n",
+        "AIA (%)              99.00   average incremental accuracy: mean of A_t\n",
         "10 (14 with",
         "equal to the bit, base unch",
     ):
@@ -98,3 +100,17 @@ def test_a_markdown_table_escapes_bars_and_aligns_numbers_to_the_right():
     table = markdown_table(["run", "rank"], [("a|b", 3), ("c", "-")])
     assert table == "| run | rank |\n|---|---:|\n| a\\|b | 3 |\n| c | - |"
     assert markdown_table(["a", "b"], [], texts=2) == "| a | b |\n|---|---|"
+
+
+def test_a_run_ends_with_where_its_parts_lie_and_what_to_type_next():
+    run = {"peft_method": "funlora", "nfe": 12.0, "class_order": [0, 1, 7]}
+    assert what_next(run, Path("my run")).splitlines() == [
+        "my run holds base/, adapters/class_<id>/, results.json and figures/. Next:",
+        "  funlora sample 'my run' --classes 7",
+        "  funlora add IMAGES --to 'my run'",
+        "  funlora push 'my run' USER/REPO",
+    ]
+    joint = what_next({**run, "peft_method": None, "nfe": None}, Path("out"))
+    assert "base/, model/, results.json" in joint
+    assert "funlora add" not in joint
+    assert "  funlora evaluate out\n" in joint

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from runs import REPOSITORY, TINY_UNET, command_line, digests
+from runs import TINY_UNET, command_line, digests
 from safetensors.torch import load_file
 from started_runs import assert_same_run, finish, log_of, operations, short, started, torchrun, wait_for
 
@@ -170,10 +172,9 @@ from torch.nn.parallel import DistributedDataParallel
 from funlora_hf.continual import time_limit
 ticks = itertools.count(step=1 + int(os.environ["RANK"]))
 time_limit.monotonic = lambda: float(next(ticks))
-sys.path.insert(0, {examples!r})
-import continual_train
+from funlora_hf import train
 try:
-    continual_train.main()
+    train.main()
 finally:
     # Its threads would outlive the group of processes, and gloo may then abort the process at its end.
     if any(isinstance(found, DistributedDataParallel) for found in gc.get_objects()):
@@ -183,7 +184,7 @@ finally:
 
 @long
 def test_two_processes_stop_together_and_go_on_to_the_same_end(tmp_path, run_example):
-    (tmp_path / "clocked.py").write_text(SLOW_AND_FAST.format(examples=str(REPOSITORY / "examples")))
+    (tmp_path / "clocked.py").write_text(SLOW_AND_FAST)
     (tmp_path / "whole").mkdir()
     run_example(*command_line(), cwd=tmp_path / "whole", launcher=torchrun(2))
     stops = []
@@ -202,3 +203,38 @@ def test_two_processes_stop_together_and_go_on_to_the_same_end(tmp_path, run_exa
     assert any("of phase 'class_" in " ".join(pair) for pair in stops), stops
     for part in ("base", "adapters"):
         assert digests(tmp_path / "out" / part) == digests(tmp_path / "whole" / "out" / part)
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_is_a_checkpoint(one, tmp_path):
+    """Its workers have sessions of their own, so that the terminal's signal reaches the launcher, which passes it on."""
+    with started(tmp_path, beside(one, tmp_path), launcher=torchrun(2)) as launcher:
+        wait_for(tmp_path / "out" / "checkpoints" / "class_4" / "step_3", launcher)
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(timeout=120) != 0
+    check_stopped_by_ctrl_c(tmp_path)
+    arguments = short(base_model="mine", resume_from_checkpoint="latest")
+    finish(tmp_path, arguments, launcher=torchrun(2))
+    assert digests(tmp_path / "out" / "adapters") == digests(one / "adapters")
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_accelerate_is_a_checkpoint(uninterrupted, tmp_path):
+    """The terminal's signal reaches the launcher and the run."""
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
+    with started(tmp_path, launcher=(*launcher, "--mixed_precision", "no", "--dynamo_backend", "no")) as process:
+        wait_for(tmp_path / "out" / "checkpoints" / "base" / "step_3", process)
+        (run,) = processes_of(process)
+        for each in (process, run):
+            each.send_signal(signal.SIGINT)
+        run.wait(timeout=60)
+        process.wait(timeout=60)
+    check_stopped_by_ctrl_c(tmp_path)
+    finish(tmp_path)
+    assert_same_run(tmp_path / "out", uninterrupted.folder)
+
+
+def check_stopped_by_ctrl_c(place: Path) -> None:
+    log = (place / "log").read_text()
+    assert re.search(r"SIGINT: stopped .*--resume_from_checkpoint latest to go on", log), log
+    assert list((place / "out" / "checkpoints").glob("*/step_*"))

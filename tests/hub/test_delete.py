@@ -53,6 +53,22 @@ def test_a_folder_in_use_is_left_alone(in_use, tmp_path):
     assert digests(in_use / "adapters") == before
 
 
+def test_a_class_of_the_base_is_refused_before_anything_is_deleted(run_folder):
+    (run_folder / "figures").mkdir()
+    (run_folder / "figures" / "class_3.png").write_bytes(b"x")
+    before = digests(run_folder)
+    for folder in (run_folder, run_folder / "base"):
+        with pytest.raises(ValueError, match="`class_label` is 3, a class of the base"):
+            delete_class(3, output_dir=folder)
+    assert digests(run_folder) == before
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`output_dir` is '.*nowhere', but there is no such folder"):
+        delete_class(7, output_dir=tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_a_lock_is_gone_afterwards(run_folder):
     assert delete_class(7, output_dir=run_folder) == ["output_dir"]
     assert sorted(path.name for path in run_folder.iterdir()) == ["adapters", "base"]

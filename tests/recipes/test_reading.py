@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import yaml
 from hostile import ABSURD, JSON, bounded, examples, guarded
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import REPOSITORY
 
 from ablation.runner import AblationArguments
 from comparison.runner import ComparisonArguments
+from funlora_hf import train
 from funlora_hf.continual.config import ARGUMENTS
-from funlora_hf.recipes.reading import MOST_BYTES, load_yaml, read_recipe
+from funlora_hf.recipes.reading import MOST_BYTES, find_recipe, load_yaml, read_recipe, recipe_names
 from funlora_hf.run import RunArguments
 
 
@@ -31,14 +30,8 @@ TIMES = pytest.mark.parametrize("times", [1, pytest.param(40, marks=pytest.mark.
 
 @pytest.fixture(scope="module")
 def parse():
-    sys.path.insert(0, str(REPOSITORY / "examples"))
-    try:
-        import continual_train
-
-        with guarded():
-            yield continual_train.parse
-    finally:
-        sys.path.remove(str(REPOSITORY / "examples"))
+    with guarded():
+        yield train.parse
 
 
 def attempt(parse, file, capsys, more=()) -> str | None:
@@ -111,7 +104,7 @@ def test_any_unet(times, parse, tmp_path, capsys):
 
 @TIMES
 def test_any_bytes(times, parse, tmp_path, capsys):
-    sound = (REPOSITORY / "examples" / "recipes" / "cifar10_2-2.yaml").read_bytes()
+    sound = find_recipe("cifar10_2-2").read_bytes()
     file = tmp_path / "recipe.yaml"
 
     @examples(150 * times)
@@ -196,6 +189,26 @@ def test_recipes_that_are_refused(name, parse, tmp_path, capsys, monkeypatch):
 def test_what_is_no_file(parse, tmp_path, capsys):
     assert "Is a directory" in attempt(parse, tmp_path, capsys)
     assert "no such file" in attempt(parse, tmp_path / "gone", capsys)
+
+
+def test_a_recipe_is_found_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = find_recipe("cifar10_2-2")
+    assert own.is_file()
+    (tmp_path / "cifar10_2-2").mkdir()
+    assert find_recipe("cifar10_2-2") == own
+    (tmp_path / "cifar10_2-2").rmdir()
+    (tmp_path / "cifar10_2-2").write_text("seed: 7\n")
+    assert read_recipe("cifar10_2-2", known=["seed"]) == {"seed": 7}
+    assert train.parse(["--config", "digits_2-2"]) == train.parse([])
+
+
+@pytest.mark.parametrize("given", ["cifar10_2-3", "examples/recipes/cifar10_2-2.yaml", "cifar10_2-2.yaml"])
+def test_an_unknown_name_lists_the_names_and_the_nearest(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"Did you mean 'cifar10_2-2'\? .* one of the recipes") as caught:
+        find_recipe(given)
+    assert all(name in str(caught.value) for name in recipe_names())
 
 
 def test_values_come_as_they_were_written(parse, tmp_path, capsys):

@@ -45,7 +45,6 @@ class AdapterBank(ClassRows):
         ValueError: `modules_to_save`, or a model with other adapters, or with this one in another configuration.
 
     Example:
-
         ```py
         >>> bank = AdapterBank(unet, FunLoraConfig.from_pretrained("outputs/digits/adapters/class_2"))
         >>> for label in range(2, 10):

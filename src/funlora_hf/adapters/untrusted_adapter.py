@@ -153,10 +153,12 @@ def fetch(
 
     Raises:
         FileNotFoundError: no such folder, repository or revision, or none in the cache.
-        ValueError: a name that leads out of the repository.
+        ValueError: a name that leads out of the repository, or a revision of a folder.
     """
     name = os.fspath(source)
     if os.path.isdir(name):
+        if revision is not None:
+            raise ValueError(f"`revision` is {revision!r}, but {name!r} is a folder, which has none: leave it out.")
         return Path(name)
     for file in files:
         if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():

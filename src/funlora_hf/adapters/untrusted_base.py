@@ -89,6 +89,11 @@ def check_velocity_unet(config: Mapping[str, Any], *, field: str) -> None:
         raise ValueError(
             f"`{field}.time_embedding_type` is {kind!r}, expected 'positional': the time falls to 0 in fractions, and {kind!r} {why}."
         )
+    if config.get("class_embed_type") is not None:
+        raise ValueError(
+            f"`{field}.class_embed_type` is {config['class_embed_type']!r}, expected None: each class has a row of an embedding "
+            "(`num_class_embeds`)."
+        )
     channels = [config.get(name, 3) for name in ("in_channels", "out_channels")]
     if channels[0] != channels[1]:
         raise ValueError(
@@ -113,8 +118,9 @@ def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DMo
         raise ValueError(
             "`base_model_name_or_path` is None: the adapter's config names no base. Pass `model`, its U-Net."
         )
+    revision = None if os.path.isdir(name) else config.revision
     try:
-        return read_unet(fetch(name, _UNET_FILES, revision=config.revision, local_files_only=local_files_only))
+        return read_unet(fetch(name, _UNET_FILES, revision=revision, local_files_only=local_files_only))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`base_model_name_or_path` is {name!r}, from which no UNet2DModel could be loaded: {error} Pass `model`, the base's "
@@ -148,7 +154,10 @@ def class_names(class_ids: Iterable[Any], id2label: Mapping[Any, Any]) -> dict[i
     """
     try:
         names = {int(class_id): str(name) for class_id, name in id2label.items()}
-        classes = {int(class_id): names.get(int(class_id), str(int(class_id))) for class_id in class_ids}
+        ids = [(class_id, int(class_id)) for class_id in class_ids]
+        if any(isinstance(given, bool) or (not isinstance(given, str) and given != number) for given, number in ids):
+            raise ValueError("not whole numbers")
+        classes = {number: names.get(number, str(number)) for _, number in ids}
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"`class_ids` is {shortened(repr(class_ids), 100)} and `id2label` {shortened(repr(id2label), 100)}, expected a list "

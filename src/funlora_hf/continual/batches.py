@@ -66,11 +66,6 @@ class PhaseBatches:
         self.memory_format = memory_format
         self._permutation: tuple[int, torch.Tensor] = (-1, torch.empty(0))
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches that it takes to see every image once, rounded up."""
-        return -(-len(self.images) // self.phase.settings.batch_size)
-
     def batch(self, number: int, *, share: int = 0, num_shares: int = 1) -> Batch:
         """Batch `number` of the phase, or the share of it that one of several processes takes.
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..utils.files import file_sha256, remove_folder, whole_folder
+from .loss_curve import LossCurve
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class TrainingState:
         buffers: by name, that training changes besides.
         skipped: how many steps were skipped, since loss or gradient was not finite: "total" of the phase, with those by which
             fp16 finds its scale; "in_row" since the last step that was done, without those; "rescaled_in_row" only those.
+        losses: the losses so far.
         scaler: of the loss under fp16, whose scale decides which steps are skipped; None: there is none.
     """
 
@@ -52,12 +54,13 @@ class TrainingState:
     ema: EMAModel
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("total", "in_row", "rescaled_in_row"), 0))
+    losses: LossCurve = field(default_factory=lambda: LossCurve(1))
     scaler: torch.amp.GradScaler | None = None
 
     def numbers(self) -> dict[str, str]:
         """The rest of the state, as the metadata of a file."""
         skipped = {f"skipped_{name}": str(count) for name, count in self.skipped.items()}
-        numbers = {"ema_step": str(self.ema.optimization_step), **skipped}
+        numbers = {"ema_step": str(self.ema.optimization_step), "losses": self.losses.state(), **skipped}
         return numbers if self.scaler is None else {**numbers, "scaler": json.dumps(self.scaler.state_dict())}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -83,8 +86,10 @@ class TrainingState:
         for name, buffer in self.buffers.items():
             buffer.copy_(tensors[f"buffer/{name}"])
         self.ema.optimization_step = int(numbers["ema_step"])
-        # A checkpoint from before they were kept has neither the counts nor the scaler.
+        # A checkpoint from before they were kept has neither the counts, the losses nor the scaler.
         self.skipped = {name: int(numbers.get(f"skipped_{name}", 0)) for name in self.skipped}
+        if "losses" in numbers:
+            self.losses.load(numbers["losses"])
         if self.scaler is not None and "scaler" in numbers:
             self.scaler.load_state_dict(json.loads(numbers["scaler"]))
 

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
+
 from ..adapters.untrusted_base import check_unet_config, check_velocity_unet
 from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
 from ..sampling.solvers import check_solver
 from ..tuner import FunLoraConfig
-from ..utils.checks import check_at_least_one, check_choice, shortened
+from ..utils.checks import check_at_least_one, check_choice, check_class_label, shortened
 from ..utils.field_types import check_field_types
 
 
@@ -52,6 +54,9 @@ def _check_counts(arguments: Any, *names: str) -> None:
 class DataArguments:
     """Which images, and how their classes are split into tasks."""
 
+    # The title in `--help`, which HfArgumentParser reads.
+    _argument_group_name = "data"
+
     dataset_name: str = _argument("digits", "'digits' (scikit-learn), a folder, a parquet file or a Hub dataset.")
     dataset_config_name: str | None = _argument(None, "Configuration of a dataset on the Hub.")
     dataset_revision: str | None = _argument(None, "Branch, tag or commit of a dataset.")
@@ -65,17 +70,31 @@ class DataArguments:
     classes_per_task: int = _argument(2, "Classes that each task brings.")
     num_tasks: int | None = _argument(None, "Stop after this many tasks; None: all of them.")
     class_order_seed: int | None = _argument(None, "Shuffle the classes with this seed; None: the dataset's order.")
+    class_order: list[str] | None = _argument(  # noqa: RUF009 - makes a field
+        None, "All classes, by id or name, in the order in which they are learned; None: the dataset's order."
+    )
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_order, list):
+            # YAML reads ids as numbers.
+            self.class_order = [str(entry) if type(entry) is int else entry for entry in self.class_order]
         check_field_types(self)
+        if self.class_order is not None and self.class_order_seed is not None:
+            raise ValueError(
+                f"`class_order` and `class_order_seed` {self.class_order_seed} are both given, expected one of them: leave one out."
+            )
         _check_counts(self, "classes_per_task", "num_tasks", "max_images_per_class")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` is {self.validation_fraction}, expected a share between 0 and 1.")
+        if self.class_order_seed is not None and self.class_order_seed < 0:
+            raise ValueError(f"`class_order_seed` is {self.class_order_seed}, expected an integer >= 0, or None.")
 
 
 @dataclass
 class ModelArguments:
     """The base, and the adapters put onto it."""
+
+    _argument_group_name = "base and adapters"
 
     base_model: str | None = _argument(None, "Pipeline (folder or repository) to add classes to; skips task 1.")
     base_model_revision: str | None = _argument(None, "Branch, tag or commit of the base.")
@@ -115,9 +134,22 @@ class ModelArguments:
             self.target_modules = [self.target_modules]
         check_field_types(self)
         if self.unet_config is not None:
+            if "num_class_embeds" in self.unet_config:
+                raise ValueError(
+                    f"`unet_config.num_class_embeds` is {self.unet_config['num_class_embeds']!r}, which follows from the classes of "
+                    "task 1: leave it out."
+                )
             check_unet_config(self.unet_config, field="unet_config")
             check_velocity_unet(self.unet_config, field="unet_config")
             _check_halving(self.unet_config)
+        if self.target_modules == []:
+            raise ValueError(
+                "`target_modules` is [], expected names of modules, or None: `peft_method` 'class_vector' adapts no module."
+            )
+        if self.base_model is None and self.base_model_revision is not None:
+            raise ValueError(
+                f"`base_model_revision` is {self.base_model_revision!r}, but there is no `base_model`: name it, or leave both out."
+            )
         _check_counts(self, "rank")
         self.funlora_config()
 
@@ -136,6 +168,8 @@ class ModelArguments:
 @dataclass
 class ContinualTrainingArguments:
     """How each phase is trained, and where the run goes."""
+
+    _argument_group_name = "training"
 
     output_dir: str = _argument("outputs/digits", "Folder of the run.")
     overwrite_output_dir: bool = _argument(False, "Delete the run that is in the folder.")
@@ -168,7 +202,7 @@ class ContinualTrainingArguments:
     time_limit_minutes: float | None = _argument(
         None,
         "From this time after its start, the run begins no step and no evaluation of a task: it writes a "
-        "checkpoint and stops, continual_train.py with the exit code 75. None: no limit.",
+        "checkpoint and stops, with the exit code 75. None: no limit.",
     )
     report_to: str = _argument("none", "Tracker of accelerate: 'tensorboard', 'wandb', ...")
 
@@ -236,16 +270,35 @@ class ContinualTrainingArguments:
             raise ValueError(
                 f"`time_limit_minutes` is {self.time_limit_minutes}, expected a number above 0, or None for no limit."
             )
-        if self.hub_model_id is not None and not self.push_to_hub:
-            raise ValueError(
-                f"`hub_model_id` is {self.hub_model_id!r} but `push_to_hub` is not set: set it, or leave both out."
-            )
-        if self.push_to_hub and self.update_class is not None:
-            raise ValueError(
-                "`push_to_hub` is set and `update_class` given, expected one of them: update the class, then `funlora push`."
-            )
+        self._check_hub()
+        self._check_update()
         for phase in ("base", "adapter"):
             self._check_phase(phase)
+
+    def _check_hub(self) -> None:
+        for name in ("hub_model_id", "hub_private_repo", "hub_license"):
+            if (value := getattr(self, name)) is not None and not self.push_to_hub:
+                raise ValueError(f"`{name}` is {value!r} but `push_to_hub` is not set: set it, or leave both out.")
+        if self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except ValueError as error:
+                raise ValueError(f"`hub_model_id` is {self.hub_model_id!r}, expected 'user/repo': {error}") from error
+
+    def _check_update(self) -> None:
+        if self.update_class is None:
+            if self.update_mode != UPDATE_MODES[0]:
+                raise ValueError(
+                    f"`update_mode` is {self.update_mode!r}, but there is no `update_class`: name it, or leave both out."
+                )
+            return
+        check_class_label(self.update_class, field="update_class")
+        for name, instead in (
+            ("push_to_hub", "update the class, then `funlora push`"),
+            ("overwrite_output_dir", "leave it out"),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is set and `update_class` given, expected one of them: {instead}.")
 
     def _check_phase(self, phase: str) -> None:
         steps, epochs = getattr(self, f"{phase}_train_steps"), getattr(self, f"{phase}_epochs")
@@ -255,16 +308,29 @@ class ContinualTrainingArguments:
                 "the other to null."
             )
         _check_counts(self, f"{phase}_train_steps", f"{phase}_epochs")
-        for name, low, high in (("learning_rate", 0, 1e3), ("ema_decay", 0, 1), ("ema_start", 0, 1)):
+        for name, high in (("learning_rate", 1e3), ("ema_decay", 1), ("ema_start", 1)):
             value = getattr(self, f"{phase}_{name}")
-            if not low <= value <= high:
-                raise ValueError(f"`{phase}_{name}` is {value}, expected a number between {low} and {high}.")
+            if not 0 <= value <= high:
+                raise ValueError(f"`{phase}_{name}` is {value}, expected a number between 0 and {high}.")
+        if getattr(self, f"{phase}_learning_rate") == 0:
+            raise ValueError(
+                f"`{phase}_learning_rate` is 0, with which nothing is learned, expected a number above 0."
+            )
+        if getattr(self, f"{phase}_ema_decay") == 1 and not getattr(self, f"{phase}_ema_warmup"):
+            raise ValueError(
+                f"`{phase}_ema_decay` is 1 without `{phase}_ema_warmup`, so that the average stays at the start, expected less."
+            )
 
 
 @dataclass
 class EvaluationArguments:
     """How the learned classes are sampled and judged."""
 
+    _argument_group_name = "evaluation"
+
+    evaluation: bool = _argument(
+        True, "Sample and judge the classes after each task; without, `funlora evaluate` does so later."
+    )
     num_samples_per_class: int = _argument(250, "Images sampled of every class.")
     sampling_batch_size: int = _argument(250, "Images sampled at once.")
     solver: str = _argument("heun", "'euler', 'heun', 'rk4' or 'dopri5'.")
@@ -272,7 +338,7 @@ class EvaluationArguments:
     solver_tolerance: float = _argument(1e-5, "rtol and atol of 'dopri5'.")
     num_probe_samples: int = _argument(8, "Images of every class drawn when it is learned and again at the end.")
     held_out_sigmas: int = _argument(16, "Times at which the held-out loss is measured.")
-    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': by the images' size.")
+    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': 'cnn' below 32 pixels.")
     classifier_epochs: int = _argument(20, "Epochs of the classifier.")
     classifier_batch_size: int = _argument(100, "Batch of the classifier.")
     classifier_learning_rate: float = _argument(0.1, "Peak learning rate of the classifier.")
@@ -289,6 +355,8 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         check_field_types(self)
         check_solver(self.solver)
+        if not self.solver_tolerance > 0:
+            raise ValueError(f"`solver_tolerance` is {self.solver_tolerance}, expected a number above 0.")
         check_choice("image_quality", self.image_quality, IMAGE_QUALITY)
         _check_counts(self, "num_samples_per_class", "sampling_batch_size", "num_inference_steps", "num_probe_samples")
         _check_counts(
@@ -335,6 +403,12 @@ def parse_value(text: str) -> Any:
 def run_settings(*arguments: Any) -> dict[str, Any]:
     """The arguments of a run as one JSON-able mapping, by dataclass; which a resumed run has to match."""
     return {type(part).__name__: json.loads(json.dumps(asdict(part))) for part in arguments}
+
+
+def measuring_settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of `EvaluationArguments` that what is sampled and measured after each task depends on; others are for the end."""
+    of_the_end = ("evaluation", "image_quality", "image_quality_neighbours", "joint_results")
+    return {name: value for name, value in evaluation.items() if name not in of_the_end}
 
 
 def _check_halving(unet_config: dict) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
 from ..utils.checks import shortened
 from ..utils.files import read_mapping, recover_folder, remove_folder, write_json
-from .config import ARGUMENTS
+from .config import ARGUMENTS, EvaluationArguments, measuring_settings
 
 
 logger = logging.getLogger(__name__)
 
 CONTENTS = ("base", "adapters", "model", "results.json", "figures", "checkpoints", "logs")
+EVALUATION = EvaluationArguments.__name__
 # Settings that say how to run, not what comes out.
 _FREE = {
     "output_dir",
@@ -28,9 +29,6 @@ _FREE = {
     "checkpointing_steps",
     "checkpoints_total_limit",
     "time_limit_minutes",
-    "joint_results",
-    "image_quality",
-    "image_quality_neighbours",
     "update_class",
     "update_mode",
     "deterministic",
@@ -58,8 +56,14 @@ class RunFolder:
         self.samples = self.figures / "samples.safetensors"
         self.checkpoints = path / "checkpoints"
         self.synthetic = self.checkpoints / "synthetic"
+        self.evaluation = self.checkpoints / "evaluation"
         self._settings = self.checkpoints / "run.json"
         self._was_there: bool | None = None
+
+    def classes(self) -> dict[int, str]:
+        """Names by ids of all classes that the run in the folder has or will learn; empty if there is no run."""
+        classes = read_mapping(self._settings).get("classes", {}) if self._settings.is_file() else {}
+        return {int(key.removeprefix("class ")): one["name"] for key, one in classes.items()}
 
     def class_figure(self, class_id: int) -> Path:
         """Where the samples of a class are shown."""
@@ -107,10 +111,44 @@ class RunFolder:
                 "so it is unknown what run it is. Pass --overwrite_output_dir, or another folder."
             )
         if present:
-            self._check_settings(settings)
+            self.check_settings(settings)
             recover_folder(self.path)
+            if measuring_settings(self.settings()[EVALUATION]) != measuring_settings(settings.get(EVALUATION, {})):
+                self.forget_samples()
         self._warn_if_fresh(resume, present)
         write_json(self._settings, settings)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The settings of the run in the folder, in parts; one that came with a later version has its default.
+
+        Raises:
+            FileNotFoundError: the folder holds no run.
+        """
+        if not self._settings.is_file():
+            raise FileNotFoundError(f"{self.path} holds no run: it has no {self._settings.relative_to(self.path)}.")
+        written = read_mapping(self._settings)
+        for part in ARGUMENTS:
+            defaults = {one.name: one.default for one in fields(part)}
+            written[part.__name__] = {**defaults, **written.get(part.__name__, {})}
+        return written
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless a run with these settings can go on here: how it is evaluated may change until it is finished."""
+        written = self.settings()
+        differences = [
+            difference
+            for part in settings
+            if part in written and (part != EVALUATION or self.results.is_file())
+            for difference in _differences(written[part], settings[part])
+        ]
+        if differences:
+            evaluate = (
+                f" `funlora evaluate {self.path}` evaluates a finished run again." if self.results.is_file() else ""
+            )
+            raise ValueError(
+                f"`resume_from_checkpoint`: the run in {self.path} has other settings: {shortened('; '.join(differences), 4000)}. Resume "
+                f"with the same settings, or start again with --overwrite_output_dir.{evaluate}"
+            )
 
     def forget_samples(self) -> None:
         """Delete the synthetic images, which only a run that goes on needs."""
@@ -165,22 +203,10 @@ class RunFolder:
                         "`output_dir`."
                     )
 
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        written = read_mapping(self._settings)
-        for part in ARGUMENTS:
-            # A setting that came with a later version had its default.
-            defaults = {one.name: one.default for one in fields(part)}
-            written[part.__name__] = {**defaults, **written.get(part.__name__, {})}
-        differences = [
-            f"{name} was {before} and is {value}"
-            for part, fields in settings.items()
-            if part in written
-            for name in {**written.get(part, {}), **fields}
-            if name not in _FREE
-            and (before := repr(written.get(part, {}).get(name))) != (value := repr(fields.get(name)))
-        ]
-        if differences:
-            raise ValueError(
-                f"`resume_from_checkpoint`: the run in {self.path} has other settings: {shortened('; '.join(differences), 4000)}. Resume "
-                "with the same settings, or start again with --overwrite_output_dir."
-            )
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Texts for the settings that have changed, but for those that say how to run."""
+    changed = [
+        name for name in {**before, **now} if name not in _FREE and repr(before.get(name)) != repr(now.get(name))
+    ]
+    return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..data.tasks import Task
-from ..flow_matching import flow_matching_loss, interpolate, sigma_to_timestep, velocity_target
+from ..flow_matching import losses_at
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.field_types import check_field_types
 from .config import ContinualTrainingArguments, ModelArguments, parse_options
@@ -177,6 +177,8 @@ class Strategy(ABC):
     """False: what a class's samples look like never changes once its task is over."""
     has_frozen_base: ClassVar[bool] = False
     """The base never changes after task 1, nor a class after its own task: both are checked at the end."""
+    prefix: ClassVar[str] = "adapter"
+    """Whose learning rate, warm-up and moving average a task takes: "base" or "adapter"."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -226,6 +228,10 @@ class Strategy(ABC):
     @abstractmethod
     def phases(self, task: Task) -> Iterable[Phase]:
         """The phases of a task, in order."""
+
+    def replay_evaluations(self, task: Task) -> int:
+        """Evaluations of the U-Net, one for each image, to draw the images of past classes that a task trains on."""
+        return 0
 
     @abstractmethod
     def is_finished(self, phase: Phase) -> bool:
@@ -294,13 +300,8 @@ def velocity_losses(module: nn.Module, batch: Batch, labels: torch.Tensor) -> to
         module: a class-conditional U-Net.
         batch: what to train on.
         labels: rows of its class embedding, `(batch,)`, int64, on the CPU or the device.
-
-    Source: arXiv 2510.02631, conditional flow matching [text].
     """
-    noisy = interpolate(batch.sample, batch.noise, batch.sigma)
-    labels = on_device(labels, noisy.device)
-    model_output = module(noisy, sigma_to_timestep(batch.sigma), labels, return_dict=False)[0]
-    return flow_matching_loss(model_output, velocity_target(batch.sample, batch.noise))
+    return losses_at(module, batch.sample, batch.noise, batch.sigma, on_device(labels, batch.sample.device))
 
 
 def tensor_bytes(path: Path) -> int:

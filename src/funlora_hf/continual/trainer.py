@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -13,18 +13,19 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from ..adapters.class_folder import adapter_name
 from ..data.image_data import ImageClassificationData
 from ..data.tasks import Task
 from ..utils.files import read_json, remove_folder, write_json
+from ..utils.progress import Progress, duration
 from ..utils.seeds import derive_seed
 from .batches import PhaseBatches
 from .checkpoint import TrainingState, latest_checkpoint, load_newest, save_checkpoint
 from .compilation import compilation_errors
 from .config import ContinualTrainingArguments
 from .guarded_steps import GuardedSteps, Outcome
+from .loss_curve import LossCurve
 from .losses import PendingLosses
 from .moving_average import MovingAverage
 from .run_folder import RunFolder
@@ -129,6 +130,24 @@ class ContinualTrainer:
                 self.folder.check_there()
                 self.evaluator.end_task(task)
                 self.accelerator.wait_for_everyone()
+
+    def restore(self) -> None:
+        """Load what the strategy keeps after its last task; trains nothing.
+
+        Raises:
+            ValueError: a task is not finished, or what it has learned is not there any more.
+        """
+        for task in self.tasks:
+            if not self._restore_task(task):
+                raise ValueError(
+                    f"Task {task.index + 1} of the run in {self.folder.path} is not finished, or one of its classes is gone: "
+                    "--resume_from_checkpoint latest trains what is missing."
+                )
+
+    def learn_beside(self, task: Task) -> None:
+        """Train what a task takes that is none of the run's: it is not evaluated. Errors as of `train`."""
+        self._run_phases(list(self.strategy.phases(task)))
+        self.accelerator.wait_for_everyone()
 
     def update_class(self, class_id: int) -> None:
         """Train the adapter of one class again on the images it has now; no other file of the run changes.
@@ -271,17 +290,22 @@ class ContinualTrainer:
                 if self._writes(phase):
                     self.folder.check_there()
                     # Before the phase ends, since a finished phase is not run again.
-                    self._record_seconds(phase, {"seconds": time.perf_counter() - started, **record})
+                    seconds = time.perf_counter() - started
+                    self._record_seconds(phase, {"seconds": seconds, **record})
                     self.strategy.end_phase(phase, trainable)
+                    loss = next((mean for mean in reversed(record["losses"]) if mean is not None), math.nan)
+                    logger.info(
+                        "phase %s: %d steps in %s, loss %.4f", phase.name, record["steps"], duration(seconds), loss
+                    )
         finally:
             self.strategy.release_phase(phase, trainable)
             self.accelerator.free_memory()
         self._drop_checkpoints(phase)
 
     def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> dict[str, Any]:
-        """Returns the steps of the phase, how many of them were skipped, and the decay of the average in the last one."""
+        """Returns the steps of the phase, how many were skipped, the decay of the average in the last one, and means of the loss."""
         accelerator, training = self.accelerator, self.training
-        steps = self._steps(phase, batches)
+        steps = phase_steps(phase.settings, len(batches.images), training)
         state = self._training_state(trainable, phase.settings, steps)
         resumes = training.resume_from_checkpoint is not None
         done = load_newest(self.folder.checkpoints / phase.name, state) if resumes else 0
@@ -289,15 +313,13 @@ class ContinualTrainer:
         module = trainable.module if phase.independent else accelerator.prepare_model(trainable.module)
         losses = PendingLosses(self._read_every)
 
-        with tqdm(
-            total=steps,
+        with Progress(
+            steps,
+            phase.name,
             initial=done,
-            desc=phase.name,
             disable=not self._writes(phase),
             # Each process shows its own independent phases on a line of its own.
             position=accelerator.process_index,
-            leave=False,
-            mininterval=1.0,
         ) as bar:
             for step in range(done, steps):
                 # Processes that share the phase ask each other, for which they wait anyway where losses are read.
@@ -335,7 +357,7 @@ class ContinualTrainer:
                 phase.name,
             )
         decay = state.ema.get_decay(state.ema.optimization_step)
-        return {"steps": steps, "skipped_steps": skipped, "ema_decay": decay}
+        return {"steps": steps, "skipped_steps": skipped, "ema_decay": decay, "losses": state.losses.means()}
 
     def _training_state(self, trainable: Trainable, settings: PhaseSettings, steps: int) -> TrainingState:
         parameters = list(trainable.parameters.values())
@@ -351,7 +373,9 @@ class ContinualTrainer:
         if scaler is not None:
             # accelerate has one for all phases, but a class must not depend on earlier ones of the process.
             scaler.load_state_dict(self._fresh_scale)
-        return TrainingState(trainable.parameters, optimizer, ema, trainable.buffers, scaler=scaler)
+        return TrainingState(
+            trainable.parameters, optimizer, ema, trainable.buffers, losses=LossCurve(steps), scaler=scaler
+        )
 
     def _step(
         self, phase: Phase, module: Any, batches: PhaseBatches, step: int, guard: GuardedSteps
@@ -381,7 +405,7 @@ class ContinualTrainer:
                     outcome = guard.end(parts)
         return parts, outcome
 
-    def _read(self, phase: Phase, losses: PendingLosses, guard: GuardedSteps, bar: tqdm) -> None:
+    def _read(self, phase: Phase, losses: PendingLosses, guard: GuardedSteps, bar: Progress) -> None:
         """Report the losses that wait on the device, and count the steps that were skipped."""
         for loss in losses.read():
             guard.count(loss.outcome)
@@ -390,16 +414,10 @@ class ContinualTrainer:
                 no_gradient = loss.outcome is Outcome.NO_GRADIENT
                 found = "The gradient is not finite" if no_gradient else f"The loss is {value}"
                 raise self._non_finite(phase, loss.step, found, guard.state.skipped["in_row"])
+            guard.state.losses.add(loss.step, loss.mean)
             bar.set_postfix(loss=f"{loss.mean:.3f}", refresh=False)
             rate = learning_rate(phase.settings, loss.step)
             self.accelerator.log({f"{phase.name}/loss": loss.mean, f"{phase.name}/lr": rate}, step=loss.step)
-
-    def _steps(self, phase: Phase, batches: PhaseBatches) -> int:
-        settings, accumulated = phase.settings, self.training.gradient_accumulation_steps
-        epochs = settings.epochs
-        by_epochs = None if epochs is None else math.ceil(epochs * batches.batches_per_epoch / accumulated)
-        counts = (settings.train_steps, by_epochs, self.training.max_train_steps)
-        return min(count for count in counts if count is not None)
 
     def _checkpoint(self, phase: Phase, step: int, state: TrainingState) -> None:
         self._check_finite(phase, step, state.parameters.values())
@@ -427,7 +445,7 @@ class ContinualTrainer:
         tasks = {self._task_of.get(class_id) for class_id in phase.class_ids}
         record = {
             **found,
-            "images": found["steps"] * phase.settings.batch_size * self.training.gradient_accumulation_steps,
+            "images": found["steps"] * _images_per_step(phase.settings, self.training),
             "process": self.accelerator.process_index,
             "task": tasks.pop() if len(tasks) == 1 else None,
         }
@@ -446,6 +464,32 @@ class ContinualTrainer:
         )
 
 
+def phase_steps(settings: PhaseSettings, num_images: int, training: ContinualTrainingArguments) -> int:
+    """Optimiser steps of a phase with so many images."""
+    # Batches that it takes to see every image once, rounded up.
+    per_epoch = -(-num_images // settings.batch_size)
+    epochs, accumulated = settings.epochs, training.gradient_accumulation_steps
+    by_epochs = None if epochs is None else math.ceil(epochs * per_epoch / accumulated)
+    counts = (settings.train_steps, by_epochs, training.max_train_steps)
+    return min(count for count in counts if count is not None)
+
+
+def phase_images(phase: Phase, num_images: Mapping[int, int], training: ContinualTrainingArguments) -> int:
+    """How many images a phase will train on, counted as often as they are seen.
+
+    Args:
+        phase: of a strategy.
+        num_images: class id -> number of its images.
+        training: of the run.
+    """
+    count = sum(num_images.get(class_id, 0) for class_id in phase.class_ids)
+    return phase_steps(phase.settings, count, training) * _images_per_step(phase.settings, training)
+
+
+def _images_per_step(settings: PhaseSettings, training: ContinualTrainingArguments) -> int:
+    return settings.batch_size * training.gradient_accumulation_steps
+
+
 def learning_rate(settings: PhaseSettings, step: int) -> float:
     """Linear warm-up, then constant. A function of the step alone, so that a resumed phase needs no state for it.
 
@@ -458,9 +502,9 @@ def learning_rate(settings: PhaseSettings, step: int) -> float:
     return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
 
 
-def phase_seconds(folder: RunFolder) -> dict[str, dict[str, float]]:
-    """What each finished phase of a run took: `{phase: {seconds, steps, skipped_steps, ema_decay, images, process, task}}`; the task counts
-    from 0, and is None for a phase of several tasks' images."""
+def phase_seconds(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """What each finished phase of a run took: `{phase: {seconds, steps, skipped_steps, ema_decay, losses, images, process, task}}`; the
+    task counts from 0, and is None for a phase of several tasks' images."""
     return {path.stem: read_json(path) for path in sorted((folder.checkpoints / "seconds").glob("*.json"))}
 
 

@@ -10,19 +10,19 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..adapters.class_folder import ADAPTERS_FOLDER
 from ..classifier import ClassifierConfig, percentage, predict, train_classifier
-from ..continual.config import EvaluationArguments
+from ..continual.config import EvaluationArguments, measuring_settings
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
 from ..data.image_data import ImageClassificationData
@@ -31,6 +31,7 @@ from ..held_out import held_out_loss
 from ..sampling.drawing import Samples, draw_samples, tensor_sha256, to_uint8
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.files import folder_sha256, read_mapping, read_tensors, whole_file, write_json
+from ..utils.progress import Progress
 from ..utils.seeds import derive_seed
 from .features import FeatureExtractor, InceptionFeatures
 from .figures import class_grid
@@ -38,6 +39,9 @@ from .image_quality import compare_images, match_classes, reference_features
 
 
 logger = logging.getLogger(__name__)
+
+# Settings that first samples depend on.
+_DRAWN_BY = ("num_probe_samples", "sampling_batch_size", "solver", "num_inference_steps", "solver_tolerance")
 
 
 def classifier_config(config: EvaluationArguments, max_train_steps: int | None) -> ClassifierConfig:
@@ -86,24 +90,39 @@ class RunEvaluator:
 
     def __post_init__(self) -> None:
         self._classes = self.strategy.setting.seen(self.tasks[-1])
+        self._settings = measuring_settings(asdict(self.config))
         self._classifier = classifier_config(self.config, self.max_train_steps)
-        self._records = self.folder.checkpoints / "evaluation"
-        self._probes = self.folder.checkpoints / "probes"
         # Decoded once: every later task is tested on the images of all earlier ones.
         self._tests: dict[int, torch.Tensor] = {}
 
     def end_task(self, task: Task) -> None:
-        """Sample and measure after a task, once."""
-        record = self._records / f"task_{task.index + 1}.json"
-        if record.is_file():
+        """Sample and measure after a task, once. Without `evaluation`, keep only what `zero_forgetting` compares with.
+
+        What cannot be measured any more, since the generator has learned a later task, is left out with a warning.
+        """
+        record, seen = self._record(task), self.strategy.setting.seen(task)
+        if not self.config.evaluation:
+            is_new = not all(self._probe(class_id).is_file() for class_id in task.class_ids)
+            if self.strategy.has_frozen_base and is_new and self.accelerator.is_main_process:
+                with self.strategy.inference(seen) as pipe:
+                    self._remember_start(pipe, task)
+            return
+        if self._measured(task) is not None:
+            return
+        if self._is_past(task):
+            logger.warning("Task %d is not evaluated: the generator has learned a later task since.", task.index + 1)
             return
         started = time.perf_counter()
-        seen = self.strategy.setting.seen(task)
         with self.strategy.inference(seen) as pipe:
             if self.accelerator.is_main_process:
                 self._remember_start(pipe, task)
-            for class_id in seen[self.accelerator.process_index :: self.accelerator.num_processes]:
-                self._sample_class(pipe, class_id, task)
+            mine = seen[self.accelerator.process_index :: self.accelerator.num_processes]
+            with Progress(
+                len(mine), f"samples, task {task.index + 1}", disable=not self.accelerator.is_main_process
+            ) as bar:
+                for class_id in mine:
+                    self._sample_class(pipe, class_id, task)
+                    bar.update()
         self.accelerator.wait_for_everyone()
         sampled = time.perf_counter()
         if self.accelerator.is_main_process:
@@ -111,6 +130,7 @@ class RunEvaluator:
                 class_grid(self.synthetic_images(class_id, task), self.folder.class_figure(class_id))
             row, per_class = self._accuracies(task, seen)
             measured = {
+                "settings": self._settings,
                 "accuracies": row,
                 "class_accuracies": per_class,
                 "seconds": {"sampling": sampled - started, "classifier": time.perf_counter() - sampled},
@@ -129,24 +149,41 @@ class RunEvaluator:
         """How often the U-Net ran for the images of a class, as the mean over the classes after the last task."""
         return mean(self._samples(class_id, self.tasks[-1])["nfe"].item() for class_id in self._classes)
 
-    def records(self) -> list[dict[str, Any]]:
-        """What was measured after each task."""
-        return [read_mapping(self._records / f"task_{task.index + 1}.json") for task in self.tasks]
+    def records(self) -> list[dict[str, Any] | None]:
+        """What was measured after each task; None for a task that was not evaluated, or by other settings."""
+        return [self._measured(task) for task in self.tasks]
+
+    def forget(self) -> None:
+        """Delete what can be sampled and measured again."""
+        self.folder.forget_samples()
+        for task in self.tasks:
+            if not self._is_past(task):
+                self._record(task).unlink(missing_ok=True)
+
+    def sampled_classes(self, task: Task) -> tuple[int, ...]:
+        """The classes that are sampled after a task: all seen, where that has changed them."""
+        return self.strategy.setting.seen(task) if self.strategy.learning_changes_past_classes else task.class_ids
+
+    def sampled(self) -> list[Task]:
+        """The tasks after which there are samples of all classes."""
+        seen = self.strategy.setting.seen
+        return [task for task in self.tasks if all(self._sample_path(c, task).is_file() for c in seen(task))]
 
     def keep_first_samples(self, path: Path, count: int = 8) -> None:
-        """Write the first samples of every class after every task, to look at them side by side.
+        """Write the first samples of every class after every task, to look at them side by side; others that are there stay.
 
         Args:
             path: a safetensors file: `task_<t>/class_<id>`, t from 1, uint8 `(n, channels, height, width)`, n <= count.
             count: of each.
         """
-        tensors = {}
-        for task in self.tasks:
+        tensors = load_file(path) if path.is_file() else {}
+        for task in self.sampled():
             for class_id in self.strategy.setting.seen(task):
                 images = self.synthetic_images(class_id, task)[:count]
                 tensors[f"task_{task.index + 1}/class_{class_id}"] = images.contiguous()
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary)
+        if tensors:
+            with whole_file(path) as temporary:
+                save_file(tensors, temporary)
 
     def held_out_losses(self, classes: Sequence[int] | None = None) -> dict[str, float]:
         """Held-out loss of the classes that have test images, by the generator as it is now.
@@ -206,10 +243,12 @@ class RunEvaluator:
         changed, not_comparable = [], []
         with self.strategy.inference(self._classes) as pipe:
             for class_id in self._classes:
-                before = read_mapping(self._probes / f"class_{class_id}.json", keys=("environment", "sha256"))
+                before = read_mapping(self._probe(class_id), keys=("environment", "sha256"))
+                # As it was drawn then, since settings of the evaluation may have changed.
+                config = replace(self.config, **before.get("drawn", {}))
                 if before["environment"] != self._environment():
                     not_comparable.append(class_id)
-                elif before["sha256"] != tensor_sha256(self._draw(pipe, class_id, "probe").images):
+                elif before["sha256"] != tensor_sha256(self._draw(pipe, class_id, "probe", config).images):
                     changed.append(class_id)
         if not_comparable:
             logger.warning(
@@ -222,7 +261,7 @@ class RunEvaluator:
             "identical": not changed if compared else None,
             "classes_compared": compared,
             "classes_changed": changed,
-            "base_sha256_before": read_mapping(self._records / "base.json", keys=["sha256"])["sha256"],
+            "base_sha256_before": read_mapping(self.folder.evaluation / "base.json", keys=["sha256"])["sha256"],
             "base_sha256_after": self._base_sha256(),
         }
 
@@ -238,8 +277,7 @@ class RunEvaluator:
         if self.strategy.learning_changes_past_classes and task != self.tasks[-1]:
             remedy = "start again with --overwrite_output_dir"
         else:
-            record = self._records / f"task_{task.index + 1}.json"
-            remedy = f"delete it and {record}, and --resume_from_checkpoint latest draws it again"
+            remedy = f"delete it and {self._record(task)}, and --resume_from_checkpoint latest draws it again"
         return read_tensors(self._sample_path(class_id, task), remedy=remedy, keys=("images", "nfe"))
 
     def _sample_path(self, class_id: int, task: Task) -> Path:
@@ -249,8 +287,10 @@ class RunEvaluator:
             self.folder.synthetic / (f"task_{task.index + 1}" if changes else "all") / f"class_{class_id}.safetensors"
         )
 
-    def _draw(self, pipe: FunLoraPipeline, class_id: int, purpose: str) -> Samples:
-        config = self.config
+    def _draw(
+        self, pipe: FunLoraPipeline, class_id: int, purpose: str, config: EvaluationArguments | None = None
+    ) -> Samples:
+        config = config or self.config
         return draw_samples(
             pipe,
             class_id,
@@ -327,14 +367,33 @@ class RunEvaluator:
 
     def _remember_start(self, pipe: FunLoraPipeline, task: Task) -> None:
         """Keep what `zero_forgetting` compares with: hashes of the base and of each new class's first samples."""
-        base = self._records / "base.json"
+        base = self.folder.evaluation / "base.json"
         if self.strategy.has_frozen_base and not base.is_file():
             write_json(base, {"sha256": self._base_sha256()})
         for class_id in task.class_ids:
-            path = self._probes / f"class_{class_id}.json"
+            path = self._probe(class_id)
             if not path.is_file():
                 sha256 = tensor_sha256(self._draw(pipe, class_id, "probe").images)
-                write_json(path, {"sha256": sha256, "environment": self._environment()})
+                drawn = {name: getattr(self.config, name) for name in _DRAWN_BY}
+                write_json(path, {"sha256": sha256, "environment": self._environment(), "drawn": drawn})
+
+    def _probe(self, class_id: int) -> Path:
+        return self.folder.checkpoints / "probes" / f"class_{class_id}.json"
+
+    def _record(self, task: Task) -> Path:
+        return self.folder.evaluation / f"task_{task.index + 1}.json"
+
+    def _measured(self, task: Task) -> dict[str, Any] | None:
+        """What was measured after a task by the settings that now hold; those of earlier versions have none."""
+        record = read_mapping(self._record(task)) if self._record(task).is_file() else None
+        return None if record is None or record.get("settings", self._settings) != self._settings else record
+
+    def _is_past(self, task: Task) -> bool:
+        """Whether the generator as it was after the task is gone."""
+        strategy, later = self.strategy, self.tasks[task.index + 1 :]
+        return strategy.learning_changes_past_classes and any(
+            strategy.is_finished(phase) for one in later for phase in strategy.phases(one)
+        )
 
     def _environment(self) -> dict[str, Any]:
         """What the last bits of a result may depend on."""

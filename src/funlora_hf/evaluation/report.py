@@ -6,16 +6,20 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, folder_class
+from ..continual.added_classes import AddedClasses
 from ..continual.base import BASE_PHASE
+from ..continual.config import run_settings
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
 from ..continual.strategy_state import memory_reports
@@ -25,10 +29,10 @@ from ..layer_selection import LayerImportance, layer_importance
 from ..utils.files import read_mapping, write_json
 from .adapter_analysis import execution_order
 from .evaluator import RunEvaluator
-from .figures import accuracy_curve, sample_grid
+from .figures import accuracy_curve, loss_curves, sample_grid
 from .figures import layer_importance as layer_importance_figure
 from .metrics import continual_scores
-from .tables import summary_table
+from .tables import summary_table, what_next
 
 
 logger = logging.getLogger(__name__)
@@ -51,19 +55,32 @@ _PACKAGES = (
 
 
 def accuracy_results(rows: Sequence[Sequence[float] | None]) -> dict[str, Any]:
-    """`accuracy_matrix`, `A`, `LA`, `AIA` and `forgetting` of results.json, all in %; None where not measured."""
+    """`accuracy_matrix`, `A`, `LA`, `AIA` and `forgetting` of results.json, all in %; None where not measured.
+
+    Args:
+        rows: of the matrix; None for a task after which nothing was measured. Without the last one, all is None.
+    """
+    nothing = dict.fromkeys(("accuracy_matrix", "A", "LA", "AIA", "forgetting"))
+    if rows[-1] is None:
+        return nothing
     matrix = [list(row) for row in rows if row is not None]
     if len(matrix) < len(rows):
-        return dict.fromkeys(("accuracy_matrix", "A", "LA", "AIA", "forgetting"))
+        averages = [None if row is None else fmean(row) for row in rows]
+        return {**nothing, "accuracy_matrix": list(rows), "A": averages, "LA": averages[-1]}
     return {"accuracy_matrix": matrix, **continual_scores(matrix)}
 
 
 def joint_average_accuracies(path: str | None, num_tasks: int) -> list[float] | None:
-    """A_1..A_T of a joint run, or None if it was not run or has another number of tasks."""
-    if path is None or not Path(path).is_file():
+    """A_1..A_T of a joint run, or None, with a warning if it was not run or has another number of tasks."""
+    if path is None:
         return None
-    averages = read_mapping(Path(path)).get("A")
-    return averages if averages is not None and len(averages) == num_tasks else None
+    averages = read_mapping(Path(path)).get("A") if Path(path).is_file() else None
+    if averages is None or len(averages) != num_tasks:
+        logger.warning(
+            "`joint_results` is %r, which holds no accuracies after %d tasks: they are not drawn.", path, num_tasks
+        )
+        return None
+    return averages
 
 
 class ForgettingError(RuntimeError):
@@ -93,23 +110,16 @@ def report_run(
     """
     started = time.perf_counter()
     strategy, tasks = evaluator.strategy, evaluator.tasks
-    records = evaluator.records()
-    accuracies = accuracy_results([record["accuracies"] for record in records])
-    own_rows = [record.get("own_classifier") for record in records]
-    losses = evaluator.held_out_losses()
     zero_forgetting = evaluator.zero_forgetting()
     importance = _importance(strategy, folder)
-    image_quality = None
-    try:
-        _figures(evaluator, accuracies, importance, folder)
-    except ImportError as error:
-        # matplotlib is an extra, and no reason to lose the results of days.
-        logger.warning("No figures: %s", error)
-    try:
-        image_quality = evaluator.image_quality()
-    except (ImportError, OSError, RuntimeError) as error:
-        # An extra, a download or the training of a network that fails is no reason to lose them either.
-        logger.warning("No image quality: %s", error)
+    # Records of earlier versions have none.
+    losses = {name: record["losses"] for name, record in phase_seconds(folder).items() if "losses" in record}
+    evaluated = _evaluated(evaluator, folder)
+    with _figures_if_possible():
+        if importance:
+            layer_importance_figure(importance, folder.figures / "layer_importance.png")
+        if losses:
+            loss_curves(losses, folder.figures / "training_loss.png")
     results = {
         "strategy": strategy.name,
         "strategy_options": strategy.setting.training.strategy_options or {},
@@ -119,29 +129,19 @@ def report_run(
         "class_order": list(strategy.setting.seen(tasks[-1])),
         "class_names": {str(class_id): name for class_id, name in strategy.setting.class_names.items()},
         "tasks": [list(task.class_ids) for task in tasks],
-        **accuracies,
-        # Records of earlier versions have none.
-        "class_accuracy": records[-1].get("class_accuracies"),
-        "held_out_loss": {"mean": sum(losses.values()) / len(losses) if losses else None, "per_class": losses},
-        # Classes that never change have their last losses after every task.
-        "held_out_loss_by_task": [
-            record.get("held_out_losses")
-            or {c: losses[c] for c in map(str, strategy.setting.seen(task)) if c in losses}
-            for task, record in zip(tasks, records, strict=True)
-        ],
-        "own_classifier": None if None in own_rows else accuracy_results(own_rows),
-        "image_quality": image_quality,
+        **evaluated,
         **strategy.parameters_per_class(),
-        "nfe": evaluator.nfe(),
         "layer_importance": {layer: of_layer._asdict() for layer, of_layer in importance.items()},
         "memory": strategy.memory_report(),
         "memory_per_task": memory_reports(folder),
         "training_images_per_task": _per_task(folder, "images", [0] * len(tasks)),
         # Records of earlier versions have none.
         "skipped_steps": sum(record.get("skipped_steps", 0) for record in phase_seconds(folder).values()),
+        "training_losses": losses,
         "ema_decay_reached": _decays(folder),
-        "seconds": _seconds(folder, records, len(tasks), time.perf_counter() - started),
+        "seconds": _seconds(evaluator, folder, time.perf_counter() - started),
         "zero_forgetting": zero_forgetting,
+        "added": AddedClasses(folder).finished(),
         "settings": settings,
         "versions": {name: version(name) for name in _PACKAGES},
         "environment": {
@@ -151,11 +151,27 @@ def report_run(
             "num_threads": torch.get_num_threads(),
         },
     }
-    evaluator.keep_first_samples(folder.samples)
-    write_json(folder.results, results)
-    folder.forget_samples()
-    print(summary_table(results))
+    _write(results, evaluator, folder)
     _check_zero_forgetting(zero_forgetting, folder)
+    return results
+
+
+def report_evaluation(evaluator: RunEvaluator, *, folder: RunFolder) -> dict[str, Any]:
+    """Rewrite what evaluation gives, in the results.json and figures of a finished run, and print the table.
+
+    Args:
+        evaluator: that has just evaluated the run.
+        folder: of the run.
+
+    Returns:
+        The contents of results.json.
+    """
+    started = time.perf_counter()
+    results = read_mapping(folder.results, keys=("settings", "zero_forgetting"))
+    results |= _evaluated(evaluator, folder)
+    results["seconds"] = _seconds(evaluator, folder, time.perf_counter() - started)
+    results["settings"] |= run_settings(evaluator.config)
+    _write(results, evaluator, folder)
     return results
 
 
@@ -164,13 +180,15 @@ def report_finished(folder: RunFolder) -> dict[str, Any]:
     results = read_mapping(folder.results, keys=["zero_forgetting"])
     # A run that was killed after it wrote its results has not removed them yet.
     folder.forget_samples()
-    print(f"The run in {folder.path} is finished already.\n\n{summary_table(results)}")
+    print(
+        f"The run in {folder.path} is finished already.\n\n{summary_table(results)}\n\n{what_next(results, folder.path)}"
+    )
     _check_zero_forgetting(results["zero_forgetting"], folder)
     return results
 
 
 def tasks_with_grid(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks after which the samples of all classes are drawn: at most 20, evenly spaced, with the first and the last."""
+    """Of these, the tasks after which the samples of all classes are drawn: at most 20, evenly spaced, with the first and the last."""
     count = min(len(tasks), MOST_SAMPLE_GRIDS)
     return [tasks[index] for index in np.linspace(0, len(tasks) - 1, count).round().astype(int)]
 
@@ -192,14 +210,66 @@ def _per_task(folder: RunFolder, key: str, start: Sequence[float]) -> list[float
     return sums
 
 
-def _seconds(folder: RunFolder, records: Sequence[Mapping[str, Any]], num_tasks: int, report: float) -> dict[str, Any]:
+def _evaluated(evaluator: RunEvaluator, folder: RunFolder) -> dict[str, Any]:
+    """The part of results.json that evaluation gives, with its figures; None where nothing was measured."""
+    strategy, tasks, records = evaluator.strategy, evaluator.tasks, evaluator.records()
+    sampled = records[-1] is not None
+    accuracies = accuracy_results([record and record["accuracies"] for record in records])
+    own = accuracy_results([record and record.get("own_classifier") for record in records])
+    losses = evaluator.held_out_losses() if sampled else {}
+    image_quality = None
+    with _figures_if_possible():
+        _figures(evaluator, accuracies, folder)
+    try:
+        image_quality = evaluator.image_quality() if sampled else None
+    except (ImportError, OSError, RuntimeError) as error:
+        # An extra, a download or the training of a network that fails is no reason to lose the results of days.
+        logger.warning("No image quality: %s", error)
+    return {
+        **accuracies,
+        # Records of earlier versions have none.
+        "class_accuracy": records[-1] and records[-1].get("class_accuracies"),
+        "held_out_loss": {"mean": sum(losses.values()) / len(losses) if losses else None, "per_class": losses},
+        # Classes that never change have their last losses after every task.
+        "held_out_loss_by_task": [
+            record
+            and (
+                record.get("held_out_losses")
+                or {c: losses[c] for c in map(str, strategy.setting.seen(task)) if c in losses}
+            )
+            for task, record in zip(tasks, records, strict=True)
+        ],
+        "own_classifier": None if own["A"] is None else own,
+        "image_quality": image_quality,
+        "nfe": evaluator.nfe() if sampled else None,
+    }
+
+
+def _write(results: dict[str, Any], evaluator: RunEvaluator, folder: RunFolder) -> None:
+    evaluator.keep_first_samples(folder.samples)
+    write_json(folder.results, results)
+    folder.forget_samples()
+    print(f"{summary_table(results)}\n\n{what_next(results, folder.path)}")
+
+
+@contextmanager
+def _figures_if_possible() -> Iterator[None]:
+    """A block that draws; matplotlib is an extra, and no reason to lose the results of days."""
+    try:
+        yield
+    except ImportError as error:
+        logger.warning("No figures: %s", error)
+
+
+def _seconds(evaluator: RunEvaluator, folder: RunFolder, report: float) -> dict[str, Any]:
+    records = [record["seconds"] for record in evaluator.records() if record is not None]
     phases = {name: record["seconds"] for name, record in phase_seconds(folder).items()}
     preparation = preparation_seconds(folder)
-    prepared = [preparation.get(index, 0.0) for index in range(num_tasks)]
+    prepared = [preparation.get(index, 0.0) for index in range(len(evaluator.tasks))]
     parts = {
         "training": sum(phases.values()) + sum(preparation.values()),
-        "sampling": sum(record["seconds"]["sampling"] for record in records),
-        "classifier": sum(record["seconds"]["classifier"] for record in records),
+        "sampling": sum(record["sampling"] for record in records),
+        "classifier": sum(record["classifier"] for record in records),
         "report": report,
     }
     return {
@@ -212,7 +282,9 @@ def _seconds(folder: RunFolder, records: Sequence[Mapping[str, Any]], num_tasks:
 
 
 def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, LayerImportance]:
-    adapters = adapter_folders(folder.path / ADAPTERS_FOLDER)
+    found = adapter_folders(folder.path / ADAPTERS_FOLDER)
+    # Not those that were added to the run.
+    adapters = [path for path in found if folder_class(path) in strategy.setting.class_names]
     if not adapters or strategy.method_name == "vanilla_add":
         # Importance is the distance of A and B from one, where all methods start but vanilla LoRA.
         return {}
@@ -222,15 +294,14 @@ def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, LayerImporta
 def _figures(
     evaluator: RunEvaluator,
     accuracies: Mapping[str, Any],
-    importance: Mapping[str, LayerImportance],
     folder: RunFolder,
 ) -> None:
     setting, tasks = evaluator.strategy.setting, evaluator.tasks
-    for task in tasks_with_grid(tasks):
+    for task in tasks_with_grid(evaluator.sampled()):
         images = {setting.class_names[c]: evaluator.synthetic_images(c, task) for c in setting.seen(task)}
         path = folder.figures / f"samples_task_{task.index + 1}.png"
         sample_grid(images, path, title=f"Samples after task {task.index + 1}")
-    if accuracies["A"] is not None:
+    if accuracies["AIA"] is not None:
         accuracy_curve(
             accuracies["A"],
             folder.figures / "accuracy.png",
@@ -238,8 +309,6 @@ def _figures(
             label=evaluator.strategy.name,
             joint=joint_average_accuracies(evaluator.config.joint_results, len(tasks)),
         )
-    if importance:
-        layer_importance_figure(importance, folder.figures / "layer_importance.png")
 
 
 def _check_zero_forgetting(zero_forgetting: dict[str, Any] | None, folder: RunFolder) -> None:

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from ..continual.costs import Part
 
 
 def summary_table(results: Mapping[str, Any]) -> str:
     """The results of one run, as plain text."""
     lines = [f"{_what(results)} on {results['dataset']}, seed {results['seed']}", ""]
-    if results["A"] is None:
+    if results.get("nfe", 0) is None:
+        lines.append("evaluation        none yet: `funlora evaluate` and the folder of the run")
+    elif results["A"] is None:
         lines.append("accuracy          not measured: no real images of the base's classes")
     else:
         lines.append("task              " + "".join(f"{t + 1:>8}" for t in range(len(results["A"]))))
-        lines.append("A_t (%)           " + "".join(f"{value:>8.2f}" for value in results["A"]))
+        lines.append("A_t (%)           " + "".join(map(_accuracy, results["A"])))
         lines.append("")
-        for key, name in (("LA", "LA (%)"), ("AIA", "AIA (%)"), ("forgetting", "forgetting (%)")):
-            lines.append(f"{name:<18}{results[key]:>8.2f}")
+        for key, name, meaning in (
+            ("LA", "LA (%)", "   last accuracy: A_t after the last task"),
+            ("AIA", "AIA (%)", "   average incremental accuracy: mean of A_t"),
+            ("forgetting", "forgetting (%)", ""),
+        ):
+            lines.append(f"{name:<18}{_accuracy(results[key])}{meaning}")
     if results.get("own_classifier") is not None:
         lines.append(f"{'own classifier':<18}{results['own_classifier']['LA']:>8.2f} (LA in %)")
     losses = results["held_out_loss"]
@@ -36,6 +46,43 @@ def summary_table(results: Mapping[str, Any]) -> str:
         lines.append(f"{'zero forgetting':<18}{_samples_text(zero)}, base {base}")
     lines.append(f"{'seconds':<18}{results['seconds']['total']:>8.0f}")
     return "\n".join(lines)
+
+
+def what_next(results: Mapping[str, Any], folder: Path) -> str:
+    """Where the parts of a finished run lie, and what to type next, as plain text."""
+    run = shlex.quote(str(folder))
+    adapters = results["peft_method"] is not None
+    commands = [f"funlora sample {run} --classes {results['class_order'][-1]}"]
+    if results["nfe"] is None:
+        commands.append(f"funlora evaluate {run}")
+    if adapters:
+        commands.append(f"funlora add IMAGES --to {run}")
+    commands.append(f"funlora push {run} USER/REPO")
+    what = "base/, adapters/class_<id>/" if adapters else "base/, model/"
+    return "\n".join([f"{folder} holds {what}, results.json and figures/. Next:", *(f"  {line}" for line in commands)])
+
+
+def _accuracy(value: float | None) -> str:
+    return f"{'-' if value is None else format(value, '.2f'):>8}"
+
+
+def costs_table(parts: Sequence[Part]) -> str:
+    """What a run costs, as plain text: a line for each part, and their sum."""
+    lines = [f"{'':<26}{'':>24} {'per second':>11} {'hours':>10} {'TFLOP':>11} {'memory':>9}"]
+    for part in parts:
+        unit = part.unit if part.images == 1 else f"{part.unit} of {part.images}"
+        hours = part.count * part.seconds / 3600
+        numbers = f"{_rounded(1 / part.seconds):>11} {_rounded(hours):>10} {_rounded(part.flops / 1e12):>11}"
+        memory = "" if part.memory is None else f"{part.memory / 1e9:.2f} GB"
+        lines.append(f"{part.name:<26}{f'{part.count:,} {unit}':>24} {numbers} {memory:>9}")
+    lines.append(
+        f"{'together':<26}{'':>24} {'':>11} {_rounded(sum(part.count * part.seconds for part in parts) / 3600):>10}"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
 from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch
+from ..adapters.untrusted_bank import read_bank
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, UNET_FOLDER
 from .classes_json import CARD, INDEX
 from .what_to_push import SAMPLES
@@ -42,6 +43,15 @@ class Contents:
     base: Path | None
     adapters: tuple[Path, ...]
     banks: tuple[Path, ...]
+
+    def classes(self) -> dict[int, str]:
+        """Names by ids of the classes of its adapters and banks, an id without a name being its own."""
+        found = [adapter_class(folder) for folder in self.adapters]
+        names = {one["class_label"]: one["class_name"] or str(one["class_label"]) for one in found}
+        names.pop(None, None)
+        for file in self.banks:
+            names |= read_bank(file).classes
+        return names
 
     def name(self, path: Path) -> str:
         """A folder or file in it, as one would say where it lies."""

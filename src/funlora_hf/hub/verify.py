@@ -151,8 +151,10 @@ def _check_fits(
 ) -> str:
     if base is None or check is None:
         return "base not checked"
-    check.check(saved.config, name)
+    is_known = getattr(saved.config, "base_fingerprint", None) is not None
+    if is_known:
+        check.check(saved.config, name)
     saved.check_fits(base)
-    if getattr(saved.config, "base_fingerprint", None) is None:
-        return "fits the base (it names no fingerprint)"
-    return "made for this base"
+    return (
+        "made for this base" if is_known else "its shapes fit, base not checked: its config has no fingerprint of it"
+    )

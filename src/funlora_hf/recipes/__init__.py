@@ -1,1 +1,1 @@
-"""Recipes: YAML that gives arguments of a run."""
+"""Recipes, YAML that gives arguments of a run, and their reading."""

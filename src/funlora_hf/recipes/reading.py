@@ -10,9 +10,11 @@ from typing import Any
 
 import yaml
 
-from ..utils.checks import shortened
+from ..utils.checks import did_you_mean, shortened
 
 
+# Where the package's own recipes lie.
+_FOLDER = Path(__file__).parent
 # A recipe has some 2 kB; PyYAML's time grows with the length.
 MOST_BYTES = 2**16
 
@@ -56,24 +58,45 @@ def load_yaml(text: str | bytes) -> Any:
         raise ValueError(shortened(" ".join(str(error).split()), 300)) from error
 
 
+def recipe_names() -> list[str]:
+    """Names of the package's own recipes, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def find_recipe(given: str | os.PathLike) -> Path:
+    """
+    The file of a recipe: a path if there is such a file, else the name of one of the package's own.
+
+    Raises:
+        FileNotFoundError: neither; it lists the names.
+    """
+    given, names = os.fspath(given), recipe_names()
+    if given in names and not Path(given).is_file():
+        return _FOLDER / f"{given}.yaml"
+    if not Path(given).exists():
+        raise FileNotFoundError(
+            f"`config` is {given!r}, but there is no such file, and no such recipe.{did_you_mean(Path(given).stem, names)} "
+            f"Name a YAML file, or one of the recipes {', '.join(names)}."
+        )
+    return Path(given)
+
+
 def read_recipe(path: str | os.PathLike, known: Collection[str]) -> dict[str, Any]:
     """
-    The arguments in a file; none if it is empty.
+    The arguments in a recipe; none if it is empty.
 
     Args:
-        path (`str` or `os.PathLike`): a YAML file: a mapping.
+        path (`str` or `os.PathLike`): a YAML file: a mapping; or a name of `recipe_names`.
         known (collection of `str`): keys that it may have.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file or name.
         ValueError: a file that cannot be read, not YAML, not a mapping, or an unknown key; it names the file.
     """
-    path = os.fspath(path)
-    if not Path(path).exists():
-        raise FileNotFoundError(f"`config` is {path!r}, but there is no such file: name a recipe, a YAML file.")
+    path, found = os.fspath(path), find_recipe(path)
     try:
         # One byte more shows that a file is too long, without reading all of it.
-        with open(path, "rb") as file:
+        with open(found, "rb") as file:
             recipe = load_yaml(file.read(MOST_BYTES + 1))
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -86,5 +109,6 @@ def read_recipe(path: str | os.PathLike, known: Collection[str]) -> dict[str, An
     unknown = sorted(str(key) for key in recipe if key not in known)
     if unknown:
         named = shortened(", ".join(map(repr, unknown)), 300)
-        raise ValueError(f"`config` {path!r} has unknown keys {named}; --help lists the known ones.")
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"`config` {path!r} has unknown keys {named}; --help lists the known ones.{hint}")
     return recipe

@@ -6,7 +6,7 @@ import pytest
 from comparisons import made_up_comparison
 from runs import short_run
 
-from comparison import runner
+from comparison import bases, runner
 from comparison.jobs import Outcome
 from comparison.runner import ComparisonArguments, failures, run_comparison
 from funlora_hf.utils.locks import FolderInUseError, folder_lock
@@ -26,16 +26,21 @@ def test_bad_arguments_are_named(arguments, words):
         ComparisonArguments(**arguments)
 
 
+def cost():
+    seconds = {"training": 1, "total": 2, "training_per_task": [1]}
+    return {"seconds": seconds, "training_images_per_task": [1]}
+
+
 @pytest.fixture
 def jobs(monkeypatch):
     """The jobs that were to be run; none is."""
     asked = []
 
-    def record(jobs, num_workers, *, description):
+    def record(jobs, num_workers, **kwargs):
         asked.extend(jobs)
-        return [Outcome(results={"folder": str(job.folder)}) for job in jobs]
+        return [Outcome(results={"folder": str(job.folder), **cost()}) for job in jobs]
 
-    monkeypatch.setattr(runner, "run_jobs", record)
+    monkeypatch.setattr(bases, "run_jobs", record)
     return asked
 
 
@@ -45,6 +50,9 @@ def test_every_strategy_runs_with_every_seed_in_a_folder_of_its_own(jobs, tmp_pa
     )
     reference = short_run(output_dir=str(tmp_path / "out"))
     compared = run_comparison(comparison, reference)
+    # joint trains no base, and the other one's is its own.
+    trained, jobs = jobs[:2], jobs[2:]
+    assert [job.folder.parent for job in trained] == [tmp_path / "out" / "bases"] * 2
     assert len({job.folder for job in jobs}) == 4
     assert [(job.arguments.training.strategy, job.arguments.training.seed) for job in jobs] == [
         ("joint", 4),
@@ -63,6 +71,32 @@ def test_every_strategy_runs_with_every_seed_in_a_folder_of_its_own(jobs, tmp_pa
     for one in compared:
         assert [outcome.results["folder"] for outcome in one.outcomes] == [str(folder) for folder in one.folders]
         assert [folder.parent.name for folder in one.folders] == ["seed_4", "seed_2"]
+
+
+def test_every_seed_runs_with_the_chosen_rate(jobs, tmp_path, monkeypatch):
+    asked = []
+
+    def choose(candidates, rates, output_dir, num_workers):
+        asked.extend(candidates)
+        assert (rates, output_dir) == ([0.1, 0.2], tmp_path)
+        return {candidate.key: 0.2 for candidate in candidates}
+
+    monkeypatch.setattr(runner, "choose_learning_rates", choose)
+    strategies = ["replay", "guide:guidance_scale=0.5", "magmax", "magmax:adapter_learning_rate=0.3", "finetune"]
+    comparison = ComparisonArguments(strategies=strategies, seeds=[3, 4], learning_rates=[0.1, 0.2])
+    run_comparison(comparison, short_run(output_dir=str(tmp_path)))
+    # guide's generator is replay's; one names its rate.
+    assert [candidate.key for candidate in asked] == ["replay", "magmax", "finetune"]
+    assert {candidate.arguments.training.seed for candidate in asked} == {3}
+    runs = [job for job in jobs if not job.label.startswith("base")]
+    assert len(jobs) - len(runs) == 2
+    for job in runs:
+        training = job.arguments.training
+        low_rank = training.strategy == "magmax"
+        rate = training.adapter_learning_rate if low_rank else training.base_learning_rate
+        given = job.folder.name.startswith("magmax_adapter_learning_rate-0.3")
+        assert rate == (0.3 if given else 0.2)
+        assert given or job.folder.name.endswith("_learning_rate_0.2")
 
 
 def test_overwriting_starts_every_run_anew(jobs, tmp_path):
@@ -87,6 +121,11 @@ def test_overwriting_starts_every_run_anew(jobs, tmp_path):
             "joint:adapter_learning_rate=fast",
             "'joint .adapter_learning_rate=fast.', whose run is not possible: .*expected a number",
         ),
+        (
+            {"class_order_seed": 1},
+            "joint",
+            r"`learning_rates` is \[0.1\] and `class_order_seed` 1, expected one of them",
+        ),
         ({}, "joint:solver=eluer", "whose run is not possible: `solver` is 'eluer'"),
         ({"base_model": "somewhere"}, "joint", "cannot add classes to `base_model` 'somewhere'"),
     ],
@@ -94,7 +133,7 @@ def test_overwriting_starts_every_run_anew(jobs, tmp_path):
 def test_what_cannot_be_run_is_refused_before_anything_runs(jobs, tmp_path, reference, strategy, words):
     with pytest.raises(ValueError, match=words):
         run_comparison(
-            ComparisonArguments(strategies=["funlora", strategy], seeds=[0]),
+            ComparisonArguments(strategies=["funlora", strategy], seeds=[0], learning_rates=[0.1]),
             short_run(output_dir=str(tmp_path), **reference),
         )
     assert not jobs

@@ -9,7 +9,7 @@ import pytest
 from comparisons import NAMES, made_up_comparison
 
 from comparison.jobs import Outcome
-from comparison.tables import as_markdown, columns_of, flat_rows, rows_of
+from comparison.tables import as_markdown, as_text, columns_of, flat_rows, rows_of
 from funlora_hf.evaluation.tables import as_csv
 
 
@@ -122,3 +122,28 @@ def test_markdown_and_csv_have_all_rows(tmp_path):
     for row, of_csv in zip(rows, read, strict=True):
         assert float(of_csv["LA (%)"]) == row.means["LA"]
         assert float(of_csv["LA (%) std"]) == row.deviations["LA"]
+
+
+def test_the_table_for_a_terminal_fits_it_and_has_every_cell(tmp_path):
+    columns, rows = table(made_up_comparison(tmp_path, NAMES))
+    text = as_text(rows, columns)
+    assert max(map(len, text.splitlines())) <= 120
+    first = text.partition("\n\n")[0].splitlines()
+    assert "LA (%)" in first[0]
+    assert "PPC" in first[0]
+    for row in rows:
+        for column in columns:
+            assert row.cell(column) in text
+    measured = [column for column in columns if any(row.means[column.key] is not None for row in rows)]
+    assert [column.title in text for column in columns] == [column in measured for column in columns]
+
+
+def test_the_learning_rate_is_that_of_the_tasks_after_the_base(tmp_path):
+    settings = {"ContinualTrainingArguments": {"base_learning_rate": 3e-4, "adapter_learning_rate": 0.02}}
+    compared = with_results(
+        made_up_comparison(tmp_path, ("funlora", "finetune", "joint")),
+        lambda results: {**results, "settings": settings},
+    )
+    columns, rows = table(compared)
+    (rate,) = [column for column in columns if column.key == "learning_rate"]
+    assert [row.cell(rate) for row in rows] == ["0.02", "0.0003", "0.0003"]

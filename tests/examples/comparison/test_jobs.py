@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,13 +67,13 @@ def finished_job(folder, *, forgotten=None):
     zero_forgetting |= {"base_sha256_before": "0", "base_sha256_after": "0"}
     written = {"seconds": {"total": 1.0}, "settings": settings, "zero_forgetting": zero_forgetting}
     write_json(folder / "results.json", {**results, **written, "folder": folder.name})
-    return Job(arguments, folder)
+    return Job(arguments, folder, f"run {folder.name}")
 
 
 @pytest.mark.slow
-def test_no_failure_loses_the_others(tmp_path, caplog):
-    broken = Job(short_run(dataset_name=str(tmp_path / "nowhere")), tmp_path / "broken")
-    deadly = Job(short_run(), Deadly(tmp_path / "deadly"))
+def test_no_failure_loses_the_others(tmp_path, caplog, capsys):
+    broken = Job(short_run(dataset_name=str(tmp_path / "nowhere")), tmp_path / "broken", "broken run")
+    deadly = Job(short_run(), Deadly(tmp_path / "deadly"), "deadly run")
     forgetful = finished_job(tmp_path / "forgetful", forgotten=[3])
     jobs = [broken, deadly, forgetful, *(finished_job(tmp_path / name) for name in "abc")]
     first, second, third, *rest = run_jobs(jobs, 2, description="runs")
@@ -84,7 +85,12 @@ def test_no_failure_loses_the_others(tmp_path, caplog):
     assert (third.results, third.error.partition(":")[0]) == (None, "ForgettingError")
     assert [(outcome.results["folder"], outcome.error) for outcome in rest] == [("a", None), ("b", None), ("c", None)]
     # Those that ran again after a worker was killed, and finished, are not reported.
-    assert sum("A run failed" in record.message for record in caplog.records) == 3
+    failed = [record.message.partition(" failed, the others go on: ")[0] for record in caplog.records]
+    assert sorted(failed) == ["broken run", "deadly run", "run forgetful"]
+    # No bar where there is no terminal.
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("runs, ")]
+    assert sorted(line.partition(": ")[2].partition(":")[0] for line in lines) == ["run a", "run b", "run c"]
+    assert all(" of 6: run " in line and re.search(r": LA \d+\.\d\d %, 1 s$", line) for line in lines)
 
 
 THREADS = """

@@ -17,7 +17,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from ...adapters.base_fingerprint import base_fingerprints
-from ...adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save_adapter
+from ...adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, folder_class, save_adapter
 from ...data.tasks import Task
 from ...layer_selection import ParametersPerClass, parameters_per_class
 from ...sampling.pipeline import FunLoraPipeline
@@ -161,8 +161,8 @@ class FunLora(Strategy):
             self._report_omega(trainable, name, class_id)
             save_adapter(
                 trainable.module,
-                name,
                 self.adapters_dir / adapter_name(class_id),
+                name,
                 class_label=class_id,
                 class_name=self.setting.class_names[class_id],
             )
@@ -216,7 +216,9 @@ class FunLora(Strategy):
         }
 
     def memory_report(self) -> dict[str, int]:
-        base, adapters = folder_bytes([self.setting.base_dir]), folder_bytes(adapter_folders(self.adapters_dir))
+        # Others may have been added beside the run's.
+        own = [path for path in adapter_folders(self.adapters_dir) if folder_class(path) in self.setting.class_names]
+        base, adapters = folder_bytes([self.setting.base_dir]), folder_bytes(own)
         # Adam's two moments, the moving average and the gradient of one adapter, in float32.
         return {"persistent": base + adapters, "per_class": adapters, "transient": 4 * 4 * self._count().with_vector}
 

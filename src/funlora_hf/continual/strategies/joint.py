@@ -25,12 +25,14 @@ from ..strategy import (
     folder_bytes,
     velocity_losses,
 )
+from .peft_methods import check_unused
 
 
 class Joint(Strategy):
     """Trains all classes together, with as many optimiser steps as funlora does for all tasks [ours]."""
 
     name = "joint"
+    prefix = "base"
     requires = frozenset({"all_tasks"})
     learning_changes_past_classes = False
 
@@ -42,6 +44,12 @@ class Joint(Strategy):
 
     def check(self) -> None:
         training = self.setting.training
+        check_unused(self.setting.model, (), f"`strategy` {self.name!r}")
+        if training.class_batches != "homogeneous":
+            raise ValueError(
+                f"`class_batches` is {training.class_batches!r}, which `strategy` 'joint' does not use, since it trains all classes "
+                "together: leave it out."
+            )
         base_shape(self.setting)
         if (training.base_train_steps is None) != (training.adapter_train_steps is None):
             raise ValueError(
@@ -53,7 +61,7 @@ class Joint(Strategy):
         if task.index > 0:
             return []
         training = self.setting.training
-        base = PhaseSettings.of(training, "base")
+        base = PhaseSettings.of(training, self.prefix)
         if base.train_steps is not None and training.adapter_train_steps is not None:
             later = len(self.class_ids) - len(task.class_ids)
             # Epochs over more images give more steps by themselves; a number of steps has to be raised.

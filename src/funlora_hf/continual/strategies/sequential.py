@@ -43,6 +43,7 @@ from ..strategy import (
     tensor_bytes,
     velocity_losses,
 )
+from .peft_methods import check_unused
 
 
 # Kept of every task.
@@ -91,8 +92,6 @@ class KeptFile:
 class Sequential(Strategy):
     """One generator for all classes. Its class embedding gets rows for a task's classes when the task begins."""
 
-    prefix = "adapter"
-    """Whose learning rate, warm-up and moving average a task takes: "base" or "adapter"."""
     needs_base = True
     """Whether sampling after a later task needs the base in addition to what is kept."""
 
@@ -120,8 +119,14 @@ class Sequential(Strategy):
     def load(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> None:
         """Turn a base with the vectors of all classes seen into the generator, in place."""
 
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Those of `ADAPTER_ARGUMENTS` that it uses."""
+        return ()
+
     def check(self) -> None:
         training, setting = self.setting.training, self.setting
+        check_unused(setting.model, self.takes, f"`strategy` {self.name!r}")
         if training.class_batches != "homogeneous":
             raise ValueError(
                 f"`class_batches` is {training.class_batches!r}, which `strategy` {self.name!r} does not use, since it "
