@@ -73,13 +73,13 @@ class ClassRows:
 
     @classmethod
     def of_file(
-        cls: type[_Rows], saved: SavedBank, model: nn.Module, adapter_name: str, *, beside: Sequence[ClassRows] = ()
+        cls: type[_Rows], saved: SavedBank, model: nn.Module, adapter_name: str, **options: Sequence[ClassRows]
     ) -> _Rows:
         """All classes of a bank's file, of which no number is read; args and errors as for the class."""
         is_new = not _layers(wrapped_model(model), adapter_name)
         if is_new:
             saved.check_fits(model)
-        rows = cls(model, exact_targets(saved.config, saved.shapes), adapter_name, beside=beside)
+        rows = cls(model, exact_targets(saved.config, saved.shapes), adapter_name, **options)
         if is_new:
             restore_targets(rows.config, saved.config)
         try:
