@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..adapters.class_folder import adapter_class, adapter_name, folder_class
+from ..adapters.class_folder import adapter_class, adapter_name, class_in_name
 from ..utils.files import read_mapping, remove_folder, write_json
 from .run_folder import RunFolder
 
@@ -25,7 +25,7 @@ class AddedClasses:
 
     def begun(self) -> dict[int, dict[str, Any]]:
         """What `begin` was given, by id."""
-        found = {folder_class(path.with_suffix("")): path for path in self.folder.checkpoints.glob("class_*.json")}
+        found = {class_in_name(path.stem): path for path in self.folder.checkpoints.glob("class_*.json")}
         return {class_id: read_mapping(path) for class_id, path in found.items() if class_id is not None}
 
     def begin(self, class_id: int, record: Mapping[str, Any]) -> None:

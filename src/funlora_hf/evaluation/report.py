@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, folder_class
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, class_in_name
 from ..continual.added_classes import AddedClasses
 from ..continual.base import BASE_PHASE
 from ..continual.config import run_settings
@@ -284,7 +284,7 @@ def _seconds(evaluator: RunEvaluator, folder: RunFolder, report: float) -> dict[
 def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, LayerImportance]:
     found = adapter_folders(folder.path / ADAPTERS_FOLDER)
     # Not those that were added to the run.
-    adapters = [path for path in found if folder_class(path) in strategy.setting.class_names]
+    adapters = [path for path in found if class_in_name(path.name) in strategy.setting.class_names]
     if not adapters or strategy.method_name == "vanilla_add":
         # Importance is the distance of A and B from one, where all methods start but vanilla LoRA.
         return {}

@@ -12,8 +12,8 @@ from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 
 from ..adapters.bank import AdapterBank
-from ..adapters.base_model import PIPELINE, base_classes
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
+from ..adapters.untrusted_base import PIPELINE, base_classes
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_choice
 from ..utils.files import read_mapping, read_tensors, whole_file, write_json

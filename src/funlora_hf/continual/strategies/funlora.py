@@ -17,7 +17,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from ...adapters.base_fingerprint import base_fingerprints
-from ...adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, folder_class, save_adapter
+from ...adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, class_in_name, save_adapter
 from ...data.tasks import Task
 from ...layer_selection import ParametersPerClass, parameters_per_class
 from ...sampling.pipeline import FunLoraPipeline
@@ -217,7 +217,9 @@ class FunLora(Strategy):
 
     def memory_report(self) -> dict[str, int]:
         # Others may have been added beside the run's.
-        own = [path for path in adapter_folders(self.adapters_dir) if folder_class(path) in self.setting.class_names]
+        own = [
+            path for path in adapter_folders(self.adapters_dir) if class_in_name(path.name) in self.setting.class_names
+        ]
         base, adapters = folder_bytes([self.setting.base_dir]), folder_bytes(own)
         # Adam's two moments, the moving average and the gradient of one adapter, in float32.
         return {"persistent": base + adapters, "per_class": adapters, "transient": 4 * 4 * self._count().with_vector}
