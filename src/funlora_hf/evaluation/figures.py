@@ -216,12 +216,13 @@ def loss_curves(losses: Mapping[str, Sequence[float | None]], path: str | os.Pat
         ImportError: matplotlib is not installed.
     """
     with new_figure(path, (5.5, 3.6)) as figure:
-        axes = figure.add_subplot(yscale="log", xlabel="share of the phase (%)", ylabel="training loss, mean")
+        axes = figure.add_subplot(xlabel="share of the phase (%)", ylabel="training loss")
         axes.grid(axis="y")
         for name, means in losses.items():
             places = [100 * (index + 0.5) / len(means) for index in range(len(means))]
             values = [math.nan if mean is None else mean for mean in means]
             axes.plot(places, values, ".-", label=name, linewidth=1, markersize=3)
+        axes.set_ylim(bottom=0)
         if len(losses) <= MOST_IN_LEGEND:
             axes.legend(ncols=2, fontsize=8)
 

@@ -25,8 +25,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
         lines.append("A_t (%)           " + "".join(map(_accuracy, results["A"])))
         lines.append("")
         for key, name, meaning in (
-            ("LA", "LA (%)", "   last accuracy: A_t after the last task"),
-            ("AIA", "AIA (%)", "   average incremental accuracy: mean of A_t"),
+            ("LA", "LA (%)", "   last accuracy: the mean over all tasks, after the last one"),
+            ("AIA", "AIA (%)", "   average incremental accuracy: the mean of A_t over t"),
             ("forgetting", "forgetting (%)", ""),
         ):
             lines.append(f"{name:<18}{_accuracy(results[key])}{meaning}")
@@ -39,7 +39,9 @@ def summary_table(results: Mapping[str, Any]) -> str:
         lines.append(f"{name:<18}{value:>8.{digits}f}")
     if results["parameters_per_class"] is not None:
         with_vector = results["parameters_per_class_with_vector"]
-        lines.append(f"{'PPC':<18}{results['parameters_per_class']:>8} ({with_vector} with the class vector)")
+        lines.append(
+            f"{'PPC':<18}{results['parameters_per_class']:>8} ({with_vector} with the class vector)   parameters per class"
+        )
     zero = results["zero_forgetting"]
     if zero is not None:
         base = "unchanged" if zero["base_sha256_before"] == zero["base_sha256_after"] else "CHANGED"
