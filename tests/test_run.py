@@ -23,6 +23,7 @@ from diffusers import UNet2DModel
 from peft import PeftModel
 from runs import digests, short_run
 from safetensors.torch import load_file
+from strategies import RANKS
 from torch import distributed
 
 from funlora_hf import FunLoraPipeline
@@ -564,7 +565,7 @@ def test_other_strategies_run_to_the_end(strategy, inside):
 )
 def test_strategies_that_change_past_classes_run_to_the_end(strategy, inside, capsys):
     options = {"num_inference_steps": 1, "classifier_train_steps": 2} if strategy in ("replay", "guide") else {}
-    results = run(short_run(strategy=strategy, strategy_options=options, rank=2))
+    results = run(short_run(strategy=strategy, strategy_options=options, **RANKS.get(strategy, {})))
     assert results["strategy_options"] == options
     assert results["zero_forgetting"] is None
     assert "parameters_per_class" in results
