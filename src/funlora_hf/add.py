@@ -103,8 +103,9 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     own.add_argument("--class_name", help="name of the class, if IMAGES has one (default: that of its folder)")
     own.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
     own.add_argument("--revision", help="branch, tag or commit of the repository")
+    settings: Any = make_dataclass("Settings", known)
     parser = HfArgumentParser(
-        make_dataclass("Settings", known),
+        settings,
         prog=prog,
         usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
         description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
@@ -353,7 +354,7 @@ class _Addition(Run):
 
     def _check(self) -> None:
         """Raise an error for all that can be known before anything is written."""
-        strategy = self._strategy(self.base, self.images, [])
+        strategy: Any = self._strategy(self.base, self.images, [])
         strategy.check()
         own = method(strategy.adapter_config(next(iter(self.images.class_names))))
         configs = [read_config(folder) for contents in self.target.present for folder in contents.adapters]

@@ -24,6 +24,7 @@ from .continual.config import (
     DataArguments,
     EvaluationArguments,
     ModelArguments,
+    parse_options,
     run_settings,
 )
 from .continual.costs import count_parts, measure_parts
@@ -237,7 +238,7 @@ class Run:
         parts = count_parts(strategy, data, evaluation, classifier_config(evaluation, self.training.max_train_steps))
         measure_parts(parts, strategy, self.accelerator, evaluation)
         notes = [] if known is None else [f"{given.dataset_name} was not opened: {known} are assumed."]
-        solvers = {evaluation.solver, (self.training.strategy_options or {}).get("solver")}
+        solvers = {evaluation.solver, (parse_options(self.training.strategy_options) or {}).get("solver")}
         if "dopri5" in solvers:
             notes.append(
                 f"dopri5 chooses its steps: {DOPRI5_EVALUATIONS} evaluations an image are assumed, as digits took."
@@ -308,7 +309,9 @@ class Run:
     def _prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any, list[Task]]:
         """What a run needs, checked; nothing is written. With `counts`, the data is not opened."""
         name, revision = self.model.base_model, self.model.base_model_revision
-        base = None if name is None else find_base(name, revision=revision, unet_config=self.model.unet_config)
+        unet = self.model.unet_config
+        shape = unet if isinstance(unet, dict) else None
+        base = None if name is None else find_base(name, revision=revision, unet_config=shape)
         data = counts or self._data(base)
         tasks = self._tasks(data, base)
         strategy = self._strategy(base, data, tasks)
