@@ -6,8 +6,8 @@
     python examples/compare_strategies.py --learning_rates 2e-3 6e-3 2e-2
 
 A strategy is a name, or name:key=value,key=value; a key is an option of the strategy, an argument of its run, or `label`,
-which is what tables and figures call it. Strategies that start from a base share one for each seed, unless
-`--class_order_seed` shuffles the classes. With `--learning_rates`, each gets its own rate, chosen on training images and
+which is what tables and figures call it. Strategies that start from a base share one for each seed, unless the classes have an
+order of their own (`--class_order`, `--class_order_seed`). With `--learning_rates`, each gets its own rate, chosen on training images and
 written to `learning_rates.json`.
 
 Each run has a folder of its own, `seed_<seed>/<strategy>` in `--output_dir`, beside `comparison.md`, `comparison.csv`,

@@ -11,20 +11,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from comparison.jobs import Job, Outcome, accuracy_text, loss_text, run_jobs, with_changes
+from comparison.jobs import Job, Outcome, accuracy_text, run_jobs, with_changes
 from funlora_hf.continual.config import ContinualTrainingArguments, EvaluationArguments, ModelArguments
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies.registry import strategy_class
 from funlora_hf.run import RunArguments
 
 
-# Of a run of which only the held-out loss, or nothing, is wanted.
-CHEAP_EVALUATION = {
-    "num_samples_per_class": 1,
-    "num_probe_samples": 1,
-    "classifier_epochs": 1,
-    "image_quality": "none",
-}
 # Besides those of adapters and of the evaluation, what does not change the base that a run trains.
 _WITHOUT_EFFECT = (
     *("strategy", "strategy_options", "class_batches", "checkpointing_steps", "checkpoints_total_limit"),
@@ -59,7 +52,7 @@ def run_on_shared_bases(
     """
     base_of = {number: _base_job(job, folder) for number, job in enumerate(jobs) if trains_base(job.arguments)}
     bases = {base.folder: base for base in base_of.values()}
-    trained = run_jobs(list(bases.values()), num_workers, description="bases", shown=loss_text) if bases else []
+    trained = run_jobs(list(bases.values()), num_workers, description="bases", shown=None) if bases else []
     base_outcomes = dict(zip(bases, trained, strict=True))
     outcomes, started = dict[int, Outcome](), dict[int, Job]()
     for number, job in enumerate(jobs):
@@ -78,9 +71,13 @@ def run_on_shared_bases(
 
 def trains_base(arguments: RunArguments) -> bool:
     """Whether a run trains a base that others can start from."""
-    # A run that adds classes to a base takes them in another order than one that shuffles all.
-    free = arguments.model.base_model is None and arguments.data.class_order_seed is None
+    free = arguments.model.base_model is None and not has_own_order(arguments)
     return free and "all_tasks" not in strategy_class(arguments.training.strategy).requires
+
+
+def has_own_order(arguments: RunArguments) -> bool:
+    """Whether the classes have another order than the dataset's: in it, a run on a given base would count them otherwise."""
+    return arguments.data.class_order_seed is not None or arguments.data.class_order is not None
 
 
 def _base_job(job: Job, folder: Path) -> Job:
@@ -94,7 +91,7 @@ def _base_job(job: Job, folder: Path) -> Job:
         if one.name.startswith("adapter_") or one.name in _WITHOUT_EFFECT
     }
     kept = {name: getattr(arguments.training, name) for name in _OF_THE_FOLDER}
-    base = with_changes(arguments, {**plain, **CHEAP_EVALUATION, **kept, "strategy": "frozen", "num_tasks": 1})
+    base = with_changes(arguments, {**plain, **kept, "strategy": "frozen", "num_tasks": 1, "evaluation": False})
     seed = arguments.training.seed
     path = folder / f"seed_{seed}_{_digest(base)}"
     return Job(with_changes(base, {**kept, "output_dir": os.fspath(path)}), path, f"base, seed {seed}")

@@ -84,7 +84,7 @@ def run_jobs(
     num_workers: int,
     *,
     description: str,
-    shown: Callable[[Mapping[str, Any]], str] = accuracy_text,
+    shown: Callable[[Mapping[str, Any]], str] | None = accuracy_text,
 ) -> list[Outcome]:
     """
     Run all jobs; what is finished is not run again, what was interrupted goes on, and no failure loses the others.
@@ -96,7 +96,7 @@ def run_jobs(
         num_workers: runs at a time. Each takes an equal share of the cores for torch's threads, unless OMP_NUM_THREADS
             says otherwise.
         description: of the progress bar.
-        shown: of a run's results, in its line.
+        shown: what its line shows of a run's results besides its seconds; None: nothing.
 
     Returns:
         The outcomes in the order of the jobs.
@@ -112,7 +112,8 @@ def run_jobs(
                 error = str(outcome.error).rstrip(".")
                 logger.error("%s failed, the others go on: %s. See %s.", job.label, error, job.folder / LOG)
             else:
-                told = f"{shown(results)}, {results['seconds']['total']:.0f} s"
+                told = f"{results['seconds']['total']:.0f} s"
+                told = told if shown is None else f"{shown(results)}, {told}"
                 tqdm.write(f"{description}, {len(outcomes)} of {len(jobs)}: {job.label}: {told}", file=sys.stderr)
 
         _run_side_by_side(dict(enumerate(jobs)), num_workers, noted, progress)

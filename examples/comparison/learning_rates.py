@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from comparison.bases import CHEAP_EVALUATION, run_on_shared_bases
+from comparison.bases import run_on_shared_bases
 from comparison.jobs import Job, loss_text, with_changes
 from funlora_hf.continual.strategies.registry import strategy_class
 from funlora_hf.run import RunArguments
@@ -18,6 +18,14 @@ from funlora_hf.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
+# Only the held-out loss is wanted.
+_CHEAP_EVALUATION = {
+    "evaluation": True,
+    "num_samples_per_class": 1,
+    "num_probe_samples": 1,
+    "classifier_epochs": 1,
+    "image_quality": "none",
+}
 # Shares of the training images of each class on which no run of the grid trains.
 VALIDATION_FRACTION = 0.2
 # Tasks that a run of the grid learns, the base's among them. A strategy that changes past classes needs two after the base: in the
@@ -145,7 +153,7 @@ def choose_learning_rates(
 def _job(candidate: Candidate, rate: float, folder: Path) -> Job:
     path = folder / candidate.key / f"{rate:g}"
     arguments = candidate.arguments
-    changes: dict[str, Any] = {**CHEAP_EVALUATION, "output_dir": str(path)}
+    changes: dict[str, Any] = {**_CHEAP_EVALUATION, "output_dir": str(path)}
     changes["num_tasks"] = _num_tasks(candidate)
     changes["validation_fraction"] = arguments.data.validation_fraction or VALIDATION_FRACTION
     if "classifier_train_steps" in strategy_class(arguments.training.strategy).known_options():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from comparison.bases import run_on_shared_bases
+from comparison.bases import has_own_order, run_on_shared_bases
 from comparison.choices import Choice, parse_choices
 from comparison.jobs import Job, Outcome, with_changes
 from comparison.learning_rates import Candidate, check_rates, choose_learning_rates, rate_argument
@@ -150,10 +150,10 @@ def failures(compared: Sequence[Compared]) -> list[tuple[str, int, str]]:
 
 def _check_reference(reference: RunArguments, comparison: ComparisonArguments) -> None:
     training = reference.training
-    if comparison.learning_rates is not None and reference.data.class_order_seed is not None:
+    if comparison.learning_rates is not None and has_own_order(reference):
         raise ValueError(
-            f"`learning_rates` is {comparison.learning_rates} and `class_order_seed` {reference.data.class_order_seed}, expected "
-            "one of them: rates are those of the tasks after a shared base, which cannot have its classes shuffled."
+            f"`learning_rates` is {comparison.learning_rates}, and `class_order` or `class_order_seed` is given, expected only one "
+            "of them: rates are those of the tasks after a shared base, which needs the dataset's order."
         )
     if training.push_to_hub:
         raise ValueError(

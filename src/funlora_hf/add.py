@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -87,12 +87,6 @@ SETTINGS = tuple(
 
 def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     """The arguments of `add_classes` that a command line gives. Ends the process with 2 for one that is not known."""
-    known = [
-        (one.name, get_type_hints(kind)[one.name], field(default=one.default, metadata=one.metadata))
-        for kind in _RECIPE
-        for one in fields(kind)
-        if one.name in SETTINGS
-    ]
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument(
         "images",
@@ -103,9 +97,8 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     own.add_argument("--class_name", help="name of the class, if IMAGES has one (default: that of its folder)")
     own.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
     own.add_argument("--revision", help="branch, tag or commit of the repository")
-    settings: Any = make_dataclass("Settings", known)
     parser = HfArgumentParser(
-        settings,
+        [_arguments_of(kind) for kind in _RECIPE],
         prog=prog,
         usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
         description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
@@ -121,6 +114,19 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
     return vars(given)
+
+
+def _arguments_of(kind: type) -> Any:
+    """A dataclass of the arguments of a run, with those of its fields that `add_classes` takes."""
+    hints = get_type_hints(kind)
+    taken = [
+        (one.name, hints[one.name], field(default=one.default, metadata=one.metadata))
+        for one in fields(kind)
+        if one.name in SETTINGS
+    ]
+    # The title in `--help`.
+    title = {"_argument_group_name": getattr(kind, "_argument_group_name", None)}
+    return make_dataclass(kind.__name__, taken, namespace=title)
 
 
 @dataclass(frozen=True)
@@ -354,7 +360,7 @@ class _Addition(Run):
 
     def _check(self) -> None:
         """Raise an error for all that can be known before anything is written."""
-        strategy: Any = self._strategy(self.base, self.images, [])
+        strategy = cast(FunLora, self._strategy(self.base, self.images, []))
         strategy.check()
         own = method(strategy.adapter_config(next(iter(self.images.class_names))))
         configs = [read_config(folder) for contents in self.target.present for folder in contents.adapters]

@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from . import __version__
 from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .adapters.untrusted_base import PIPELINE
-from .evaluation.figures import image_grid
 from .hub.delete import delete_class
 from .hub.describe import AdapterDescription, BankDescription, describe
 from .hub.find import find_contents
@@ -247,6 +246,8 @@ def _sample(
     device: str,
     **how: Any,
 ) -> int:
+    from .evaluation.figures import image_grid
+
     place = _device(device)
     pipe = _load(base, adapters)
     class_ids = [_class_id(pipe, text) for text in classes or ()]

@@ -308,10 +308,10 @@ class Run:
 
     def _prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any, list[Task]]:
         """What a run needs, checked; nothing is written. With `counts`, the data is not opened."""
-        name, revision = self.model.base_model, self.model.base_model_revision
-        unet = self.model.unet_config
-        shape = unet if isinstance(unet, dict) else None
-        base = None if name is None else find_base(name, revision=revision, unet_config=shape)
+        name, unet = self.model.base_model, None if self.model.unet_config is None else self.model.unet
+        base = None
+        if name is not None:
+            base = find_base(name, revision=self.model.base_model_revision, unet_config=unet)
         data = counts or self._data(base)
         tasks = self._tasks(data, base)
         strategy = self._strategy(base, data, tasks)

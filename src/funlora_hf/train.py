@@ -60,7 +60,7 @@ class DryRunArguments:
     )
 
 
-def parse(arguments: Sequence[str], *more: type, description: str = DESCRIPTION, prog: str | None = None) -> Any:
+def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, prog: str | None = None) -> Any:
     """The arguments of the command line over those of `--config`.
 
     Args:

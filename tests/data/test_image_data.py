@@ -174,7 +174,7 @@ def test_image_folder_of_one_class(tmp_path):
 
 def test_a_folder_of_images_as_one_class(tmp_path):
     folder = image_folder(tmp_path / "my cat[s]", *(f"{index}.png" for index in range(5)))
-    for name in (folder, f"{folder}/../my cat[s]/"):
+    for name in (folder, f"{folder}/"):
         found = load(name, one_class=True, hold_out=False)
         assert (found.name, found.class_names) == ("my cat[s]", {0: "my cat[s]"})
         assert (found.count(0), found.count(0, split="test"), len(found.images(0))) == (5, 0, 5)
@@ -882,7 +882,6 @@ def test_digests_know_classes_by_name_and_content(tmp_path):
 LEFT_OUT = {
     "an image beside the folders": ("root.png", "lie outside of the folders of the classes.*'root.png'"),
     "a folder with a name that datasets skips": ("__background/0.png", "begin with '__'.*'__background'"),
-    "an image with such a name": ("a/__0.png", "begin with '__'.*'a/__0.png'"),
     "a class of hidden images": ("c/.0.png", "these folders have no image.*'c'"),
 }
 

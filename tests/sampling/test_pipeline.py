@@ -467,7 +467,12 @@ def test_a_replaced_unet_is_taken_up_or_refused(adapters, tiny_pipe):
     expected = tiny_pipe([7], 2, generator=generator(), output_type="np").images
     assert tiny_pipe._adapters.model is tiny_pipe.unet
     tiny_pipe.unet = make_tiny_unet()
-    for use in (lambda: tiny_pipe([7], 2), lambda: tiny_pipe.load_adapter(adapters / "class_9")):
+    for use in (
+        lambda: tiny_pipe([7], 2),
+        lambda: tiny_pipe.load_adapter(adapters / "class_9"),
+        lambda: tiny_pipe.merged_unet(7),
+        lambda: tiny_pipe.save_pretrained(adapters.parent / "saved"),
+    ):
         with pytest.raises(ValueError, match="`unet` was replaced after adapters were loaded"):
             use()
     tiny_pipe.unload_adapter(7)

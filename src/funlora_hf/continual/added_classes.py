@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..adapters.class_folder import adapter_class, adapter_name, class_in_name
+from peft.utils import CONFIG_NAME
+
+from ..adapters.class_folder import adapter_name, class_in_name, class_of
 from ..utils.files import read_mapping, remove_folder, write_json
 from .run_folder import RunFolder
 
@@ -44,8 +46,8 @@ class AddedClasses:
         found = {}
         for class_id, record in sorted(self.begun().items()):
             adapter = self.folder.adapters / adapter_name(class_id)
-            # Another class of this id may have been pulled into the folder since.
-            if adapter.is_dir() and adapter_class(adapter)["class_name"] == record["class_name"]:
+            # Another class of this id may have been pulled into the folder since. Other methods have no name in their config.
+            if adapter.is_dir() and class_of(read_mapping(adapter / CONFIG_NAME))[1] in (None, record["class_name"]):
                 times = read_mapping(self.folder.checkpoints / "seconds" / f"{adapter.name}.json", keys=["seconds"])
                 found[str(class_id)] = {**record, "seconds": times["seconds"]}
         return found

@@ -365,7 +365,7 @@ class EvaluationArguments:
 
 
 # Of a run, in the order in which `RunArguments` takes them.
-ARGUMENTS = (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments)
+ARGUMENTS: tuple[Any, ...] = (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments)
 
 
 def parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any] | None:

@@ -466,16 +466,15 @@ def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> 
 
 
 def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
-    """Warn of what `datasets` leaves out without a word: visible files that it does not take for images or finds elsewhere than in
-    a class's folder, names that begin with "__", and folders without images."""
+    """Warn of what is left out: visible files that `datasets` does not take for images, images beside the folders of the classes,
+    folders whose name begins with "__", and folders without images."""
     left_out: Counter[tuple[str, str]] = Counter()
     beside, empty = [], []
     for above in sorted({folder, *(place.parent for place in class_folders)}):
         beside += [one for one in above.iterdir() if one.name.startswith("__") or (_is_image(one) and one.is_file())]
     for place in class_folders:
         files = list(place.iterdir())
-        beside += [file for file in files if file.name.startswith("__")]
-        if not any(_is_image(file) and not file.name.startswith("__") for file in files):
+        if not any(map(_is_image, files)):
             empty.append(place)
         for file in files:
             if not _is_image(file) and not file.name.startswith((".", "__")):
@@ -483,7 +482,7 @@ def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
     counted = [f"{count} in {place!r} (extension {suffix})" for (place, suffix), count in left_out.items()]
     for problem, found in (
         ("these files do not have the extension of an image", counted),
-        ("these images lie outside of the folders of the classes, or have names that begin with '__'", beside),
+        ("these lie outside of the folders of the classes, or are folders with names that begin with '__',", beside),
         ("these folders have no image", empty),
     ):
         if found:

@@ -62,8 +62,9 @@ def drawable(label: str, font: FreeTypeFont) -> str:
 
 
 def _lacking(font: FreeTypeFont, characters: frozenset[str]) -> set[str]:
-    # Raqm would draw a lone accent on a circle.
-    font = font.font_variant(layout_engine=Layout.BASIC)
+    if font.layout_engine != Layout.BASIC:
+        # Raqm would draw a lone accent on a circle. Pillow 12's `font_variant` keeps the engine.
+        font = FreeTypeFont(font.path, font.size, font.index, layout_engine=Layout.BASIC)
     box = _drawing(font, _NOT_A_CHARACTER)
     return {
         character

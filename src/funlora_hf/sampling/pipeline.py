@@ -428,6 +428,7 @@ class FunLoraPipeline(DiffusionPipeline):
         """For [`merge_class`]: a copy of the U-Net with the adapter of a class merged into its weights, and `(1,)` the row of its
         class embedding that stands for the class, if it has rows. Raises a ValueError for what cannot be merged."""
         (class_id,) = self._class_ids([class_label])
+        self._follow_unet()
         unet = self._adapters.merged(None if class_id in self.base_classes else class_id)
         return unet, self._embedding_rows([class_id])  # type: ignore[return-value]  # it has the class of `self.unet`
 
@@ -448,6 +449,7 @@ class FunLoraPipeline(DiffusionPipeline):
             raise ValueError(
                 "`push_to_hub` would push the base without its adapters: save first, then `funlora_hf.push_all` the folder."
             )
+        self._follow_unet()
         base = FunLoraPipeline(
             _without_adapters(self.unet), self.scheduler, self.base_classes, self.config["id2label"]
         )

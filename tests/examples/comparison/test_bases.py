@@ -127,6 +127,7 @@ def test_what_comes_after_the_base_leaves_it(asked, tmp_path):
         {"name": "joint"},
         {"name": "funlora", "base_model": "somewhere"},
         {"name": "funlora", "class_order_seed": 3},
+        {"name": "funlora", "class_order": [str(digit) for digit in range(10)]},
     ],
 )
 def test_runs_that_cannot_share_a_base_are_left_alone(asked, tmp_path, alone):

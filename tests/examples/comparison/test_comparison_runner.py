@@ -124,7 +124,7 @@ def test_overwriting_starts_every_run_anew(jobs, tmp_path):
         (
             {"class_order_seed": 1},
             "joint",
-            r"`learning_rates` is \[0.1\] and `class_order_seed` 1, expected one of them",
+            r"`learning_rates` is \[0.1\], and `class_order` or `class_order_seed` is given",
         ),
         ({}, "joint:solver=eluer", "whose run is not possible: `solver` is 'eluer'"),
         ({"base_model": "somewhere"}, "joint", "cannot add classes to `base_model` 'somewhere'"),
