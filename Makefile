@@ -5,9 +5,9 @@ SEEDS ?= 0
 STRATEGY ?= funlora
 ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-CHECKED := src examples benchmarks tests
+CHECKED := src examples benchmarks tests docs
 
-.PHONY: demo space test test-fast test-slow soak test-oldest-peft test-space bench style quality clean
+.PHONY: demo space test test-fast test-slow soak test-oldest-peft test-space bench docs style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -48,7 +48,7 @@ soak: .venv/installed
 # The tests of what PEFT does for us, with the oldest peft that pyproject.toml allows.
 test-oldest-peft: .oldest-peft
 	PYTHONPATH="$(CURDIR)/.oldest-peft" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
-	  tests/tuner tests/tuners_utils tests/sampling/test_pipeline.py tests/test_layer_selection.py tests/adapters/test_by_class.py \
+	  tests/tuner tests/tuners_utils tests/sampling/test_pipeline.py tests/test_layer_selection.py tests/adapters/test_loaded_adapters.py \
 	  tests/adapters/test_untrusted_adapter.py tests/hub/test_push.py
 
 # The page in a browser: needs Chromium and its driver.
@@ -61,6 +61,10 @@ bench: .venv/installed
 	  $(BIN)/python benchmarks/$$script.py; \
 	done
 	$(BIN)/python benchmarks/interleaved.py > /dev/null
+
+# The documentation as a site, into site/; a warning, such as of a link without a target, is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 quality: .venv/installed
 	$(BIN)/ruff check $(CHECKED)
@@ -92,4 +96,4 @@ style: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .space .oldest-peft outputs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .space .oldest-peft outputs site .pytest_cache .ruff_cache .mypy_cache .hypothesis

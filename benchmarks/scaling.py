@@ -110,7 +110,7 @@ def in_milliseconds(
 def write_folders(model: PeftModel, folder: Path, count: int) -> None:
     """Folders of classes as training leaves them, with equal contents."""
     first, *others = class_folders(folder, count)
-    save_adapter(model, adapter_name(0), first)
+    save_adapter(model, first, adapter_name(0))
     for path in others:
         shutil.copytree(first, path)
 

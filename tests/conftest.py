@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate.utils.memory
 import huggingface_hub.file_download
 import huggingface_hub.utils._http
 import pytest
@@ -24,6 +25,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from runs import REPOSITORY, make_tiny_unet, write_adapters
 
 from funlora_hf import FunLoraPipeline, base_fingerprints
+from funlora_hf.evaluation.label_font import drawable
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_collection_after_phases():
+    """Collecting garbage, as accelerate does after each phase, would take most of a tiny run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate.utils.memory, "gc", SimpleNamespace(collect=lambda: 0))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +133,16 @@ def saved_figures(monkeypatch):
 
     monkeypatch.setattr(module.Figure, "savefig", record)
     return figures
+
+
+@pytest.fixture
+def drawn_labels(monkeypatch):
+    """The labels of grids drawn so far: names of rows, then of columns, then the title."""
+    labels = []
+
+    def record(label, font):
+        labels.append(drawable(label, font))
+        return labels[-1]
+
+    monkeypatch.setattr("funlora_hf.evaluation.figures.drawable", record)
+    return labels

@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from funlora_hf import classifier as module
-from funlora_hf.classifier import ClassifierConfig, accuracy, build_classifier, predict, train_classifier
+from funlora_hf.classifier import ClassifierConfig, build_classifier, percentage, predict, train_classifier
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,16 @@ def test_real_digits(digits):
         train_images,
         train_labels,
         num_classes=10,
-        config=ClassifierConfig.for_digits(),
+        config=ClassifierConfig(epochs=20, crop_padding=0, horizontal_flip=False),
         seed=0,
         progress_bar=False,
     )
     assert accuracy(model, test_images, test_labels) >= 97.0
     assert not model.training
+
+
+def accuracy(model, images, labels):
+    return percentage(predict(model, images) == labels)
 
 
 def test_accuracy_is_chance_with_shuffled_labels(digits):
@@ -316,10 +320,6 @@ def test_wrong_evaluation_input_is_named():
         predict(FirstPixel(), images[:0])
     with pytest.raises(ValueError, match="`batch_size` should be a positive integer value but the value passed is 0"):
         predict(FirstPixel(), images, batch_size=0)
-    with pytest.raises(ValueError, match=r"`labels` has shape \(1,\), expected \(2,\)"):
-        accuracy(FirstPixel(), images, torch.zeros(1, dtype=torch.int64))
-    # A class that the classifier does not know yet is an error of the classifier, not of the call.
-    assert accuracy(FirstPixel(), images, torch.tensor([0, 7])) == 50.0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from runs import REPOSITORY, command_line, digests
+from runs import REPOSITORY, command_line, digests, write_adapters
 
 import funlora_hf
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint
@@ -227,11 +227,13 @@ def test_sample_draws_what_the_pipeline_does(command, run_folder, tmp_path):
     assert (code, out.splitlines()) == (0, ["row 1: 3 (three)", "row 2: 7 (name 7)", "row 3: 8 (name 8)", str(file)])
     grid = pixels(file)
     side = 8 * 8 + 2
-    assert grid.shape == (3 * side, 3 * side, 3)
+    # The names of the rows are on the left.
+    assert len(grid) == 3 * side < grid.shape[1]
+    grid = grid[:, -3 * side :]
     command(*arguments, "--classes", "8")
-    assert np.array_equal(pixels(file), grid[2 * side :])
+    assert np.array_equal(pixels(file)[:, -3 * side :][:, 1:], grid[2 * side :, 1:])
     command(*arguments, "--classes", "8", "--seed", "1")
-    assert not np.array_equal(pixels(file), grid[2 * side :])
+    assert not np.array_equal(pixels(file)[:, -3 * side :], grid[2 * side :])
     tile = grid[1 : 1 + 64, 1 : 1 + 64]
     assert np.array_equal(tile, tile[::8, ::8].repeat(8, axis=0).repeat(8, axis=1))
 
@@ -273,6 +275,20 @@ def test_sample_says_what_is_wrong(fails, run_folder, tmp_path):
     assert str(tmp_path / "file") in fails(
         "sample", run_folder, "--classes", "7", "--num_inference_steps", "1", "--output", tmp_path / "file" / "a.png"
     )
+
+
+def test_sample_of_a_class_named_like_another_s_id(command, fails, run_folder, tiny_pipe, tmp_path):
+    write_adapters(tiny_pipe, run_folder, classes=[12], base=False, class_label=12, class_name="7")
+    assert (
+        "`--classes` has '7', the id of class 7 (name 7) and the name of class 12: pass --class_label 7, or --class_name 7"
+        in fails("sample", run_folder, "--classes", "7")
+    )
+    how = ("--num_images", "1", "--num_inference_steps", "1", "--output", tmp_path / "a.png")
+    code, out, _ = command("sample", run_folder, "--class_name", "7", "three", "--class_label", "7", *how)
+    assert code == 0
+    assert out.splitlines()[:3] == ["row 1: 7 (name 7)", "row 2: 12 (7)", "row 3: 3 (three)"]
+    assert "`--class_name` has '8', expected names of" in fails("sample", run_folder, "--class_name", "8")
+    assert "`--class_label` has '9', expected ids of" in fails("sample", run_folder, "--class_label", "9")
 
 
 def test_sample_of_an_adapter_of_another_base(fails, run_folder, tiny_pipe):

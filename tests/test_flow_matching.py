@@ -4,8 +4,36 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from peft import get_peft_model
+from runs import make_tiny_unet
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from funlora_hf.flow_matching import flow_matching_loss, interpolate, sample_sigmas, sigma_to_timestep, velocity_target
+from funlora_hf import FunLoraConfig, FunLoraPipeline, save_adapter
+from funlora_hf.continual.batches import PhaseBatches
+from funlora_hf.continual.config import ContinualTrainingArguments
+from funlora_hf.continual.strategy import Phase, PhaseSettings, velocity_losses
+from funlora_hf.data import load_image_data
+from funlora_hf.data.image_data import to_model_range
+from funlora_hf.flow_matching import (
+    flow_matching_loss,
+    interpolate,
+    sample_sigmas,
+    sigma_to_timestep,
+    training_loss,
+    velocity_target,
+)
+from funlora_hf.held_out import held_out_loss
+from funlora_hf.utils.seeds import generator_for
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_image_data("digits", image_size=8, channels=1)
+
+
+def batch(size=4):
+    return torch.rand(size, 1, 8, 8) * 2 - 1, torch.arange(size) % 2
 
 
 def test_the_path_is_that_of_the_stock_scheduler():
@@ -60,3 +88,125 @@ def test_logit_normal_times_have_standard_normal_logits():
 def test_an_unknown_density_is_named():
     with pytest.raises(ValueError, match="`timestep_density` is 'beta', expected one of: 'uniform', 'logit_normal'"):
         sample_sigmas(1, density="beta")
+
+
+class Affine(nn.Module):
+    """In place of a U-Net, a velocity that NumPy can compute from what the model is given."""
+
+    def forward(self, sample, timestep, class_labels, return_dict):
+        assert not return_dict
+        return (0.5 * sample + (timestep / 1000 + class_labels)[:, None, None, None],)
+
+
+def test_the_training_loss_is_that_of_the_formula():
+    images, labels = batch()
+    loss = training_loss(Affine(), images, labels, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    sigma = torch.rand(4, generator=generator).numpy()[:, None, None, None]
+    noise = torch.randn(images.shape, generator=generator).numpy()
+    noisy = (1 - sigma) * images.numpy() + sigma * noise
+    velocity = 0.5 * noisy + sigma + labels.numpy()[:, None, None, None]
+    assert loss.shape == ()
+    np.testing.assert_allclose(loss.item(), ((velocity - (noise - images.numpy())) ** 2).mean(), rtol=1e-5)
+
+
+def test_the_training_loss_is_the_trainer_s_for_equal_draws(tiny_unet, digits):
+    settings = PhaseSettings.of(ContinualTrainingArguments(base_batch_size=8), "base")
+    phase = Phase("base", (0, 1), settings, independent=False)
+    real = PhaseBatches(digits, phase, seed=5, timestep_density="uniform", random_flip=False).batch(3)
+    expected = velocity_losses(tiny_unet, real, real.class_ids).sum() / 8
+    generator = generator_for(5, "base", "batch", 3)
+    assert training_loss(tiny_unet, real.sample, real.class_ids, generator) == expected
+
+
+def test_wrapped_models_have_the_same_loss(tiny_unet, tmp_path):
+    images, labels = batch()
+
+    def loss(model):
+        return training_loss(model, images, labels, torch.Generator().manual_seed(0))
+
+    expected = loss(tiny_unet)
+    # An adapter starts as the identity, and without a class vector of its own it takes the base's rows.
+    model = get_peft_model(tiny_unet, FunLoraConfig())
+    assert loss(model) == expected
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = loss(DistributedDataParallel(model))
+        wrapped.backward()
+        assert wrapped == expected
+        with pytest.raises(ValueError, match="rows of the U-Net's class embedding, 0 to 1"):
+            training_loss(DistributedDataParallel(model), images, labels + 10)
+    finally:
+        torch.distributed.destroy_process_group()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x, y: ((x * 127 + 128).byte(), y), "`images` are torch.uint8, expected floating-point numbers in"),
+        (lambda x, y: (x * 127.5 + 127.5, y), r"`images` have numbers from .* to 2\d\d.*`images / 127.5 - 1`"),
+        (lambda x, y: (x * torch.nan, y), "`images` have numbers from nan to nan, expected finite ones"),
+        (lambda x, y: (x[:, 0], y), r"`images` have the shape \(4, 8, 8\), expected \(batch, channels"),
+        (lambda x, y: (x[:0], y[:0]), r"`images` have the shape \(0, 1, 8, 8\)"),
+        (lambda x, y: (x, y[:3]), r"of shape \(3,\), expected torch.int64 of shape \(4,\)"),
+        (lambda x, y: (x, y.float()), "`class_labels` are torch.float32"),
+        (lambda x, y: (x, y + 10), "`class_labels` are from 10 to 11, expected rows .*, 0 to 1: .* pass 0"),
+        (lambda x, y: (x, y - 1), "`class_labels` are from -1 to 0"),
+    ],
+)
+def test_images_and_labels_that_cannot_be_meant_are_refused(tiny_unet, change, text):
+    with pytest.raises(ValueError, match=text):
+        training_loss(tiny_unet, *change(*batch()))
+
+
+def test_images_without_a_dark_pixel_give_a_warning(tiny_unet):
+    images, labels = batch()
+    with pytest.warns(UserWarning, match="no number below 0.*pass `2 \\* images - 1`"):
+        training_loss(tiny_unet, images.abs(), labels)
+
+
+def test_a_plain_loop_teaches_a_class_if_the_timestep_is_1000_sigma(digits, tmp_path):
+    images = to_model_range(digits.images(7))
+    unet = make_tiny_unet()
+    known = [to_model_range(digits.images(class_id)) for class_id in (0, 1)]
+    fit(unet, torch.cat(known), torch.arange(2).repeat_interleave(torch.tensor([len(x) for x in known])), steps=150)
+    base = unet.eval().state_dict()
+
+    def held_out(timestep, steps):
+        unet = make_tiny_unet()
+        unet.load_state_dict(base)
+        model = get_peft_model(unet, FunLoraConfig(class_embedding="class_embedding", class_label=7))
+        fit(Retimed(model, timestep), images, torch.zeros(len(images), dtype=torch.long), steps=steps, lr=2e-2)
+        save_adapter(model, tmp_path / "seven")
+        pipe = FunLoraPipeline(model.unload(), FlowMatchEulerDiscreteScheduler())
+        pipe.load_adapter(tmp_path / "seven")
+        return held_out_loss(pipe, 7, digits.images(7, split="test"), num_sigmas=4, seed=0)
+
+    before = held_out(lambda timestep: timestep, steps=0)
+    right = held_out(lambda timestep: timestep, steps=60)
+    wrong = held_out(lambda timestep: timestep / 1000, steps=60)
+    assert right < 0.8 * before
+    assert right < 0.95 * wrong
+
+
+class Retimed(nn.Module):
+    """A model that is given another timestep than the one it is called with."""
+
+    def __init__(self, model, timestep):
+        super().__init__()
+        self.model, self.timestep = model, timestep
+
+    def forward(self, sample, timestep, *args, **kwargs):
+        return self.model(sample, self.timestep(timestep), *args, **kwargs)
+
+
+def fit(model, images, labels, *, steps, lr=5e-3):
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    for _ in range(steps):
+        chosen = torch.randint(len(images), (32,), generator=generator)
+        training_loss(model, images[chosen], labels[chosen], generator).backward()
+        optimizer.step()
+        optimizer.zero_grad()

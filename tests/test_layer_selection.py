@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from funlora_hf import FunLoraConfig, FunLoraModel, conv_layers, layer_importance, parameters_per_class, select_layers
-from funlora_hf.layer_selection import LayerImportance, adapter_importance, resolve_targets
+from funlora_hf.layer_selection import LayerImportance
 
 
 class Other(nn.Module):
@@ -257,22 +257,6 @@ def test_budgets_that_cannot_be_filled_are_named(importance, preset, message):
         select_layers(Sizes(), preset, example_inputs=X, importance=importance, config=IDENTITY)
 
 
-@pytest.mark.parametrize("targets", [None, "all-conv", r".*\.conv1", ["conv1"], ["conv1", "conv2"], [], {"conv_in"}])
-def test_targets_that_are_no_preset_stay(targets):
-    assert resolve_targets(build("plain"), targets) is targets
-
-
-@pytest.mark.parametrize("preset", ["decoder-middle", "decoder", "all", "2-4"])
-def test_presets_among_targets_are_resolved(preset):
-    unet = build("plain")
-    assert resolve_targets(unet, preset) == resolve_targets(unet, [preset]) == select_layers(unet, preset)
-
-
-def test_a_budget_among_targets_is_resolved():
-    layers = resolve_targets(Sizes(), ["<= 12"], example_inputs=X, importance=IMPORTANCE, config=IDENTITY)
-    assert layers == ["b"]
-
-
 # parameters_per_class
 
 
@@ -384,9 +368,9 @@ def state(A, B, layer="up.conv"):
 def test_importance_is_equation_20():
     A, B = np.array([1.5, 0.0, 1.0]), np.array([1.0, -1.0])
     expected = (np.abs(A - 1).sum() + np.abs(B - 1).sum()) / 5
-    result = adapter_importance(state(A.tolist(), B.tolist()))
+    result = layer_importance(state(A.tolist(), B.tolist()))
     assert list(result) == ["up.conv"]
-    np.testing.assert_allclose(result["up.conv"], expected)
+    np.testing.assert_allclose(result["up.conv"], [expected, 0])
 
 
 def test_importance_over_classes_is_equation_21_in_the_order_given(tmp_path):

@@ -474,8 +474,10 @@ def test_evaluation_that_cannot_be_is_refused(copy):
     with folder_lock(copy), pytest.raises(FolderInUseError):
         evaluate(copy)
     shutil.rmtree(copy / "adapters/class_9")
+    before = digests(copy)
     with pytest.raises(ValueError, match=r"Task 3 .* one of its classes is gone"):
         evaluate(copy)
+    assert digests(copy) == before
     (copy / "results.json").unlink()
     with pytest.raises(FileNotFoundError, match="expected a finished run"):
         evaluate(copy)

@@ -1,27 +1,36 @@
-"""What the page does: loads a pipeline, adds and removes classes, makes pictures."""
+"""What the page does for one user: loads a pipeline, teaches, adds and removes classes, makes pictures."""
 
 from __future__ import annotations
 
-import math
+import copy
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
 import torch
-from PIL import ImageDraw, ImageFont
+from diffusers import UNet2DModel
+from teaching import read_images, teach
 
-from funlora_hf import FunLoraPipeline
-from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
+from funlora_hf import FunLoraConfig, FunLoraPipeline, save_adapter
+from funlora_hf.adapters.base_fingerprint import base_tensors
+from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
 from funlora_hf.adapters.untrusted_adapter import ADAPTER_FILES, fetch
+from funlora_hf.evaluation.figures import image_grid_picture
+from funlora_hf.sampling.drawing import to_uint8
 
 
-TILE = 64
-_GAP = 4
-_FONT_SIZE = 16
-_LABEL_LENGTH = 20
+# What one user may ask for at once, and keep: a page may have many.
+MOST_SAMPLES = 512
+MOST_CLASSES = 100
+MOST_NAME_CHARACTERS = 40
+# In a row of the picture of a class that was taught.
+SHOWN = 10
+CLASS_EMBEDDING = "class_embedding"
 
 
 @dataclass
@@ -40,11 +49,44 @@ class Picture:
     nfe: int
 
 
+@dataclass
+class Taught:
+    """
+    Args:
+        class_label: id of the new class.
+        picture: its images as the base takes them, and samples of the new class below.
+        archive: a zip file with the folder `class_<id>`, which `load_adapter` takes.
+        steps: that it was trained for.
+        seconds: that this took.
+        numbers: that were learned.
+    """
+
+    class_label: int
+    picture: PIL.Image.Image
+    archive: Path
+    steps: int
+    seconds: float
+    numbers: int
+
+
 class Studio:
     """One pipeline, empty at first. Not for several threads at a time. Where a method raises, nothing has changed."""
 
     def __init__(self) -> None:
+        self.base = ""
         self._pipe: FunLoraPipeline | None = None
+        # Of the classes that came after loading; the folder is removed with the object.
+        self._own: set[int] = set()
+        self._archives = tempfile.TemporaryDirectory(prefix="funlora-space-")
+
+    def session(self) -> Studio:
+        """One for another user: it shares the base's weights, which never change, and has classes of its own."""
+        other = Studio()
+        other.base = self.base
+        if self._pipe is not None:
+            shared = base_tensors(self._pipe.unet).values()
+            other._pipe = copy.deepcopy(self._pipe, {id(tensor): tensor for tensor in shared})
+        return other
 
     @property
     def classes(self) -> dict[int, str]:
@@ -80,6 +122,67 @@ class Studio:
         for folder in _adapter_folders(adapters) if adapters else []:
             pipe.load_adapter(folder, **adapter_class(folder))
         self._pipe = pipe.to("cuda") if torch.cuda.is_available() else pipe
+        self.base, self._own = base, set()
+
+    def preview(self, files: Sequence[str]) -> PIL.Image.Image:
+        """The first of some images as the base takes them. Raises a ValueError as `teach` does."""
+        return image_grid_picture(_first(read_images(files, self._ready.unet)), columns=SHOWN, names=["your images"])
+
+    def teach(
+        self,
+        files: Sequence[str],
+        class_name: str,
+        *,
+        steps: int,
+        seed: int,
+        on_step: Callable[[int], None] = lambda step: None,
+    ) -> Taught:
+        """
+        Learn a class from images: a new adapter, on the base as it is.
+
+        Args:
+            files (`Sequence[str]`): image files of the class.
+            class_name (`str`): a name that no class has.
+            steps (`int`): most steps.
+            seed (`int`): of the training and of the samples shown.
+            on_step (`Callable`, *optional*): gets the number of each step that is done.
+
+        Raises:
+            ValueError: no name, one that is taken or too long, no image, or a file that is none.
+        """
+        pipe, class_name = self._ready, class_name.strip()
+        if not class_name:
+            raise ValueError("The name of the class is empty: give it one, such as 'cat'.")
+        if len(class_name) > MOST_NAME_CHARACTERS:
+            raise ValueError(f"The name has {len(class_name)} characters, expected at most {MOST_NAME_CHARACTERS}.")
+        if class_name in self.classes.values():
+            raise ValueError(f"A class with the name {class_name!r} is here already: take another name, or remove it.")
+        self._check_room()
+        images = read_images(files, pipe.unet)
+        label = max([*self.classes, -1]) + 1
+        config = FunLoraConfig(
+            class_label=label,
+            class_name=class_name,
+            class_embedding=CLASS_EMBEDDING if pipe.base_classes else None,
+        )
+        start = time.perf_counter()
+        model, taken = teach(_plain_unet(pipe, self.base), images, config, steps=steps, seed=seed, on_step=on_step)
+        seconds = time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place, adapter_name(label))
+            save_adapter(model, folder)
+            pipe.load_adapter(folder)
+            self._own.add(label)
+            try:
+                samples = pipe([label] * SHOWN, generator=_generator(seed), output_type="pt").images
+                archive = shutil.make_archive(os.fspath(self._archive(label).with_suffix("")), "zip", place)
+            except Exception:
+                self.remove_class(label)
+                raise
+        shown = torch.cat([_first(images), to_uint8(samples.cpu())])
+        picture = image_grid_picture(shown, columns=SHOWN, names=["your images", "samples"])
+        numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return Taught(label, picture, Path(archive), taken, seconds, numbers)
 
     def add_class(
         self, source: str, *, subfolder: str = "", class_label: int | None = None, class_name: str = ""
@@ -103,18 +206,23 @@ class Studio:
         source, subfolder, class_name = source.strip(), subfolder.strip(), class_name.strip()
         if not source:
             raise ValueError("`source` is empty, expected a folder or a repository of an adapter.")
+        self._check_room()
         wanted = {"class_label": class_label, "class_name": class_name or None}
         folder = Path(source, subfolder)
         # Methods other than FunLoRA write the class on the folder only.
         if folder in adapter_folders(folder.parent):
             own = adapter_class(folder)
             wanted = {key: own[key] if value is None else value for key, value in wanted.items()}
-        return self._ready.load_adapter(source, subfolder=subfolder or None, **wanted)
+        label = self._ready.load_adapter(source, subfolder=subfolder or None, **wanted)
+        self._own.add(label)
+        return label
 
     def remove_class(self, class_label: int | None) -> str:
         """Forget the class of an adapter; returns its name. Raises a ValueError where no adapter was loaded for it."""
         name = self.classes.get(class_label, "")
         self._ready.unload_adapter(class_label)
+        self._own.discard(class_label)
+        self._archive(class_label).unlink(missing_ok=True)
         return name
 
     def sample(self, class_labels: Sequence[int], *, images: int, steps: int, solver: str, seed: int) -> Picture:
@@ -136,12 +244,15 @@ class Studio:
             raise ValueError("`class_labels` is empty, expected at least one class.")
         if images < 1:
             raise ValueError(f"`images` is {images}, expected at least 1.")
+        if len(labels) * images > MOST_SAMPLES:
+            raise ValueError(f"{len(labels)} x {images} images are more than {MOST_SAMPLES}: choose fewer.")
         asked = [label for label in labels for _ in range(images)]
         start = time.perf_counter()
-        output = pipe(asked, steps, solver, generator=_generator(seed))
+        output = pipe(asked, steps, solver, generator=_generator(seed), output_type="pt")
         seconds = time.perf_counter() - start
-        names = [self.classes[label] for label in labels]
-        return Picture(draw_grid(output.images, columns=images, rows=names), len(asked), seconds, output.nfe)
+        names = [title(label, self.classes) for label in labels]
+        picture = image_grid_picture(to_uint8(output.images.cpu()), columns=images, names=names)
+        return Picture(picture, len(asked), seconds, output.nfe)
 
     def interpolate(self, first: int, second: int, *, images: int, steps: int, solver: str, seed: int) -> Picture:
         """
@@ -162,10 +273,18 @@ class Studio:
         if first is None or second is None:
             raise ValueError("`first` or `second` is empty, expected two classes.")
         start = time.perf_counter()
-        output = pipe.interpolate(first, second, images, steps, solver, generator=_generator(seed))
+        output = pipe.interpolate(first, second, images, steps, solver, generator=_generator(seed), output_type="pt")
         seconds = time.perf_counter() - start
         weights = [f"{100 * index / (images - 1):.0f}%" for index in range(images)]
-        return Picture(draw_grid(output.images, columns=images, headings=weights), images, seconds, output.nfe)
+        picture = image_grid_picture(to_uint8(output.images.cpu()), columns=images, headings=weights)
+        return Picture(picture, images, seconds, output.nfe)
+
+    def _archive(self, class_label: int) -> Path:
+        return Path(self._archives.name, f"{adapter_name(class_label)}.zip")
+
+    def _check_room(self) -> None:
+        if len(self._own) >= MOST_CLASSES:
+            raise ValueError(f"You have added {len(self._own)} classes, at most {MOST_CLASSES} are kept: remove one.")
 
     @property
     def _ready(self) -> FunLoraPipeline:
@@ -174,39 +293,26 @@ class Studio:
         return self._pipe
 
 
-def draw_grid(
-    images: Sequence[PIL.Image.Image], *, columns: int, rows: Sequence[str] = (), headings: Sequence[str] = ()
-) -> PIL.Image.Image:
-    """
-    One picture of many: small images enlarged by a whole factor to at least 64 pixels, every pixel a square.
+def title(class_id: int, classes: Mapping[int, str]) -> str:
+    """A class as the page writes it: its id, and its name if it has one."""
+    name = classes[class_id]
+    return name if name == str(class_id) else f"{class_id}: {name}"
 
-    Args:
-        images (`Sequence[PIL.Image.Image]`): of one size, row after row.
-        columns (`int`): images in a row.
-        rows (`Sequence[str]`, *optional*): a label to the left of every row.
-        headings (`Sequence[str]`, *optional*): a label over every column.
 
-    Returns:
-        `PIL.Image.Image`: RGB.
-    """
-    factor = max(1, math.ceil(TILE / max(images[0].size)))
-    width, height = (side * factor for side in images[0].size)
-    font = ImageFont.load_default(_FONT_SIZE)
-    rows = [name if len(name) <= _LABEL_LENGTH else name[: _LABEL_LENGTH - 1] + "…" for name in rows]
-    left = max((math.ceil(font.getlength(name)) + 3 * _GAP for name in rows), default=_GAP)
-    top = _FONT_SIZE + 3 * _GAP if headings else _GAP
-    count = math.ceil(len(images) / columns)
-    size = (left + columns * (width + _GAP), top + count * (height + _GAP))
-    canvas = PIL.Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    for index, image in enumerate(images):
-        place = (left + index % columns * (width + _GAP), top + index // columns * (height + _GAP))
-        canvas.paste(image.resize((width, height), PIL.Image.Resampling.NEAREST), place)
-    for row, name in enumerate(rows):
-        draw.text((left - 2 * _GAP, top + row * (height + _GAP) + height / 2), name, "black", font, anchor="rm")
-    for column, name in enumerate(headings):
-        draw.text((left + column * (width + _GAP) + width / 2, top / 2), name, "black", font, anchor="mm")
-    return canvas
+def _plain_unet(pipe: FunLoraPipeline, name: str) -> UNet2DModel:
+    """A U-Net without adapters that shares the weights of a pipeline's, frozen."""
+    with torch.device("meta"):
+        unet = UNet2DModel.from_config(pipe.unet.config)
+    unet.load_state_dict(base_tensors(pipe.unet), assign=True)
+    # PEFT takes the base's name, which goes into the adapter's config, from here.
+    unet.name_or_path = name
+    return unet.requires_grad_(False)
+
+
+def _first(images: torch.Tensor) -> torch.Tensor:
+    """As many images as a row shows, the rest white."""
+    white = images.new_full((max(0, SHOWN - len(images)), *images.shape[1:]), 255)
+    return torch.cat([images[:SHOWN], white])
 
 
 def _adapter_folders(source: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from .adapters.bank import AdapterBank
 from .adapters.base_fingerprint import BaseMismatchError, base_fingerprint, base_fingerprints
+from .adapters.class_folder import save_adapter
 from .adapters.put_into_model import load_adapter
 from .hub.delete import delete_class, delete_class_from_hub
 from .hub.push import push_adapter, push_all, push_base
@@ -52,5 +53,6 @@ __all__ = [
     "push_adapter",
     "push_all",
     "push_base",
+    "save_adapter",
     "select_layers",
 ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -17,28 +20,27 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from safetensors import SafetensorError
 
 from . import __version__
-from .adapters.base_model import PIPELINE
 from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
-from .evaluation.figures import image_grid
+from .adapters.untrusted_base import PIPELINE
 from .hub.delete import delete_class
 from .hub.describe import AdapterDescription, BankDescription, describe
 from .hub.find import find_contents
 from .hub.pull import pull
 from .hub.push import push_all
+from .hub.repository import NO_ANSWER
 from .hub.verify import verify
 from .recipes.reading import recipe_names
 from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
 from .sampling.solvers import SOLVERS
 from .utils.arguments import refuse_unknown
+from .utils.checks import one_form
 
 
 EXIT_CODES = (
     "exit codes: 0 done (verify: everything is valid); 1 an error, on stderr (verify: or something that is not valid); "
     "2 an argument that is not known"
 )
-# What the HTTP client of `huggingface_hub`, requests or httpx, raises if no answer comes.
-_NO_ANSWER: Any = HfHubHTTPError.__bases__[0]
 # Images of one class that are sampled at once.
 _BATCH = 64
 # Longer errors, such as those with a page of HTML, are cut off.
@@ -61,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     given: dict[str, Any] = {"arguments": arguments[1:]}
-    run: Callable[..., int] | None = {"train": _train, "evaluate": _evaluate}.get(arguments[0] if arguments else "")
+    run: Callable[..., int] | None = {"train": _train, "add": _add, "evaluate": _evaluate}.get(
+        arguments[0] if arguments else ""
+    )
     if run is None:
         known, unknown = _parser().parse_known_args(arguments)
         given = vars(known)
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _progress_only_on_a_terminal():
             return run(**given)
-    except (HfHubHTTPError, _NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
+    except (HfHubHTTPError, NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         for line in [f"error: {lines[0]}", *lines[1:_ERROR_LINES]]:
             _say(line, file=sys.stderr)
@@ -104,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # These have parsers of their own, see `main`; here they are listed.
     subparsers.add_parser("train", help="Train a generator class after class, or go on with a run", add_help=False)
+    subparsers.add_parser("add", help="Add classes to a run, a base or a repository", add_help=False)
     subparsers.add_parser("evaluate", help="Evaluate a finished run, later or again", add_help=False)
     add(_recipes, "List the recipes that `funlora train --config` knows by name, one a line")
 
@@ -113,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("base", metavar="BASE", help="run, pipeline or repository; brings its adapters")
     sample.add_argument("--adapters", nargs="+", default=[], metavar="SOURCE", help=f"more classes: {_HELP_SOURCE}")
     sample.add_argument("--classes", nargs="+", metavar="CLASS", help="ids or names, a row for each (default: all)")
+    sample.add_argument("--class_label", nargs="+", default=[], type=int, metavar="ID", help="the same, by id alone")
+    sample.add_argument("--class_name", nargs="+", default=[], metavar="NAME", help="the same, by name alone")
     sample.add_argument("--num_images", type=_at_least_one, default=4, help="of each class (default: %(default)s)")
     sample.add_argument("--num_inference_steps", type=_at_least_one, default=10, help="(default: %(default)s)")
     sample.add_argument("--solver", choices=SOLVERS, default="heun", help="(default: %(default)s)")
@@ -154,6 +161,32 @@ def _train(arguments: Sequence[str]) -> int:
     from .train import main as train  # takes a second, and no other command needs it
 
     train(arguments, prog="funlora train")
+    return 0
+
+
+def _add(arguments: Sequence[str]) -> int:
+    from .add import add_classes, parse
+    from .continual.termination import Terminated, Termination
+    from .train import set_up_logging
+
+    set_up_logging()
+    given = parse(arguments, prog="funlora add")
+    try:
+        with Termination() as termination:
+            added = add_classes(**given, termination=termination)
+    except Terminated as stopped:
+        _say(
+            f"{stopped.signal.name}: stopped {stopped.where}. What is learned is kept; the same command goes on.",
+            file=sys.stderr,
+        )
+        raise
+    for class_id, one in added.classes.items():
+        what = f"class {_class_text(class_id, one['class_name'])}"
+        how = f"learned from {one['images']} images in {one['seconds']:.0f} s"
+        _say(f"{what}: {how}" if class_id in added.trained else f"{what}: is there already, {how}")
+    base, folder = (shlex.quote(os.fspath(place)) for place in (added.base, added.output_dir))
+    where = folder if Path(added.base) == added.output_dir else f"{base} --adapters {folder}"
+    _say(f"To see them: funlora sample {where} --class_label {' '.join(map(str, added.classes))}")
     return 0
 
 
@@ -203,20 +236,34 @@ def _verify(as_json: bool, **options: Any) -> int:
 
 
 def _sample(
-    base: str, adapters: list[str], classes: list[str] | None, num_images: int, output: str, device: str, **how: Any
+    base: str,
+    adapters: list[str],
+    classes: list[str] | None,
+    class_label: list[int],
+    class_name: list[str],
+    num_images: int,
+    output: str,
+    device: str,
+    **how: Any,
 ) -> int:
+    from .evaluation.figures import image_grid
+
     place = _device(device)
     pipe = _load(base, adapters)
-    class_ids = list(pipe.classes) if classes is None else [_class_id(pipe, text) for text in classes]
+    class_ids = [_class_id(pipe, text) for text in classes or ()]
+    class_ids += [_class_id(pipe, text, "class_label") for text in map(str, class_label)]
+    class_ids += [_class_id(pipe, text, "class_name") for text in class_name]
+    class_ids = class_ids or list(pipe.classes)
     pipe.to(place)
     pipe.set_progress_bar_config(disable=None)  # None: only on a terminal
     images = [
         draw_samples(pipe, class_id, num_images, purpose="funlora sample", batch_size=_BATCH, **how).images
         for class_id in class_ids
     ]
-    image_grid(to_uint8(torch.cat(images)), output, columns=num_images)
-    for row, class_id in enumerate(class_ids, start=1):
-        _say(f"row {row}: {_class_text(class_id, pipe.classes[class_id])}")
+    names = [_class_text(class_id, pipe.classes[class_id]) for class_id in class_ids]
+    image_grid(to_uint8(torch.cat(images)), output, columns=num_images, names=names)
+    for row, name in enumerate(names, start=1):
+        _say(f"row {row}: {name}")
     _say(output)
     return 0
 
@@ -276,13 +323,20 @@ def _load(base: str, adapters: Sequence[str]) -> FunLoraPipeline:
     return pipe
 
 
-def _class_id(pipe: FunLoraPipeline, text: str) -> int:
-    """The class that a word means: an id, if there is one like it, else a name."""
-    known = {name: class_id for class_id, name in pipe.classes.items()}
-    known |= {str(class_id): class_id for class_id in pipe.classes}
-    if text not in known:
-        raise ValueError(f"`--classes` has {text!r}, expected ids or names of: {_class_texts(pipe.classes)}.")
-    return known[text]
+def _class_id(pipe: FunLoraPipeline, text: str, option: str = "classes") -> int:
+    """The class that a word of an option means."""
+    ids = {str(class_id): class_id for class_id in pipe.classes if option != "class_name"}
+    names = {one_form(name): class_id for class_id, name in pipe.classes.items() if option != "class_label"}
+    found = {known[one_form(text)] for known in (ids, names) if one_form(text) in known}
+    if len(found) > 1:
+        raise ValueError(
+            f"`--classes` has {text!r}, the id of class {_class_text(ids[text], pipe.classes[ids[text]])} and the name of class "
+            f"{names[text]}: pass --class_label {text}, or --class_name {text}."
+        )
+    if not found:
+        kind = {"classes": "ids or names", "class_label": "ids", "class_name": "names"}[option]
+        raise ValueError(f"`--{option}` has {text!r}, expected {kind} of: {_class_texts(pipe.classes)}.")
+    return found.pop()
 
 
 def _class_text(class_id: int, name: str | None) -> str:

@@ -1,18 +1,25 @@
 """Flow matching: probability path, velocity target, loss, density of the training times.
 
-Pure functions of tensors in the convention of diffusers' `FlowMatchEulerDiscreteScheduler`: sigma is 1 at the noise and
-0 at the data. The paper's time is `t = 1 - sigma`.
+In the convention of diffusers' `FlowMatchEulerDiscreteScheduler`: sigma is 1 at the noise and 0 at the data. The paper's
+time is `t = 1 - sigma`.
 """
 
 from __future__ import annotations
 
+import warnings
+
 import torch
+from accelerate.utils import extract_model_from_parallel
+from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
 
 from .utils.checks import check_choice
 
 
 NUM_TRAIN_TIMESTEPS = 1000
 TIMESTEP_DENSITIES = ("uniform", "logit_normal")
+# Rounding of images to [-1, 1] in a precision of 8 bits.
+_TOLERANCE = 0.01
 
 
 def sigma_to_timestep(sigma: torch.Tensor) -> torch.Tensor:
@@ -73,10 +80,10 @@ def sample_sigmas(
     Args:
         batch_size: how many.
         density: "uniform" on [0, 1), or "logit_normal": the sigmoid of a standard normal.
-        generator: a CPU generator.
+        generator: draws them, on its device; None: torch's own, on the CPU.
 
     Returns:
-        `(batch_size,)`, float32 on the CPU, in [0, 1].
+        `(batch_size,)`, float32, in [0, 1].
 
     Raises:
         ValueError: unknown density.
@@ -84,6 +91,110 @@ def sample_sigmas(
     Source: "uniform" [text]; "logit_normal" is that of Stable Diffusion 3 (arXiv 2403.03206).
     """
     check_choice("timestep_density", density, TIMESTEP_DENSITIES)
+    device = None if generator is None else generator.device
     if density == "uniform":
-        return torch.rand(batch_size, generator=generator)
-    return torch.sigmoid(torch.randn(batch_size, generator=generator))
+        return torch.rand(batch_size, generator=generator, device=device)
+    return torch.sigmoid(torch.randn(batch_size, generator=generator, device=device))
+
+
+def losses_at(
+    unet: nn.Module,
+    sample: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    class_labels: torch.Tensor | None,
+) -> torch.Tensor:
+    """The loss of a U-Net for every sample, at a given noise and time.
+
+    Args:
+        unet: a `UNet2DModel`, maybe with adapters or wrapped for several processes.
+        sample, noise, sigma: as for `interpolate`, on the device of `unet`.
+        class_labels: rows of its class embedding, `(batch,)`, int64, on that device; None for one that has no classes.
+
+    Returns:
+        `(batch,)`, with its graph.
+
+    Source: as `interpolate`.
+    """
+    noisy = interpolate(sample, noise, sigma)
+    model_output = unet(noisy, sigma_to_timestep(sigma), class_labels, return_dict=False)[0]
+    return flow_matching_loss(model_output, velocity_target(sample, noise))
+
+
+def training_loss(
+    unet: nn.Module,
+    images: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """The loss of a batch of images at random times and noise: call `backward` on it, then step the optimizer.
+
+    Args:
+        unet: a `UNet2DModel` or a `PeftModel` around one, maybe compiled or wrapped for several processes.
+        images: `(batch, channels, height, width)`, floating point in [-1, 1], on the device of `unet`; taken in float32. (For less
+            precision, call this under `torch.autocast`.)
+        class_labels: `(batch,)`, int64. To train a base: the row of each image's class in the class embedding. To train an
+            adapter that has a class vector (`class_embedding`): any row, such as 0, since the vector takes its place. None for a
+            U-Net that has no classes.
+        generator: draws sigma, then noise, as the trainer does; on the CPU (equal draws for every device) or on that of
+            `images`. None: torch's own.
+
+    Returns:
+        A scalar, float32: the mean of `losses_at`.
+
+    Raises:
+        ValueError: images of another type, shape or range, or that are not finite; labels of another shape or type, or beyond
+            the class embedding.
+
+    Source: arXiv 2510.02631, conditional flow matching [text].
+
+    Example:
+        ```py
+        >>> loss = training_loss(model, images, torch.zeros(len(images), dtype=torch.long))
+        >>> loss.backward()
+        ```
+    """
+    _check_images(images)
+    if class_labels is not None:
+        _check_labels(class_labels, len(images), unet)
+        class_labels = class_labels.to(images.device)
+    sigma = sample_sigmas(len(images), generator=generator).to(images.device)
+    noise = randn_tensor(images.shape, generator=generator, device=images.device, dtype=torch.float32)
+    return losses_at(unet, images.float(), noise, sigma, class_labels).mean()
+
+
+def _check_images(images: torch.Tensor) -> None:
+    if not images.is_floating_point():
+        raise ValueError(
+            f"`images` are {images.dtype}, expected floating-point numbers in [-1, 1]: for 0 to 255, `images / 127.5 - 1`."
+        )
+    if images.dim() != 4 or not images.numel():
+        raise ValueError(f"`images` have the shape {tuple(images.shape)}, expected (batch, channels, height, width).")
+    low, high = torch.stack(images.detach().aminmax()).tolist()
+    # In this form it also refuses NaN.
+    if not -1 - _TOLERANCE <= low <= high <= 1 + _TOLERANCE:
+        raise ValueError(
+            f"`images` have numbers from {low:g} to {high:g}, expected finite ones in [-1, 1]: for 0 to 255, "
+            "`images / 127.5 - 1`; for 0 to 1, `2 * images - 1`."
+        )
+    if low >= 0:
+        warnings.warn(
+            "`images` have no number below 0, though black is -1: if they are in [0, 1], pass `2 * images - 1`.",
+            stacklevel=3,
+        )
+
+
+def _check_labels(class_labels: torch.Tensor, batch: int, unet: nn.Module) -> None:
+    if class_labels.dtype != torch.int64 or class_labels.shape != (batch,):
+        raise ValueError(
+            f"`class_labels` are {class_labels.dtype} of shape {tuple(class_labels.shape)}, expected torch.int64 of shape "
+            f"({batch},): a label for each image."
+        )
+    config = getattr(extract_model_from_parallel(unet, keep_torch_compile=False), "config", None)
+    rows = getattr(config, "num_class_embeds", None)
+    low, high = torch.stack(class_labels.aminmax()).tolist()
+    if rows is not None and not 0 <= low <= high < rows:
+        raise ValueError(
+            f"`class_labels` are from {low} to {high}, expected rows of the U-Net's class embedding, 0 to {rows - 1}: a new class has "
+            "none, and its adapter's class vector takes the place of any row: pass 0."
+        )

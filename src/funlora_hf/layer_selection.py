@@ -152,24 +152,6 @@ def select_layers(
     return layers
 
 
-def resolve_targets(
-    model: nn.Module, target_modules: Sequence[str] | str | None, **kwargs: Any
-) -> Sequence[str] | str | None:
-    """`target_modules` with a preset of `select_layers` replaced by the names of its layers.
-
-    Args:
-        model: whose layers they are.
-        target_modules: a preset, alone or as the only entry of a list; anything else (names, a regex, "all-conv", None)
-            is returned unchanged.
-        **kwargs: for `select_layers`.
-
-    Returns:
-        What `FunLoraConfig` takes as `target_modules`.
-    """
-    names = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
-    return select_layers(model, names[0], **kwargs) if len(names) == 1 and is_preset(names[0]) else target_modules
-
-
 def is_preset(text: str) -> bool:
     """Whether `select_layers` knows this as a preset."""
     return text in _NAMED or bool(_RANGE.fullmatch(text) or _BUDGET.fullmatch(text))
@@ -241,20 +223,6 @@ def layer_importance(
     return result
 
 
-def adapter_importance(state_dict: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """How far each layer of one adapter has moved from its start, see `layer_importance`.
-
-    Args:
-        state_dict: as PEFT saves an adapter.
-
-    Returns:
-        Layer name -> importance, >= 0.
-
-    Source: arXiv 2510.02631, equation 20 [text].
-    """
-    return {layer: _moved(tensors["A"], tensors["B"]) for layer, tensors in layers_of_state_dict(state_dict).items()}
-
-
 def layers_of_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """The layers with factors of one adapter.
 
@@ -292,7 +260,8 @@ def _importance_in_model(model: nn.Module) -> list[dict[str, float]]:
 def _saved_importance(adapter: _Adapter) -> dict[str, float]:
     if not isinstance(adapter, Mapping):
         adapter = read_tensors(Path(adapter) / "adapter_model.safetensors", remedy="take it from where it came from")
-    return adapter_importance(adapter)
+    layers = layers_of_state_dict(adapter)
+    return {layer: _moved(tensors["A"], tensors["B"]) for layer, tensors in layers.items()}
 
 
 def _traced_conv_names(model: nn.Module, example_inputs: Any) -> list[str]:

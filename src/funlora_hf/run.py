@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import Accelerator
@@ -23,11 +24,14 @@ from .continual.config import (
     DataArguments,
     EvaluationArguments,
     ModelArguments,
+    parse_options,
     run_settings,
 )
+from .continual.costs import count_parts, measure_parts
 from .continual.devices import deterministic_kernels
 from .continual.publishing import Publisher
 from .continual.run_folder import EVALUATION, RunFolder
+from .continual.strategies.peft_methods import peft_method
 from .continual.strategies.registry import strategy_class
 from .continual.strategy import Setting, Strategy
 from .continual.termination import Termination
@@ -35,11 +39,14 @@ from .continual.time_limit import TimeLimit, TimeLimitReached
 from .continual.trainer import ContinualTrainer, Evaluator
 from .data.class_ids import assign_class_ids, ordered_class_ids
 from .data.image_data import ImageClassificationData, load_image_data
+from .data.known_counts import KnownCounts
 from .data.tasks import Task, split_into_tasks
 from .evaluation.evaluator import RunEvaluator, classifier_config
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_evaluation, report_finished, report_run
+from .evaluation.tables import costs_table
 from .evaluation.task_log import TaskLog
+from .sampling.solvers import DOPRI5_EVALUATIONS
 from .utils.checks import check_class_name
 from .utils.files import recover_folder
 from .utils.locks import folder_lock
@@ -80,7 +87,8 @@ class RunArguments:
         Raises:
             FileNotFoundError: the folder holds no run.
         """
-        written, given = RunFolder(Path(folder)).settings(), []
+        written = RunFolder(Path(folder)).settings()
+        given: list[Any] = []
         for part in ARGUMENTS:
             known = {one.name for one in fields(part)}
             given.append(part(**{key: value for key, value in written[part.__name__].items() if key in known}))
@@ -110,7 +118,7 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
         WriteError: a file could not be written; what is finished is safe.
         ValueError, FileExistsError, FileNotFoundError: arguments that do not fit each other, the data or the folder.
     """
-    joined, class_id = _Run(arguments, termination), arguments.training.update_class
+    joined, class_id = Run(arguments, termination), arguments.training.update_class
     if class_id is None:
         return joined.learn()
     joined.update(class_id)
@@ -140,16 +148,38 @@ def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None =
     if not given.evaluation:
         raise ValueError("`evaluation` is False, expected True: leave --no_evaluation out.")
     # What would end it before its time, or send it elsewhere.
-    training.time_limit_minutes, training.report_to, training.push_to_hub, training.hub_model_id = (
-        None,
-        "none",
-        False,
-        None,
-    )
-    return _Run(RunArguments(arguments.data, arguments.model, training, given), None).evaluate()
+    training.time_limit_minutes, training.report_to = None, "none"
+    training.push_to_hub, training.hub_model_id = False, None
+    return Run(replace(arguments, evaluation=given), None).evaluate()
 
 
-class _Run:
+def dry_run(arguments: RunArguments) -> str:
+    """
+    Say what a run would cost on this machine, by a few steps in a temporary folder.
+
+    Args:
+        arguments ([`RunArguments`]): of the run.
+
+    Returns:
+        `str`: a table, and what it assumes.
+
+    Raises:
+        ValueError, FileNotFoundError: `update_class` is given, or arguments that do not fit each other or the data.
+    """
+    training, evaluation = arguments.training, arguments.evaluation
+    if training.update_class is not None:
+        raise ValueError(
+            "`dry_run` is set and `update_class` given, expected one of them: a dry run counts a whole run."
+        )
+    if evaluation.image_quality == "inception":
+        evaluation = replace(evaluation, image_quality="none")  # would be downloaded
+    with TemporaryDirectory() as folder:
+        # Compiling would take minutes.
+        training = replace(training, output_dir=folder, torch_compile=False)
+        return Run(RunArguments(arguments.data, arguments.model, training, evaluation), None).costs()
+
+
+class Run:
     """The parts of a run, which are made and joined here; its time limit counts from now."""
 
     def __init__(self, arguments: RunArguments, termination: Termination | None) -> None:
@@ -168,10 +198,9 @@ class _Run:
             if self.accelerator.is_main_process:
                 overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
                 settings = {**self._settings(), "classes": data.digests()}
-                self.folder.open(settings, overwrite=overwrite, resume=resume, needed=self._needed())
+                self.folder.open(settings, overwrite=overwrite, resume=resume, needed=self._needed(strategy.setting))
             self.accelerator.wait_for_everyone()
-            if self.training.report_to != "none":
-                self.accelerator.init_trackers("logs")
+            self._start_trackers()
             with self.folder.staying():
                 return self._learn(strategy, data, tasks)
 
@@ -189,14 +218,32 @@ class _Run:
                 of_run = {name: part for name, part in self._settings().items() if name != EVALUATION}
                 self.folder.check_settings({**of_run, "classes": data.digests()})
                 recover_folder(self.folder.path)
-                evaluator.forget()
             self.accelerator.wait_for_everyone()
-            with self.folder.staying(), self._ends():
-                self._trainer(strategy, data, tasks).restore()
-                for task in tasks:
-                    evaluator.end_task(task)
+            with self.folder.staying():
+                with self._ends():
+                    self._trainer(strategy, data, tasks).restore()
+                    if self.accelerator.is_main_process:
+                        evaluator.forget()
+                    for task in tasks:
+                        self.accelerator.wait_for_everyone()
+                        evaluator.end_task(task)
                     self.accelerator.wait_for_everyone()
                 return report_evaluation(evaluator, folder=self.folder) if self.accelerator.is_main_process else None
+
+    def costs(self) -> str:
+        """What the run costs; its folder is used up."""
+        given, evaluation = self.arguments.data, self.arguments.evaluation
+        known = None if self.model.base_model else KnownCounts.of(given.dataset_name, given.max_images_per_class)
+        strategy, data, _ = self._prepared(known)
+        parts = count_parts(strategy, data, evaluation, classifier_config(evaluation, self.training.max_train_steps))
+        measure_parts(parts, strategy, self.accelerator, evaluation)
+        notes = [] if known is None else [f"{given.dataset_name} was not opened: {known} are assumed."]
+        solvers = {evaluation.solver, (parse_options(self.training.strategy_options) or {}).get("solver")}
+        if "dopri5" in solvers:
+            notes.append(
+                f"dopri5 chooses its steps: {DOPRI5_EVALUATIONS} evaluations an image are assumed, as digits took."
+            )
+        return "\n".join([costs_table(parts), *notes])
 
     def update(self, class_id: int) -> None:
         """Train one adapter of a finished run again, on the images that its class has now."""
@@ -205,10 +252,11 @@ class _Run:
             if self.accelerator.is_main_process:
                 recover_folder(self.folder.adapters)  # what a killed process has left
             self.accelerator.wait_for_everyone()
+            self._start_trackers()
             with self._ends():
                 name = self.model.base_model or os.fspath(self.folder.base)
                 base = find_base(name, revision=self.model.base_model_revision).with_adapters(self.folder.adapters)
-                data = self._data(base)
+                data = self._data(base, one_class=True)
                 self._trainer(self._strategy(base, data, []), data, []).update_class(class_id)
 
     def _learn(self, strategy: Strategy, data: ImageClassificationData, tasks: list[Task]) -> dict[str, Any] | None:
@@ -234,6 +282,10 @@ class _Run:
             publisher.end_run()
         return results
 
+    def _start_trackers(self) -> None:
+        if self.training.report_to != "none":
+            self.accelerator.init_trackers("logs")
+
     @contextmanager
     def _held(self) -> Iterator[None]:
         """The folder's lock, which the main process holds for all, and the kernels that the run asks for."""
@@ -254,11 +306,13 @@ class _Run:
             raise
         self.accelerator.end_training()
 
-    def _prepared(self) -> tuple[Strategy, ImageClassificationData, list[Task]]:
-        """What a run needs, checked; nothing is written."""
-        name, revision = self.model.base_model, self.model.base_model_revision
-        base = None if name is None else find_base(name, revision=revision)
-        data = self._data(base)
+    def _prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any, list[Task]]:
+        """What a run needs, checked; nothing is written. With `counts`, the data is not opened."""
+        name, unet = self.model.base_model, None if self.model.unet_config is None else self.model.unet
+        base = None
+        if name is not None:
+            base = find_base(name, revision=self.model.base_model_revision, unet_config=unet)
+        data = counts or self._data(base)
         tasks = self._tasks(data, base)
         strategy = self._strategy(base, data, tasks)
         strategy.check()
@@ -267,15 +321,28 @@ class _Run:
             InceptionFeatures()  # downloads its weights, or fails now, not after days
         return strategy, data, tasks
 
-    def _needed(self) -> dict[str, str]:
+    def _needed(self, setting: Setting) -> dict[str, str]:
         """What the run reads, by the argument that names it."""
-        named = {"base_model": self.model.base_model, "dataset_name": self.arguments.data.dataset_name}
-        return {field: place for field, place in named.items() if place is not None and Path(place).exists()}
+        named = {"dataset_name": self.arguments.data.dataset_name}
+        if setting.has_base:
+            named["base_model"] = os.fspath(setting.base_dir)
+        return {field: place for field, place in named.items() if Path(place).exists()}
 
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.arguments.data, self.model, self.training, self.arguments.evaluation)
 
-    def _data(self, base: ExistingBase | None) -> ImageClassificationData:
+    def _data(self, base: ExistingBase | None, **how: bool) -> ImageClassificationData:
+        """The images; beside a base, under the ids that it has for them or that are free."""
+        data = self._images(base, **how)
+        if base is None:
+            return data
+        # A run that goes on keeps its ids, whatever has been added beside its base since.
+        own = {} if self.training.overwrite_output_dir else self.folder.classes()
+        known = {**own, **base.classes}
+        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), known, taken=base.taken))
+
+    def _images(self, base: ExistingBase | None, **how: bool) -> ImageClassificationData:
+        """The images under the dataset's own ids; `how`: flags of `load_image_data`."""
         given, unet = self.arguments.data, self.model.unet
         data = load_image_data(
             given.dataset_name,
@@ -289,15 +356,14 @@ class _Run:
             dataset_config_name=given.dataset_config_name,
             revision=given.dataset_revision,
             max_images_per_class=given.max_images_per_class,
+            **how,
         )
         for name in data.class_names.values():
             # Now, not when its adapter has been trained.
             check_class_name(name)
-        if base is None:
-            return data
-        return data.with_class_ids(assign_class_ids(list(data.class_names.values()), base.classes, taken=base.taken))
+        return data
 
-    def _tasks(self, data: ImageClassificationData, base: ExistingBase | None) -> list[Task]:
+    def _tasks(self, data: ImageClassificationData | KnownCounts, base: ExistingBase | None) -> list[Task]:
         given = self.arguments.data
         known = {} if base is None else base.classes
         new = {class_id: name for class_id, name in data.class_names.items() if class_id not in known}
@@ -314,7 +380,9 @@ class _Run:
             )
         return tasks[: given.num_tasks]
 
-    def _strategy(self, base: ExistingBase | None, data: ImageClassificationData, tasks: list[Task]) -> Strategy:
+    def _strategy(
+        self, base: ExistingBase | None, data: ImageClassificationData | KnownCounts, tasks: list[Task]
+    ) -> Strategy:
         setting = Setting(
             output_dir=self.folder.path,
             base_dir=self.folder.base if base is None else base.folder,
@@ -347,13 +415,15 @@ class _Run:
         data: ImageClassificationData,
         tasks: list[Task],
         evaluator: Evaluator | None = None,
+        *,
+        folder: RunFolder | None = None,
     ) -> ContinualTrainer:
         return ContinualTrainer(
             strategy,
             data,
             tasks,
             training=self.training,
-            folder=self.folder,
+            folder=folder or self.folder,
             accelerator=self.accelerator,
             random_flip=self.arguments.data.random_flip,
             evaluator=evaluator,
@@ -372,6 +442,7 @@ class _Listeners(list[Evaluator]):
 
 def _check_strategy(arguments: RunArguments) -> None:
     strategy_cls = strategy_class(arguments.training.strategy)
+    peft_method(arguments.model.peft_method)
     strategy_cls.make_options(arguments.training.strategy_options or {})
     base_model = arguments.model.base_model
     if "all_tasks" in strategy_cls.requires and base_model is not None:
@@ -432,13 +503,17 @@ def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
     # Processes that train independent adapters wait for the slowest one, which may take days.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             log_with=None if training.report_to == "none" else training.report_to,
             project_dir=training.output_dir,
             kwargs_handlers=[patience],
         )
+        if training.report_to != "none" and not accelerator.log_with:
+            # accelerate leaves it out without a word.
+            raise ImportError("its package is not installed")
+        return accelerator
     except (ValueError, ImportError) as error:
         raise ValueError(
             f"`report_to` {training.report_to!r} or `mixed_precision` {training.mixed_precision!r} is not available here: "

@@ -9,6 +9,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -21,7 +22,7 @@ from .continual.time_limit import TimeLimitReached
 from .continual.trainer import NonFiniteLossError
 from .evaluation.report import ForgettingError
 from .recipes.reading import read_recipe
-from .run import RunArguments, run
+from .run import RunArguments, dry_run, run
 from .utils.arguments import refuse_unknown
 from .utils.locks import FolderInUseError
 
@@ -47,7 +48,19 @@ ERRORS = (
 EXIT_TIME_LIMIT = 75
 
 
-def parse(arguments: Sequence[str], *more: type, description: str = DESCRIPTION, prog: str | None = None) -> Any:
+@dataclass
+class DryRunArguments:
+    """Whether to run at all."""
+
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Train nothing: say what the run takes, and how long on this machine, after some ten seconds."
+        },
+    )
+
+
+def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, prog: str | None = None) -> Any:
     """The arguments of the command line over those of `--config`.
 
     Args:
@@ -65,8 +78,9 @@ def parse(arguments: Sequence[str], *more: type, description: str = DESCRIPTION,
         help="A recipe: YAML with the arguments below as keys; a file, or a name that `funlora recipes` lists.",
     )
     given, rest = recipe_parser.parse_known_args(arguments)
+    parts: Any = (*ARGUMENTS, *more)
     parser = HfArgumentParser(
-        (*ARGUMENTS, *more),
+        parts,
         prog=prog,
         # Not all options again at each error.
         usage="%(prog)s [-h] [--config RECIPE] [--OPTION VALUE ...]",
@@ -113,8 +127,9 @@ def take_recipe(parser: HfArgumentParser, path: str) -> None:
 
 def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tuple[str, EvaluationArguments]:
     """The folder of a run, and how to evaluate it: as the run says, but for what the command line has."""
+    parts: Any = EvaluationArguments
     parser = HfArgumentParser(
-        EvaluationArguments,
+        parts,
         prog=prog,
         usage="%(prog)s [-h] RUN [--OPTION VALUE ...]",
         description="Evaluate a finished run, later or again: rewrites that part of its results.json, and its figures. "
@@ -142,7 +157,11 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
     """
     set_up_logging()
     try:
-        run_arguments = parse(sys.argv[1:] if arguments is None else arguments, prog=prog)
+        given = sys.argv[1:] if arguments is None else arguments
+        run_arguments, dry = parse(given, DryRunArguments, prog=prog)
+        if dry.dry_run:
+            print(dry_run(run_arguments))
+            return
         with Termination() as termination:
             run(run_arguments, termination=termination)
     except Terminated as terminated:

@@ -237,28 +237,6 @@ def test_a_mixed_batch_takes_as_many_adapters_as_it_has_classes(filled):
     assert bank.place([5, 7]) == second
 
 
-def test_banks_beside_each_other(filled, tmp_path):
-    bank, outputs = filled(PLAIN)
-    config = {"function": "power", "operation": "mul-add", "target_modules": ["mlp.0"]}
-    model = PLAIN.model(class_label=8, **config)
-    expected = PLAIN.run(model)
-    model.save_pretrained(tmp_path / "class_8")
-    bank.activate(7)
-    other = AdapterBank(bank.model, FunLoraConfig.from_pretrained(tmp_path / "class_8"), "other", beside=[bank])
-    other.add(tmp_path / "class_8")
-    assert torch.equal(PLAIN.run(bank.model), outputs[7])
-    samples = len(next(iter(PLAIN.batch().values())))
-    with other.mixed_batch([8] * samples):
-        assert torch.equal(PLAIN.run(bank.model), expected)
-    assert torch.equal(PLAIN.run(bank.model), outputs[7])
-    with pytest.raises(ValueError, match="A bank beside others has no live class"):
-        other.activate(8)
-    other.unload()
-    assert torch.equal(PLAIN.run(bank.model), outputs[7])
-    bank.unload()
-    assert_equal(dict(bank.model.state_dict()), dict(PLAIN.base().state_dict()))
-
-
 def test_adapters_stay_in_float32_in_a_model_of_lower_precision(filled, tmp_path):
     bank, _ = filled(PLAIN)
     bank.model.to(torch.bfloat16)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from runs import make_tiny_unet, write_adapters
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline
-from funlora_hf.adapters.base_model import base_classes, load_base, read_unet
+from funlora_hf.adapters.untrusted_base import base_classes, load_base, read_unet
 from funlora_hf.continual.base import find_base
 
 

@@ -19,7 +19,7 @@ from runs import write_adapters
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline
 from funlora_hf.baselines import ConvLoraConfig
-from funlora_hf.cards.model_cards import ClassRow, Place, adapter_card, adapters_card, base_card
+from funlora_hf.cards.model_cards import ClassRow, Place, adapter_card, repository_card
 from funlora_hf.continual.config import (
     ContinualTrainingArguments,
     DataArguments,
@@ -82,8 +82,8 @@ FULL = {"results": results(), "license": "mit"}
 
 def full_cards():
     yield adapter(fingerprinted(), samples="samples.png", **FULL)
-    yield base_card(repo_id="me/base", classes=CLASSES, base_fingerprints={"float32": FINGERPRINT}, **FULL)
-    yield adapters_card(repo_id="me/cifar", base="me/base", base_revision="v1", classes=CLASSES, **FULL)
+    yield repository_card("me/base", CLASSES, kind="base", base_fingerprints={"float32": FINGERPRINT}, **FULL)
+    yield repository_card("me/cifar", CLASSES, kind="adapter", base="me/base", base_revision="v1", **FULL)
 
 
 def snippets(card):
@@ -174,7 +174,7 @@ def test_accuracies_that_say_nothing_of_the_generator_are_not_in_the_metadata(ch
 
 
 def test_a_base_s_card_lists_its_classes():
-    card = base_card(repo_id="me/base", classes=CLASSES, base_fingerprints={"float32": FINGERPRINT}, **FULL)
+    card = repository_card("me/base", CLASSES, kind="base", base_fingerprints={"float32": FINGERPRINT}, **FULL)
     assert table(card, "Classes") == [
         ["id", "class", "made by", "parameters", "size", "accuracy (%)"],
         ["0", "plane", "base", "", "", "91.25"],
@@ -191,7 +191,7 @@ def test_a_base_s_card_lists_its_classes():
 
 def test_columns_with_nothing_in_them_are_left_out():
     classes = [ClassRow(7, "bird", "adapter", None, None, None, None)]
-    card = adapters_card(repo_id=None, base=None, base_revision=None, classes=classes)
+    card = repository_card(None, classes, kind="adapter", base=None, base_revision=None)
     assert table(card, "Classes") == [["id", "class", "made by"], ["7", "bird", "adapter"]]
     assert "1 class," in card.text
     assert "The base has not been published" in card.text
@@ -205,7 +205,7 @@ def test_a_class_is_made_by_a_base_or_an_adapter():
 def test_a_base_given_to_the_run_was_not_trained_by_it():
     contents = results()
     contents["settings"]["ModelArguments"]["base_model"] = "me/base"
-    card = base_card(repo_id="me/base", classes=CLASSES, base_fingerprints=None, results=contents)
+    card = repository_card("me/base", CLASSES, kind="base", base_fingerprints=None, results=contents)
     assert "## Training" not in card.text
 
 
@@ -240,8 +240,8 @@ def test_results_may_lack_anything(key):
     not_measured = [results(**{key: None})] if key in ("LA", "AIA", "class_accuracy", "dataset") else []
     for contents in [lacking, *not_measured]:
         _check_form(adapter(results=contents))
-        _check_form(base_card(repo_id=None, classes=classes, base_fingerprints=None, results=contents))
-        _check_form(adapters_card(repo_id=None, base=None, base_revision=None, classes=classes, results=contents))
+        _check_form(repository_card(None, classes, kind="base", base_fingerprints=None, results=contents))
+        _check_form(repository_card(None, classes, kind="adapter", base=None, base_revision=None, results=contents))
 
 
 def _check_form(card):
@@ -262,9 +262,9 @@ def test_no_path_of_a_machine_gets_into_a_card():
         contents = results(dataset=dataset)
         for card in (
             adapter(place=place, results=contents),
-            base_card(repo_id="/home/me/base", classes=CLASSES, base_fingerprints=None, results=contents),
-            adapters_card(
-                repo_id="/home/me", base="/home/me/base", base_revision=None, classes=CLASSES, results=contents
+            repository_card("/home/me/base", CLASSES, kind="base", base_fingerprints=None, results=contents),
+            repository_card(
+                "/home/me", CLASSES, kind="adapter", base="/home/me/base", base_revision=None, results=contents
             ),
         ):
             assert "me/base" not in str(card)
@@ -332,8 +332,8 @@ def test_any_name_stays_in_its_cell(first, second):
         ClassRow(7, second, "adapter", 1, 1, None, "class_7"),
     ]
     for card in (
-        base_card(repo_id="me/base", classes=classes, base_fingerprints=None),
-        adapters_card(repo_id=None, base=None, base_revision=None, classes=classes),
+        repository_card("me/base", classes, kind="base", base_fingerprints=None),
+        repository_card(None, classes, kind="adapter", base=None, base_revision=None),
     ):
         rows = table(card, "Classes")
         assert [len(row) for row in rows] == [6, 6, 6]
@@ -423,13 +423,13 @@ def test_the_code_in_cards_of_many_runs(run_folder, tiny_pipe):
         ClassRow(3, "three", "base", None, None, None, None),
         ClassRow(7, "seven", "adapter", 1, 1, None, "class_7"),
     ]
-    card = adapters_card(repo_id=None, base=None, base_revision=None, classes=classes)
+    card = repository_card(None, classes, kind="adapter", base=None, base_revision=None)
     places = {"path/to/base": run_folder / "base", "path/to/this/folder": run_folder / "adapters"}
     first, second = snippets(card)
     assert len(execute(first, places)["images"]) == 4
     assert isinstance(execute(second, places)["model"], PeftModel)
 
-    card = base_card(repo_id=None, classes=classes, base_fingerprints=None)
+    card = repository_card(None, classes, kind="base", base_fingerprints=None)
     assert 'pipe.load_adapter("path/to/this/folder", subfolder="class_7")' in snippets(card)[0]
     shutil.copytree(run_folder / "base", run_folder / "whole")
     (run_folder / "adapters" / "class_7").rename(run_folder / "whole" / "class_7")

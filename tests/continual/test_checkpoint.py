@@ -10,7 +10,6 @@ from diffusers.training_utils import EMAModel
 from funlora_hf.continual.checkpoint import (
     TrainingState,
     latest_checkpoint,
-    load_checkpoint,
     load_newest,
     save_checkpoint,
 )
@@ -43,7 +42,7 @@ def test_a_resumed_state_trains_on_as_if_nothing_had_happened(fused, tmp_path):
     save_checkpoint(tmp_path, 4, first, total_limit=2)
 
     resumed = start(fused=fused)
-    done = load_checkpoint(latest_checkpoint(tmp_path), resumed)
+    done = load_newest(tmp_path, resumed)
     assert done == 4
     train(resumed, range(done, 10))
     for name, tensor in uninterrupted.tensors().items():
@@ -53,7 +52,8 @@ def test_a_resumed_state_trains_on_as_if_nothing_had_happened(fused, tmp_path):
 def test_what_the_optimizer_keeps_lies_as_its_parameter_does(tmp_path):
     first, resumed = start(), start()
     train(first, range(2))
-    load_checkpoint(save_checkpoint(tmp_path, 2, first, total_limit=2), resumed)
+    save_checkpoint(tmp_path, 2, first, total_limit=2)
+    load_newest(tmp_path, resumed)
     for name, parameter in resumed.parameters.items():
         for key, value in resumed.optimizer.state[parameter].items():
             assert key == "step" or value.stride() == parameter.stride(), (name, key)
@@ -126,4 +126,4 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
 def test_another_configuration_is_named(tmp_path):
     save_checkpoint(tmp_path, 1, start(size=3), total_limit=None)
     with pytest.raises(ValueError, match=r"another configuration: for a it holds shape \(3,\), expected shape \(4,\)"):
-        load_checkpoint(tmp_path / "step_1", start(size=4))
+        load_newest(tmp_path, start(size=4))

@@ -172,6 +172,23 @@ def test_image_folder_of_one_class(tmp_path):
     assert (found.count(0), found.count(0, split="test")) == (8, 2)
 
 
+def test_a_folder_of_images_as_one_class(tmp_path):
+    folder = image_folder(tmp_path / "my cat[s]", *(f"{index}.png" for index in range(5)))
+    for name in (folder, f"{folder}/"):
+        found = load(name, one_class=True, hold_out=False)
+        assert (found.name, found.class_names) == ("my cat[s]", {0: "my cat[s]"})
+        assert (found.count(0), found.count(0, split="test"), len(found.images(0))) == (5, 0, 5)
+    assert load(folder, one_class=True).count(0, split="test") == 1
+
+
+def test_images_beside_class_folders_are_named(tmp_path):
+    folder = image_folder(tmp_path / "mixed", "cat/a.png", "b.png")
+    with pytest.warns(
+        UserWarning, match=r"'mixed': the images beside its folders \(cat\) are of no class and are left out"
+    ):
+        assert load(folder, one_class=True).count(0) == 1
+
+
 def test_image_folder_with_metadata(tmp_path):
     folder = image_folder(tmp_path / "meta", "a.png", "b.png")
     (tmp_path / "meta" / "metadata.csv").write_text("file_name,label\na.png,z\nb.png,y\n")
@@ -781,7 +798,17 @@ def test_linked_images_are_read(tmp_path):
         (tmp_path / "images" / name).mkdir(parents=True)
         for file in (tmp_path / "store" / name).iterdir():
             (tmp_path / "images" / name / file.name).symlink_to(file)
-    assert counts(tmp_path / "images") == {"a": 3, "b": 3}
+    with pytest.warns(UserWarning, match=r"6 links lead out of the folder and are followed, such as 'a/\d.png' to"):
+        assert counts(tmp_path / "images") == {"a": 3, "b": 3}
+
+
+def test_links_inside_the_folder_are_nothing_to_tell(tmp_path):
+    for name in "ab":
+        write_images(tmp_path / "images" / name)
+    (tmp_path / "images" / "b" / "again.png").symlink_to("0.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert counts(tmp_path / "images") == {"a": 3, "b": 4}
 
 
 @pytest.mark.parametrize("suffix", [".heic", ".HEIC", ".raw", ""])
@@ -850,3 +877,34 @@ def test_digests_know_classes_by_name_and_content(tmp_path):
     assert digests()["class 2"] != before["class 2"]
     (tmp_path / "images" / "a").rename(tmp_path / "images" / "z")
     assert digests()["class 0"] == changed["class 1"]
+
+
+LEFT_OUT = {
+    "an image beside the folders": ("root.png", "lie outside of the folders of the classes.*'root.png'"),
+    "a folder with a name that datasets skips": ("__background/0.png", "begin with '__'.*'__background'"),
+    "a class of hidden images": ("c/.0.png", "these folders have no image.*'c'"),
+}
+
+
+@pytest.mark.parametrize(("place", "text"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_what_datasets_skips_is_named(place, text, tmp_path):
+    for name in "ab":
+        write_images(tmp_path / "images" / name)
+    (tmp_path / "images" / place).parent.mkdir(exist_ok=True)
+    grey(0).save(tmp_path / "images" / place)
+    with pytest.warns(UserWarning, match=text):
+        assert counts(tmp_path / "images") == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"), "more than once"),
+        (("a", " "), "has a label without text"),
+    ],
+)
+def test_names_that_cannot_be_told_apart_are_refused(names, text, tmp_path):
+    for name in names:
+        write_images(tmp_path / "images" / name)
+    with pytest.raises(ValueError, match=text):
+        counts(tmp_path / "images")

@@ -1,4 +1,4 @@
-"""The Python blocks of README and docs run as printed, page by page; the commands name scripts and arguments that exist."""
+"""The Python of README and docs runs, page by page, with few steps; commands name scripts and arguments that exist."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ from runs import REPOSITORY, short_run
 from funlora_hf.run import run
 
 
-# docs/sharing.md needs a Hub (test_readme.py), docs/strategies/writing_your_own.md the registry (test_strategies_docs.py).
-PYTHON_PAGES = ["README.md", "docs/getting_started.md", "docs/method.md", "docs/tuner.md", "docs/strategies/README.md"]
+# docs/guides/sharing.md needs a Hub (test_readme.py), docs/strategies/writing_your_own.md the registry (test_strategies_docs.py).
+PYTHON_PAGES = [
+    "README.md",
+    "docs/getting_started.md",
+    "docs/guides/many_classes.md",
+    "docs/guides/own_loop.md",
+    "docs/method.md",
+    "docs/tuner.md",
+    "docs/strategies/README.md",
+]
 PAGES = sorted(
     path.relative_to(REPOSITORY).as_posix() for path in [REPOSITORY / "README.md", *REPOSITORY.glob("docs/**/*.md")]
 )
@@ -29,7 +37,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def test_every_page_with_python_is_run():
     found = {page for page in PAGES if blocks(page, "python")}
-    assert found == {*PYTHON_PAGES, "docs/sharing.md", "docs/strategies/writing_your_own.md"}
+    assert found == {*PYTHON_PAGES, "docs/guides/sharing.md", "docs/strategies/writing_your_own.md"}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +60,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("page", PYTHON_PAGES)
 def test_python_blocks_run_in_order(page, folder):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY / "src")}
+    code = "\n".join(blocks(page, "python")).replace("in range(200)", "in range(2)")  # steps of training
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks(page, "python"))],
+        [sys.executable, "-c", code],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -81,6 +90,10 @@ def test_commands_name_what_exists(page, line):
     elif words[0] == "funlora":
         text = usage("-m", "funlora_hf", words[1])
         assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--\w+", text))
+    elif "-m" in words:
+        assert words[0] in ("accelerate", "torchrun"), line
+        given = words[words.index("-m") + 1 :]
+        assert {word for word in given if word.startswith("--")} <= set(re.findall(r"--\w+", usage("-m", given[0])))
     elif scripts := [word for word in words if word.startswith("examples/")]:
         text = usage(scripts[0])
         given = words[words.index(scripts[0]) :]

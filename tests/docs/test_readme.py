@@ -1,4 +1,4 @@
-"""The lines of docs/sharing.md run as they stand there, and do what they say."""
+"""The lines of docs/guides/sharing.md run as they stand there, and do what they say."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from funlora_hf.run import run
 
 
 def snippet(heading: str) -> str:
-    """The first Python block below a heading of docs/sharing.md."""
-    text = (REPOSITORY / "docs" / "sharing.md").read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
+    """The first Python block below a heading of docs/guides/sharing.md."""
+    text = (
+        (REPOSITORY / "docs" / "guides" / "sharing.md").read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
+    )
     return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
 
 

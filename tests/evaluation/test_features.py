@@ -57,8 +57,8 @@ def test_a_network_without_a_head_is_refused():
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
-        (torch.zeros(2, 1, 8, 8), r"`images` is torch\.float32, expected a uint8"),
-        ([[0]], "`images` is list, expected a uint8"),
+        (torch.zeros(2, 1, 8, 8), r"`images` is torch\.float32, expected a torch.uint8"),
+        ([[0]], "`images` is list, expected a torch.uint8"),
         (torch.zeros(1, 8, 8, dtype=torch.uint8), r"`images` has shape \(1, 8, 8\), expected \(N, C, H, W\)"),
         (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), r"`images` has shape \(0, 1, 8, 8\)"),
     ],

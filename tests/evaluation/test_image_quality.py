@@ -24,6 +24,9 @@ from funlora_hf.evaluation.image_quality import (
 )
 
 
+DIGITS = ClassifierConfig(epochs=20, crop_padding=0, horizontal_flip=False)
+
+
 def normal(count: int, width: int, *, seed: int) -> torch.Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -254,14 +257,14 @@ def digits():
 
 @pytest.fixture(scope="module")
 def extractor(digits):
-    return reference_features(digits[0], config=ClassifierConfig.for_digits())
+    return reference_features(digits[0], config=DIGITS)
 
 
 def test_the_reference_depends_on_images_and_recipe_alone(digits, extractor):
     train, test = digits
     torch.manual_seed(12345)
     before = torch.random.get_rng_state()
-    again = reference_features({c: train[c] for c in (7, 0, 1)}, config=ClassifierConfig.for_digits())
+    again = reference_features({c: train[c] for c in (7, 0, 1)}, config=DIGITS)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(extract_features(again, test[7]), extract_features(extractor, test[7]))
     other = reference_features(train, config=ClassifierConfig(epochs=1))
@@ -294,4 +297,4 @@ def test_a_forgotten_class_is_seen_in_recall_and_not_in_precision(digits, extrac
 
 def test_a_reference_of_one_class_is_refused(digits):
     with pytest.raises(ValueError, match=r"`images` has the classes \[7\], expected at least two"):
-        reference_features({7: digits[0][7]}, config=ClassifierConfig.for_digits())
+        reference_features({7: digits[0][7]}, config=DIGITS)

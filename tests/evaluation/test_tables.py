@@ -31,8 +31,8 @@ def results(seed: int, la: float) -> dict:
 def test_the_summary_says_what_was_measured():
     text = summary_table(results(0, 98.0))
     for expected in (
-        "LA (%)               98.00   last accuracy: A_t after the last task\n",
-        "AIA (%)              99.00   average incremental accuracy: mean of A_t\n",
+        "LA (%)               98.00   last accuracy: the mean over all tasks, after the last one\n",
+        "AIA (%)              99.00   average incremental accuracy: the mean of A_t over t\n",
         "10 (14 with",
         "equal to the bit, base unch",
     ):

@@ -80,6 +80,6 @@ def test_the_line_of_a_task(log, caplog):
     assert caplog.messages == [
         "task 2 of 4: classes c, d learned in 12 s; about 12 s left",
         "task 2 of 4: classes c, d learned in 12 s, accuracy 99.3 %; about 12 s left",
-        "task 4 of 4: classes f learned in 0 s, accuracy 99.3 %",
+        "task 4 of 4: class f learned in 0 s, accuracy 99.3 %",
         "task 1 of 4: classes a, b of the base; about 24 s left",
     ]

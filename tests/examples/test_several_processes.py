@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -201,3 +203,38 @@ def test_two_processes_stop_together_and_go_on_to_the_same_end(tmp_path, run_exa
     assert any("of phase 'class_" in " ".join(pair) for pair in stops), stops
     for part in ("base", "adapters"):
         assert digests(tmp_path / "out" / part) == digests(tmp_path / "whole" / "out" / part)
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_is_a_checkpoint(one, tmp_path):
+    """Its workers have sessions of their own, so that the terminal's signal reaches the launcher, which passes it on."""
+    with started(tmp_path, beside(one, tmp_path), launcher=torchrun(2)) as launcher:
+        wait_for(tmp_path / "out" / "checkpoints" / "class_4" / "step_3", launcher)
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(timeout=120) != 0
+    check_stopped_by_ctrl_c(tmp_path)
+    arguments = short(base_model="mine", resume_from_checkpoint="latest")
+    finish(tmp_path, arguments, launcher=torchrun(2))
+    assert digests(tmp_path / "out" / "adapters") == digests(one / "adapters")
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_accelerate_is_a_checkpoint(uninterrupted, tmp_path):
+    """The terminal's signal reaches the launcher and the run."""
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")
+    with started(tmp_path, launcher=(*launcher, "--mixed_precision", "no", "--dynamo_backend", "no")) as process:
+        wait_for(tmp_path / "out" / "checkpoints" / "base" / "step_3", process)
+        (run,) = processes_of(process)
+        for each in (process, run):
+            each.send_signal(signal.SIGINT)
+        run.wait(timeout=60)
+        process.wait(timeout=60)
+    check_stopped_by_ctrl_c(tmp_path)
+    finish(tmp_path)
+    assert_same_run(tmp_path / "out", uninterrupted.folder)
+
+
+def check_stopped_by_ctrl_c(place: Path) -> None:
+    log = (place / "log").read_text()
+    assert re.search(r"SIGINT: stopped .*--resume_from_checkpoint latest to go on", log), log
+    assert list((place / "out" / "checkpoints").glob("*/step_*"))

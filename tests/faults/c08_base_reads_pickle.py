@@ -4,7 +4,7 @@ import sys, json, tempfile, torch
 from pathlib import Path
 from diffusers import UNet2DModel, FlowMatchEulerDiscreteScheduler
 from funlora_hf import FunLoraPipeline
-from funlora_hf.adapters.base_model import read_unet
+from funlora_hf.adapters.untrusted_base import read_unet
 d=Path(tempfile.mkdtemp())/"base"
 unet=UNet2DModel(sample_size=8,in_channels=1,out_channels=1,block_out_channels=(32,64),layers_per_block=1,down_block_types=("DownBlock2D",)*2,up_block_types=("UpBlock2D",)*2,num_class_embeds=2)
 FunLoraPipeline(unet,FlowMatchEulerDiscreteScheduler(),[0,1],{0:"0",1:"1"}).save_pretrained(d)

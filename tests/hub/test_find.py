@@ -81,3 +81,9 @@ def test_a_subfolder_of_a_repository(hub):
     assert found(find_contents("user/digits", subfolder="deep")) == ["class_7"]
     with pytest.raises(ValueError, match="expected a place inside the repository"):
         find_contents("user/digits", subfolder="../deep")
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "class_7").mkdir()
+    with pytest.raises(ValueError, match=r"`revision` is 'v1', but .* is a folder, which has none"):
+        find_contents(tmp_path, revision="v1")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from funlora_hf.sampling.drawing import draw_samples, tensor_sha256, to_uint8
@@ -47,3 +48,17 @@ def test_the_hash_sees_one_bit_the_shape_and_the_dtype():
 
 def test_bytes_are_rounded():
     assert to_uint8(torch.tensor([0.0, 0.499 / 255, 0.5, 1.0])).tolist() == [0, 0, 128, 255]
+
+
+def test_every_precision_has_a_hash_of_its_own():
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.bool)
+    tensors = [torch.ones(2, 3, dtype=dtype) for dtype in dtypes]
+    assert len({tensor_sha256(tensor) for tensor in tensors}) == len(dtypes)
+    assert tensor_sha256(tensors[0].t().contiguous().t()) == tensor_sha256(tensors[0])
+    assert tensor_sha256(torch.tensor(1.0)) != tensor_sha256(torch.tensor(1.0).reshape(1))
+
+
+@pytest.mark.parametrize("field", ["count", "batch_size"])
+def test_less_than_one_image_is_refused(field, tiny_pipe):
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        draw(tiny_pipe, **{field: 0})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -55,3 +57,11 @@ def test_guidance_of_scale_zero_samples_the_same_to_the_bit_and_more_moves(solve
     brighter = draw(Guidance(brightness, scale=20.0))
     assert (brightness(brighter) > brightness(plain)).all()
     assert all(parameter.grad is None for parameter in tiny_pipe.unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("scale", math.nan), ("scale", math.inf), ("most", 0.0), ("most", -1.0), ("most", math.inf)]
+)
+def test_numbers_that_would_spoil_samples_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"`{field}` is {value}, expected a finite number"):
+        Guidance(lambda images: images.flatten(1).sum(1), **{"scale": 1.0, field: value})

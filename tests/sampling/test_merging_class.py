@@ -289,8 +289,8 @@ def test_a_u_net_whose_vector_has_no_place_is_refused(pipe):
 
 
 def test_other_kinds_of_class_embedding_are_refused(tiny_unet):
-    unet = make_unet(tiny_unet, class_embed_type="timestep")
-    pipe = FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())
+    pipe = FunLoraPipeline(make_unet(tiny_unet), FlowMatchEulerDiscreteScheduler())
+    pipe.unet = make_unet(tiny_unet, class_embed_type="timestep")
     with pytest.raises(
         ValueError, match="`class_embed_type` is 'timestep' and the class embedding a TimestepEmbedding"
     ):

@@ -9,7 +9,13 @@ import typing
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import TINY_UNET, make_tiny_unet
@@ -17,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from scipy.integrate import solve_ivp
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline, FunLoraPipelineOutput
-from funlora_hf.adapters.base_model import read_unet
+from funlora_hf.adapters.untrusted_base import read_unet
 from funlora_hf.continual.base import find_base
 from funlora_hf.continual.config import ModelArguments
 from funlora_hf.tuner import FunLoraLayer
@@ -446,11 +452,12 @@ def test_a_second_pipeline_of_the_same_unet_leaves_the_first_alone(adapters, tin
     with pytest.raises(ValueError, match="has the adapters bank0 of another pipeline"):
         other.load_adapter(adapters / "class_9")
     np.testing.assert_array_equal(tiny_pipe([7, 3], 2, generator=generator(), output_type="np").images, before)
-    own = FunLoraPipeline(copy.deepcopy(make_tiny_unet()), tiny_pipe.scheduler)
+    assert other.classes == {3: "three", 5: "5"}
+    own = FunLoraPipeline(copy.deepcopy(make_tiny_unet()), tiny_pipe.scheduler, class_ids=[3, 5])
     own.load_adapter(adapters / "class_9")
     tiny_pipe.unload_adapter(7)
     other.load_adapter(adapters / "class_9")
-    images = [pipe([9, 0], 2, generator=generator(), output_type="np").images for pipe in (own, other)]
+    images = [pipe([9, 3], 2, generator=generator(), output_type="np").images for pipe in (own, other)]
     np.testing.assert_allclose(*images, atol=1e-6)
 
 
@@ -460,7 +467,12 @@ def test_a_replaced_unet_is_taken_up_or_refused(adapters, tiny_pipe):
     expected = tiny_pipe([7], 2, generator=generator(), output_type="np").images
     assert tiny_pipe._adapters.model is tiny_pipe.unet
     tiny_pipe.unet = make_tiny_unet()
-    for use in (lambda: tiny_pipe([7], 2), lambda: tiny_pipe.load_adapter(adapters / "class_9")):
+    for use in (
+        lambda: tiny_pipe([7], 2),
+        lambda: tiny_pipe.load_adapter(adapters / "class_9"),
+        lambda: tiny_pipe.merged_unet(7),
+        lambda: tiny_pipe.save_pretrained(adapters.parent / "saved"),
+    ):
         with pytest.raises(ValueError, match="`unet` was replaced after adapters were loaded"):
             use()
     tiny_pipe.unload_adapter(7)
@@ -500,3 +512,127 @@ def test_saving_refuses_what_would_lose_adapters_or_could_not_be_read(adapters, 
     with pytest.raises(ValueError, match="`safe_serialization`"):
         tiny_pipe.save_pretrained(tmp_path / "saved", False)
     assert not (tmp_path / "saved").exists()
+
+
+def test_pipelines_made_of_another_share_its_adapters(pipe, adapters):
+    before = pipe([7, 3, 9], 2, generator=generator(), output_type="np").images
+    other = FunLoraPipeline.from_pipe(pipe)
+    assert other.classes == pipe.classes == {3: "three", 5: "5", 7: "seven", 9: "9"}
+    for one in (other, pipe):
+        np.testing.assert_array_equal(one([7, 3, 9], 2, generator=generator(), output_type="np").images, before)
+    other.unload_adapter(9)
+    assert 9 not in pipe.classes
+    pipe.load_adapter(adapters / "class_9")
+    np.testing.assert_array_equal(other([7, 3, 9], 2, generator=generator(), output_type="np").images, before)
+
+
+def to_another_precision_and_back(pipe: FunLoraPipeline) -> None:
+    pipe.to(torch.float64)
+    pipe([7], 1)
+    pipe.to(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        lambda pipe: pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+        to_another_precision_and_back,
+        lambda pipe: torch.inference_mode()(pipe)([7], 1),
+        lambda pipe: pipe.enable_attention_slicing(),
+        lambda pipe: pipe.reset_device_map(),
+    ],
+    ids=["model_offload", "group_offload", "to", "inference_mode", "slicing", "device_map"],
+)
+def test_idioms_of_diffusers_keep_adapters(use, pipe, adapters, tmp_path):
+    """Those loaded before as after, and in a folder that is saved then."""
+    before = pipe([7, 3, 9], 2, generator=generator(), output_type="np").images
+    pipe.unload_adapter(9)
+    use(pipe)
+    pipe.load_adapter(adapters / "class_9")
+    np.testing.assert_array_equal(pipe([7, 3, 9], 2, generator=generator(), output_type="np").images, before)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = FunLoraPipeline.from_pretrained(tmp_path / "saved")
+    assert again.classes == pipe.classes
+    np.testing.assert_array_equal(again([7, 3, 9], 2, generator=generator(), output_type="np").images, before)
+
+
+def test_the_pipeline_s_folder_is_not_loaded_as_another_pipeline(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="FunLoraPipeline"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_names_that_look_alike_are_one(tiny_unet):
+    composed, decomposed = "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = FunLoraPipeline(tiny_unet, scheduler, class_ids=[3, 5], id2label={3: composed})
+    images = [pipe(name, 1, generator=generator(), output_type="np").images for name in (3, composed, decomposed)]
+    np.testing.assert_array_equal(images[0], images[1])
+    np.testing.assert_array_equal(images[0], images[2])
+    with pytest.raises(ValueError, match="is used for two classes"):
+        FunLoraPipeline(tiny_unet, scheduler, class_ids=[3, 5], id2label={3: composed, 5: decomposed})
+
+
+@pytest.mark.parametrize(
+    ("classes", "text"),
+    [
+        ({"class_ids": [3.7, 5]}, "not whole numbers"),
+        ({"class_ids": [True, 5]}, "not whole numbers"),
+        (
+            {"class_ids": [3, 5], "id2label": {3: "three", 9: "nine"}},
+            r"`id2label` names \[9\], expected ids of the base's",
+        ),
+    ],
+)
+def test_classes_are_taken_as_they_are_or_refused(classes, text, tiny_unet):
+    with pytest.raises(ValueError, match=text):
+        FunLoraPipeline(tiny_unet, FlowMatchEulerDiscreteScheduler(), **classes)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(),
+        FlowMatchEulerDiscreteScheduler(num_train_timesteps=100),
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    ],
+)
+def test_a_scheduler_put_in_later_is_checked_too(scheduler, tiny_pipe):
+    tiny_pipe.scheduler = scheduler
+    with pytest.raises(ValueError, match=r"`scheduler[.`]"):
+        tiny_pipe([3], 1)
+
+
+def test_dropout_never_acts_on_samples():
+    torch.manual_seed(0)
+    unet = UNet2DModel(**{**TINY_UNET, "dropout": 0.5, "num_class_embeds": 2}).train()
+    pipe = FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())
+    images = [pipe([0], 1, generator=generator(), output_type="np").images for _ in range(2)]
+    np.testing.assert_array_equal(*images)
+    assert unet.training
+
+
+def test_an_embedding_of_times_is_refused():
+    unet = UNet2DModel(**{**TINY_UNET, "num_class_embeds": 2, "class_embed_type": "timestep"})
+    with pytest.raises(ValueError, match=r"`unet.config.class_embed_type` is 'timestep', expected None"):
+        FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())
+
+
+def test_a_unet_without_a_size_is_named():
+    unet = UNet2DModel(**{**TINY_UNET, "sample_size": None, "num_class_embeds": 2})
+    with pytest.raises(ValueError, match=r"`unet.config.sample_size` is None"):
+        FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())([0], 1)
+
+
+def test_velocities_of_whole_numbers_are_refused(tiny_pipe):
+    with pytest.raises(ValueError, match=r"`sample` is of torch.int64"):
+        tiny_pipe.predict_velocity(torch.zeros(1, 1, 8, 8, dtype=torch.int64), torch.tensor(0.5), [3])
+
+
+def test_adapters_of_an_earlier_save_are_named(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    pipe.unload_adapter(9)
+    with pytest.warns(UserWarning, match=r"adapters' also holds class_9, which this pipeline does not have"):
+        pipe.save_pretrained(tmp_path)

@@ -26,9 +26,9 @@ with atheris.instrument_imports(include=["funlora_hf", "yaml", "PIL"]):
     from PIL import Image
 
     from funlora_hf import FunLoraConfig
-    from funlora_hf.adapters.base_model import base_classes
-    from funlora_hf.adapters.untrusted_adapter import read_config, read_shapes
+    from funlora_hf.adapters.untrusted_adapter import read_config, read_header
     from funlora_hf.adapters.untrusted_bank import read_bank
+    from funlora_hf.adapters.untrusted_base import base_classes
     from funlora_hf.data.encoded_images import FORMATS
     from funlora_hf.data.image_data import ImageClassificationData, _Part
     from funlora_hf.recipes.reading import read_recipe
@@ -121,7 +121,7 @@ READERS = {
         [pack(TENSORS, bytes(12))],
     ),
     "shapes": (
-        _of_file("adapter_model.safetensors", lambda file: read_shapes(file.parent)),
+        _of_file("adapter_model.safetensors", read_header),
         [pack(TENSORS, bytes(12))],
     ),
     "bank": (_of_file("bank.safetensors", read_bank), [pack(json.loads(json.dumps(BANK, default=sorted)), bytes(32))]),

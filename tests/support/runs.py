@@ -91,7 +91,7 @@ def write_adapters(
         torch.manual_seed(class_id)
         name = adapter_name(class_id)
         model = get_peft_model(copy.deepcopy(pipe.unet), FunLoraConfig(**config), adapter_name=name)
-        save_adapter(model, name, run / "adapters" / name)
+        save_adapter(model, run / "adapters" / name, name)
     return run
 
 

@@ -23,6 +23,8 @@ OPTIONS = {
     "replay": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6},
     "guide": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6, "refreshes": 2},
 }
+# Of strategies that have one.
+RANKS = {name: {"rank": 2} for name in ("funlora", "naive_lora", "merge_init", "merge_orthogonal", "magmax")}
 
 
 class Drawn:
@@ -64,7 +66,7 @@ def make_strategy(name: str, folder: Path, *, tasks=TASKS, data=None, model=None
         has_base=False,
         class_names=NAMES,
         tasks=tuple(tasks),
-        model=ModelArguments(unet_config=dict(TINY_UNET), **{"rank": 2, **(model or {})}),
+        model=ModelArguments(unet_config=dict(TINY_UNET), **{**RANKS.get(name, {}), **(model or {})}),
         training=ContinualTrainingArguments(strategy=name, **training),
         device=torch.device("cpu"),
         num_images=dict.fromkeys(NAMES, count),

@@ -16,13 +16,13 @@ from ..tuner import FunLoraConfig, mixed_batch
 from ..tuners_utils.layer import BASE
 from ..utils.files import whole_file
 from .base_fingerprint import FingerprintCheck
-from .base_model import load_base
 from .class_folder import adapter_folders, known_class
 from .class_folder import adapter_name as class_adapter_name
 from .class_rows import ClassRows, adapters_enabled
 from .flat_adapter import FlatAdapter
 from .untrusted_adapter import ADAPTER_FILES, bankable, exact_targets, fetch, read_adapter
 from .untrusted_bank import METADATA, ROWS, read_bank
+from .untrusted_base import load_base
 
 
 class AdapterBank(ClassRows):
@@ -40,14 +40,11 @@ class AdapterBank(ClassRows):
         config (`FunLoraConfig`):
             What the adapters are made of. Without `modules_to_save`.
         adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
-        beside (sequence of `AdapterBank`, *optional*):
-            Banks that serve other configurations on the same model. This one's classes then act by `mixed_batch` only.
 
     Raises:
         ValueError: `modules_to_save`, or a model with other adapters, or with this one in another configuration.
 
     Example:
-
         ```py
         >>> bank = AdapterBank(unet, FunLoraConfig.from_pretrained("outputs/digits/adapters/class_2"))
         >>> for label in range(2, 10):
@@ -59,17 +56,9 @@ class AdapterBank(ClassRows):
     Source: [ours].
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: FunLoraConfig,
-        adapter_name: str = "live",
-        *,
-        beside: Sequence[ClassRows] = (),
-    ) -> None:
-        super().__init__(model, config, adapter_name, beside=beside)
+    def __init__(self, model: nn.Module, config: FunLoraConfig, adapter_name: str = "live") -> None:
+        super().__init__(model, config, adapter_name)
         self._live: FlatAdapter = self._first
-        self._is_beside_others = bool(beside)
         self._base = FingerprintCheck(self.model)
         self._names: dict[int, str] = {}
         self._active: int | None = None
@@ -99,8 +88,6 @@ class AdapterBank(ClassRows):
             ValueError: a class that is not in the bank or has numbers that are not finite, or a live adapter that is merged
                 into the base's weights. Nothing has changed then.
         """
-        if self._is_beside_others and class_label is not None:
-            raise ValueError("A bank beside others has no live class: run its classes inside `mixed_batch`.")
         self._check_unmerged()
         if class_label is not None:
             self._live.copy_(self._finite_row(class_label))
@@ -161,9 +148,7 @@ class AdapterBank(ClassRows):
         class_label, class_name = known_class(config, adapter.source, class_label, class_name)
         if not ignore_base_fingerprint:
             self._base.check(config, adapter.source)
-        what = f"The tensors of {adapter.source!r}"
-        self._check_fits(adapter.shapes, what)
-        self.insert(adapter.tensors(), class_label, what)
+        self.insert(adapter.tensors(), class_label, f"The tensors of {adapter.source!r}")
         self._names[class_label] = class_name
         return class_label
 
@@ -189,7 +174,8 @@ class AdapterBank(ClassRows):
 
     def save(self, file: str | os.PathLike) -> None:
         """Write all classes into one safetensors file, which appears whole or not at all."""
-        layout = [[key, list(tensor.shape)] for key, tensor in self._live.tensors.items()]
+        tensors = self._live.tensors
+        layout = [[key, list(tensor.shape)] for key, tensor in tensors.items()]
         # One entry, since safetensors writes several in any order, and equal banks should give equal files.
         metadata = {
             METADATA: json.dumps(
@@ -197,7 +183,7 @@ class AdapterBank(ClassRows):
             )
         }
         rows = [row.cpu() for row in self._rows.values()]
-        table = torch.stack(rows) if rows else torch.empty(0, self._live.numel)
+        table = torch.stack(rows) if rows else torch.empty(0, sum(tensor.numel() for tensor in tensors.values()))
         with whole_file(Path(file)) as temporary:
             save_file({ROWS: table}, temporary, metadata=metadata)
 
@@ -208,7 +194,6 @@ class AdapterBank(ClassRows):
         model: nn.Module,
         adapter_name: str = "live",
         *,
-        beside: Sequence[ClassRows] = (),
         ignore_base_fingerprint: bool = False,
     ) -> AdapterBank:
         """
@@ -218,7 +203,6 @@ class AdapterBank(ClassRows):
             file (`str` or `os.PathLike`): to read; it must not change while the bank is in use.
             model (`torch.nn.Module`): the base that the adapters were trained for.
             adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
-            beside (sequence of `AdapterBank`, *optional*): as for [`AdapterBank`].
             ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): also load adapters of another base.
 
         Raises:
@@ -229,7 +213,7 @@ class AdapterBank(ClassRows):
         saved = read_bank(file)
         if not ignore_base_fingerprint:
             FingerprintCheck(model).check(saved.config, saved.file)
-        bank = cls.of_file(saved, model, adapter_name, beside=beside)
+        bank = cls.of_file(saved, model, adapter_name)
         bank._names = dict(saved.classes)
         return bank
 

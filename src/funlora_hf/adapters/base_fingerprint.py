@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -93,18 +94,37 @@ class FingerprintCheck:
         self._model = model
         self._state: list[tuple[int, int, torch.dtype]] | None = None
         self._fingerprint = self._dtype = ""
+        self._has_warned = False
 
     def check(self, config: PeftConfig, source: str) -> None:
         """
         Raise a [`BaseMismatchError`] if an adapter's config names another base.
 
         Args:
-            config (`PeftConfig`): of the adapter. Without a fingerprint (other methods, older files) there is nothing to check.
+            config (`PeftConfig`):
+                Of the adapter. Other methods have no fingerprint, so there is nothing to check. The first FunLoRA adapter without
+                one gives a warning.
             source (`str`): of the adapter, for the message.
         """
         stored: Mapping[str, str] | None = getattr(config, "base_fingerprint", None)
         if stored is None:
+            if hasattr(config, "base_fingerprint") and not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"It was not checked that the adapter {source!r} belongs to this base: its `base_fingerprint` is None, as PEFT's "
+                    "`save_pretrained` leaves it. `funlora_hf.save_adapter` fills it in. (Others like it are not reported.)",
+                    stacklevel=2,
+                )
             return
+        if not self.fits(stored):
+            raise BaseMismatchError(
+                f"The adapter {source!r} was trained for another base: it expects the fingerprint {stored.get(self._dtype)} "
+                f"in {self._dtype}, this base has the fingerprint {self._fingerprint}. Load it onto {_base_of(config)}, or "
+                "pass `ignore_base_fingerprint=True` if you know that it fits."
+            )
+
+    def fits(self, fingerprints: Mapping[str, str]) -> bool:
+        """Whether these, by precision, have the one of this base in the precision that it is in."""
         tensors = base_tensors(self._model).values()
         state = [_state(tensor) for tensor in tensors]
         if self._state != state:
@@ -113,12 +133,7 @@ class FingerprintCheck:
             self._dtype = name if name in FINGERPRINT_DTYPES else "float32"
             self._fingerprint = base_fingerprint(self._model, dtype=None if name == self._dtype else torch.float32)
             self._state = state
-        if stored.get(self._dtype) != self._fingerprint:
-            raise BaseMismatchError(
-                f"The adapter {source!r} was trained for another base: it expects the fingerprint {stored.get(self._dtype)} "
-                f"in {self._dtype}, this base has the fingerprint {self._fingerprint}. Load it onto {_base_of(config)}, or "
-                "pass `ignore_base_fingerprint=True` if you know that it fits."
-            )
+        return fingerprints.get(self._dtype) == self._fingerprint
 
 
 def _collect(module: nn.Module, prefix: str, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
+from torch import nn
 
 from ..cards.model_cards import adapter_card
-from ..utils.checks import check_class_label, check_class_name, shortened
+from ..tuner import FunLoraConfig
+from ..utils.checks import check_choice, check_class_label, check_class_name, listed, shortened
 from ..utils.files import read_mapping, whole_folder
+from ..utils.tensors import not_finite
+from .base_fingerprint import FingerprintCheck, base_fingerprints
 
 
 ADAPTERS_FOLDER = "adapters"
@@ -29,16 +36,12 @@ def adapter_name(class_id: int) -> str:
 
 def adapter_folders(adapters: Path) -> list[Path]:
     """The `class_<id>` folders below `adapters` by rising id; empty if there are none."""
-    found = [(folder_class(path), path) for path in adapters.glob(f"{_PREFIX}*")]
+    found = [(class_in_name(path.name), path) for path in adapters.glob(f"{_PREFIX}*")]
     return [path for _, path in sorted((number, path) for number, path in found if number is not None)]
 
 
-def folder_class(folder: Path) -> int | None:
-    """The id in the name of a folder `class_<id>`; None for another name."""
-    return _id_in(folder.name)
-
-
-def _id_in(name: str) -> int | None:
+def class_in_name(name: str) -> int | None:
+    """The id in a name `class_<id>`; None for another name."""
     number = name.removeprefix(_PREFIX)
     return int(number) if name.startswith(_PREFIX) and number.isdecimal() else None
 
@@ -50,7 +53,7 @@ def class_of(config: PeftConfig | Mapping[str, Any], name: str = "") -> tuple[An
     """
     settings = config if isinstance(config, Mapping) else vars(config)
     label = settings.get("class_label")
-    return _id_in(name) if label is None else label, settings.get("class_name")
+    return class_in_name(name) if label is None else label, settings.get("class_name")
 
 
 def known_class(
@@ -103,31 +106,79 @@ def _name_in_card(card: Path) -> Any:
 
 
 def save_adapter(
-    model: PeftModel, name: str, folder: Path, *, class_label: int | None = None, class_name: str | None = None
+    model: nn.Module,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    class_label: int | None = None,
+    class_name: str | None = None,
 ) -> None:
     """
-    Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors` and `README.md`.
+    Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors` and a card, `README.md`.
 
-    The folder appears whole or not at all, and takes the place of one that is there. Equal adapters give equal bytes.
+    PEFT's `save_pretrained` leaves out the card, and the fingerprint by which `load_adapter` and `funlora verify` know the base
+    again. The folder appears whole or not at all, and replaces an adapter's that is there. Equal adapters give equal bytes.
 
     Args:
-        model (`PeftModel`): holds the adapter.
-        name (`str`): of the adapter in the model.
-        folder (`Path`): to write.
-        class_label (`int`, *optional*): id of the class, for the card; None: the one in the config, or in `name`.
-        class_name (`str`, *optional*): of the class, for the card; None: the one in a FunLoRA adapter's config.
+        model (`PeftModel`): holds the adapter; maybe compiled or wrapped for several processes, of which one calls this.
+        folder (`str` or `os.PathLike`): to write.
+        adapter_name (`str`, *optional*, defaults to `"default"`): of the adapter in the model.
+        class_label (`int`, *optional*): id of the class; None: the one in the config, or in `adapter_name` as `class_<id>`.
+        class_name (`str`, *optional*): its name; None: the one in the config.
+
+    Raises:
+        ValueError: not a PeftModel, no such adapter, one that is merged into the base or has numbers that are not finite, an
+            invalid id or name, or a folder with other content. Nothing is written.
+        WriteError: the folder cannot be written (an OSError).
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"`model` is a {type(model).__name__}, expected a PeftModel: see `peft.get_peft_model`.")
+    check_choice("adapter_name", adapter_name, tuple(model.peft_config))
+    check_class_label(class_label)
+    check_class_name(class_name)
+    folder = Path(folder)
+    _check_replaceable(folder)
+    parts = {key: parameter for key, parameter in model.named_parameters() if f".{adapter_name}." in f"{key}."}
+    if problems := not_finite(parts):
+        raise ValueError(f"The adapter {adapter_name!r} cannot be saved:\n{listed(problems)}")
+    own = model.peft_config[adapter_name]
+    config = copy(own)
+    if isinstance(config, FunLoraConfig):
+        config.class_label = config.class_label if class_label is None else class_label
+        config.class_name = class_name or config.class_name
+        if config.base_fingerprint is None or not FingerprintCheck(model).fits(config.base_fingerprint):
+            config.base_fingerprint = base_fingerprints(model)
     with whole_folder(folder) as temporary:
-        # The U-Net has no token embedding that PEFT would have to look for on the Hub.
-        model.save_pretrained(os.fspath(temporary), selected_adapters=[name], save_embedding_layers=False)
-        written = temporary / name
-        if name != "default":
-            for file in written.iterdir():
+        model.peft_config[adapter_name] = config  # PEFT writes what stands here
+        try:
+            # The U-Net has no token embedding that PEFT would have to look for on the Hub.
+            model.save_pretrained(os.fspath(temporary), selected_adapters=[adapter_name], save_embedding_layers=False)
+        finally:
+            model.peft_config[adapter_name] = own
+        if adapter_name != "default":
+            for file in (temporary / adapter_name).iterdir():
                 os.replace(file, temporary / file.name)
-            written.rmdir()
-        parts = [parameter for key, parameter in model.named_parameters() if f".{name}." in f"{key}."]
-        parameters = sum(parameter.numel() for parameter in parts)
-        _write_card(model.peft_config[name], name, class_label, class_name, parameters, temporary)
+            (temporary / adapter_name).rmdir()
+        _sort_sets(config, temporary / CONFIG_NAME)
+        parameters = sum(parameter.numel() for parameter in parts.values())
+        _write_card(config, adapter_name, class_label, class_name, parameters, temporary)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise a ValueError if there is a folder with anything but an adapter's files and hidden files."""
+    files = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md"}
+    entries = folder.iterdir() if folder.exists() else ()
+    others = [
+        entry.name
+        for entry in entries
+        if entry.name not in files and not (entry.name.startswith(".") and entry.is_file())
+    ]
+    if others:
+        raise ValueError(
+            f"`folder` is {os.fspath(folder)!r}, which holds other things than an adapter, which would be lost: pass a folder of "
+            f"its own.\n{listed(others)}"
+        )
 
 
 def save_adapter_tensors(
@@ -142,14 +193,24 @@ def save_adapter_tensors(
         _write_card(config, folder.name, None, class_name, parameters, temporary)
 
 
+def _sort_sets(config: PeftConfig, file: Path) -> None:
+    """Sort what PEFT writes in the order of a set, which differs from process to process."""
+    settings = read_mapping(file)
+    for key, value in vars(config).items():
+        if isinstance(value, set):
+            settings[key] = sorted(value)
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
 def _write_card(
     config: PeftConfig, name: str, class_label: int | None, class_name: str | None, parameters: int, folder: Path
 ) -> None:
     own_label, own_name = class_of(config, name)
+    label = own_label if class_label is None else class_label
     card = adapter_card(
         config,
-        class_label=own_label if class_label is None else class_label,
-        class_name=class_name or own_name or name,
+        class_label=label,
+        class_name=class_name or own_name or (name if label is None else str(label)),
         parameters=parameters,
         num_bytes=(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
     )

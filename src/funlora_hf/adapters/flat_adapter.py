@@ -1,13 +1,12 @@
-"""FlatAdapter: an adapter in a model whose tensors are views of one row, so that one copy replaces them."""
+"""FlatAdapter: an adapter in a model as one row of numbers."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.autograd.graph import increment_version
 
-from ..tuner.hotswap import saved_tensors
-from ..tuners_utils.layer import adapter_layers
+from ..tuner.hotswap import plain_key
+from ..tuners_utils.layer import AdapterLayer, adapter_layers
 from ..tuners_utils.weights import forget
 
 
@@ -21,75 +20,50 @@ class FlatAdapter:
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
-        self.name, self._model = name, model
+        self.name = name
         self._layers = [layer for layer in adapter_layers(model) if name in layer.settings]
-        self.tensors: dict[str, torch.Tensor] = dict(saved_tensors(model, name))
-        self._row = self._tie()
+        self._parts = {
+            plain_key(f"{path}.{part}"): getattr(layer, part)
+            for path, layer in model.named_modules()
+            if isinstance(layer, AdapterLayer)
+            for part in layer.adapter_layer_names
+            if name in getattr(layer, part)
+        }
+        self._shapes = [tensor.shape for tensor in self.tensors.values()]
 
     @property
-    def numel(self) -> int:
-        """How many numbers the row has."""
-        return self._row.numel()
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters that the layers have now, by the keys that PEFT saves them under, less its prefix."""
+        return {key: part[self.name] for key, part in self._parts.items()}
 
     def flatten(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Tensors by the keys of `tensors` as a new row `(numel,)` with the device and dtype of this adapter."""
-        return torch.cat([tensors[key].detach().reshape(-1).to(self._row) for key in self.tensors])
+        return self.cast(torch.cat([tensors[key].detach().reshape(-1) for key in self._parts]))
 
     def cast(self, row: torch.Tensor) -> torch.Tensor:
-        """A row as it would be in this adapter: in its dtype, on its device."""
-        return row.to(self._row)
+        """A row as it would be in this adapter: on its device, in its dtype, which is float32 at least."""
+        own = next(iter(self._parts.values()))[self.name]
+        return row.to(own.device, torch.promote_types(own.dtype, torch.float32))
 
     def unflatten(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of a row `(numel,)`, as views of it."""
-        sizes = [tensor.numel() for tensor in self.tensors.values()]
-        parts = zip(self.tensors.items(), row.split(sizes), strict=True)
-        return {key: part.view(tensor.shape) for (key, tensor), part in parts}
+        parts = row.split([shape.numel() for shape in self._shapes])
+        return {key: part.view(shape) for key, part, shape in zip(self._parts, parts, self._shapes, strict=True)}
 
+    # Values given in inference mode could not be changed outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def copy_(self, row: torch.Tensor) -> None:
         """Give the adapter the values of a row `(numel,)`."""
         for layer in self._layers:
             layer.stop_offloading_adapters()
-        if self._are_others():
-            self.tensors = dict(saved_tensors(self._model, self.name))
-        if not self._is_tied():
-            self._row = self._tie()
-        with torch.no_grad():
-            self._row.copy_(row)
-        # The parameters are views of the row, which autograd takes for tensors of their own.
-        for tensor in self.tensors.values():
-            increment_version(tensor)
-        for layer in self._layers:
             forget(layer)
+        tensors = list(self.tensors.values())
+        for tensor in tensors:
+            if tensor.dtype.itemsize < torch.float32.itemsize:  # the model was cast
+                tensor.data = tensor.data.float()
+        torch._foreach_copy_(tensors, list(self.unflatten(self.cast(row)).values()))
 
     def clear(self) -> None:
         """Leave nothing of the last row in the model."""
-        self.copy_(torch.zeros(self.numel))
-
-    def _tie(self) -> torch.Tensor:
-        """Make all tensors views of a new row with their values, in float32 at least, whatever dtype the model is cast to."""
-        # Views of a row made in inference mode could not be changed outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            row = torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors.values()])
-            row = row.to(torch.promote_types(row.dtype, torch.float32))
-        for tensor, part in zip(self.tensors.values(), self.unflatten(row).values(), strict=True):
-            tensor.data = part
-        return row
-
-    def _are_others(self) -> bool:
-        """Whether the layers now have other parameters than `tensors`, as after offloading."""
-        held = {id(tensor) for tensor in self.tensors.values()}
-        return any(
-            id(parameter) not in held
-            for layer in self._layers
-            for key, parameter in layer.adapter_tensors().items()
-            if key.rpartition(".")[2] == self.name
-        )
-
-    def _is_tied(self) -> bool:
-        """Whether the tensors are still views of the row: `model.to()` gives them storage of their own."""
-        address, step = self._row.data_ptr(), self._row.element_size()
-        for tensor in self.tensors.values():
-            if tensor.data_ptr() != address or tensor.dtype != self._row.dtype:
-                return False
-            address += tensor.numel() * step
-        return True
+        self.copy_(torch.zeros(sum(shape.numel() for shape in self._shapes)))

@@ -48,7 +48,6 @@ def load_adapter(
         FileNotFoundError: no such folder, repository or adapter in it.
 
     Example:
-
         ```py
         >>> unet = UNet2DModel.from_pretrained("user/digits", subfolder="unet")
         >>> model = load_adapter(unet, "user/digits", subfolder="class_7")

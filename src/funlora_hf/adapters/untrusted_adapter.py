@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,7 @@ from torch import nn
 
 from ..tuner import FunLoraConfig
 from ..tuner.hotswap import plain_key
-from ..tuners_utils.meta_shapes import adapter_tensor_shapes
+from ..tuners_utils.meta_shapes import adapted_shape
 from ..tuners_utils.wrappers import plain_modules, without_peft
 from ..utils.checks import listed, shortened
 from ..utils.files import read_json, read_tensors
@@ -134,7 +134,9 @@ def read_adapter(
             place = f"{os.fspath(source)!r}" + (f", subfolder {subfolder!r}," if subfolder else "")
             raise FileNotFoundError(f"{place} has no {name}, expected an adapter as PEFT saves it.")
         check_download(folder / name)
-    return SavedAdapter(os.fspath(source), folder, read_config(folder), read_shapes(folder))
+    return SavedAdapter(
+        os.fspath(source), folder, read_config(folder), read_header(folder / SAFETENSORS_WEIGHTS_NAME)[0]
+    )
 
 
 def fetch(
@@ -151,10 +153,12 @@ def fetch(
 
     Raises:
         FileNotFoundError: no such folder, repository or revision, or none in the cache.
-        ValueError: a name that leads out of the repository.
+        ValueError: a name that leads out of the repository, or a revision of a folder.
     """
     name = os.fspath(source)
     if os.path.isdir(name):
+        if revision is not None:
+            raise ValueError(f"`revision` is {revision!r}, but {name!r} is a folder, which has none: leave it out.")
         return Path(name)
     for file in files:
         if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
@@ -237,11 +241,6 @@ def bankable(config: PeftConfig, source: str) -> FunLoraConfig:
             f"{source}: `modules_to_save` is {list(config.modules_to_save)}, expected None: a bank holds adapters, not modules."
         )
     return config
-
-
-def read_shapes(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the weight file in a folder, on the meta device. Raises a ValueError that names a damaged file."""
-    return read_header(folder / SAFETENSORS_WEIGHTS_NAME)[0]
 
 
 def read_header(file: Path, *, most_bytes: int = MOST_HEADER_BYTES) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -332,24 +331,12 @@ def check_tensors(config: PeftConfig, shapes: Mapping[str, torch.Tensor], model:
         # An identity start takes no time on the meta device and has the same shapes as any other.
         exact.init_weights = True
     try:
-        expected = adapter_tensor_shapes(model, exact, layers=_layers(config, shapes, model))
+        expected = get_peft_model_state_dict(adapted_shape(model, exact), save_embedding_layers=False)
     except Exception as error:  # PEFT raises many types for values that make no sense
         raise ValueError(f"its config makes no adapter of this model: {brief(error)}") from error
     problems = differences(expected, shapes)
     if problems:
         raise ValueError(f"its tensors are not those of its config on this model:\n{listed(problems)}")
-
-
-def _layers(config: PeftConfig, keys: Iterable[str], model: nn.Module) -> set[str] | None:
-    """All modules of a model that FunLoRA's config and tensors name; None: unknown."""
-    layers = _adapted_layers(config, keys)
-    inside = any(other.startswith(f"{name}.") for name in layers for other in layers)
-    if not isinstance(config, FunLoraConfig) or config.modules_to_save or inside:
-        return None
-    vector = config.class_embedding
-    if vector is None:
-        return layers
-    return layers | {name for name, _ in plain_modules(model) if name == vector or name.endswith(f".{vector}")}
 
 
 def _numel(shapes: Mapping[str, torch.Tensor]) -> int:

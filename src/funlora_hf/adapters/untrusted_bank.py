@@ -90,12 +90,9 @@ def read_bank(file: str | os.PathLike) -> SavedBank:
         raise ValueError(f"{name!r} has no {', '.join(missing)}: it was not written by AdapterBank.save.")
     config, layout, classes = (about[part] for part in _PARTS)
     table = tuple(tensors[ROWS].shape) if ROWS in tensors else None
-    return SavedBank(name, _config(config, name), _shapes(layout, name), _classes(classes, name), table)
-
-
-def _config(settings: Any, file: str) -> FunLoraConfig:
-    known = {**settings, "inference_mode": True} if isinstance(settings, dict) else settings
-    return bankable(config_from(known, file), repr(file))
+    known = {**config, "inference_mode": True} if isinstance(config, dict) else config
+    shared = bankable(config_from(known, name), repr(name))
+    return SavedBank(name, shared, _shapes(layout, name), _classes(classes, name), table)
 
 
 def _shapes(layout: Any, file: str) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..tuners_utils.layer import AdapterLayer
 from ..tuners_utils.model import AdapterModel
+from ..utils.checks import check_names, check_type
 
 
 @dataclass
@@ -25,6 +27,9 @@ class ConvAdapterConfig(PeftConfig):
             Rows of embeddings that the adapter brings along, as in PEFT's `LoraConfig`: `{"class_embedding": [0]}`
             makes row 0 of a U-Net's class embedding the adapter's class vector.
         init_weights (`bool`): True: the adapter starts as the identity. False: at random, for tests.
+
+    Raises:
+        ValueError: a field of another type, naming it.
     """
 
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Conv2d to adapt: list or regex."})
@@ -37,13 +42,30 @@ class ConvAdapterConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_type("init_weights", self.init_weights, bool, "True or False")
         for name in ("target_modules", "exclude_modules"):
+            check_names(name, getattr(self, name), single=True)
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        check_names("modules_to_save", self.modules_to_save, single=False)
+        _check_rows(self.trainable_token_indices)
 
     def to_dict(self) -> dict:
         """The configuration as a dictionary; sets come sorted, so that equal adapters give equal files."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+
+def _check_rows(value: object) -> None:
+    """Raise a ValueError unless `value` is None or a mapping of names to lists of integers from 0."""
+    rows = value if isinstance(value, Mapping) else {}
+    if value is not None and not (
+        rows
+        and all(isinstance(name, str) and isinstance(indices, list) and indices for name, indices in rows.items())
+        and all(type(index) is int and index >= 0 for indices in rows.values() for index in indices)
+    ):
+        raise ValueError(
+            f"`trainable_token_indices` is {value!r}, expected a list of rows for each name of an embedding, or None."
+        )
 
 
 class ConvAdapterModel(AdapterModel):

@@ -144,68 +144,53 @@ def adapter_card(
     )
 
 
-def base_card(
-    *,
+def repository_card(
     repo_id: str | None,
     classes: Sequence[ClassRow],
-    base_fingerprints: Mapping[str, str] | None,
+    *,
+    kind: str,
+    base: str | None = None,
+    base_revision: str | None = None,
+    base_fingerprints: Mapping[str, str] | None = None,
     results: Mapping[str, Any] | None = None,
     license: str | None = None,
 ) -> ModelCard:
     """
-    The card of a base, alone or with adapters in the same repository; what is not known is left out.
+    The card at the root of a repository: of a base, alone or with adapters in subfolders, or of adapters of a base elsewhere.
+
+    What is not known is left out.
 
     Args:
-        repo_id: of the base, "user/repo"; None: not on the Hub.
-        classes: those that the base knows and those that adapters add.
-        base_fingerprints: name of a dtype -> SHA-256 of the base in it.
+        repo_id: "user/repo"; None: not on the Hub.
+        classes: those that the base knows, if they should be named, and those of adapters.
+        kind: "base" or "adapter": what the repository is loaded as.
+        base: of adapters, the repository of their base; None: not published, and the card says so.
+        base_revision: branch, tag or commit of the base; None: its main branch.
+        base_fingerprints: of a base, name of a dtype -> SHA-256 of the base in it.
         results: contents of the results.json of the run that trained it.
         license: identifier of a licence, as the Hub has them.
 
     Returns:
-        `ModelCard`, its metadata that of a diffusers pipeline.
+        `ModelCard`, its metadata that of a diffusers pipeline or of PEFT adapters.
     """
-    return _card_of_many(
-        repo_id,
-        classes,
+    repo_id = repository(repo_id)
+    name = f"FunLoRA {'base' if kind == 'base' else 'adapters'}" if repo_id is None else repo_id.split("/")[1]
+    tags = ["funlora", *_TAGS] if kind == "base" else ["funlora", "diffusers", *_TAGS]
+    library = "diffusers" if kind == "base" else "peft"
+    return _card(
+        "base_card_template.md",
         results,
-        kind="base",
-        base_fingerprints=base_fingerprints,
-        metadata={"library_name": "diffusers", "license": license, "tags": ["funlora", *_TAGS]},
-    )
-
-
-def adapters_card(
-    *,
-    repo_id: str | None,
-    base: str | None,
-    base_revision: str | None,
-    classes: Sequence[ClassRow],
-    results: Mapping[str, Any] | None = None,
-    license: str | None = None,
-) -> ModelCard:
-    """
-    The card at the root of a repository that holds adapters only, in subfolders, of a base elsewhere.
-
-    Args:
-        repo_id: of the adapters, "user/repo"; None: not on the Hub.
-        base: repository of the base; None: not published, and the card says so.
-        base_revision: branch, tag or commit of the base; None: its main branch.
-        classes: those of the adapters, and those of the base, if they should be named.
-        results: contents of the results.json of the run that trained them.
-        license: identifier of a licence, as the Hub has them.
-
-    Returns:
-        `ModelCard`, its metadata that of PEFT adapters.
-    """
-    return _card_of_many(
-        repo_id,
-        classes,
-        results,
-        kind="adapter",
+        kind=kind,
+        metadata={"library_name": library, "license": license, "tags": tags, "model_name": name},
         base=base,
         base_revision=base_revision,
-        metadata={"library_name": "peft", "license": license, "tags": ["funlora", "diffusers", *_TAGS]},
+        base_fingerprints=base_fingerprints,
+        title=_text(name),
+        source=repo_id,
+        known=[row.class_label for row in classes if row.kind == kind],
+        example=next((row for row in classes if row.kind == "adapter" and row.link), None),
+        table=_class_table(classes, repo_id),
+        is_measured=any(row.accuracy is not None for row in classes),
     )
 
 
@@ -216,32 +201,6 @@ def repository(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name if name is not None and "/" in name else None
-
-
-def _card_of_many(
-    repo_id: str | None,
-    classes: Sequence[ClassRow],
-    results: Mapping[str, Any] | None,
-    *,
-    kind: str,
-    metadata: Mapping[str, Any],
-    **parts: Any,
-) -> ModelCard:
-    repo_id = repository(repo_id)
-    name = f"FunLoRA {'base' if kind == 'base' else 'adapters'}" if repo_id is None else repo_id.split("/")[1]
-    return _card(
-        "base_card_template.md",
-        results,
-        kind=kind,
-        metadata={**metadata, "model_name": name},
-        title=_text(name),
-        source=repo_id,
-        known=[row.class_label for row in classes if row.kind == kind],
-        example=next((row for row in classes if row.kind == "adapter" and row.link), None),
-        table=_class_table(classes, repo_id),
-        is_measured=any(row.accuracy is not None for row in classes),
-        **parts,
-    )
 
 
 def _card(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import HfApi
 from torch import nn
 
-from ..adapters.base_model import base_classes, check_base_folder, check_velocity_unet
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, class_in_name
+from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, check_base_folder, check_velocity_unet
+from ..hub.find import find_contents
+from ..hub.repository import NO_ANSWER
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
 from ..utils.files import whole_folder
@@ -23,6 +28,8 @@ from .compilation import compile_blocks
 from .config import ContinualTrainingArguments
 from .strategy import Setting, Trainable
 
+
+logger = logging.getLogger(__name__)
 
 # Task 1's phase, the same for all strategies that start from a base.
 BASE_PHASE = "base"
@@ -160,7 +167,7 @@ class ExistingBase:
         classes: id -> name of every class known, by the base's rows and by adapters.
         image_size: edge of its images in pixels.
         channels: of its images.
-        taken: ids of the adapters of the run that made the base, if it lies in the folder of one.
+        taken: ids of the adapters and banks beside it: of the run that made it, if it lies in the folder of one, or in its repository.
     """
 
     folder: Path
@@ -182,28 +189,51 @@ def local_source(folder: Path) -> str:
     return os.path.join(os.curdir, folder / "unet")
 
 
-def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
+def _ids_in_repository(name: str, revision: str | None) -> tuple[int, ...]:
+    """Ids in the names of a repository's folders `class_<id>`, on its main branch and in a revision; none without the Hub."""
+    try:
+        files = {file for one in {None, revision} for file in HfApi().list_repo_files(name, revision=one)}
+    except (OSError, NO_ANSWER) as error:
+        logger.warning(
+            "The files of the repository %r could not be listed, so that new classes may get ids of adapters in it: %s",
+            name,
+            str(error).partition("\n")[0],
+        )
+        return ()
+    numbers = {class_in_name(Path(file).parent.name) for file in files}
+    return tuple(sorted(number for number in numbers if number is not None))
+
+
+def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[str, Any] | None = None) -> ExistingBase:
     """Look at the base that `base_model` names.
 
     Args:
-        name: a pipeline folder, or a repository on the Hub, which is downloaded.
+        name: a pipeline folder, that of a run, or a repository on the Hub, which is downloaded.
         revision: branch, tag or commit of a repository.
+        unet_config: what the arguments say of its U-Net; None: nothing.
 
     Raises:
         FileNotFoundError: the folder does not exist, or has no pipeline.
-        ValueError: its U-Net has no class embedding.
+        ValueError: its U-Net has no class embedding, or differs from `unet_config`; a revision of a folder.
     """
     local = Path(name)
     if local.is_dir():
-        folder, source = local, local_source(local)
+        if revision is not None:
+            raise ValueError(
+                f"`base_model_revision` is {revision!r}, but `base_model` {name!r} is a folder, which has none: leave it out."
+            )
+        # Of a run, its generator.
+        places = (local, *(local / place for place in GENERATOR_FOLDERS))
+        folder = next((place for place in places if (place / PIPELINE).is_file()), local)
+        source = local_source(folder)
     elif name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"`base_model` is {name!r}, but that folder does not exist.")
     else:
         folder, source = Path(FunLoraPipeline.download(name, revision=revision)), name
-    if not (folder / "model_index.json").is_file():
+    if not (folder / PIPELINE).is_file():
         raise FileNotFoundError(
-            f"`base_model` is {name!r}, expected a pipeline folder with a model_index.json, such as the base/ folder of "
-            "a run."
+            f"`base_model` is {name!r}, expected a pipeline folder with a {PIPELINE}, such as the base/ folder of a run, or "
+            "the run itself."
         )
     check_base_folder(folder)
     config = UNet2DModel.load_config(folder, subfolder="unet")
@@ -215,8 +245,17 @@ def find_base(name: str, *, revision: str | None = None) -> ExistingBase:
             f"`base_model` {name!r} has a U-Net without a class embedding (`num_class_embeds`), which class vectors "
             "replace: train a class-conditional base."
         )
-    # A run has its adapters beside its base.
-    beside = adapter_folders(folder.absolute().parent / ADAPTERS_FOLDER) if folder.name == "base" else []
-    taken = tuple(adapter_class(adapter)["class_label"] for adapter in beside)
+    for argument, given in (unet_config or {}).items():
+        if argument in config and config[argument] != given:
+            raise ValueError(
+                f"`unet_config.{argument}` is {given!r}, but the U-Net of `base_model` {name!r} has {config[argument]!r}: leave "
+                "`unet_config` out, or name another base."
+            )
+    if local.is_dir():
+        # A run has its adapters beside its base.
+        run = folder.absolute().parent if folder.name in GENERATOR_FOLDERS else None
+        taken = () if run is None else tuple(find_contents(run).classes())
+    else:
+        taken = _ids_in_repository(name, revision)
     base = ExistingBase(folder, source, base_classes(folder), config["sample_size"], config["in_channels"], taken)
     return base.with_adapters(folder / ADAPTERS_FOLDER)

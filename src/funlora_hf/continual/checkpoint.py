@@ -127,38 +127,26 @@ def load_newest(folder: Path, state: TrainingState) -> int:
         The number of optimiser steps done; 0, with the state unchanged, if there is no valid checkpoint.
 
     Raises:
-        ValueError: as `load_checkpoint`.
+        ValueError: it holds other tensors than the phase trains, so it is of another configuration.
     """
     for path in reversed(_checkpoints(folder)):
         try:
-            return load_checkpoint(path, state)
+            tensors, numbers = _read(path)
         except DamagedCheckpointError as damage:
             logger.warning("%s Going back to the one before it, or to the start of the phase.", damage)
+            continue
+        for name, parameter in state.parameters.items():
+            saved = tensors.get(f"parameter/{name}")
+            if saved is None or saved.shape != parameter.shape:
+                found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
+                raise ValueError(
+                    f"The checkpoint {path} is of another configuration: for {name} it holds {found}, expected shape "
+                    f"{tuple(parameter.shape)}. Resume with the settings it was written with, or start again with "
+                    "--overwrite_output_dir."
+                )
+        state.load(tensors, numbers)
+        return int(numbers["step"])
     return 0
-
-
-def load_checkpoint(path: Path, state: TrainingState) -> int:
-    """Load a checkpoint in place.
-
-    Returns:
-        The number of optimiser steps done.
-
-    Raises:
-        DamagedCheckpointError: a file is missing, or is not the one that was written; nothing is loaded.
-        ValueError: it holds other tensors than the phase trains, so it is of another configuration.
-    """
-    tensors, numbers = _read(path)
-    for name, parameter in state.parameters.items():
-        saved = tensors.get(f"parameter/{name}")
-        if saved is None or saved.shape != parameter.shape:
-            found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
-            raise ValueError(
-                f"The checkpoint {path} is of another configuration: for {name} it holds {found}, expected shape "
-                f"{tuple(parameter.shape)}. Resume with the settings it was written with, or start again with "
-                "--overwrite_output_dir."
-            )
-    state.load(tensors, numbers)
-    return int(numbers["step"])
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

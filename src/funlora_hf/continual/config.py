@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..adapters.base_model import check_unet_config, check_velocity_unet
+from huggingface_hub.utils import validate_repo_id
+
+from ..adapters.untrusted_base import check_unet_config, check_velocity_unet
 from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
 from ..sampling.solvers import check_solver
 from ..tuner import FunLoraConfig
-from ..utils.checks import check_at_least_one, check_choice, shortened
+from ..utils.checks import check_at_least_one, check_choice, check_class_label, shortened
 from ..utils.field_types import check_field_types
 
 
@@ -52,6 +54,7 @@ def _check_counts(arguments: Any, *names: str) -> None:
 class DataArguments:
     """Which images, and how their classes are split into tasks."""
 
+    # The title in `--help`, which HfArgumentParser reads.
     _argument_group_name = "data"
 
     dataset_name: str = _argument("digits", "'digits' (scikit-learn), a folder, a parquet file or a Hub dataset.")
@@ -83,6 +86,8 @@ class DataArguments:
         _check_counts(self, "classes_per_task", "num_tasks", "max_images_per_class")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` is {self.validation_fraction}, expected a share between 0 and 1.")
+        if self.class_order_seed is not None and self.class_order_seed < 0:
+            raise ValueError(f"`class_order_seed` is {self.class_order_seed}, expected an integer >= 0, or None.")
 
 
 @dataclass
@@ -129,9 +134,22 @@ class ModelArguments:
             self.target_modules = [self.target_modules]
         check_field_types(self)
         if self.unet_config is not None:
+            if "num_class_embeds" in self.unet_config:
+                raise ValueError(
+                    f"`unet_config.num_class_embeds` is {self.unet_config['num_class_embeds']!r}, which follows from the classes of "
+                    "task 1: leave it out."
+                )
             check_unet_config(self.unet_config, field="unet_config")
             check_velocity_unet(self.unet_config, field="unet_config")
             _check_halving(self.unet_config)
+        if self.target_modules == []:
+            raise ValueError(
+                "`target_modules` is [], expected names of modules, or None: `peft_method` 'class_vector' adapts no module."
+            )
+        if self.base_model is None and self.base_model_revision is not None:
+            raise ValueError(
+                f"`base_model_revision` is {self.base_model_revision!r}, but there is no `base_model`: name it, or leave both out."
+            )
         _check_counts(self, "rank")
         self.funlora_config()
 
@@ -252,16 +270,35 @@ class ContinualTrainingArguments:
             raise ValueError(
                 f"`time_limit_minutes` is {self.time_limit_minutes}, expected a number above 0, or None for no limit."
             )
-        if self.hub_model_id is not None and not self.push_to_hub:
-            raise ValueError(
-                f"`hub_model_id` is {self.hub_model_id!r} but `push_to_hub` is not set: set it, or leave both out."
-            )
-        if self.push_to_hub and self.update_class is not None:
-            raise ValueError(
-                "`push_to_hub` is set and `update_class` given, expected one of them: update the class, then `funlora push`."
-            )
+        self._check_hub()
+        self._check_update()
         for phase in ("base", "adapter"):
             self._check_phase(phase)
+
+    def _check_hub(self) -> None:
+        for name in ("hub_model_id", "hub_private_repo", "hub_license"):
+            if (value := getattr(self, name)) is not None and not self.push_to_hub:
+                raise ValueError(f"`{name}` is {value!r} but `push_to_hub` is not set: set it, or leave both out.")
+        if self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except ValueError as error:
+                raise ValueError(f"`hub_model_id` is {self.hub_model_id!r}, expected 'user/repo': {error}") from error
+
+    def _check_update(self) -> None:
+        if self.update_class is None:
+            if self.update_mode != UPDATE_MODES[0]:
+                raise ValueError(
+                    f"`update_mode` is {self.update_mode!r}, but there is no `update_class`: name it, or leave both out."
+                )
+            return
+        check_class_label(self.update_class, field="update_class")
+        for name, instead in (
+            ("push_to_hub", "update the class, then `funlora push`"),
+            ("overwrite_output_dir", "leave it out"),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is set and `update_class` given, expected one of them: {instead}.")
 
     def _check_phase(self, phase: str) -> None:
         steps, epochs = getattr(self, f"{phase}_train_steps"), getattr(self, f"{phase}_epochs")
@@ -271,10 +308,18 @@ class ContinualTrainingArguments:
                 "the other to null."
             )
         _check_counts(self, f"{phase}_train_steps", f"{phase}_epochs")
-        for name, low, high in (("learning_rate", 0, 1e3), ("ema_decay", 0, 1), ("ema_start", 0, 1)):
+        for name, high in (("learning_rate", 1e3), ("ema_decay", 1), ("ema_start", 1)):
             value = getattr(self, f"{phase}_{name}")
-            if not low <= value <= high:
-                raise ValueError(f"`{phase}_{name}` is {value}, expected a number between {low} and {high}.")
+            if not 0 <= value <= high:
+                raise ValueError(f"`{phase}_{name}` is {value}, expected a number between 0 and {high}.")
+        if getattr(self, f"{phase}_learning_rate") == 0:
+            raise ValueError(
+                f"`{phase}_learning_rate` is 0, with which nothing is learned, expected a number above 0."
+            )
+        if getattr(self, f"{phase}_ema_decay") == 1 and not getattr(self, f"{phase}_ema_warmup"):
+            raise ValueError(
+                f"`{phase}_ema_decay` is 1 without `{phase}_ema_warmup`, so that the average stays at the start, expected less."
+            )
 
 
 @dataclass
@@ -310,6 +355,8 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         check_field_types(self)
         check_solver(self.solver)
+        if not self.solver_tolerance > 0:
+            raise ValueError(f"`solver_tolerance` is {self.solver_tolerance}, expected a number above 0.")
         check_choice("image_quality", self.image_quality, IMAGE_QUALITY)
         _check_counts(self, "num_samples_per_class", "sampling_batch_size", "num_inference_steps", "num_probe_samples")
         _check_counts(
@@ -318,7 +365,7 @@ class EvaluationArguments:
 
 
 # Of a run, in the order in which `RunArguments` takes them.
-ARGUMENTS = (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments)
+ARGUMENTS: tuple[Any, ...] = (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments)
 
 
 def parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any] | None:

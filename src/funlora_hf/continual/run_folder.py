@@ -60,6 +60,11 @@ class RunFolder:
         self._settings = self.checkpoints / "run.json"
         self._was_there: bool | None = None
 
+    def classes(self) -> dict[int, str]:
+        """Names by ids of all classes that the run in the folder has or will learn; empty if there is no run."""
+        classes = read_mapping(self._settings).get("classes", {}) if self._settings.is_file() else {}
+        return {int(key.removeprefix("class ")): one["name"] for key, one in classes.items()}
+
     def class_figure(self, class_id: int) -> Path:
         """Where the samples of a class are shown."""
         return self.figures / f"{adapter_name(class_id)}.png"

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..data.tasks import Task
-from ..flow_matching import flow_matching_loss, interpolate, sigma_to_timestep, velocity_target
+from ..flow_matching import losses_at
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.field_types import check_field_types
 from .config import ContinualTrainingArguments, ModelArguments, parse_options
@@ -229,6 +229,10 @@ class Strategy(ABC):
     def phases(self, task: Task) -> Iterable[Phase]:
         """The phases of a task, in order."""
 
+    def replay_evaluations(self, task: Task) -> int:
+        """Evaluations of the U-Net, one for each image, to draw the images of past classes that a task trains on."""
+        return 0
+
     @abstractmethod
     def is_finished(self, phase: Phase) -> bool:
         """Whether the phase's complete result is on disk."""
@@ -266,10 +270,10 @@ class Strategy(ABC):
     def inference(self, class_ids: Sequence[int]) -> AbstractContextManager[FunLoraPipeline]:
         """A context that gives a pipeline which samples these classes with the right weights."""
 
-    @abstractmethod
     def parameters_per_class(self) -> dict[str, int | None]:
         """Numbers stored for a class: "parameters_per_class" without, "parameters_per_class_with_vector" with the
         class vector; None where the strategy stores none."""
+        return {"parameters_per_class": None, "parameters_per_class_with_vector": None}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What must survive a restart besides the results on disk; stored after `end_task`."""
@@ -296,13 +300,8 @@ def velocity_losses(module: nn.Module, batch: Batch, labels: torch.Tensor) -> to
         module: a class-conditional U-Net.
         batch: what to train on.
         labels: rows of its class embedding, `(batch,)`, int64, on the CPU or the device.
-
-    Source: arXiv 2510.02631, conditional flow matching [text].
     """
-    noisy = interpolate(batch.sample, batch.noise, batch.sigma)
-    labels = on_device(labels, noisy.device)
-    model_output = module(noisy, sigma_to_timestep(batch.sigma), labels, return_dict=False)[0]
-    return flow_matching_loss(model_output, velocity_target(batch.sample, batch.noise))
+    return losses_at(module, batch.sample, batch.noise, batch.sigma, on_device(labels, batch.sample.device))
 
 
 def tensor_bytes(path: Path) -> int:

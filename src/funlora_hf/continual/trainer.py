@@ -144,6 +144,11 @@ class ContinualTrainer:
                     "--resume_from_checkpoint latest trains what is missing."
                 )
 
+    def learn_beside(self, task: Task) -> None:
+        """Train what a task takes that is none of the run's: it is not evaluated. Errors as of `train`."""
+        self._run_phases(list(self.strategy.phases(task)))
+        self.accelerator.wait_for_everyone()
+
     def update_class(self, class_id: int) -> None:
         """Train the adapter of one class again on the images it has now; no other file of the run changes.
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from ..utils.checks import did_you_mean, shortened
+from ..utils.checks import did_you_mean, one_form, shortened
 
 
 def assign_class_ids(names: Sequence[str], known: Mapping[int, str], *, taken: Collection[int] = ()) -> list[int]:
@@ -25,10 +24,10 @@ def assign_class_ids(names: Sequence[str], known: Mapping[int, str], *, taken: C
     Raises:
         ValueError: a name given twice, in names or in known.
     """
-    names = [unicodedata.normalize("NFC", name) for name in names]
-    id_of = {unicodedata.normalize("NFC", name): class_id for class_id, name in known.items()}
+    names = [one_form(name) for name in names]
+    id_of = {one_form(name): class_id for class_id, name in known.items()}
     check_unique("names", names)
-    check_unique("known", [unicodedata.normalize("NFC", name) for name in known.values()])
+    check_unique("known", [one_form(name) for name in known.values()])
     free = itertools.count(max([*known, *taken], default=-1) + 1)
     return [id_of[name] if name in id_of else next(free) for name in names]
 
@@ -43,14 +42,14 @@ def ordered_class_ids(order: Sequence[str], classes: Mapping[int, str]) -> list[
     Raises:
         ValueError: a text that is no class, or a class that is missing or given twice.
     """
-    known = {unicodedata.normalize("NFC", name): class_id for class_id, name in classes.items()}
+    known = {one_form(name): class_id for class_id, name in classes.items()}
     known |= {str(class_id): class_id for class_id in classes}
     for text in order:
-        if unicodedata.normalize("NFC", text) not in known:
+        if one_form(text) not in known:
             raise ValueError(
                 f"`class_order` has {text!r}, which is no class of the dataset.{did_you_mean(text, known)}"
             )
-    ids = [known[unicodedata.normalize("NFC", text)] for text in order]
+    ids = [known[one_form(text)] for text in order]
     check_unique("class_order", ids)
     if missing := [name for class_id, name in classes.items() if class_id not in ids]:
         named = shortened(", ".join(map(repr, missing)), 1000)

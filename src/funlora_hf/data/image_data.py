@@ -25,7 +25,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import constants
 from PIL import Image, ImageOps
 
-from ..utils.checks import shortened
+from ..utils.checks import one_form, shortened
 from .class_ids import check_unique
 from .encoded_images import check_inside, decode_image
 
@@ -113,7 +113,7 @@ class ImageClassificationData:
                     raise ValueError("the row holds no image")
                 image = decode_image(example[self.image_column], roots=part.roots)
                 mode = image.mode
-                pixels[index] = _to_array(image, size=size, channels=channels)
+                pixels[index] = to_array(image, size=size, channels=channels)
             except Exception as error:  # PIL's decoders raise many types, several of them not OSError
                 raise ValueError(
                     f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
@@ -204,6 +204,8 @@ def load_image_data(
     dataset_config_name: str | None = None,
     revision: str | None = None,
     max_images_per_class: int | None = None,
+    hold_out: bool = True,
+    one_class: bool = False,
 ) -> ImageClassificationData:
     """Open an image-classification dataset; only its labels are read here.
 
@@ -225,6 +227,8 @@ def load_image_data(
         dataset_config_name: configuration of a hub dataset or of a folder of parquet files.
         revision: revision of a hub dataset.
         max_images_per_class: keep the first so many images of each class in either split; None: all.
+        hold_out: False: train on all images of a dataset without a test split, and have none to test on.
+        one_class: read a folder of images without subfolders as one class, named after the folder.
 
     Returns:
         The classes that have training images, under the dataset's own ids: the index in `ClassLabel`, the rank of a
@@ -246,7 +250,11 @@ def load_image_data(
         if not 0 < fraction < 1:
             raise ValueError(f"{name}={fraction!r} must lie between 0 and 1, both excluded: set --{name} to e.g. 0.2.")
     name, splits, roots = _open_splits(
-        dataset_name, config_name=dataset_config_name, revision=revision, digits_test_fraction=test_fraction
+        dataset_name,
+        config_name=dataset_config_name,
+        revision=revision,
+        digits_test_fraction=test_fraction,
+        one_class=one_class,
     )
     test_split = _find_splits(splits, train_split=train_split, test_split=test_split)
     train = splits[train_split]
@@ -258,7 +266,7 @@ def load_image_data(
     class_names, ids = _read_labels({source: splits[source] for source in sources}, label_column)
     rows = [_rows_by_class(ids[source]) for source in sources]
     if test_split is None:
-        rows = list(_hold_out(rows[0], test_fraction))
+        rows = list(_hold_out(rows[0], test_fraction)) if hold_out else [rows[0], {}]
     if validation_fraction:
         rows = list(_hold_out(rows[0], validation_fraction))
         sources = [train_split]
@@ -269,6 +277,11 @@ def load_image_data(
         raise ValueError(
             f"train_split={train_split!r} of dataset {name!r} has no rows, expected training images: choose another "
             "split with --train_split."
+        )
+    check_unique("class_names", [one_form(class_name) for class_name in trained.values()])
+    if any(not class_name.strip() for class_name in trained.values()):
+        raise ValueError(
+            f"label_column={label_column!r} of dataset {name!r} has a label without text, expected names."
         )
     dropped = [class_name for class_id, class_name in class_names.items() if class_id not in trained]
     if dropped:
@@ -300,7 +313,12 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
 
 
 def _open_splits(
-    dataset_name: str, *, config_name: str | None, revision: str | None, digits_test_fraction: float
+    dataset_name: str,
+    *,
+    config_name: str | None,
+    revision: str | None,
+    digits_test_fraction: float,
+    one_class: bool,
 ) -> tuple[str, DatasetDict, tuple[str, ...]]:
     """Name for results, all splits of the dataset, and the folders in which its rows may name files."""
     path = Path(dataset_name).expanduser()
@@ -334,7 +352,8 @@ def _open_splits(
     elif is_parquet_folder:
         name, arguments = path.resolve().name, {"path": str(path), "name": config_name}
     elif path.is_dir():
-        name, arguments = path.resolve().name, {"path": "imagefolder", **_image_folder_files(path, dataset_name)}
+        files = _image_folder_files(path, dataset_name, one_class=one_class)
+        name, arguments = path.resolve().name, {"path": "imagefolder", **files}
     elif path.suffix == ".parquet":
         name, arguments = path.stem, {"path": "parquet", "data_files": glob.escape(str(path))}
     else:
@@ -402,18 +421,21 @@ def _load_digits(test_fraction: float) -> DatasetDict:
     return DatasetDict(train=dataset.select(train), test=dataset.select(test))
 
 
-def _image_folder_files(folder: Path, dataset_name: str) -> dict:
-    """Arguments of `load_dataset` for class subfolders, or for split folders that hold class subfolders.
+def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> dict:
+    """Arguments of `load_dataset` for class subfolders, for split folders that hold class subfolders, or for one class.
 
     Left to itself, `datasets` finds splits by words in any part of a path: a class called "train" or "bullet_train"
     would become the training split and the other classes would be lost. It also gives a single class no label.
     """
     top = _subfolders(folder)
-    if not top or any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES):
+    has_metadata = any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES)
+    is_class = one_class and not top and _has_images(folder)
+    if has_metadata or not (top or is_class):
         # Labels in a metadata file, or archives: datasets knows these.
         return {"data_dir": str(folder)}
     split_folders = [place for place in top if _subfolders(place)]
     class_folders = [place for split in split_folders for place in _subfolders(split)] if split_folders else top
+    class_folders = [folder] if is_class else class_folders
     deeper = [place for place in class_folders if _subfolders(place)]
     if deeper or len(split_folders) not in (0, len(top)):
         odd = deeper or [place for place in top if place not in split_folders]
@@ -422,7 +444,14 @@ def _image_folder_files(folder: Path, dataset_name: str) -> dict:
             "<class>/<image> for every image, or <split>/<class>/<image> for every image. Move the images or remove "
             "the odd folders."
         )
+    if not is_class and _has_images(folder):
+        warnings.warn(
+            f"dataset {folder.resolve().name!r}: the images beside its folders "
+            f"({shortened(', '.join(place.name for place in top), 200)}) are of no class and are left out.",
+            stacklevel=4,
+        )
     _warn_of_other_files(class_folders, folder)
+    _warn_of_links(class_folders, folder)
     # A pattern for each class, since those with several * leave linked folders out.
     patterns: dict[str, list[str]] = {}
     for place in class_folders:
@@ -437,21 +466,54 @@ def _image_folder_files(folder: Path, dataset_name: str) -> dict:
 
 
 def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
-    """Warn of visible files that `datasets` does not take for images, which it leaves out without a word."""
+    """Warn of what is left out: visible files that `datasets` does not take for images, images beside the folders of the classes,
+    folders whose name begins with "__", and folders without images."""
     left_out: Counter[tuple[str, str]] = Counter()
+    beside, empty = [], []
+    for above in sorted({folder, *(place.parent for place in class_folders)}):
+        beside += [one for one in above.iterdir() if one.name.startswith("__") or (_is_image(one) and one.is_file())]
     for place in class_folders:
-        for file in place.iterdir():
-            if file.suffix.lower() not in ImageFolder.EXTENSIONS and not file.name.startswith((".", "__")):
+        files = list(place.iterdir())
+        if not any(map(_is_image, files)):
+            empty.append(place)
+        for file in files:
+            if not _is_image(file) and not file.name.startswith((".", "__")):
                 left_out[place.relative_to(folder).as_posix(), file.suffix or "none"] += 1
-    if left_out:
-        counted = ", ".join(
-            f"{count} in {place!r} (extension {suffix})" for (place, suffix), count in left_out.items()
-        )
+    counted = [f"{count} in {place!r} (extension {suffix})" for (place, suffix), count in left_out.items()]
+    for problem, found in (
+        ("these files do not have the extension of an image", counted),
+        ("these lie outside of the folders of the classes, or are folders with names that begin with '__',", beside),
+        ("these folders have no image", empty),
+    ):
+        if found:
+            names = ", ".join(one if isinstance(one, str) else repr(str(one.relative_to(folder))) for one in found)
+            warnings.warn(
+                f"dataset {folder.resolve().name!r}: {problem} and are left out: {shortened(names, 1000)}.",
+                stacklevel=5,
+            )
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith(".")
+
+
+def _warn_of_links(class_folders: Sequence[Path], folder: Path) -> None:
+    """Warn of links to files outside of the folder, which are read as images: somebody else may have packed them."""
+    root = folder.resolve()
+    places = [one for place in class_folders for one in (place, *place.iterdir()) if one.is_symlink()]
+    leading = [(one, target) for one in places if not (target := one.resolve()).is_relative_to(root)]
+    if leading:
+        link, target = leading[0]
         warnings.warn(
-            f"dataset {folder.resolve().name!r}: these files do not have the extension of an image and are left out: "
-            f"{shortened(counted, 1000)}.",
+            f"dataset {root.name!r}: {len(leading)} links lead out of the folder and are followed, such as "
+            f"{shortened(str(link.relative_to(folder)), 300)!r} to {shortened(str(target), 300)!r}.",
             stacklevel=5,
         )
+
+
+def _has_images(folder: Path) -> bool:
+    visible = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "__")))
+    return any(file.suffix.lower() in ImageFolder.EXTENSIONS for file in visible)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -573,7 +635,7 @@ def _hold_out(rows: Mapping[int, np.ndarray], fraction: float) -> tuple[dict[int
     return kept, held
 
 
-def _to_array(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
+def to_array(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
     """One image as uint8 (channels, size, size), values 0..255."""
     image = _to_eight_bits(image)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:

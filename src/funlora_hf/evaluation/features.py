@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from ..classifier import check_images
 from ..data.image_data import to_model_range
 
 
@@ -111,10 +112,6 @@ def extract_features(extractor: FeatureExtractor, images: torch.Tensor, *, batch
     Raises:
         ValueError: images that are not as described.
     """
-    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
-        found = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-        raise ValueError(f"`images` is {found}, expected a uint8 tensor in 0..255: convert it first.")
-    if images.ndim != 4 or images.numel() == 0:
-        raise ValueError(f"`images` has shape {tuple(images.shape)}, expected (N, C, H, W) with at least one image.")
+    check_images(images)
     device = next((weight.device for weight in extractor.parameters()), torch.device("cpu"))
     return torch.cat([extractor(batch.to(device)) for batch in images.split(batch_size)])

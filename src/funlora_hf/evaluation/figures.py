@@ -13,10 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import PIL.Image
 import torch
+from PIL import ImageDraw
 from torch import Tensor
 
 from ..utils.checks import check_at_least_one
 from ..utils.files import whole_file
+from .label_font import drawable, label_font
 
 
 # Okabe and Ito's colours, told apart with every common kind of colour blindness.
@@ -58,6 +60,8 @@ CLASS_GRID_COLUMNS = 4
 MOST_IN_LEGEND = 10
 # In the figure of the ranks.
 _GROUPS = tuple(zip((BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE, BLACK, GREY), "os^DvPX*", strict=True))
+# Pixels, of the letters beside and above a grid.
+LABEL_SIZE = 18
 # Characters of a label after which its middle is left out.
 LONGEST_LABEL = 40
 
@@ -69,7 +73,7 @@ def sample_grid(
     title: str | None = None,
     images_per_class: int = 10,
 ) -> None:
-    """Draws one row of images per class, with the name of the class on the left.
+    """Draws one row of images per class, with the name of the class on the left. Needs no matplotlib.
 
     Small images are enlarged by a whole factor, each pixel to a square, so that nothing is smoothed over.
 
@@ -81,7 +85,6 @@ def sample_grid(
         images_per_class: most images in a row; the first ones are taken.
 
     Raises:
-        ImportError: matplotlib is not installed.
         ValueError: an argument is not as described; the message names it.
 
     Source: [ours].
@@ -120,7 +123,7 @@ def class_grid(images: Tensor, path: str | os.PathLike[str]) -> None:
     image_grid(images[:CLASS_GRID_IMAGES], path, columns=CLASS_GRID_COLUMNS)
 
 
-def image_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int) -> None:
+def image_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int, names: Sequence[str] = ()) -> None:
     """Draws images row by row, each on white. Needs no matplotlib.
 
     Small images are enlarged by a whole factor, each pixel to a square. Equal images give equal bytes.
@@ -129,19 +132,25 @@ def image_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int) ->
         images: uint8 (N, C, H, W), range 0..255, C = 1 or 3.
         path: the PNG to write; its folder is made if it is missing.
         columns: images in a row.
+        names: of the rows, written on the left.
 
     Raises:
         ValueError: an argument is not as described; the message names it.
 
     Source: [ours].
     """
-    check_images("images", images)
     target = _png_path(path)
+    _save(image_grid_picture(images, columns=columns, names=names), target)
+
+
+def image_grid_picture(
+    images: Tensor, *, columns: int, names: Sequence[str] = (), headings: Sequence[str] = ()
+) -> PIL.Image.Image:
+    """As `image_grid`, without a file; `headings` are written above the columns. Returns an RGB image."""
+    check_images("images", images)
     pictures = enlarged(images, GRID_CELL)
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    canvas = np.pad(on_white(rows, gap=2), ((1, 1), (1, 1), (0, 0)), constant_values=255)
-    with whole_file(target) as temporary:
-        PIL.Image.fromarray(canvas).save(temporary, format="png")
+    return labelled(rows, gap=2, names=[shorten(name) for name in names], columns=headings)
 
 
 def accuracy_curve(
@@ -207,12 +216,13 @@ def loss_curves(losses: Mapping[str, Sequence[float | None]], path: str | os.Pat
         ImportError: matplotlib is not installed.
     """
     with new_figure(path, (5.5, 3.6)) as figure:
-        axes = figure.add_subplot(yscale="log", xlabel="share of the phase (%)", ylabel="training loss, mean")
+        axes = figure.add_subplot(xlabel="share of the phase (%)", ylabel="training loss")
         axes.grid(axis="y")
         for name, means in losses.items():
             places = [100 * (index + 0.5) / len(means) for index in range(len(means))]
             values = [math.nan if mean is None else mean for mean in means]
             axes.plot(places, values, ".-", label=name, linewidth=1, markersize=3)
+        axes.set_ylim(bottom=0)
         if len(losses) <= MOST_IN_LEGEND:
             axes.legend(ncols=2, fontsize=8)
 
@@ -383,29 +393,57 @@ def show_pixels(
     columns: Sequence[str] = (),
     title: str | None = None,
 ) -> None:
-    """Draws pictures row by row, pixel for pixel.
+    """Writes what `labelled` draws into a PNG. Raises a ValueError for a path that does not end in .png."""
+    target = _png_path(path)
+    _save(labelled(rows, gap=gap, names=names, columns=columns, title=title), target)
+
+
+def labelled(
+    rows: Sequence[Sequence[np.ndarray]],
+    *,
+    gap: int,
+    names: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    title: str | None = None,
+) -> PIL.Image.Image:
+    """Pictures row by row, pixel for pixel, on white, with labels in a font that has their characters.
 
     Args:
         rows: pictures, see `on_white`.
-        path: the PNG to write.
-        gap: pixels between pictures.
+        gap: pixels between pictures; the edge is half as wide.
         names: of the rows, written on the left.
         columns: names of the columns, written above.
         title: text above the grid.
+
+    Returns:
+        An RGB image.
     """
-    canvas = on_white(rows, gap=gap)
-    height, width = canvas.shape[:2]
-    # The axes fill the figure, so nothing is resampled; the tight bounding box makes room for the names outside.
-    with new_figure(path, (width / DPI, height / DPI), layout=None) as figure:
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.imshow(canvas, interpolation="nearest", aspect="auto")
-        for axis, texts, length in ((axes.yaxis, names, height), (axes.xaxis, columns, width)):
-            pitch = (length + gap) / max(len(texts), 1)
-            axis.set_ticks([(place + 0.5) * pitch - (gap + 1) / 2 for place in range(len(texts))], labels=texts)
-        axes.xaxis.tick_top()
-        without_frame(axes, pad=6)
-        # Left-aligned, so that a title longer than a narrow grid does not run over the names.
-        axes.set_title(title, loc="left", pad=8)
+    font = label_font([*names, *columns, title or ""], LABEL_SIZE)
+    names, columns = ([drawable(text, font) for text in texts] for texts in (names, columns))
+    title = drawable(title or "", font)
+    pixels = on_white(rows, gap=gap)
+    height, width = pixels.shape[:2]
+    edge, space = gap // 2, LABEL_SIZE // 2
+    measure = ImageDraw.Draw(PIL.Image.new("1", (1, 1)))
+    widest = max((measure.multiline_textbbox((0, 0), name, font)[2] for name in names), default=0)
+    left = math.ceil(widest) + 2 * space if names else edge
+    lines = (LABEL_SIZE + space) * (bool(title) + bool(columns))
+    top = lines + edge
+    # A title longer than a narrow grid has room on the right.
+    right = max(width + edge, math.ceil(font.getlength(title)) + space if title else 0)
+    canvas = PIL.Image.new("RGB", (left + right, top + height + edge), "white")
+    canvas.paste(PIL.Image.fromarray(pixels), (left, top))
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((left, LABEL_SIZE), title, "black", font, anchor="ls")
+    for place, name in enumerate(columns):
+        pitch = (width + gap) / len(columns)
+        draw.text((left + (place + 0.5) * pitch - gap / 2, lines - space), name, "black", font, anchor="ms")
+    for place, name in enumerate(names):
+        pitch = (height + gap) / len(names)
+        middle = (left - space, top + (place + 0.5) * pitch - gap / 2)
+        draw.multiline_text(middle, name, "black", font, anchor="rm", align="right")
+    return canvas
 
 
 def enlarged(images: Tensor, side: int) -> list[np.ndarray]:
@@ -484,6 +522,11 @@ def _check_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[
     return layers, size
 
 
+def _save(picture: PIL.Image.Image, target: Path) -> None:
+    with whole_file(target) as temporary:
+        picture.save(temporary, format="png")
+
+
 def _png_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix.lower() != ".png":
@@ -516,7 +559,8 @@ def _check_percentages(name: str, values: Sequence[float], *, length: int) -> No
 
 
 def shorten(name: str, length: int = LONGEST_LABEL) -> str:
-    """Leaves out the middle of a name of more characters than `length`, since both ends tell names apart."""
+    """Puts a name on one line, and leaves out the middle of more characters than `length`: both ends tell names apart."""
+    name = " ".join(name.split())
     if len(name) <= length:
         return name
     kept = (length - 1) // 2

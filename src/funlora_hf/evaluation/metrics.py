@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Real
 from statistics import fmean
+from typing import Any
 
 
-def average_accuracies(accuracy_matrix: Sequence[Sequence[float]]) -> list[float]:
-    """Mean accuracy over the tasks seen, after each task.
+def continual_scores(accuracy_matrix: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The scores of one run.
 
     Args:
         accuracy_matrix: `R[t][j]`, the accuracy on the test images of task `j` after task `t`; ragged, row `t` has
             `t + 1` entries. Unit: %, range [0, 100].
 
     Returns:
-        `A[t] = mean(R[t][0..t])`, one number per task. Unit: %, range [0, 100].
+        "A": a list, mean accuracy over the tasks seen, after each task: `A[t] = mean(R[t][0..t])`; "LA": last accuracy,
+        `A[-1]`; "AIA": average incremental accuracy, the mean of `A`. Unit: %, range [0, 100]. "forgetting": see
+        `forgetting`.
 
     Raises:
         ValueError: the matrix is empty or not ragged in this way, or an entry is not a finite number in [0, 100].
 
-    Source: arXiv 2510.02631, evaluation protocol [text]. Each task weighs the same, whatever its number of test
-        images [text: mean over the tasks].
+    Source: arXiv 2510.02631, evaluation protocol: `A`, `LA`, `AIA` [text]. Each task weighs the same, whatever its number
+        of test images [text: mean over the tasks]. `forgetting` [ours].
     """
-    return [fmean(row) for row in _validated(accuracy_matrix)]
+    averages = [fmean(row) for row in _validated(accuracy_matrix)]
+    return {"A": averages, "LA": averages[-1], "AIA": fmean(averages), "forgetting": forgetting(accuracy_matrix)}
 
 
 def forgetting(accuracy_matrix: Sequence[Sequence[float]]) -> float:
@@ -36,13 +39,13 @@ def forgetting(accuracy_matrix: Sequence[Sequence[float]]) -> float:
         mean over j < T of  max over t <= T of R[t][j]  -  R[T][j]
 
     Args:
-        accuracy_matrix: as for `average_accuracies`. Unit: %, range [0, 100].
+        accuracy_matrix: as for `continual_scores`. Unit: %, range [0, 100].
 
     Returns:
         Percentage points, range [0, 100]; 0 for a single task, since nothing can have been forgotten.
 
     Raises:
-        ValueError: as for `average_accuracies`.
+        ValueError: as for `continual_scores`.
 
     Source: Chaudhry et al. 2018 [text]; the maximum over all rows is [ours].
     """
@@ -50,38 +53,6 @@ def forgetting(accuracy_matrix: Sequence[Sequence[float]]) -> float:
     last = matrix[-1]
     drops = [max(row[task] for row in matrix[task:]) - last[task] for task in range(len(matrix) - 1)]
     return fmean(drops) if drops else 0.0
-
-
-@dataclass(frozen=True)
-class ContinualAccuracy:
-    """The scores of one run.
-
-    Attributes:
-        A: mean accuracy over the tasks seen, after each task. Unit: %, range [0, 100].
-        LA: last accuracy, `A[-1]`. Unit: %, range [0, 100].
-        AIA: average incremental accuracy, the mean of `A`. Unit: %, range [0, 100].
-        forgetting: see `forgetting`. Unit: percentage points, range [0, 100].
-
-    Source: arXiv 2510.02631, evaluation protocol: `A`, `LA`, `AIA` [text]; `forgetting` [ours].
-    """
-
-    A: tuple[float, ...]
-    LA: float
-    AIA: float
-    forgetting: float
-
-    @classmethod
-    def from_matrix(cls, matrix: Sequence[Sequence[float]]) -> ContinualAccuracy:
-        """Computes every score from the accuracy matrix.
-
-        Args:
-            matrix: as for `average_accuracies`. Unit: %, range [0, 100].
-
-        Raises:
-            ValueError: as for `average_accuracies`.
-        """
-        averages = average_accuracies(matrix)
-        return cls(A=tuple(averages), LA=averages[-1], AIA=fmean(averages), forgetting=forgetting(matrix))
 
 
 def _validated(accuracy_matrix: Sequence[Sequence[float]]) -> list[list[float]]:

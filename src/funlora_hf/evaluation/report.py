@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, class_in_name
+from ..continual.added_classes import AddedClasses
 from ..continual.base import BASE_PHASE
 from ..continual.config import run_settings
 from ..continual.run_folder import RunFolder
@@ -31,7 +31,7 @@ from .adapter_analysis import execution_order
 from .evaluator import RunEvaluator
 from .figures import accuracy_curve, loss_curves, sample_grid
 from .figures import layer_importance as layer_importance_figure
-from .metrics import ContinualAccuracy
+from .metrics import continual_scores
 from .tables import summary_table, what_next
 
 
@@ -67,16 +67,20 @@ def accuracy_results(rows: Sequence[Sequence[float] | None]) -> dict[str, Any]:
     if len(matrix) < len(rows):
         averages = [None if row is None else fmean(row) for row in rows]
         return {**nothing, "accuracy_matrix": list(rows), "A": averages, "LA": averages[-1]}
-    scores = ContinualAccuracy.from_matrix(matrix)
-    return {"accuracy_matrix": matrix, **asdict(scores), "A": list(scores.A)}
+    return {"accuracy_matrix": matrix, **continual_scores(matrix)}
 
 
 def joint_average_accuracies(path: str | None, num_tasks: int) -> list[float] | None:
-    """A_1..A_T of a joint run, or None if it was not run or has another number of tasks."""
-    if path is None or not Path(path).is_file():
+    """A_1..A_T of a joint run, or None, with a warning if it was not run or has another number of tasks."""
+    if path is None:
         return None
-    averages = read_mapping(Path(path)).get("A")
-    return averages if averages is not None and len(averages) == num_tasks else None
+    averages = read_mapping(Path(path)).get("A") if Path(path).is_file() else None
+    if averages is None or len(averages) != num_tasks:
+        logger.warning(
+            "`joint_results` is %r, which holds no accuracies after %d tasks: they are not drawn.", path, num_tasks
+        )
+        return None
+    return averages
 
 
 class ForgettingError(RuntimeError):
@@ -137,6 +141,7 @@ def report_run(
         "ema_decay_reached": _decays(folder),
         "seconds": _seconds(evaluator, folder, time.perf_counter() - started),
         "zero_forgetting": zero_forgetting,
+        "added": AddedClasses(folder).finished(),
         "settings": settings,
         "versions": {name: version(name) for name in _PACKAGES},
         "environment": {
@@ -209,8 +214,8 @@ def _evaluated(evaluator: RunEvaluator, folder: RunFolder) -> dict[str, Any]:
     """The part of results.json that evaluation gives, with its figures; None where nothing was measured."""
     strategy, tasks, records = evaluator.strategy, evaluator.tasks, evaluator.records()
     sampled = records[-1] is not None
-    accuracies = accuracy_results([record and record["accuracies"] for record in records])
-    own = accuracy_results([record and record.get("own_classifier") for record in records])
+    accuracies = accuracy_results([None if record is None else record["accuracies"] for record in records])
+    own = accuracy_results([None if record is None else record.get("own_classifier") for record in records])
     losses = evaluator.held_out_losses() if sampled else {}
     image_quality = None
     with _figures_if_possible():
@@ -277,7 +282,9 @@ def _seconds(evaluator: RunEvaluator, folder: RunFolder, report: float) -> dict[
 
 
 def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, LayerImportance]:
-    adapters = adapter_folders(folder.path / ADAPTERS_FOLDER)
+    found = adapter_folders(folder.path / ADAPTERS_FOLDER)
+    # Not those that were added to the run.
+    adapters = [path for path in found if class_in_name(path.name) in strategy.setting.class_names]
     if not adapters or strategy.method_name == "vanilla_add":
         # Importance is the distance of A and B from one, where all methods start but vanilla LoRA.
         return {}

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ..continual.costs import Part
+
 
 def summary_table(results: Mapping[str, Any]) -> str:
     """The results of one run, as plain text."""
@@ -23,8 +25,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
         lines.append("A_t (%)           " + "".join(map(_accuracy, results["A"])))
         lines.append("")
         for key, name, meaning in (
-            ("LA", "LA (%)", "   last accuracy: A_t after the last task"),
-            ("AIA", "AIA (%)", "   average incremental accuracy: mean of A_t"),
+            ("LA", "LA (%)", "   last accuracy: the mean over all tasks, after the last one"),
+            ("AIA", "AIA (%)", "   average incremental accuracy: the mean of A_t over t"),
             ("forgetting", "forgetting (%)", ""),
         ):
             lines.append(f"{name:<18}{_accuracy(results[key])}{meaning}")
@@ -37,7 +39,9 @@ def summary_table(results: Mapping[str, Any]) -> str:
         lines.append(f"{name:<18}{value:>8.{digits}f}")
     if results["parameters_per_class"] is not None:
         with_vector = results["parameters_per_class_with_vector"]
-        lines.append(f"{'PPC':<18}{results['parameters_per_class']:>8} ({with_vector} with the class vector)")
+        lines.append(
+            f"{'PPC':<18}{results['parameters_per_class']:>8} ({with_vector} with the class vector)   parameters per class"
+        )
     zero = results["zero_forgetting"]
     if zero is not None:
         base = "unchanged" if zero["base_sha256_before"] == zero["base_sha256_after"] else "CHANGED"
@@ -62,6 +66,25 @@ def what_next(results: Mapping[str, Any], folder: Path) -> str:
 
 def _accuracy(value: float | None) -> str:
     return f"{'-' if value is None else format(value, '.2f'):>8}"
+
+
+def costs_table(parts: Sequence[Part]) -> str:
+    """What a run costs, as plain text: a line for each part, and their sum."""
+    lines = [f"{'':<26}{'':>24} {'per second':>11} {'hours':>10} {'TFLOP':>11} {'memory':>9}"]
+    for part in parts:
+        unit = part.unit if part.images == 1 else f"{part.unit} of {part.images}"
+        hours = part.count * part.seconds / 3600
+        numbers = f"{_rounded(1 / part.seconds):>11} {_rounded(hours):>10} {_rounded(part.flops / 1e12):>11}"
+        memory = "" if part.memory is None else f"{part.memory / 1e9:.2f} GB"
+        lines.append(f"{part.name:<26}{f'{part.count:,} {unit}':>24} {numbers} {memory:>9}")
+    lines.append(
+        f"{'together':<26}{'':>24} {'':>11} {_rounded(sum(part.count * part.seconds for part in parts) / 3600):>10}"
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _rounded(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:

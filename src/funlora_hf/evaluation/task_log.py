@@ -44,8 +44,9 @@ class TaskLog:
         later = tasks[task.index + 1 :]
         rest = f"; about {duration(self.seconds_left(task))} left" if later else ""
         logger.info(
-            "task %d of %d: classes %s%s %s%s%s",
-            *(task.index + 1, len(tasks), ", ".join(names[:_MOST_NAMES]), more, how, accuracy, rest),
+            "task %d of %d: %s %s%s %s%s%s",
+            *(task.index + 1, len(tasks), "class" if len(names) == 1 else "classes"),
+            *(", ".join(names[:_MOST_NAMES]), more, how, accuracy, rest),
         )
 
     def seconds_left(self, task: Task) -> float:

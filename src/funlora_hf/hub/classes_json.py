@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..cards.model_cards import ClassRow, adapters_card, base_card
+from ..adapters.class_folder import adapter_folders, class_in_name, class_of
+from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch, read_config
+from ..cards.model_cards import ClassRow, repository_card
 from ..utils.files import read_mapping
 
 
@@ -59,28 +61,22 @@ class HubIndex:
     def files(self, repo_id: str) -> dict[str, bytes]:
         """The card and this index, as the repository `repo_id` shows them."""
         rows = sorted(self.classes.values(), key=lambda row: row.class_label)
-        if self.base_classes is None:
-            card = adapters_card(
-                repo_id=repo_id,
-                base=self.base_model,
-                base_revision=self.base_revision,
-                classes=rows,
-                results=self.results,
-                license=self.license,
-            )
-        else:
-            accuracy = (self.results or {}).get("class_accuracy") or {}
-            own = [
-                ClassRow(label, name, "base", accuracy=accuracy.get(str(label)))
-                for label, name in self.base_classes.items()
-            ]
-            card = base_card(
-                repo_id=repo_id,
-                classes=[*own, *rows],
-                base_fingerprints=self.base_fingerprint,
-                results=self.results,
-                license=self.license,
-            )
+        accuracy = (self.results or {}).get("class_accuracy") or {}
+        has_base = self.base_classes is not None
+        own = [
+            ClassRow(label, name, "base", accuracy=accuracy.get(str(label)))
+            for label, name in (self.base_classes or {}).items()
+        ]
+        card = repository_card(
+            repo_id,
+            [*own, *rows],
+            kind="base" if has_base else "adapter",
+            base=None if has_base else self.base_model,
+            base_revision=None if has_base else self.base_revision,
+            base_fingerprints=self.base_fingerprint,
+            results=self.results,
+            license=self.license,
+        )
         contents = {**vars(self), "classes": [asdict(row) for row in rows]}
         return {CARD: str(card).encode(), INDEX: (json.dumps(contents, indent=2) + "\n").encode()}
 
@@ -131,9 +127,37 @@ def read_index(file: Path) -> HubIndex:
         raise ValueError(f"{INDEX} is damaged ({error!r}): delete it, and push again.") from error
 
 
+def root_files(repo_id: str, present: set[str], index: HubIndex) -> dict[str, bytes]:
+    """Card and index of a repository with these files, to which `index` adds."""
+    return known_contents(repo_id, present).updated(index).files(repo_id)
+
+
+def known_contents(repo_id: str, present: set[str]) -> HubIndex:
+    """What a repository holds already: what its index says, and adapters that were uploaded in other ways."""
+    folders = {name.rpartition("/")[0] for name in present if name.endswith(f"/{ADAPTER_FILES[1]}")}
+    if not folders and INDEX not in present:
+        return HubIndex()
+    root = fetch(repo_id, [INDEX, f"class_*/{ADAPTER_FILES[0]}"])
+    index = read_index(root / INDEX) if INDEX in present else HubIndex()
+    classes = {folder: row for folder, row in index.classes.items() if folder in folders}
+    for path in adapter_folders(root):
+        label = class_in_name(path.name)
+        if label is not None and path.name in folders and path.name not in classes:
+            name = _class_name(path) or str(label)
+            classes[path.name] = ClassRow(label, name, "adapter", link=path.name)
+    return replace(index, classes=classes)
+
+
 def _is_plain(value: Any) -> bool:
     return (
         value is None
         or isinstance(value, (bool, int, float))
         or (isinstance(value, str) and not set(value) & set("/\\"))
     )
+
+
+def _class_name(folder: Path) -> str | None:
+    try:
+        return class_of(read_config(folder))[1]
+    except (OSError, ValueError):
+        return None  # a damaged one is listed, and can be deleted, all the same

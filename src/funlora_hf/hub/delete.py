@@ -6,20 +6,20 @@ import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 
 from ..adapters.bank import AdapterBank
-from ..adapters.base_model import PIPELINE, base_classes
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
+from ..adapters.untrusted_base import PIPELINE, base_classes
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_choice
-from ..utils.files import read_mapping, read_tensors, whole_file
+from ..utils.files import read_mapping, read_tensors, whole_file, write_json
 from ..utils.locks import folder_lock
-from .classes_json import INDEX
+from .classes_json import INDEX, known_contents
 from .repository import HubRepository
-from .root_files import known_contents
 
 
 def delete_class(
@@ -41,8 +41,8 @@ def delete_class(
         pipeline ([`FunLoraPipeline`], *optional*): forgets the class, and its numbers in the model become zeros.
         bank ([`AdapterBank`], *optional*): likewise; a file of it has to be saved again.
         output_dir (`str` or `os.PathLike`, *optional*):
-            Folder of a run or of a saved pipeline: its adapter, checkpoints and pictures that show it. Numbers of the run in
-            results.json stay. A run that has not ended would learn the class again when it is resumed.
+            Folder of a run or of a saved pipeline: its adapter, checkpoints, pictures that show it, and what results.json says of it
+            under `added`. Numbers of the run in results.json stay. A run that has not ended would learn the class again when it is resumed.
         repo_id (`str`, *optional*): repository laid out as `push_all` does.
         history (`str`, *optional*, defaults to `"keep"`): of the repository, see `delete_class_from_hub`.
 
@@ -150,12 +150,21 @@ def _delete_from_folder(folder: Path, class_label: int, traces: list[Path]) -> b
     name = adapter_name(class_label)
     had_it = (folder / ADAPTERS_FOLDER / name).is_dir()
     _forget_samples(folder / "figures" / "samples.safetensors", name)
+    results = folder / "results.json"
+    if str(class_label) in (added := _added(results)):
+        others = {key: one for key, one in added.items() if key != str(class_label)}
+        write_json(results, {**read_mapping(results), "added": others})
     for path in traces:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     return had_it
+
+
+def _added(results: Path) -> dict[str, Any]:
+    """What a run's results say of classes beside its tasks, by id as text."""
+    return read_mapping(results).get("added", {}) if results.is_file() else {}
 
 
 def _forget_samples(file: Path, name: str) -> None:
@@ -167,8 +176,11 @@ def _forget_samples(file: Path, name: str) -> None:
 
 
 def _grids_with(folder: Path, class_label: int) -> list[Path]:
-    """The pictures of all classes learned so far, from the task on that brought this one; all of them if that is not known."""
+    """The pictures of all classes learned so far, from the task on that brought this one; all of them if that is not known, none if
+    it was added beside the tasks."""
     results = folder / "results.json"
+    if str(class_label) in _added(results):
+        return []
     tasks = read_mapping(results, keys=["tasks"])["tasks"] if results.is_file() else []
     first = next((number for number, task in enumerate(tasks, start=1) if class_label in task), 1)
     grids = (folder / "figures").glob("samples_task_*.png")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DModel
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..adapters.base_fingerprint import BaseMismatchError, FingerprintCheck, base_fingerprint
-from ..adapters.base_model import base_classes, read_unet
 from ..adapters.class_folder import adapter_class
-from ..adapters.untrusted_adapter import read_adapter
+from ..adapters.untrusted_adapter import method, read_adapter
 from ..adapters.untrusted_bank import read_bank
+from ..adapters.untrusted_base import base_classes, read_unet
 from ..tuner import FunLoraConfig
 from .find import find_contents
 
@@ -36,58 +36,54 @@ class BaseDescription:
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class AdapterDescription:
+@dataclass(frozen=True, kw_only=True)
+class _StoredDescription:
     """
+    What an adapter and a bank both say.
+
     Args:
         name: where it lies.
-        class_label: id of its class; None: it does not say.
-        class_name: of its class; None: it does not say.
         method: of PEFT.
         function: of FunLoRA; None for other methods.
         operation: of FunLoRA; None for other methods.
-        parameters: how many numbers it holds.
         num_bytes: size of its weight file.
         base_model: the base that it names.
         base_matches: whether its fingerprint is that of the base beside it; None: one of the two is not there.
     """
 
     name: str
-    class_label: int | None
-    class_name: str | None
     method: str
     function: str | None
     operation: str | None
-    parameters: int
     num_bytes: int
     base_model: str | None
     base_matches: bool | None
 
 
-@dataclass(frozen=True)
-class BankDescription:
+@dataclass(frozen=True, kw_only=True)
+class AdapterDescription(_StoredDescription):
     """
     Args:
-        name: of the file.
-        classes: id -> name.
-        method: of PEFT.
-        function: of FunLoRA.
-        operation: of FunLoRA.
-        parameters_per_class: how many numbers a class has.
-        num_bytes: size of the file.
-        base_model: the base that it names.
-        base_matches: as for an adapter.
+        class_label: id of its class; None: it does not say.
+        class_name: of its class; None: it does not say.
+        parameters: how many numbers it holds.
     """
 
-    name: str
+    class_label: int | None
+    class_name: str | None
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankDescription(_StoredDescription):
+    """
+    Args:
+        classes: id -> name.
+        parameters_per_class: how many numbers a class has.
+    """
+
     classes: dict[int, str]
-    method: str
-    function: str
-    operation: str
     parameters_per_class: int
-    num_bytes: int
-    base_model: str | None
-    base_matches: bool | None
 
 
 @dataclass(frozen=True)
@@ -130,49 +126,37 @@ def describe(
     base = check = None
     if found.base is not None:
         unet = read_unet(found.base)
-        base, check = _base(found.base, found.name(found.base), unet), FingerprintCheck(unet)
+        check, fingerprint = FingerprintCheck(unet), base_fingerprint(unet, dtype=torch.float32)
+        name, classes = found.name(found.base), base_classes(found.base)
+        base = BaseDescription(name, classes, unet.num_parameters(), fingerprint)
     adapters = [_adapter(folder, found.name(folder), check) for folder in found.adapters]
     banks = [_bank(file, found.name(file), check) for file in found.banks]
     return Description(found.source, base, adapters, banks)
 
 
-def _base(folder: Path, name: str, unet: UNet2DModel) -> BaseDescription:
-    fingerprint = base_fingerprint(unet, dtype=torch.float32)
-    return BaseDescription(name, base_classes(folder), unet.num_parameters(), fingerprint)
-
-
 def _adapter(folder: Path, name: str, check: FingerprintCheck | None) -> AdapterDescription:
     adapter = read_adapter(folder)
-    config = adapter.config
-    found = adapter_class(folder)
-    own = config if isinstance(config, FunLoraConfig) else None
-    return AdapterDescription(
-        name=name,
-        class_label=found["class_label"],
-        class_name=found["class_name"],
-        method=PeftType(config.peft_type).value,
-        function=own.function if own else None,
-        operation=own.operation if own else None,
-        parameters=adapter.numel,
-        num_bytes=(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
-        base_model=config.base_model_name_or_path,
-        base_matches=_matches(check, config, name),
-    )
+    stored = _stored(adapter.config, folder / SAFETENSORS_WEIGHTS_NAME, name, check)
+    return AdapterDescription(**stored, **adapter_class(folder), parameters=adapter.numel)
 
 
 def _bank(file: Path, name: str, check: FingerprintCheck | None) -> BankDescription:
     bank = read_bank(file)
-    return BankDescription(
-        name=name,
-        classes=bank.classes,
-        method=PeftType(bank.config.peft_type).value,
-        function=bank.config.function,
-        operation=bank.config.operation,
-        parameters_per_class=bank.numel,
-        num_bytes=file.stat().st_size,
-        base_model=bank.config.base_model_name_or_path,
-        base_matches=_matches(check, bank.config, name),
-    )
+    stored = _stored(bank.config, file, name, check)
+    return BankDescription(**stored, classes=bank.classes, parameters_per_class=bank.numel)
+
+
+def _stored(config: PeftConfig, file: Path, name: str, check: FingerprintCheck | None) -> dict[str, Any]:
+    own = config if isinstance(config, FunLoraConfig) else None
+    return {
+        "name": name,
+        "method": method(config),
+        "function": own.function if own else None,
+        "operation": own.operation if own else None,
+        "num_bytes": file.stat().st_size,
+        "base_model": config.base_model_name_or_path,
+        "base_matches": _matches(check, config, name),
+    }
 
 
 def _matches(check: FingerprintCheck | None, config: PeftConfig, name: str) -> bool | None:

@@ -7,9 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.base_model import GENERATOR_FOLDERS, PIPELINE, UNET_FOLDER
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
 from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch
+from ..adapters.untrusted_bank import read_bank
+from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, UNET_FOLDER
 from .classes_json import CARD, INDEX
 from .what_to_push import SAMPLES
 
@@ -20,6 +21,7 @@ BASE_CONTENTS = (PIPELINE, f"{UNET_FOLDER}/*.json", f"{UNET_FOLDER}/*.safetensor
 # A U-Net without a pipeline around it.
 _UNET_CONTENTS = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index.json")
 _BASE_PLACES = (*GENERATOR_FOLDERS, ".")
+_BASE_MARKS = (PIPELINE, "config.json")
 _OTHER_WEIGHTS = ("adapter_model", "diffusion_pytorch_model")
 
 
@@ -41,6 +43,15 @@ class Contents:
     base: Path | None
     adapters: tuple[Path, ...]
     banks: tuple[Path, ...]
+
+    def classes(self) -> dict[int, str]:
+        """Names by ids of the classes of its adapters and banks, an id without a name being its own."""
+        found = [adapter_class(folder) for folder in self.adapters]
+        names = {one["class_label"]: one["class_name"] or str(one["class_label"]) for one in found}
+        names.pop(None, None)
+        for file in self.banks:
+            names |= read_bank(file).classes
+        return names
 
     def name(self, path: Path) -> str:
         """A folder or file in it, as one would say where it lies."""
@@ -98,7 +109,8 @@ def find_contents(
     if subfolder:
         files = [f"{subfolder}/{file}" for file in files]
     root = fetch(name, files, revision=revision, local_files_only=local_files_only) / (subfolder or "")
-    base = next((root / place for place in _BASE_PLACES if _is_base(root / place)), None) if with_base else None
+    places = [root / place for place in _BASE_PLACES] if with_base else []
+    base = next((place for place in places for file in _BASE_MARKS if (place / file).is_file()), None)
     found = Contents(name, root, base, _adapters(root, classes), _banks(root))
     place = f"{name!r}" + (f", subfolder {subfolder!r}," if subfolder else "")
     absent = [] if classes is None else sorted(set(names) - {folder.name for folder in found.adapters})
@@ -112,10 +124,6 @@ def find_contents(
             "adapter as PEFT saves it."
         )
     return found
-
-
-def _is_base(folder: Path) -> bool:
-    return (folder / PIPELINE).is_file() or (folder / "config.json").is_file()
 
 
 def _adapters(root: Path, classes: Collection[int] | None) -> tuple[Path, ...]:

@@ -12,16 +12,13 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 
-from ..adapters.base_fingerprint import base_fingerprints
-from ..adapters.base_model import PIPELINE
 from ..adapters.class_folder import adapter_name, known_class, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
+from ..adapters.untrusted_base import PIPELINE
 from ..cards.model_cards import ClassRow, Place
 from ..sampling.pipeline import FunLoraPipeline
-from ..tuner import FunLoraConfig
-from .classes_json import HubIndex, shown_results
+from .classes_json import HubIndex, root_files, shown_results
 from .repository import HubRepository
-from .root_files import root_files
 from .what_to_push import BaseFolder, RunToPush, read_adapter_folder, read_base, read_run, warn_without_base
 
 
@@ -108,7 +105,7 @@ def push_adapter(
     label, _ = known_class(config, adapter_name, class_label, class_name, name=adapter_name)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / f"class_{label}"
-        _save_as(model, adapter_name, written, label, class_name)
+        save_adapter(model, written, adapter_name, class_label=label, class_name=class_name)
         adapter = read_adapter_folder(written)
         base = _looked_at(
             adapter.base_on_hub if base_model is None else Place(base=base_model, base_revision=base_revision)
@@ -139,7 +136,8 @@ def push_all(
     """
     Push a run: its base, if it trained one, and a folder `class_<id>/` for each class that an adapter makes.
 
-    Each task is one commit with the tag `task-<number>`. What is there already is left out: push again to resume.
+    Each task is one commit with the tag `task-<number>`; classes of no task are another one, without a tag. What is there already is
+    left out: push again to resume.
 
     Args:
         output_dir (`str` or `os.PathLike`): of the run.
@@ -172,7 +170,7 @@ def push_all(
             made: _Files = run.base.files() if run.base is not None and with_base else {}
             for label in labels:
                 place = replace(base, source=repository.repo_id, subfolder=adapter_name(label))
-                made |= run.adapters[label].files(place, results=run.results, license=license)
+                made |= run.adapters[label].files(place, results=run.results_of(label), license=license)
             shown = [label for label in run.adapters if label in labels or _weights(label) in present]
             rows = [run.adapters[label].row(run.results, adapter_name(label)) for label in shown]
             index = _index(base, run.base, rows, results=run.results, license=license)
@@ -182,9 +180,10 @@ def push_all(
 
     present = repository.files()
     # A run's base is its first task.
+    parts: list[tuple[int | None, list[int]]] = [*enumerate(run.tasks, start=1), (None, run.others)]
     waiting = [
         (number, task)
-        for number, task in enumerate(run.tasks, start=1)
+        for number, task in parts
         if (number == 1 and run.base is not None and PIPELINE not in present)
         or any(_weights(c) not in present for c in task if c in run.adapters)
     ]
@@ -193,9 +192,13 @@ def push_all(
         names = ", ".join(f"{c} ({run.adapters[c].class_name})" for c in own)
         # The last commit brings up to date whatever else has changed.
         is_last = number == waiting[-1][0]
-        message = f"Task {number}: " + (f"class {names}" if names else "base")
-        commit(run.adapters if is_last else own, message, with_base=is_last or number == 1)
-        repository.tag(f"task-{number}", *run.base_tags)
+        part = "Added" if number is None else f"Task {number}"
+        commit(
+            run.adapters if is_last else own,
+            f"{part}: " + (f"class {names}" if names else "base"),
+            with_base=is_last or number == 1,
+        )
+        repository.tag(*([] if number is None else [f"task-{number}"]), *run.base_tags)
     if not waiting:
         commit(run.adapters, "Update", with_base=True)
     # An earlier push may have broken off between a commit and its tag.
@@ -240,18 +243,3 @@ def _index(
 
 def _weights(class_label: int) -> str:
     return f"{adapter_name(class_label)}/{ADAPTER_FILES[1]}"
-
-
-def _save_as(model: PeftModel, name: str, folder: Path, label: int, class_name: str | None) -> None:
-    """Write an adapter as that of a class; FunLoRA's with the fingerprint of the base that it is on."""
-    config = model.peft_config[name]
-    if not isinstance(config, FunLoraConfig):
-        save_adapter(model, name, folder, class_label=label, class_name=class_name)
-        return
-    before = config.class_label, config.class_name, config.base_fingerprint
-    config.class_label, config.class_name = label, class_name or config.class_name
-    config.base_fingerprint = config.base_fingerprint or base_fingerprints(model)
-    try:
-        save_adapter(model, name, folder)
-    finally:
-        config.class_label, config.class_name, config.base_fingerprint = before

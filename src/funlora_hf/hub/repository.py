@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
@@ -13,6 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 logger = logging.getLogger(__name__)
 
+# What the HTTP client of `huggingface_hub`, requests or httpx, raises if no answer comes.
+NO_ANSWER: Any = HfHubHTTPError.__bases__[0]
 # The client repeats uploads by itself, but not the commit: the Hub is busy, failed, or someone else was faster (412).
 _PASSING = (412, 429, 500, 502, 503, 504)
 _TRIES = 5

@@ -12,10 +12,10 @@ import torch
 from diffusers import UNet2DModel
 
 from ..adapters.base_fingerprint import FingerprintCheck, base_fingerprint, base_tensors
-from ..adapters.base_model import base_classes, read_unet
-from ..adapters.class_folder import adapter_class, class_of, folder_class
+from ..adapters.class_folder import adapter_class, class_in_name, class_of
 from ..adapters.untrusted_adapter import SavedAdapter, check_download, read_adapter
 from ..adapters.untrusted_bank import SavedBank, read_bank
+from ..adapters.untrusted_base import base_classes, read_unet
 from ..utils.checks import listed
 from ..utils.tensors import not_finite
 from .classes_json import INDEX, read_index
@@ -129,8 +129,8 @@ def _check_base(folder: Path, index: Path, own: list[UNet2DModel]) -> str:
 def _check_adapter(folder: Path, fits: Callable[[SavedAdapter, str], str]) -> str:
     adapter = read_adapter(folder)
     adapter.tensors()
-    label, _ = class_of(adapter.config)
-    if None not in (label, folder_class(folder)) and label != folder_class(folder):
+    label, named = class_of(adapter.config)[0], class_in_name(folder.name)
+    if None not in (label, named) and label != named:
         raise ValueError(f"its folder is {folder.name!r}, but its config says class {label}.")
     adapter_class(folder)  # of other methods, the card has the name
     return fits(adapter, folder.name)
@@ -151,8 +151,10 @@ def _check_fits(
 ) -> str:
     if base is None or check is None:
         return "base not checked"
-    check.check(saved.config, name)
+    is_known = getattr(saved.config, "base_fingerprint", None) is not None
+    if is_known:
+        check.check(saved.config, name)
     saved.check_fits(base)
-    if getattr(saved.config, "base_fingerprint", None) is None:
-        return "fits the base (it names no fingerprint)"
-    return "made for this base"
+    return (
+        "made for this base" if is_known else "its shapes fit, base not checked: its config has no fingerprint of it"
+    )

@@ -13,9 +13,9 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..adapters.base_fingerprint import base_fingerprints
-from ..adapters.base_model import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from ..adapters.untrusted_adapter import SavedAdapter, read_adapter
+from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
 from ..cards.model_cards import ClassRow, Place, adapter_card, repository
 from ..utils.files import read_json, read_mapping
 from .classes_json import CARD, results_without
@@ -144,12 +144,30 @@ def read_adapter_folder(folder: Path, *, samples: Path | None = None) -> Adapter
 
 @dataclass(frozen=True)
 class RunToPush:
-    """A run's folder: its base (None: it had one from elsewhere), adapters by id, tasks, and results, if it has ended."""
+    """
+    A run's folder.
+
+    Args:
+        base: None: it had one from elsewhere.
+        adapters: by id.
+        tasks: ids of the classes of each.
+        others: ids of the adapters that are of no task.
+        results: if it has ended.
+    """
 
     base: BaseFolder | None
     adapters: dict[int, AdapterFolder]
     tasks: list[list[int]]
+    others: list[int]
     results: Mapping[str, Any] | None
+
+    def results_of(self, class_label: int) -> Mapping[str, Any] | None:
+        """What a class's card shows of the results; of one that was added to the run, how that was done."""
+        added = ((self.results or {}).get("added") or {}).get(str(class_label))
+        if added is None:
+            return self.results
+        recipe = added["recipe"]
+        return {"dataset": added["dataset"], "seed": recipe["ContinualTrainingArguments"]["seed"], "settings": recipe}
 
     @property
     def base_tags(self) -> list[str]:
@@ -186,8 +204,8 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
     if tasks is None:
         tasks = (results or {}).get("tasks") or [[] if base is None else list(base.classes), list(adapters)]
     named = {label for task in tasks for label in task}
-    late = [label for label in adapters if label not in named]
-    return RunToPush(base, adapters, [*map(list, tasks), *([late] if late else [])], results)
+    others = [label for label in adapters if label not in named]
+    return RunToPush(base, adapters, list(map(list, tasks)), others, results)
 
 
 def _results_now(results: Mapping[str, Any], folder: Path, adapters: Mapping[int, AdapterFolder]) -> dict[str, Any]:

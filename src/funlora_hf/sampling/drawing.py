@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..tuner import cached_weights
+from ..utils.checks import check_at_least_one
 from ..utils.seeds import generator_for
 from .guidance import Guidance
 from .pipeline import FunLoraPipeline
@@ -55,7 +56,12 @@ def draw_samples(
 
     Returns:
         [`Samples`].
+
+    Raises:
+        ValueError: less than one image, in all or at once; and what the pipeline refuses.
     """
+    check_at_least_one("count", count)
+    check_at_least_one("batch_size", batch_size)
     parts, evaluations = [], []
     with cached_weights(pipe.unet):
         for start in range(0, count, batch_size):
@@ -85,5 +91,6 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes: equal if and only if it is equal to the bit."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    # As bytes, since numpy has no bfloat16.
+    digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ Source: GUIDE (arXiv 2403.03938) has it for DDIM [code]; the form for flow match
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,11 +41,20 @@ class Guidance:
         score: of estimated images `(batch, channels, height, width)` in [-1, 1], `(batch,)`: a log-probability.
         scale: s; with 0 the samples are those without guidance to the bit.
         most: c, the largest weight: at sigma = 1 it would be infinite.
+
+    Raises:
+        ValueError: `scale` is not finite, or `most` is not a finite number above 0.
     """
 
     score: Callable[[torch.Tensor], torch.Tensor]
     scale: float
     most: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"`scale` is {self.scale}, expected a finite number.")
+        if not 0 < self.most < math.inf:
+            raise ValueError(f"`most` is {self.most}, expected a finite number above 0.")
 
     def __call__(self, velocity: Velocity, sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """The guided velocity.

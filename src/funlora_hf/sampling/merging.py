@@ -41,7 +41,6 @@ def merge_class(pipe: FunLoraPipeline, class_label: int | str) -> UNet2DModel:
     Source: [ours].
 
     Example:
-
         ```py
         >>> unet = merge_class(pipe, 7)
         >>> unet.save_pretrained("seven")

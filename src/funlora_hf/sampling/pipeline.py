@@ -1,6 +1,7 @@
 """FunLoraPipeline: sample the classes of a base and of its adapters in one call."""
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,14 +23,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from tqdm.auto import tqdm
 
 from ..adapters.base_fingerprint import base_tensors
-from ..adapters.base_model import check_base_folder, check_velocity_unet, class_names
-from ..adapters.by_class import ClassAdapters
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name, known_class
+from ..adapters.loaded_adapters import ClassAdapters
 from ..adapters.untrusted_adapter import read_adapter
 from ..adapters.untrusted_bank import read_bank
+from ..adapters.untrusted_base import check_base_folder, check_velocity_unet, class_names
 from ..flow_matching import sigma_to_timestep
-from ..tuners_utils.wrappers import adapted_modules
-from ..utils.checks import check_at_least_one, shortened
+from ..tuners_utils.wrappers import adapted_modules, evaluation_mode
+from ..utils.checks import check_at_least_one, one_form, shortened
 from .guidance import Guidance
 from .solvers import SolverOutput, check_solver, solve
 
@@ -41,7 +42,13 @@ Weights: TypeAlias = int | Sequence[float] | torch.Tensor
 
 
 # What the solvers assume of the scheduler, whose own steps are not used.
-_SCHEDULE = {"num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}
+_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+}
 
 
 @dataclass
@@ -99,20 +106,12 @@ class FunLoraPipeline(DiffusionPipeline):
         if not isinstance(_uncompiled(unet), UNet2DModel):
             raise ValueError(f"`unet` is a {type(unet).__name__}, expected a UNet2DModel.")
         check_velocity_unet(unet.config, field="unet.config")
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            raise ValueError(
-                f"`scheduler` is a {type(scheduler).__name__}, expected a FlowMatchEulerDiscreteScheduler: the base must "
-                "be trained by flow matching."
-            )
-        for name, expected in _SCHEDULE.items():
-            if scheduler.config.get(name, expected) != expected:
-                raise ValueError(
-                    f"`scheduler.config.{name}` is {scheduler.config[name]}, expected {expected}: the solvers take even steps from "
-                    "sigma 1 to 0 and call the U-Net with 1000 * sigma."
-                )
+        _check_scheduler(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
         rows = unet.config["num_class_embeds"] or 0
         classes = class_names(range(rows) if class_ids is None else class_ids, id2label or {})
+        if unknown := sorted({int(class_id) for class_id in id2label or {}} - classes.keys()):
+            raise ValueError(f"`id2label` names {unknown}, expected ids of the base's classes: {list(classes)}.")
         if len(classes) != rows or (class_ids is not None and len(class_ids) != rows):
             raise ValueError(
                 f"`class_ids` is {class_ids}, expected {rows} different ids: one for each row of the U-Net's class "
@@ -126,6 +125,11 @@ class FunLoraPipeline(DiffusionPipeline):
     def classes(self) -> dict[int, str]:
         """Every class that can be asked for now, id -> name: the base's, then the adapters' in order of loading."""
         return {**self.config["id2label"], **self._adapters.classes}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What `FunLoraPipeline(**pipe.components)` makes another pipeline of: the parts, and ids and names of the base's classes."""
+        return {**super().components, "class_ids": self.base_classes, "id2label": dict(self.config["id2label"])}
 
     @property
     def base_classes(self) -> list[int]:
@@ -331,8 +335,10 @@ class FunLoraPipeline(DiffusionPipeline):
             `torch.Tensor`: of the shape and dtype of `sample`.
 
         Raises:
-            ValueError: unknown class, or a sigma outside of [0, 1].
+            ValueError: unknown class, a sample of integers, or a sigma outside of [0, 1].
         """
+        if not sample.is_floating_point():
+            raise ValueError(f"`sample` is of {sample.dtype}, expected floating point: velocities are fractions.")
         if not ((sigma >= 0) & (sigma <= 1)).all():
             raise ValueError(f"`sigma` is {sigma.tolist()}, expected numbers in [0, 1].")
         class_ids = self._class_ids(class_labels)
@@ -422,6 +428,7 @@ class FunLoraPipeline(DiffusionPipeline):
         """For [`merge_class`]: a copy of the U-Net with the adapter of a class merged into its weights, and `(1,)` the row of its
         class embedding that stands for the class, if it has rows. Raises a ValueError for what cannot be merged."""
         (class_id,) = self._class_ids([class_label])
+        self._follow_unet()
         unet = self._adapters.merged(None if class_id in self.base_classes else class_id)
         return unet, self._embedding_rows([class_id])  # type: ignore[return-value]  # it has the class of `self.unet`
 
@@ -442,12 +449,21 @@ class FunLoraPipeline(DiffusionPipeline):
             raise ValueError(
                 "`push_to_hub` would push the base without its adapters: save first, then `funlora_hf.push_all` the folder."
             )
+        self._follow_unet()
         base = FunLoraPipeline(
             _without_adapters(self.unet), self.scheduler, self.base_classes, self.config["id2label"]
         )
         super(FunLoraPipeline, base).save_pretrained(save_directory, *args, **kwargs)
+        adapters = Path(save_directory) / ADAPTERS_FOLDER
         for class_id in self._adapters.classes:
-            self._adapters.save(class_id, Path(save_directory) / ADAPTERS_FOLDER / adapter_name(class_id))
+            self._adapters.save(class_id, adapters / adapter_name(class_id))
+        others = {folder.name for folder in adapter_folders(adapters)} - set(map(adapter_name, self._adapters.classes))
+        if others:
+            warnings.warn(
+                f"{os.fspath(adapters)!r} also holds {', '.join(sorted(others))}, which this pipeline does not have and which will load "
+                "with it: `funlora delete` removes a class.",
+                stacklevel=2,
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "FunLoraPipeline":
@@ -468,6 +484,14 @@ class FunLoraPipeline(DiffusionPipeline):
         return pipe
 
     @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "FunLoraPipeline":
+        """As [`DiffusionPipeline.from_pipe`]. Pipelines that share a U-Net also share its adapters, present and future."""
+        made = super().from_pipe(pipeline, **kwargs)
+        if isinstance(pipeline, FunLoraPipeline) and made.unet is pipeline.unet:
+            made._adapters = pipeline._adapters
+        return made
+
+    @classmethod
     def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """As [`ConfigMixin.load_config`]. A folder is checked first, before diffusers imports the libraries that it names."""
         if Path(pretrained_model_name_or_path).is_dir():
@@ -480,10 +504,10 @@ class FunLoraPipeline(DiffusionPipeline):
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
         classes = self.classes
-        ids_by_name = {name: class_id for class_id, name in classes.items()}
+        ids_by_name = {one_form(name): class_id for class_id, name in classes.items()}
         class_ids: list[int] = []
         for label in class_labels:
-            class_id = ids_by_name.get(label) if isinstance(label, str) else _whole(label)
+            class_id = ids_by_name.get(one_form(label)) if isinstance(label, str) else _whole(label)
             if class_id is None or class_id not in classes:
                 known = ", ".join(f"{class_id} ({name})" for class_id, name in classes.items())
                 raise ValueError(
@@ -512,6 +536,8 @@ class FunLoraPipeline(DiffusionPipeline):
             )
         config = self.unet.config
         size = config["sample_size"]
+        if size is None:
+            raise ValueError("`unet.config.sample_size` is None, expected the edge of its images in pixels.")
         height, width = (size, size) if isinstance(size, int) else size
         # The state stays in float32, also if the U-Net computes in another dtype, whose rounding would add up over the steps.
         return randn_tensor(
@@ -545,10 +571,11 @@ class FunLoraPipeline(DiffusionPipeline):
         rtol: float,
         atol: float,
     ) -> SolverOutput:
-        """From noise to data on the scheduler's grid, with a progress bar."""
+        """From noise to data on the scheduler's grid, with a progress bar; without dropout, also of a U-Net in training mode."""
+        _check_scheduler(self.scheduler)  # it may have been replaced
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist())
         steps = None if solver == "dopri5" else num_inference_steps
-        with tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
+        with evaluation_mode(self.unet), tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
             return solve(
                 velocity, noise, self.scheduler.sigmas, solver=solver, rtol=rtol, atol=atol, on_step=bar.update
             )
@@ -589,6 +616,21 @@ def _whole(label: Any) -> int | None:
     return int(label) if not isinstance(label, bool) and label == int(label) else None
 
 
+def _check_scheduler(scheduler: Any) -> None:
+    """Raise a ValueError that names what the solvers do not do, or do not know."""
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}, expected a FlowMatchEulerDiscreteScheduler: the base must "
+            "be trained by flow matching."
+        )
+    for name, expected in _SCHEDULE.items():
+        if scheduler.config.get(name, expected) != expected:
+            raise ValueError(
+                f"`scheduler.config.{name}` is {scheduler.config[name]}, expected {expected}: the solvers take even steps from "
+                "sigma 1 to 0 and call the U-Net with 1000 * sigma."
+            )
+
+
 def _check_sampling(solver: str, num_inference_steps: int, output_type: str) -> None:
     check_solver(solver)
     if output_type not in ("pil", "np", "pt"):
@@ -612,7 +654,7 @@ def _interpolation_weights(weights: Weights) -> torch.Tensor:
 
 
 def _check_names(id2label: Mapping[int, str]) -> None:
-    twice = sorted(name for name, count in Counter(id2label.values()).items() if count > 1)
+    twice = sorted(name for name, count in Counter(map(one_form, id2label.values())).items() if count > 1)
     if twice:
         raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
 

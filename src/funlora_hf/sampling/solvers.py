@@ -16,6 +16,10 @@ from torchdiffeq import odeint
 # Our names -> torchdiffeq's: in diffusers "heun" is the trapezoidal rule of order 2, torchdiffeq's "heun2".
 _FIXED_STEP = {"euler": "euler", "heun": "heun2", "rk4": "rk4"}
 SOLVERS = (*_FIXED_STEP, "dopri5")
+# Of one step.
+_EVALUATIONS = {"euler": 1, "heun": 2, "rk4": 4}
+# Of one image by "dopri5" at a tolerance of 1e-5, which depends on what was learned: 280 +- 46 on digits [ours].
+DOPRI5_EVALUATIONS = 280
 
 
 @dataclass
@@ -34,6 +38,11 @@ def check_solver(solver: str) -> None:
     """Raise a ValueError that names the known solvers, unless `solver` is one."""
     if solver not in SOLVERS:
         raise ValueError(f"`solver` is {solver!r}, expected one of: {', '.join(map(repr, SOLVERS))}.")
+
+
+def expected_evaluations(solver: str, num_inference_steps: int) -> int:
+    """Evaluations of the U-Net for an image; for "dopri5", which chooses its steps, the number that digits took."""
+    return num_inference_steps * _EVALUATIONS[solver] if solver in _EVALUATIONS else DOPRI5_EVALUATIONS
 
 
 def solve(

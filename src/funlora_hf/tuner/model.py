@@ -33,7 +33,6 @@ class FunLoraModel(AdapterModel):
         `torch.nn.Module`: The FunLoRA model.
 
     Example:
-
         ```py
         >>> from diffusers import UNet2DModel
         >>> from peft import get_peft_model

@@ -1,16 +1,15 @@
-"""Names and shapes of what an adapter holds on a model, found without memory for it."""
+"""A model with an adapter, without memory for its numbers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, get_peft_model
 from torch import nn
 
-from .wrappers import base_module, is_wrapper, plain_modules, without_peft
+from .wrappers import base_module, is_wrapper, without_peft
 
 
 _HOOKS = ("forward", "_hf_hook", "_diffusers_hook", "_old_forward")
@@ -37,39 +36,6 @@ def adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
     shape = _plain(copy.deepcopy(model, memo)).requires_grad_(False)
     with torch.device("meta"):
         return get_peft_model(shape, config)
-
-
-def adapter_tensor_shapes(
-    model: nn.Module, config: PeftConfig, *, layers: Collection[str] | None = None
-) -> dict[str, torch.Tensor]:
-    """The tensors that an adapter of `config` saves, by the keys that PEFT saves them under, on the meta device.
-
-    Args:
-        model: the base, with adapters or without.
-        config: of the adapter.
-        layers: names of all modules that it changes, where they are known: then no others are searched, which is faster.
-
-    Raises:
-        ValueError: what PEFT raises for targets that the model does not have.
-    """
-    part = model if layers is None else _only(model, layers)
-    return get_peft_model_state_dict(adapted_shape(part, config), save_embedding_layers=False)
-
-
-def _only(model: nn.Module, layers: Collection[str]) -> nn.Module:
-    """A model of only these modules, by their names; the modules themselves, not copies."""
-    # A wrapped module comes after its wrapper.
-    found = {name: module for name, module in plain_modules(model) if name in layers}
-    root = nn.Module()
-    for name in sorted(found):
-        *parents, last = name.split(".")
-        place = root
-        for parent in parents:
-            if parent not in place._modules:
-                place.add_module(parent, nn.Module())
-            place = place.get_submodule(parent)
-        place.add_module(last, found[name])
-    return root
 
 
 def _without_values(tensor: torch.Tensor) -> torch.Tensor:

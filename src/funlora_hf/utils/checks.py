@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
 from types import UnionType
@@ -32,11 +33,11 @@ def check_at_least_one(field: str, value: object) -> None:
         raise ValueError(f"`{field}` should be a positive integer value but the value passed is {shown}.")
 
 
-def check_class_label(value: object) -> None:
+def check_class_label(value: object, *, field: str = "class_label") -> None:
     """Raise a ValueError unless `value` is None or a class id: an integer from 0 that torch can hold."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63):
         shown = shortened(repr(value), 100)
-        raise ValueError(f"`class_label` is {shown}, expected an id from 0 to 2**63 - 1, or None.")
+        raise ValueError(f"`{field}` is {shown}, expected an id from 0 to 2**63 - 1, or None.")
 
 
 def check_class_name(value: str | None) -> None:
@@ -53,6 +54,11 @@ def check_class_name(value: str | None) -> None:
         f"`class_name` is {shortened(repr(value), 100)}, {problem}, expected text of at most {MOST_NAME_CHARACTERS} "
         "characters."
     )
+
+
+def one_form(name: str) -> str:
+    """A class's name as names are compared: letters with marks have several forms in Unicode that look alike."""
+    return unicodedata.normalize("NFC", name)
 
 
 def check_type(name: str, value: object, expected: type | UnionType, text: str) -> None:

@@ -17,7 +17,7 @@ _NAMES = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    str: "text",
+    str: "text that is not empty",
     dict: "a mapping",
     type(None): "None",
 }
@@ -27,8 +27,8 @@ def check_field_types(arguments: Any, *, leave_out: Collection[str] = ()) -> Non
     """
     Raise a ValueError that names a field, its value and what was expected, unless every value is of its field's type.
 
-    A whole number is valid for a float. No number may be NaN or infinite, or of 64 bits or more; no text may have a NUL
-    character or half a surrogate pair in it, which neither paths nor files can have.
+    A whole number is valid for a float. No number may be NaN or infinite, or of 64 bits or more; no text may be empty, as a shell
+    variable that is not set is, or have a NUL character or half a surrogate pair in it, which neither paths nor files can have.
 
     Args:
         arguments: a dataclass of int, float, bool, str and dict, lists of them, and None.
@@ -52,7 +52,8 @@ def _fits(value: Any, hint: Any) -> bool:
         is_number = isinstance(value, kinds) and not isinstance(value, bool)
         return is_number and abs(value) < _MOST and math.isfinite(value)
     if hint is str:
-        return isinstance(value, str) and "\0" not in value and not any("\ud800" <= one <= "\udfff" for one in value)
+        valid = isinstance(value, str) and value and "\0" not in value
+        return bool(valid) and not any("\ud800" <= one <= "\udfff" for one in value)
     return isinstance(value, hint)
 
 

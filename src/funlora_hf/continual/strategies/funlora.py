@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers import UNet2DModel
@@ -17,7 +17,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from ...adapters.base_fingerprint import base_fingerprints
-from ...adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, save_adapter
+from ...adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, class_in_name, save_adapter
 from ...data.tasks import Task
 from ...layer_selection import ParametersPerClass, parameters_per_class
 from ...sampling.pipeline import FunLoraPipeline
@@ -146,14 +146,11 @@ class FunLora(Strategy):
         else:
             # The adapter's own vector takes the place of the embedding, or of this row of it.
             labels = torch.full((len(batch.class_ids),), VECTOR_ROW, device=batch.sample.device)
-            with self._adapters(phase, batch, module):
+            names = [adapter_name(class_id) for class_id in batch.class_ids.tolist()]
+            # In a phase of one class, its adapter is the active one.
+            with mixed_batch(module, names) if len(phase.class_ids) > 1 else nullcontext():
                 losses = velocity_losses(module, batch, labels)
         return StepOutput(losses, {"flow_matching": losses.detach()})
-
-    def _adapters(self, phase: Phase, batch: Batch, module: nn.Module) -> AbstractContextManager[None]:
-        if len(phase.class_ids) == 1:
-            return nullcontext()  # the adapter of the class is the active one
-        return mixed_batch(module, [adapter_name(class_id) for class_id in batch.class_ids.tolist()])
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         if phase.name == BASE_PHASE:
@@ -164,8 +161,8 @@ class FunLora(Strategy):
             self._report_omega(trainable, name, class_id)
             save_adapter(
                 trainable.module,
-                name,
                 self.adapters_dir / adapter_name(class_id),
+                name,
                 class_label=class_id,
                 class_name=self.setting.class_names[class_id],
             )
@@ -219,7 +216,11 @@ class FunLora(Strategy):
         }
 
     def memory_report(self) -> dict[str, int]:
-        base, adapters = folder_bytes([self.setting.base_dir]), folder_bytes(adapter_folders(self.adapters_dir))
+        # Others may have been added beside the run's.
+        own = [
+            path for path in adapter_folders(self.adapters_dir) if class_in_name(path.name) in self.setting.class_names
+        ]
+        base, adapters = folder_bytes([self.setting.base_dir]), folder_bytes(own)
         # Adam's two moments, the moving average and the gradient of one adapter, in float32.
         return {"persistent": base + adapters, "per_class": adapters, "transient": 4 * 4 * self._count().with_vector}
 

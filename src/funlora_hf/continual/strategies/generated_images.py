@@ -17,6 +17,7 @@ from ...sampling.guidance import Guidance
 from ...sampling.pipeline import FunLoraPipeline
 from ...sampling.solvers import check_solver
 from ...utils.checks import check_at_least_one, check_choice
+from ...utils.field_types import check_field_types
 from ...utils.files import read_tensors, whole_file
 from ..devices import on_device
 from ..strategy import Batch
@@ -46,6 +47,7 @@ class ReplayOptions:
     classifier_architecture: str = "auto"
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         check_solver(self.solver)
         if self.images_per_class is not None:
             check_at_least_one("images_per_class", self.images_per_class)

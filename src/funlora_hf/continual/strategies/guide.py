@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...data.tasks import Task
 from ...sampling.guidance import Guidance
 from ...utils.checks import check_at_least_one
 from ..base import label_rows
@@ -50,6 +51,9 @@ class Guide(Replay):
 
     name = "guide"
     options_class = GuideOptions
+
+    def replay_evaluations(self, task: Task) -> int:
+        return 2 * super().replay_evaluations(task)  # for the generator, and guided ones for the classifier
 
     def build(self, phase: Phase) -> Trainable:
         trainable = super().build(phase)

@@ -25,6 +25,7 @@ from ..strategy import (
     folder_bytes,
     velocity_losses,
 )
+from .peft_methods import check_unused
 
 
 class Joint(Strategy):
@@ -43,6 +44,12 @@ class Joint(Strategy):
 
     def check(self) -> None:
         training = self.setting.training
+        check_unused(self.setting.model, (), f"`strategy` {self.name!r}")
+        if training.class_batches != "homogeneous":
+            raise ValueError(
+                f"`class_batches` is {training.class_batches!r}, which `strategy` 'joint' does not use, since it trains all classes "
+                "together: leave it out."
+            )
         base_shape(self.setting)
         if (training.base_train_steps is None) != (training.adapter_train_steps is None):
             raise ValueError(
@@ -79,9 +86,6 @@ class Joint(Strategy):
         if self._pipe is None:
             self._pipe = load_pipeline(self.model_dir, self.setting)
         yield self._pipe
-
-    def parameters_per_class(self) -> dict[str, int | None]:
-        return {"parameters_per_class": None, "parameters_per_class_with_vector": None}
 
     def memory_report(self) -> dict[str, int]:
         persistent = folder_bytes([self.model_dir])

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ...utils.checks import check_choice
+from ...utils.field_types import check_field_types
 from ..base import arrange, base_shape
 from ..strategy import Setting, Trainable
 from .peft_methods import chosen_targets
@@ -58,6 +59,7 @@ class LowRankOptions:
     targets: str = "attention"
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         check_choice("targets", self.targets, TARGETS)
 
 
@@ -122,6 +124,10 @@ class LowRank(Sequential):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.rank = DEFAULT_RANK if setting.model.rank is None else setting.model.rank
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return ("rank",) if self.options.targets == "attention" else ("rank", "target_modules")
 
     def check(self) -> None:
         super().check()

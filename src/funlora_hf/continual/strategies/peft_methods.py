@@ -5,7 +5,7 @@ Makes configurations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -25,7 +25,8 @@ CLASS_EMBEDDING = "class_embedding"
 # FunLoRA's vector replaces the output of the embedding; other methods replace this row of the embedding.
 VECTOR_ROW = 0
 
-FUNLORA_ARGUMENTS = ("function", "num_functions", "train_omega", "operation", "ratio", "target_modules")
+# Arguments that say what an adapter is made of.
+ADAPTER_ARGUMENTS = ("function", "num_functions", "train_omega", "operation", "rank", "ratio", "target_modules")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class PeftMethod:
         name: that `--peft_method` takes.
         make: (U-Net, model arguments, rank) -> configuration, class vector included.
         default_rank: if the arguments name none.
-        takes: those of `FUNLORA_ARGUMENTS` that it uses; the others must keep their defaults.
+        takes: those of `ADAPTER_ARGUMENTS` that it uses; the others must keep their defaults.
         prepare: changes a base in memory before it gets adapters; its outputs stay the same to the bit.
     """
 
@@ -51,14 +52,18 @@ class PeftMethod:
         Raises:
             ValueError: an argument that this method does not use, or layers that the U-Net does not have.
         """
-        for field in fields(model):
-            given, default = getattr(model, field.name), field.default
-            if field.name in FUNLORA_ARGUMENTS and field.name not in self.takes and given != default:
-                raise ValueError(
-                    f"`{field.name}` is {given!r}, but `peft_method` {self.name!r} does not use it: leave it out, or "
-                    "take the method 'funlora'."
-                )
+        check_unused(model, self.takes, f"`peft_method` {self.name!r}")
         return self.make(unet, model, self.default_rank if model.rank is None else model.rank)
+
+
+def check_unused(model: ModelArguments, takes: Collection[str], user: str) -> None:
+    """Raise a ValueError that names the first of `ADAPTER_ARGUMENTS` that is given but not among those that `user` takes."""
+    for one in fields(model):
+        given = getattr(model, one.name)
+        if one.name in ADAPTER_ARGUMENTS and one.name not in takes and given != one.default:
+            raise ValueError(
+                f"`{one.name}` is {given!r}, but {user} does not use it: leave it out, or take 'funlora'."
+            )
 
 
 def peft_method(name: str) -> PeftMethod:
@@ -130,20 +135,38 @@ def _vector_row() -> dict[str, list[int]]:
 
 
 _METHODS = (
-    PeftMethod("funlora", _funlora, takes=FUNLORA_ARGUMENTS),
+    PeftMethod("funlora", _funlora, takes=ADAPTER_ARGUMENTS),
     PeftMethod("class_vector", _class_vector),
-    PeftMethod("vanilla_add", partial(_funlora, function="identity", operation="add"), takes=("target_modules",)),
-    PeftMethod("vanilla_mul", partial(_funlora, function="identity", operation="mul"), takes=("target_modules",)),
+    PeftMethod(
+        "vanilla_add", partial(_funlora, function="identity", operation="add"), takes=("rank", "target_modules")
+    ),
+    PeftMethod(
+        "vanilla_mul", partial(_funlora, function="identity", operation="mul"), takes=("rank", "target_modules")
+    ),
     PeftMethod("scale_shift", _scale_shift, takes=("target_modules",)),
-    PeftMethod("lora_attention", partial(_attention_lora, projections=["to_q", "to_k", "to_v"]), default_rank=2),
+    PeftMethod(
+        "lora_attention",
+        partial(_attention_lora, projections=["to_q", "to_k", "to_v"]),
+        default_rank=2,
+        takes=("rank",),
+    ),
     PeftMethod(
         "lora_attention_fused",
         partial(_attention_lora, projections=["to_qkv"]),
         default_rank=2,
+        takes=("rank",),
         prepare=fuse_attention,
     ),
     # Which blocks these two take is [ours]; the counts on the paper's backbone are its own [exact].
-    PeftMethod("lora_conv_v1", partial(_conv_lora, bottleneck="kernel", num_resnets=1, with_upsampler=False)),
-    PeftMethod("lora_conv_v2", partial(_conv_lora, bottleneck="rank", num_resnets=2, with_upsampler=True)),
+    PeftMethod(
+        "lora_conv_v1",
+        partial(_conv_lora, bottleneck="kernel", num_resnets=1, with_upsampler=False),
+        takes=("rank",),
+    ),
+    PeftMethod(
+        "lora_conv_v2",
+        partial(_conv_lora, bottleneck="rank", num_resnets=2, with_upsampler=True),
+        takes=("rank",),
+    ),
 )
 PEFT_METHODS: dict[str, PeftMethod] = {method.name: method for method in _METHODS}

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ...classifier import build_classifier
 from ...data.tasks import Task
+from ...sampling.solvers import expected_evaluations
 from ..base import BASE_PHASE, label_rows
 from ..strategy import Batch, Phase, PhaseSettings, Setting, StepOutput, Trainable, tensor_bytes
 from .finetune import Finetune
@@ -56,6 +57,10 @@ class Replay(Finetune):
         seen = self.setting.seen(task)
         past = [class_id for class_id in seen if class_id not in task.class_ids]
         return {class_id: given or real.get(class_id) or fallback for class_id in past}
+
+    def replay_evaluations(self, task: Task) -> int:
+        per_image = expected_evaluations(self.options.solver, self.options.num_inference_steps)
+        return 0 if task.index == 0 else sum(self.past(task).values()) * per_image
 
     def phases(self, task: Task) -> list[Phase]:
         generator = super().phases(task)
@@ -155,12 +160,10 @@ class Replay(Finetune):
         )
 
     def _head_bytes(self, task: Task) -> int:
-        classes = len(self.setting.seen(task))
+        """Of the classifier's last layer, a row for each class."""
         with torch.device("meta"):
-            smaller, larger = (
-                sum(p.nbytes for p in self._untrained(count).parameters()) for count in (classes, classes + 1)
-            )
-        return classes * (larger - smaller)
+            *_, weight, bias = self._untrained(len(self.setting.seen(task))).parameters()
+        return weight.nbytes + bias.nbytes
 
     def _replay_bytes(self) -> int:
         """Of the images generated for the last task, which has the most."""

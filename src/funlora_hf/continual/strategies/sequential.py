@@ -16,7 +16,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import save_file
 from torch import nn
 
-from ...adapters.base_model import base_classes
+from ...adapters.untrusted_base import base_classes
 from ...data.tasks import Task
 from ...sampling.pipeline import FunLoraPipeline
 from ...utils.files import read_tensors, whole_file
@@ -43,6 +43,7 @@ from ..strategy import (
     tensor_bytes,
     velocity_losses,
 )
+from .peft_methods import check_unused
 
 
 # Kept of every task.
@@ -118,8 +119,14 @@ class Sequential(Strategy):
     def load(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> None:
         """Turn a base with the vectors of all classes seen into the generator, in place."""
 
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Those of `ADAPTER_ARGUMENTS` that it uses."""
+        return ()
+
     def check(self) -> None:
         training, setting = self.setting.training, self.setting
+        check_unused(setting.model, self.takes, f"`strategy` {self.name!r}")
         if training.class_batches != "homogeneous":
             raise ValueError(
                 f"`class_batches` is {training.class_batches!r}, which `strategy` {self.name!r} does not use, since it "
@@ -201,9 +208,6 @@ class Sequential(Strategy):
             arrange(unet, self.setting.training, compiled=False)
             self._sampled = (task, make_pipeline(unet, self.setting.seen(known), self.setting.class_names))
         return self._sampled[1]
-
-    def parameters_per_class(self) -> dict[str, int | None]:
-        return {"parameters_per_class": None, "parameters_per_class_with_vector": None}
 
     def memory_report(self) -> dict[str, int]:
         newest = self.kept.newest(self.setting.tasks)

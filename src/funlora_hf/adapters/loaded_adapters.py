@@ -1,4 +1,4 @@
-"""The adapters of a U-Net by class, of any method: FunLoRA's as rows, others' in a PeftModel."""
+"""The adapters that a pipeline has loaded, by class, of any method: FunLoRA's as rows, others' in a PeftModel."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class ClassAdapters:
         if isinstance(holder, ClassRows):
             save_adapter_tensors(config, holder.state_dict(class_label), folder, class_name=class_name)
         else:
-            save_adapter(holder, adapter_name(class_label), folder, class_name=class_name)
+            save_adapter(holder, folder, adapter_name(class_label), class_label=class_label, class_name=class_name)
 
     @torch.no_grad()
     def merged(self, class_label: int | None) -> nn.Module:

@@ -6,7 +6,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline, base_fingerprint
-from funlora_hf.adapters.base_model import base_classes, load_base, read_unet
+from funlora_hf.adapters.untrusted_base import base_classes, load_base, read_unet
 from funlora_hf.continual.base import find_base
 
 

@@ -1,4 +1,4 @@
-"""Find and read bases: the one that an adapter's config names, or the one in a folder."""
+"""Read a base of unknown origin: the one that an adapter's config names, or the one in a folder."""
 
 from __future__ import annotations
 
@@ -26,18 +26,15 @@ GENERATOR_FOLDERS = ("model", "base")
 MOST_CONFIG = 2**24
 # Of a pipeline's repository, or of one that is the U-Net itself.
 _UNET_FILES = [f"{place}{name}" for place in ("", f"{UNET_FOLDER}/") for name in ("*.json", "*.safetensors")]
-# Edge of an image; diffusers' largest U-Nets have 256.
-MOST_SAMPLE_SIZE = 4096
-# Of each other number, such as channels.
-MOST_NUMBER = 2**16
 # Modules are built one by one, also on the meta device: a large count takes time before it takes memory.
 MOST_LAYERS = 64
-MOST_CLASSES = 2**24
+# Of numbers such as channels, and of some others: diffusers' largest U-Nets have images of 256 x 256.
+_MOST_NUMBER = 2**16
 _LIMITS = {
-    "sample_size": MOST_SAMPLE_SIZE,
+    "sample_size": 4096,
     "layers_per_block": MOST_LAYERS,
     "mid_block_layers": MOST_LAYERS,
-    "num_class_embeds": MOST_CLASSES,
+    "num_class_embeds": 2**24,
 }
 _COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
 
@@ -58,7 +55,7 @@ def check_base_folder(folder: Path) -> None:
         for name, kind in (("class_ids", list), ("id2label", dict)):
             if not isinstance(index.get(name), (kind, type(None))):
                 _refuse(folder, index, name, f"a {kind.__name__}")
-    for place in (folder / UNET_FOLDER / "config.json", folder / "config.json"):
+    for place in (folder / UNET_FOLDER / "config.json", folder / "config.json", folder / SCHEDULER_CONFIG):
         if place.is_file():
             check_unet_config(read_mapping(place, most_bytes=MOST_CONFIG), field=os.fspath(place))
     for place in (folder / UNET_FOLDER, folder):
@@ -70,10 +67,6 @@ def check_base_folder(folder: Path) -> None:
                 raise ValueError(f"{os.fspath(path)!r} is not a valid safetensors file: {error}.") from error
         for path in sorted(place.glob("*.index*.json")):
             _check_shards(path)
-    if (folder / SCHEDULER_CONFIG).is_file():
-        check_sizes(
-            read_mapping(folder / SCHEDULER_CONFIG, most_bytes=MOST_CONFIG), field=os.fspath(folder / SCHEDULER_CONFIG)
-        )
 
 
 def _refuse(folder: Path, index: Mapping[str, Any], name: str, expected: str) -> NoReturn:
@@ -95,6 +88,11 @@ def check_velocity_unet(config: Mapping[str, Any], *, field: str) -> None:
         why = "takes its logarithm" if kind == "fourier" else "takes whole numbers only"
         raise ValueError(
             f"`{field}.time_embedding_type` is {kind!r}, expected 'positional': the time falls to 0 in fractions, and {kind!r} {why}."
+        )
+    if config.get("class_embed_type") is not None:
+        raise ValueError(
+            f"`{field}.class_embed_type` is {config['class_embed_type']!r}, expected None: each class has a row of an embedding "
+            "(`num_class_embeds`)."
         )
     channels = [config.get(name, 3) for name in ("in_channels", "out_channels")]
     if channels[0] != channels[1]:
@@ -120,8 +118,9 @@ def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DMo
         raise ValueError(
             "`base_model_name_or_path` is None: the adapter's config names no base. Pass `model`, its U-Net."
         )
+    revision = None if os.path.isdir(name) else config.revision
     try:
-        return read_unet(fetch(name, _UNET_FILES, revision=config.revision, local_files_only=local_files_only))
+        return read_unet(fetch(name, _UNET_FILES, revision=revision, local_files_only=local_files_only))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`base_model_name_or_path` is {name!r}, from which no UNet2DModel could be loaded: {error} Pass `model`, the base's "
@@ -155,7 +154,10 @@ def class_names(class_ids: Iterable[Any], id2label: Mapping[Any, Any]) -> dict[i
     """
     try:
         names = {int(class_id): str(name) for class_id, name in id2label.items()}
-        classes = {int(class_id): names.get(int(class_id), str(int(class_id))) for class_id in class_ids}
+        ids = [(class_id, int(class_id)) for class_id in class_ids]
+        if any(isinstance(given, bool) or (not isinstance(given, str) and given != number) for given, number in ids):
+            raise ValueError("not whole numbers")
+        classes = {number: names.get(number, str(number)) for _, number in ids}
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"`class_ids` is {shortened(repr(class_ids), 100)} and `id2label` {shortened(repr(id2label), 100)}, expected a list "
@@ -222,21 +224,16 @@ def check_unet_config(config: Mapping[str, Any], *, field: str) -> None:
     Raise a ValueError unless every number, alone or in a list, is below a limit, and no list is longer than one.
 
     Args:
-        config: arguments of a UNet2DModel.
+        config: arguments of a UNet2DModel, or of another component.
         field: their name in the error.
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"`{field}` is a {type(config).__name__}, expected a mapping of UNet2DModel arguments.")
-    check_sizes(config, field=field)
-
-
-def check_sizes(config: Mapping[str, Any], *, field: str) -> None:
-    """As `check_unet_config`, for the arguments of any component."""
     for name, value in config.items():
         entries = value if isinstance(value, (list, tuple)) else [value]
         if len(entries) > MOST_LAYERS:
             raise ValueError(f"`{field}.{name}` has {len(entries)} entries, expected {MOST_LAYERS} at most.")
-        most = _LIMITS.get(name, MOST_NUMBER)
+        most = _LIMITS.get(name, _MOST_NUMBER)
         for entry in entries:
             # In this form it also refuses NaN.
             if isinstance(entry, (int, float)) and not -most <= entry <= most:

@@ -1,0 +1,423 @@
+"""Add classes to what exists: a run, a base, or a repository on the Hub. The command `funlora add`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+from transformers import HfArgumentParser
+
+from .adapters.untrusted_adapter import method, read_config
+from .adapters.untrusted_bank import read_bank
+from .adapters.untrusted_base import PIPELINE
+from .continual.added_classes import AddedClasses
+from .continual.base import ExistingBase, find_base
+from .continual.config import (
+    LATEST,
+    ContinualTrainingArguments,
+    DataArguments,
+    EvaluationArguments,
+    ModelArguments,
+    run_settings,
+)
+from .continual.run_folder import RunFolder
+from .continual.strategies.funlora import FunLora
+from .continual.strategies.registry import strategy_class
+from .continual.termination import Termination
+from .data.class_ids import assign_class_ids
+from .data.image_data import ImageClassificationData
+from .data.tasks import Task
+from .hub.classes_json import known_contents
+from .hub.find import Contents, find_contents
+from .hub.repository import HubRepository
+from .run import Run, RunArguments
+from .utils.arguments import refuse_unknown
+from .utils.checks import check_class_name
+from .utils.files import read_mapping, recover_folder, write_json
+
+
+# What decides which adapter the images give, of the arguments of a run.
+_RECIPE: dict[type, tuple[str, ...]] = {
+    DataArguments: ("random_flip",),
+    ModelArguments: (
+        "peft_method",
+        "function",
+        "num_functions",
+        "train_omega",
+        "operation",
+        "rank",
+        "ratio",
+        "target_modules",
+    ),
+    ContinualTrainingArguments: (
+        "strategy",
+        "seed",
+        "mixed_precision",
+        "channels_last",
+        "torch_compile",
+        "gradient_accumulation_steps",
+        "max_grad_norm",
+        "timestep_density",
+        "max_train_steps",
+        *(one.name for one in fields(ContinualTrainingArguments) if one.name.startswith("adapter_")),
+    ),
+}
+# How it is trained, with the same result.
+_HOW = ("deterministic", "max_nonfinite_steps", "checkpointing_steps", "checkpoints_total_limit")
+# Which images, of a dataset.
+_IMAGES = (
+    "dataset_config_name",
+    "dataset_revision",
+    "image_column",
+    "label_column",
+    "train_split",
+    "max_images_per_class",
+)
+EXIT_CODES = "exit codes: 0 done; 143 SIGTERM has come, 130 Ctrl-C: the same command goes on; 1 an error; 2 an argument that is not known"
+SETTINGS = tuple(
+    name for name in (*_IMAGES, *(name for names in _RECIPE.values() for name in names), *_HOW) if name != "strategy"
+)
+"""The arguments of a run that `add_classes` takes."""
+
+
+def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
+    """The arguments of `add_classes` that a command line gives. Ends the process with 2 for one that is not known."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument(
+        "images",
+        metavar="IMAGES",
+        help="folder of images, which is one class named after it; folder of class folders; parquet file or dataset on the Hub",
+    )
+    own.add_argument("--to", required=True, help="folder of a run or of a pipeline, or repository of a base")
+    own.add_argument("--class_name", help="name of the class, if IMAGES has one (default: that of its folder)")
+    own.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
+    own.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser = HfArgumentParser(
+        [_arguments_of(kind) for kind in _RECIPE],
+        prog=prog,
+        usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
+        description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
+        "given is as in the run, or else as `funlora train` has it without a recipe.",
+        epilog=EXIT_CODES,
+        parents=[own],
+        formatter_class=argparse.HelpFormatter,
+    )
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # what is not given is that of the run
+        if isinstance(action, argparse._StoreFalseAction):
+            action.help = f"Switch off --{action.dest}."
+    given, unknown = parser.parse_known_args(arguments)
+    refuse_unknown(parser, unknown)
+    return vars(given)
+
+
+def _arguments_of(kind: type) -> Any:
+    """A dataclass of the arguments of a run, with those of its fields that `add_classes` takes."""
+    hints = get_type_hints(kind)
+    taken = [
+        (one.name, hints[one.name], field(default=one.default, metadata=one.metadata))
+        for one in fields(kind)
+        if one.name in SETTINGS
+    ]
+    # The title in `--help`.
+    title = {"_argument_group_name": getattr(kind, "_argument_group_name", None)}
+    return make_dataclass(kind.__name__, taken, namespace=title)
+
+
+@dataclass(frozen=True)
+class Added:
+    """
+    What `add_classes` has done.
+
+    Args:
+        base: run, pipeline or repository that has the base.
+        output_dir: has the adapters, in `adapters/class_<id>/`.
+        classes: of each class by its id, what results.json says under `added`.
+        trained: ids of those that are new; the others were there already, of the same images and by the same recipe.
+    """
+
+    base: str
+    output_dir: Path
+    classes: dict[int, dict[str, Any]]
+    trained: tuple[int, ...]
+
+
+def add_classes(
+    images: str | os.PathLike,
+    to: str | os.PathLike,
+    *,
+    class_name: str | None = None,
+    output_dir: str | os.PathLike | None = None,
+    revision: str | None = None,
+    termination: Termination | None = None,
+    **settings: Any,
+) -> Added:
+    """
+    Train an adapter for each class of a dataset, beside all that is there: nothing else changes.
+
+    The classes get ids above those of the base, of adapters and banks beside it and of classes that a run has still to learn. All
+    images without a test split are trained on, and nothing is evaluated. If it is killed, the same call goes on, to the same bytes.
+
+    Args:
+        images (`str` or `os.PathLike`):
+            Folder of images, which is one class named after the folder; of class subfolders; or any dataset that `dataset_name` of a
+            run may name.
+        to (`str` or `os.PathLike`): folder of a run or of a pipeline, or repository of a base.
+        class_name (`str`, *optional*): name of the class, if there is one only.
+        output_dir (`str` or `os.PathLike`, *optional*):
+            Folder for `adapters/class_<id>/`. None: the run itself; a pipeline and a repository need one.
+        revision (`str`, *optional*): branch, tag or commit of the repository.
+        termination ([`Termination`], *optional*): an entered one, to stop at a checkpoint at SIGTERM and SIGINT.
+        **settings:
+            Arguments of a run that are in `SETTINGS`, such as `adapter_train_steps`. By default those of the run, or else those of
+            [`ModelArguments`] and [`ContinualTrainingArguments`].
+
+    Returns:
+        [`Added`].
+
+    Raises:
+        ValueError: arguments or images that cannot be used, or a class whose name is there already; nothing is written then.
+        FileNotFoundError: no such images, base or run.
+        FolderInUseError: a run is at work in the folder.
+        HfHubHTTPError: the repository cannot be read.
+        NonFiniteLossError, WriteError, Terminated: as of a run; finished classes are safe.
+    """
+    target = _find(os.fspath(to), None if output_dir is None else Path(output_dir), revision)
+    arguments = _arguments(os.fspath(images), target, settings)
+    return _Addition(target, arguments, termination, class_name).add()
+
+
+@dataclass(frozen=True)
+class _Target:
+    """
+    Where classes are added.
+
+    Args:
+        name: of what has the base.
+        revision: of `name`, if that is a repository.
+        base: to train on.
+        folder: for the adapters.
+        present: what there is beside the base.
+        known: names by ids of the classes there and of those that a run has still to learn.
+        settings: of the run; empty if there is none.
+    """
+
+    name: str
+    revision: str | None
+    base: ExistingBase
+    folder: RunFolder
+    present: tuple[Contents, ...]
+    known: Mapping[int, str]
+    settings: Mapping[str, Any]
+
+
+def _find(to: str, output_dir: Path | None, revision: str | None) -> _Target:
+    place = Path(to)
+    if revision is not None and place.is_dir():
+        raise ValueError(
+            f"`revision` is {revision!r}, but `to` {to!r} is a folder, expected a repository: leave it out."
+        )
+    run = RunFolder(place) if place.is_dir() and not (place / PIPELINE).is_file() else None
+    try:
+        settings = {} if run is None else run.settings()
+    except FileNotFoundError:
+        settings = {}  # pulled from a repository
+    given = settings.get("ModelArguments", {}).get("base_model")
+    try:
+        name, revision = (
+            (to, revision) if given is None else (given, settings["ModelArguments"]["base_model_revision"])
+        )
+        base = find_base(name, revision=revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            str(error).replace("`base_model`", "`to`" if given is None else "`base_model` of `to`")
+        ) from error
+    known: dict[int, str] = {}
+    if not place.is_dir():
+        pushed = known_contents(to, HubRepository(to, create=False).files()).classes.values()
+        known = {row.class_label: row.class_name for row in pushed}
+    folder = _folder(to, run, output_dir)
+    present = [] if run is None else _contents(run.path)
+    if folder is not run:
+        present += _contents(folder.path)
+    for contents in present:
+        known |= contents.classes()
+    if run is not None and not run.results.is_file():
+        known |= run.classes()
+    return _Target(name, revision, base, folder, tuple(present), {**base.classes, **known}, settings)
+
+
+def _folder(to: str, run: RunFolder | None, output_dir: Path | None) -> RunFolder:
+    if output_dir is None:
+        if run is None:
+            raise ValueError(
+                f"`output_dir` is None, but `to` {to!r} is no run: name a folder for the adapters, or the run that the base is of."
+            )
+        return run
+    if run is not None and output_dir.resolve() == run.path.resolve():
+        return run
+    folder = RunFolder(output_dir)
+    if folder.classes() or any((output_dir / one).exists() for one in ("base", "model", PIPELINE)):
+        raise ValueError(
+            f"`output_dir` {os.fspath(output_dir)!r} has a base of its own: name it by `to`, or give another folder."
+        )
+    return folder
+
+
+def _contents(folder: Path) -> list[Contents]:
+    """What is in a folder, if there is anything."""
+    try:
+        return [find_contents(folder)] if folder.is_dir() else []
+    except FileNotFoundError:
+        return []
+
+
+def _arguments(images: str, target: _Target, given: Mapping[str, Any]) -> RunArguments:
+    unknown = sorted(given.keys() - set(SETTINGS))
+    if unknown:
+        raise ValueError(f"`{unknown[0]}` is not an argument of `add`, expected some of: {', '.join(SETTINGS)}.")
+    strategy = target.settings.get("ContinualTrainingArguments", {}).get("strategy", FunLora.name)
+    if not issubclass(strategy_class(strategy), FunLora):
+        raise ValueError(
+            f"`to` is a run of `strategy` {strategy!r}, which has no adapters that a class could be added to: name its generator, "
+            f"{os.fspath(target.base.folder)}, and an `output_dir`."
+        )
+    # Each of the two takes the place of the other in the run's recipe.
+    for one, other in (("adapter_train_steps", "adapter_epochs"), ("adapter_epochs", "adapter_train_steps")):
+        if one in given and other not in given:
+            given = {**given, other: None}
+            break
+
+    def part(kind: type, **fixed: Any) -> Any:
+        own = target.settings.get(kind.__name__, {})
+        kept = {name: own[name] for name in (*_RECIPE[kind], *_HOW) if name in own}
+        return kind(**{**kept, **{one.name: given[one.name] for one in fields(kind) if one.name in given}, **fixed})
+
+    return RunArguments(
+        part(DataArguments, dataset_name=images),
+        part(ModelArguments, base_model=target.name, base_model_revision=target.revision),
+        part(
+            ContinualTrainingArguments,
+            output_dir=os.fspath(target.folder.path),
+            # Each class is a phase of its own, whatever else is added with it.
+            class_batches="homogeneous",
+            resume_from_checkpoint=LATEST,
+        ),
+        EvaluationArguments(),
+    )
+
+
+class _Addition(Run):
+    """One call of `add_classes`."""
+
+    def __init__(
+        self, target: _Target, arguments: RunArguments, termination: Termination | None, class_name: str | None
+    ) -> None:
+        super().__init__(arguments, termination)
+        self.target, self.base, self.added = target, target.base, AddedClasses(target.folder)
+        self.images = self._renamed(self._images(target.base, hold_out=False, one_class=True), class_name)
+        self.digests = self.images.digests()
+
+    def add(self) -> Added:
+        """Train what is not there yet, with the folder locked."""
+        is_main = self.accelerator.is_main_process
+        self._check()
+        with self._held(), self._ends():
+            if is_main:
+                recover_folder(self.folder.adapters)
+                recover_folder(self.added.folder.checkpoints)
+            self.accelerator.wait_for_everyone()
+            # Again, since another process may have added classes until the folder was locked.
+            data, records, there = self._choose()
+            self.accelerator.wait_for_everyone()
+            if is_main:
+                for class_id, record in records.items():
+                    self.added.begin(class_id, record)
+            self.accelerator.wait_for_everyone()
+            new = Task(1, tuple(class_id for class_id in data.class_names if class_id not in there))
+            self._trainer(self._strategy(self.base, data, []), data, [], folder=self.added.folder).learn_beside(new)
+            finished = self.added.finished()
+            if is_main and self.folder.results.is_file():
+                write_json(self.folder.results, {**read_mapping(self.folder.results), "added": finished})
+        classes = {class_id: finished[str(class_id)] for class_id in data.class_names}
+        return Added(self.target.name, self.folder.path, classes, new.class_ids)
+
+    def _renamed(self, data: ImageClassificationData, class_name: str | None) -> ImageClassificationData:
+        if class_name is None:
+            return data
+        check_class_name(class_name)
+        if len(data.class_names) != 1 or not class_name.strip():
+            raise ValueError(
+                f"`class_name` is {class_name!r}, expected the name of the one class in the images, which have "
+                f"{len(data.class_names)}: {', '.join(data.class_names.values())}."
+            )
+        return replace(data, class_names=dict.fromkeys(data.class_names, class_name))
+
+    def _check(self) -> None:
+        """Raise an error for all that can be known before anything is written."""
+        strategy = cast(FunLora, self._strategy(self.base, self.images, []))
+        strategy.check()
+        own = method(strategy.adapter_config(next(iter(self.images.class_names))))
+        configs = [read_config(folder) for contents in self.target.present for folder in contents.adapters]
+        configs += [read_bank(file).config for contents in self.target.present for file in contents.banks]
+        others = {method(config) for config in configs} - {own}
+        if others:
+            raise ValueError(
+                f"`peft_method` {self.model.peft_method!r} makes adapters of type {own}, expected {', '.join(sorted(others))}, as "
+                "those that are there: a generator has adapters of one method."
+            )
+        self._choose()
+        for class_id in self.images.class_names:
+            self.images.images(class_id)  # all can be read
+
+    def _choose(self) -> tuple[ImageClassificationData, dict[int, dict[str, Any]], set[int]]:
+        """The images by the ids that their classes get; what to begin, by id; and the ids of the classes that are finished."""
+        known = {
+            **self.target.known,
+            **{c: name for one in _contents(self.folder.path) for c, name in one.classes().items()},
+        }
+        begun = self.added.begun()
+        going_on = {
+            c: one["class_name"]
+            for c, one in begun.items()
+            if c not in known and one["class_name"] not in known.values()
+        }
+        names = list(self.images.class_names.values())
+        data = self.images.with_class_ids(assign_class_ids(names, {**known, **going_on}, taken=self.base.taken))
+        records = {
+            class_id: self._record(class_id, name, digest)
+            for (class_id, name), digest in zip(data.class_names.items(), self.digests.values(), strict=True)
+        }
+        same = {c for c, record in records.items() if c in begun and _is_same(record, begun[c])}
+        clashing = [f"{c} ({name})" for c, name in data.class_names.items() if c in known and c not in same]
+        if clashing:
+            raise ValueError(
+                f"`images` {self.arguments.data.dataset_name!r} has classes that are there already, or that the run has still "
+                f"to learn: {', '.join(clashing)}. Nothing was trained. --update_class trains an adapter again; the classes of the base "
+                "are frozen. If it is another class, give it another name."
+            )
+        return data, {c: record for c, record in records.items() if c not in same}, same & known.keys()
+
+    def _record(self, class_id: int, name: str, digest: Mapping[str, Any]) -> dict[str, Any]:
+        settings = run_settings(self.arguments.data, self.model, self.training)
+        return {
+            "class_name": name,
+            "dataset": self.images.name,
+            "source": self.arguments.data.dataset_name,
+            "images": digest["train_images"],
+            "sha256": digest["sha256"],
+            "recipe": {
+                part.__name__: {name: settings[part.__name__][name] for name in names}
+                for part, names in _RECIPE.items()
+            },
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+
+def _is_same(record: Mapping[str, Any], begun: Mapping[str, Any]) -> bool:
+    return all(begun.get(key) == record[key] for key in ("class_name", "images", "sha256", "recipe"))

@@ -1,0 +1,39 @@
+"""How many images the data sets of the recipes have, for what must not download them."""
+
+from __future__ import annotations
+
+
+# Classes, and training and test images of each, of the recipes' data sets that a run would have to download first.
+_KNOWN = {
+    "uoft-cs/cifar10": (10, 5000, 1000),
+    "uoft-cs/cifar100": (100, 500, 100),
+    "clane9/imagenet-100": (100, 1267, 50),
+}
+
+
+class KnownCounts:
+    """Numbers of images of a recipe's data set on the Hub, which is not opened.
+
+    Args:
+        name: of the data set.
+        most: images of a class that are used; None: all.
+    """
+
+    def __init__(self, classes: int, train: int, test: int) -> None:
+        self.class_names = {class_id: str(class_id) for class_id in range(classes)}
+        self.counts = {"train": train, "test": test}
+
+    @classmethod
+    def of(cls, name: str, most: int | None) -> KnownCounts | None:
+        """Those of a name, with at most `most` images of a class; None: it has to be opened."""
+        if name not in _KNOWN:
+            return None
+        classes, *counts = _KNOWN[name]
+        return cls(classes, *(min(count, most or count) for count in counts))
+
+    def __str__(self) -> str:
+        return f"{len(self.class_names)} classes of {self.counts['train']:,} training and {self.counts['test']:,} test images"
+
+    def count(self, class_id: int, *, split: str = "train") -> int:
+        """Images of a class."""
+        return self.counts[split]

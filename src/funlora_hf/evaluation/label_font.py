@@ -1,0 +1,89 @@
+"""A font for labels of any script, and labels without the characters that the font lacks: no boxes in a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+from PIL import ImageFont
+from PIL.ImageFont import FreeTypeFont, Layout
+
+
+# Where the systems keep their fonts; most of these are missing on any one of them.
+FOLDERS = (
+    "~/.local/share/fonts",
+    "~/.fonts",
+    "/usr/local/share/fonts",
+    "/usr/share/fonts",
+    "~/Library/Fonts",
+    "/Library/Fonts",
+    "/System/Library/Fonts",
+    "C:/Windows/Fonts",
+)
+# No font has a glyph for this code point, so every font draws its box, or whatever stands for one.
+_NOT_A_CHARACTER = "\uffff"
+
+
+def label_font(labels: Iterable[str], size: int) -> FreeTypeFont:
+    """Pillow's own font if it has all characters of the labels, else the installed font that lacks the fewest of them.
+
+    Args:
+        labels: all that will be drawn together.
+        size: in pixels.
+
+    Source: [ours].
+    """
+    characters = frozenset("".join(labels))
+    font = cast(FreeTypeFont, ImageFont.load_default(size))  # of another type without a size
+    lacking = _lacking(font, characters)
+    for path in _installed() if lacking else ():
+        try:
+            other = ImageFont.truetype(path, size)
+        except OSError:  # damaged, or made of images of another size
+            continue
+        if len(found := _lacking(other, characters)) < len(lacking):
+            font, lacking = other, found
+        if not lacking:
+            break
+    return font
+
+
+def drawable(label: str, font: FreeTypeFont) -> str:
+    r"""The label with each character that the font lacks, or that cannot be seen, as Python escapes it: `\u732b`.
+
+    Line ends stay.
+    """
+    lacking = _lacking(font, frozenset(label))
+    return "".join(
+        character.encode("unicode_escape").decode() if character in lacking else character for character in label
+    )
+
+
+def _lacking(font: FreeTypeFont, characters: frozenset[str]) -> set[str]:
+    if font.layout_engine != Layout.BASIC:
+        # Raqm would draw a lone accent on a circle. Pillow 12's `font_variant` keeps the engine.
+        font = FreeTypeFont(font.path, font.size, font.index, layout_engine=Layout.BASIC)
+    box = _drawing(font, _NOT_A_CHARACTER)
+    return {
+        character
+        for character in characters - {"\n", " "}
+        if not character.isprintable() or _drawing(font, character) == box
+    }
+
+
+def _drawing(font: FreeTypeFont, character: str) -> tuple[tuple[int, int], bytes]:
+    mask = font.getmask(character)
+    return mask.size, bytes(mask)
+
+
+@cache
+def _installed() -> list[Path]:
+    """Fonts of this system, the plain ones without serifs first."""
+    found = (path for folder in FOLDERS for path in _fonts(Path(folder).expanduser()))
+    return sorted(found, key=lambda path: ("sans" not in path.stem.lower(), len(path.stem), path))
+
+
+def _fonts(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix.lower() in (".ttf", ".ttc", ".otf"))
