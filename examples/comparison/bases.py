@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from comparison.jobs import Job, Outcome, accuracy_text, run_jobs, with_changes
+from comparison.jobs import LOG, Job, Outcome, accuracy_text, run_jobs, with_changes
 from funlora_hf.continual.config import ContinualTrainingArguments, EvaluationArguments, ModelArguments
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies.registry import strategy_class
@@ -59,7 +59,8 @@ def run_on_shared_bases(
         if number not in base_of:
             started[number] = _started(job, None)
         elif (error := base_outcomes[base_of[number].folder].error) is not None:
-            outcomes[number] = Outcome(error=f"its base failed: {error}")
+            log = base_of[number].folder / LOG
+            outcomes[number] = Outcome(error=f"its base failed: {error.rstrip('.')}. See {log}.")
         else:
             started[number] = _started(job, base_of[number])
     ended = run_jobs(list(started.values()), num_workers, description=description, shown=shown) if started else []

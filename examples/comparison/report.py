@@ -95,7 +95,8 @@ def _record(
                 "strategy": row.compared.choice.name,
                 "options": dict(row.compared.choice.options),
                 "arguments": dict(row.compared.choice.arguments),
-                "key": row.compared.choice.key,
+                # Of its runs' folders, a rate that was chosen included.
+                "key": row.compared.folders[0].name,
                 "seeds": list(row.compared.seeds),
                 "mean": row.means,
                 "std": row.deviations,

@@ -66,7 +66,11 @@ def test_the_report_is_written_and_names_what_failed(compare, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Failed runs: 4." in page
     assert "upper bound, seed 1: " in page
-    assert "Traceback" in next((tmp_path / "out" / "seed_0" / "frozen").glob("log.txt")).read_text()
+    assert "frozen, seed 0: <code>its base failed: " in page
+    # frozen has not begun; its base's log tells why.
+    for pattern in ("seed_0/joint_*", "bases/seed_0_*"):
+        (log,) = (tmp_path / "out").glob(f"{pattern}/log.txt")
+        assert "Traceback" in log.read_text()
 
 
 @pytest.mark.slow

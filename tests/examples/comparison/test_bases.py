@@ -141,7 +141,8 @@ def test_runs_that_cannot_share_a_base_are_left_alone(asked, tmp_path, alone):
 def test_a_base_that_fails_takes_only_its_runs_along(asked, tmp_path):
     asked.failing = ("base, seed 0",)
     lost, joint, other = share(job("funlora", tmp_path), job("joint", tmp_path), job("magmax", tmp_path, seed=1))
-    assert lost.error == "its base failed: ValueError: went wrong"
+    log = tmp_path / "bases" / asked[0].folder.name / "log.txt"
+    assert lost.error == f"its base failed: ValueError: went wrong. See {log}."
     assert joint.results
     assert other.results
     assert "funlora" not in [one.label for one in asked]
