@@ -400,7 +400,8 @@ def evaluated(bench: Bench, given: dict[str, Any]) -> Any:
         max_train_steps=None,
     )
     evaluator.end_task(TASKS[0])
-    evaluator.image_quality()
+    if given.get("evaluation", True):
+        evaluator.image_quality()
     return asked
 
 
@@ -424,6 +425,7 @@ DATA = {
     "classes_per_task": Case(0, (1, 2), tasks),
     "num_tasks": Case(0, (1, None), tasks),
     "class_order_seed": Case(-1, (None, 2), tasks, {"classes_per_task": 1}),
+    "class_order": Case([1.5], (None, ["b", "2", "0"]), tasks, {"classes_per_task": 1}),
 }
 MODEL = {
     "base_model": Case("", (None, "user/base"), existing_base),
@@ -497,6 +499,7 @@ TRAINING = {
     "update_mode": Case("again", ("continue", "retrain"), updated),
 }
 EVALUATION = {
+    "evaluation": Case("yes", (True, False), evaluated),
     "num_samples_per_class": Case(0, (3, 4), evaluated),
     "sampling_batch_size": Case(0, (3, 4), evaluated),
     "solver": Case("rk5", ("heun", "rk4"), evaluated),
