@@ -14,8 +14,8 @@ from torch import nn
 
 from ..tuner import FunLoraConfig
 from ..tuner.hotswap import SAVED_PREFIX, plain_key, wrapped_model
-from ..tuners_utils.layer import AdapterLayer, adapter_layers
-from ..tuners_utils.wrappers import remove_adapters
+from ..tuner_base.layer import AdapterLayer, adapter_layers
+from ..tuner_base.wrappers import remove_adapters
 from ..utils.checks import listed
 from ..utils.tensors import not_finite
 from .flat_adapter import FlatAdapter
