@@ -51,7 +51,7 @@ from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies import generated_images
 from funlora_hf.continual.strategies.funlora import FunLora
 from funlora_hf.continual.strategies.registry import STRATEGIES
-from funlora_hf.continual.strategy import Batch, Phase, Setting, StepOutput, Strategy, Trainable
+from funlora_hf.continual.strategy import Batch, Phase, Setting, Strategy, Trainable
 from funlora_hf.continual.trainer import ContinualTrainer, NonFiniteLossError
 from funlora_hf.data import image_data
 from funlora_hf.data.tasks import Task
@@ -103,10 +103,10 @@ class Small(FunLora):
         module = torch.nn.Conv2d(1, 1, 3, padding=1)
         return Trainable(module, dict(module.named_parameters()))
 
-    def training_step(self, phase: Phase, batch: Batch, module: torch.nn.Module) -> StepOutput:
+    def training_step(self, phase: Phase, batch: Batch, module: torch.nn.Module) -> torch.Tensor:
         output = module(interpolate(batch.sample, batch.noise, batch.sigma))
         losses = flow_matching_loss(output, velocity_target(batch.sample, batch.noise))
-        return StepOutput(losses, {})
+        return losses
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         self.found[phase.name] = trainable.module.weight.flatten().tolist()
@@ -288,9 +288,7 @@ def deterministic(bench: Bench, given: dict[str, Any]) -> Any:
 
 def skipped(bench: Bench, given: dict[str, Any]) -> Any:
     strategy = bench.strategy("funlora", **given)
-    strategy.training_step = lambda phase, batch, module: StepOutput(
-        module(batch.sample).flatten(1).sum(1) * math.nan, {}
-    )
+    strategy.training_step = lambda phase, batch, module: module(batch.sample).flatten(1).sum(1) * math.nan
     with pytest.raises(NonFiniteLossError) as caught:
         bench.learn(strategy)
     return str(caught.value)

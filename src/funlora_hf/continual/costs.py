@@ -171,7 +171,7 @@ def _training_step(
         sample, noise = torch.randn(2, size, *shape, device=device)
         with accelerator.autocast():
             batch = Batch(sample, classes, noise, torch.rand(size, device=device))
-            loss = strategy.training_step(phase, batch, trainable.module).losses.mean()
+            loss = strategy.training_step(phase, batch, trainable.module).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
