@@ -19,10 +19,10 @@ from statistics import mean, pstdev
 from typing import Any
 
 import torch
+from adapter_figures import coefficients_by_layer, rank_by_layer
 
 from funlora_hf import FunLoraConfig, functional_matrix, initial_alpha, layer_importance, numerical_rank
 from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
-from funlora_hf.evaluation.figures import coefficients_by_layer, rank_by_layer
 from funlora_hf.evaluation.figures import layer_importance as layer_importance_figure
 from funlora_hf.evaluation.report import execution_order
 from funlora_hf.evaluation.tables import markdown_table

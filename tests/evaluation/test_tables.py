@@ -2,30 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from funlora_hf.evaluation.tables import markdown_table, mean_table, summary_table, what_next
+from results import QUALITY, results
 
-
-def results(seed: int, la: float) -> dict:
-    return {
-        "strategy": "funlora",
-        "dataset": "digits",
-        "seed": seed,
-        "A": [100.0, la],
-        "LA": la,
-        "AIA": (100 + la) / 2,
-        "forgetting": 1.5,
-        "held_out_loss": {"mean": 0.25, "per_class": {}},
-        "parameters_per_class": 10,
-        "parameters_per_class_with_vector": 14,
-        "zero_forgetting": {
-            "identical": True,
-            "classes_compared": 4,
-            "classes_changed": [],
-            "base_sha256_before": "a",
-            "base_sha256_after": "a",
-        },
-        "seconds": {"total": 60.0},
-    }
+from funlora_hf.evaluation.tables import markdown_table, summary_table, what_next
 
 
 def test_the_summary_says_what_was_measured():
@@ -39,17 +18,6 @@ def test_the_summary_says_what_was_measured():
         assert expected in text
 
 
-QUALITY = {
-    "extractor": "classifier",
-    "frechet_distance": 5.408,
-    "precision": 0.9,
-    "recall": 0.8,
-    "neighbours": 5,
-    "num_real": 360,
-    "num_generated": 360,
-}
-
-
 def test_only_in_the_features_of_inception_is_the_distance_called_fid():
     text = summary_table({**results(0, 98.0), "image_quality": QUALITY})
     assert "Frechet distance      5.41\nprecision            0.900\nrecall               0.800\n" in text
@@ -61,21 +29,9 @@ def test_only_in_the_features_of_inception_is_the_distance_called_fid():
         assert "recall" not in summary_table({**results(0, 98.0), **without})
 
 
-def test_image_quality_has_a_mean_where_all_runs_measured_it_alike():
-    def run(seed, **changes):
-        return {**results(seed, 98.0), "image_quality": {**QUALITY, **changes}}
-
-    text = mean_table([run(0), run(1, frechet_distance=7.408, recall=0.6)])
-    assert "Frechet distance      6.41 +- 1.41" in text
-    assert "recall               0.700 +- 0.141" in text
-    for other in (results(1, 98.0), run(1, extractor="inception"), run(1, num_real=100), run(1, neighbours=3)):
-        assert "recall" not in mean_table([run(0), other])
-
-
 def test_what_was_not_measured_is_said():
     unmeasured = {**results(0, 98.0), **dict.fromkeys(("A", "LA", "AIA", "forgetting"))}
     assert "not measured" in summary_table(unmeasured)
-    assert "LA (%)" not in mean_table([unmeasured, unmeasured])
 
 
 def test_a_change_is_shouted():
@@ -88,12 +44,6 @@ def test_samples_of_another_machine_are_not_called_changed():
     elsewhere = results(0, 98.0)
     elsewhere["zero_forgetting"] |= {"identical": None, "classes_compared": 0}
     assert "first samples not compared (other machine or thread count), base unchanged" in summary_table(elsewhere)
-
-
-def test_the_mean_is_over_the_runs():
-    text = mean_table([results(0, 97.0), results(1, 99.0)])
-    assert "seeds 0, 1" in text
-    assert "LA (%)               98.00 +- 1.41" in text
 
 
 def test_a_markdown_table_escapes_bars_and_aligns_numbers_to_the_right():

@@ -58,8 +58,6 @@ MANY_CLASSES = 20
 CLASS_GRID_IMAGES = 16
 CLASS_GRID_COLUMNS = 4
 MOST_IN_LEGEND = 10
-# In the figure of the ranks.
-_GROUPS = tuple(zip((BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE, BLACK, GREY), "os^DvPX*", strict=True))
 # Pixels, of the letters beside and above a grid.
 LABEL_SIZE = 18
 # Characters of a label after which its middle is left out.
@@ -251,110 +249,15 @@ def layer_importance(
 
     Source: the quantity, arXiv 2510.02631, layer importance [text]; the drawing [ours].
     """
-    _check_over_classes("importance", importance)
+    check_over_classes("importance", importance)
     with new_figure(path, (6.5, 1.2 + 0.19 * len(importance))) as figure:
         axes = figure.add_subplot(title=title)
         means, deviations = zip(*importance.values(), strict=True)
         errors = {"ecolor": BLACK, "elinewidth": 1, "capsize": 2}
         axes.barh(range(len(means)), means, xerr=deviations, height=0.7, color=SKY_BLUE, error_kw=errors)
-        axes.set_xlabel(xlabel + _name_layers(axes, list(importance)))
+        axes.set_xlabel(xlabel + name_layers(axes, list(importance)))
         axes.set_ylim(len(means) - 0.4, -0.6)
         axes.grid(axis="x")
-
-
-def rank_by_layer(
-    ranks: Mapping[str, Mapping[str, tuple[float, float]]],
-    path: str | os.PathLike[str],
-    *,
-    title: str | None = None,
-) -> None:
-    """Draws the rank of the functional matrix in each layer as a point, one colour and marker per group.
-
-    Beginnings and ends that all names of layers share are left out, and written once below the axis instead.
-
-    Args:
-        ranks: group, such as the function -> layer name -> (mean, standard deviation over the classes), finite, neither
-            negative; no unit. At most eight groups. Layers appear in the order of the first group that has them, which
-            should be that of execution; a group may lack layers.
-        path: the PNG to write; its folder is made if it is missing.
-        title: text above the axes.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: an argument is not as described; the message names it.
-
-    Source: the quantity, arXiv 2510.02631, Figure 4 [text]; the drawing [ours].
-    """
-    if not 1 <= len(ranks) <= len(_GROUPS):
-        raise ValueError(
-            f"ranks has {len(ranks)} groups, expected between 1 and {len(_GROUPS)}; draw them in several figures"
-        )
-    for group, by_layer in ranks.items():
-        _check_over_classes(f"ranks[{group!r}]", by_layer, lowest=0)
-    layers = list(dict.fromkeys(layer for by_layer in ranks.values() for layer in by_layer))
-    with new_figure(path, (6.5, 1.6 + max(0.19, 0.07 * len(ranks)) * len(layers))) as figure:
-        axes = figure.add_subplot(title=title)
-        # Beside each other, so that equal ranks do not hide each other.
-        shifts = (np.arange(len(ranks)) - (len(ranks) - 1) / 2) * 0.8 / len(ranks)
-        for (group, by_layer), (colour, marker), shift in zip(ranks.items(), _GROUPS, shifts, strict=False):
-            means, deviations = zip(*by_layer.values(), strict=True)
-            places = [layers.index(layer) + shift for layer in by_layer]
-            style = {"color": colour, "markersize": 4, "elinewidth": 1, "capsize": 2, "clip_on": False}
-            axes.errorbar(means, places, xerr=deviations, fmt=marker, label=group, **style)
-        shared = _name_layers(axes, layers)
-        axes.set_xlabel(f"numerical rank of F (mean and standard deviation over classes){shared}")
-        axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.set_xlim(left=0)
-        axes.locator_params(axis="x", nbins=10, steps=[1, 2, 5, 10], integer=True)
-        axes.grid(axis="x")
-        for place in range(1, len(layers)):
-            axes.axhline(place - 0.5, color="#EEEEEE", linewidth=0.6, zorder=0)
-        # Outside, where it hides no point.
-        figure.legend(loc="outside upper center", ncols=min(len(ranks), 4))
-
-
-def coefficients_by_layer(
-    panels: Mapping[str, Mapping[str, Sequence[float]]],
-    path: str | os.PathLike[str],
-    *,
-    title: str | None = None,
-) -> None:
-    """Draws the coefficients of the p functions in each layer as coloured cells, one panel per quantity.
-
-    Zero is white in every panel; each panel has a colour scale of its own, as wide below zero as above.
-
-    Args:
-        panels: name of a quantity, such as "alpha" -> layer name -> its p values, finite; no unit. The same layers, in
-            the same order (that of execution), and the same p in every panel.
-        path: the PNG to write; its folder is made if it is missing.
-        title: text above the panels.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: an argument is not as described; the message names it.
-
-    Source: the quantities, arXiv 2510.02631, Figure 5 [text]; the drawing [ours].
-    """
-    layers, size = _check_panels(panels)
-    height = 0.19 * max(len(layers), 6)
-    with new_figure(path, (2.2 + 2.2 * len(panels), 1.6 + height)) as figure:
-        if title is not None:
-            figure.suptitle(title)
-        row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (name, by_layer) in zip(row, panels.items(), strict=True):
-            values = np.array(list(by_layer.values()), dtype=float)
-            # A panel of zeros still needs a scale.
-            limit = np.abs(values).max() or 1.0
-            cells = axes.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-            axes.set(title=name, xlabel="function, from 1 to p")
-            places = range(0, size, math.ceil(size / 10))
-            axes.set_xticks(places, labels=[str(place + 1) for place in places])
-            without_frame(axes)
-            # `pad` is a share of the height.
-            scale = figure.colorbar(cells, ax=axes, location="bottom", shrink=0.9, aspect=14, pad=0.05 / height)
-            scale.outline.set_visible(False)
-        if shared := _name_layers(row[0], layers):
-            figure.supxlabel(shared.lstrip())
 
 
 @contextmanager
@@ -480,7 +383,7 @@ def without_frame(axes: Any, *, pad: float = 3.5) -> None:
     axes.tick_params(length=0, pad=pad)
 
 
-def _name_layers(axes: Any, layers: list[str]) -> str:
+def name_layers(axes: Any, layers: list[str]) -> str:
     """Writes the names of the layers at 0, 1, ... of the vertical axis; returns a line on what all names share, or ""."""
     names, shared = _without_shared_parts(layers)
     axes.set_yticks(range(len(names)), labels=[shorten(name) for name in names], fontsize=8)
@@ -490,7 +393,7 @@ def _name_layers(axes: Any, layers: list[str]) -> str:
     return f"\nlayers: {shared}" if shared else ""
 
 
-def _check_over_classes(name: str, values: Mapping[str, tuple[float, float]], *, lowest: float = -math.inf) -> None:
+def check_over_classes(name: str, values: Mapping[str, tuple[float, float]], *, lowest: float = -math.inf) -> None:
     if not values:
         raise ValueError(f"{name} is empty, expected at least one layer; compute it first")
     for layer, (mean, deviation) in values.items():
@@ -500,26 +403,6 @@ def _check_over_classes(name: str, values: Mapping[str, tuple[float, float]], *,
                 f"{name}[{layer!r}] is {(mean, deviation)}, expected a finite mean{of_at_least} and a standard deviation "
                 f"of at least 0; check the adapters it was computed from"
             )
-
-
-def _check_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[list[str], int]:
-    """Returns the layers and the number of values a layer."""
-    if not panels:
-        raise ValueError("panels is empty, expected at least one quantity; compute the coefficients first")
-    layers = list(next(iter(panels.values())))
-    if not layers:
-        raise ValueError("panels has a quantity of no layer, expected at least one; compute the coefficients first")
-    size = len(next(iter(panels.values()))[layers[0]])
-    for name, by_layer in panels.items():
-        if list(by_layer) != layers:
-            raise ValueError(f"panels[{name!r}] has other layers than the first; give all quantities of all layers")
-        for layer, values in by_layer.items():
-            if len(values) != size or size == 0 or not all(math.isfinite(value) for value in values):
-                raise ValueError(
-                    f"panels[{name!r}][{layer!r}] is {list(values)}, expected {size or 'some'} finite numbers, one per "
-                    f"function; check the adapters it was computed from"
-                )
-    return layers, size
 
 
 def _save(picture: PIL.Image.Image, target: Path) -> None:

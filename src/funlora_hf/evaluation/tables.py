@@ -15,7 +15,7 @@ from ..continual.costs import Part
 
 def summary_table(results: Mapping[str, Any]) -> str:
     """The results of one run, as plain text."""
-    lines = [f"{_what(results)} on {results['dataset']}, seed {results['seed']}", ""]
+    lines = [f"{what_ran(results)} on {results['dataset']}, seed {results['seed']}", ""]
     if results.get("nfe", 0) is None:
         lines.append("evaluation        none yet: `funlora evaluate` and the folder of the run")
     elif results["A"] is None:
@@ -35,7 +35,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
     losses = results["held_out_loss"]
     if losses["mean"] is not None:
         lines.append(f"{'held-out loss':<18}{losses['mean']:>8.4f}")
-    for name, (digits, value) in _image_quality(results).items():
+    for name, (digits, value) in image_quality(results).items():
         lines.append(f"{name:<18}{value:>8.{digits}f}")
     if results["parameters_per_class"] is not None:
         with_vector = results["parameters_per_class_with_vector"]
@@ -87,24 +87,6 @@ def _rounded(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
-def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Mean and standard deviation of several runs that differ in their seed, as plain text."""
-    lines = [f"{_what(runs[0])} on {runs[0]['dataset']}, seeds {', '.join(str(run['seed']) for run in runs)}", ""]
-    rows = {
-        "LA (%)": (2, [run["LA"] for run in runs]),
-        "AIA (%)": (2, [run["AIA"] for run in runs]),
-        "forgetting (%)": (2, [run["forgetting"] for run in runs]),
-        "held-out loss": (4, [run["held_out_loss"]["mean"] for run in runs]),
-        **_image_quality_of_all(runs),
-        "seconds": (0, [run["seconds"]["total"] for run in runs]),
-    }
-    for name, (digits, values) in rows.items():
-        if None not in values:
-            spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
-            lines.append(f"{name:<18}{mean(values):>8.{digits}f}{spread}")
-    return "\n".join(lines)
-
-
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> str:
     """A table in Markdown, without a newline at its end.
 
@@ -150,13 +132,13 @@ def spread_text(average: float | None, deviation: float | None, digits: int) -> 
     return shown if not deviation or deviation < 0.5 * 10**-digits else f"{shown} ± {deviation:,.{digits}f}"
 
 
-def _what(results: Mapping[str, Any]) -> str:
+def what_ran(results: Mapping[str, Any]) -> str:
     method = results.get("peft_method")
     named = results["strategy"] == "funlora" and method not in (None, "funlora")
     return f"{results['strategy']} ({method})" if named else results["strategy"]
 
 
-def _image_quality(results: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
+def image_quality(results: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
     """Name -> digits and value of what was measured of a run's images; results of earlier versions have none."""
     quality = results.get("image_quality")
     if quality is None:
@@ -167,19 +149,6 @@ def _image_quality(results: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
         "precision": (3, quality["precision"]),
         "recall": (3, quality["recall"]),
     }
-
-
-def _image_quality_of_all(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, list[float]]]:
-    """The same of several runs; empty unless all were measured in the same way."""
-    measured = [_image_quality(run) for run in runs]
-    ways = {
-        tuple(run["image_quality"][key] for key in ("extractor", "neighbours", "num_real", "num_generated"))
-        for run, quality in zip(runs, measured, strict=True)
-        if quality
-    }
-    if not all(measured) or len(ways) > 1:
-        return {}
-    return {name: (digits, [quality[name][1] for quality in measured]) for name, (digits, _) in measured[0].items()}
 
 
 def _samples_text(zero: Mapping[str, Any]) -> str:
