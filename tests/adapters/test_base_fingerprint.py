@@ -158,3 +158,22 @@ def test_without_a_fingerprint_nothing_is_checked(tiny_unet):
 def test_a_config_refuses_fields_of_another_type(field, value):
     with pytest.raises(ValueError, match=f"`{field}` is "):
         FunLoraConfig(**{field: value})
+
+
+@pytest.mark.parametrize("hashed_before", [False, True])
+def test_offloaded_weights_are_not_hashed(tiny_unet, hashed_before):
+    fingerprints = base_fingerprints(tiny_unet)
+    mine, other = FunLoraConfig(base_fingerprint=fingerprints), FunLoraConfig(base_fingerprint={"float32": "0" * 64})
+    check = FingerprintCheck(tiny_unet)
+    if hashed_before:
+        check.check(mine, "mine")
+    accelerate.cpu_offload(tiny_unet, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="are offloaded, so it has no fingerprint"):
+        base_fingerprint(tiny_unet)
+    if hashed_before:
+        check.check(mine, "mine")
+        with pytest.raises(BaseMismatchError):
+            check.check(other, "other")
+    else:
+        with pytest.warns(UserWarning, match="'other' belongs to this base: the base's weights are offloaded"):
+            check.check(other, "other")

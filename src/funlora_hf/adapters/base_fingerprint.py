@@ -50,10 +50,12 @@ def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> s
         `str`: 64 hexadecimal digits.
 
     Raises:
-        ValueError: adapters are merged into the weights.
+        ValueError: adapters are merged into the weights, or the weights are offloaded.
 
     Source: [ours].
     """
+    if _is_offloaded(model):
+        raise ValueError("The base's weights are offloaded, so it has no fingerprint: take it before you offload.")
     digest = hashlib.sha256()
     for name, tensor in sorted(base_tensors(model).items()):
         tensor = tensor.detach()
@@ -108,24 +110,28 @@ class FingerprintCheck:
         """
         stored: Mapping[str, str] | None = getattr(config, "base_fingerprint", None)
         if stored is None:
-            if hasattr(config, "base_fingerprint") and not self._has_warned:
-                self._has_warned = True
-                warnings.warn(
-                    f"It was not checked that the adapter {source!r} belongs to this base: its `base_fingerprint` is None, as PEFT's "
-                    "`save_pretrained` leaves it. `funlora_hf.save_adapter` fills it in. (Others like it are not reported.)",
-                    stacklevel=2,
+            if hasattr(config, "base_fingerprint"):
+                self._warn(
+                    source,
+                    "its `base_fingerprint` is None, as PEFT's `save_pretrained` leaves it. `funlora_hf.save_adapter` fills it in",
                 )
             return
-        if not self.fits(stored):
+        fits = self.fits(stored)
+        if fits is None:
+            self._warn(source, "the base's weights are offloaded. Load an adapter before you offload")
+        elif not fits:
             raise BaseMismatchError(
                 f"The adapter {source!r} was trained for another base: it expects the fingerprint {stored.get(self._dtype)} "
                 f"in {self._dtype}, this base has the fingerprint {self._fingerprint}. Load it onto {_base_of(config)}, or "
                 "pass `ignore_base_fingerprint=True` if you know that it fits."
             )
 
-    def fits(self, fingerprints: Mapping[str, str]) -> bool:
-        """Whether these, by precision, have the one of this base in the precision that it is in."""
+    def fits(self, fingerprints: Mapping[str, str]) -> bool | None:
+        """Whether these, by precision, have the one of this base in the precision that it is in; None if it is offloaded, unless it was
+        hashed before."""
         tensors = base_tensors(self._model).values()
+        if _is_offloaded(self._model):
+            return fingerprints.get(self._dtype) == self._fingerprint if self._state else None
         state = [_state(tensor) for tensor in tensors]
         if self._state != state:
             name = next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "float32")
@@ -134,6 +140,14 @@ class FingerprintCheck:
             self._fingerprint = base_fingerprint(self._model, dtype=None if name == self._dtype else torch.float32)
             self._state = state
         return fingerprints.get(self._dtype) == self._fingerprint
+
+    def _warn(self, source: str, reason: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"It was not checked that the adapter {source!r} belongs to this base: {reason}. (Others like it are not reported.)",
+                stacklevel=3,
+            )
 
 
 def _collect(module: nn.Module, prefix: str, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -150,6 +164,14 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, torch.Tensor]) -> 
         if child is not None:
             _collect(child, f"{prefix}{name}.", found)
     return found
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether weights are where they cannot be read: accelerate leaves none in the model, diffusers' groups on disk other values."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    hooks = (registry.get_hook("group_offloading") for registry in registries if registry is not None)
+    on_disk = (hook is not None and hook.group.offload_to_disk_path is not None for hook in hooks)
+    return any(tensor.is_meta for tensor in base_tensors(model).values()) or any(on_disk)
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:

@@ -147,7 +147,7 @@ def save_adapter(
     if isinstance(config, FunLoraConfig):
         config.class_label = config.class_label if class_label is None else class_label
         config.class_name = class_name or config.class_name
-        if config.base_fingerprint is None or not FingerprintCheck(model).fits(config.base_fingerprint):
+        if config.base_fingerprint is None or FingerprintCheck(model).fits(config.base_fingerprint) is False:
             config.base_fingerprint = base_fingerprints(model)
     with whole_folder(folder) as temporary:
         model.peft_config[adapter_name] = config  # PEFT writes what stands here
