@@ -33,7 +33,7 @@ test: quality
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal tests/utils tests/baselines \
 	  tests/tuner/test_functional.py tests/tuner/test_layer.py tests/tuner/test_config.py tests/tuner/test_merging.py \
-	  tests/tuners_utils/test_mixed_batches.py tests/tuner/test_earlier_adapters.py tests/adapters/test_class_folder.py tests/utils/test_files.py \
+	  tests/tuner_base/test_mixed_batches.py tests/tuner/test_earlier_adapters.py tests/adapters/test_class_folder.py tests/utils/test_files.py \
 	  tests/test_flow_matching.py tests/sampling/test_solvers.py tests/sampling/test_pipeline.py tests/recipes/test_reading.py tests/continual/test_run_folder.py
 
 # What `make test` leaves out for its time: PEFT's own tests for all combinations of function, operation and target, of which it
@@ -48,7 +48,7 @@ soak: .venv/installed
 # The tests of what PEFT does for us, with the oldest peft that pyproject.toml allows.
 test-oldest-peft: .oldest-peft
 	PYTHONPATH="$(CURDIR)/.oldest-peft" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile \
-	  tests/tuner tests/tuners_utils tests/sampling/test_pipeline.py tests/test_layer_selection.py tests/adapters/test_loaded_adapters.py \
+	  tests/tuner tests/tuner_base tests/sampling/test_pipeline.py tests/test_layer_selection.py tests/adapters/test_loaded_adapters.py \
 	  tests/adapters/test_untrusted_adapter.py tests/hub/test_push.py
 
 # The page in a browser: needs Chromium and its driver.

@@ -23,6 +23,7 @@ from diffusers import UNet2DModel
 from peft import PeftModel
 from runs import digests, short_run
 from safetensors.torch import load_file
+from strategies import RANKS
 from torch import distributed
 
 from funlora_hf import FunLoraPipeline
@@ -32,7 +33,6 @@ from funlora_hf.continual import trainer as trainer_module
 from funlora_hf.continual.base import find_base
 from funlora_hf.continual.config import ContinualTrainingArguments
 from funlora_hf.continual.run_folder import RunFolder
-from funlora_hf.continual.strategy import StepOutput
 from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
 from funlora_hf.data.class_ids import assign_class_ids
@@ -564,7 +564,7 @@ def test_other_strategies_run_to_the_end(strategy, inside):
 )
 def test_strategies_that_change_past_classes_run_to_the_end(strategy, inside, capsys):
     options = {"num_inference_steps": 1, "classifier_train_steps": 2} if strategy in ("replay", "guide") else {}
-    results = run(short_run(strategy=strategy, strategy_options=options, rank=2))
+    results = run(short_run(strategy=strategy, strategy_options=options, **RANKS.get(strategy, {})))
     assert results["strategy_options"] == options
     assert results["zero_forgetting"] is None
     assert "parameters_per_class" in results
@@ -777,12 +777,12 @@ def test_the_last_good_checkpoint_survives_a_loss_that_is_not_finite(inside, mon
     original, calls = FunLora.training_step, []
 
     def failing(self, phase, batch, module):
-        output = original(self, phase, batch, module)
+        losses = original(self, phase, batch, module)
         if phase.name == "class_5":
             calls.append(1)
             if len(calls) == 5:
-                return StepOutput(output.losses * math.nan, output.parts)
-        return output
+                return losses * math.nan
+        return losses
 
     monkeypatch.setattr(FunLora, "training_step", failing)
     with pytest.raises(NonFiniteLossError, match=r"nan at step 5 of phase 'class_5', class 5 \(5\).*class_5/step_3"):

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from .data.image_data import to_model_range
-from .tuners_utils.wrappers import evaluation_mode
+from .tuner_base.wrappers import evaluation_mode
 from .utils.checks import check_at_least_one, check_choice
 from .utils.field_types import check_field_types
 from .utils.progress import Progress

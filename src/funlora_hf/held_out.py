@@ -7,7 +7,7 @@ import torch
 from .data.image_data import to_model_range
 from .flow_matching import flow_matching_loss, interpolate, velocity_target
 from .sampling.pipeline import FunLoraPipeline
-from .tuners_utils.weights import cached_weights
+from .tuner_base.weights import cached_weights
 from .utils.seeds import generator_for
 
 

@@ -19,8 +19,8 @@ from .tuner import FunLoraConfig
 from .tuner.hotswap import SAVED_PREFIX
 from .tuner.layer import FunLoraFactorLayer
 from .tuner.targets import conv_names, decoder, decoder_middle, knows_order, unet_conv_names
-from .tuners_utils.meta_shapes import adapted_shape
-from .tuners_utils.wrappers import evaluation_mode, plain_modules, without_peft
+from .tuner_base.meta_shapes import adapted_shape
+from .tuner_base.wrappers import evaluation_mode, plain_modules, without_peft
 from .utils.files import read_tensors
 
 

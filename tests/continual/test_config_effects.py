@@ -51,7 +51,7 @@ from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies import generated_images
 from funlora_hf.continual.strategies.funlora import FunLora
 from funlora_hf.continual.strategies.registry import STRATEGIES
-from funlora_hf.continual.strategy import Batch, Phase, Setting, StepOutput, Strategy, Trainable
+from funlora_hf.continual.strategy import Batch, Phase, Setting, Strategy, Trainable
 from funlora_hf.continual.trainer import ContinualTrainer, NonFiniteLossError
 from funlora_hf.data import image_data
 from funlora_hf.data.tasks import Task
@@ -103,10 +103,10 @@ class Small(FunLora):
         module = torch.nn.Conv2d(1, 1, 3, padding=1)
         return Trainable(module, dict(module.named_parameters()))
 
-    def training_step(self, phase: Phase, batch: Batch, module: torch.nn.Module) -> StepOutput:
+    def training_step(self, phase: Phase, batch: Batch, module: torch.nn.Module) -> torch.Tensor:
         output = module(interpolate(batch.sample, batch.noise, batch.sigma))
         losses = flow_matching_loss(output, velocity_target(batch.sample, batch.noise))
-        return StepOutput(losses, {})
+        return losses
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         self.found[phase.name] = trainable.module.weight.flatten().tolist()
@@ -288,9 +288,7 @@ def deterministic(bench: Bench, given: dict[str, Any]) -> Any:
 
 def skipped(bench: Bench, given: dict[str, Any]) -> Any:
     strategy = bench.strategy("funlora", **given)
-    strategy.training_step = lambda phase, batch, module: StepOutput(
-        module(batch.sample).flatten(1).sum(1) * math.nan, {}
-    )
+    strategy.training_step = lambda phase, batch, module: module(batch.sample).flatten(1).sum(1) * math.nan
     with pytest.raises(NonFiniteLossError) as caught:
         bench.learn(strategy)
     return str(caught.value)
@@ -400,7 +398,8 @@ def evaluated(bench: Bench, given: dict[str, Any]) -> Any:
         max_train_steps=None,
     )
     evaluator.end_task(TASKS[0])
-    evaluator.image_quality()
+    if given.get("evaluation", True):
+        evaluator.image_quality()
     return asked
 
 
@@ -424,6 +423,7 @@ DATA = {
     "classes_per_task": Case(0, (1, 2), tasks),
     "num_tasks": Case(0, (1, None), tasks),
     "class_order_seed": Case(-1, (None, 2), tasks, {"classes_per_task": 1}),
+    "class_order": Case([1.5], (None, ["b", "2", "0"]), tasks, {"classes_per_task": 1}),
 }
 MODEL = {
     "base_model": Case("", (None, "user/base"), existing_base),
@@ -497,6 +497,7 @@ TRAINING = {
     "update_mode": Case("again", ("continue", "retrain"), updated),
 }
 EVALUATION = {
+    "evaluation": Case("yes", (True, False), evaluated),
     "num_samples_per_class": Case(0, (3, 4), evaluated),
     "sampling_batch_size": Case(0, (3, 4), evaluated),
     "solver": Case("rk5", ("heun", "rk4"), evaluated),

@@ -15,7 +15,7 @@ from torch import nn
 from funlora_hf.continual import time_limit
 from funlora_hf.continual.config import ContinualTrainingArguments
 from funlora_hf.continual.run_folder import RunFolder
-from funlora_hf.continual.strategy import Phase, PhaseSettings, StepOutput, Strategy, Trainable
+from funlora_hf.continual.strategy import Phase, PhaseSettings, Strategy, Trainable
 from funlora_hf.continual.time_limit import TimeLimit, TimeLimitReached
 from funlora_hf.continual.trainer import (
     ContinualTrainer,
@@ -71,7 +71,7 @@ class RunningSum(Strategy):
 
     def training_step(self, phase, batch, module):
         losses = (module(batch.sample.flatten(1)) - batch.sample.flatten(1)).square().flatten()
-        return StepOutput(losses, {})
+        return losses
 
     def after_step(self, phase):
         self.steps += 1
@@ -196,10 +196,10 @@ class WatchedLoss(RunningSum):
     nan_at = None
 
     def training_step(self, phase, batch, module):
-        losses = super().training_step(phase, batch, module).losses
+        losses = super().training_step(phase, batch, module)
         if phase.name == "task_2" and self.steps % 4 == self.nan_at:
             losses = losses * float("nan")
-        return StepOutput(losses.as_subclass(Watched), {})
+        return losses.as_subclass(Watched)
 
 
 @pytest.mark.parametrize(
@@ -242,9 +242,9 @@ class LosesSteps(RunningSum):
         return real
 
     def training_step(self, phase, batch, module):
-        losses = super().training_step(phase, batch, module).losses
+        losses = super().training_step(phase, batch, module)
         lost = phase.name == "task_2" and self.number in self.lost
-        return StepOutput(losses * float("inf") if lost else losses, {})
+        return losses * float("inf") if lost else losses
 
     def end_phase(self, phase, trainable):
         super().end_phase(phase, trainable)

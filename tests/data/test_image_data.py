@@ -172,19 +172,20 @@ def test_image_folder_of_one_class(tmp_path):
     assert (found.count(0), found.count(0, split="test")) == (8, 2)
 
 
-def test_a_folder_of_images_as_one_class(tmp_path):
+def test_a_folder_of_images_as_one_class(tmp_path, recwarn):
     folder = image_folder(tmp_path / "my cat[s]", *(f"{index}.png" for index in range(5)))
     for name in (folder, f"{folder}/"):
         found = load(name, one_class=True, hold_out=False)
         assert (found.name, found.class_names) == ("my cat[s]", {0: "my cat[s]"})
         assert (found.count(0), found.count(0, split="test"), len(found.images(0))) == (5, 0, 5)
     assert load(folder, one_class=True).count(0, split="test") == 1
+    assert not list(recwarn)
 
 
 def test_images_beside_class_folders_are_named(tmp_path):
     folder = image_folder(tmp_path / "mixed", "cat/a.png", "b.png")
     with pytest.warns(
-        UserWarning, match=r"'mixed': the images beside its folders \(cat\) are of no class and are left out"
+        UserWarning, match=r"'mixed': these lie outside of the folders of the classes.* left out: 'b.png'"
     ):
         assert load(folder, one_class=True).count(0) == 1
 

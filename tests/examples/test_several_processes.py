@@ -15,6 +15,7 @@ import torch
 from runs import TINY_UNET, command_line, digests
 from safetensors.torch import load_file
 from started_runs import assert_same_run, finish, log_of, operations, short, started, torchrun, wait_for
+from strategies import RANKS
 
 from funlora_hf.utils.files import read_json
 
@@ -150,7 +151,9 @@ def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_exa
 def test_a_strategy_of_sequential_trains_on_two_processes(strategy, tmp_path, run_example):
     """They share every batch, so rounding differs, and no more; without dropout, whose randomness is of the process."""
     options = ["--strategy_options", "num_inference_steps=1", "classifier_train_steps=2"]
-    arguments = command_line(strategy=strategy, rank=2, num_tasks=2, image_quality="none", unet_config=WITHOUT_DROPOUT)
+    arguments = command_line(
+        strategy=strategy, **RANKS.get(strategy, {}), num_tasks=2, image_quality="none", unet_config=WITHOUT_DROPOUT
+    )
     arguments += options if strategy in ("replay", "guide") else []
     weights = {}
     for name, launcher in (("one", ()), ("two", torchrun(2))):

@@ -48,7 +48,7 @@ def draw(pipe, labels, **kwargs):
 from peft import PeftModel
 
 from funlora_hf import mixed_batch
-from funlora_hf.tuners_utils.layer import adapter_layers
+from funlora_hf.tuner_base.layer import adapter_layers
 
 model = PeftModel.from_pretrained(small_unet(), save_adapter(tempfile.mkdtemp(), 7, 7)).eval()
 try:

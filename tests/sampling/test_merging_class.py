@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, merge_class
 from funlora_hf.baselines import ConvLoraConfig, ScaleShiftConfig
 from funlora_hf.continual.strategies.peft_methods import fuse_attention
-from funlora_hf.tuners_utils.layer import AdapterLayer
+from funlora_hf.tuner_base.layer import AdapterLayer
 
 
 ROW = {"class_embedding": [0]}

@@ -23,7 +23,7 @@ from funlora_hf.tuner.functional import FUNCTIONS, OPERATIONS
 
 
 try:
-    custom_models, common, configs, low_level, tuners_utils, utilities = import_suite(
+    custom_models, common, configs, low_level, tuner_base, utilities = import_suite(
         "test_custom_models",
         "testing_common",
         "test_config",
@@ -392,7 +392,7 @@ class TestPeftConfig(
 
 class TestTargetedModuleNames(
     adopt(
-        tuners_utils,
+        tuner_base,
         "TestTargetedModuleNames",
         TABLES,
         stand_in="all",
@@ -408,7 +408,7 @@ class TestTargetedModuleNames(
 
 class TestExcludedModuleNames(
     adopt(
-        tuners_utils,
+        tuner_base,
         "TestExcludedModuleNames",
         TABLES,
         stand_in="all",
@@ -424,7 +424,7 @@ class TestExcludedModuleNames(
 
 class TestModelAndLayerStatus(
     adopt(
-        tuners_utils,
+        tuner_base,
         "TestModelAndLayerStatus",
         TABLES,
         stand_in="all",

@@ -8,7 +8,7 @@ from torch import nn
 
 from funlora_hf import FunLoraConfig
 from funlora_hf.tuner.targets import conv_names, decoder, decoder_middle, knows_order, unet_conv_names
-from funlora_hf.tuners_utils.wrappers import plain_modules, without_peft
+from funlora_hf.tuner_base.wrappers import plain_modules, without_peft
 
 
 SMALL_UNETS = [*SMALL_VARIANTS, *(f"condition, {name}" for name in CONDITION_VARIANTS)]

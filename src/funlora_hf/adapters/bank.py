@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..tuner import FunLoraConfig, mixed_batch
-from ..tuners_utils.layer import BASE
+from ..tuner_base.layer import BASE
 from ..utils.files import whole_file
 from .base_fingerprint import FingerprintCheck
 from .class_folder import adapter_folders, known_class

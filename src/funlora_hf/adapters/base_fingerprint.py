@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from ..tuners_utils.wrappers import base_module, is_wrapper, without_peft
+from ..tuner_base.wrappers import base_module, is_wrapper, without_peft
 from ..utils.checks import FINGERPRINT_DTYPES
 
 

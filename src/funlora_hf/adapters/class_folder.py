@@ -43,7 +43,7 @@ def adapter_folders(adapters: Path) -> list[Path]:
 def class_in_name(name: str) -> int | None:
     """The id in a name `class_<id>`; None for another name."""
     number = name.removeprefix(_PREFIX)
-    return int(number) if name.startswith(_PREFIX) and number.isdecimal() else None
+    return int(number) if name.startswith(_PREFIX) and number.isascii() and number.isdecimal() else None
 
 
 def class_of(config: PeftConfig | Mapping[str, Any], name: str = "") -> tuple[Any, Any]:

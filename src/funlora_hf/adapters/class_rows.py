@@ -14,8 +14,8 @@ from torch import nn
 
 from ..tuner import FunLoraConfig
 from ..tuner.hotswap import SAVED_PREFIX, plain_key, wrapped_model
-from ..tuners_utils.layer import AdapterLayer, adapter_layers
-from ..tuners_utils.wrappers import remove_adapters
+from ..tuner_base.layer import AdapterLayer, adapter_layers
+from ..tuner_base.wrappers import remove_adapters
 from ..utils.checks import listed
 from ..utils.tensors import not_finite
 from .flat_adapter import FlatAdapter
@@ -73,13 +73,13 @@ class ClassRows:
 
     @classmethod
     def of_file(
-        cls: type[_Rows], saved: SavedBank, model: nn.Module, adapter_name: str, *, beside: Sequence[ClassRows] = ()
+        cls: type[_Rows], saved: SavedBank, model: nn.Module, adapter_name: str, **options: Sequence[ClassRows]
     ) -> _Rows:
         """All classes of a bank's file, of which no number is read; args and errors as for the class."""
         is_new = not _layers(wrapped_model(model), adapter_name)
         if is_new:
             saved.check_fits(model)
-        rows = cls(model, exact_targets(saved.config, saved.shapes), adapter_name, beside=beside)
+        rows = cls(model, exact_targets(saved.config, saved.shapes), adapter_name, **options)
         if is_new:
             restore_targets(rows.config, saved.config)
         try:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ..tuner.hotswap import plain_key
-from ..tuners_utils.layer import AdapterLayer, adapter_layers
-from ..tuners_utils.weights import forget
+from ..tuner_base.layer import AdapterLayer, adapter_layers
+from ..tuner_base.weights import forget
 
 
 class FlatAdapter:

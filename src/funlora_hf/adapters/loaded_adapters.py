@@ -14,10 +14,10 @@ from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from torch import nn
 
 from ..tuner import FunLoraConfig, mixed_batch
-from ..tuners_utils.layer import BASE
-from ..tuners_utils.model import AdapterModel
-from ..tuners_utils.weights import cached_weights
-from ..tuners_utils.wrappers import adapter_names_in, remove_adapters, without_peft
+from ..tuner_base.layer import BASE
+from ..tuner_base.model import AdapterModel
+from ..tuner_base.weights import cached_weights
+from ..tuner_base.wrappers import adapter_names_in, remove_adapters, without_peft
 from .base_fingerprint import FingerprintCheck
 from .class_folder import adapter_name, save_adapter, save_adapter_tensors
 from .class_rows import ClassRows, adapters_enabled

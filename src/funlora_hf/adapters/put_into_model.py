@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from ..tuners_utils.wrappers import remove_adapters, without_peft
+from ..tuner_base.wrappers import remove_adapters, without_peft
 from ..utils.checks import listed
 from ..utils.tensors import not_finite
 from .base_fingerprint import FingerprintCheck

@@ -32,8 +32,8 @@ from torch import nn
 
 from ..tuner import FunLoraConfig
 from ..tuner.hotswap import plain_key
-from ..tuners_utils.meta_shapes import adapted_shape
-from ..tuners_utils.wrappers import plain_modules, without_peft
+from ..tuner_base.meta_shapes import adapted_shape
+from ..tuner_base.wrappers import plain_modules, without_peft
 from ..utils.checks import listed, shortened
 from ..utils.files import read_json, read_tensors
 from ..utils.tensors import misnamed, misshapen, not_finite

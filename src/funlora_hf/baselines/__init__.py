@@ -1,6 +1,6 @@
 """The paper's comparison methods that PEFT does not have; importing it registers them with PEFT."""
 
-from ..tuners_utils.registration import register
+from ..tuner_base.registration import register
 from .conv_lora import ConvLoraConfig, ConvLoraConv2d, ConvLoraModel
 from .scale_shift import ScaleShiftConfig, ScaleShiftConv2d, ScaleShiftModel
 

@@ -14,7 +14,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from ..tuner.functional import without_autocast
-from ..tuners_utils.layer import AdapterLayer, AdapterParameters
+from ..tuner_base.layer import AdapterLayer, AdapterParameters
 from ..utils.checks import check_at_least_one, check_choice
 from .model import ConvAdapterConfig, ConvAdapterModel
 

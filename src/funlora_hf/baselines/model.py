@@ -9,8 +9,8 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from ..tuners_utils.layer import AdapterLayer
-from ..tuners_utils.model import AdapterModel
+from ..tuner_base.layer import AdapterLayer
+from ..tuner_base.model import AdapterModel
 from ..utils.checks import check_names, check_type
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft.utils import PeftType
 
-from ..tuners_utils.layer import AdapterLayer, BaseCall, blend
+from ..tuner_base.layer import AdapterLayer, BaseCall, blend
 from .model import ConvAdapterConfig, ConvAdapterModel
 
 

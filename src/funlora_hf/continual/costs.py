@@ -74,7 +74,9 @@ def count_parts(
         part.count += phase_steps(phase.settings, sum(data.count(class_id) for class_id in phase.class_ids), training)
     seen, changes = [setting.seen(task) for task in setting.tasks], strategy.learning_changes_past_classes
     # What learning changes is sampled and measured again after each task.
-    drawn = evaluation.num_samples_per_class * len(sum(seen, ()) if changes else seen[-1]) * evaluation.evaluation
+    drawn = (
+        evaluation.num_samples_per_class * (sum(map(len, seen)) if changes else len(seen[-1])) * evaluation.evaluation
+    )
     drawn += evaluation.num_probe_samples * len(seen[-1]) * (2 if strategy.has_frozen_base else evaluation.evaluation)
     real, test = (
         {c: data.count(c, split=split) if c in data.class_names else 0 for c in seen[-1]}
@@ -169,7 +171,7 @@ def _training_step(
         sample, noise = torch.randn(2, size, *shape, device=device)
         with accelerator.autocast():
             batch = Batch(sample, classes, noise, torch.rand(size, device=device))
-            loss = strategy.training_step(phase, batch, trainable.module).losses.mean()
+            loss = strategy.training_step(phase, batch, trainable.module).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -149,18 +149,6 @@ class Batch:
         return replace(self, class_ids=self.class_ids[order], **on_the_device)
 
 
-@dataclass
-class StepOutput:
-    """
-    Args:
-        losses: total loss of each sample, `(batch,)`, with its graph.
-        parts: detached parts of it by name, each `(batch,)`, for trackers.
-    """
-
-    losses: torch.Tensor
-    parts: dict[str, torch.Tensor]
-
-
 class Strategy(ABC):
     """How to learn one task after another."""
 
@@ -250,8 +238,8 @@ class Strategy(ABC):
         return real
 
     @abstractmethod
-    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
-        """The loss; no backward here. `module` is the phase's, possibly wrapped for several processes."""
+    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> torch.Tensor:
+        """The loss of each sample, `(batch,)`; no backward here. `module` is the phase's, possibly wrapped for several processes."""
 
     def after_step(self, phase: Phase) -> None:  # noqa: B027
         """Called after every optimiser step."""

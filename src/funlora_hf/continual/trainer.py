@@ -395,10 +395,10 @@ class ContinualTrainer:
             batch = self.strategy.make_batch(phase, batches.batch(number, share=share, num_shares=shares))
             with accelerator.accumulate(module):
                 with accelerator.autocast():
-                    output = self.strategy.training_step(phase, batch, module)
+                    losses = self.strategy.training_step(phase, batch, module)
                 # DDP averages over processes: weighed so, the result is the mean over the whole batch, also where it
                 # does not split evenly.
-                loss = output.losses.sum() * shares / phase.settings.batch_size
+                loss = losses.sum() * shares / phase.settings.batch_size
                 parts.append(loss.detach())
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:

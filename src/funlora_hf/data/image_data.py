@@ -444,12 +444,6 @@ def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> 
             "<class>/<image> for every image, or <split>/<class>/<image> for every image. Move the images or remove "
             "the odd folders."
         )
-    if not is_class and _has_images(folder):
-        warnings.warn(
-            f"dataset {folder.resolve().name!r}: the images beside its folders "
-            f"({shortened(', '.join(place.name for place in top), 200)}) are of no class and are left out.",
-            stacklevel=4,
-        )
     _warn_of_other_files(class_folders, folder)
     _warn_of_links(class_folders, folder)
     # A pattern for each class, since those with several * leave linked folders out.
@@ -470,7 +464,8 @@ def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
     folders whose name begins with "__", and folders without images."""
     left_out: Counter[tuple[str, str]] = Counter()
     beside, empty = [], []
-    for above in sorted({folder, *(place.parent for place in class_folders)}):
+    # A folder of images that is one class has nothing above it.
+    for above in sorted({folder, *(place.parent for place in class_folders if place != folder)} - {*class_folders}):
         beside += [one for one in above.iterdir() if one.name.startswith("__") or (_is_image(one) and one.is_file())]
     for place in class_folders:
         files = list(place.iterdir())

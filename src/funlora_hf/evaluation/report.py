@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, class_in_name
 from ..continual.added_classes import AddedClasses
@@ -25,9 +26,8 @@ from ..continual.strategy import Strategy
 from ..continual.strategy_state import memory_reports
 from ..continual.trainer import phase_seconds, preparation_seconds
 from ..data.tasks import Task
-from ..layer_selection import LayerImportance, layer_importance
+from ..layer_selection import LayerImportance, conv_layers, layer_importance
 from ..utils.files import read_mapping, write_json
-from .adapter_analysis import execution_order
 from .evaluator import RunEvaluator
 from .figures import accuracy_curve, loss_curves, sample_grid
 from .figures import layer_importance as layer_importance_figure
@@ -185,6 +185,16 @@ def report_finished(folder: RunFolder) -> dict[str, Any]:
     )
     _check_zero_forgetting(results["zero_forgetting"], folder)
     return results
+
+
+def execution_order(base: Path) -> list[str]:
+    """Names of the Conv2d of a base's U-Net in order of execution, from its configuration alone.
+
+    Args:
+        base: a pipeline folder.
+    """
+    with torch.device("meta"):
+        return conv_layers(UNet2DModel.from_config(UNet2DModel.load_config(base, subfolder="unet")))
 
 
 def tasks_with_grid(tasks: Sequence[Task]) -> list[Task]:

@@ -29,7 +29,7 @@ from ..adapters.untrusted_adapter import read_adapter
 from ..adapters.untrusted_bank import read_bank
 from ..adapters.untrusted_base import check_base_folder, check_velocity_unet, class_names
 from ..flow_matching import sigma_to_timestep
-from ..tuners_utils.wrappers import adapted_modules, evaluation_mode
+from ..tuner_base.wrappers import adapted_modules, evaluation_mode
 from ..utils.checks import check_at_least_one, one_form, shortened
 from .guidance import Guidance
 from .solvers import SolverOutput, check_solver, solve

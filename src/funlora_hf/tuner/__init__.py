@@ -1,8 +1,8 @@
 """The PEFT method; importing it registers FunLoRA with PEFT."""
 
-from ..tuners_utils.mixed_batch import mixed_batch
-from ..tuners_utils.registration import register
-from ..tuners_utils.weights import cached_weights
+from ..tuner_base.mixed_batch import mixed_batch
+from ..tuner_base.registration import register
+from ..tuner_base.weights import cached_weights
 from ..utils.tensors import numerical_rank
 from .config import FunLoraConfig
 from .functional import functional_matrix, initial_alpha

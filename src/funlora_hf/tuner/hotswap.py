@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..tuners_utils.layer import AdapterLayer, adapter_layers
-from ..tuners_utils.weights import forget
+from ..tuner_base.layer import AdapterLayer, adapter_layers
+from ..tuner_base.weights import forget
 from ..utils.checks import listed
 from ..utils.tensors import misnamed, misshapen, not_finite
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from ..tuners_utils.layer import AdapterLayer, AdapterParameters, BaseCall, blend
+from ..tuner_base.layer import AdapterLayer, AdapterParameters, BaseCall, blend
 from .config import FunLoraConfig
 from .functional import default_omega, expand, functional_matrix, initial_alpha, reduced_size
 

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..tuners_utils.model import AdapterModel, check_no_other_method
+from ..tuner_base.model import AdapterModel, check_no_other_method
 from .config import FunLoraConfig
 from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear
 from .targets import ALL_CONV, conv_names, decoder_middle, knows_order

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..tuners_utils.wrappers import has_class, plain_modules, without_peft
+from ..tuner_base.wrappers import has_class, plain_modules, without_peft
 
 
 ALL_CONV = "all-conv"

@@ -86,9 +86,8 @@ def test_only_the_lora_and_the_class_vectors_are_trained(name, options, tmp_path
 @pytest.mark.parametrize("targets", TARGETS)
 def test_targets_are_attention_and_the_convolutions_that_funlora_adapts(targets, tmp_path):
     convolution = "up_blocks.0.resnets.0.conv1"
-    strategy = make_strategy(
-        "naive_lora", tmp_path, strategy_options={"targets": targets}, model={"target_modules": [convolution]}
-    )
+    model = {} if targets == "attention" else {"target_modules": [convolution]}
+    strategy = make_strategy("naive_lora", tmp_path, strategy_options={"targets": targets}, model=model)
     attention = [f"mid_block.attentions.0.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
     expected = {"attention": attention, "convolutions": [convolution], "both": [*attention, convolution]}[targets]
     assert sorted(strategy.target_modules(make_tiny_unet())) == sorted(expected)

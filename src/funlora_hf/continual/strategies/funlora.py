@@ -28,7 +28,6 @@ from ..strategy import (
     Phase,
     PhaseSettings,
     Setting,
-    StepOutput,
     Strategy,
     Trainable,
     folder_bytes,
@@ -140,17 +139,15 @@ class FunLora(Strategy):
         is_mixed = phase.name != BASE_PHASE and len(phase.class_ids) > 1
         return real.reordered(real.class_ids.argsort(stable=True)) if is_mixed else real
 
-    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
+    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> torch.Tensor:
         if phase.name == BASE_PHASE:
-            losses = velocity_losses(module, batch, label_rows(phase.class_ids, batch.class_ids))
-        else:
-            # The adapter's own vector takes the place of the embedding, or of this row of it.
-            labels = torch.full((len(batch.class_ids),), VECTOR_ROW, device=batch.sample.device)
-            names = [adapter_name(class_id) for class_id in batch.class_ids.tolist()]
-            # In a phase of one class, its adapter is the active one.
-            with mixed_batch(module, names) if len(phase.class_ids) > 1 else nullcontext():
-                losses = velocity_losses(module, batch, labels)
-        return StepOutput(losses, {"flow_matching": losses.detach()})
+            return velocity_losses(module, batch, label_rows(phase.class_ids, batch.class_ids))
+        # The adapter's own vector takes the place of the embedding, or of this row of it.
+        labels = torch.full((len(batch.class_ids),), VECTOR_ROW, device=batch.sample.device)
+        names = [adapter_name(class_id) for class_id in batch.class_ids.tolist()]
+        # In a phase of one class, its adapter is the active one.
+        with mixed_batch(module, names) if len(phase.class_ids) > 1 else nullcontext():
+            return velocity_losses(module, batch, labels)
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         if phase.name == BASE_PHASE:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from ...data.tasks import Task
@@ -19,7 +20,6 @@ from ..strategy import (
     Phase,
     PhaseSettings,
     Setting,
-    StepOutput,
     Strategy,
     Trainable,
     folder_bytes,
@@ -74,9 +74,8 @@ class Joint(Strategy):
     def build(self, phase: Phase) -> Trainable:
         return trainable_unet(self.setting, len(self.class_ids))
 
-    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
-        losses = velocity_losses(module, batch, label_rows(self.class_ids, batch.class_ids))
-        return StepOutput(losses, {"flow_matching": losses.detach()})
+    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> torch.Tensor:
+        return velocity_losses(module, batch, label_rows(self.class_ids, batch.class_ids))
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         save_base(trainable.module.eval(), self.model_dir, self.class_ids, self.setting.class_names)

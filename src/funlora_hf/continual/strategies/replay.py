@@ -17,7 +17,7 @@ from ...classifier import build_classifier
 from ...data.tasks import Task
 from ...sampling.solvers import expected_evaluations
 from ..base import BASE_PHASE, label_rows
-from ..strategy import Batch, Phase, PhaseSettings, Setting, StepOutput, Trainable, tensor_bytes
+from ..strategy import Batch, Phase, PhaseSettings, Setting, Trainable, tensor_bytes
 from .finetune import Finetune
 from .generated_images import GeneratedImages, ReplayOptions, mix
 from .sequential import KeptFile, scaled
@@ -108,12 +108,11 @@ class Replay(Finetune):
         """Images of past classes, uint8, for a batch of a phase."""
         return self._generated
 
-    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
+    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> torch.Tensor:
         if not is_classifier(phase):
             return super().training_step(phase, batch, module)
         rows = label_rows(self.setting.seen(self.task_of(phase)), batch.class_ids).to(batch.sample.device)
-        losses = functional.cross_entropy(module(batch.sample), rows, reduction="none")
-        return StepOutput(losses, {"cross_entropy": losses.detach()})
+        return functional.cross_entropy(module(batch.sample), rows, reduction="none")
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         if is_classifier(phase):

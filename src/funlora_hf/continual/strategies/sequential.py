@@ -36,7 +36,6 @@ from ..strategy import (
     Phase,
     PhaseSettings,
     Setting,
-    StepOutput,
     Strategy,
     Trainable,
     folder_bytes,
@@ -175,10 +174,9 @@ class Sequential(Strategy):
         """The task that the generator was last trained on before this one; None: only the base was trained."""
         return self.kept.newest(self.setting.tasks[: task.index])
 
-    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> StepOutput:
+    def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> torch.Tensor:
         seen = self.setting.seen(self.task_of(phase))
-        losses = velocity_losses(module, batch, label_rows(seen, batch.class_ids))
-        return StepOutput(losses, {"flow_matching": losses.detach()})
+        return velocity_losses(module, batch, label_rows(seen, batch.class_ids))
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         setting = self.setting

@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 import funlora_hf
 import funlora_hf.tuner
 from funlora_hf import FunLoraConfig, FunLoraModel
-from funlora_hf.tuners_utils.registration import extend_peft_type, register
+from funlora_hf.tuner_base.registration import extend_peft_type, register
 
 
 def registry():
