@@ -145,7 +145,11 @@ def test_wrapped_models_have_the_same_loss(tiny_unet, tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda x, y: ((x * 127 + 128).byte(), y), "`images` are torch.uint8, expected floating-point numbers in"),
+        (lambda x, y: ((x * 127 + 128).byte(), y), "`images` are torch.uint8, expected a tensor of floating-point numbers in"),
+        (lambda x, y: (x.numpy(), y), "`images` are float32, expected a tensor"),
+        (lambda x, y: (x.permute(0, 2, 3, 1), y), r"expected \(batch, 1, 8, 8\), as the U-Net .*permute"),
+        (lambda x, y: (x.repeat(1, 1, 2, 2), y), r"have the shape \(4, 1, 16, 16\), expected \(batch, 1, 8, 8\)"),
+        (lambda x, y: (x, y.tolist()), "`class_labels` are a list, expected a tensor"),
         (lambda x, y: (x * 127.5 + 127.5, y), r"`images` have numbers from .* to 2\d\d.*`images / 127.5 - 1`"),
         (lambda x, y: (x * torch.nan, y), "`images` have numbers from nan to nan, expected finite ones"),
         (lambda x, y: (x[:, 0], y), r"`images` have the shape \(4, 8, 8\), expected \(batch, channels"),

@@ -290,7 +290,8 @@ def _arguments(images: str, target: _Target, given: Mapping[str, Any]) -> RunArg
     # Each of the two takes the place of the other in the run's recipe.
     for one, other in (("adapter_train_steps", "adapter_epochs"), ("adapter_epochs", "adapter_train_steps")):
         if one in given and other not in given:
-            given = {**given, other: None}
+            # The run's cap would cut them short.
+            given = {"max_train_steps": None, **given, other: None}
             break
 
     def part(kind: type, **fixed: Any) -> Any:
@@ -398,7 +399,7 @@ class _Addition(Run):
         if clashing:
             raise ValueError(
                 f"`images` {self.arguments.data.dataset_name!r} has classes that are there already, or that the run has still "
-                f"to learn: {', '.join(clashing)}. Nothing was trained. --update_class trains an adapter again; the classes of the base "
+                f"to learn: {', '.join(clashing)}. Nothing was trained. `funlora train --base_model RUN --dataset_name IMAGES --update_class ID` trains an adapter again, --class_name gives a class another name; the classes of the base "
                 "are frozen. If it is another class, give it another name."
             )
         return data, {c: record for c, record in records.items() if c not in same}, same & known.keys()

@@ -7,6 +7,7 @@ time is `t = 1 - sigma`.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -143,7 +144,7 @@ def training_loss(
         A scalar, float32: the mean of `losses_at`.
 
     Raises:
-        ValueError: images of another type, shape or range, or that are not finite; labels of another shape or type, or beyond
+        ValueError: images of another type, shape, size or range, or that are not finite; labels of another shape or type, or beyond
             the class embedding.
 
     Source: arXiv 2510.02631, conditional flow matching [text].
@@ -154,22 +155,29 @@ def training_loss(
         >>> loss.backward()
         ```
     """
-    _check_images(images)
+    config = getattr(extract_model_from_parallel(unet, keep_torch_compile=False), "config", None)
+    _check_images(images, config)
     if class_labels is not None:
-        _check_labels(class_labels, len(images), unet)
+        _check_labels(class_labels, len(images), config)
         class_labels = class_labels.to(images.device)
     sigma = sample_sigmas(len(images), generator=generator).to(images.device)
     noise = randn_tensor(images.shape, generator=generator, device=images.device, dtype=torch.float32)
     return losses_at(unet, images.float(), noise, sigma, class_labels).mean()
 
 
-def _check_images(images: torch.Tensor) -> None:
-    if not images.is_floating_point():
+def _check_images(images: torch.Tensor, config: Any) -> None:
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         raise ValueError(
-            f"`images` are {images.dtype}, expected floating-point numbers in [-1, 1]: for 0 to 255, `images / 127.5 - 1`."
+            f"`images` are {getattr(images, 'dtype', type(images).__name__)}, expected a tensor of floating-point numbers in [-1, 1]: for 0 to 255, `images / 127.5 - 1`."
         )
     if images.dim() != 4 or not images.numel():
         raise ValueError(f"`images` have the shape {tuple(images.shape)}, expected (batch, channels, height, width).")
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if channels not in (None, images.shape[1]) or (isinstance(size, int) and images.shape[2:] != (size, size)):
+        raise ValueError(
+            f"`images` have the shape {tuple(images.shape)}, expected (batch, {channels}, {size}, {size}), as the U-Net makes them: "
+            "resize them; where channels are last, `images.permute(0, 3, 1, 2)`."
+        )
     low, high = torch.stack(images.detach().aminmax()).tolist()
     # In this form it also refuses NaN.
     if not -1 - _TOLERANCE <= low <= high <= 1 + _TOLERANCE:
@@ -184,13 +192,16 @@ def _check_images(images: torch.Tensor) -> None:
         )
 
 
-def _check_labels(class_labels: torch.Tensor, batch: int, unet: nn.Module) -> None:
+def _check_labels(class_labels: torch.Tensor, batch: int, config: Any) -> None:
+    if not isinstance(class_labels, torch.Tensor):
+        raise ValueError(
+            f"`class_labels` are a {type(class_labels).__name__}, expected a tensor of torch.int64: `torch.tensor(labels)`."
+        )
     if class_labels.dtype != torch.int64 or class_labels.shape != (batch,):
         raise ValueError(
             f"`class_labels` are {class_labels.dtype} of shape {tuple(class_labels.shape)}, expected torch.int64 of shape "
             f"({batch},): a label for each image."
         )
-    config = getattr(extract_model_from_parallel(unet, keep_torch_compile=False), "config", None)
     rows = getattr(config, "num_class_embeds", None)
     low, high = torch.stack(class_labels.aminmax()).tolist()
     if rows is not None and not 0 <= low <= high < rows:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import hashlib
 
+import accelerate
 import pytest
 import torch
 from diffusers import UNet2DModel
