@@ -178,7 +178,8 @@ def load_adapter(folder: Path, count: int) -> Callable[[int], object]:
 
     def run(number: int) -> None:
         label = next(labels)
-        pipe.load_adapter(path, class_label=label, class_name=f"class_{label}")
+        # The adapters were written for another base of this shape.
+        pipe.load_adapter(path, class_label=label, class_name=f"class_{label}", ignore_base_fingerprint=True)
 
     for number in range(count):
         run(number)

@@ -1,6 +1,7 @@
 """The classifier: real digits, determinism, augmentation, and what it refuses."""
 
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -270,7 +271,8 @@ def test_predictions_do_not_depend_on_the_batch_size():
     assert predict(model, images).dtype == torch.int64
 
 
-def test_progress_bar(capsys):
+def test_progress_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     images, labels = small_set()
     common = {"num_classes": 3, "config": small_config(), "seed": 0}
     train_classifier(images, labels, progress_bar=False, **common)

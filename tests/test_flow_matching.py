@@ -145,7 +145,10 @@ def test_wrapped_models_have_the_same_loss(tiny_unet, tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda x, y: ((x * 127 + 128).byte(), y), "`images` are torch.uint8, expected a tensor of floating-point numbers in"),
+        (
+            lambda x, y: ((x * 127 + 128).byte(), y),
+            "`images` are torch.uint8, expected a tensor of floating-point numbers in",
+        ),
         (lambda x, y: (x.numpy(), y), "`images` are float32, expected a tensor"),
         (lambda x, y: (x.permute(0, 2, 3, 1), y), r"expected \(batch, 1, 8, 8\), as the U-Net .*permute"),
         (lambda x, y: (x.repeat(1, 1, 2, 2), y), r"have the shape \(4, 1, 16, 16\), expected \(batch, 1, 8, 8\)"),

@@ -270,8 +270,8 @@ def test_a_class_s_picture_shows_its_samples(copy, monkeypatch):
     restore_samples(copy)
     drawn, draw = {}, RunEvaluator._draw
 
-    def remember(self, pipe, class_id, purpose):
-        samples = draw(self, pipe, class_id, purpose)
+    def remember(self, pipe, class_id, purpose, config=None):
+        samples = draw(self, pipe, class_id, purpose, config)
         if purpose == "synthetic":
             drawn[class_id] = to_uint8(samples.images)
         return samples

@@ -12,9 +12,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import funlora_hf.run
 from funlora_hf.continual import costs, step_costs
-from funlora_hf.continual.config import ContinualTrainingArguments
-from funlora_hf.continual.strategy import Phase, PhaseSettings
-from funlora_hf.continual.trainer import phase_steps
 from funlora_hf.recipes.reading import recipe_names
 from funlora_hf.run import dry_run, run
 from funlora_hf.train import parse
@@ -35,7 +32,7 @@ def counted(arguments, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("strategy", ["funlora", "replay"])
+@pytest.mark.parametrize("strategy", ["funlora", pytest.param("replay", marks=pytest.mark.slow)])
 def test_counts_are_what_a_run_does(strategy, tmp_path, monkeypatch):
     epochs = {"adapter_train_steps": None, "adapter_epochs": 2, "gradient_accumulation_steps": 2}
     arguments = short_run(output_dir=str(tmp_path), strategy=strategy, **epochs)
@@ -122,13 +119,6 @@ def layer_flops(unet: UNet2DModel) -> int:
     with torch.no_grad():
         unet(torch.zeros(1, 1, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     return total
-
-
-@pytest.mark.parametrize(("batch_size", "accumulated", "steps"), [(3, 1, 6), (8, 1, 2), (3, 2, 3), (3, 4, 2)])
-def test_an_epoch_is_counted_in_whole_batches(batch_size, accumulated, steps):
-    phase = Phase("p", (4,), PhaseSettings(None, 2, batch_size, 1e-3, 0, 0.9, 0.0), independent=True)
-    training = ContinualTrainingArguments(gradient_accumulation_steps=accumulated)
-    assert phase_steps(phase, 8, training) == steps
 
 
 def test_an_update_is_refused():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
 
 import pytest
@@ -105,7 +108,13 @@ def test_commands_name_what_exists(page, line):
 @cache
 def usage(*command: str) -> str:
     """What `--help` prints."""
-    done = subprocess.run(
-        [sys.executable, *command, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    return done.stdout
+    text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(text), pytest.raises(SystemExit) as ended:
+        if command[0] == "-m":
+            patch.setattr(sys, "argv", [*command[1:], "--help"])
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            patch.setattr(sys, "argv", [*command, "--help"])
+            runpy.run_path(str(REPOSITORY / command[0]), run_name="__main__")
+    assert ended.value.code in (0, None)
+    return text.getvalue()

@@ -68,7 +68,7 @@ PARTS = 15
 MANY = [pytest.param(number, by, marks=pytest.mark.soak) for by in ("SIGKILL", "SIGTERM") for number in range(PARTS)]
 
 
-@pytest.mark.parametrize(("number", "by"), [*MANY, (100, "SIGTERM")])
+@pytest.mark.parametrize(("number", "by"), [*MANY, pytest.param(100, "SIGTERM", marks=pytest.mark.slow)])
 def test_killed_at_a_moment(number, by, uninterrupted, tmp_path, record_property):
     # One in each part of a run, so that none of its stages is left out.
     fraction = (number % PARTS + random.Random(number).random()) / PARTS

@@ -44,7 +44,7 @@ def beside(one: Path, place: Path) -> list[str]:
     return short(base_model="mine")
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=LONG)])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=LONG)])
 def test_processes_give_the_adapters_of_one(processes, one, tmp_path):
     """Byte for byte, on a shared base; there really were so many, each with phases of its own, and each file is one's work."""
     finish(tmp_path, beside(one, tmp_path), launcher=torchrun(processes))

@@ -273,11 +273,7 @@ def test_an_unknown_strategy_names_the_known_ones():
         ("replay", {"solver": "ddim"}, "`solver` is 'ddim', expected one of"),
         ("replay", {"classifier_learning_rate": 0}, "`classifier_learning_rate` is 0, expected a number above 0"),
         ("replay", {"classifier_architecture": "vit"}, "`classifier_architecture` is 'vit', expected one of: 'auto'"),
-        (
-            "magmax",
-            {"compared": "cumulative", "scaling": "much"},
-            "is .* with a value of the wrong kind for `strategy` 'mag",
-        ),
+        ("magmax", {"compared": "cumulative", "scaling": "much"}, "`scaling` is 'much', expected a number"),
         ("guide", {"guidance_scale": -1}, "`guidance_scale` is -1, expected a number of at least 0"),
         ("guide", {"refreshes": 0}, "`refreshes` should be a positive integer value but the value passed is 0"),
         ("guide", {"largest_weight": 0}, "`largest_weight` is 0, expected a number above 0"),
