@@ -143,7 +143,7 @@ def warm_up(strategy: Strategy, task: Task, data: RandomImages) -> None:
     size = phase.settings.batch_size
     sample = torch.randn(size, *data.image_shape)
     batch = Batch(sample, torch.tensor(phase.class_ids).expand(size), torch.randn_like(sample), torch.rand(size))
-    strategy.training_step(phase, batch, trainable.module).losses.mean().backward()
+    strategy.training_step(phase, batch, trainable.module).mean().backward()
     strategy.release_phase(phase, trainable)
 
 

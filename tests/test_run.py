@@ -833,9 +833,9 @@ def test_channels_last_changes_how_tensors_lie_and_nothing_on_disk(finished, ins
         layouts.add((phase.name, is_last(unet), batch.sample.is_contiguous(memory_format=torch.channels_last)))
         return original(self, phase, batch, module)
 
-    def sample(self, pipe, class_id, purpose):
+    def sample(self, pipe, class_id, purpose, config=None):
         layouts.add((purpose, is_last(pipe.unet)))
-        return draw(self, pipe, class_id, purpose)
+        return draw(self, pipe, class_id, purpose, config)
 
     monkeypatch.setattr(FunLora, "training_step", step)
     monkeypatch.setattr(RunEvaluator, "_draw", sample)

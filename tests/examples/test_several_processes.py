@@ -221,7 +221,7 @@ def test_ctrl_c_under_torchrun_is_a_checkpoint(one, tmp_path):
     assert digests(tmp_path / "out" / "adapters") == digests(one / "adapters")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ctrl_c_under_accelerate_is_a_checkpoint(uninterrupted, tmp_path):
     """The terminal's signal reaches the launcher and the run."""
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1")

@@ -53,7 +53,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
 def what_next(results: Mapping[str, Any], folder: Path) -> str:
     """Where the parts of a finished run lie, and what to type next, as plain text."""
     run = shlex.quote(str(folder))
-    adapters = results["peft_method"] is not None
+    adapters = results.get("peft_method") is not None  # of earlier versions, none
     commands = [f"funlora sample {run} --classes {results['class_order'][-1]}"]
     if results["nfe"] is None:
         commands.append(f"funlora evaluate {run}")
