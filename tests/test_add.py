@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 from accelerate.state import AcceleratorState
-from runs import digests, short_run
+from runs import digests, run_in, short_run
 from write_events import on_write
 
 from funlora_hf import FunLoraPipeline
@@ -33,12 +32,8 @@ REPO = "me/mine"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run that has learned 0 to 3 as its base and adapters of 4 to 7, of the ten digits; not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        torch.set_num_threads(1)
-        run(short_run(num_tasks=2, num_samples_per_class=2, image_quality="none", adapter_learning_rate=1e-2))
-    return folder / "out"
+    changes = {"num_tasks": 2, "num_samples_per_class": 2, "image_quality": "none", "adapter_learning_rate": 1e-2}
+    return run_in(tmp_path_factory.mktemp("finished"), **changes)
 
 
 @pytest.fixture

@@ -101,6 +101,12 @@ def test_an_unknown_option_suggests_the_nearest_of_its_command(command):
     assert "'--solver'" not in command("info", "run", "--solvr", "heun")[2]
 
 
+@pytest.mark.parametrize(("name", "switch"), [("evaluate", "evaluation"), ("add", "train_omega")])
+def test_help_says_what_a_switch_does(command, name, switch):
+    text = " ".join(command(name, "--help")[1].split())
+    assert f"--no_{switch}, --no-{switch.replace('_', '-')} Switch off --{switch}." in text
+
+
 def test_recipes_are_printed_one_a_line_for_scripts(command):
     code, out, err = command("recipes")
     assert (code, err) == (0, "")

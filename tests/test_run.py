@@ -21,7 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 from peft import PeftModel
-from runs import digests, short_run
+from runs import digests, run_in, short_run
 from safetensors.torch import load_file
 from strategies import RANKS
 from torch import distributed
@@ -49,12 +49,7 @@ from funlora_hf.utils.locks import FolderInUseError, folder_lock
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run, not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        torch.set_num_threads(1)
-        run(short_run())
-    return folder / "out"
+    return run_in(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
@@ -414,11 +409,7 @@ def not_evaluated(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("not_evaluated")
     shutil.copytree(finished, folder / "out")
     forget_evaluation(folder / "out", first_samples=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        torch.set_num_threads(1)
-        run(short_run(evaluation=False, resume_from_checkpoint="latest"))
-    return folder / "out"
+    return run_in(folder, evaluation=False, resume_from_checkpoint="latest")
 
 
 def test_a_run_without_evaluation_checks_that_nothing_was_forgotten_and_says_what_is_missing(finished, not_evaluated):

@@ -201,7 +201,7 @@ def _run_side_by_side(
 
 def _task(job: Job) -> int:
     """The task that a run is at, from 1."""
-    return 1 + sum(1 for _ in (RunFolder(job.folder).checkpoints / "evaluation").glob("task_*.json"))
+    return 1 + sum(1 for _ in RunFolder(job.folder).evaluation.glob("task_*.json"))
 
 
 def _run_job(job: Job) -> Outcome:

@@ -36,7 +36,7 @@ from .hub.classes_json import known_contents
 from .hub.find import Contents, find_contents
 from .hub.repository import HubRepository
 from .run import Run, RunArguments
-from .utils.arguments import refuse_unknown
+from .utils.arguments import explain_switches, refuse_unknown
 from .utils.checks import check_class_name
 from .utils.files import read_mapping, recover_folder, write_json
 
@@ -109,8 +109,7 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     )
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what is not given is that of the run
-        if isinstance(action, argparse._StoreFalseAction):
-            action.help = f"Switch off --{action.dest}."
+    explain_switches(parser)
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
     return vars(given)
@@ -399,8 +398,9 @@ class _Addition(Run):
         if clashing:
             raise ValueError(
                 f"`images` {self.arguments.data.dataset_name!r} has classes that are there already, or that the run has still "
-                f"to learn: {', '.join(clashing)}. Nothing was trained. `funlora train --base_model RUN --dataset_name IMAGES --update_class ID` trains an adapter again, --class_name gives a class another name; the classes of the base "
-                "are frozen. If it is another class, give it another name."
+                f"to learn: {', '.join(clashing)}. Nothing was trained. `funlora train --base_model RUN --dataset_name "
+                "IMAGES --update_class ID` trains an adapter again; the classes of the base are frozen. If it is another class, give it "
+                "another name: --class_name."
             )
         return data, {c: record for c, record in records.items() if c not in same}, same & known.keys()
 

@@ -168,7 +168,8 @@ def training_loss(
 def _check_images(images: torch.Tensor, config: Any) -> None:
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
         raise ValueError(
-            f"`images` are {getattr(images, 'dtype', type(images).__name__)}, expected a tensor of floating-point numbers in [-1, 1]: for 0 to 255, `images / 127.5 - 1`."
+            f"`images` are {getattr(images, 'dtype', type(images).__name__)}, expected a tensor of floating-point numbers "
+            "in [-1, 1]: for 0 to 255, `images / 127.5 - 1`."
         )
     if images.dim() != 4 or not images.numel():
         raise ValueError(f"`images` have the shape {tuple(images.shape)}, expected (batch, channels, height, width).")

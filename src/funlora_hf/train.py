@@ -23,7 +23,7 @@ from .continual.trainer import NonFiniteLossError
 from .evaluation.report import ForgettingError
 from .recipes.reading import read_recipe
 from .run import RunArguments, dry_run, run
-from .utils.arguments import refuse_unknown
+from .utils.arguments import explain_switches, refuse_unknown
 from .utils.locks import FolderInUseError
 
 
@@ -91,10 +91,7 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
     )
     if given.config is not None:
         take_recipe(parser, given.config)
-    for action in parser._actions:
-        if isinstance(action, argparse._StoreFalseAction):
-            # HfArgumentParser gives it the help and a default of the option that it switches off.
-            action.help, action.default = f"Switch off --{action.dest}.", argparse.SUPPRESS
+    explain_switches(parser)
     try:
         # The last but one holds --config, which belongs to no dataclass.
         data, model, training, evaluation, *others, _, unknown = parser.parse_args_into_dataclasses(
@@ -136,6 +133,7 @@ def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tu
         "The defaults are the run's. Of strategies whose generator changes, only its last state is evaluated.",
         epilog="exit codes: 0 done; 1 an error; 2 an argument that is not known",
     )
+    explain_switches(parser)
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     known, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import UNet2DModel
 from peft import get_peft_model
@@ -15,7 +16,7 @@ from peft import get_peft_model
 from funlora_hf import FunLoraConfig, FunLoraPipeline
 from funlora_hf.adapters.class_folder import adapter_name, save_adapter
 from funlora_hf.continual.config import ARGUMENTS
-from funlora_hf.run import RunArguments
+from funlora_hf.run import RunArguments, run
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -67,6 +68,15 @@ def short_run(**overrides) -> RunArguments:
         given.append(part(**{name: values.pop(name) for name in list(values) if name in fields}))
     assert not values, f"no such arguments: {values}"
     return RunArguments(*given)
+
+
+def run_in(folder: Path, **overrides) -> Path:
+    """Run `short_run` inside a folder, on one thread; returns the folder of the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.set_num_threads(1)
+        run(short_run(**overrides))
+    return folder / SHORT["output_dir"]
 
 
 def command_line(**overrides) -> list[str]:

@@ -54,10 +54,11 @@ def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> s
 
     Source: [ours].
     """
-    if _is_offloaded(model):
+    tensors = base_tensors(model)
+    if _is_offloaded(model, tensors):
         raise ValueError("The base's weights are offloaded, so it has no fingerprint: take it before you offload.")
     digest = hashlib.sha256()
-    for name, tensor in sorted(base_tensors(model).items()):
+    for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach()
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
@@ -129,9 +130,10 @@ class FingerprintCheck:
     def fits(self, fingerprints: Mapping[str, str]) -> bool | None:
         """Whether these, by precision, have the one of this base in the precision that it is in; None if it is offloaded, unless it was
         hashed before."""
-        tensors = base_tensors(self._model).values()
-        if _is_offloaded(self._model):
+        by_name = base_tensors(self._model)
+        if _is_offloaded(self._model, by_name):
             return fingerprints.get(self._dtype) == self._fingerprint if self._state else None
+        tensors = by_name.values()
         state = [_state(tensor) for tensor in tensors]
         if self._state != state:
             name = next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "float32")
@@ -166,12 +168,12 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, torch.Tensor]) -> 
     return found
 
 
-def _is_offloaded(model: nn.Module) -> bool:
+def _is_offloaded(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
     """Whether weights are where they cannot be read: accelerate leaves none in the model, diffusers' groups on disk other values."""
     registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
     hooks = (registry.get_hook("group_offloading") for registry in registries if registry is not None)
     on_disk = (hook is not None and hook.group.offload_to_disk_path is not None for hook in hooks)
-    return any(tensor.is_meta for tensor in base_tensors(model).values()) or any(on_disk)
+    return any(tensor.is_meta for tensor in tensors.values()) or any(on_disk)
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:

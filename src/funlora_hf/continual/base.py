@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import HfApi
 from torch import nn
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, class_in_name
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, check_base_folder, check_velocity_unet
 from ..hub.find import find_contents
-from ..hub.repository import NO_ANSWER
+from ..hub.repository import NO_ANSWER, HubRepository
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
 from ..utils.files import whole_folder
@@ -192,7 +191,8 @@ def local_source(folder: Path) -> str:
 def _ids_in_repository(name: str, revision: str | None) -> tuple[int, ...]:
     """Ids in the names of a repository's folders `class_<id>`, on its main branch and in a revision; none without the Hub."""
     try:
-        files = {file for one in {None, revision} for file in HfApi().list_repo_files(name, revision=one)}
+        repository = HubRepository(name, create=False)
+        files = {file for one in {None, revision} for file in repository.files(one)}
     except (OSError, NO_ANSWER) as error:
         logger.warning(
             "The files of the repository %r could not be listed, so that new classes may get ids of adapters in it: %s",

@@ -18,7 +18,7 @@ from .config import EvaluationArguments
 from .moving_average import MovingAverage
 from .step_costs import StepCosts, measure_step
 from .strategy import Batch, Phase, Strategy, Trainable
-from .trainer import phase_steps
+from .trainer import images_per_step, phase_steps
 
 
 @dataclass
@@ -69,7 +69,7 @@ def count_parts(
     parts: dict[str, Part] = {}
     for phase in (phase for task in setting.tasks for phase in strategy.phases(task)):
         kind = phase.name.rstrip("_0123456789")  # class_7 and class_8 are of one kind
-        images = phase.settings.batch_size * training.gradient_accumulation_steps
+        images = images_per_step(phase.settings, training)
         part = parts.setdefault(kind, Part(f"training: {kind}", "steps", 0, images, phase))
         part.count += phase_steps(phase.settings, sum(data.count(class_id) for class_id in phase.class_ids), training)
     seen, changes = [setting.seen(task) for task in setting.tasks], strategy.learning_changes_past_classes

@@ -445,7 +445,7 @@ class ContinualTrainer:
         tasks = {self._task_of.get(class_id) for class_id in phase.class_ids}
         record = {
             **found,
-            "images": found["steps"] * _images_per_step(phase.settings, self.training),
+            "images": found["steps"] * images_per_step(phase.settings, self.training),
             "process": self.accelerator.process_index,
             "task": tasks.pop() if len(tasks) == 1 else None,
         }
@@ -483,10 +483,11 @@ def phase_images(phase: Phase, num_images: Mapping[int, int], training: Continua
         training: of the run.
     """
     count = sum(num_images.get(class_id, 0) for class_id in phase.class_ids)
-    return phase_steps(phase.settings, count, training) * _images_per_step(phase.settings, training)
+    return phase_steps(phase.settings, count, training) * images_per_step(phase.settings, training)
 
 
-def _images_per_step(settings: PhaseSettings, training: ContinualTrainingArguments) -> int:
+def images_per_step(settings: PhaseSettings, training: ContinualTrainingArguments) -> int:
+    """Images that one step of the optimiser sees."""
     return settings.batch_size * training.gradient_accumulation_steps
 
 

@@ -489,7 +489,8 @@ def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith(".")
+    # datasets skips names that start with "." or "__".
+    return file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith((".", "__"))
 
 
 def _warn_of_links(class_folders: Sequence[Path], folder: Path) -> None:
@@ -507,8 +508,7 @@ def _warn_of_links(class_folders: Sequence[Path], folder: Path) -> None:
 
 
 def _has_images(folder: Path) -> bool:
-    visible = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "__")))
-    return any(file.suffix.lower() in ImageFolder.EXTENSIONS for file in visible)
+    return any(_is_image(file) and file.is_file() for file in folder.iterdir())
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -113,7 +113,8 @@ def report_run(
     zero_forgetting = evaluator.zero_forgetting()
     importance = _importance(strategy, folder)
     # Records of earlier versions have none.
-    losses = {name: record["losses"] for name, record in phase_seconds(folder).items() if "losses" in record}
+    phases = phase_seconds(folder)
+    losses = {name: record["losses"] for name, record in phases.items() if "losses" in record}
     evaluated = _evaluated(evaluator, folder)
     with _figures_if_possible():
         if importance:
@@ -134,11 +135,11 @@ def report_run(
         "layer_importance": {layer: of_layer._asdict() for layer, of_layer in importance.items()},
         "memory": strategy.memory_report(),
         "memory_per_task": memory_reports(folder),
-        "training_images_per_task": _per_task(folder, "images", [0] * len(tasks)),
+        "training_images_per_task": _per_task(phases, "images", [0] * len(tasks)),
         # Records of earlier versions have none.
-        "skipped_steps": sum(record.get("skipped_steps", 0) for record in phase_seconds(folder).values()),
+        "skipped_steps": sum(record.get("skipped_steps", 0) for record in phases.values()),
         "training_losses": losses,
-        "ema_decay_reached": _decays(folder),
+        "ema_decay_reached": _decays(phases),
         "seconds": _seconds(evaluator, folder, time.perf_counter() - started),
         "zero_forgetting": zero_forgetting,
         "added": AddedClasses(folder).finished(),
@@ -203,19 +204,19 @@ def tasks_with_grid(tasks: Sequence[Task]) -> list[Task]:
     return [tasks[index] for index in np.linspace(0, len(tasks) - 1, count).round().astype(int)]
 
 
-def _decays(folder: RunFolder) -> dict[str, float]:
+def _decays(phases: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The decay of the moving average in the last step of the base, and of the first adapter or later phase."""
     found: dict[str, float] = {}
-    for name, record in phase_seconds(folder).items():
+    for name, record in phases.items():
         if "ema_decay" in record:
             found.setdefault("base" if name == BASE_PHASE else "adapter", record["ema_decay"])
     return found
 
 
-def _per_task(folder: RunFolder, key: str, start: Sequence[float]) -> list[float]:
+def _per_task(phases: Mapping[str, Mapping[str, Any]], key: str, start: Sequence[float]) -> list[float]:
     """Sum over the phases of each task of what was recorded; a phase of the images of several tasks counts in the first."""
     sums = list(start)
-    for record in phase_seconds(folder).values():
+    for record in phases.values():
         sums[int(record.get("task") or 0)] += record[key]
     return sums
 
@@ -273,11 +274,11 @@ def _figures_if_possible() -> Iterator[None]:
 
 def _seconds(evaluator: RunEvaluator, folder: RunFolder, report: float) -> dict[str, Any]:
     records = [record["seconds"] for record in evaluator.records() if record is not None]
-    phases = {name: record["seconds"] for name, record in phase_seconds(folder).items()}
+    phases = phase_seconds(folder)
     preparation = preparation_seconds(folder)
     prepared = [preparation.get(index, 0.0) for index in range(len(evaluator.tasks))]
     parts = {
-        "training": sum(phases.values()) + sum(preparation.values()),
+        "training": sum(record["seconds"] for record in phases.values()) + sum(preparation.values()),
         "sampling": sum(record["sampling"] for record in records),
         "classifier": sum(record["classifier"] for record in records),
         "report": report,
@@ -285,9 +286,9 @@ def _seconds(evaluator: RunEvaluator, folder: RunFolder, report: float) -> dict[
     return {
         **parts,
         "total": sum(parts.values()),
-        "phases": phases,
+        "phases": {name: record["seconds"] for name, record in phases.items()},
         "preparation_per_task": prepared,
-        "training_per_task": _per_task(folder, "seconds", prepared),
+        "training_per_task": _per_task(phases, "seconds", prepared),
     }
 
 

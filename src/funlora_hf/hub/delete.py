@@ -83,7 +83,8 @@ def delete_class(
             found.append("output_dir")
         if not found:
             raise ValueError(
-                f"`class_label` is {class_label}, which none of the places given has: name a class of an adapter, and where it is (`output_dir`, `repo_id`)."
+                f"`class_label` is {class_label}, which none of the places given has: name a class of an adapter, and where it "
+                "is (`output_dir`, `repo_id`)."
             )
         return found
 

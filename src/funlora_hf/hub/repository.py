@@ -40,14 +40,14 @@ class HubRepository:
             repo_id = self._api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         self.repo_id = repo_id
 
-    def files(self) -> set[str]:
-        """Names of all files on the main branch."""
-        return set(self._api.list_repo_files(self.repo_id))
+    def files(self, revision: str | None = None) -> set[str]:
+        """Names of all files in a revision; None: on the main branch."""
+        return set(self._api.list_repo_files(self.repo_id, revision=revision))
 
     def is_unet(self, revision: str | None = None) -> bool:
         """Whether it holds a model of diffusers by itself, and no pipeline; False also if that cannot be found out."""
         try:
-            files = self._api.list_repo_files(self.repo_id, revision=revision)
+            files = self.files(revision)
         except HfHubHTTPError:
             return False
         return "config.json" in files and "model_index.json" not in files

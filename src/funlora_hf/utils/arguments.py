@@ -8,6 +8,13 @@ from collections.abc import Sequence
 from .checks import did_you_mean
 
 
+def explain_switches(parser: argparse.ArgumentParser) -> None:
+    """Say what each `--no_<name>` does. HfArgumentParser gives it the help and the default of the option that it switches off."""
+    for action in parser._actions:
+        if isinstance(action, argparse._StoreFalseAction):
+            action.help, action.default = f"Switch off --{action.dest}.", argparse.SUPPRESS
+
+
 def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
     """End the process as argparse does, with 2, if there are arguments that a parser does not know; suggest the nearest options."""
     if unknown:
