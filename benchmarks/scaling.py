@@ -143,7 +143,8 @@ def load_folders(folder: Path, bank: AdapterBank) -> Callable[[], None]:
     def run() -> None:
         filling = AdapterBank(bank.model, bank.config)
         for label, path in enumerate(paths):
-            filling.add(path, class_label=label)
+            # The folders were written for another base of this shape.
+            filling.add(path, class_label=label, ignore_base_fingerprint=True)
 
     return run
 
