@@ -342,7 +342,7 @@ def test_a_locked_run_is_left_alone(inside):
         (
             {"to": "./nowhere", "output_dir": "mine"},
             FileNotFoundError,
-            "`to` is './nowhere', but that folder does not exist",
+            "`to` './nowhere' is neither a folder that is there nor the name of a repository",
         ),
         ({"to": "out/base"}, ValueError, "`output_dir` is None, but `to` 'out/base' is no run: name a folder"),
         (

@@ -140,6 +140,14 @@ def test_commands_without_a_model_import_no_more_than_the_package():
     assert (done.returncode, done.stderr) == (0, "['funlora_hf']\n")
 
 
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    # In the place of torch, which the package imports before anything of its own runs.
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY / "src")])
+    done = run_python("-c", "from funlora_command import main; main()", PYTHONPATH=path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by Ctrl-C\n")
+
+
 def test_train_and_evaluate_take_their_own_arguments(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = command_line(num_tasks=1, max_train_steps=1, image_quality="none")
@@ -186,6 +194,22 @@ def test_info_as_json(command, run_folder, tiny_pipe, tmp_path):
     assert bank["classes"] == {"17": "from a bank"}
     assert bank["parameters_per_class"] == adapter["parameters"]
     assert bank["base_matches"] is True
+
+
+def test_info_says_how_far_an_unfinished_run_is(command, run_folder):
+    write_json(run_folder / "checkpoints" / "run.json", {"tasks": {"task 1": [3, 5], "task 2": [7, 8]}})
+    write_json(run_folder / "checkpoints" / "strategy" / "task_1.safetensors", {})
+    code, out, _ = command("info", run_folder)
+    assert (code, len(out.splitlines())) == (0, 4)
+    assert out.startswith("unfinished run: 1 of 2 tasks are learned. To go on: ")
+    assert "--resume_from_checkpoint latest" in out.splitlines()[0]
+    # In its first task, it has nothing else yet.
+    for name in ("base", "adapters"):
+        shutil.rmtree(run_folder / name)
+    assert command("info", run_folder)[1] == f"{out.splitlines()[0]}\n"
+    assert json.loads(command("info", run_folder, "--json")[1])["unfinished"] == "1 of 2 tasks are learned"
+    write_json(run_folder / "results.json", {})
+    assert command("info", run_folder)[0] == 1
 
 
 @pytest.mark.parametrize("place", ["base", "base/unet"])

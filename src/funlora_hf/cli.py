@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from . import __version__
 from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .adapters.untrusted_base import PIPELINE
+from .continual.run_folder import RunFolder
 from .hub.delete import delete_class
-from .hub.describe import AdapterDescription, BankDescription, describe
+from .hub.describe import AdapterDescription, BankDescription, Description, describe
 from .hub.find import find_contents
 from .hub.pull import pull
 from .hub.push import push_all
@@ -206,10 +207,21 @@ def _recipes() -> int:
 
 
 def _info(as_json: bool, **source: Any) -> int:
-    found = describe(**source)
+    unfinished = RunFolder(Path(source["source"], source["subfolder"] or "")).unfinished()
+    try:
+        found = describe(**source)
+    except FileNotFoundError:
+        if unfinished is None:
+            raise
+        found = Description(source["source"], None)  # a run that has no base yet
     if as_json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps({**asdict(found), "unfinished": unfinished}, indent=2))
         return 0
+    if unfinished is not None:
+        _say(
+            f"unfinished run: {unfinished}. To go on: the same command with --resume_from_checkpoint latest, which trains and "
+            "evaluates what is missing"
+        )
     if (base := found.base) is not None:
         numbers = f"{base.parameters:,} parameters, fingerprint {base.fingerprint}"
         _say(f"base {base.name}: {numbers}, classes {_class_texts(base.classes)}")

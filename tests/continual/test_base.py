@@ -6,6 +6,7 @@ import pytest
 from diffusers import UNet2DModel
 from huggingface_hub import HfApi
 
+from funlora_hf import FunLoraPipeline
 from funlora_hf.continual.base import find_base
 from funlora_hf.data.class_ids import assign_class_ids
 
@@ -50,6 +51,16 @@ def test_without_the_hub_the_warning_says_what_was_not_looked_at(tiny_pipe, tmp_
     monkeypatch.setattr(HfApi, "list_repo_files", fail)
     assert find_base("user/base").taken == ()
     assert "files of the repository 'user/base' could not be listed, so that new classes may get ids" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "asks"), [("nothere", True), ("user/nothere", True), ("a/b/c", False), ("./a", False)]
+)
+def test_what_is_neither_a_folder_nor_a_repository_is_said(name, asks, hub):
+    for load in (find_base, FunLoraPipeline.from_pretrained):
+        with pytest.raises(FileNotFoundError, match=f"{name}' is neither a folder that is there nor .*'user/repo'"):
+            load(name)
+    assert bool(hub.requests) == asks
 
 
 def test_a_revision_of_a_folder_is_refused(tiny_pipe, tmp_path):

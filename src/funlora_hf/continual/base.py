@@ -16,8 +16,9 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, class_in_name
+from ..adapters.untrusted_adapter import fetch
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, check_base_folder, check_velocity_unet
-from ..hub.find import find_contents
+from ..hub.find import BASE_CONTENTS, find_contents
 from ..hub.repository import NO_ANSWER, HubRepository
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
@@ -226,10 +227,11 @@ def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[st
         places = (local, *(local / place for place in GENERATOR_FOLDERS))
         folder = next((place for place in places if (place / PIPELINE).is_file()), local)
         source = local_source(folder)
-    elif name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"`base_model` is {name!r}, but that folder does not exist.")
     else:
-        folder, source = Path(FunLoraPipeline.download(name, revision=revision)), name
+        try:
+            folder, source = fetch(name, BASE_CONTENTS, revision=revision), name
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"`base_model` {error}") from error
     if not (folder / PIPELINE).is_file():
         raise FileNotFoundError(
             f"`base_model` is {name!r}, expected a pipeline folder with a {PIPELINE}, such as the base/ folder of a run, or "

@@ -9,6 +9,9 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import TypeGuard
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 
 # Precisions that bases are loaded in.
 FINGERPRINT_DTYPES = ("float32", "bfloat16", "float16")
@@ -59,6 +62,15 @@ def check_class_name(value: str | None) -> None:
 def one_form(name: str) -> str:
     """A class's name as names are compared: letters with marks have several forms in Unicode that look alike."""
     return unicodedata.normalize("NFC", name)
+
+
+def is_repository_name(name: str) -> bool:
+    """Whether a repository on the Hub may have this name: a path of another form is never asked of the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def check_type(name: str, value: object, expected: type | UnionType, text: str) -> None:
