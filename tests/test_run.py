@@ -1070,7 +1070,7 @@ def test_new_classes_avoid_the_ids_of_adapters_beside_the_base(finished, inside)
     """Which `find_base` sees for a base in the folder of a run, be the folder named from afar or from inside."""
     base = find_base(str(finished / "base"))
     assert base.source == str(finished / "base" / "unet")
-    assert base.taken == (4, 5, 6, 7, 8, 9)
+    assert list(base.taken) == [4, 5, 6, 7, 8, 9]
     assert assign_class_ids(["new"], base.classes, taken=base.taken) == [10]
     shutil.copytree(finished / "base", inside / "elsewhere" / "base")
-    assert find_base(str(inside / "elsewhere" / "base")).taken == ()
+    assert find_base(str(inside / "elsewhere" / "base")).taken == {}

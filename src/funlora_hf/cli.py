@@ -168,19 +168,19 @@ def _train(arguments: Sequence[str]) -> int:
 def _add(arguments: Sequence[str]) -> int:
     from .add import add_classes, parse
     from .continual.termination import Terminated, Termination
-    from .train import set_up_logging
+    from .continual.time_limit import TimeLimitReached
+    from .train import EXIT_TIME_LIMIT, set_up_logging
 
     set_up_logging()
     given = parse(arguments, prog="funlora add")
     try:
         with Termination() as termination:
             added = add_classes(**given, termination=termination)
-    except Terminated as stopped:
-        _say(
-            f"{stopped.signal.name}: stopped {stopped.where}. What is learned is kept; the same command goes on.",
-            file=sys.stderr,
-        )
-        raise
+    except (Terminated, TimeLimitReached) as stopped:
+        _say(f"{str(stopped).partition(';')[0]}; the same command goes on.", file=sys.stderr)
+        if isinstance(stopped, Terminated):
+            raise
+        return EXIT_TIME_LIMIT
     for class_id, one in added.classes.items():
         what = f"class {_class_text(class_id, one['class_name'])}"
         how = f"learned from {one['images']} images in {one['seconds']:.0f} s"

@@ -106,12 +106,23 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
     return (run_arguments, *others) if more else run_arguments
 
 
-def take_recipe(parser: HfArgumentParser, path: str) -> None:
-    """Give the parser a recipe's values as defaults; it ends as for an argument that is not known, with 2."""
+def take_recipe(parser: HfArgumentParser, path: str, more: Sequence[str] = ()) -> list[str]:
+    """Give the parser a recipe's values as defaults; it ends as for an argument that is not known, with 2.
+
+    Args:
+        parser: that takes them.
+        path: of the recipe, or its name.
+        more: keys that the recipe may have, too, and that are left out.
+
+    Returns:
+        The keys left out.
+    """
     # The first of each: the one behind it, --no_<name>, takes no value.
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("config", "help")}
     try:
-        recipe = read_recipe(path, known=actions)
+        recipe = read_recipe(path, known={*actions, *more})
+        left_out = [key for key in recipe if key not in actions]
+        recipe = {key: value for key, value in recipe.items() if key in actions}
         for key, value in recipe.items():
             # argparse itself reads a default that is text, as of 2e-3, and then names no file.
             if isinstance(value, str):
@@ -120,6 +131,7 @@ def take_recipe(parser: HfArgumentParser, path: str) -> None:
         # A value may be text that cannot be printed.
         parser.error(f"{path}: {error}".encode(errors="backslashreplace").decode())
     parser.set_defaults(**recipe)
+    return left_out
 
 
 def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tuple[str, EvaluationArguments]:

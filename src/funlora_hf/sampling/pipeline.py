@@ -536,7 +536,7 @@ class FunLoraPipeline(DiffusionPipeline):
 
     def _velocity(self, sample: torch.Tensor, sigma: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         rows = None if rows is None else rows.to(sample.device)
-        output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float()), rows)
+        output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float(), check_range=False), rows)
         return output.sample.to(sample.dtype)
 
     def _noise(self, batch: int, generator: Generators) -> torch.Tensor:
