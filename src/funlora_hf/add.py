@@ -7,10 +7,10 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 from transformers import HfArgumentParser
 
@@ -38,7 +38,7 @@ from .data.tasks import Task
 from .hub.find import Contents, find_contents
 from .run import Run, RunArguments
 from .train import take_recipe
-from .utils.arguments import explain_switches, refuse_unknown
+from .utils.arguments import explain_switches, refuse_unknown, some_fields
 from .utils.checks import check_class_name
 from .utils.files import read_mapping, recover_folder, write_json
 
@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     own.add_argument("--revision", help="branch, tag or commit of the repository")
     own.add_argument("--config", help="recipe of `funlora train`, for what it says of adapters and images")
     parser = HfArgumentParser(
-        [_arguments_of(kind) for kind in _RECIPE],
+        [some_fields(kind, SETTINGS) for kind in _RECIPE],
         prog=prog,
         usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
         description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
@@ -131,19 +131,6 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
         given = parser.parse_args(arguments)
         del given.config
     return vars(given)
-
-
-def _arguments_of(kind: type) -> Any:
-    """A dataclass of the arguments of a run, with those of its fields that `add_classes` takes."""
-    hints = get_type_hints(kind)
-    taken = [
-        (one.name, hints[one.name], field(default=one.default, metadata=one.metadata))
-        for one in fields(kind)
-        if one.name in SETTINGS
-    ]
-    # The title in `--help`.
-    title = {"_argument_group_name": getattr(kind, "_argument_group_name", None)}
-    return make_dataclass(kind.__name__, taken, namespace=title)
 
 
 @dataclass(frozen=True)

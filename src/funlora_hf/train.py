@@ -9,7 +9,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -23,7 +23,7 @@ from .continual.trainer import NonFiniteLossError
 from .evaluation.report import ForgettingError
 from .recipes.reading import read_recipe
 from .run import RunArguments, dry_run, run
-from .utils.arguments import explain_switches, refuse_unknown
+from .utils.arguments import explain_switches, refuse_unknown, some_fields
 from .utils.locks import FolderInUseError
 
 
@@ -136,7 +136,8 @@ def take_recipe(parser: HfArgumentParser, path: str, more: Sequence[str] = ()) -
 
 def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tuple[str, EvaluationArguments]:
     """The folder of a run, and how to evaluate it: as the run says, but for what the command line has."""
-    parts: Any = EvaluationArguments
+    of_run = {one.name for one in fields(EvaluationArguments)} - {"evaluation"}
+    parts = some_fields(EvaluationArguments, of_run)
     parser = HfArgumentParser(
         parts,
         prog=prog,
@@ -149,9 +150,9 @@ def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tu
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     known, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
-    parser.set_defaults(**{**vars(RunArguments.of(known.run).evaluation), "evaluation": True})
-    evaluation, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    return known.run, evaluation
+    parser.set_defaults(**{name: getattr(RunArguments.of(known.run).evaluation, name) for name in of_run})
+    given, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    return known.run, EvaluationArguments(**vars(given))
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> None:

@@ -118,9 +118,12 @@ def shortened(text: str, length: int) -> str:
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest of the known words, to go after another one; empty if none is near."""
-    nearest = get_close_matches(text, list(known), n=1)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+    """A sentence with the nearest of the known words, first of those that contain the text, to go after another one; empty if none
+    is near."""
+    known, part = list(known), text.strip("-")
+    containing = [one for one in known if len(part) > 2 and part in one]
+    nearest = get_close_matches(text, containing, n=3, cutoff=0) or get_close_matches(text, known, n=1)
+    return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 
 
 def listed(problems: Iterable[str]) -> str:
