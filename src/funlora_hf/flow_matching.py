@@ -67,8 +67,15 @@ def flow_matching_loss(model_output: torch.Tensor, target: torch.Tensor) -> torc
     Returns:
         `(batch,)`, not reduced over the batch, so that held-out losses and parts of a batch can weight it.
 
+    Raises:
+        ValueError: two shapes.
+
     Source: as `interpolate`.
     """
+    if model_output.shape != target.shape:
+        raise ValueError(
+            f"`target` has the shape {tuple(target.shape)}, expected {tuple(model_output.shape)}, that of `model_output`."
+        )
     dtype = torch.promote_types(model_output.dtype, torch.float32)
     return (model_output.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
 

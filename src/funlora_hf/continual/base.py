@@ -16,7 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, class_in_name
-from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, check_base_folder, check_velocity_unet
+from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, check_velocity_base
 from ..hub.find import find_contents
 from ..hub.repository import NO_ANSWER, HubRepository
 from ..sampling.pipeline import FunLoraPipeline
@@ -235,9 +235,8 @@ def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[st
             f"`base_model` is {name!r}, expected a pipeline folder with a {PIPELINE}, such as the base/ folder of a run, or "
             "the run itself."
         )
-    check_base_folder(folder)
+    check_velocity_base(folder, field="base_model")
     config = UNet2DModel.load_config(folder, subfolder="unet")
-    check_velocity_unet(config, field="base_model.unet")
     for number in ("sample_size", "in_channels"):
         check_at_least_one(number, config.get(number))
     if not config.get("num_class_embeds"):
