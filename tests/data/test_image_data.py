@@ -464,7 +464,7 @@ def test_empty_training_split(monkeypatch):
         load("owner/name")
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     counts=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     test_fraction=st.floats(0.01, 0.99),
