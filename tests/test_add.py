@@ -382,13 +382,13 @@ def test_what_cannot_be_is_named_and_nothing_is_written(arguments, error, text, 
 
 
 def test_from_the_command_line_to_a_picture(inside, capsys, caplog):
-    (inside / "recipe.yaml").write_text("adapter_train_steps: 2\nbase_train_steps: 9\n")
+    (inside / "recipe.yaml").write_text("adapter_train_steps: 2\nbase_train_steps: 9\noutput_dir: other\n")
     caplog.set_level("INFO")
     recipe = ["add", "cross", "--to", "out", "--class_name", "7th", "--config", "recipe.yaml"]
     assert main([*recipe, "--time_limit_minutes", "1e-9"]) == 75
     assert capsys.readouterr().err.endswith("What is learned is kept; the same command goes on.\n")
     assert main(recipe) == 0
-    assert "recipe.yaml: left out, for `funlora train` alone: base_train_steps" in caplog.text
+    assert "recipe.yaml: left out, for `funlora train` alone: base_train_steps, output_dir" in caplog.text
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("class 8 (7th): learned from 5 images in ")
     assert said[1] == "To see them: funlora sample out --class_label 8"

@@ -497,9 +497,8 @@ def test_push_says_what_is_wrong(fails, hub, run_folder, tmp_path):
 def test_delete_takes_a_class_out_of_folder_and_repository(command, fails, hub, run_folder):
     command("push", str(run_folder), "user/digits")
     places = ("--output_dir", str(run_folder), "--repo_id", "user/digits")
-    assert "`class_label or name` has 'cat', expected ids or names of: 7 (name 7), 8 (name 8)" in fails(
-        "delete", "cat", *places
-    )
+    assert "`CLASS` has 'cat', expected ids or names of: 7 (name 7), 8 (name 8)" in fails("delete", "cat", *places)
+    assert "expected where to delete the class" in fails("delete", "name 7")
     code, output, _ = command("delete", "name 7", *places)
     assert (code, output.splitlines()[0]) == (0, "deleted class 7 (name 7) from user/digits")
     assert not (run_folder / "adapters" / "class_7").exists()

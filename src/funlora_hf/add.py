@@ -20,7 +20,6 @@ from .adapters.untrusted_base import PIPELINE
 from .continual.added_classes import AddedClasses
 from .continual.base import ExistingBase, find_base
 from .continual.config import (
-    ARGUMENTS,
     LATEST,
     ContinualTrainingArguments,
     DataArguments,
@@ -125,7 +124,7 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
     if "config" in given:
-        left_out = take_recipe(parser, given.config, more=[one.name for part in ARGUMENTS for one in fields(part)])
+        left_out = take_recipe(parser, given.config, SETTINGS)
         if left_out:
             logger.info("%s: left out, for `funlora train` alone: %s", given.config, ", ".join(left_out))
         given = parser.parse_args(arguments)

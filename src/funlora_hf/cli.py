@@ -220,8 +220,8 @@ def _info(as_json: bool, **source: Any) -> int:
         return 0
     if unfinished is not None:
         _say(
-            f"unfinished run: {unfinished}. To go on: the same command with --resume_from_checkpoint latest, which trains and "
-            "evaluates what is missing"
+            f"unfinished run: {unfinished}. To go on: the `funlora train` command that began it, with --resume_from_checkpoint "
+            "latest"
         )
     if (base := found.base) is not None:
         numbers = f"{base.parameters:,} parameters, fingerprint {base.fingerprint}"
@@ -291,6 +291,8 @@ def _push(repo_id: str, **options: Any) -> int:
 
 
 def _delete(class_label: str, history: str, **places: Any) -> int:
+    if not any(places.values()):
+        raise ValueError("`output_dir` and `repo_id` are None, expected where to delete the class: give one or both.")
     classes: dict[int, str] = {}
     try:
         if (folder := places["output_dir"]) is not None and Path(folder).is_dir():
@@ -298,7 +300,7 @@ def _delete(class_label: str, history: str, **places: Any) -> int:
         if (repo_id := places["repo_id"]) is not None:
             rows = known_contents(repo_id, HubRepository(repo_id, create=False).files()).classes.values()
             classes |= {row.class_label: row.class_name for row in rows}
-        class_id = _class_id(classes, class_label, "class_label or name")
+        class_id = _class_id(classes, class_label, "CLASS")
     except (ValueError, FileNotFoundError):
         # What is damaged or not listed can be deleted by its id.
         if not class_label.isdecimal() or class_label in classes.values():

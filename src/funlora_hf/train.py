@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -106,13 +106,13 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
     return (run_arguments, *others) if more else run_arguments
 
 
-def take_recipe(parser: HfArgumentParser, path: str, more: Sequence[str] = ()) -> list[str]:
+def take_recipe(parser: HfArgumentParser, path: str, names: Collection[str] | None = None) -> list[str]:
     """Give the parser a recipe's values as defaults; it ends as for an argument that is not known, with 2.
 
     Args:
         parser: that takes them.
         path: of the recipe, or its name.
-        more: keys that the recipe may have, too, and that are left out.
+        names: of the arguments to take; others of a run are left out. None: all that the parser knows, and no others.
 
     Returns:
         The keys left out.
@@ -120,9 +120,10 @@ def take_recipe(parser: HfArgumentParser, path: str, more: Sequence[str] = ()) -
     # The first of each: the one behind it, --no_<name>, takes no value.
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("config", "help")}
     try:
-        recipe = read_recipe(path, known={*actions, *more})
-        left_out = [key for key in recipe if key not in actions]
-        recipe = {key: value for key, value in recipe.items() if key in actions}
+        of_run = {one.name for part in ARGUMENTS for one in fields(part)}
+        recipe = read_recipe(path, known=actions if names is None else of_run)
+        left_out = [key for key in recipe if names is not None and key not in names]
+        recipe = {key: value for key, value in recipe.items() if key not in left_out}
         for key, value in recipe.items():
             # argparse itself reads a default that is text, as of 2e-3, and then names no file.
             if isinstance(value, str):

@@ -36,7 +36,7 @@ def run(tmp_path) -> RunFolder:
         (
             {"seed": 1},
             False,
-            r"another run \(base, checkpoints\). Pass --resume.* by its own arguments, --overwrite_out",
+            r"another run \(seed was 0 and is 1\). Pass --resume.* by its own arguments, --overwrite_out",
         ),
     ],
 )

@@ -190,8 +190,12 @@ class RunFolder:
     def _there(self, present: Sequence[str], settings: Mapping[str, Any]) -> str:
         """An error that says whose run is in the folder, and how to go on."""
         go_on = "--resume_from_checkpoint latest to go on"
-        if not self._settings.is_file() or self._differences(settings, evaluation=False):
-            what, go_on = f"another run ({', '.join(present)})", f"{go_on} with it by its own arguments"
+        changed = self._differences(settings, evaluation=False) if self._settings.is_file() else present
+        if changed:
+            what, go_on = (
+                f"another run ({shortened(', '.join(changed), 1000)})",
+                f"{go_on} with it by its own arguments",
+            )
         elif (state := self.unfinished()) is not None:
             what = f"this run, unfinished: {state}"
         else:

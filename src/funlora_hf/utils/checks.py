@@ -124,7 +124,7 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
     is near."""
     known, part = list(known), text.strip("-")
     containing = [one for one in known if len(part) > 2 and part in one]
-    nearest = get_close_matches(text, containing, n=3, cutoff=0) or get_close_matches(text, known, n=1)
+    nearest = get_close_matches(text, containing, n=4, cutoff=0) or get_close_matches(text, known, n=1)
     return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 
 
