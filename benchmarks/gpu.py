@@ -290,8 +290,6 @@ class Benchmark:
         ContinualTrainer(
             strategy,
             data,
-            tasks,
-            training=arguments.training,
             folder=RunFolder(folder),
             accelerator=accelerator,
             random_flip=arguments.data.random_flip,

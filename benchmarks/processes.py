@@ -124,7 +124,7 @@ def work(base_folder: Path, output: Path) -> None:
         device=accelerator.device,
     )
     strategy = FunLora(setting)
-    trainer = ContinualTrainer(strategy, data, tasks, training=training, folder=folder, accelerator=accelerator)
+    trainer = ContinualTrainer(strategy, data, folder=folder, accelerator=accelerator)
     if accelerator.is_main_process:
         folder.open(run_settings(training), overwrite=False, resume=False)
     warm_up(strategy, tasks[1], data)

@@ -35,9 +35,7 @@ def small_set(count=20, *, channels=1, size=8, num_classes=3, seed=0):
 
 
 def train_small(images, labels, *, num_classes=3, seed=0, **changes):
-    return train_classifier(
-        images, labels, num_classes=num_classes, config=small_config(**changes), seed=seed, progress_bar=False
-    )
+    return train_classifier(images, labels, num_classes=num_classes, config=small_config(**changes), seed=seed)
 
 
 def parameters(model):
@@ -56,7 +54,6 @@ def test_real_digits(digits):
         num_classes=10,
         config=ClassifierConfig(epochs=20, crop_padding=0, horizontal_flip=False),
         seed=0,
-        progress_bar=False,
     )
     assert accuracy(model, test_images, test_labels) >= 97.0
     assert not model.training
@@ -71,7 +68,7 @@ def test_accuracy_is_chance_with_shuffled_labels(digits):
     images, labels, test_images, test_labels = digits
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
     config = ClassifierConfig(epochs=3, crop_padding=0, horizontal_flip=False)
-    model = train_classifier(images, shuffled, num_classes=10, config=config, seed=0, progress_bar=False)
+    model = train_classifier(images, shuffled, num_classes=10, config=config, seed=0)
     assert accuracy(model, test_images, test_labels) < 30.0
 
 
@@ -275,8 +272,6 @@ def test_progress_bar(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     images, labels = small_set()
     common = {"num_classes": 3, "config": small_config(), "seed": 0}
-    train_classifier(images, labels, progress_bar=False, **common)
-    assert capsys.readouterr().err == ""
     train_classifier(images, labels, description="classifier, task 2", **common)
     assert "classifier, task 2" in capsys.readouterr().err
 
@@ -285,23 +280,11 @@ def test_progress_bar(capsys, monkeypatch):
     ("changes", "message"),
     [
         ({"images": torch.zeros(4, 1, 8, 8)}, "`images` is torch.float32, expected a torch.uint8 tensor"),
-        ({"images": np.zeros((4, 1, 8, 8), dtype=np.uint8)}, "`images` is ndarray"),
         ({"images": torch.zeros(4, 8, 8, dtype=torch.uint8)}, r"`images` has shape \(4, 8, 8\)"),
-        ({"images": torch.zeros(4, 1, 8, 9, dtype=torch.uint8)}, "expected square images"),
         (
             {"images": torch.zeros(0, 1, 8, 8, dtype=torch.uint8)},
             r"`images` has shape \(0, 1, 8, 8\), .* at least one image",
         ),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"`labels` has shape \(3,\), expected \(4,\)"),
-        ({"labels": torch.zeros(4, 1, dtype=torch.int64)}, r"`labels` has shape \(4, 1\)"),
-        ({"labels": torch.zeros(4, dtype=torch.int32)}, "`labels` is torch.int32, expected a torch.int64 tensor"),
-        ({"labels": [0, 1, 0, 1]}, "`labels` is list"),
-        ({"labels": torch.tensor([0, 1, 2, 3])}, r"`labels` range from 0 to 3, expected 0..2"),
-        ({"labels": torch.tensor([0, 1, 2, -1])}, r"`labels` range from -1 to 2, expected 0..2"),
-        ({"num_classes": 0}, "`num_classes` should be a positive integer value but the value passed is 0"),
-        ({"seed": -1}, "`seed` is -1"),
-        ({"seed": 2**63}, "`seed` is 9223372036854775808"),
-        ({"seed": 1.0}, "`seed` is 1.0"),
     ],
 )
 def test_wrong_training_input_is_named(changes, message):
@@ -313,15 +296,13 @@ def test_wrong_training_input_is_named(changes, message):
         **changes,
     }
     with pytest.raises(ValueError, match=message):
-        train_classifier(config=small_config(), progress_bar=False, **arguments)
+        train_classifier(config=small_config(), **arguments)
 
 
 def test_wrong_evaluation_input_is_named():
     images = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"`images` has shape \(0, 1, 2, 2\), .* at least one image"):
         predict(FirstPixel(), images[:0])
-    with pytest.raises(ValueError, match="`batch_size` should be a positive integer value but the value passed is 0"):
-        predict(FirstPixel(), images, batch_size=0)
 
 
 @pytest.mark.parametrize(
@@ -348,17 +329,3 @@ def test_wrong_evaluation_input_is_named():
 def test_wrong_configuration_is_named(field, value):
     with pytest.raises(ValueError, match=f"^`{field}` is .*{value!r}.*expected"):
         ClassifierConfig(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_classes": 0}, "`num_classes` should be a positive integer value but the value passed is 0"),
-        ({"channels": 0}, "`channels` should be a positive integer value but the value passed is 0"),
-        ({"image_size": 1}, "`image_size` is 1"),
-        ({"architecture": "vit"}, "`architecture` is 'vit', expected one of: 'auto', 'resnet18', 'cnn'"),
-    ],
-)
-def test_wrong_network_is_named(changes, message):
-    with pytest.raises(ValueError, match=message):
-        build_classifier(**{"num_classes": 2, "channels": 3, "image_size": 32, **changes})

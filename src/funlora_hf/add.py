@@ -347,7 +347,7 @@ class _Addition(Run):
                     self.added.begin(class_id, record)
             self.accelerator.wait_for_everyone()
             new = Task(1, tuple(class_id for class_id in data.class_names if class_id not in there))
-            self._trainer(self._strategy(self.base, data, []), data, [], folder=self.added.folder).learn_beside(new)
+            self._trainer(self._strategy(self.base, data, []), data, folder=self.added.folder).learn_beside(new)
             finished = self.added.finished()
             if is_main and self.folder.results.is_file():
                 write_json(self.folder.results, {**read_mapping(self.folder.results), "added": finished})

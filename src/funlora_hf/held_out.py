@@ -27,8 +27,6 @@ def held_out_loss(
     noise, so the losses of two models are comparable.
 
     Args:
-        pipe: knows the class.
-        class_id: the class.
         images: uint8, `(n, channels, height, width)`, n >= 1.
         num_sigmas: K; the times are (k + 1/2) / K.
         seed: of the noise.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -36,12 +36,12 @@ from .continual.strategies.registry import strategy_class
 from .continual.strategy import Setting, Strategy
 from .continual.termination import Termination
 from .continual.time_limit import TimeLimit, TimeLimitReached
-from .continual.trainer import ContinualTrainer, Evaluator
+from .continual.trainer import ContinualTrainer, Listener
 from .data.class_ids import assign_class_ids, ordered_class_ids
 from .data.image_data import ImageClassificationData, load_image_data
 from .data.known_counts import KnownCounts
 from .data.tasks import Task, split_into_tasks
-from .evaluation.evaluator import RunEvaluator, classifier_config
+from .evaluation.evaluator import RunEvaluator
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_evaluation, report_finished, report_run
 from .evaluation.tables import costs_table
@@ -57,8 +57,7 @@ class RunArguments:
     """All arguments of a run, checked against each other.
 
     Raises:
-        ValueError: `unet_config` is missing for other images than digits, or an argument of the classifier is out of
-            range.
+        ValueError: `unet_config` is missing for other images than digits, or the strategy does not fit other arguments.
     """
 
     data: DataArguments
@@ -67,8 +66,6 @@ class RunArguments:
     evaluation: EvaluationArguments
 
     def __post_init__(self) -> None:
-        # Checked now, not when the first task has been trained.
-        classifier_config(self.evaluation, self.training.max_train_steps)
         _check_strategy(self)
         if self.model.unet_config is not None or self.model.base_model is not None:
             return
@@ -90,11 +87,8 @@ class RunArguments:
             FileNotFoundError: the folder holds no run.
         """
         written = RunFolder(Path(folder)).settings()
-        given: list[Any] = []
-        for part in ARGUMENTS:
-            known = {one.name for one in fields(part)}
-            given.append(part(**{key: value for key, value in written[part.__name__].items() if key in known}))
-        arguments = cls(*given)
+        given = ({one.name: written[part.__name__][one.name] for one in fields(part)} for part in ARGUMENTS)
+        arguments = cls(*(part(**values) for part, values in zip(ARGUMENTS, given, strict=True)))
         arguments.training.output_dir = os.fspath(folder)
         return arguments
 
@@ -195,17 +189,21 @@ class Run:
 
     def learn(self) -> dict[str, Any] | None:
         """Train, evaluate and report; resume where a run stopped."""
-        strategy, data, tasks = self._prepared()
+        strategy, data = self._prepared()
         with self._held():
             if self.accelerator.is_main_process:
                 overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
-                of_tasks = {f"task {task.index + 1}": list(task.class_ids) for task in tasks}
+                of_tasks = {f"task {task.index + 1}": list(task.class_ids) for task in strategy.setting.tasks}
                 settings = {**self._settings(), "classes": data.digests(), "tasks": of_tasks}
-                self.folder.open(settings, overwrite=overwrite, resume=resume, needed=self._needed(strategy.setting))
+                read = {"dataset_name": self.arguments.data.dataset_name}
+                if strategy.setting.has_base:
+                    read["base_model"] = os.fspath(strategy.setting.base_dir)
+                needed = {field: place for field, place in read.items() if Path(place).exists()}
+                self.folder.open(settings, overwrite=overwrite, resume=resume, needed=needed)
             self.accelerator.wait_for_everyone()
             self._start_trackers()
             with self.folder.staying():
-                return self._learn(strategy, data, tasks)
+                return self._learn(strategy, data)
 
     def evaluate(self) -> dict[str, Any] | None:
         """Evaluate the run, which is finished."""
@@ -214,8 +212,8 @@ class Run:
                 f"{self.folder.path} has no {self.folder.results.name}, expected a finished run: --resume_from_checkpoint latest "
                 "goes on with one that is not."
             )
-        strategy, data, tasks = self._prepared()
-        evaluator = self._evaluator(strategy, data, tasks)
+        strategy, data = self._prepared()
+        evaluator = self._evaluator(strategy, data)
         with self._held():
             if self.accelerator.is_main_process:
                 of_run = {name: part for name, part in self._settings().items() if name != EVALUATION}
@@ -224,21 +222,21 @@ class Run:
             self.accelerator.wait_for_everyone()
             with self.folder.staying():
                 with self._ends():
-                    self._trainer(strategy, data, tasks).restore()
+                    self._trainer(strategy, data).restore()
                     if self.accelerator.is_main_process:
                         evaluator.forget()
-                    for task in tasks:
+                    for task in evaluator.tasks:
                         self.accelerator.wait_for_everyone()
                         evaluator.end_task(task)
                     self.accelerator.wait_for_everyone()
-                return report_evaluation(evaluator, folder=self.folder) if self.accelerator.is_main_process else None
+                return report_evaluation(evaluator) if self.accelerator.is_main_process else None
 
     def costs(self) -> str:
         """What the run costs; its folder is used up."""
         given, evaluation = self.arguments.data, self.arguments.evaluation
         known = None if self.model.base_model else KnownCounts.of(given.dataset_name, given.max_images_per_class)
-        strategy, data, _ = self._prepared(known)
-        parts = count_parts(strategy, data, evaluation, classifier_config(evaluation, self.training.max_train_steps))
+        strategy, data = self._prepared(known)
+        parts = count_parts(strategy, data, evaluation)
         measure_parts(parts, strategy, self.accelerator, evaluation)
         notes = [] if known is None else [f"{given.dataset_name} was not opened: {known} are assumed."]
         solvers = {evaluation.solver, (parse_options(self.training.strategy_options) or {}).get("solver")}
@@ -260,27 +258,26 @@ class Run:
                 name = self.model.base_model or os.fspath(self.folder.base)
                 base = find_base(name, revision=self.model.base_model_revision).with_adapters(self.folder.adapters)
                 data = self._data(base, one_class=True)
-                self._trainer(self._strategy(base, data, []), data, []).update_class(class_id)
+                self._trainer(self._strategy(base, data, []), data).update_class(class_id)
 
-    def _learn(self, strategy: Strategy, data: ImageClassificationData, tasks: list[Task]) -> dict[str, Any] | None:
+    def _learn(self, strategy: Strategy, data: ImageClassificationData) -> dict[str, Any] | None:
         """`learn`, in the folder, which is opened."""
         accelerator, folder, training = self.accelerator, self.folder, self.training
         is_main = accelerator.is_main_process
-        publisher = Publisher(training, tasks) if training.push_to_hub and is_main else None
+        publisher = Publisher(training, strategy.setting.tasks) if training.push_to_hub and is_main else None
         if folder.results.is_file():
             accelerator.end_training()
             results = report_finished(folder) if is_main else None
         else:
-            evaluator = self._evaluator(strategy, data, tasks)
-            listeners = _Listeners([evaluator, TaskLog(evaluator), *([] if publisher is None else [publisher])])
+            evaluator = self._evaluator(strategy, data)
+            listeners: list[Listener] = [evaluator, TaskLog(evaluator)]
+            listeners += [] if publisher is None else [publisher]
             with self._ends():
-                self._trainer(strategy, data, tasks, listeners).train()
+                self._trainer(strategy, data, listeners).train()
             if not is_main:
                 return None
             folder.check_there()
-            results = report_run(
-                evaluator, settings=self._settings(), folder=folder, num_processes=accelerator.num_processes
-            )
+            results = report_run(evaluator, settings=self._settings())
         if publisher is not None:
             publisher.end_run()
         return results
@@ -309,27 +306,18 @@ class Run:
             raise
         self.accelerator.end_training()
 
-    def _prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any, list[Task]]:
+    def _prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any]:
         """What a run needs, checked; nothing is written. With `counts`, the data is not opened."""
         name, unet = self.model.base_model, None if self.model.unet_config is None else self.model.unet
-        base = None
-        if name is not None:
-            base = find_base(name, revision=self.model.base_model_revision, unet_config=unet)
+        revision = self.model.base_model_revision
+        base = None if name is None else find_base(name, revision=revision, unet_config=unet)
         data = counts or self._data(base)
-        tasks = self._tasks(data, base)
-        strategy = self._strategy(base, data, tasks)
+        strategy = self._strategy(base, data, self._tasks(data, base))
         strategy.check()
         evaluation = self.arguments.evaluation
         if evaluation.evaluation and evaluation.image_quality == "inception" and self.accelerator.is_main_process:
             InceptionFeatures()  # downloads its weights, or fails now, not after days
-        return strategy, data, tasks
-
-    def _needed(self, setting: Setting) -> dict[str, str]:
-        """What the run reads, by the argument that names it."""
-        named = {"dataset_name": self.arguments.data.dataset_name}
-        if setting.has_base:
-            named["base_model"] = os.fspath(setting.base_dir)
-        return {field: place for field, place in named.items() if Path(place).exists()}
+        return strategy, data
 
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.arguments.data, self.model, self.training, self.arguments.evaluation)
@@ -400,47 +388,28 @@ class Run:
         )
         return self.strategy_class(setting)
 
-    def _evaluator(self, strategy: Strategy, data: ImageClassificationData, tasks: list[Task]) -> RunEvaluator:
-        return RunEvaluator(
-            strategy,
-            data,
-            tasks,
-            config=self.arguments.evaluation,
-            seed=self.training.seed,
-            folder=self.folder,
-            accelerator=self.accelerator,
-            max_train_steps=self.training.max_train_steps,
-        )
+    def _evaluator(self, strategy: Strategy, data: ImageClassificationData) -> RunEvaluator:
+        config = self.arguments.evaluation
+        return RunEvaluator(strategy, data, config=config, folder=self.folder, accelerator=self.accelerator)
 
     def _trainer(
         self,
         strategy: Strategy,
         data: ImageClassificationData,
-        tasks: list[Task],
-        evaluator: Evaluator | None = None,
+        listeners: Sequence[Listener] = (),
         *,
         folder: RunFolder | None = None,
     ) -> ContinualTrainer:
         return ContinualTrainer(
             strategy,
             data,
-            tasks,
-            training=self.training,
             folder=folder or self.folder,
             accelerator=self.accelerator,
             random_flip=self.arguments.data.random_flip,
-            evaluator=evaluator,
+            listeners=listeners,
             limit=self.limit,
             termination=self.termination,
         )
-
-
-class _Listeners(list[Evaluator]):
-    """Tells one after the other that a task is over."""
-
-    def end_task(self, task: Task) -> None:
-        for listener in self:
-            listener.end_task(task)
 
 
 def _check_strategy(arguments: RunArguments) -> None:

@@ -326,7 +326,7 @@ def pushed(bench: Bench, given: dict[str, Any]) -> Any:
     bench.patch.setattr(publishing, "HubRepository", Repository)
     bench.patch.setattr(publishing, "push_all", lambda *_, license, **__: asked.append(license) or [])
     trainer = bench.begin(**given)
-    for listener in trainer.evaluator:
+    for listener in trainer.listeners:
         if isinstance(listener, publishing.Publisher):
             listener.end_task(trainer.tasks[0])
     return asked
@@ -356,7 +356,7 @@ class Sampled(Small):
 def evaluated(bench: Bench, given: dict[str, Any]) -> Any:
     """What is asked of the sampler, of the classifier and of the measures."""
     asked: list[Any] = []
-    strategy = Sampled(bench.strategy("funlora").setting)
+    strategy = Sampled(replace(bench.strategy("funlora").setting, tasks=TASKS[:1]))
 
     def draw(pipe, class_id, count, **named):
         asked.append((count, named))
@@ -390,12 +390,9 @@ def evaluated(bench: Bench, given: dict[str, Any]) -> Any:
             count=lambda class_id, split: 5,
             images=lambda class_id, split="": drawn.images(class_id),
         ),
-        list(TASKS[:1]),
         config=EvaluationArguments(**{"num_samples_per_class": 3, **given}),
-        seed=0,
         folder=RunFolder(strategy.setting.output_dir),
         accelerator=Accelerator(cpu=True),
-        max_train_steps=None,
     )
     evaluator.end_task(TASKS[0])
     if given.get("evaluation", True):
@@ -596,9 +593,7 @@ def classifier(bench: Bench, given: dict[str, Any]) -> Any:
     given = {"epochs": 2, "batch_size": 3, "architecture": "cnn", **given}
     drawn = torch.cat([Drawn().images(class_id) for class_id in (0, 7)])
     labels = torch.tensor([0, 1]).repeat_interleave(5)
-    trained = train_classifier(
-        drawn, labels, num_classes=2, config=ClassifierConfig(**given), seed=0, progress_bar=False
-    )
+    trained = train_classifier(drawn, labels, num_classes=2, config=ClassifierConfig(**given), seed=0)
     return sum(p.double().abs().sum().item() for p in trained.parameters())
 
 

@@ -11,7 +11,7 @@ from runs import TINY_UNET, short_run
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import funlora_hf.run
-from funlora_hf.continual import costs, step_costs
+from funlora_hf.continual import costs
 from funlora_hf.recipes.reading import recipe_names
 from funlora_hf.run import dry_run, run
 from funlora_hf.train import parse
@@ -81,7 +81,7 @@ def test_every_recipe_is_counted_without_a_download(name, monkeypatch):
 
 
 def test_flops_seconds_and_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(step_costs, "MEASURED_SECONDS", 0.0)
+    monkeypatch.setattr(costs, "MEASURED_SECONDS", 0.0)
     measured = {}
 
     def keep(parts, *args, **kwargs):

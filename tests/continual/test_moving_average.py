@@ -4,12 +4,14 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from funlora_hf.continual.moving_average import MovingAverage
+from funlora_hf.continual.strategy import PhaseSettings
+from funlora_hf.continual.trainer import moving_average
 
 
 def averaged(*, decay, warmup, start, values):
     parameter = torch.nn.Parameter(torch.tensor([10.0]))
-    average = MovingAverage([parameter], decay=decay, warmup=warmup, start=start, foreach=False)
+    settings = PhaseSettings(len(values), None, 1, 0.1, 0, decay, start / len(values), warmup)
+    average = moving_average([parameter], settings, len(values), foreach=False)
     for value in values:
         parameter.data.fill_(value)
         average.step([parameter])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,15 +125,13 @@ def train(
         checkpointing_steps=checkpointing_steps,
         max_nonfinite_steps=max_nonfinite_steps,
     )
-    folder = RunFolder(path)
+    strategy.setting = SimpleNamespace(tasks=TASKS, training=training)
     ContinualTrainer(
         strategy,
         Images(),
-        TASKS,
-        training=training,
-        folder=folder,
+        folder=RunFolder(path),
         accelerator=accelerator or Accelerator(cpu=True),
-        evaluator=evaluator,
+        listeners=[] if evaluator is None else [evaluator],
         **trainer_arguments,
     ).train()
 

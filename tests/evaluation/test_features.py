@@ -49,11 +49,6 @@ def test_features_do_not_depend_on_the_batches():
     torch.testing.assert_close(extract_features(extractor, images(7), batch_size=3), whole)
 
 
-def test_a_network_without_a_head_is_refused():
-    with pytest.raises(ValueError, match=r"`classifier` is a Sequential without a linear layer"):
-        ClassifierFeatures(nn.Sequential(nn.Conv2d(1, 1, 3)))
-
-
 @pytest.mark.parametrize(
     ("bad", "text"),
     [

@@ -70,8 +70,8 @@ def test_equal_images_make_an_equal_grid_without_matplotlib(tmp_path, monkeypatc
     [
         (images(2).float(), r"images is torch.float32 \(2, 3, 8, 8\), expected uint8"),
         (images(2)[0], r"images is torch.uint8 \(3, 8, 8\), expected uint8"),
-        (images(0), r"images has shape \(0, 3, 8, 8\), expected"),
-        (images(2, channels=2), r"images has shape \(2, 2, 8, 8\), expected"),
+        (images(0), r"images is torch.uint8 \(0, 3, 8, 8\), expected"),
+        (images(2, channels=2), r"images is torch.uint8 \(2, 2, 8, 8\), expected"),
     ],
 )
 def test_an_image_grid_names_bad_images(tmp_path, given, text):

@@ -139,8 +139,8 @@ def test_a_generator_that_repeats_one_real_image_recalls_that_one_alone():
 def test_exchanging_the_sets_exchanges_precision_and_recall():
     real, generated = normal(20, 3, seed=0), 0.5 * normal(15, 3, seed=1)
     there, back = (precision_recall(*pair, neighbours=2) for pair in ((real, generated), (generated, real)))
-    assert there == (back.recall, back.precision)
-    assert there.precision != there.recall
+    assert there == back[::-1]
+    assert there[0] != there[1]
 
 
 @settings(max_examples=25, deadline=None)
@@ -155,34 +155,6 @@ def test_the_order_of_the_images_does_not_matter(seed, count, width, k):
 
 
 POINTS = normal(4, 3, seed=0)
-BAD_FEATURES = [
-    ((POINTS.numpy(), POINTS), "`real` is ndarray, expected features"),
-    ((POINTS, POINTS.long()), r"`generated` is torch\.int64 \(4, 3\), expected features as a float"),
-    ((POINTS, POINTS[0]), r"`generated` is torch\.float64 \(3,\)"),
-    ((POINTS[:1], POINTS), r"`real` has shape \(1, 3\), expected \(N, D\) with N at least 2"),
-    ((POINTS, POINTS[:, :0]), r"`generated` has shape \(4, 0\)"),
-    ((POINTS, POINTS / 0), "`generated` has features that are not finite"),
-    ((POINTS, POINTS[:, :2]), "`generated` has 2 features and `real` 3"),
-]
-
-
-@pytest.mark.parametrize(("pair", "text"), BAD_FEATURES)
-def test_bad_features_are_named(pair, text):
-    with pytest.raises(ValueError, match=text):
-        frechet_distance(*pair)
-    with pytest.raises(ValueError, match=text):
-        precision_recall(*pair, neighbours=1)
-
-
-@pytest.mark.parametrize("k", [0, -1, 2.0, True])
-def test_neighbours_are_counted(k):
-    with pytest.raises(ValueError, match="`neighbours` should be a positive integer"):
-        precision_recall(POINTS, POINTS, neighbours=k)
-
-
-def test_more_neighbours_than_there_are_images_are_refused():
-    with pytest.raises(ValueError, match="`neighbours` is 4, expected less than the images of the smaller set, 4"):
-        precision_recall(POINTS, normal(9, 3, seed=1), neighbours=4)
 
 
 # Sets of images
@@ -212,6 +184,16 @@ def test_images_are_compared_by_their_features():
     assert (quality.precision, quality.recall) == precision_recall(*features, neighbours=3)
 
 
+class Broken(Pixels):
+    def forward(self, images):
+        return super().forward(images) / 0
+
+
+def test_features_that_are_not_finite_are_named():
+    with pytest.raises(ValueError, match="features of 'pixels' are not finite"):
+        compare_images(pictures(3), pictures(3), Broken(), neighbours=1)
+
+
 def test_few_images_are_compared_by_fewer_neighbours_which_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         quality = compare_images(pictures(30), pictures(4, seed=1), Pixels(), neighbours=5)
@@ -230,11 +212,6 @@ def test_every_class_has_the_same_share_on_both_sides():
     # Class 0: every 6/4-th of six; class 2: all three; the classes 1, 3 and 5 lack images of one kind.
     assert chosen_real.flatten().tolist() == [0, 1, 3, 4, 20, 21, 22]
     assert chosen_generated.flatten().tolist() == [100, 101, 102, 103, 120, 121, 122]
-
-
-def test_classes_without_images_of_both_kinds_are_refused():
-    with pytest.raises(ValueError, match=r"`real` has images of the classes \[1\] and `generated` of \[2\]"):
-        match_classes({1: pictures(2)}, {2: pictures(2)})
 
 
 @pytest.mark.parametrize("measure", [frechet_distance, lambda a, b: compare_images(a, b, Pixels(), neighbours=1)])
@@ -293,8 +270,3 @@ def test_a_forgotten_class_is_seen_in_recall_and_not_in_precision(digits, extrac
     quality = compare_images(real, only_two, extractor, neighbours=3)
     assert quality.precision > 0.8
     assert quality.recall < 0.75
-
-
-def test_a_reference_of_one_class_is_refused(digits):
-    with pytest.raises(ValueError, match=r"`images` has the classes \[7\], expected at least two"):
-        reference_features({7: digits[0][7]}, config=DIGITS)

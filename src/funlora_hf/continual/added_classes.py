@@ -14,10 +14,8 @@ from .run_folder import RunFolder
 
 class AddedClasses:
     """
-    Records of classes that are added to a folder. They stay in `checkpoints/added/`, so that an `add` that was killed can go on.
-
-    Args:
-        folder: that gets their adapters; of a run, or of adapters alone.
+    Records of classes whose adapters are added to a folder, of a run or of adapters alone. They stay in `checkpoints/added/`, so that
+    an `add` that was killed can go on.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -31,11 +29,9 @@ class AddedClasses:
         return {class_id: read_mapping(path) for class_id, path in found.items() if class_id is not None}
 
     def begin(self, class_id: int, record: Mapping[str, Any]) -> None:
-        """Keep what a class is learned from; its checkpoints, which may be of other images, are deleted.
+        """Keep what a class is learned from: JSON-able, with its "class_name".
 
-        Args:
-            class_id: of the class.
-            record: JSON-able, with its "class_name".
+        Its checkpoints, which may be of other images, are deleted.
         """
         place = self.folder.checkpoints / adapter_name(class_id)
         remove_folder(place)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
@@ -83,7 +83,7 @@ def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:
     with torch.device("meta"):
         unet = _unet(unet_config, num_classes)
     numbers = sum(parameter.numel() for parameter in unet.parameters())
-    if 4 * numbers > (memory := _memory()):
+    if 4 * numbers > (memory := psutil.virtual_memory().total):
         raise ValueError(
             f"`unet_config` makes a UNet2DModel of {numbers} parameters, {4 * numbers} bytes, expected less than the memory of "
             f"this machine, {memory}: choose fewer `block_out_channels`."
@@ -97,14 +97,6 @@ def base_shape(setting: Setting) -> UNet2DModel:
         return unet_shape(setting.model.unet, len(setting.tasks[0].class_ids))
     config, *_ = UNet2DModel.extract_init_dict(UNet2DModel.load_config(setting.base_dir, subfolder="unet"))
     return unet_shape(config, config["num_class_embeds"])
-
-
-def _memory() -> float:
-    """Bytes of the machine; infinite where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return math.inf
 
 
 def _unet(unet_config: Mapping, num_classes: int) -> UNet2DModel:

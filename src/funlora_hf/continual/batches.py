@@ -24,8 +24,6 @@ class PhaseBatches:
     Args:
         data: gives the images of the phase's classes, which are decoded once and kept as uint8: on the device, or on the
             CPU if they take more than 2 GiB.
-        phase: whose batches.
-        seed: of the run.
         timestep_density: of sigma, "uniform" or "logit_normal".
         random_flip: flip images left to right with probability 1/2.
         device: where batches go. Noise for the CPU is drawn there after flips and sigma, noise for another device on that
@@ -67,16 +65,7 @@ class PhaseBatches:
         self._permutation: tuple[int, torch.Tensor] = (-1, torch.empty(0))
 
     def batch(self, number: int, *, share: int = 0, num_shares: int = 1) -> Batch:
-        """Batch `number` of the phase, or the share of it that one of several processes takes.
-
-        Args:
-            number: from 0.
-            share: which share.
-            num_shares: into how many the batch is split.
-
-        Returns:
-            [`Batch`].
-        """
+        """Batch `number`, from 0, of the phase, or the share of it that one of several processes takes."""
         size = self.phase.settings.batch_size
         indices = self._indices(number * size, size)
         mine = slice(share, None, num_shares)

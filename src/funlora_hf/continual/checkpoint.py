@@ -30,10 +30,6 @@ _TENSORS = "state.safetensors"
 _CHECKSUM = "state.sha256"
 
 
-class DamagedCheckpointError(ValueError):
-    """The files of a checkpoint are not what was written."""
-
-
 @dataclass
 class TrainingState:
     """What the running phase trains.
@@ -45,7 +41,6 @@ class TrainingState:
         buffers: by name, that training changes besides.
         skipped: how many steps were skipped, since loss or gradient was not finite: "total" of the phase, with those by which
             fp16 finds its scale; "in_row" since the last step that was done, without those; "rescaled_in_row" only those.
-        losses: the losses so far.
         scaler: of the loss under fp16, whose scale decides which steps are skipped; None: there is none.
     """
 
@@ -130,11 +125,15 @@ def load_newest(folder: Path, state: TrainingState) -> int:
         ValueError: it holds other tensors than the phase trains, so it is of another configuration.
     """
     for path in reversed(_checkpoints(folder)):
-        try:
-            tensors, numbers = _read(path)
-        except DamagedCheckpointError as damage:
-            logger.warning("%s Going back to the one before it, or to the start of the phase.", damage)
+        if damage := _damage(path):
+            logger.warning(
+                "The checkpoint %s is damaged: %s. Going back to the one before it, or to the start of the phase.",
+                path,
+                damage,
+            )
             continue
+        with safe_open(path / _TENSORS, framework="pt") as file:
+            tensors, numbers = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
         for name, parameter in state.parameters.items():
             saved = tensors.get(f"parameter/{name}")
             if saved is None or saved.shape != parameter.shape:
@@ -149,19 +148,14 @@ def load_newest(folder: Path, state: TrainingState) -> int:
     return 0
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and numbers of a checkpoint whose checksum is right."""
+def _damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None: they are what was written."""
     try:
         written = (path / _CHECKSUM).read_text(encoding="utf-8").split(maxsplit=1)[:1]
         found = file_sha256(path / _TENSORS)
     except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(f"The checkpoint {path} is damaged: {error}.") from error
-    if written != [found]:
-        raise DamagedCheckpointError(
-            f"The checkpoint {path} is damaged: the SHA-256 of {_TENSORS} is {found}, expected {' '.join(written)}."
-        )
-    with safe_open(path / _TENSORS, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a mapping
+        return str(error)
+    return None if written == [found] else f"the SHA-256 of {_TENSORS} is {found}, expected {' '.join(written)}"
 
 
 def _checkpoints(folder: Path) -> list[Path]:

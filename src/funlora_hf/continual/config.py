@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 
 from ..adapters.untrusted_base import check_unet_config, check_velocity_unet
+from ..classifier import ClassifierConfig
 from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
 from ..sampling.solvers import check_solver
@@ -22,9 +23,7 @@ from ..utils.checks import check_at_least_one, check_choice, check_class_label, 
 from ..utils.field_types import check_field_types
 
 
-CLASS_BATCHES = ("homogeneous", "mixed")
 UPDATE_MODES = ("continue", "retrain")
-IMAGE_QUALITY = ("classifier", "inception", "none")
 LATEST = "latest"
 
 DIGITS_UNET = {
@@ -244,7 +243,7 @@ class ContinualTrainingArguments:
         # HfArgumentParser has no annotation for a list on the command line and a mapping in a recipe.
         self.strategy_options = parse_options(self.strategy_options)  # type: ignore[assignment]
         check_field_types(self, leave_out=["strategy_options"])
-        check_choice("class_batches", self.class_batches, CLASS_BATCHES)
+        check_choice("class_batches", self.class_batches, ("homogeneous", "mixed"))
         check_choice("update_mode", self.update_mode, UPDATE_MODES)
         check_choice("timestep_density", self.timestep_density, TIMESTEP_DENSITIES)
         check_choice("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16"))
@@ -357,11 +356,21 @@ class EvaluationArguments:
         check_solver(self.solver)
         if not self.solver_tolerance > 0:
             raise ValueError(f"`solver_tolerance` is {self.solver_tolerance}, expected a number above 0.")
-        check_choice("image_quality", self.image_quality, IMAGE_QUALITY)
+        check_choice("image_quality", self.image_quality, ("classifier", "inception", "none"))
         _check_counts(self, "num_samples_per_class", "sampling_batch_size", "num_inference_steps", "num_probe_samples")
         _check_counts(
             self, "held_out_sigmas", "classifier_epochs", "classifier_batch_size", "image_quality_neighbours"
         )
+        self.classifier()
+
+    def classifier(self, max_train_steps: int | None = None) -> ClassifierConfig:
+        """How classifiers are trained, for at most so many steps."""
+        prefix = "classifier_"
+        own = {name.removeprefix(prefix): value for name, value in vars(self).items() if name.startswith(prefix)}
+        try:
+            return ClassifierConfig(horizontal_flip=own.pop("flip"), max_train_steps=max_train_steps, **own)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`", f"`{prefix}", 1)) from error
 
 
 # Of a run, in the order in which `RunArguments` takes them.

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..classifier import ClassifierConfig, build_classifier, training_steps
+from ..classifier import build_classifier, training_steps
 from ..data.image_data import ImageClassificationData
 from ..data.known_counts import KnownCounts
 from ..sampling.solvers import expected_evaluations
 from .base import base_shape
 from .config import EvaluationArguments
-from .moving_average import MovingAverage
-from .step_costs import StepCosts, measure_step
 from .strategy import Batch, Phase, Strategy, Trainable
 from .trainer import images_per_step, phase_steps
+
+
+# How long steps are timed, beside the first ones.
+MEASURED_SECONDS = 2.0
+
+Step = Callable[[int], None]
 
 
 @dataclass
@@ -26,9 +34,7 @@ class Part:
     """One kind of work of a run.
 
     Args:
-        name: the kind.
         unit: "steps" of an optimiser, or "evaluations" of the U-Net for one image each.
-        count: units.
         images: in a unit.
         phase: one that has these steps; None for what is no phase of the strategy.
         flops: floating-point operations of the whole part, as torch counts them, once they are measured.
@@ -45,27 +51,20 @@ class Part:
     memory: float | None = None
     seconds: float = 0.0
 
-    def take(self, costs: StepCosts, images: int) -> None:
-        """Take what a step with so many images costs."""
-        self.flops = costs.flops * self.count * self.images / images
-        self.seconds = costs.seconds * self.images / images
+    def measure(self, step: Step, images: int, device: torch.device) -> float:
+        """Take what a step with so many images costs; returns the bytes that it keeps."""
+        flops, kept, seconds = measure_step(step, images, device)
+        self.flops = flops * self.count * self.images / images
+        self.seconds = seconds * self.images / images
+        return kept
 
 
 def count_parts(
-    strategy: Strategy,
-    data: ImageClassificationData | KnownCounts,
-    evaluation: EvaluationArguments,
-    classifier: ClassifierConfig,
+    strategy: Strategy, data: ImageClassificationData | KnownCounts, evaluation: EvaluationArguments
 ) -> list[Part]:
-    """All work of a run from its start to its end, by kind.
-
-    Args:
-        strategy: of the run, made but not begun.
-        data: numbers of images.
-        evaluation: how classes are sampled and judged.
-        classifier: how evaluation trains classifiers.
-    """
+    """All work of a run from its start to its end, by kind. The strategy is made but has not begun."""
     setting, training = strategy.setting, strategy.setting.training
+    classifier = evaluation.classifier(training.max_train_steps)
     parts: dict[str, Part] = {}
     for phase in (phase for task in setting.tasks for phase in strategy.phases(task)):
         kind = phase.name.rstrip("_0123456789")  # class_7 and class_8 are of one kind
@@ -106,11 +105,7 @@ def measure_parts(
 ) -> None:
     """Fill in FLOPs, memory and seconds by a few steps of each kind with random images.
 
-    Args:
-        parts: from `count_parts`.
-        strategy: in an empty folder, into which it writes what the next kind of work needs.
-        accelerator: for its device and precision.
-        evaluation: how classes are sampled and judged.
+    The strategy has an empty folder, into which it writes what the next kind of work needs.
     """
     device, config = accelerator.device, base_shape(strategy.setting).config
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
@@ -120,11 +115,10 @@ def measure_parts(
             trainable = strategy.build(phase)
             try:
                 step = _training_step(strategy, phase, trainable, accelerator, shape)
-                costs = measure_step(step, phase.settings.batch_size, device)
-                part.take(costs, phase.settings.batch_size)
+                kept = part.measure(step, phase.settings.batch_size, device)
                 weights = sum(parameter.nbytes for parameter in trainable.module.parameters())
                 # Gradient, two moments and the average.
-                part.memory = costs.kept + weights + 4 * sum(p.nbytes for p in trainable.parameters.values())
+                part.memory = kept + weights + 4 * sum(p.nbytes for p in trainable.parameters.values())
                 strategy.end_phase(phase, trainable)
                 class_id = phase.class_ids[0]
             finally:
@@ -136,8 +130,7 @@ def measure_parts(
 
         for part in parts:
             if part.unit == "evaluations":
-                size = evaluation.sampling_batch_size
-                part.take(measure_step(sample, size, device), size)
+                part.measure(sample, evaluation.sampling_batch_size, device)
     network = build_classifier(
         len(strategy.setting.class_names),
         channels=shape[0],
@@ -153,17 +146,17 @@ def measure_parts(
 
     for part in parts:
         if part.unit == "steps" and part.phase is None:
-            part.take(measure_step(classify, part.images, device), part.images)
+            part.measure(classify, part.images, device)
 
 
 def _training_step(
     strategy: Strategy, phase: Phase, trainable: Trainable, accelerator: Accelerator, shape: tuple[int, ...]
-) -> Callable[[int], None]:
+) -> Step:
     """A training step on a batch of any size, at a learning rate of 0."""
     parameters, device = list(trainable.parameters.values()), accelerator.device
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True if on_gpu else None)
-    ema = MovingAverage(parameters, decay=0.0, warmup=False, start=0, foreach=on_gpu)
+    ema = EMAModel(parameters, decay=0.0, foreach=on_gpu)
 
     def step(size: int) -> None:
         # Sorted, as batches of several classes are.
@@ -179,3 +172,46 @@ def _training_step(
         ema.step(parameters)
 
     return step
+
+
+def measure_step(step: Step, batch_size: int, device: torch.device) -> tuple[float, float, float]:
+    """Measure a step, on batches from 2 images on and as large as time permits, and scale the result.
+
+    Returns:
+        Of a step with the whole batch: floating-point operations as torch counts them, those of products of matrices and
+        convolutions; bytes kept for the backward pass, without parameters; seconds on this machine.
+    """
+    # Not 1, of which batch normalisation may have no variance.
+    (flops, kept), (more_flops, more_kept) = (_count(step, size) for size in (2, 3))
+    size = min(2, batch_size)
+    # Small batches are slower.
+    while (seconds := _time(step, size, device)) < MEASURED_SECONDS / 8 and size < batch_size:
+        size = min(4 * size, batch_size)
+    repeats = max(1, round(MEASURED_SECONDS / seconds))
+    seconds = median(_time(step, size, device) for _ in range(repeats))
+    more = batch_size - 2
+    return flops + more * (more_flops - flops), kept + more * (more_kept - kept), seconds * batch_size / size
+
+
+def _count(step: Step, size: int) -> tuple[int, int]:
+    """FLOPs and bytes kept."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
+        step(size)
+    return counter.get_total_flops(), sum(kept.values())
+
+
+def _time(step: Step, size: int, device: torch.device) -> float:
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    step(size)
+    wait()
+    return time.perf_counter() - started

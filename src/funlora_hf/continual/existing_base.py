@@ -1,6 +1,3 @@
 """The import path of existing bases before `continual.base`."""
 
-from .base import ExistingBase, find_base
-
-
-__all__ = ["ExistingBase", "find_base"]
+from .base import *  # noqa: F403

@@ -32,7 +32,6 @@ class GuardedSteps:
 
     Args:
         state: what is trained, and the count.
-        accelerator: of this process.
         shared: processes share each step, so all of them skip it if one has to.
         max_grad_norm: to which gradients are clipped; None: they are not.
     """
@@ -63,7 +62,9 @@ class GuardedSteps:
         Returns:
             The `Outcome`, a scalar on the device, the same on all processes that share the step.
         """
-        no_loss = self._no_loss(losses)
+        no_loss = ~torch.isfinite(torch.stack(list(losses))).all()
+        if self.asks_others:
+            no_loss = self.accelerator.reduce(no_loss.float(), reduction="sum") > 0
         no_gradient = ~torch.isfinite(self._norm(no_loss))
         skipped = no_loss | no_gradient
         if self._fused:
@@ -93,12 +94,6 @@ class GuardedSteps:
         """Whether more than `limit` steps in a row were skipped."""
         skipped = self.state.skipped
         return skipped["in_row"] > limit or skipped["rescaled_in_row"] > limit + HALVINGS
-
-    def _no_loss(self, losses: Sequence[torch.Tensor]) -> torch.Tensor:
-        no_loss = ~torch.isfinite(torch.stack(list(losses))).all()
-        if self.asks_others:
-            no_loss = self.accelerator.reduce(no_loss.float(), reduction="sum") > 0
-        return no_loss
 
     def _norm(self, no_loss: torch.Tensor) -> torch.Tensor:
         """Of the gradient, before it is clipped. Adam squares gradients, so one whose norm overflows is useless, too."""

@@ -7,11 +7,7 @@ import math
 
 
 class LossCurve:
-    """Means of the loss over equal parts of a phase; steps whose loss is not finite are left out.
-
-    Args:
-        steps: of the phase.
-    """
+    """Means of the loss over equal parts of the steps of a phase; those whose loss is not finite are left out."""
 
     MOST_POINTS = 50
 

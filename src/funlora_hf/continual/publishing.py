@@ -20,11 +20,7 @@ class PushError(RuntimeError):
 
 
 class Publisher:
-    """Pushes a run to the Hub.
-
-    Args:
-        training: says where to push.
-        tasks: all tasks of the run.
+    """Pushes a run to the Hub, where its arguments say.
 
     Raises:
         HfHubHTTPError, OSError: the repository can be neither found nor made.

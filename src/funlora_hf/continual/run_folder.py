@@ -41,11 +41,7 @@ _FREE = {
 
 
 class RunFolder:
-    """Paths of a run, and checks before something is written there.
-
-    Args:
-        path: the output folder.
-    """
+    """Paths of a run in its output folder, and checks before something is written there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

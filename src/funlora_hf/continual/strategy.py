@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,9 +23,6 @@ from ..sampling.pipeline import FunLoraPipeline
 from ..utils.field_types import check_field_types
 from .config import ContinualTrainingArguments, ModelArguments, parse_options
 from .devices import on_device
-
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -110,16 +107,16 @@ class Phase:
 
 
 @dataclass
-class Trainable(Generic[ModuleT]):
+class Trainable:
     """What a phase trains.
 
     Args:
-        module: called in the forward pass.
+        module: an `nn.Module`, called in the forward pass.
         parameters: by name, in an order that never changes.
         buffers: by name, that training changes besides: running means of batch normalisation.
     """
 
-    module: ModuleT
+    module: Any
     parameters: dict[str, nn.Parameter]
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -282,12 +279,9 @@ class Strategy(ABC):
 
 
 def velocity_losses(module: nn.Module, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
-    """The flow-matching loss of each sample, `(batch,)`.
+    """The flow-matching loss of each sample, `(batch,)`, of a U-Net.
 
-    Args:
-        module: a class-conditional U-Net.
-        batch: what to train on.
-        labels: rows of its class embedding, `(batch,)`, int64, on the CPU or the device.
+    `labels` are rows of its class embedding, `(batch,)`, int64, on the CPU or the device.
     """
     return losses_at(module, batch.sample, batch.noise, batch.sigma, on_device(labels, batch.sample.device))
 

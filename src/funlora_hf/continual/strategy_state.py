@@ -50,10 +50,12 @@ def keep_memory_report(folder: RunFolder, task: Task, strategy: Strategy) -> Non
         GrowingStateError: it has grown, and the strategy does not declare growth.
     """
     state = sum(tensor.nbytes for tensor in strategy.state_dict().values())
-    write_json(_report(folder, task.index), {**strategy.memory_report(), "state": state})
+    report = {**strategy.memory_report(), "state": state}
+    write_json(folder.checkpoints / f"memory/task_{task.index + 1}.json", report)
     if strategy.grows_with_tasks or task.index < 2:
         return
-    before, now = (_constant_bytes(folder, index) for index in (1, task.index))
+    second = read_mapping(folder.checkpoints / "memory/task_2.json", keys=("persistent", "state"))
+    before, now = (one["persistent"] - one.get("per_class", 0) + one["state"] for one in (second, report))
     if now > before:
         raise GrowingStateError(
             f"`strategy` {strategy.name!r} kept {before} bytes after task 2 and keeps {now} after task {task.index + 1}, expected "
@@ -64,13 +66,4 @@ def keep_memory_report(folder: RunFolder, task: Task, strategy: Strategy) -> Non
 def memory_reports(folder: RunFolder) -> list[dict[str, int]]:
     """What was kept after each task, in order."""
     count = len(list(folder.checkpoints.glob("memory/task_*.json")))
-    return [read_mapping(_report(folder, index)) for index in range(count)]
-
-
-def _constant_bytes(folder: RunFolder, index: int) -> int:
-    report = read_mapping(_report(folder, index), keys=("persistent", "state"))
-    return report["persistent"] - report.get("per_class", 0) + report["state"]
-
-
-def _report(folder: RunFolder, index: int) -> Path:
-    return folder.checkpoints / "memory" / f"task_{index + 1}.json"
+    return [read_mapping(folder.checkpoints / f"memory/task_{number}.json") for number in range(1, count + 1)]

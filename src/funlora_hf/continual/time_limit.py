@@ -10,11 +10,7 @@ class TimeLimitReached(Exception):
 
 
 class TimeLimit:
-    """A time limit that starts when it is made.
-
-    Args:
-        minutes: after which time is over; None: never.
-    """
+    """A time limit that starts when it is made, and is over after so many minutes; None: never."""
 
     def __init__(self, minutes: float | None) -> None:
         self.minutes = minutes

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 
 from ..adapters.class_folder import adapter_name
 from ..data.image_data import ImageClassificationData
@@ -26,8 +26,6 @@ from .compilation import compilation_errors
 from .config import ContinualTrainingArguments
 from .guarded_steps import GuardedSteps, Outcome
 from .loss_curve import LossCurve
-from .losses import PendingLosses
-from .moving_average import MovingAverage
 from .run_folder import RunFolder
 from .strategy import Phase, PhaseSettings, Strategy, Trainable
 from .strategy_state import keep_memory_report, load_task_state, save_task_state
@@ -41,21 +39,17 @@ logger = logging.getLogger(__name__)
 PREPARATION = "preparation"
 # How many steps a loss may wait on a GPU until it is read. Reading waits for the GPU, which then waits for the next step.
 STEPS_BETWEEN_READS = 25
+# Why to stop, by rank: of several reasons, the largest counts for all processes. 0: there is none.
+_TIME, _SIGNAL = 1, 2
+# What waits to be read of a step: its number, the loss of each of its batches and its outcome, all scalars.
+Pending = tuple[int, list[torch.Tensor], torch.Tensor]
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or its gradient became NaN or infinite, and stayed so."""
 
 
-class _Reason(IntEnum):
-    """Why to stop; of several reasons, the largest counts for all processes."""
-
-    NONE = 0
-    TIME = 1
-    SIGNAL = 2
-
-
-class Evaluator(Protocol):
+class Listener(Protocol):
     """What the trainer calls after each task."""
 
     def end_task(self, task: Task) -> None:
@@ -68,14 +62,10 @@ class ContinualTrainer:
     Runs a strategy over tasks.
 
     Args:
-        strategy ([`Strategy`]): what is trained, and how.
-        data ([`ImageClassificationData`]): the real images.
-        tasks (`list[Task]`): in order.
-        training ([`ContinualTrainingArguments`]): how.
+        strategy ([`Strategy`]): what is trained, and how; its setting has the tasks.
         folder ([`RunFolder`]): where; opened already.
-        accelerator ([`Accelerator`]): on what.
         random_flip (`bool`): flip training images at random.
-        evaluator ([`Evaluator`], *optional*): told after every task.
+        listeners (sequence of [`Listener`], *optional*): told after every task, one after the other.
         limit ([`TimeLimit`], *optional*): when to stop; None: never.
         termination ([`Termination`], *optional*): whether SIGTERM or SIGINT has come; None: not listened to.
         steps_between_reads (`int`, *optional*):
@@ -85,18 +75,17 @@ class ContinualTrainer:
 
     strategy: Strategy
     data: ImageClassificationData
-    tasks: list[Task]
     _: KW_ONLY
-    training: ContinualTrainingArguments
     folder: RunFolder
     accelerator: Accelerator
     random_flip: bool = False
-    evaluator: Evaluator | None = None
+    listeners: Sequence[Listener] = ()
     limit: TimeLimit | None = None
     termination: Termination | None = None
     steps_between_reads: int | None = None
 
     def __post_init__(self) -> None:
+        self.tasks, self.training = self.strategy.setting.tasks, self.strategy.setting.training
         self._limit, self._termination = self.limit or TimeLimit(None), self.termination or Termination()
         # Processes ask each other only if there may be a reason to stop.
         self._asks = bool(self.limit) or self.termination is not None
@@ -123,12 +112,13 @@ class ContinualTrainer:
             if not restored:
                 self._learn_task(task)
             self.accelerator.wait_for_everyone()
-            if self.evaluator is not None:
+            if self.listeners:
                 # What an earlier run has trained is evaluated even if time is over, so that each run makes progress.
                 if not restored:
                     self._stop_if(self._due(shared=True), f"before the evaluation of task {task.index + 1}")
                 self.folder.check_there()
-                self.evaluator.end_task(task)
+                for listener in self.listeners:
+                    listener.end_task(task)
                 self.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
@@ -246,29 +236,24 @@ class ContinualTrainer:
                 if not phase.independent:
                     self.accelerator.wait_for_everyone()
         except TimeLimitReached:
-            self._agreed(_Reason.TIME)
+            self._agreed(_TIME)
             raise
-        self._stop_if(self._agreed(_Reason.NONE), "since another process had to stop")
+        self._stop_if(self._agreed(0), "since another process had to stop")
 
-    def _due(self, *, shared: bool) -> _Reason:
+    def _due(self, *, shared: bool) -> int:
         """Why this process has to stop now; `shared`: all processes together, all of which call this."""
-        reason = _Reason.TIME if self._limit.is_over else _Reason.NONE
-        if self._termination.requested:
-            reason = _Reason.SIGNAL
+        reason = _SIGNAL if self._termination.requested else _TIME if self._limit.is_over else 0
         return self._agreed(reason) if shared else reason
 
-    def _agreed(self, reason: _Reason) -> _Reason:
+    def _agreed(self, reason: int) -> int:
         """The largest reason of any process; all of them call this."""
         if self.accelerator.num_processes == 1 or not self._asks:
             return reason
-        reasons = self.accelerator.gather(torch.tensor([int(reason)], device=self.accelerator.device))
-        return _Reason(int(reasons.max()))
+        return int(self.accelerator.gather(torch.tensor([reason], device=self.accelerator.device)).max())
 
-    def _stop_if(self, reason: _Reason, where: str) -> None:
-        if reason is _Reason.SIGNAL:
-            raise self._termination.error(where)
-        if reason is _Reason.TIME:
-            raise self._limit.reached(where)
+    def _stop_if(self, reason: int, where: str) -> None:
+        if reason:
+            raise {_TIME: self._limit.reached, _SIGNAL: self._termination.error}[reason](where)
 
     def _run_phase(self, phase: Phase, build: Callable[[Phase], Trainable]) -> None:
         started = time.perf_counter()
@@ -311,7 +296,7 @@ class ContinualTrainer:
         done = load_newest(self.folder.checkpoints / phase.name, state) if resumes else 0
         guard = GuardedSteps(state, accelerator, shared=not phase.independent, max_grad_norm=training.max_grad_norm)
         module = trainable.module if phase.independent else accelerator.prepare_model(trainable.module)
-        losses = PendingLosses(self._read_every)
+        pending: list[Pending] = []
 
         with Progress(
             steps,
@@ -323,22 +308,22 @@ class ContinualTrainer:
         ) as bar:
             for step in range(done, steps):
                 # Processes that share the phase ask each other, for which they wait anyway where losses are read.
-                asks = phase.independent or accelerator.num_processes == 1 or not losses
+                asks = phase.independent or accelerator.num_processes == 1 or not pending
                 if step > done and asks and (reason := self._due(shared=not phase.independent)):
-                    self._read(phase, losses, guard, bar)
+                    self._read(phase, pending, guard, bar)
                     self._checkpoint(phase, step, state)
                     self._stop_if(reason, f"after step {step} of {steps} of phase {phase.name!r}")
                 for group in state.optimizer.param_groups:
                     group["lr"] = learning_rate(phase.settings, step)
-                losses.add(step, *self._step(phase, module, batches, step, guard))
-                if losses.due:
-                    self._read(phase, losses, guard, bar)
+                pending.append((step, *self._step(phase, module, batches, step, guard)))
+                if len(pending) >= self._read_every:
+                    self._read(phase, pending, guard, bar)
                 self.strategy.after_step(phase)
                 bar.update()
                 if (step + 1) % training.checkpointing_steps == 0 and step + 1 < steps:
-                    self._read(phase, losses, guard, bar)
+                    self._read(phase, pending, guard, bar)
                     self._checkpoint(phase, step + 1, state)
-            self._read(phase, losses, guard, bar)
+            self._read(phase, pending, guard, bar)
         if not phase.independent:
             accelerator.unwrap_model(module, keep_fp32_wrapper=False)
         state.ema.copy_to(trainable.parameters.values())
@@ -366,9 +351,7 @@ class ContinualTrainer:
         on_gpu = self.accelerator.device.type == "cuda"
         fused = True if on_gpu or self._read_every > 1 else None
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=fused)
-        start = int(settings.ema_start * steps)
-        decay, warmup = settings.ema_decay, settings.ema_warmup
-        ema = MovingAverage(parameters, decay=decay, warmup=warmup, start=start, foreach=on_gpu)
+        ema = moving_average(parameters, settings, steps, foreach=on_gpu)
         scaler = self.accelerator.scaler
         if scaler is not None:
             # accelerate has one for all phases, but a class must not depend on earlier ones of the process.
@@ -405,19 +388,23 @@ class ContinualTrainer:
                     outcome = guard.end(parts)
         return parts, outcome
 
-    def _read(self, phase: Phase, losses: PendingLosses, guard: GuardedSteps, bar: Progress) -> None:
-        """Report the losses that wait on the device, and count the steps that were skipped."""
-        for loss in losses.read():
-            guard.count(loss.outcome)
+    def _read(self, phase: Phase, pending: list[Pending], guard: GuardedSteps, bar: Progress) -> None:
+        """Report the losses that wait on the device, for which to wait once, and count the steps that were skipped."""
+        scalars = [scalar for _, losses, outcome in pending for scalar in (*losses, outcome)]
+        values = iter(torch.stack(scalars).tolist() if scalars else ())
+        for step, waiting, _ in pending:
+            losses, outcome = [next(values) for _ in waiting], Outcome(int(next(values)))
+            guard.count(outcome)
             if guard.exceed(self.training.max_nonfinite_steps):
-                value = next((value for value in loss.parts if not math.isfinite(value)), math.nan)
-                no_gradient = loss.outcome is Outcome.NO_GRADIENT
-                found = "The gradient is not finite" if no_gradient else f"The loss is {value}"
-                raise self._non_finite(phase, loss.step, found, guard.state.skipped["in_row"])
-            guard.state.losses.add(loss.step, loss.mean)
-            bar.set_postfix(loss=f"{loss.mean:.3f}", refresh=False)
-            rate = learning_rate(phase.settings, loss.step)
-            self.accelerator.log({f"{phase.name}/loss": loss.mean, f"{phase.name}/lr": rate}, step=loss.step)
+                value = next((value for value in losses if not math.isfinite(value)), math.nan)
+                found = "The gradient is not finite" if outcome is Outcome.NO_GRADIENT else f"The loss is {value}"
+                raise self._non_finite(phase, step, found, guard.state.skipped["in_row"])
+            mean = sum(loss / len(losses) for loss in losses)
+            guard.state.losses.add(step, mean)
+            bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+            rate = learning_rate(phase.settings, step)
+            self.accelerator.log({f"{phase.name}/loss": mean, f"{phase.name}/lr": rate}, step=step)
+        pending.clear()
 
     def _checkpoint(self, phase: Phase, step: int, state: TrainingState) -> None:
         self._check_finite(phase, step, state.parameters.values())
@@ -475,15 +462,19 @@ def phase_steps(settings: PhaseSettings, num_images: int, training: ContinualTra
 
 
 def phase_images(phase: Phase, num_images: Mapping[int, int], training: ContinualTrainingArguments) -> int:
-    """How many images a phase will train on, counted as often as they are seen.
-
-    Args:
-        phase: of a strategy.
-        num_images: class id -> number of its images.
-        training: of the run.
-    """
+    """How many images a phase will train on, counted as often as they are seen; `num_images` has those of a class by its id."""
     count = sum(num_images.get(class_id, 0) for class_id in phase.class_ids)
     return phase_steps(phase.settings, count, training) * images_per_step(phase.settings, training)
+
+
+def moving_average(
+    parameters: Sequence[torch.nn.Parameter], settings: PhaseSettings, steps: int, *, foreach: bool
+) -> EMAModel:
+    """The average of what a phase of so many steps trains, at its start; `foreach` takes all parameters at once."""
+    decay, start = settings.ema_decay, int(settings.ema_start * steps)
+    # A least decay as high as the decay leaves out diffusers' warm-up; but diffusers begins with it a step late.
+    least, start = (0.0, start) if settings.ema_warmup else (decay, start - 1)
+    return EMAModel(parameters, decay=decay, min_decay=least, update_after_step=start, foreach=foreach)
 
 
 def images_per_step(settings: PhaseSettings, training: ContinualTrainingArguments) -> int:
@@ -492,11 +483,7 @@ def images_per_step(settings: PhaseSettings, training: ContinualTrainingArgument
 
 
 def learning_rate(settings: PhaseSettings, step: int) -> float:
-    """Linear warm-up, then constant. A function of the step alone, so that a resumed phase needs no state for it.
-
-    Args:
-        settings: of the phase.
-        step: from 0.
+    """Linear warm-up, then constant. A function of the step alone, from 0, so that a resumed phase needs no state for it.
 
     Source: arXiv 2510.02631, training recipe: warm-up [text], its shape [ours].
     """
@@ -513,3 +500,11 @@ def preparation_seconds(folder: RunFolder) -> dict[int, float]:
     """What was spent before the first phase of each task, such as on images to replay: `{task, from 0: seconds}`."""
     records = [read_json(path) for path in (folder.checkpoints / PREPARATION).glob("*.json")]
     return {record["task"]: record["seconds"] for record in records}
+
+
+def per_task(phases: Mapping[str, Mapping[str, Any]], key: str, start: Sequence[float]) -> list[float]:
+    """Sum over the phases of each task of what was recorded; a phase of the images of several tasks counts in the first."""
+    sums = list(start)
+    for record in phases.values():
+        sums[int(record.get("task") or 0)] += record[key]
+    return sums

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..adapters.class_folder import ADAPTERS_FOLDER
-from ..classifier import ClassifierConfig, percentage, predict, train_classifier
+from ..classifier import percentage, predict, train_classifier
 from ..continual.config import EvaluationArguments, measuring_settings
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
@@ -44,54 +44,23 @@ logger = logging.getLogger(__name__)
 _DRAWN_BY = ("num_probe_samples", "sampling_batch_size", "solver", "num_inference_steps", "solver_tolerance")
 
 
-def classifier_config(config: EvaluationArguments, max_train_steps: int | None) -> ClassifierConfig:
-    """The classifier's settings from the arguments of a run.
-
-    Raises:
-        ValueError: an argument out of range.
-    """
-    try:
-        return ClassifierConfig(
-            epochs=config.classifier_epochs,
-            batch_size=config.classifier_batch_size,
-            learning_rate=config.classifier_learning_rate,
-            crop_padding=config.classifier_crop_padding,
-            horizontal_flip=config.classifier_flip,
-            max_train_steps=max_train_steps,
-            architecture=config.classifier_architecture,
-        )
-    except ValueError as error:
-        raise ValueError(str(error).replace("`", "`classifier_", 1)) from error
-
-
 @dataclass(eq=False, repr=False)
 class RunEvaluator:
-    """
-    Args:
-        strategy: what is evaluated.
-        data: real images; classes of a given base may be missing from it.
-        tasks: all tasks.
-        config: how to sample and evaluate.
-        seed: of the run.
-        folder: of the run.
-        accelerator: for its processes and device.
-        max_train_steps: cap on the classifiers' steps.
-    """
+    """Evaluates a strategy on real images, from which classes of a given base may be missing."""
 
     strategy: Strategy
     data: ImageClassificationData
-    tasks: list[Task]
     _: KW_ONLY
     config: EvaluationArguments
-    seed: int
     folder: RunFolder
     accelerator: Accelerator
-    max_train_steps: int | None
 
     def __post_init__(self) -> None:
-        self._classes = self.strategy.setting.seen(self.tasks[-1])
+        setting = self.strategy.setting
+        self.tasks, self.seed = setting.tasks, setting.training.seed
+        self._classes = setting.seen(self.tasks[-1])
         self._settings = measuring_settings(asdict(self.config))
-        self._classifier = classifier_config(self.config, self.max_train_steps)
+        self._classifier = self.config.classifier(setting.training.max_train_steps)
         # Decoded once: every later task is tested on the images of all earlier ones.
         self._tests: dict[int, torch.Tensor] = {}
 
@@ -121,7 +90,12 @@ class RunEvaluator:
                 len(mine), f"samples, task {task.index + 1}", disable=not self.accelerator.is_main_process
             ) as bar:
                 for class_id in mine:
-                    self._sample_class(pipe, class_id, task)
+                    path = self._sample_path(class_id, task)
+                    if not path.is_file():
+                        samples = self._draw(pipe, class_id, "synthetic")
+                        tensors = {"images": to_uint8(samples.images), "nfe": torch.tensor(samples.nfe)}
+                        with whole_file(path) as temporary:
+                            save_file(tensors, temporary)
                     bar.update()
         self.accelerator.wait_for_everyone()
         sampled = time.perf_counter()
@@ -135,8 +109,9 @@ class RunEvaluator:
                 "accuracies": row,
                 "class_accuracies": per_class,
                 "seconds": {"sampling": sampled - started, "classifier": time.perf_counter() - sampled},
-                "own_classifier": self._own_accuracies(task, seen),
             }
+            own = self.strategy.own_classifier() if all(self._count(c, "test") for c in seen) else None
+            measured["own_classifier"] = None if own is None else self._tested(own, task, seen)[0]
             if self.strategy.learning_changes_past_classes:
                 measured["held_out_losses"] = self.held_out_losses(seen)
             self.folder.check_there()
@@ -170,28 +145,23 @@ class RunEvaluator:
         seen = self.strategy.setting.seen
         return [task for task in self.tasks if all(self._sample_path(c, task).is_file() for c in seen(task))]
 
-    def keep_first_samples(self, path: Path, count: int = 8) -> None:
-        """Write the first samples of every class after every task, to look at them side by side; others that are there stay.
+    def keep_first_samples(self) -> None:
+        """Write up to 8 samples of every class after every task, to look at them side by side; others that are there stay.
 
-        Args:
-            path: a safetensors file: `task_<t>/class_<id>`, t from 1, uint8 `(n, channels, height, width)`, n <= count.
-            count: of each.
+        The file has `task_<t>/class_<id>`, t from 1, uint8 `(n, channels, height, width)`, n <= 8.
         """
+        path = self.folder.samples
         tensors = load_file(path) if path.is_file() else {}
         for task in self.sampled():
             for class_id in self.strategy.setting.seen(task):
-                images = self.synthetic_images(class_id, task)[:count]
+                images = self.synthetic_images(class_id, task)[:8]
                 tensors[f"task_{task.index + 1}/class_{class_id}"] = images.contiguous()
         if tensors:
             with whole_file(path) as temporary:
                 save_file(tensors, temporary)
 
     def held_out_losses(self, classes: Sequence[int] | None = None) -> dict[str, float]:
-        """Held-out loss of the classes that have test images, by the generator as it is now.
-
-        Args:
-            classes: their ids; None: all of the run.
-        """
+        """Held-out loss by id of those classes that have test images, by the generator as it is now; None: all of the run."""
         classes = [c for c in (self._classes if classes is None else classes) if self._count(c, "test")]
         sigmas = self.config.held_out_sigmas
         with self.strategy.inference(classes) as pipe:
@@ -231,7 +201,13 @@ class RunEvaluator:
         if len(real) < 2:
             logger.warning("No image quality: there is only one pair of a real and a sampled image to compare.")
             return None
-        extractor = self._extractor(trained)
+        device = self.accelerator.device
+        extractor: FeatureExtractor
+        if self.config.image_quality == "inception":
+            extractor = InceptionFeatures().to(device)
+        else:
+            images = {class_id: self.data.images(class_id) for class_id in trained}
+            extractor = reference_features(images, config=self._classifier, device=device)
         return asdict(compare_images(real, generated, extractor, neighbours=self.config.image_quality_neighbours))
 
     def zero_forgetting(self) -> dict[str, Any] | None:
@@ -265,13 +241,6 @@ class RunEvaluator:
             "base_sha256_before": read_mapping(self.folder.evaluation / "base.json", keys=["sha256"])["sha256"],
             "base_sha256_after": self._base_sha256(),
         }
-
-    def _sample_class(self, pipe: FunLoraPipeline, class_id: int, task: Task) -> None:
-        path = self._sample_path(class_id, task)
-        if not path.is_file():
-            samples = self._draw(pipe, class_id, "synthetic")
-            with whole_file(path) as temporary:
-                save_file({"images": to_uint8(samples.images), "nfe": torch.tensor(samples.nfe)}, temporary)
 
     def _samples(self, class_id: int, task: Task) -> dict[str, torch.Tensor]:
         # The generator as it was after an earlier task is gone, if tasks change it.
@@ -330,13 +299,6 @@ class RunEvaluator:
         )
         return self._tested(classifier, task, seen)
 
-    def _own_accuracies(self, task: Task, seen: Sequence[int]) -> list[float] | None:
-        """Row of the accuracy matrix of the classifier that the strategy itself has trained; None if there is none."""
-        classifier = self.strategy.own_classifier()
-        if classifier is None or not all(self._count(class_id, "test") for class_id in seen):
-            return None
-        return self._tested(classifier, task, seen)[0]
-
     def _tested(self, classifier: nn.Module, task: Task, seen: Sequence[int]) -> tuple[list[float], dict[str, float]]:
         """A classifier's % of right answers on the test images of each task so far, and on those of each class."""
         row: list[float] = []
@@ -349,14 +311,6 @@ class RunEvaluator:
             parts = correct.split([len(test) for test in tests])
             per_class |= {str(c): percentage(part) for c, part in zip(earlier.class_ids, parts, strict=True)}
         return row, per_class
-
-    def _extractor(self, classes: list[int]) -> FeatureExtractor:
-        device = self.accelerator.device
-        if self.config.image_quality == "inception":
-            return InceptionFeatures().to(device)
-        return reference_features(
-            {class_id: self.data.images(class_id) for class_id in classes}, config=self._classifier, device=device
-        )
 
     def _test_images(self, class_id: int) -> torch.Tensor:
         if class_id not in self._tests:

@@ -15,30 +15,18 @@ _FID_EXTRA = 'pip install "funlora-hf[fid]"'
 
 
 class FeatureExtractor(nn.Module):
-    """Maps images, uint8 `(N, C, H, W)` in 0..255, to features, float `(N, D)`.
-
-    Attributes:
-        name: what results call it.
-    """
+    """Maps images, uint8 `(N, C, H, W)` in 0..255, on its device, to features, float `(N, D)`."""
 
     name: str
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features, float `(N, D)`, of images, uint8 `(N, C, H, W)` on the extractor's device."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it maps images to features.")
+    """What results call it."""
 
 
 class ClassifierFeatures(FeatureExtractor):
     """The input of a classifier's last layer: D is 256 for the small network and 512 for ResNet-18.
 
     Distances in these features say which of two generators is nearer to the real images as this classifier sees them.
-    They have no unit and cannot be compared with those of another classifier, nor with FID. [ours]
-
-    Args:
-        classifier: as `build_classifier` makes it, trained; it is copied.
-
-    Raises:
-        ValueError: a network without a linear layer.
+    They have no unit and cannot be compared with those of another classifier, nor with FID. [ours] The classifier, which
+    `build_classifier` has made, is copied.
     """
 
     name = "classifier"
@@ -46,11 +34,6 @@ class ClassifierFeatures(FeatureExtractor):
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         linear = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise ValueError(
-                f"`classifier` is a {type(classifier).__name__} without a linear layer, expected a network that ends with "
-                "one: build it by `build_classifier`."
-            )
         self.network = copy.deepcopy(classifier).eval()
         self.network.set_submodule(linear[-1], nn.Identity())
 
@@ -99,15 +82,9 @@ class InceptionFeatures(FeatureExtractor):
 
 @torch.no_grad()
 def extract_features(extractor: FeatureExtractor, images: torch.Tensor, *, batch_size: int = 100) -> torch.Tensor:
-    """Features of any number of images, on the extractor's device.
+    """Features of any number of images, float `(N, D)`, on the device of the extractor's weights.
 
-    Args:
-        extractor: maps a batch.
-        images: uint8 `(N, C, H, W)`, 0..255, N >= 1, on any device.
-        batch_size: images at once.
-
-    Returns:
-        float `(N, D)`, on the device of the extractor's weights.
+    The images are uint8 `(N, C, H, W)`, 0..255, N >= 1, on any device.
 
     Raises:
         ValueError: images that are not as described.

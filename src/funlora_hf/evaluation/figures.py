@@ -31,22 +31,18 @@ PURPLE = "#CC79A7"
 GREY = "#7F7F7F"
 
 STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
+    "axes.axisbelow": True,
     "axes.titlesize": 11,
-    "axes.labelsize": 10,
-    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.titlesize": 11,
     "figure.labelsize": 10,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "legend.fontsize": 10,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
 }
-_GRID: dict[Any, Any] = {"axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6}
 DPI = 150
 # Side, in pixels, that one image of the grid should reach; small images are enlarged by a whole factor up to it.
 GRID_CELL = 64
@@ -70,9 +66,6 @@ def sample_grid(images_by_class: Mapping[str, Tensor], path: str | os.PathLike[s
         images_by_class: class name -> uint8 (N, C, H, W), range 0..255, C = 1 or 3, the same C, H, W for every class;
             rows appear in the order of the mapping. A class with fewer images than columns leaves the rest white.
         path: the PNG to write; its folder is made if it is missing.
-        title: text above the grid.
-
-    Source: [ours].
     """
     side = GRID_CELL if len(images_by_class) <= MANY_CLASSES else GRID_CELL_OF_MANY
     rows = [enlarged(images[:IMAGES_IN_ROW], side) for images in images_by_class.values()]
@@ -88,23 +81,13 @@ def image_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int, na
 def image_grid_picture(
     images: Tensor, *, columns: int, names: Sequence[str] = (), headings: Sequence[str] = ()
 ) -> PIL.Image.Image:
-    """Draws images row by row, each on white. Needs no matplotlib.
+    """Draws images row by row, each on white, as an RGB image. Needs no matplotlib.
 
-    Small images are enlarged by a whole factor, each pixel to a square.
-
-    Args:
-        images: uint8 (N, C, H, W), range 0..255, C = 1 or 3.
-        columns: images in a row.
-        names: of the rows, written on the left.
-        headings: of the columns, written above.
-
-    Returns:
-        An RGB image.
+    Small images are enlarged by a whole factor, each pixel to a square. The names of rows are written on the left, the headings
+    of columns above.
 
     Raises:
-        ValueError: images that are not as described.
-
-    Source: [ours].
+        ValueError: the images are not uint8 (N, C, H, W), N of at least 1 and C of 1 or 3.
     """
     check_images("images", images)
     pictures = enlarged(images, GRID_CELL)
@@ -129,7 +112,6 @@ def accuracy_curve(
         average_accuracies: `A[t]` after each task. Unit: %, range [0, 100].
         path: the PNG to write; its folder is made if it is missing.
         classes_seen: number of classes seen after each task, increasing; as long as `average_accuracies`.
-        label: name of the method in the legend.
         joint: accuracy after each task of training on the real images of all classes seen, the upper bound, drawn as
             a dashed line; as long as `average_accuracies`. Unit: %, range [0, 100].
 
@@ -155,11 +137,7 @@ def accuracy_curve(
 
 
 def loss_curves(losses: Mapping[str, Sequence[float | None]], path: str | os.PathLike[str]) -> None:
-    """Draws the training loss of each phase over its course.
-
-    Args:
-        losses: by phase, means over equal parts of it; None for a part without one.
-        path: the PNG to write; its folder is made if it is missing.
+    """Draws the training loss of each phase over its course: means over equal parts of it, None for a part without one.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -187,7 +165,6 @@ def layer_importance(
         importance: layer name -> (mean, standard deviation over the classes), no unit. Bars appear in the order of the
             mapping, which should be that of execution.
         path: the PNG to write; its folder is made if it is missing.
-        title: text above the axes.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -211,10 +188,7 @@ def new_figure(
 ) -> Iterator[Any]:
     """A matplotlib figure in `STYLE`, written when the block ends well: a whole PNG on white, cut to what it shows.
 
-    Args:
-        path: the PNG to write.
-        size: width and height in inches.
-        layout: of matplotlib; None leaves the axes where they are put.
+    `size` is width and height in inches; without a layout, the axes stay where they are put.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -225,7 +199,7 @@ def new_figure(
         import matplotlib.figure
     except ImportError as error:
         raise ImportError('figures need matplotlib; install it with: pip install "funlora-hf[demo]"') from error
-    with matplotlib.rc_context({**STYLE, **_GRID}):
+    with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=size, dpi=DPI, layout=layout)
         yield figure
         with whole_file(target) as temporary:
@@ -246,17 +220,9 @@ def labelled(
     columns: Sequence[str] = (),
     title: str | None = None,
 ) -> PIL.Image.Image:
-    """Pictures row by row, pixel for pixel, on white, with labels in a font that has their characters.
+    """Pictures as `on_white` places them, with labels in a font that has their characters, as an RGB image.
 
-    Args:
-        rows: pictures, see `on_white`.
-        gap: pixels between pictures; the edge is half as wide.
-        names: of the rows, written on the left.
-        columns: names of the columns, written above.
-        title: text above the grid.
-
-    Returns:
-        An RGB image.
+    The names of rows are on the left, those of columns above; the edge is half as wide as the gap, which is in pixels.
     """
     font = label_font([*names, *columns, title or ""], LABEL_SIZE)
     names, columns = ([drawable(text, font) for text in texts] for texts in (names, columns))
@@ -333,13 +299,10 @@ def _png_path(path: str | os.PathLike[str]) -> Path:
 
 def check_images(name: str, images: Tensor) -> None:
     """Raises a ValueError unless the images are uint8 `(N, C, H, W)`, N of at least 1 and C of 1 or 3."""
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
-        found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"{name} is {found}, expected uint8 (N, C, H, W); convert it first")
-    if len(images) == 0 or images.shape[1] not in (1, 3):
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"{name} has shape {tuple(images.shape)}, expected (N, C, H, W) with N of at least 1 and C of 1 or 3; leave "
-            "the class out or convert its images"
+            f"{name} is {images.dtype} {tuple(images.shape)}, expected uint8 (N, C, H, W) with N of at least 1 and C of 1 or 3; "
+            "leave the class out or convert its images"
         )
 
 

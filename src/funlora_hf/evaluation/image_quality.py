@@ -23,13 +23,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..classifier import ClassifierConfig, train_classifier
-from ..utils.checks import check_at_least_one
 from .features import ClassifierFeatures, FeatureExtractor, extract_features
 
 
@@ -41,25 +39,15 @@ REFERENCE_SEED = 0
 _BLOCK = 1000
 
 
-class PrecisionRecall(NamedTuple):
-    """Shares in [0, 1], see the module."""
-
-    precision: float
-    recall: float
-
-
 @dataclass(frozen=True)
 class ImageQuality:
     """How near generated images are to real ones, see the module.
 
     Args:
-        extractor: name of the features.
         frechet_distance: 0 for equal means and covariances; FID if, and only if, `extractor` is "inception".
         precision: share of the generated images that look real.
         recall: share of the real images that the generator covers.
         neighbours: the k of precision and recall.
-        num_real: real images.
-        num_generated: generated images.
     """
 
     extractor: str
@@ -83,11 +71,9 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
 
     Raises:
         ImportError: torchmetrics is not installed.
-        ValueError: features that are not as described, or not finite.
 
     Source: arXiv 1706.08500, equation 6 [text].
     """
-    _check_features(real, generated)
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
@@ -103,8 +89,8 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def precision_recall(real: torch.Tensor, generated: torch.Tensor, *, neighbours: int) -> PrecisionRecall:
-    """Precision and recall of two sets of features by balls to the k-th nearest neighbour.
+def precision_recall(real: torch.Tensor, generated: torch.Tensor, *, neighbours: int) -> tuple[float, float]:
+    """Precision and recall, both in [0, 1], of two sets of features by balls to the k-th nearest neighbour.
 
     Memory grows with N + M, not with their product.
 
@@ -113,26 +99,12 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, *, neighbours:
         generated: float `(M, D)`, on the same device.
         neighbours: k, at least 1 and less than N and M.
 
-    Returns:
-        [`PrecisionRecall`].
-
-    Raises:
-        ValueError: features that are not as described, or not finite; too few images for `neighbours`.
-
     Source: arXiv 1904.06991, equations 1 and 2 [text]: a ball includes its edge, so equal images lie in each other's,
         even where a generator repeats one image and all its radii are 0.
     """
-    _check_features(real, generated)
-    check_at_least_one("neighbours", neighbours)
-    fewest = min(len(real), len(generated))
-    if neighbours >= fewest:
-        raise ValueError(
-            f"`neighbours` is {neighbours}, expected less than the images of the smaller set, {fewest}: compare more "
-            "images, or take fewer neighbours."
-        )
-    return PrecisionRecall(
-        precision=_share_inside(generated, real, _radii(real, neighbours)),
-        recall=_share_inside(real, generated, _radii(generated, neighbours)),
+    return (
+        _share_inside(generated, real, _radii(real, neighbours)),
+        _share_inside(real, generated, _radii(generated, neighbours)),
     )
 
 
@@ -144,19 +116,16 @@ def compare_images(
     Args:
         real: uint8 `(N, C, H, W)`, N >= 2.
         generated: uint8 `(M, C, H, W)`, M >= 2.
-        extractor: maps images to features.
         neighbours: k of precision and recall. Sets of k images or fewer are measured with as many as they allow, and a
             warning; the result says how many.
 
-    Returns:
-        [`ImageQuality`].
-
     Raises:
         ImportError: torchmetrics is not installed.
-        ValueError: images that are not as described, fewer than two of a kind, or features that are not finite.
+        ValueError: images that are not as described, or features that are not finite.
     """
-    check_at_least_one("neighbours", neighbours)
     features = extract_features(extractor, real), extract_features(extractor, generated)
+    if not all(of_set.isfinite().all() for of_set in features):
+        raise ValueError(f"The features of {extractor.name!r} are not finite: check the extractor's weights.")
     distance = frechet_distance(*features)
     most = min(len(real), len(generated)) - 1
     if neighbours > most:
@@ -178,13 +147,10 @@ def match_classes(
 
     Args:
         real: class id -> uint8 `(n, C, H, W)`, n >= 0.
-        generated: class id -> uint8 `(m, C, H, W)`, m >= 0.
+        generated: class id -> uint8 `(m, C, H, W)`, m >= 0; for at least one class, n and m are more than 0.
 
     Returns:
         Real and generated images, uint8 `(N, C, H, W)` each, in the order of the class ids.
-
-    Raises:
-        ValueError: no class has images of both kinds.
 
     Source: [ours].
     """
@@ -195,11 +161,6 @@ def match_classes(
         if count:
             spaced = torch.arange(count) * len(available) // count
             pairs.append((available[spaced], drawn[:count]))
-    if not pairs:
-        raise ValueError(
-            f"`real` has images of the classes {sorted(real)} and `generated` of {sorted(generated)}, expected at least "
-            "one class with images of both kinds."
-        )
     real_parts, drawn_parts = zip(*pairs, strict=True)
     return torch.cat(real_parts), torch.cat(drawn_parts)
 
@@ -213,22 +174,13 @@ def reference_features(
 
     Args:
         images: class id -> uint8 `(n, C, H, W)`, for at least two classes.
-        config: the recipe.
-        device: where to train.
-
-    Returns:
-        [`ClassifierFeatures`] on `device`.
+        device: where to train, and of the result.
 
     Raises:
-        ValueError: fewer than two classes, between which a classifier learns nothing.
         RuntimeError: the training's loss is not finite.
 
     Source: [ours].
     """
-    if len(images) < 2:
-        raise ValueError(
-            f"`images` has the classes {sorted(images)}, expected at least two: a classifier learns nothing from one."
-        )
     parts = [images[class_id] for class_id in sorted(images)]
     classifier = train_classifier(
         torch.cat(parts),
@@ -266,21 +218,3 @@ def _share_inside(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tens
 def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     # By differences: the faster way by a product has no exact zero for equal points.
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _check_features(real: torch.Tensor, generated: torch.Tensor) -> None:
-    for name, given in (("real", real), ("generated", generated)):
-        if not isinstance(given, torch.Tensor) or not given.is_floating_point() or given.ndim != 2:
-            found = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
-            raise ValueError(f"`{name}` is {found}, expected features as a float tensor (N, D).")
-        if len(given) < 2 or given.shape[1] == 0:
-            raise ValueError(
-                f"`{name}` has shape {tuple(given.shape)}, expected (N, D) with N at least 2: one image has no spread."
-            )
-        if not given.isfinite().all():
-            raise ValueError(f"`{name}` has features that are not finite: check the extractor's weights.")
-    if real.shape[1] != generated.shape[1]:
-        raise ValueError(
-            f"`generated` has {generated.shape[1]} features and `real` {real.shape[1]}, expected as many: take both from "
-            "one extractor."
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -27,14 +27,7 @@ _NOT_A_CHARACTER = "\uffff"
 
 
 def label_font(labels: Iterable[str], size: int) -> FreeTypeFont:
-    """Pillow's own font if it has all characters of the labels, else the installed font that lacks the fewest of them.
-
-    Args:
-        labels: all that will be drawn together.
-        size: in pixels.
-
-    Source: [ours].
-    """
+    """Pillow's own font if it has all characters of the labels, else the installed font that lacks the fewest; size in pixels."""
     characters = frozenset("".join(labels))
     font = cast(FreeTypeFont, ImageFont.load_default(size))  # of another type without a size
     lacking = _lacking(font, characters)
@@ -81,9 +74,6 @@ def _drawing(font: FreeTypeFont, character: str) -> tuple[tuple[int, int], bytes
 @cache
 def _installed() -> list[Path]:
     """Fonts of this system, the plain ones without serifs first."""
-    found = (path for folder in FOLDERS for path in _fonts(Path(folder).expanduser()))
-    return sorted(found, key=lambda path: ("sans" not in path.stem.lower(), len(path.stem), path))
-
-
-def _fonts(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in (".ttf", ".ttc", ".otf"))
+    found = (path for folder in FOLDERS for path in Path(folder).expanduser().rglob("*"))
+    fonts = [path for path in found if path.suffix.lower() in (".ttf", ".ttc", ".otf")]
+    return sorted(fonts, key=lambda path: ("sans" not in path.stem.lower(), len(path.stem), path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
 from statistics import fmean
 from typing import Any
 
@@ -21,13 +20,14 @@ def continual_scores(accuracy_matrix: Sequence[Sequence[float]]) -> dict[str, An
         `forgetting`.
 
     Raises:
-        ValueError: the matrix is empty or not ragged in this way, or an entry is not a finite number in [0, 100].
+        ValueError: the matrix is not ragged in this way, or an entry is not a finite number in [0, 100].
 
     Source: arXiv 2510.02631, evaluation protocol: `A`, `LA`, `AIA` [text]. Each task weighs the same, whatever its number
         of test images [text: mean over the tasks]. `forgetting` [ours].
     """
-    averages = [fmean(row) for row in _validated(accuracy_matrix)]
-    return {"A": averages, "LA": averages[-1], "AIA": fmean(averages), "forgetting": forgetting(accuracy_matrix)}
+    forgotten = forgetting(accuracy_matrix)
+    averages = [fmean(row) for row in accuracy_matrix]
+    return {"A": averages, "LA": averages[-1], "AIA": fmean(averages), "forgetting": forgotten}
 
 
 def forgetting(accuracy_matrix: Sequence[Sequence[float]]) -> float:
@@ -38,40 +38,19 @@ def forgetting(accuracy_matrix: Sequence[Sequence[float]]) -> float:
 
         mean over j < T of  max over t <= T of R[t][j]  -  R[T][j]
 
-    Args:
-        accuracy_matrix: as for `continual_scores`. Unit: %, range [0, 100].
-
     Returns:
-        Percentage points, range [0, 100]; 0 for a single task, since nothing can have been forgotten.
-
-    Raises:
-        ValueError: as for `continual_scores`.
+        Percentage points, range [0, 100]; 0 for a single task, since nothing can have been forgotten. Takes and raises what
+        `continual_scores` does.
 
     Source: Chaudhry et al. 2018 [text]; the maximum over all rows is [ours].
     """
-    matrix = _validated(accuracy_matrix)
-    last = matrix[-1]
-    drops = [max(row[task] for row in matrix[task:]) - last[task] for task in range(len(matrix) - 1)]
-    return fmean(drops) if drops else 0.0
-
-
-def _validated(accuracy_matrix: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Returns the matrix as lists of floats, or says which entry is wrong."""
-    if len(accuracy_matrix) == 0:
-        raise ValueError("accuracy_matrix is empty: expected one row per task; evaluate at least one task first")
-    matrix = []
     for task, row in enumerate(accuracy_matrix):
-        if len(row) != task + 1:
+        # The comparison is also false for NaN.
+        if len(row) != task + 1 or not all(0 <= value <= 100 for value in row):
             raise ValueError(
-                f"accuracy_matrix[{task}] has {len(row)} entries, expected {task + 1}: row t holds the accuracies on "
-                f"tasks 0..t; leave out the tasks that are not yet seen"
+                f"accuracy_matrix[{task}] is {row}, expected {task + 1} finite numbers in [0, 100]: accuracies in % on the tasks "
+                f"0..{task}; leave out the tasks that are not yet seen"
             )
-        for other, value in enumerate(row):
-            # bool is a Real to Python, but never an accuracy; NaN is in no range.
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 100:
-                raise ValueError(
-                    f"accuracy_matrix[{task}][{other}] is {value!r}, expected a finite number in [0, 100]; accuracies are "
-                    "in %"
-                )
-        matrix.append([float(value) for value in row])
-    return matrix
+    *earlier, last = accuracy_matrix
+    drops = [max(row[task] for row in accuracy_matrix[task:]) - last[task] for task in range(len(earlier))]
+    return fmean(drops) if drops else 0.0

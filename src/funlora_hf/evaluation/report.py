@@ -24,7 +24,7 @@ from ..continual.config import run_settings
 from ..continual.run_folder import RunFolder
 from ..continual.strategy import Strategy
 from ..continual.strategy_state import memory_reports
-from ..continual.trainer import phase_seconds, preparation_seconds
+from ..continual.trainer import per_task, phase_seconds, preparation_seconds
 from ..data.tasks import Task
 from ..layer_selection import LayerImportance, conv_layers, layer_importance
 from ..utils.files import read_mapping, write_json
@@ -55,10 +55,9 @@ _PACKAGES = (
 
 
 def accuracy_results(rows: Sequence[Sequence[float] | None]) -> dict[str, Any]:
-    """`accuracy_matrix`, `A`, `LA`, `AIA` and `forgetting` of results.json, all in %; None where not measured.
+    """`accuracy_matrix`, `A`, `LA`, `AIA` and `forgetting` of results.json, all in %, from the rows of the matrix.
 
-    Args:
-        rows: of the matrix; None for a task after which nothing was measured. Without the last one, all is None.
+    None for a task after which nothing was measured; without the last one, all is None.
     """
     nothing = dict.fromkeys(("accuracy_matrix", "A", "LA", "AIA", "forgetting"))
     if rows[-1] is None:
@@ -75,7 +74,7 @@ def joint_average_accuracies(path: str | None, num_tasks: int) -> list[float] | 
     if path is None:
         return None
     averages = read_mapping(Path(path)).get("A") if Path(path).is_file() else None
-    if averages is None or len(averages) != num_tasks:
+    if [isinstance(average, (int, float)) for average in averages or ()] != [True] * num_tasks:
         logger.warning(
             "`joint_results` is %r, which holds no accuracies after %d tasks: they are not drawn.", path, num_tasks
         )
@@ -87,35 +86,22 @@ class ForgettingError(RuntimeError):
     """A class or the base has changed although the strategy promises that nothing does."""
 
 
-def report_run(
-    evaluator: RunEvaluator,
-    *,
-    settings: Mapping[str, Mapping[str, Any]],
-    folder: RunFolder,
-    num_processes: int,
-) -> dict[str, Any]:
-    """Write results.json and the figures, print the table, and check that nothing was forgotten.
+def report_run(evaluator: RunEvaluator, *, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Write results.json and the figures of a run that has ended, print the table, and check that nothing was forgotten.
 
-    Args:
-        evaluator: that followed the run to its end.
-        settings: all arguments of the run, by dataclass.
-        folder: of the run.
-        num_processes: that trained it.
-
-    Returns:
-        The contents of results.json.
+    Returns the contents of results.json. `settings` are all arguments of the run, by dataclass.
 
     Raises:
         ForgettingError: the strategy promises that learned classes stay, and one has not. The files are written first.
     """
     started = time.perf_counter()
-    strategy, tasks = evaluator.strategy, evaluator.tasks
+    strategy, tasks, folder = evaluator.strategy, evaluator.tasks, evaluator.folder
     zero_forgetting = evaluator.zero_forgetting()
-    importance = _importance(strategy, folder)
+    importance = _importance(strategy)
     # Records of earlier versions have none.
     phases = phase_seconds(folder)
     losses = {name: record["losses"] for name, record in phases.items() if "losses" in record}
-    evaluated = _evaluated(evaluator, folder)
+    evaluated = _evaluated(evaluator)
     with _figures_if_possible():
         if importance:
             layer_importance_figure(importance, folder.figures / "layer_importance.png")
@@ -135,12 +121,12 @@ def report_run(
         "layer_importance": {layer: of_layer._asdict() for layer, of_layer in importance.items()},
         "memory": strategy.memory_report(),
         "memory_per_task": memory_reports(folder),
-        "training_images_per_task": _per_task(phases, "images", [0] * len(tasks)),
+        "training_images_per_task": per_task(phases, "images", [0] * len(tasks)),
         # Records of earlier versions have none.
         "skipped_steps": sum(record.get("skipped_steps", 0) for record in phases.values()),
         "training_losses": losses,
         "ema_decay_reached": _decays(phases),
-        "seconds": _seconds(evaluator, folder, time.perf_counter() - started),
+        "seconds": _seconds(evaluator, time.perf_counter() - started),
         "zero_forgetting": zero_forgetting,
         "added": AddedClasses(folder).finished(),
         "settings": settings,
@@ -148,31 +134,26 @@ def report_run(
         "environment": {
             "python": sys.version.split()[0],
             "device": strategy.setting.device.type,
-            "num_processes": num_processes,
+            "num_processes": evaluator.accelerator.num_processes,
             "num_threads": torch.get_num_threads(),
         },
     }
-    _write(results, evaluator, folder)
+    _write(results, evaluator)
     _check_zero_forgetting(zero_forgetting, folder)
     return results
 
 
-def report_evaluation(evaluator: RunEvaluator, *, folder: RunFolder) -> dict[str, Any]:
-    """Rewrite what evaluation gives, in the results.json and figures of a finished run, and print the table.
+def report_evaluation(evaluator: RunEvaluator) -> dict[str, Any]:
+    """Rewrite what evaluation has just given, in the results.json and figures of a finished run, and print the table.
 
-    Args:
-        evaluator: that has just evaluated the run.
-        folder: of the run.
-
-    Returns:
-        The contents of results.json.
+    Returns the contents of results.json.
     """
     started = time.perf_counter()
-    results = read_mapping(folder.results, keys=("settings", "zero_forgetting"))
-    results |= _evaluated(evaluator, folder)
-    results["seconds"] = _seconds(evaluator, folder, time.perf_counter() - started)
+    results = read_mapping(evaluator.folder.results, keys=("settings", "zero_forgetting"))
+    results |= _evaluated(evaluator)
+    results["seconds"] = _seconds(evaluator, time.perf_counter() - started)
     results["settings"] |= run_settings(evaluator.config)
-    _write(results, evaluator, folder)
+    _write(results, evaluator)
     return results
 
 
@@ -189,11 +170,7 @@ def report_finished(folder: RunFolder) -> dict[str, Any]:
 
 
 def execution_order(base: Path) -> list[str]:
-    """Names of the Conv2d of a base's U-Net in order of execution, from its configuration alone.
-
-    Args:
-        base: a pipeline folder.
-    """
+    """Names of the Conv2d of a pipeline folder's U-Net in order of execution, from its configuration alone."""
     with torch.device("meta"):
         return conv_layers(UNet2DModel.from_config(UNet2DModel.load_config(base, subfolder="unet")))
 
@@ -213,15 +190,7 @@ def _decays(phases: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def _per_task(phases: Mapping[str, Mapping[str, Any]], key: str, start: Sequence[float]) -> list[float]:
-    """Sum over the phases of each task of what was recorded; a phase of the images of several tasks counts in the first."""
-    sums = list(start)
-    for record in phases.values():
-        sums[int(record.get("task") or 0)] += record[key]
-    return sums
-
-
-def _evaluated(evaluator: RunEvaluator, folder: RunFolder) -> dict[str, Any]:
+def _evaluated(evaluator: RunEvaluator) -> dict[str, Any]:
     """The part of results.json that evaluation gives, with its figures; None where nothing was measured."""
     strategy, tasks, records = evaluator.strategy, evaluator.tasks, evaluator.records()
     sampled = records[-1] is not None
@@ -230,10 +199,10 @@ def _evaluated(evaluator: RunEvaluator, folder: RunFolder) -> dict[str, Any]:
     losses = evaluator.held_out_losses() if sampled else {}
     image_quality = None
     with _figures_if_possible():
-        _figures(evaluator, accuracies, folder)
+        _figures(evaluator, accuracies)
     try:
         image_quality = evaluator.image_quality() if sampled else None
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         # An extra, a download or the training of a network that fails is no reason to lose the results of days.
         logger.warning("No image quality: %s", error)
     return {
@@ -256,8 +225,9 @@ def _evaluated(evaluator: RunEvaluator, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _write(results: dict[str, Any], evaluator: RunEvaluator, folder: RunFolder) -> None:
-    evaluator.keep_first_samples(folder.samples)
+def _write(results: dict[str, Any], evaluator: RunEvaluator) -> None:
+    folder = evaluator.folder
+    evaluator.keep_first_samples()
     write_json(folder.results, results)
     folder.forget_samples()
     print(f"{summary_table(results)}\n\n{what_next(results, folder.path)}")
@@ -272,10 +242,9 @@ def _figures_if_possible() -> Iterator[None]:
         logger.warning("No figures: %s", error)
 
 
-def _seconds(evaluator: RunEvaluator, folder: RunFolder, report: float) -> dict[str, Any]:
+def _seconds(evaluator: RunEvaluator, report: float) -> dict[str, Any]:
     records = [record["seconds"] for record in evaluator.records() if record is not None]
-    phases = phase_seconds(folder)
-    preparation = preparation_seconds(folder)
+    phases, preparation = phase_seconds(evaluator.folder), preparation_seconds(evaluator.folder)
     prepared = [preparation.get(index, 0.0) for index in range(len(evaluator.tasks))]
     parts = {
         "training": sum(record["seconds"] for record in phases.values()) + sum(preparation.values()),
@@ -288,12 +257,12 @@ def _seconds(evaluator: RunEvaluator, folder: RunFolder, report: float) -> dict[
         "total": sum(parts.values()),
         "phases": {name: record["seconds"] for name, record in phases.items()},
         "preparation_per_task": prepared,
-        "training_per_task": _per_task(phases, "seconds", prepared),
+        "training_per_task": per_task(phases, "seconds", prepared),
     }
 
 
-def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, LayerImportance]:
-    found = adapter_folders(folder.path / ADAPTERS_FOLDER)
+def _importance(strategy: Strategy) -> dict[str, LayerImportance]:
+    found = adapter_folders(strategy.setting.output_dir / ADAPTERS_FOLDER)
     # Not those that were added to the run.
     adapters = [path for path in found if class_in_name(path.name) in strategy.setting.class_names]
     if not adapters or strategy.method_name == "vanilla_add":
@@ -302,12 +271,8 @@ def _importance(strategy: Strategy, folder: RunFolder) -> dict[str, LayerImporta
     return layer_importance(adapters, order=execution_order(strategy.setting.base_dir))
 
 
-def _figures(
-    evaluator: RunEvaluator,
-    accuracies: Mapping[str, Any],
-    folder: RunFolder,
-) -> None:
-    setting, tasks = evaluator.strategy.setting, evaluator.tasks
+def _figures(evaluator: RunEvaluator, accuracies: Mapping[str, Any]) -> None:
+    setting, tasks, folder = evaluator.strategy.setting, evaluator.tasks, evaluator.folder
     for task in tasks_with_grid(evaluator.sampled()):
         images = {setting.class_names[c]: evaluator.synthetic_images(c, task) for c in setting.seen(task)}
         path = folder.figures / f"samples_task_{task.index + 1}.png"

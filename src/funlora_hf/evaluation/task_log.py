@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from ..continual.base import BASE_PHASE
-from ..continual.trainer import phase_images, phase_seconds, preparation_seconds
+from ..continual.trainer import per_task, phase_images, phase_seconds, preparation_seconds
 from ..data.tasks import Task
 from ..utils.progress import duration
 from .evaluator import RunEvaluator
@@ -21,11 +20,7 @@ _MOST_NAMES = 10
 
 
 class TaskLog:
-    """Logs a line after each task, from what the run has written.
-
-    Args:
-        evaluator: of the run; it has evaluated the task before this is told that the task is over.
-    """
+    """Logs a line after each task, from what the run has written; the evaluator has evaluated the task before."""
 
     def __init__(self, evaluator: RunEvaluator) -> None:
         self.evaluator = evaluator
@@ -35,10 +30,14 @@ class TaskLog:
         """Log the line, on the main process."""
         if not self.evaluator.accelerator.is_main_process:
             return
-        tasks, spent = self.setting.tasks, self._spent(task)
+        tasks, prepared = self.setting.tasks, preparation_seconds(self.folder)
+        # Over all processes, with what prepared them.
+        spent = per_task(phase_seconds(self.folder), "seconds", [prepared.get(one.index, 0.0) for one in tasks])
         names = [self.setting.class_names[class_id] for class_id in task.class_ids]
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        how = "of the base" if task.index == 0 and self.setting.has_base else f"learned in {duration(spent)}"
+        how = (
+            "of the base" if task.index == 0 and self.setting.has_base else f"learned in {duration(spent[task.index])}"
+        )
         row = (self.evaluator.records()[task.index] or {}).get("accuracies")
         accuracy = "" if row is None else f", accuracy {fmean(row):.1f} %"
         later = tasks[task.index + 1 :]
@@ -71,12 +70,6 @@ class TaskLog:
                 rate = _ratio(seconds, [len(count(one)) for one, _ in done])
                 left += rate * sum(len(count(one)) for one in later)
         return left
-
-    def _spent(self, task: Task) -> float:
-        """Seconds of training of a task, over all processes, with what prepared it."""
-        records: list[dict[str, Any]] = list(phase_seconds(self.folder).values())
-        training = sum(record["seconds"] for record in records if (record.get("task") or 0) == task.index)
-        return training + preparation_seconds(self.folder).get(task.index, 0.0)
 
 
 def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:

@@ -83,15 +83,11 @@ def find_recipe(given: str | os.PathLike) -> Path:
 
 def read_recipe(path: str | os.PathLike, known: Collection[str]) -> dict[str, Any]:
     """
-    The arguments in a recipe; none if it is empty.
-
-    Args:
-        path (`str` or `os.PathLike`): a YAML file: a mapping; or a name of `recipe_names`.
-        known (collection of `str`): keys that it may have.
+    The arguments in a recipe, a YAML file with a mapping or a name of `recipe_names`; none if it is empty.
 
     Raises:
         FileNotFoundError: no such file or name.
-        ValueError: a file that cannot be read, not YAML, not a mapping, or an unknown key; it names the file.
+        ValueError: a file that cannot be read, not YAML, not a mapping, or a key that is not in `known`; it names the file.
     """
     path, found = os.fspath(path), find_recipe(path)
     try:

@@ -61,13 +61,7 @@ class ReplayOptions:
 
 
 class GeneratedImages:
-    """Draws images by class and keeps them in a folder, from which they are read the next time.
-
-    Args:
-        folder: where they are until `delete`.
-        options: how they are drawn.
-        seed: of the run.
-    """
+    """Draws images by class and keeps them in a folder until `delete`, from which they are read the next time."""
 
     def __init__(self, folder: Path, options: ReplayOptions, seed: int) -> None:
         self.folder = folder
@@ -77,13 +71,9 @@ class GeneratedImages:
     def draw(
         self, pipe: FunLoraPipeline, counts: Mapping[int, int], purpose: str, *, guidance: Guidance | None = None
     ) -> dict[int, torch.Tensor]:
-        """Images by class, uint8 `(n, channels, height, width)`, on the CPU; the same for the same purpose.
+        """Images by class, uint8 `(n, channels, height, width)`, on the CPU: as many as `counts` says by the id of a class.
 
-        Args:
-            pipe: knows the classes.
-            counts: class id -> how many.
-            purpose: part of the seed and of the files' names.
-            guidance: as in the pipeline.
+        They are the same for the same purpose, which is part of the seed and of the files' names.
         """
         options, images = self._options, {}
         for class_id, count in counts.items():

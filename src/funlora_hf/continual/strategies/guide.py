@@ -16,6 +16,7 @@ from ...sampling.guidance import Guidance
 from ...utils.checks import check_at_least_one
 from ..base import label_rows
 from ..strategy import Batch, Phase, Trainable
+from ..trainer import phase_steps
 from .generated_images import ReplayOptions, joined, share_of
 from .replay import Replay, is_classifier
 
@@ -66,7 +67,9 @@ class Guide(Replay):
         task = self.task_of(phase)
         if not is_classifier(phase) or task.index == 0:
             return super().generated(phase, real)
-        due = min(self.options.refreshes, 1 + real.number * self.options.refreshes // self._batches(phase))
+        training, refreshes = self.setting.training, self.options.refreshes
+        batches = phase_steps(phase.settings, 0, training) * training.gradient_accumulation_steps
+        due = min(refreshes, 1 + real.number * refreshes // batches)
         while len(self._rounds) < due:
             self._rounds.append(self._draw(phase, len(self._rounds)))
             self._joined = joined(self._rounds)
@@ -81,11 +84,6 @@ class Guide(Replay):
     def _replay_bytes(self) -> int:
         # One set for the generator, one for the classifier.
         return 2 * super()._replay_bytes()
-
-    def _batches(self, phase: Phase) -> int:
-        training = self.setting.training
-        limits = (phase.settings.train_steps, training.max_train_steps)
-        return min(limit for limit in limits if limit is not None) * training.gradient_accumulation_steps
 
     def _draw(self, phase: Phase, number: int) -> dict[int, torch.Tensor]:
         task = self.task_of(phase)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...data.tasks import Task
 from ...sampling.pipeline import FunLoraPipeline
-from ..base import base_shape, label_rows, load_pipeline, save_base, trainable_unet
+from ..base import label_rows, load_pipeline, save_base, trainable_unet
 from ..strategy import (
     Batch,
     Phase,
@@ -25,7 +25,7 @@ from ..strategy import (
     folder_bytes,
     velocity_losses,
 )
-from .peft_methods import check_unused
+from .sequential import check_one_generator
 
 
 class Joint(Strategy):
@@ -39,18 +39,12 @@ class Joint(Strategy):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.model_dir = setting.output_dir / "model"
-        self.class_ids = tuple(class_id for task in setting.tasks for class_id in task.class_ids)
+        self.class_ids = setting.seen(setting.tasks[-1])
         self._pipe: FunLoraPipeline | None = None
 
     def check(self) -> None:
         training = self.setting.training
-        check_unused(self.setting.model, (), f"`strategy` {self.name!r}")
-        if training.class_batches != "homogeneous":
-            raise ValueError(
-                f"`class_batches` is {training.class_batches!r}, which `strategy` 'joint' does not use, since it trains all classes "
-                "together: leave it out."
-            )
-        base_shape(self.setting)
+        check_one_generator(self.setting, self.name, ())
         if (training.base_train_steps is None) != (training.adapter_train_steps is None):
             raise ValueError(
                 "`strategy` 'joint' takes as many steps as base and adapters together: give `base_train_steps` and "

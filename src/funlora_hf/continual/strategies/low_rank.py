@@ -37,9 +37,6 @@ from .weight_changes import (
 
 
 TARGETS = ("attention", "convolutions", "both")
-ORTHOGONAL = ("nullspace", "released")
-MERGES = ("concat", "factor_sum", "svd", "dense")
-COMPARED = ("running", "cumulative")
 DEFAULT_RANK = 8
 _ADAPTER = "default"
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -79,8 +76,8 @@ class MergeOrthogonalOptions(LowRankOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("orthogonal", self.orthogonal, ORTHOGONAL)
-        check_choice("merge", self.merge, MERGES)
+        check_choice("orthogonal", self.orthogonal, ("nullspace", "released"))
+        check_choice("merge", self.merge, ("concat", "factor_sum", "svd", "dense"))
         if self.orthogonal == "released" and self.merge in ("concat", "dense"):
             raise ValueError(
                 f"`orthogonal` is 'released', which needs an accumulated A of the rank of a task's, and `merge` {self.merge!r} "
@@ -104,7 +101,7 @@ class MagMaxOptions(LowRankOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("compared", self.compared, COMPARED)
+        check_choice("compared", self.compared, ("running", "cumulative"))
         if not 0 < self.scaling <= 10:
             raise ValueError(f"`scaling` is {self.scaling}, expected a number above 0, at most 10.")
         if self.scaling != 1 and self.compared == "running":
@@ -124,10 +121,7 @@ class LowRank(Sequential):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.rank = DEFAULT_RANK if setting.model.rank is None else setting.model.rank
-
-    @property
-    def takes(self) -> tuple[str, ...]:
-        return ("rank",) if self.options.targets == "attention" else ("rank", "target_modules")
+        self.takes = ("rank",) if self.options.targets == "attention" else ("rank", "target_modules")
 
     def check(self) -> None:
         super().check()
@@ -162,12 +156,7 @@ class LowRank(Sequential):
         return self.deltas(kept)
 
     def start(self, gaussian: Pairs, kept: Kept) -> Pairs:
-        """Where a task's pairs start.
-
-        Args:
-            gaussian: the usual start.
-            kept: what the task before has left, which is not empty.
-        """
+        """Where a task's pairs start, from the usual start and from what the task before has left, which is not empty."""
         return gaussian
 
     @abstractmethod

@@ -6,7 +6,7 @@ Task 1 trains the base, as for all strategies. Each later task writes the genera
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,11 +50,7 @@ CLASS_VECTORS = "class_embedding.weight"
 
 
 class KeptFile:
-    """One safetensors file for each task; a later one replaces the earlier ones.
-
-    Args:
-        folder: where.
-    """
+    """One safetensors file for each task; a later one replaces the earlier ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -93,6 +89,8 @@ class Sequential(Strategy):
 
     needs_base = True
     """Whether sampling after a later task needs the base in addition to what is kept."""
+    takes: tuple[str, ...] = ()
+    """Those of `ADAPTER_ARGUMENTS` that it uses."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -118,20 +116,9 @@ class Sequential(Strategy):
     def load(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> None:
         """Turn a base with the vectors of all classes seen into the generator, in place."""
 
-    @property
-    def takes(self) -> tuple[str, ...]:
-        """Those of `ADAPTER_ARGUMENTS` that it uses."""
-        return ()
-
     def check(self) -> None:
-        training, setting = self.setting.training, self.setting
-        check_unused(setting.model, self.takes, f"`strategy` {self.name!r}")
-        if training.class_batches != "homogeneous":
-            raise ValueError(
-                f"`class_batches` is {training.class_batches!r}, which `strategy` {self.name!r} does not use, since it "
-                "trains all classes of a task together: leave it out."
-            )
-        base_shape(setting)
+        setting = self.setting
+        check_one_generator(setting, self.name, self.takes)
         if not setting.has_base:
             return
         rows, known = base_classes(setting.base_dir), setting.tasks[0].class_ids
@@ -218,11 +205,9 @@ class Sequential(Strategy):
 
     @abstractmethod
     def trained_bytes(self, base: int) -> int:
-        """Bytes of the parameters that a task trains. Adam's two moments, the moving average and the gradient take as many
-        each.
+        """Bytes of the parameters that a task trains, where the whole base has `base`.
 
-        Args:
-            base: bytes of the whole base.
+        Adam's two moments, the moving average and the gradient take as many each.
         """
 
     def _generator(self, task: Task, kept: Mapping[str, torch.Tensor]) -> UNet2DModel:
@@ -241,6 +226,17 @@ class Sequential(Strategy):
         # Otherwise diffusers would write the base's path on this machine.
         unet.register_to_config(_name_or_path="")
         return unet, kept
+
+
+def check_one_generator(setting: Setting, strategy: str, takes: Collection[str]) -> None:
+    """Raise a ValueError unless the setting is one for a strategy of one generator, which uses those of `ADAPTER_ARGUMENTS`."""
+    check_unused(setting.model, takes, f"`strategy` {strategy!r}")
+    if setting.training.class_batches != "homogeneous":
+        raise ValueError(
+            f"`class_batches` is {setting.training.class_batches!r}, which `strategy` {strategy!r} does not use, since it "
+            "trains its classes together: leave it out."
+        )
+    base_shape(setting)
 
 
 def scaled(training: ContinualTrainingArguments, prefix: str, num_classes: int) -> PhaseSettings:
