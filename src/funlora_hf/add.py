@@ -351,7 +351,7 @@ class _Addition(Run):
         if class_name is None:
             return data
         check_class_name(class_name)
-        if len(data.class_names) != 1 or not class_name.strip():
+        if len(data.class_names) != 1:
             raise ValueError(
                 f"`class_name` is {class_name!r}, expected the name of the one class in the images, which have "
                 f"{len(data.class_names)}: {', '.join(data.class_names.values())}."
