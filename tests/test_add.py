@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from runs import digests, run_in, short_run
 from write_events import on_write
 
-from funlora_hf import FunLoraPipeline
+from funlora_hf import BaseMismatchError, FunLoraPipeline
 from funlora_hf.add import SETTINGS, add_classes
 from funlora_hf.cli import main
 from funlora_hf.continual.base import find_base
@@ -379,6 +379,17 @@ def test_what_cannot_be_is_named_and_nothing_is_written(arguments, error, text, 
         add_classes(**{"images": "cross", "to": "out", **arguments})
     assert digests(inside) == before
     assert not (inside / "mine").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"to": "out"}, {"to": "out/base", "output_dir": "out_of_it"}])
+def test_a_base_that_is_not_that_of_the_adapters_gets_no_class(arguments, inside):
+    shutil.copytree("out/adapters", "out_of_it/adapters")
+    config = Path("out/base/unet/config.json")
+    write_json(config, {**read_json(config), "act_fn": "relu"})
+    before = digests(inside)
+    with pytest.raises(BaseMismatchError, match="class_4' was trained for another base"):
+        add_classes("cross", **arguments)
+    assert digests(inside) == before
 
 
 def test_from_the_command_line_to_a_picture(inside, capsys, caplog):

@@ -271,6 +271,11 @@ def test_sample_draws_what_the_pipeline_does(command, run_folder, tmp_path):
     assert np.array_equal(tile, tile[::8, ::8].repeat(8, axis=0).repeat(8, axis=1))
 
 
+def test_sample_refuses_steps_that_a_solver_ignores(fails, run_folder):
+    options = ("--solver", "dopri5", "--num_inference_steps", "3")
+    assert "`--num_inference_steps` is 3, which `--solver` 'dopri5' ignores" in fails("sample", run_folder, *options)
+
+
 def test_sample_takes_adapters_and_banks_from_elsewhere(command, run_folder, tmp_path):
     alone = shutil.move(run_folder / "adapters", tmp_path / "alone")
     shutil.copytree(alone, run_folder / "adapters")

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from strategies import RANKS
 from torch import distributed
 
-from funlora_hf import FunLoraPipeline
+from funlora_hf import BaseMismatchError, FunLoraPipeline
 from funlora_hf.classifier import ClassifierConfig, train_classifier
 from funlora_hf.continual import time_limit
 from funlora_hf.continual import trainer as trainer_module
@@ -692,6 +692,16 @@ def test_updating_finds_the_class_by_its_name_in_another_order(inside, caplog):
     run(short_run(update_class=class_id))
     changed = {name for name, digest in digests(inside / "out").items() if before.get(name) != digest}
     assert changed == {f"adapters/class_{class_id}/adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("mode", ["continue", "retrain"])
+def test_a_class_of_another_base_is_not_updated(mode, copy):
+    config = copy / "base" / "unet" / "config.json"
+    write_json(config, {**read_json(config), "act_fn": "relu"})
+    before = digests(copy)
+    with pytest.raises(BaseMismatchError, match="class_6' was trained for another base"):
+        run(short_run(update_class=6, update_mode=mode))
+    assert digests(copy) == before
 
 
 def test_continuing_starts_from_the_adapter_and_retraining_does_not(copy):

@@ -12,11 +12,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
+from peft import PeftConfig
 from transformers import HfArgumentParser
 
+from .adapters.base_fingerprint import FingerprintCheck
 from .adapters.untrusted_adapter import method, read_config
 from .adapters.untrusted_bank import read_bank
-from .adapters.untrusted_base import PIPELINE
+from .adapters.untrusted_base import PIPELINE, read_unet
 from .continual.added_classes import AddedClasses
 from .continual.base import ExistingBase, find_base
 from .continual.config import (
@@ -184,7 +186,8 @@ def add_classes(
         [`Added`].
 
     Raises:
-        ValueError: arguments or images that cannot be used, or a class whose name is there already; nothing is written then.
+        ValueError: arguments or images that cannot be used, a class whose name is there already, or adapters there that were trained
+            for another base; nothing is written then.
         FileNotFoundError: no such images, base or run.
         FolderInUseError: a run is at work in the folder.
         HfHubHTTPError: the repository cannot be read.
@@ -358,7 +361,7 @@ class _Addition(Run):
         if class_name is None:
             return data
         check_class_name(class_name)
-        if len(data.class_names) != 1 or not class_name.strip():
+        if len(data.class_names) != 1:
             raise ValueError(
                 f"`class_name` is {class_name!r}, expected the name of the one class in the images, which have "
                 f"{len(data.class_names)}: {', '.join(data.class_names.values())}."
@@ -370,14 +373,20 @@ class _Addition(Run):
         strategy = cast(FunLora, self._strategy(self.base, self.images, []))
         strategy.check()
         own = method(strategy.adapter_config(next(iter(self.images.class_names))))
-        configs = [read_config(folder) for contents in self.target.present for folder in contents.adapters]
-        configs += [read_bank(file).config for contents in self.target.present for file in contents.banks]
-        others = {method(config) for config in configs} - {own}
+        configs: dict[Path, PeftConfig] = {}
+        for contents in self.target.present:
+            configs |= {folder: read_config(folder) for folder in contents.adapters}
+            configs |= {file: read_bank(file).config for file in contents.banks}
+        others = {method(config) for config in configs.values()} - {own}
         if others:
             raise ValueError(
                 f"`peft_method` {self.model.peft_method!r} makes adapters of type {own}, expected {', '.join(sorted(others))}, as "
                 "those that are there: a generator has adapters of one method."
             )
+        if configs:
+            check = FingerprintCheck(read_unet(self.base.folder))
+            for place, config in configs.items():
+                check.check(config, os.fspath(place))
         self._choose()
         for class_id in self.images.class_names:
             self.images.images(class_id)  # all can be read

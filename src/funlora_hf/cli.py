@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--class_label", nargs="+", default=[], type=int, metavar="ID", help="the same, by id alone")
     sample.add_argument("--class_name", nargs="+", default=[], metavar="NAME", help="the same, by name alone")
     sample.add_argument("--num_images", type=_at_least_one, default=4, help="of each class (default: %(default)s)")
-    sample.add_argument("--num_inference_steps", type=_at_least_one, default=10, help="(default: %(default)s)")
+    sample.add_argument("--num_inference_steps", type=_at_least_one, help="(default: 10; 'dopri5' chooses its own)")
     sample.add_argument("--solver", choices=SOLVERS, default="heun", help="(default: %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="equal seeds give equal images (default: %(default)s)")
     sample.add_argument("--output", default="samples.png", help="PNG to write (default: %(default)s)")
@@ -257,10 +257,17 @@ def _sample(
     num_images: int,
     output: str,
     device: str,
-    **how: Any,
+    solver: str,
+    num_inference_steps: int | None,
+    seed: int,
 ) -> int:
     from .evaluation.figures import image_grid
 
+    if solver == "dopri5" and num_inference_steps is not None:
+        raise ValueError(
+            f"`--num_inference_steps` is {num_inference_steps}, which `--solver` 'dopri5' ignores: leave one of them out."
+        )
+    how: dict[str, Any] = {"solver": solver, "num_inference_steps": num_inference_steps or 10, "seed": seed}
     place = _device(device)
     pipe = _load(base, adapters)
     class_ids = [_class_id(pipe.classes, text) for text in classes or ()]

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from runs import write_adapters
 
-from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, load_adapter
+from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, load_adapter, save_adapter
 from funlora_hf.adapters.base_fingerprint import BaseMismatchError, base_fingerprints
 from funlora_hf.adapters.untrusted_adapter import MOST_CONFIG_BYTES, fetch, read_adapter
 
@@ -54,6 +54,23 @@ def test_another_base_is_refused_by_name_only(folder, tiny_pipe):
     assert tiny_pipe.classes == {3: "three", 5: "5"}
     assert torch.equal(velocities(tiny_pipe), before)
     assert tiny_pipe.load_adapter(folder, ignore_base_fingerprint=True) == 7
+
+
+@pytest.mark.parametrize("name", ["", " ", 5, ["seven"]])
+def test_the_name_of_a_class_is_text(name, folder, tiny_pipe, tmp_path):
+    model = load_adapter(copy.deepcopy(tiny_pipe.unet), folder)
+    bank = AdapterBank(copy.deepcopy(tiny_pipe.unet), FunLoraConfig.from_pretrained(folder))
+    for name_it in (
+        lambda: save_adapter(model, tmp_path / "saved", "class_7", class_name=name),
+        lambda: tiny_pipe.load_adapter(folder, class_name=name),
+        lambda: bank.add(folder, class_name=name),
+        lambda: bank.add_tensors(bank.live_tensors, class_label=7, class_name=name),
+    ):
+        with pytest.raises(ValueError, match=r"`class_name` is .*, expected text"):
+            name_it()
+    with pytest.raises(ValueError, match="`class_label` is '7', expected an id"):
+        bank.add_tensors(bank.live_tensors, class_label="7")
+    assert (bank.classes, tiny_pipe.classes) == ({}, {3: "three", 5: "5"})
 
 
 def saved_from_a_pipeline(pipe, folder, place):

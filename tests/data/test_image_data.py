@@ -558,6 +558,7 @@ def test_max_images_per_class_keeps_the_first(tmp_path):
     ("options", "message"),
     [
         ({"channels": 4}, r"channels=4 must be 1 \(grey\) or 3 \(RGB\)"),
+        ({"image_size": True}, "image_size=True must be a whole number"),
         ({"image_size": 0}, "image_size=0 must be a whole number.*--image_size"),
         ({"max_images_per_class": 0}, "max_images_per_class=0.*--max_images_per_class"),
         ({"test_fraction": 1.0}, "test_fraction=1.0 must lie between 0 and 1.*--test_fraction"),

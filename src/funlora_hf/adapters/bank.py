@@ -164,8 +164,10 @@ class AdapterBank(ClassRows):
 
         Args and errors are those of `add`.
         """
+        unnamed = replace(self.config, class_label=None, class_name=None)
+        class_label, class_name = known_class(unnamed, "state_dict", class_label, class_name)
         self.insert(state_dict, class_label)
-        self._names[class_label] = class_name or str(class_label)
+        self._names[class_label] = class_name
         return class_label
 
     def remove(self, class_label: int) -> None:

@@ -70,7 +70,7 @@ def known_class(
     label = label if class_label is None else class_label
     if label is None:
         raise ValueError(f"The adapter {source!r} does not say which class it is: pass `class_label`.")
-    known_name = class_name or own_name or str(label)
+    known_name = next(one for one in (class_name, own_name, str(label)) if one is not None)
     check_class_label(label)
     check_class_name(known_name)
     return label, known_name

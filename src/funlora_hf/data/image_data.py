@@ -252,7 +252,7 @@ def load_image_data(
         raise ValueError(f"channels={channels!r} must be 1 (grey) or 3 (RGB): use a model with 1 or 3 input channels.")
     most = 1 if max_images_per_class is None else max_images_per_class
     for name, count in (("image_size", image_size), ("max_images_per_class", most)):
-        if not isinstance(count, (int, np.integer)) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
             raise ValueError(f"{name}={count!r} must be a whole number >= 1: set --{name} accordingly.")
     held = test_fraction if validation_fraction is None else validation_fraction
     for name, fraction in (("test_fraction", test_fraction), ("validation_fraction", held)):

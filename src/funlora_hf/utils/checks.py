@@ -45,11 +45,15 @@ def check_class_label(value: object, *, field: str = "class_label") -> None:
         raise ValueError(f"`{field}` is {shown}, expected an id from 0 to 2**63 - 1, or None.")
 
 
-def check_class_name(value: str | None) -> None:
-    """Raise a ValueError unless `value` is None or the name of a class: text that can be written, not too long."""
+def check_class_name(value: object) -> None:
+    """Raise a ValueError unless `value` is None or the name of a class: text that can be written, not blank and not too long."""
     if value is None:
         return
-    if len(value) > MOST_NAME_CHARACTERS:
+    if not isinstance(value, str):
+        problem = f"a {type(value).__name__}"
+    elif not value.strip():
+        problem = "blank"
+    elif len(value) > MOST_NAME_CHARACTERS:
         problem = f"of {len(value)} characters"
     elif any("\ud800" <= character <= "\udfff" for character in value):
         problem = "with half a surrogate pair in it"

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from ...adapters.base_fingerprint import base_fingerprints
+from ...adapters.base_fingerprint import FingerprintCheck, base_fingerprints
 from ...adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, class_in_name, save_adapter
 from ...data.tasks import Task
 from ...layer_selection import ParametersPerClass, parameters_per_class
@@ -113,12 +113,14 @@ class FunLora(Strategy):
         return self._trainable(model)
 
     def build_update(self, class_id: int) -> Trainable:
-        """What `--update_class` trains: the class's adapter as it is on disk, or a fresh one like it."""
+        """What `--update_class` trains: the class's adapter as it is on disk, or a fresh one like it. Raises a BaseMismatchError if it
+        was trained for another base."""
         folder = os.fspath(self.adapters_dir / adapter_name(class_id))
+        config = PeftConfig.from_pretrained(folder)
+        FingerprintCheck(self._frozen_unet()).check(config, folder)
         if self.setting.training.update_mode == "continue":
             model = PeftModel.from_pretrained(self._frozen_unet(), folder, adapter_name=LIVE, is_trainable=True)
         else:
-            config = PeftConfig.from_pretrained(folder)
             config.inference_mode = False
             model = get_peft_model(self._frozen_unet(), config, adapter_name=LIVE)
             start_class_vectors(model)
