@@ -217,7 +217,7 @@ def test_single_parquet_file(tmp_path):
     assert found.count(1) == found.count(1, split="test") == 1
 
 
-@pytest.mark.parametrize("name", ["./missing", "/missing/folder", "~/missing-folder", "missing.parquet"])
+@pytest.mark.parametrize("name", ["./missing", "/missing/folder", "~/missing-folder", "missing.parquet", "a/b/c"])
 def test_missing_local_path_never_asks_the_hub(monkeypatch, name):
     monkeypatch.setattr(data, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(FileNotFoundError, match=r"dataset_name=.*looks like a local path.*--dataset_name"):
@@ -268,7 +268,7 @@ def test_archives_are_read_but_not_their_pickles(last, tmp_path, monkeypatch):
     assert "pth" in decoders
 
 
-def test_unloadable_datasets(tmp_path):
+def test_unloadable_datasets(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "broken.parquet").write_text("x")
@@ -278,6 +278,15 @@ def test_unloadable_datasets(tmp_path):
         load(str(tmp_path / "notes.txt"))
     with pytest.raises(ValueError, match=r"dataset_name=.*could not be loaded.*check --dataset_name"):
         load(str(tmp_path / "broken.parquet"))
+
+    def fail(**_):
+        raise ConnectionError("Couldn't reach 'nothere' on the Hub")
+
+    monkeypatch.setattr(data, "load_dataset", fail)
+    with pytest.raises(
+        OSError, match=r"'nothere', which is no file or folder here, could not .*owner/name: Couldn't reach"
+    ):
+        load("nothere")
 
 
 def test_hub_options_on_local_data(tmp_path):
@@ -455,7 +464,7 @@ def test_empty_training_split(monkeypatch):
         load("owner/name")
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     counts=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     test_fraction=st.floats(0.01, 0.99),
@@ -494,6 +503,37 @@ def test_hold_out_reaches_beyond_the_first_rows(tmp_path):
     assert len(held) == 30
     assert min(held) < 30
     assert max(held) > 70
+
+
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ({}, r"'validation' \(2 rows\)\."),
+        ({"test_split": "validation"}, r"'test' \(3 rows\)\."),
+        ({"test_split": "train"}, r"'validation' \(2 rows\), 'test' \(3 rows\)\."),
+        ({"hold_out": False}, r"'validation' \(2 rows\), 'test' \(3 rows\)\."),
+        ({"validation_fraction": 0.5}, r"'validation' \(2 rows\)\."),
+    ],
+    ids=str,
+)
+def test_splits_that_are_not_used_are_named_with_their_counts(options, unused, tmp_path):
+    rows = {"train": [0, 1, 0, 1], "validation": [0, 1], "test": [0, 1, 0]}
+    for name, labels in rows.items():
+        write(tmp_path / "p", **{name: table(labels, CAT_DOG)})
+    with pytest.warns(UserWarning, match=f"dataset 'p': these splits are not used: {unused}") as caught:
+        load(str(tmp_path / "p"), **options)
+    assert len(caught) == 1
+
+
+def test_files_that_are_in_no_split_are_named(tmp_path):
+    """`datasets` reads all files as one split, or only those that are named like one."""
+    write(tmp_path / "p", a=table([0, 1], CAT_DOG), b=table([0, 1], CAT_DOG))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(str(tmp_path / "p"), hold_out=False).count(0) == 2
+    write(tmp_path / "p", train=table([0, 1], CAT_DOG))
+    with pytest.warns(UserWarning, match=r"dataset 'p': 2 of 3 files are in no split.*: a.parquet, b.parquet\."):
+        assert load(str(tmp_path / "p"), hold_out=False).count(0) == 1
 
 
 def test_validation_fraction_leaves_the_test_split_unread(tmp_path):
@@ -571,6 +611,26 @@ def test_grey_to_rgb_warns_once_per_dataset(tmp_path):
         warnings.simplefilter("error")
         found.images(1)
         found.with_class_ids([5, 6]).images(5)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "MPO"])
+def test_images_of_which_frames_are_left_out_are_counted(kind, tmp_path):
+    for index, several in enumerate([True, False, True]):
+        more = {"save_all": True, "append_images": [grey(200), grey(90)]} if several else {}
+        (tmp_path / "a").mkdir(exist_ok=True)
+        name = f"{index}.{'jpg' if kind == 'MPO' else kind.lower()}"
+        grey(20).save(tmp_path / "a" / name, "JPEG" if kind == "MPO" and not several else kind, **more)
+    (tmp_path / "b").mkdir()
+    grey(20).save(tmp_path / "b" / "0.png")
+    found = load(str(tmp_path), hold_out=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        images = [found.images(class_id) for class_id in (0, 1, 0)]
+    assert abs(images[0].float() - 20).max() < 4  # the first frame
+    texts = [str(one.message) for one in caught if "several frames" in str(one.message)]
+    # What a phone puts into an MPO beside its photo is none of the data.
+    assert len(texts) == (kind != "MPO")
+    assert all("split 'train': 2 of 3 images of class 'a' have several frames" in text for text in texts)
 
 
 def test_colour_to_grey_uses_luma_and_warns(tmp_path):

@@ -153,7 +153,7 @@ def test_a_grid_is_a_png_only(tmp_path):
         image_grid(images(1), "grid.jpg", columns=1)
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 5, 10, 50])
+@pytest.mark.parametrize("tasks", [1, 2, 50])
 @pytest.mark.parametrize("with_joint", [False, True])
 def test_curve_is_a_png(tmp_path, tasks, with_joint):
     values = [95 - task for task in range(tasks)]
@@ -206,7 +206,7 @@ def test_curve_reaches_the_last_class_with_many_tasks(tmp_path, saved_figures):
     assert len(shown) <= 12
 
 
-@pytest.mark.parametrize("count", [1, 2, 15, 65, 70])
+@pytest.mark.parametrize("count", [1, 15, 70])
 def test_importance_is_a_png(tmp_path, saved_figures, count):
     layer_importance({name: (0.1 + i / 100, 0.02) for i, name in enumerate(LAYERS[:count])}, tmp_path / "bars.png")
     check(tmp_path / "bars.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -38,6 +39,7 @@ def load_adapter(
         revision (`str`, *optional*): branch, tag or commit of a repository.
         local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache, without asking the Hub.
         ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): load it also if it was trained for another base.
+            What is saved then names this one.
 
     Returns:
         `PeftModel`: in evaluation mode; the first adapter loaded is the active one.
@@ -60,8 +62,8 @@ def load_adapter(
     peft_model = model if isinstance(model, PeftModel) else None
     if peft_model is not None and adapter_name in peft_model.peft_config:
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which the model has already: pass another one.")
-    if not ignore_base_fingerprint:
-        FingerprintCheck(model).check(adapter.config, adapter.source)
+    config = FingerprintCheck(model).accepted(adapter.config, adapter.source, ignore=ignore_base_fingerprint)
+    adapter = replace(adapter, config=config)
     try:
         return put_adapter(without_peft(model), peft_model, adapter, adapter_name).eval()
     except Exception as error:

@@ -7,6 +7,7 @@ continual learner must not hold the images of earlier tasks, so nothing here kee
 import glob
 import hashlib
 import logging
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, config, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, config, load_dataset, load_dataset_builder
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -25,7 +26,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import constants
 from PIL import Image, ImageOps
 
-from ..utils.checks import one_form, shortened
+from ..utils.checks import is_repository_name, one_form, shortened
 from .class_ids import check_unique
 from .encoded_images import check_inside, decode_image
 
@@ -107,21 +108,29 @@ class ImageClassificationData:
         part = self.parts[split]
         channels, size, _ = self.image_shape
         pixels = np.empty((len(rows), channels, size, size), dtype=np.uint8)
+        name, several = shortened(repr(self.class_names[class_id]), 100), 0
         for index, (row, example) in enumerate(zip(rows, part.encoded.select(rows), strict=True)):
             try:
                 if example[self.image_column] is None:
                     raise ValueError("the row holds no image")
                 image = decode_image(example[self.image_column], roots=part.roots)
-                mode = image.mode
+                mode, several = image.mode, several + image.info["has_more_frames"]
                 pixels[index] = to_array(image, size=size, channels=channels)
             except Exception as error:  # PIL's decoders raise many types, several of them not OSError
                 raise ValueError(
                     f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
-                    f"{shortened(repr(self.class_names[class_id]), 100)} in column {self.image_column!r} cannot be read "
+                    f"{name} in column {self.image_column!r} cannot be read "
                     f"({type(error).__name__}: {shortened(str(error), 300)}). Expected an image that "
                     "Pillow can open and convert to 8 bits; remove this row from the dataset or replace its image."
                 ) from error
             self._warn_of_conversion(mode)
+        if several and "frames" not in self._warned:
+            self._warned.add("frames")
+            warnings.warn(
+                f"dataset {self.name!r}, split {part.source!r}: {several} of {len(rows)} images of class {name} have several frames, of "
+                "which only the first is read. (Other classes like it are not reported.)",
+                stacklevel=2,
+            )
         return torch.from_numpy(pixels)
 
     def digests(self) -> dict[str, dict[str, str | int]]:
@@ -258,6 +267,7 @@ def load_image_data(
     )
     test_split = _find_splits(splits, train_split=train_split, test_split=test_split)
     train = splits[train_split]
+    _warn_of_other_splits(name, splits, {train_split, test_split if hold_out else train_split})
     image_column, label_column = _find_columns(train.features, image_column, label_column)
     logger.info("dataset %s: images in column %r, labels in column %r", name, image_column, label_column)
 
@@ -323,9 +333,7 @@ def _open_splits(
     """Name for results, all splits of the dataset, and the folders in which its rows may name files."""
     path = Path(dataset_name).expanduser()
     is_digits = dataset_name == "digits"
-    is_local = not is_digits and (
-        path.exists() or path.is_absolute() or dataset_name.startswith((".", "~")) or path.suffix == ".parquet"
-    )
+    is_local = not is_digits and (path.exists() or path.suffix == ".parquet" or not is_repository_name(dataset_name))
     if is_local and not path.exists():
         raise FileNotFoundError(
             f"dataset_name={dataset_name!r} looks like a local path, but there is no such file or folder: expected a "
@@ -363,18 +371,26 @@ def _open_splits(
         )
     try:
         with _without_unpickling():
-            return name, load_dataset(**arguments), tuple(map(str, roots))
+            splits = load_dataset(**arguments)
+            if config_name is None and is_local and "data_files" not in arguments:
+                _warn_of_files_in_no_split(path, load_dataset_builder(**arguments).config.data_files)
+            return name, splits, tuple(map(str, roots))
     except Exception as error:
         # For damaged files `datasets` raises many types. Errors of the network and of permissions pass unchanged.
+        here = "" if is_local else ", which is no file or folder here,"
         of_files = (FileNotFoundError, ValueError, DatasetsError)
         if isinstance(error, (ImportError, OSError)) and not isinstance(error, of_files):
-            raise
+            if is_local or isinstance(error, ImportError):
+                raise
+            raise OSError(
+                f"dataset_name={dataset_name!r}{here} could not be loaded from the Hub, where names look like owner/name: {error}"
+            ) from error
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         # A DatasetGenerationError only wraps the error that tells something.
         told = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise kind(
-            f"dataset_name={dataset_name!r} could not be loaded ({type(told).__name__}: {shortened(str(told), 1000)}). "
-            "Expected a folder of class subfolders with images, a folder of parquet files, a .parquet file or a hub id; "
+            f"dataset_name={dataset_name!r}{here} could not be loaded ({type(told).__name__}: {shortened(str(told), 1000)}). "
+            "Expected a folder of class subfolders with images, a folder of parquet files, a .parquet file or a hub id (owner/name); "
             "check --dataset_name, --dataset_config_name and --dataset_revision."
         ) from error
 
@@ -493,6 +509,25 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith((".", "__"))
 
 
+def _warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]]) -> None:
+    """Warn of files like those of the splits that `datasets`, which finds splits by words such as "test" in names, takes for none."""
+    taken = {Path(os.path.abspath(file)) for files in splits.values() for file in files}
+    suffixes = {file.suffix for file in taken}
+    found = (Path(os.path.abspath(file)) for file in folder.rglob("*") if file.suffix in suffixes)
+    others = sorted(
+        os.path.relpath(file, folder)
+        for file in found
+        if file not in taken
+        and not any(part.startswith((".", "__")) for part in file.relative_to(os.path.abspath(folder)).parts)
+    )
+    if others:
+        warnings.warn(
+            f"dataset {folder.resolve().name!r}: {len(others)} of {len(taken) + len(others)} files are in no split and are left out, since "
+            f"others have the name of one, such as 'test', in theirs: {shortened(', '.join(others), 1000)}.",
+            stacklevel=4,
+        )
+
+
 def _warn_of_links(class_folders: Sequence[Path], folder: Path) -> None:
     """Warn of links to files outside of the folder, which are read as images: somebody else may have packed them."""
     root = folder.resolve()
@@ -526,6 +561,15 @@ def _find_splits(splits: DatasetDict, *, train_split: str, test_split: str | Non
     if test_split is None:
         return next((name for name in TEST_SPLIT_NAMES if name in splits and name != train_split), None)
     return None if test_split == train_split else test_split
+
+
+def _warn_of_other_splits(name: str, splits: DatasetDict, used: set[str | None]) -> None:
+    others = [f"{split!r} ({split_rows.num_rows} rows)" for split, split_rows in splits.items() if split not in used]
+    if others:
+        warnings.warn(
+            f"dataset {name!r}: these splits are not used: {shortened(', '.join(others), 1000)}. --train_split and --test_split choose.",
+            stacklevel=3,
+        )
 
 
 def _find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
