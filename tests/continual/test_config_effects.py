@@ -247,11 +247,11 @@ def existing_base(bench: Bench, given: dict[str, Any]) -> Any:
     pipe.save_pretrained(bench.folder / "generator")
     asked = []
 
-    def download(name, revision):
+    def fetch(name, contents, *, revision):
         asked.append((name, revision))
-        return str(bench.folder / "generator")
+        return bench.folder / "generator"
 
-    bench.patch.setattr(FunLoraPipeline, "download", download)
+    bench.patch.setattr("funlora_hf.continual.base.fetch", fetch)
     trainer = bench.begin(**given, unet_config={**TINY_UNET, "dropout": 0.0})
     return asked, trainer.strategy.setting.has_base, trainer.strategy.adapter_config(2).revision
 
