@@ -1007,7 +1007,7 @@ def test_bad_arguments_are_named(arguments, text, inside):
 @pytest.mark.parametrize("name", ["./nowhere", "empty"])
 def test_a_base_that_is_not_there_is_named(name, inside):
     (inside / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=f"`base_model` is '{name}'"):
+    with pytest.raises(FileNotFoundError, match=f"`base_model` (is )?'{name}'"):
         run(short_run(base_model=name))
 
 
