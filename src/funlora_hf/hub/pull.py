@@ -42,8 +42,7 @@ def pull(
         classes (collection of `int`, *optional*): ids of the classes wanted; None: all there are.
         with_base (`bool`, *optional*, defaults to `False`): take the base, too.
         overwrite (`bool`, *optional*, defaults to `False`): replace folders of other content in `output_dir`.
-        revision (`str`, *optional*): branch, tag or commit of the repository.
-        local_files_only (`bool`, *optional*, defaults to `False`): take it from the cache.
+        revision, local_files_only: as for [`fetch`].
 
     Returns:
         `list[Path]`: the folders written; those that had this content already are left out.
@@ -60,10 +59,14 @@ def pull(
     )
     if with_base and found.base is None:
         raise FileNotFoundError(f"{found.source!r} holds no base: leave out `with_base`, or pull from its repository.")
-    _check_sound(found, output_dir)
+    present = output_dir / BASE_FOLDER
+    base = sound_base(present) if found.base is None and present.is_dir() else None
+    for verdict in verify_contents(replace(found, banks=()), base):
+        if not verdict.ok:
+            raise ValueError(f"{verdict.kind} {verdict.name!r} of {found.source!r}: {verdict.detail}")
     copies = _copies(found, output_dir, classes)
     if found.base is not None:
-        copies[output_dir / BASE_FOLDER] = _files(found.base, BASE_CONTENTS)
+        copies[present] = _files(found.base, BASE_CONTENTS)
     differ = {target: files for target, files in copies.items() if not _is_equal(target, files)}
     there = [os.fspath(target) for target in differ if target.exists()]
     if there and not overwrite:
@@ -71,7 +74,13 @@ def pull(
             f"{', '.join(there)}: there already, with other content than in {found.source!r}. Pass --overwrite to replace it, or "
             "another folder."
         )
-    _check_base_is_not_needed(differ, output_dir)
+    others = [folder.name for folder in adapter_folders(output_dir / ADAPTERS_FOLDER) if folder not in differ]
+    if present in differ and present.is_dir() and others:
+        weights = {name: file for name, file in differ[present].items() if name.endswith(".safetensors")}
+        if not _has(present, weights):
+            raise ValueError(
+                f"`overwrite` would replace {os.fspath(present)!r}, the base of {', '.join(others)}: pull into another folder."
+            )
     with folder_lock(output_dir):
         for target, files in differ.items():
             with whole_folder(target) as temporary:
@@ -79,30 +88,6 @@ def pull(
                     (temporary / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(file, temporary / name)
     return list(differ)
-
-
-def _check_base_is_not_needed(differ: Mapping[Path, Mapping[str, Path]], output_dir: Path) -> None:
-    """Raise a ValueError if a base would be replaced, by one of other weights, that adapters in the folder were trained for."""
-    target = output_dir / BASE_FOLDER
-    others = [folder.name for folder in adapter_folders(output_dir / ADAPTERS_FOLDER) if folder not in differ]
-    if target not in differ or not target.is_dir() or not others:
-        return
-    weights = {name: path for name, path in differ[target].items() if name.endswith(".safetensors")}
-    if not all(
-        (target / name).is_file() and filecmp.cmp(target / name, path, shallow=False) for name, path in weights.items()
-    ):
-        raise ValueError(
-            f"`overwrite` would replace {os.fspath(target)!r}, the base of {', '.join(others)}: pull into another folder."
-        )
-
-
-def _check_sound(found: Contents, output_dir: Path) -> None:
-    """Raise a ValueError unless all of it is valid, for the base that it will be stored with."""
-    present = output_dir / BASE_FOLDER
-    base = sound_base(present) if found.base is None and present.is_dir() else None
-    for verdict in verify_contents(replace(found, banks=()), base):
-        if not verdict.ok:
-            raise ValueError(f"{verdict.kind} {verdict.name!r} of {found.source!r}: {verdict.detail}")
 
 
 def _copies(found: Contents, output_dir: Path, classes: Collection[int] | None) -> dict[Path, dict[str, Path]]:
@@ -130,9 +115,14 @@ def _files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
     return files
 
 
-def _is_equal(target: Path, files: dict[str, Path]) -> bool:
+def _is_equal(target: Path, files: Mapping[str, Path]) -> bool:
     """Whether a folder holds just these files."""
     there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-    return there == files.keys() and all(
-        filecmp.cmp(target / name, file, shallow=False) for name, file in files.items()
+    return there == files.keys() and _has(target, files)
+
+
+def _has(target: Path, files: Mapping[str, Path]) -> bool:
+    """Whether a folder holds these files, by name, with the same content."""
+    return all(
+        (target / name).is_file() and filecmp.cmp(target / name, file, shallow=False) for name, file in files.items()
     )

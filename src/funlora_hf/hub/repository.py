@@ -90,7 +90,8 @@ class HubRepository:
                 status, tries = error.response.status_code, tries + 1
                 if status not in _PASSING or tries == _TRIES:
                     raise
-                seconds = _patience(error, tries)
+                asked = error.response.headers.get("Retry-After", "")
+                seconds = 0.0 if status == 412 else float(asked) if asked.isdigit() else float(2 ** (tries - 1))
                 logger.warning("The Hub answered %s to a commit to %s: again in %s s.", status, self.repo_id, seconds)
                 time.sleep(seconds)
 
@@ -111,10 +112,3 @@ class HubRepository:
         self._api.super_squash_history(self.repo_id)
         for tag in filter(keep_tags, tags):
             self._api.create_tag(self.repo_id, tag=tag)
-
-
-def _patience(error: HfHubHTTPError, tries: int) -> float:
-    asked = error.response.headers.get("Retry-After", "")
-    if error.response.status_code == 412:
-        return 0.0
-    return float(asked) if asked.isdigit() else float(2 ** (tries - 1))
