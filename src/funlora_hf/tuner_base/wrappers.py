@@ -56,9 +56,13 @@ def remove_adapters(model: nn.Module, names: Collection[str], *, keep_configs: b
         keep_configs: leave `model.peft_config` as it is.
     """
     for path, module in adapted_modules(model).items():
-        for name in names:
-            if name in module._get_available_adapters():
-                _delete_adapter(module, name)
+        with warnings.catch_warnings():
+            # PEFT warns that it makes another adapter active.
+            warnings.simplefilter("ignore", UserWarning)
+            for name in names:
+                if name in module._get_available_adapters():
+                    others = {} if isinstance(module, BaseTunerLayer) else {"new_active_adapters": None}
+                    module.delete_adapter(name, **others)
         if not module._get_available_adapters():
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, base_module(module))
@@ -111,13 +115,3 @@ def is_wrapper(module: nn.Module) -> TypeGuard[BaseTunerLayer | AuxiliaryTrainin
 def base_module(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> nn.Module:
     """The module that a wrapper of PEFT's is around."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-
-
-def _delete_adapter(module: BaseTunerLayer | AuxiliaryTrainingWrapper, name: str) -> None:
-    with warnings.catch_warnings():
-        # PEFT warns that it makes another adapter active.
-        warnings.simplefilter("ignore", UserWarning)
-        if isinstance(module, BaseTunerLayer):
-            module.delete_adapter(name)
-        else:
-            module.delete_adapter(name, new_active_adapters=None)

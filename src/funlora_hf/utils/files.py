@@ -179,12 +179,7 @@ def _finite(number: str) -> float:
 
 
 def read_mapping(path: Path, *, keys: Iterable[str] = (), most_bytes: int = MOST_JSON) -> dict[str, Any]:
-    """As `read_json`, of a file that holds a mapping with these `keys`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not valid JSON, not a mapping, a missing key, or more than `most_bytes`; it names the file.
-    """
+    """As `read_json`, of a file that holds a mapping with these `keys`; raises a ValueError for another one, too."""
     value = read_json(path, most_bytes=most_bytes)
     if not isinstance(value, dict):
         raise ValueError(f"{os.fspath(path)!r} holds a {type(value).__name__}, expected a mapping.")
