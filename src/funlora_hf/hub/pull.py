@@ -67,7 +67,7 @@ def pull(
     copies = _copies(found, output_dir, classes)
     if found.base is not None:
         copies[present] = _files(found.base, BASE_CONTENTS)
-    differ = {target: files for target, files in copies.items() if not _is_equal(target, files)}
+    differ = {target: files for target, files in copies.items() if not _has(target, files, exactly=True)}
     there = [os.fspath(target) for target in differ if target.exists()]
     if there and not overwrite:
         raise FileExistsError(
@@ -115,14 +115,9 @@ def _files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
     return files
 
 
-def _is_equal(target: Path, files: Mapping[str, Path]) -> bool:
-    """Whether a folder holds just these files."""
+def _has(target: Path, files: Mapping[str, Path], *, exactly: bool = False) -> bool:
+    """Whether a folder holds these files, by name, with the same content, and `exactly` no others."""
     there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-    return there == files.keys() and _has(target, files)
-
-
-def _has(target: Path, files: Mapping[str, Path]) -> bool:
-    """Whether a folder holds these files, by name, with the same content."""
-    return all(
-        (target / name).is_file() and filecmp.cmp(target / name, file, shallow=False) for name, file in files.items()
+    return (there == files.keys() if exactly else there >= files.keys()) and all(
+        filecmp.cmp(target / name, file, shallow=False) for name, file in files.items()
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
 from ..adapters.class_folder import adapter_name, known_class, save_adapter
@@ -215,10 +217,12 @@ def _base_of(run: RunToPush, repo_id: str, base_model: str | None, base_revision
 
 
 def _looked_at(base: Place) -> Place:
-    """Add whether its repository is a pipeline or the U-Net itself."""
-    if base.base is None:
-        return base
-    return replace(base, base_is_unet=HubRepository(base.base, create=False).is_unet(base.base_revision))
+    """Add whether its repository is a U-Net by itself, and no pipeline; False also if that cannot be found out."""
+    files: set[str] = set()
+    if base.base is not None:
+        with suppress(HfHubHTTPError):
+            files = HubRepository(base.base, create=False).files(base.base_revision)
+    return replace(base, base_is_unet="config.json" in files and PIPELINE not in files)
 
 
 def _weights(class_label: int) -> str:

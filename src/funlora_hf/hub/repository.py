@@ -44,14 +44,6 @@ class HubRepository:
         """Names of all files in a revision; None: on the main branch."""
         return set(self._api.list_repo_files(self.repo_id, revision=revision))
 
-    def is_unet(self, revision: str | None = None) -> bool:
-        """Whether it holds a model of diffusers by itself, and no pipeline; False also if that cannot be found out."""
-        try:
-            files = self.files(revision)
-        except HfHubHTTPError:
-            return False
-        return "config.json" in files and "model_index.json" not in files
-
     def commit(
         self, make: Callable[[set[str]], Mapping[str, Path | bytes]], message: str, *, delete: Iterable[str] = ()
     ) -> CommitInfo | None:

@@ -417,16 +417,8 @@ class FunLoraPipeline(DiffusionPipeline):
         return unet, self._embedding_rows([class_id])  # type: ignore[return-value]  # it has the class of `self.unet`
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """
-        Save the base as diffusers does, untouched by adapters, and every adapter in `adapters/class_<id>/` beside it.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder.
-            args, kwargs: as in [`DiffusionPipeline.save_pretrained`].
-
-        Raises:
-            ValueError: adapters are merged into the base's weights.
-        """
+        """Save the base as [`DiffusionPipeline.save_pretrained`] does, untouched by adapters, and every adapter in
+        `adapters/class_<id>/` beside it. Raises a ValueError if adapters are merged into the base's weights."""
         if (args[0] if args else kwargs.get("safe_serialization")) is False:
             raise ValueError("`safe_serialization` is False, expected True: only safetensors are read again.")
         if kwargs.get("push_to_hub") and self._adapters.classes:

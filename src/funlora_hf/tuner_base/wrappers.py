@@ -46,14 +46,9 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def remove_adapters(model: nn.Module, names: Collection[str], *, keep_configs: bool = False) -> None:
-    """Remove adapters from a model, even if they were added only in part.
+    """Remove adapters from a model, even if they were added only in part; unknown names are ignored.
 
-    A module without any adapter left is replaced by the base's own.
-
-    Args:
-        model: whose modules PEFT has wrapped in place.
-        names: of adapters; unknown ones are ignored.
-        keep_configs: leave `model.peft_config` as it is.
+    A module without any adapter left is replaced by the base's own. With `keep_configs`, `model.peft_config` stays as it is.
     """
     for path, module in adapted_modules(model).items():
         with warnings.catch_warnings():

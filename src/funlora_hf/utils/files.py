@@ -194,14 +194,9 @@ def read_mapping(path: Path, *, keys: Iterable[str] = (), most_bytes: int = MOST
 def read_tensors(path: Path, *, remedy: str, keys: Iterable[str] = ()) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
-    Args:
-        path: of the file.
-        remedy: what to do if it is damaged, a clause.
-        keys: names of tensors that it must have.
-
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged; it names the file and the remedy.
+        ValueError: it is damaged, or lacks some of `keys`; it names the file and the remedy, a clause.
     """
     try:
         tensors = load_file(path)
