@@ -19,10 +19,12 @@ from torch import nn
 
 from ..cards.model_cards import adapter_card
 from ..tuner import FunLoraConfig
+from ..tuner_base.wrappers import without_peft
 from ..utils.checks import check_choice, check_class_label, check_class_name, listed, shortened
 from ..utils.files import read_mapping, whole_folder
 from ..utils.tensors import not_finite
 from .base_fingerprint import FingerprintCheck, base_fingerprints
+from .untrusted_base import PIPELINE, base_classes
 
 
 ADAPTERS_FOLDER = "adapters"
@@ -128,7 +130,8 @@ def save_adapter(
 
     Raises:
         ValueError: not a PeftModel, no such adapter, one that is merged into the base or has numbers that are not finite, an
-            invalid id or name, or a folder with other content. Nothing is written.
+            invalid id or name, the id of a class of the base (of one that was loaded from a folder), or a folder with other content.
+            Nothing is written.
         WriteError: the folder cannot be written (an OSError).
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -143,6 +146,7 @@ def save_adapter(
     if problems := not_finite(parts):
         raise ValueError(f"The adapter {adapter_name!r} cannot be saved:\n{listed(problems)}")
     own = model.peft_config[adapter_name]
+    _check_no_class_of_the_base(class_of(own, adapter_name)[0] if class_label is None else class_label, model)
     config = copy(own)
     if isinstance(config, FunLoraConfig):
         config.class_label = config.class_label if class_label is None else class_label
@@ -163,6 +167,17 @@ def save_adapter(
         _sort_sets(config, temporary / CONFIG_NAME)
         parameters = sum(parameter.numel() for parameter in parts.values())
         _write_card(config, adapter_name, class_label, class_name, parameters, temporary)
+
+
+def _check_no_class_of_the_base(label: int | None, model: nn.Module) -> None:
+    """Raise a ValueError for an id of the base's own, if the base came from a pipeline's folder on this machine."""
+    name = getattr(without_peft(model), "config", {}).get("_name_or_path") or ""
+    for folder in (Path(name), Path(name).parent):  # of the pipeline, or of its U-Net
+        if label is not None and (folder / PIPELINE).is_file() and label in (known := base_classes(folder)):
+            raise ValueError(
+                f"`class_label` is {label}, a class of the base in {os.fspath(folder)!r}, expected none of {shortened(str(list(known)), 300)}: "
+                "pass another `class_label`; the adapter is as good for that."
+            )
 
 
 def _check_replaceable(folder: Path) -> None:
