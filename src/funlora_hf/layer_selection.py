@@ -219,13 +219,7 @@ def layer_importance(
     else:
         if isinstance(model_or_adapters, (str, os.PathLike, Mapping)):
             model_or_adapters = [model_or_adapters]
-        per_class = []
-        for adapter in model_or_adapters:
-            if not isinstance(adapter, Mapping):
-                file = Path(adapter) / "adapter_model.safetensors"
-                adapter = read_tensors(file, remedy="take it from where it came from")
-            layers = layers_of_state_dict(adapter)
-            per_class.append({layer: _moved(tensors["A"], tensors["B"]) for layer, tensors in layers.items()})
+        per_class = [_saved_importance(adapter) for adapter in model_or_adapters]
     result = {}
     for layer in dict.fromkeys([*(order or ()), *(layer for importance in per_class for layer in importance)]):
         numbers = torch.tensor([of[layer] for of in per_class if layer in of], dtype=torch.float64)
@@ -257,6 +251,13 @@ def _moved(A: torch.Tensor, B: torch.Tensor) -> float:
     starts = torch.ones_like(A), torch.full_like(B, 1 / A.shape[1])
     moved = [(now.detach().double() - start.double()).flatten() for now, start in zip((A, B), starts, strict=True)]
     return torch.cat(moved).abs().mean().item()
+
+
+def _saved_importance(adapter: _Adapter) -> dict[str, float]:
+    if not isinstance(adapter, Mapping):
+        adapter = read_tensors(Path(adapter) / "adapter_model.safetensors", remedy="take it from where it came from")
+    layers = layers_of_state_dict(adapter)
+    return {layer: _moved(tensors["A"], tensors["B"]) for layer, tensors in layers.items()}
 
 
 def _traced_conv_names(model: nn.Module, example_inputs: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,8 @@ class Description:
 
     source: str
     base: BaseDescription | None
-    adapters: list[AdapterDescription]
-    banks: list[BankDescription]
+    adapters: list[AdapterDescription] = field(default_factory=list)
+    banks: list[BankDescription] = field(default_factory=list)
 
 
 def describe(
