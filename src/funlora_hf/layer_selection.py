@@ -210,7 +210,12 @@ def layer_importance(
     (`identity` and `add`), which starts elsewhere.
     """
     if isinstance(model_or_adapters, nn.Module):
-        per_class = _importance_in_model(model_or_adapters)
+        by_adapter: dict[str, dict[str, float]] = {}
+        for layer, module in plain_modules(model_or_adapters):
+            if isinstance(module, FunLoraFactorLayer):
+                for adapter, A in module.funlora_A.items():
+                    by_adapter.setdefault(adapter, {})[layer] = _moved(A, module.funlora_B[adapter])
+        per_class = list(by_adapter.values())
         if order is None and knows_order(model_or_adapters):
             order = unet_conv_names(model_or_adapters)
     else:
@@ -252,15 +257,6 @@ def _moved(A: torch.Tensor, B: torch.Tensor) -> float:
     starts = torch.ones_like(A), torch.full_like(B, 1 / A.shape[1])
     moved = [(now.detach().double() - start.double()).flatten() for now, start in zip((A, B), starts, strict=True)]
     return torch.cat(moved).abs().mean().item()
-
-
-def _importance_in_model(model: nn.Module) -> list[dict[str, float]]:
-    by_adapter: dict[str, dict[str, float]] = {}
-    for layer, module in plain_modules(model):
-        if isinstance(module, FunLoraFactorLayer):
-            for adapter, A in module.funlora_A.items():
-                by_adapter.setdefault(adapter, {})[layer] = _moved(A, module.funlora_B[adapter])
-    return list(by_adapter.values())
 
 
 def _saved_importance(adapter: _Adapter) -> dict[str, float]:

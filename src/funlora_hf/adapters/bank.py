@@ -20,7 +20,6 @@ from .base_fingerprint import FingerprintCheck
 from .class_folder import adapter_folders, known_class
 from .class_folder import adapter_name as class_adapter_name
 from .class_rows import ClassRows, adapters_enabled
-from .flat_adapter import FlatAdapter
 from .untrusted_adapter import ADAPTER_FILES, bankable, exact_targets, fetch, read_adapter
 from .untrusted_bank import METADATA, ROWS, read_bank
 from .untrusted_base import load_base
@@ -59,7 +58,7 @@ class AdapterBank(ClassRows):
 
     def __init__(self, model: nn.Module, config: FunLoraConfig, adapter_name: str = "live") -> None:
         super().__init__(model, config, adapter_name)
-        self._live: FlatAdapter = self._first
+        self._live = adapter_name
         self._base = FingerprintCheck(self.model)
         self._names: dict[int, str] = {}
         self._active: int | None = None
@@ -72,7 +71,7 @@ class AdapterBank(ClassRows):
     @property
     def live_tensors(self) -> dict[str, torch.Tensor]:
         """The parameters of the live adapter, by the keys that PEFT saves them under, less its prefix."""
-        return dict(self._live.tensors)
+        return self._tensors()
 
     @property
     def active(self) -> int | None:
@@ -91,7 +90,7 @@ class AdapterBank(ClassRows):
         """
         self._check_unmerged()
         if class_label is not None:
-            self._live.copy_(self._finite_row(class_label))
+            self._fill(self.adapter_name, self._finite_row(class_label))
         self._switch(self._layers, on=class_label is not None)
         self._active = class_label
 
@@ -126,14 +125,8 @@ class AdapterBank(ClassRows):
         Add the class of a saved adapter. Only its JSON and its safetensors file are read.
 
         Args:
-            source (`str` or `os.PathLike`): a folder written by PEFT's `save_pretrained`, or a repository on the Hub.
-            subfolder (`str`, *optional*): the adapter's folder in it.
-            revision (`str`, *optional*): branch, tag or commit of a repository.
-            class_label (`int`, *optional*): id of the class; None: the one in the adapter's config.
-            class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
-            local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache.
-            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): add it also if it was trained for another base.
-                What is saved then names this base.
+            source, subfolder, revision, class_label, class_name, local_files_only, ignore_base_fingerprint: as in
+                [`FunLoraPipeline.load_adapter`].
 
         Returns:
             `int`: the id of the class.
@@ -174,14 +167,13 @@ class AdapterBank(ClassRows):
         """Forget a class; if it is live, the base is live afterwards. Raises a ValueError for one that is not there."""
         if self._active == class_label:
             self.activate(None)
-            self._live.clear()
+            self._clear(self.adapter_name)
         super().remove(class_label)
         self._names.pop(class_label, None)
 
     def save(self, file: str | os.PathLike) -> None:
         """Write all classes into one safetensors file, which appears whole or not at all."""
-        tensors = self._live.tensors
-        layout = [[key, list(tensor.shape)] for key, tensor in tensors.items()]
+        layout = [[key, list(shape)] for key, shape in zip(self._parts, self._shapes, strict=True)]
         # One entry, since safetensors writes several in any order, and equal banks should give equal files.
         metadata = {
             METADATA: json.dumps(
@@ -189,7 +181,7 @@ class AdapterBank(ClassRows):
             )
         }
         rows = [row.cpu() for row in self._rows.values()]
-        table = torch.stack(rows) if rows else torch.empty(0, sum(tensor.numel() for tensor in tensors.values()))
+        table = torch.stack(rows) if rows else torch.empty(0, sum(shape.numel() for shape in self._shapes))
         with whole_file(Path(file)) as temporary:
             save_file({ROWS: table}, temporary, metadata=metadata)
 
@@ -208,9 +200,7 @@ class AdapterBank(ClassRows):
         Args:
             file (`str` or `os.PathLike`): to read; it must not change while the bank is in use.
             model (`torch.nn.Module`): the base that the adapters were trained for.
-            adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
-            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): also load adapters of another base.
-                What is saved then names this base.
+            adapter_name, ignore_base_fingerprint: as for the class and in `add`.
 
         Raises:
             BaseMismatchError: the adapters were trained for another base.
@@ -241,10 +231,7 @@ class AdapterBank(ClassRows):
             source (`str` or `os.PathLike`): the repository, or a folder laid out like it.
             model (`torch.nn.Module`, *optional*): the base; None: load the U-Net that the adapters' configs name.
             classes (collection of `int`, *optional*): the ids wanted, only their files are fetched; None: all.
-            revision (`str`, *optional*): branch, tag or commit of the repository.
-            local_files_only (`bool`, *optional*, defaults to `False`): take everything from the cache, without asking the Hub.
-            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): also add adapters of another base.
-                What is saved then names this base.
+            revision, local_files_only, ignore_base_fingerprint: as in `add`.
 
         Returns:
             [`AdapterBank`], on `bank.model`.

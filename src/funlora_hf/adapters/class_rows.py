@@ -15,10 +15,10 @@ from torch import nn
 from ..tuner import FunLoraConfig
 from ..tuner.hotswap import SAVED_PREFIX, plain_key, wrapped_model
 from ..tuner_base.layer import AdapterLayer, adapter_layers
+from ..tuner_base.weights import forget
 from ..tuner_base.wrappers import remove_adapters
 from ..utils.checks import listed
 from ..utils.tensors import not_finite
-from .flat_adapter import FlatAdapter
 from .untrusted_adapter import SavedAdapter, bankable, differences, exact_targets, restore_targets
 from .untrusted_bank import SavedBank
 
@@ -32,6 +32,8 @@ class ClassRows:
     """
     FunLoRA adapters of one configuration as rows of numbers, and as many adapters in the model as classes act at once.
 
+    A row `(numel,)` holds the tensors of a class, flattened and in the order of the model's modules.
+
     Args:
         model (`torch.nn.Module`): the base, whose layers are wrapped in place, or a model that has this adapter already.
         config (`FunLoraConfig`): of all adapters. Without `modules_to_save`.
@@ -42,7 +44,7 @@ class ClassRows:
         ValueError: `modules_to_save`, or a model with other adapters, or with this one in another configuration.
     """
 
-    _live: FlatAdapter | None = None  # an adapter that `place` leaves alone
+    _live: str | None = None  # an adapter that `place` leaves alone
 
     def __init__(
         self, model: nn.Module, config: FunLoraConfig, adapter_name: str, *, beside: Sequence[ClassRows] = ()
@@ -61,10 +63,18 @@ class ClassRows:
         self._layers = _layers(self.model, adapter_name)
         self.config = bankable(self._layers[0].settings[adapter_name], f"adapter {adapter_name!r}")
         self._check_shared(config, "config")
-        self._first = FlatAdapter(self.model, adapter_name)
+        # The parameters of all adapters, by the keys that PEFT saves them under, less its prefix.
+        self._parts = {
+            plain_key(f"{path}.{part}"): getattr(layer, part)
+            for path, layer in self.model.named_modules()
+            if isinstance(layer, AdapterLayer)
+            for part in layer.adapter_layer_names
+            if adapter_name in getattr(layer, part)
+        }
+        self._shapes = [tensor.shape for tensor in self._tensors().values()]
         # All adapters in the model, and those of them that `place` gave to classes.
-        self._adapters = [self._first]
-        self._placed: dict[int, FlatAdapter] = {}
+        self.adapter_names: list[str] = [adapter_name]
+        self._placed: dict[int, str] = {}
         self._rows: dict[int, torch.Tensor] = {}
         # Classes from a file, of which no number has been read yet.
         self._unchecked: set[int] = set()
@@ -84,7 +94,13 @@ class ClassRows:
             restore_targets(rows.config, saved.config)
         try:
             rows._check_fits(saved.shapes, f"The tensors of {saved.file!r}")
-            rows._take(saved)
+            keys, sizes = list(rows._parts), [tensor.numel() for tensor in saved.shapes.values()]
+            for class_label, row in zip(saved.classes, saved.rows(), strict=True):
+                if keys != list(saved.shapes):  # another version of the model may list its modules in another order
+                    parts = dict(zip(saved.shapes, row.split(sizes), strict=True))
+                    row = torch.cat([parts[key] for key in keys])
+                rows._rows[class_label] = row
+                rows._unchecked.add(class_label)
         except Exception:
             rows.unload()
             raise
@@ -96,15 +112,10 @@ class ClassRows:
     def __contains__(self, class_label: object) -> bool:
         return class_label in self._rows
 
-    @property
-    def adapter_names(self) -> list[str]:
-        """The adapters in the model, the first one and those that mixed batches added."""
-        return [adapter.name for adapter in self._adapters]
-
     def takes(self, adapter: SavedAdapter) -> bool:
         """Whether an adapter has the same configuration, names and shapes as these."""
         shared = all(getattr(adapter.config, name) == getattr(self.config, name) for name in _SHARED)
-        return shared and not differences(self._first.tensors, adapter.shapes)
+        return shared and not differences(self._tensors(), adapter.shapes)
 
     def place(self, class_labels: Collection[int]) -> dict[int, str]:
         """
@@ -122,22 +133,23 @@ class ClassRows:
         """
         self._check_unmerged()
         rows = {label: self._finite_row(label) for label in class_labels}
-        kept = {label: adapter for label, adapter in self._placed.items() if label in rows}
+        kept = {label: name for label, name in self._placed.items() if label in rows}
         taken = [self._live, *kept.values()]
-        free = [adapter for adapter in self._adapters if adapter not in taken]
+        free = [name for name in self.adapter_names if name not in taken]
         for label in rows:
             if label not in kept:
                 kept[label] = free.pop(0) if free else self._add_place()
-                kept[label].copy_(rows[label])
+                self._fill(kept[label], rows[label])
         self._placed = kept
-        return {label: adapter.name for label, adapter in kept.items()}
+        return dict(kept)
 
     def insert(self, state_dict: Mapping[str, torch.Tensor], class_label: int, what: str = "The tensors") -> None:
         """Add a class by its tensors, as PEFT saves them, which an error calls `what`."""
         if class_label in self._rows:
             raise ValueError(f"`class_label` is {class_label}, a class that is in the bank already: remove it first.")
         self._check_fits(state_dict, what)
-        row = self._first.flatten({plain_key(key): tensor for key, tensor in state_dict.items()})
+        given = {plain_key(key): tensor for key, tensor in state_dict.items()}
+        row = self._cast(torch.cat([given[key].detach().reshape(-1) for key in self._parts]))
         if not torch.isfinite(row).all():
             raise ValueError(f"{what} have numbers that are too large for {row.dtype}, nothing was added.")
         self._rows[class_label] = row
@@ -146,7 +158,7 @@ class ClassRows:
         """Forget a class. Raises a ValueError for one that is not there."""
         self._row_of(class_label)
         if class_label in self._placed:
-            self._placed.pop(class_label).clear()
+            self._clear(self._placed.pop(class_label))
         self._unchecked.discard(class_label)
         del self._rows[class_label]
 
@@ -156,8 +168,40 @@ class ClassRows:
 
     def state_dict(self, class_label: int) -> dict[str, torch.Tensor]:
         """Copies of a class's tensors by the keys that PEFT saves them under. Raises a ValueError if it is not there."""
-        parts = self._first.unflatten(self._row_of(class_label))
-        return {f"{SAVED_PREFIX}{key}": part.clone() for key, part in parts.items()}
+        parts = zip(self._parts, self._split(self._row_of(class_label)), strict=True)
+        return {f"{SAVED_PREFIX}{key}": part.clone() for key, part in parts}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters that the first adapter has now."""
+        return {key: part[self.adapter_name] for key, part in self._parts.items()}
+
+    def _cast(self, row: torch.Tensor) -> torch.Tensor:
+        """A row as it would be in the model: on its device, in its dtype, which is float32 at least."""
+        own = next(iter(self._parts.values()))[self.adapter_name]
+        return row.to(own.device, torch.promote_types(own.dtype, torch.float32))
+
+    def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of a row, as views of it."""
+        parts = row.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    # Values given in inference mode could not be changed outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _fill(self, adapter_name: str, row: torch.Tensor) -> None:
+        """Give an adapter the values of a row."""
+        for layer in self._layers:
+            layer.stop_offloading_adapters()
+            forget(layer)
+        tensors = [part[adapter_name] for part in self._parts.values()]
+        for tensor in tensors:
+            if tensor.dtype.itemsize < torch.float32.itemsize:  # the model was cast
+                tensor.data = tensor.data.float()
+        torch._foreach_copy_(tensors, self._split(self._cast(row)))
+
+    def _clear(self, adapter_name: str) -> None:
+        """Leave nothing of the last row in the model."""
+        self._fill(adapter_name, torch.zeros(sum(shape.numel() for shape in self._shapes)))
 
     def _check_shared(self, config: FunLoraConfig, source: str) -> None:
         own = [(name, getattr(config, name), getattr(self.config, name)) for name in _SHARED]
@@ -170,18 +214,9 @@ class ClassRows:
             )
 
     def _check_fits(self, state_dict: Mapping[str, torch.Tensor], what: str) -> None:
-        problems = [*differences(self._first.tensors, state_dict), *not_finite(state_dict)]
+        problems = [*differences(self._tensors(), state_dict), *not_finite(state_dict)]
         if problems:
             raise ValueError(f"{what} do not fit this bank, nothing was added:\n{listed(problems)}")
-
-    def _take(self, saved: SavedBank) -> None:
-        keys, sizes = list(self._first.tensors), [tensor.numel() for tensor in saved.shapes.values()]
-        for class_label, row in zip(saved.classes, saved.rows(), strict=True):
-            if keys != list(saved.shapes):  # another version of the model may list its modules in another order
-                parts = dict(zip(saved.shapes, row.split(sizes), strict=True))
-                row = torch.cat([parts[key] for key in keys])
-            self._rows[class_label] = row
-            self._unchecked.add(class_label)
 
     def _row_of(self, class_label: int) -> torch.Tensor:
         if class_label not in self._rows:
@@ -194,7 +229,7 @@ class ClassRows:
         row = self._row_of(class_label)
         if class_label in self._unchecked:
             # A number of a wider type may be too large for the adapter's.
-            if not torch.isfinite(self._first.cast(row)).all():
+            if not torch.isfinite(self._cast(row)).all():
                 raise ValueError(
                     f"Class {class_label} has numbers that are not finite: add it again from a valid adapter."
                 )
@@ -211,15 +246,15 @@ class ClassRows:
             if layer.disable_adapters == on:
                 layer.enable_adapters(on)
 
-    def _add_place(self) -> FlatAdapter:
+    def _add_place(self) -> str:
         """One more adapter in the model."""
-        name = f"{self.adapter_name}_{len(self._adapters)}"
+        name = f"{self.adapter_name}_{len(self.adapter_names)}"
         # It gets other values at once, so its start must not draw from the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             for layer in self._layers:
                 layer.update_layer(name, self.config)
-        self._adapters.append(FlatAdapter(self.model, name))
-        return self._adapters[-1]
+        self.adapter_names.append(name)
+        return name
 
 
 @contextmanager

@@ -102,16 +102,7 @@ def read_adapter(
     local_files_only: bool = False,
 ) -> SavedAdapter:
     """
-    Find an adapter and read what it is; a repository's files come from one commit.
-
-    Args:
-        source (`str` or `os.PathLike`): a folder written by PEFT's `save_pretrained`, or a repository on the Hub.
-        subfolder (`str`, *optional*): the adapter's folder in it.
-        revision (`str`, *optional*): branch, tag or commit of a repository.
-        local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache, without asking the Hub.
-
-    Returns:
-        [`SavedAdapter`].
+    Find the adapter in a `subfolder` of a source, as `fetch` takes it, and read what it is; a repository's files come from one commit.
 
     Raises:
         FileNotFoundError: no such folder, repository, revision or file in it.
@@ -317,8 +308,7 @@ def check_tensors(config: PeftConfig, shapes: Mapping[str, torch.Tensor], model:
     if isinstance(config, FunLoraConfig):
         _check_sizes(config, shapes)
     else:
-        _check_numbers(config)
-        _check_patterns(config, shapes)
+        _check_fields(config, shapes)
     most = MOST_BASES * sum(parameter.numel() for parameter in without_peft(model).parameters())
     if _numel(shapes) > most:
         raise ValueError(f"it holds {_numel(shapes)} numbers, expected {most} at most: {MOST_BASES} times the base's.")
@@ -385,18 +375,16 @@ def _check_sizes(config: FunLoraConfig, shapes: Mapping[str, torch.Tensor]) -> N
             raise ValueError(f"`{field}` is {value}, but its tensors are made for {sorted(sizes) or 'none'}.")
 
 
-def _check_numbers(config: PeftConfig) -> None:
-    """Refuse large sizes and counts of another method, since their effect is not known here."""
+def _check_fields(config: PeftConfig, shapes: Mapping[str, torch.Tensor]) -> None:
+    """
+    Refuse large sizes and counts of another method, since their effect is not known here, and keys that PEFT would run as a regex,
+    except names with one wildcard: some take forever.
+    """
     for field, value in vars(config).items():
         values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
         large = [entry for entry in values if isinstance(entry, int) and abs(entry) > MOST_COUNT]
         if large and "seed" not in field and "prng" not in field:
             raise ValueError(f"`{field}` has {large[0]}, expected {MOST_COUNT} at most.")
-
-
-def _check_patterns(config: PeftConfig, shapes: Mapping[str, torch.Tensor]) -> None:
-    """Refuse keys that PEFT would run as a regex, except names with one wildcard: some take forever."""
-    for field, value in vars(config).items():
         if field == "auto_mapping" or not isinstance(value, dict):
             continue
         odd = [key for key in value if not (isinstance(key, str) and _HARMLESS_PATTERN.fullmatch(key))]

@@ -92,20 +92,15 @@ def read_bank(file: str | os.PathLike) -> SavedBank:
     table = tuple(tensors[ROWS].shape) if ROWS in tensors else None
     known = {**config, "inference_mode": True} if isinstance(config, dict) else config
     shared = bankable(config_from(known, name), repr(name))
-    return SavedBank(name, shared, _shapes(layout, name), _classes(classes, name), table)
-
-
-def _shapes(layout: Any, file: str) -> dict[str, torch.Tensor]:
-    """Tensors on the meta device by key, of a list of `[key, shape]`."""
     try:
         shapes = {str(key): torch.empty(size, device="meta") for key, size in layout}
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"{file!r}: `layout` has {shortened(repr(layout), 100)}, expected [key, shape] for each tensor: {brief(error)}."
+            f"{name!r}: `layout` has {shortened(repr(layout), 100)}, expected [key, shape] for each tensor: {brief(error)}."
         ) from error
     if len(shapes) < len(layout):
-        raise ValueError(f"{file!r}: `layout` has a key twice.")
-    return shapes
+        raise ValueError(f"{name!r}: `layout` has a key twice.")
+    return SavedBank(name, shared, shapes, _classes(classes, name), table)
 
 
 def _classes(classes: Any, file: str) -> dict[int, str]:

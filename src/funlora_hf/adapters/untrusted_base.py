@@ -87,10 +87,6 @@ def check_velocity_unet(config: Mapping[str, Any], *, field: str) -> None:
     """
     Raise a ValueError that names the field unless a U-Net of this config can give velocities: it is called with 1000 * sigma, a
     fraction that falls to 0, and its output is one number for each number of the image.
-
-    Args:
-        config: arguments of a UNet2DModel.
-        field: what to call it in an error.
     """
     kind = config.get("time_embedding_type") or "positional"
     if kind != "positional":
@@ -140,10 +136,6 @@ def check_velocity_base(folder: Path, *, field: str) -> None:
 def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:
     """
     The U-Net that an adapter was trained for: of a pipeline's folder or repository, or one that is the U-Net itself.
-
-    Args:
-        config (`PeftConfig`): of the adapter.
-        local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache.
 
     Raises:
         ValueError: the config names no base, or one that cannot be loaded.
@@ -274,13 +266,7 @@ def _unet_subfolder(folder: Path) -> str | None:
 
 
 def check_unet_config(config: Mapping[str, Any], *, field: str) -> None:
-    """
-    Raise a ValueError unless every number, alone or in a list, is below a limit, and no list is longer than one.
-
-    Args:
-        config: arguments of a UNet2DModel, or of another component.
-        field: their name in the error.
-    """
+    """Raise a ValueError unless every number of a U-Net's config, alone or in a list, is below a limit, and no list longer than one."""
     if not isinstance(config, Mapping):
         raise ValueError(f"`{field}` is a {type(config).__name__}, expected a mapping of UNet2DModel arguments.")
     for name, value in config.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from peft.utils import PeftType
@@ -42,9 +42,9 @@ class ConvLoraConfig(ConvAdapterConfig):
     that of loralib's ConvLoRA.
     """
 
-    r: int = field(default=1, metadata={"help": "Rank."})
-    lora_alpha: int = field(default=1, metadata={"help": "The factors' product is multiplied by lora_alpha / r."})
-    bottleneck: str = field(default="kernel", metadata={"help": "'kernel' (r k wide) or 'rank' (r wide)."})
+    r: int = 1
+    lora_alpha: int = 1
+    bottleneck: str = "kernel"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,14 +88,7 @@ class ConvLoraConv2d(AdapterLayer):
 
 
 class ConvLoraModel(ConvAdapterModel):
-    """
-    Puts loralib's LoRA on the convolutions of a model.
-
-    Args:
-        model ([`torch.nn.Module`]): The model to be adapted.
-        config ([`ConvLoraConfig`]): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
-    """
+    """Puts loralib's LoRA on the convolutions of a model."""
 
     prefix: str = "conv_lora_"
     tuner_layer_cls = ConvLoraConv2d

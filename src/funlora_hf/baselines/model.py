@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftConfig
@@ -32,13 +32,11 @@ class ConvAdapterConfig(PeftConfig):
         ValueError: a field of another type, naming it.
     """
 
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Conv2d to adapt: list or regex."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    trainable_token_indices: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Rows of embeddings that the adapter brings along."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random (False)."})
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: dict[str, list[int]] | None = None
+    init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

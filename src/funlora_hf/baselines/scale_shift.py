@@ -60,14 +60,7 @@ class ScaleShiftConv2d(AdapterLayer):
 
 
 class ScaleShiftModel(ConvAdapterModel):
-    """
-    Puts a scale and a shift before the convolutions of a model. Its adapters cannot be merged.
-
-    Args:
-        model ([`torch.nn.Module`]): The model to be adapted.
-        config ([`ScaleShiftConfig`]): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
-    """
+    """Puts a scale and a shift before the convolutions of a model. Its adapters cannot be merged."""
 
     prefix: str = "scale_shift_"
     tuner_layer_cls = ScaleShiftConv2d

@@ -166,11 +166,9 @@ def repository_card(
         classes: those that the base knows, if they should be named, and those of adapters.
         kind: "base" or "adapter": what the repository is loaded as.
         base: of adapters, the repository of their base; None: not published, and the card says so.
-        base_revision: branch, tag or commit of the base; None: its main branch.
         base_is_unet: the base's repository is the U-Net itself, not a pipeline with a folder unet/.
         base_fingerprints: of a base, name of a dtype -> SHA-256 of the base in it.
-        results: contents of the results.json of the run that trained it.
-        license: identifier of a licence, as the Hub has them.
+        base_revision, results, license: as for [`Place`] and in `adapter_card`.
 
     Returns:
         `ModelCard`, its metadata that of a diffusers pipeline or of PEFT adapters.
@@ -348,9 +346,14 @@ def _training(results: Mapping[str, Any], dataset: str | None, kind: str) -> dic
 
 def _class_table(classes: Sequence[ClassRow], repo_id: str | None) -> list[Sequence[str]]:
     """The table of classes, its header first; a column with nothing in it is left out."""
+    # A relative link on the Hub is taken for one to a file, which a folder is not.
+    root = "" if repo_id is None else f"{_HUB}/{repo_id}/tree/main/"
     columns = {
         "id": [str(row.class_label) for row in classes],
-        "class": [_linked_name(row, repo_id) for row in classes],
+        "class": [
+            _text(row.class_name) if row.link is None else f"[{_text(row.class_name)}]({root}{quote(row.link)})"
+            for row in classes
+        ],
         "made by": [row.kind for row in classes],
         "parameters": ["" if row.parameters is None else f"{row.parameters:,}" for row in classes],
         "size": ["" if row.num_bytes is None else _size(row.num_bytes) for row in classes],
@@ -358,11 +361,3 @@ def _class_table(classes: Sequence[ClassRow], repo_id: str | None) -> list[Seque
     }
     columns = {name: cells for name, cells in columns.items() if any(cells)}
     return [tuple(columns), *zip(*columns.values(), strict=True)] if columns else []
-
-
-def _linked_name(row: ClassRow, repo_id: str | None) -> str:
-    if row.link is None:
-        return _text(row.class_name)
-    # A relative link on the Hub is taken for one to a file, which a folder is not.
-    root = "" if repo_id is None else f"{_HUB}/{repo_id}/tree/main/"
-    return f"[{_text(row.class_name)}]({root}{quote(row.link)})"

@@ -17,7 +17,7 @@ from ..adapters.untrusted_base import check_unet_config, check_velocity_unet
 from ..classifier import ClassifierConfig
 from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
-from ..sampling.solvers import check_solver
+from ..sampling.solvers import SOLVERS
 from ..tuner import FunLoraConfig
 from ..utils.checks import check_at_least_one, check_choice, check_class_label, shortened
 from ..utils.field_types import check_field_types
@@ -353,7 +353,7 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        check_solver(self.solver)
+        check_choice("solver", self.solver, SOLVERS)
         if not self.solver_tolerance > 0:
             raise ValueError(f"`solver_tolerance` is {self.solver_tolerance}, expected a number above 0.")
         check_choice("image_quality", self.image_quality, ("classifier", "inception", "none"))

@@ -10,11 +10,10 @@ import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -340,7 +339,8 @@ def _open_splits(
             "folder of images or parquet files, or a .parquet file. Correct --dataset_name, or give a hub id "
             "(owner/name)."
         )
-    is_parquet_folder = is_local and path.is_dir() and _holds_parquet(path)
+    parquet = [*path.glob("*.parquet"), *path.glob("*/*.parquet")] if is_local and path.is_dir() else []
+    is_parquet_folder = any(file.name not in METADATA_FILES for file in parquet)
     if revision is not None and (is_digits or is_local):
         raise ValueError(
             f"revision={revision!r} is only for datasets of the hub, but dataset_name={dataset_name!r} is not one: "
@@ -410,12 +410,6 @@ def _without_unpickling() -> Iterator[None]:
         WebDataset.DECODERS = before
 
 
-def _holds_parquet(folder: Path) -> bool:
-    return any(
-        file.name not in METADATA_FILES for pattern in ("*.parquet", "*/*.parquet") for file in folder.glob(pattern)
-    )
-
-
 def _load_digits(test_fraction: float) -> DatasetDict:
     try:
         from sklearn.datasets import load_digits
@@ -445,7 +439,7 @@ def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> 
     """
     top = _subfolders(folder)
     has_metadata = any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES)
-    is_class = one_class and not top and _has_images(folder)
+    is_class = one_class and not top and any(_is_image(file) and file.is_file() for file in folder.iterdir())
     if has_metadata or not (top or is_class):
         # Labels in a metadata file, or archives: datasets knows these.
         return {"data_dir": str(folder)}
@@ -461,7 +455,17 @@ def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> 
             "the odd folders."
         )
     _warn_of_other_files(class_folders, folder)
-    _warn_of_links(class_folders, folder)
+    # Links to files outside of the folder are read as images: somebody else may have packed them.
+    root = folder.resolve()
+    places = [one for place in class_folders for one in (place, *place.iterdir()) if one.is_symlink()]
+    leading = [(one, target) for one in places if not (target := one.resolve()).is_relative_to(root)]
+    if leading:
+        link, target = leading[0]
+        warnings.warn(
+            f"dataset {root.name!r}: {len(leading)} links lead out of the folder and are followed, such as "
+            f"{shortened(str(link.relative_to(folder)), 300)!r} to {shortened(str(target), 300)!r}.",
+            stacklevel=4,
+        )
     # A pattern for each class, since those with several * leave linked folders out.
     patterns: dict[str, list[str]] = {}
     for place in class_folders:
@@ -528,24 +532,6 @@ def _warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]]
         )
 
 
-def _warn_of_links(class_folders: Sequence[Path], folder: Path) -> None:
-    """Warn of links to files outside of the folder, which are read as images: somebody else may have packed them."""
-    root = folder.resolve()
-    places = [one for place in class_folders for one in (place, *place.iterdir()) if one.is_symlink()]
-    leading = [(one, target) for one in places if not (target := one.resolve()).is_relative_to(root)]
-    if leading:
-        link, target = leading[0]
-        warnings.warn(
-            f"dataset {root.name!r}: {len(leading)} links lead out of the folder and are followed, such as "
-            f"{shortened(str(link.relative_to(folder)), 300)!r} to {shortened(str(target), 300)!r}.",
-            stacklevel=5,
-        )
-
-
-def _has_images(folder: Path) -> bool:
-    return any(_is_image(file) and file.is_file() for file in folder.iterdir())
-
-
 def _subfolders(folder: Path) -> list[Path]:
     # datasets skips names that start with "." or "__", too.
     return sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith((".", "__")))
@@ -573,15 +559,19 @@ def _warn_of_other_splits(name: str, splits: DatasetDict, used: set[str | None])
 
 
 def _find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
-    def having(fits: Callable[[Any], bool]) -> list[str]:
-        return [name for name, feature in features.items() if fits(feature)]
-
-    images = having(lambda feature: isinstance(feature, ImageFeature))
-    encoded = having(lambda feature: isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
-    structs = having(lambda feature: isinstance(feature, dict) and "bytes" in feature)
-    image_column = _find_column("image_column", image_column, features, images, [*images, *encoded, *structs])
-    labels = having(lambda feature: isinstance(feature, ClassLabel))
-    values = having(lambda feature: _is_integer(feature) or _is_string(feature))
+    images, encoded, labels, values = [], [], [], []
+    for name, feature in features.items():
+        if isinstance(feature, ImageFeature):
+            images.append(name)
+        elif isinstance(feature, ClassLabel):
+            labels.append(name)
+        elif _is_integer(feature) or _is_string(feature):
+            values.append(name)
+        elif getattr(feature, "dtype", "") in ("binary", "large_binary") or (
+            isinstance(feature, dict) and "bytes" in feature
+        ):
+            encoded.append(name)
+    image_column = _find_column("image_column", image_column, features, images, [*images, *encoded])
     usual = [name for name in values if name.lower() in LABEL_COLUMN_NAMES]
     accepted = [name for name in (*labels, *values) if name != image_column]
     return image_column, _find_column("label_column", label_column, features, labels or usual, accepted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 # Classes, and training and test images of each, of the recipes' data sets that a run would have to download first.
 _KNOWN = {
@@ -11,17 +13,12 @@ _KNOWN = {
 }
 
 
+@dataclass(frozen=True)
 class KnownCounts:
-    """Numbers of images of a recipe's data set on the Hub, which is not opened.
+    """Numbers of training and test images of each class of a recipe's data set on the Hub, which is not opened."""
 
-    Args:
-        name: of the data set.
-        most: images of a class that are used; None: all.
-    """
-
-    def __init__(self, classes: int, train: int, test: int) -> None:
-        self.class_names = {class_id: str(class_id) for class_id in range(classes)}
-        self.counts = {"train": train, "test": test}
+    class_names: dict[int, str]
+    counts: dict[str, int]
 
     @classmethod
     def of(cls, name: str, most: int | None) -> KnownCounts | None:
@@ -29,7 +26,8 @@ class KnownCounts:
         if name not in _KNOWN:
             return None
         classes, *counts = _KNOWN[name]
-        return cls(classes, *(min(count, most or count) for count in counts))
+        train, test = (min(count, most or count) for count in counts)
+        return cls({class_id: str(class_id) for class_id in range(classes)}, {"train": train, "test": test})
 
     def __str__(self) -> str:
         return f"{len(self.class_names)} classes of {self.counts['train']:,} training and {self.counts['test']:,} test images"

@@ -12,12 +12,7 @@ from .class_ids import check_unique
 
 @dataclass(frozen=True)
 class Task:
-    """The classes learned together in one step of a continual run.
-
-    Attributes:
-        index: place of the task in the run, from 0.
-        class_ids: ids of its classes.
-    """
+    """The classes learned together in one step of a continual run; `index` is its place in the run, from 0."""
 
     index: int
     class_ids: tuple[int, ...]

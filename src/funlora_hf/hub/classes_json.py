@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class HubIndex:
 
     Args:
         base_model: repository of the base, "user/repo"; None: unknown.
-        base_revision: branch, tag or commit of the base.
+        base_revision: branch, tag or commit of it.
         base_is_unet: whether its repository is the U-Net itself, not a pipeline; None: unknown.
         base_classes: id -> name, if the base is in this repository; else None.
         base_fingerprint: of the base in this repository, by precision.
@@ -90,7 +91,11 @@ def shown_results(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     shown = {name: results[name] for name in _SHOWN if name in results}
     shown["settings"] = {
-        part: {name: value for name, value in values.items() if _is_plain(value)}
+        part: {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, (int, float, type(None))) or (isinstance(value, str) and not set(value) & set("/\\"))
+        }
         for part, values in shown.get("settings", {}).items()
     }
     return shown
@@ -147,21 +152,8 @@ def known_contents(repo_id: str, present: set[str]) -> HubIndex:
     for path in adapter_folders(root):
         label = class_in_name(path.name)
         if label is not None and path.name in folders and path.name not in classes:
-            name = _class_name(path) or str(label)
-            classes[path.name] = ClassRow(label, name, "adapter", link=path.name)
+            name = None
+            with suppress(OSError, ValueError):  # a damaged one is listed, and can be deleted, all the same
+                name = class_of(read_config(path))[1]
+            classes[path.name] = ClassRow(label, name or str(label), "adapter", link=path.name)
     return replace(index, classes=classes)
-
-
-def _is_plain(value: Any) -> bool:
-    return (
-        value is None
-        or isinstance(value, (bool, int, float))
-        or (isinstance(value, str) and not set(value) & set("/\\"))
-    )
-
-
-def _class_name(folder: Path) -> str | None:
-    try:
-        return class_of(read_config(folder))[1]
-    except (OSError, ValueError):
-        return None  # a damaged one is listed, and can be deleted, all the same

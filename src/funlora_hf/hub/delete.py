@@ -60,7 +60,11 @@ def delete_class(
         raise FileNotFoundError(
             f"`output_dir` is {os.fspath(folder)!r}, but there is no such folder: name the folder of a run or of a saved pipeline."
         )
-    if class_label in _of_the_base(pipeline, folder):
+    of_bases = set() if pipeline is None else set(pipeline.base_classes)
+    for place in () if folder is None else (folder, folder / "base"):
+        if (place / PIPELINE).is_file():
+            of_bases |= base_classes(place).keys()
+    if class_label in of_bases:
         raise ValueError(
             f"`class_label` is {class_label}, a class of the base, expected one that an adapter makes: what the base knows is "
             "part of its weights and cannot be deleted."
@@ -125,15 +129,6 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
     return done
 
 
-def _of_the_base(pipeline: FunLoraPipeline | None, folder: Path | None) -> set[int]:
-    """The classes of the bases in the places given."""
-    found = set() if pipeline is None else set(pipeline.base_classes)
-    for place in () if folder is None else (folder, folder / "base"):
-        if (place / PIPELINE).is_file():
-            found |= base_classes(place).keys()
-    return found
-
-
 def _traces(folder: Path, class_label: int) -> list[Path]:
     """What shows the class in a folder. Raises a ValueError, before anything is deleted, if some of it is a link."""
     name = adapter_name(class_label)
@@ -150,7 +145,11 @@ def _traces(folder: Path, class_label: int) -> list[Path]:
 def _delete_from_folder(folder: Path, class_label: int, traces: list[Path]) -> bool:
     name = adapter_name(class_label)
     had_it = (folder / ADAPTERS_FOLDER / name).is_dir()
-    _forget_samples(folder / "figures" / "samples.safetensors", name)
+    figures = folder / "figures" / "samples.safetensors"
+    if figures.is_file():  # the first samples of all classes
+        samples = read_tensors(figures, remedy="delete it; it shows what a run has drawn, and nothing is made of it")
+        with whole_file(figures) as temporary:
+            save_file({key: images for key, images in samples.items() if key.rpartition("/")[2] != name}, temporary)
     results = folder / "results.json"
     if str(class_label) in (added := _added(results)):
         others = {key: one for key, one in added.items() if key != str(class_label)}
@@ -166,14 +165,6 @@ def _delete_from_folder(folder: Path, class_label: int, traces: list[Path]) -> b
 def _added(results: Path) -> dict[str, Any]:
     """What a run's results say of classes beside its tasks, by id as text."""
     return read_mapping(results).get("added", {}) if results.is_file() else {}
-
-
-def _forget_samples(file: Path, name: str) -> None:
-    """Take a class out of the first samples of all classes."""
-    if file.is_file():
-        samples = read_tensors(file, remedy="delete it; it shows what a run has drawn, and nothing is made of it")
-        with whole_file(file) as temporary:
-            save_file({key: images for key, images in samples.items() if key.rpartition("/")[2] != name}, temporary)
 
 
 def _grids_with(folder: Path, class_label: int) -> list[Path]:

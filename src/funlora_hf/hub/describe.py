@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..adapters.base_fingerprint import BaseMismatchError, FingerprintCheck, base_fingerprint
+from ..adapters.base_fingerprint import FingerprintCheck, base_fingerprint
 from ..adapters.class_folder import adapter_class
 from ..adapters.untrusted_adapter import method, read_adapter
 from ..adapters.untrusted_bank import read_bank
@@ -22,13 +22,7 @@ from .find import find_contents
 
 @dataclass(frozen=True)
 class BaseDescription:
-    """
-    Args:
-        name: where it lies.
-        classes: id -> name.
-        parameters: of the U-Net.
-        fingerprint: in float32.
-    """
+    """A base: where it lies, names of its classes by id, parameters of its U-Net, and its fingerprint in float32."""
 
     name: str
     classes: dict[int, str]
@@ -62,12 +56,7 @@ class _StoredDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterDescription(_StoredDescription):
-    """
-    Args:
-        class_label: id of its class; None: it does not say.
-        class_name: of its class; None: it does not say.
-        parameters: how many numbers it holds.
-    """
+    """Of one adapter: its class, as far as it says which, and how many numbers it holds."""
 
     class_label: int | None
     class_name: str | None
@@ -76,11 +65,7 @@ class AdapterDescription(_StoredDescription):
 
 @dataclass(frozen=True, kw_only=True)
 class BankDescription(_StoredDescription):
-    """
-    Args:
-        classes: id -> name.
-        parameters_per_class: how many numbers a class has.
-    """
+    """Of one bank: names of its classes by id, and how many numbers each has."""
 
     classes: dict[int, str]
     parameters_per_class: int
@@ -88,13 +73,7 @@ class BankDescription(_StoredDescription):
 
 @dataclass(frozen=True)
 class Description:
-    """
-    Args:
-        source: as it was asked for.
-        base: None: there is none.
-        adapters: by rising id.
-        banks: by name.
-    """
+    """What lies in a source, by the name that was asked for: its base, adapters by rising id, and banks by name."""
 
     source: str
     base: BaseDescription | None
@@ -110,13 +89,7 @@ def describe(
     local_files_only: bool = False,
 ) -> Description:
     """
-    Describe what lies in a source.
-
-    Args:
-        source, subfolder, revision, local_files_only: as for [`find_contents`].
-
-    Returns:
-        [`Description`].
+    Describe what lies in a source, as `find_contents` takes it.
 
     Raises:
         FileNotFoundError: nothing to describe.
@@ -129,41 +102,26 @@ def describe(
         check, fingerprint = FingerprintCheck(unet), base_fingerprint(unet, dtype=torch.float32)
         name, classes = found.name(found.base), base_classes(found.base)
         base = BaseDescription(name, classes, unet.num_parameters(), fingerprint)
-    adapters = [_adapter(folder, found.name(folder), check) for folder in found.adapters]
-    banks = [_bank(file, found.name(file), check) for file in found.banks]
+
+    def stored(config: PeftConfig, place: Path, weights: Path) -> dict[str, Any]:
+        own = config if isinstance(config, FunLoraConfig) else None
+        return {
+            "name": found.name(place),
+            "method": method(config),
+            "function": own.function if own else None,
+            "operation": own.operation if own else None,
+            "num_bytes": weights.stat().st_size,
+            "base_model": config.base_model_name_or_path,
+            "base_matches": check.fits(own.base_fingerprint) if check and own and own.base_fingerprint else None,
+        }
+
+    adapters, banks = [], []
+    for folder in found.adapters:
+        adapter = read_adapter(folder)
+        said = stored(adapter.config, folder, folder / SAFETENSORS_WEIGHTS_NAME)
+        adapters.append(AdapterDescription(**said, **adapter_class(folder), parameters=adapter.numel))
+    for file in found.banks:
+        bank = read_bank(file)
+        said = stored(bank.config, file, file)
+        banks.append(BankDescription(**said, classes=bank.classes, parameters_per_class=bank.numel))
     return Description(found.source, base, adapters, banks)
-
-
-def _adapter(folder: Path, name: str, check: FingerprintCheck | None) -> AdapterDescription:
-    adapter = read_adapter(folder)
-    stored = _stored(adapter.config, folder / SAFETENSORS_WEIGHTS_NAME, name, check)
-    return AdapterDescription(**stored, **adapter_class(folder), parameters=adapter.numel)
-
-
-def _bank(file: Path, name: str, check: FingerprintCheck | None) -> BankDescription:
-    bank = read_bank(file)
-    stored = _stored(bank.config, file, name, check)
-    return BankDescription(**stored, classes=bank.classes, parameters_per_class=bank.numel)
-
-
-def _stored(config: PeftConfig, file: Path, name: str, check: FingerprintCheck | None) -> dict[str, Any]:
-    own = config if isinstance(config, FunLoraConfig) else None
-    return {
-        "name": name,
-        "method": method(config),
-        "function": own.function if own else None,
-        "operation": own.operation if own else None,
-        "num_bytes": file.stat().st_size,
-        "base_model": config.base_model_name_or_path,
-        "base_matches": _matches(check, config, name),
-    }
-
-
-def _matches(check: FingerprintCheck | None, config: PeftConfig, name: str) -> bool | None:
-    if check is None or getattr(config, "base_fingerprint", None) is None:
-        return None
-    try:
-        check.check(config, name)
-    except BaseMismatchError:
-        return False
-    return True

@@ -28,10 +28,9 @@ _OTHER_WEIGHTS = ("adapter_model", "diffusion_pytorch_model")
 @dataclass(frozen=True)
 class Contents:
     """
-    What was found.
+    What was found in a source, as it was asked for.
 
     Args:
-        source: as it was asked for.
         root: folder on this machine; of a bank's file, the folder that it is in.
         base: folder of a pipeline, or of a U-Net by itself.
         adapters: folders of adapters, by rising id; one may be `root` itself.
@@ -77,11 +76,7 @@ def find_contents(
         subfolder (`str`, *optional*): where in it.
         classes (collection of `int`, *optional*): ids of the classes wanted, only their files are fetched; None: all.
         with_base (`bool`, *optional*, defaults to `True`): whether the base of a repository is fetched, too.
-        revision (`str`, *optional*): branch, tag or commit of a repository.
-        local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache.
-
-    Returns:
-        [`Contents`].
+        revision, local_files_only: as for [`fetch`].
 
     Raises:
         FileNotFoundError: no such folder or repository, none of the things named in it, or a class that it does not have.
@@ -91,32 +86,26 @@ def find_contents(
     if os.path.isfile(name):
         return Contents(name, Path(name).parent, None, (), (Path(name),))
     names = ["class_*"] if classes is None else [adapter_name(label) for label in classes]
-    files = [
-        *ADAPTER_CONTENTS,
-        *(
-            f"{place}{name}/{file}"
-            for place in ("", f"{ADAPTERS_FOLDER}/")
-            for name in names
-            for file in ADAPTER_CONTENTS
-        ),
-    ]
+    folders = ["", *(f"{place}{name}/" for place in ("", f"{ADAPTERS_FOLDER}/") for name in names)]
+    files = [f"{folder}{file}" for folder in folders for file in ADAPTER_CONTENTS]
     if with_base:
-        files += [
-            INDEX,
-            *_UNET_CONTENTS,
-            *(f"{place}{file}" for place in ("", "base/", "model/") for file in BASE_CONTENTS),
-        ]
+        files += [INDEX, *_UNET_CONTENTS]
+        files += [f"{place}{file}" for place in ("", "base/", "model/") for file in BASE_CONTENTS]
     if subfolder:
         files = [f"{subfolder}/{file}" for file in files]
     root = fetch(name, files, revision=revision, local_files_only=local_files_only) / (subfolder or "")
     places = [root / place for place in _BASE_PLACES] if with_base else []
     base = next((place for place in places for file in _BASE_MARKS if (place / file).is_file()), None)
-    found = Contents(name, root, base, _adapters(root, classes), _banks(root))
+    own = [root] if any((root / file).is_file() for file in ADAPTER_FILES) else []
+    below = [*adapter_folders(root), *adapter_folders(root / ADAPTERS_FOLDER)]
+    wanted = [folder for folder in below if classes is None or folder.name in names]
+    banks = [file for file in sorted(root.glob("*.safetensors")) if not file.name.startswith(_OTHER_WEIGHTS)]
+    found = Contents(name, root, base, (*own, *wanted), tuple(banks))
     place = f"{name!r}" + (f", subfolder {subfolder!r}," if subfolder else "")
-    absent = [] if classes is None else sorted(set(names) - {folder.name for folder in found.adapters})
-    if absent and root not in found.adapters:
+    absent = [] if classes is None or own else sorted(set(names) - {folder.name for folder in wanted})
+    if absent:
         # Of a repository, the others have not been fetched.
-        others = ", ".join(folder.name for folder in _adapters(root, None)) if os.path.isdir(name) else ""
+        others = ", ".join(folder.name for folder in below) if os.path.isdir(name) else ""
         raise FileNotFoundError(f"{place} has no {', '.join(absent)}, expected {others or 'classes that it has'}.")
     if not (found.base or found.adapters or found.banks):
         raise FileNotFoundError(
@@ -124,16 +113,3 @@ def find_contents(
             "adapter as PEFT saves it."
         )
     return found
-
-
-def _adapters(root: Path, classes: Collection[int] | None) -> tuple[Path, ...]:
-    own = [root] if any((root / name).is_file() for name in ADAPTER_FILES) else []
-    below = [*adapter_folders(root), *adapter_folders(root / ADAPTERS_FOLDER)]
-    if classes is not None:
-        wanted = {adapter_name(label) for label in classes}
-        below = [folder for folder in below if folder.name in wanted]
-    return (*own, *below)
-
-
-def _banks(root: Path) -> tuple[Path, ...]:
-    return tuple(file for file in sorted(root.glob("*.safetensors")) if not file.name.startswith(_OTHER_WEIGHTS))

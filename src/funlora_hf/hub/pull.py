@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,8 +44,7 @@ def pull(
         classes (collection of `int`, *optional*): ids of the classes wanted; None: all there are.
         with_base (`bool`, *optional*, defaults to `False`): take the base, too.
         overwrite (`bool`, *optional*, defaults to `False`): replace folders of other content in `output_dir`.
-        revision (`str`, *optional*): branch, tag or commit of the repository.
-        local_files_only (`bool`, *optional*, defaults to `False`): take it from the cache.
+        revision, local_files_only: as for [`fetch`].
 
     Returns:
         `list[Path]`: the folders written; those that had this content already are left out.
@@ -62,11 +61,15 @@ def pull(
     )
     if with_base and found.base is None:
         raise FileNotFoundError(f"{found.source!r} holds no base: leave out `with_base`, or pull from its repository.")
-    _check_sound(found, output_dir)
+    present = output_dir / BASE_FOLDER
+    base = sound_base(present) if found.base is None and present.is_dir() else None
+    for verdict in verify_contents(replace(found, banks=()), base):
+        if not verdict.ok:
+            raise ValueError(f"{verdict.kind} {verdict.name!r} of {found.source!r}: {verdict.detail}")
     copies = _copies(found, output_dir, classes)
     if found.base is not None:
-        copies[output_dir / BASE_FOLDER] = _files(found.base, BASE_CONTENTS)
-    differ = {target: files for target, files in copies.items() if not _is_equal(target, files)}
+        copies[present] = _files(found.base, BASE_CONTENTS)
+    differ = {target: files for target, files in copies.items() if not _has(target, files)}
     there = [os.fspath(target) for target in differ if target.exists()]
     if there and not overwrite:
         raise FileExistsError(
@@ -101,15 +104,6 @@ def _identity(base: Path) -> tuple[str, dict[str, str]]:
     return base_fingerprint(unet), config_fingerprint(unet)
 
 
-def _check_sound(found: Contents, output_dir: Path) -> None:
-    """Raise a ValueError unless all of it is valid, for the base that it will be stored with."""
-    present = output_dir / BASE_FOLDER
-    base = sound_base(present) if found.base is None and present.is_dir() else None
-    for verdict in verify_contents(replace(found, banks=()), base):
-        if not verdict.ok:
-            raise ValueError(f"{verdict.kind} {verdict.name!r} of {found.source!r}: {verdict.detail}")
-
-
 def _copies(found: Contents, output_dir: Path, classes: Collection[int] | None) -> dict[Path, dict[str, Path]]:
     """By the folder to write: what goes into it."""
     copies: dict[Path, dict[str, Path]] = {}
@@ -135,8 +129,8 @@ def _files(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
     return files
 
 
-def _is_equal(target: Path, files: dict[str, Path]) -> bool:
-    """Whether a folder holds just these files."""
+def _has(target: Path, files: Mapping[str, Path]) -> bool:
+    """Whether a folder holds exactly these files, by name, with the same content."""
     there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
     return there == files.keys() and all(
         filecmp.cmp(target / name, file, shallow=False) for name, file in files.items()

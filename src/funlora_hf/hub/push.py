@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitInfo
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 
 from ..adapters.class_folder import adapter_name, known_class, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
 from ..adapters.untrusted_base import PIPELINE
-from ..cards.model_cards import ClassRow, Place
+from ..cards.model_cards import Place
 from ..sampling.pipeline import FunLoraPipeline
 from .classes_json import HubIndex, root_files, shown_results
 from .repository import HubRepository
-from .what_to_push import BaseFolder, RunToPush, read_adapter_folder, read_base, read_run, warn_without_base
+from .what_to_push import RunToPush, read_adapter_folder, read_base, read_run, warn_without_base
 
 
 _Files = dict[str, Path | bytes]
@@ -56,7 +58,7 @@ def push_base(
             return push_base(folder, repo_id, private=private, license=license, commit_message=commit_message)
     base = read_base(Path(pipeline))
     repository = HubRepository(repo_id, private=private)
-    index = _index(Place(base=repository.repo_id, base_revision=base.tag), base, license=license)
+    index = HubIndex(repository.repo_id, base.tag, False, base.classes, base.fingerprints, license=license)
     done = repository.commit(
         lambda present: {**base.files(), **root_files(repository.repo_id, present, index)}, commit_message
     )
@@ -84,13 +86,12 @@ def push_adapter(
     Args:
         model (`PeftModel`): holds the adapter.
         adapter_name (`str`): of the adapter in the model.
-        repo_id (`str`): "user/repo", made if it is not there.
         subfolder (`str`, *optional*): where in it; `<id>` stands for the class. None: at the root of a repository of its own.
         class_label (`int`, *optional*): id of the class; None: the one in the config, or in `adapter_name` as `class_<id>`.
         class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
         base_model (`str`, *optional*): repository of the base; None: the one in the config. With neither, this warns.
         base_revision (`str`, *optional*): branch, tag or commit of the base.
-        private, license, commit_message: as in `push_base`.
+        repo_id, private, license, commit_message: as in `push_base`.
 
     Returns:
         `CommitInfo`, or None if the repository had all of it: then no commit is made.
@@ -114,7 +115,8 @@ def push_adapter(
             warn_without_base(adapter_name)
         repository = HubRepository(repo_id, private=private)
         where = None if subfolder is None else subfolder.replace("<id>", str(label))
-        index = _index(base, None, [] if where is None else [adapter.row(None, where)], license=license)
+        classes = {} if where is None else {where: adapter.row(None, where)}
+        index = HubIndex(base.base, base.base_revision, _is_unet(base), classes=classes, license=license)
 
         def files(present: set[str]) -> _Files:
             own = adapter.files(replace(base, source=repository.repo_id, subfolder=where), license=license)
@@ -141,14 +143,12 @@ def push_all(
 
     Args:
         output_dir (`str` or `os.PathLike`): of the run.
-        repo_id (`str`): "user/repo", made if it is not there.
         base_model (`str`, *optional*):
             Repository of the base, if it is another one; the run's own base is not pushed then. None: this one, or what the
             adapters' configs name where the run had its base from elsewhere. With none, this warns.
         base_revision (`str`, *optional*): branch, tag or commit of `base_model`.
         tasks (sequence of sequences of `int`, *optional*): ids of the classes by task; None: those in results.json.
-        private (`bool`, *optional*): of a repository that is made now; None: as the account is set.
-        license (`str`, *optional*): identifier of a licence, for the cards.
+        repo_id, private, license: as in `push_base`.
 
     Returns:
         `list[CommitInfo]`: the commits made, in order; none if nothing has changed.
@@ -163,20 +163,25 @@ def push_all(
     base = _base_of(run, repository.repo_id, base_model, base_revision)
     if base.base is None and run.adapters:
         warn_without_base(f"{os.fspath(output_dir)!r}")
-    commits: list[CommitInfo | None] = []
+    base_tags = [] if run.base is None else [run.base.tag]
 
-    def commit(labels: Collection[int], message: str, *, with_base: bool) -> None:
-        def files(present: set[str]) -> _Files:
-            made: _Files = run.base.files() if run.base is not None and with_base else {}
-            for label in labels:
-                place = replace(base, source=repository.repo_id, subfolder=adapter_name(label))
-                made |= run.adapters[label].files(place, results=run.results_of(label), license=license)
-            shown = [label for label in run.adapters if label in labels or _weights(label) in present]
-            rows = [run.adapters[label].row(run.results, adapter_name(label)) for label in shown]
-            index = _index(base, run.base, rows, results=run.results, license=license)
-            return made | root_files(repository.repo_id, present, index)
-
-        commits.append(repository.commit(files, message))
+    def files(labels: Collection[int], with_base: bool, present: set[str]) -> _Files:
+        made: _Files = run.base.files() if run.base is not None and with_base else {}
+        for label in labels:
+            place = replace(base, source=repository.repo_id, subfolder=adapter_name(label))
+            made |= run.adapters[label].files(place, results=run.results_of(label), license=license)
+        shown = {c: adapter_name(c) for c in run.adapters if c in labels or _weights(c) in present}
+        index = HubIndex(
+            base.base,
+            base.base_revision,
+            _is_unet(base),
+            base_classes=None if run.base is None else run.base.classes,
+            base_fingerprint=None if run.base is None else run.base.fingerprints,
+            classes={name: run.adapters[label].row(run.results, name) for label, name in shown.items()},
+            results=shown_results(run.results),
+            license=license,
+        )
+        return made | root_files(repository.repo_id, present, index)
 
     present = repository.files()
     # A run's base is its first task.
@@ -187,22 +192,19 @@ def push_all(
         if (number == 1 and run.base is not None and PIPELINE not in present)
         or any(_weights(c) not in present for c in task if c in run.adapters)
     ]
-    for number, task in waiting:
+    commits = []
+    for number, task in waiting or [(None, [])]:
         own = [c for c in task if c in run.adapters]
         names = ", ".join(f"{c} ({run.adapters[c].class_name})" for c in own)
-        # The last commit brings up to date whatever else has changed.
-        is_last = number == waiting[-1][0]
         part = "Added" if number is None else f"Task {number}"
-        commit(
-            run.adapters if is_last else own,
-            f"{part}: " + (f"class {names}" if names else "base"),
-            with_base=is_last or number == 1,
-        )
-        repository.tag(*([] if number is None else [f"task-{number}"]), *run.base_tags)
-    if not waiting:
-        commit(run.adapters, "Update", with_base=True)
+        message = f"{part}: " + (f"class {names}" if names else "base") if waiting else "Update"
+        # The last commit brings up to date whatever else has changed.
+        is_last = not waiting or number == waiting[-1][0]
+        made = partial(files, run.adapters if is_last else own, is_last or number == 1)
+        commits.append(repository.commit(made, message))
+        repository.tag(*([] if number is None else [f"task-{number}"]), *base_tags)
     # An earlier push may have broken off between a commit and its tag.
-    repository.tag(*(f"task-{number}" for number in range(1, len(run.tasks) + 1)), *run.base_tags)
+    repository.tag(*(f"task-{number}" for number in range(1, len(run.tasks) + 1)), *base_tags)
     return [done for done in commits if done is not None]
 
 
@@ -216,30 +218,16 @@ def _base_of(run: RunToPush, repo_id: str, base_model: str | None, base_revision
 
 
 def _looked_at(base: Place) -> Place:
-    """Add whether its repository is a pipeline or the U-Net itself."""
-    if base.base is None:
-        return base
-    return replace(base, base_is_unet=HubRepository(base.base, create=False).is_unet(base.base_revision))
+    """Add whether its repository is a U-Net by itself, and no pipeline; False also if that cannot be found out."""
+    files: set[str] = set()
+    if base.base is not None:
+        with suppress(HfHubHTTPError):
+            files = HubRepository(base.base, create=False).files(base.base_revision)
+    return replace(base, base_is_unet="config.json" in files and PIPELINE not in files)
 
 
-def _index(
-    base: Place,
-    own_base: BaseFolder | None,
-    rows: Sequence[ClassRow] = (),
-    *,
-    results: Mapping[str, Any] | None = None,
-    license: str | None,
-) -> HubIndex:
-    return HubIndex(
-        base_model=base.base,
-        base_revision=base.base_revision,
-        base_is_unet=None if base.base is None else base.base_is_unet,
-        base_classes=None if own_base is None else own_base.classes,
-        base_fingerprint=None if own_base is None else own_base.fingerprints,
-        classes={row.link: row for row in rows if row.link is not None},
-        results=shown_results(results),
-        license=license,
-    )
+def _is_unet(base: Place) -> bool | None:
+    return None if base.base is None else base.base_is_unet
 
 
 def _weights(class_label: int) -> str:

@@ -44,14 +44,6 @@ class HubRepository:
         """Names of all files in a revision; None: on the main branch."""
         return set(self._api.list_repo_files(self.repo_id, revision=revision))
 
-    def is_unet(self, revision: str | None = None) -> bool:
-        """Whether it holds a model of diffusers by itself, and no pipeline; False also if that cannot be found out."""
-        try:
-            files = self.files(revision)
-        except HfHubHTTPError:
-            return False
-        return "config.json" in files and "model_index.json" not in files
-
     def commit(
         self, make: Callable[[set[str]], Mapping[str, Path | bytes]], message: str, *, delete: Iterable[str] = ()
     ) -> CommitInfo | None:
@@ -90,7 +82,8 @@ class HubRepository:
                 status, tries = error.response.status_code, tries + 1
                 if status not in _PASSING or tries == _TRIES:
                     raise
-                seconds = _patience(error, tries)
+                asked = error.response.headers.get("Retry-After", "")
+                seconds = 0.0 if status == 412 else float(asked) if asked.isdigit() else float(2 ** (tries - 1))
                 logger.warning("The Hub answered %s to a commit to %s: again in %s s.", status, self.repo_id, seconds)
                 time.sleep(seconds)
 
@@ -111,10 +104,3 @@ class HubRepository:
         self._api.super_squash_history(self.repo_id)
         for tag in filter(keep_tags, tags):
             self._api.create_tag(self.repo_id, tag=tag)
-
-
-def _patience(error: HfHubHTTPError, tries: int) -> float:
-    asked = error.response.headers.get("Retry-After", "")
-    if error.response.status_code == 412:
-        return 0.0
-    return float(asked) if asked.isdigit() else float(2 ** (tries - 1))

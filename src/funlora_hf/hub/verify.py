@@ -24,15 +24,7 @@ from .find import BASE_CONTENTS, Contents, find_contents
 
 @dataclass(frozen=True)
 class Verdict:
-    """
-    The result for one thing.
-
-    Args:
-        kind: "base", "adapter" or "bank".
-        name: where it lies.
-        ok: whether nothing is wrong with it.
-        detail: what is wrong; or, if nothing is, what it was compared with.
-    """
+    """The result for a "base", an "adapter" or a "bank"; `detail` is what is wrong or, if nothing is, what it was compared with."""
 
     kind: str
     name: str
@@ -55,11 +47,10 @@ def verify(
     Check everything that lies in a source: files as such, every number, and whether adapters and base belong together.
 
     Args:
-        source (`str` or `os.PathLike`): as for [`find_contents`].
         base (`str` or `os.PathLike`, *optional*):
             What adapters are compared with: run, pipeline or U-Net. None: the base in the source; if it has none, adapters are
             only checked by themselves.
-        subfolder, revision, local_files_only: as for [`find_contents`].
+        source, subfolder, revision, local_files_only: as for [`find_contents`].
 
     Returns:
         `list[Verdict]`: one on each thing, the base first.

@@ -28,14 +28,7 @@ _BASE_FILES = ("*.json", "*/*.json", "*/*.safetensors", "*/*.safetensors.index.j
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """
-    A base on this machine.
-
-    Args:
-        folder: of its pipeline.
-        classes: id -> name, by row of the class embedding.
-        fingerprints: as `base_fingerprints`.
-    """
+    """A base on this machine: the folder of its pipeline, names by ids in the order of the class embedding, and `base_fingerprints`."""
 
     folder: Path
     classes: dict[int, str]
@@ -51,7 +44,14 @@ class BaseFolder:
         files: dict[str, Path | bytes] = {}
         for path in sorted({path for pattern in _BASE_FILES for path in self.folder.glob(pattern)}):
             name = path.relative_to(self.folder).as_posix()
-            files[name] = _without_path(path) if path.suffix == ".json" else path
+            files[name] = path
+            if (
+                path.suffix == ".json"
+                and isinstance(settings := read_json(path), dict)
+                and "_name_or_path" in settings
+            ):
+                del settings["_name_or_path"]  # the folder that the model once came from
+                files[name] = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
         return files
 
 
@@ -69,15 +69,7 @@ def read_base(folder: Path) -> BaseFolder:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """
-    An adapter on this machine, checked.
-
-    Args:
-        adapter: its files.
-        class_label: of its class.
-        class_name: of its class.
-        samples: picture of its samples, if there is one.
-    """
+    """An adapter on this machine, checked, its class, and the picture of its samples, if there is one."""
 
     adapter: SavedAdapter
     class_label: int
@@ -144,16 +136,8 @@ def read_adapter_folder(folder: Path, *, samples: Path | None = None) -> Adapter
 
 @dataclass(frozen=True)
 class RunToPush:
-    """
-    A run's folder.
-
-    Args:
-        base: None: it had one from elsewhere.
-        adapters: by id.
-        tasks: ids of the classes of each.
-        others: ids of the adapters that are of no task.
-        results: if it has ended.
-    """
+    """A run's folder: its base, unless it had one from elsewhere, adapters by id, ids of the classes of each task and of those that
+    are of no task, and its results, if it has ended."""
 
     base: BaseFolder | None
     adapters: dict[int, AdapterFolder]
@@ -169,19 +153,9 @@ class RunToPush:
         recipe = added["recipe"]
         return {"dataset": added["dataset"], "seed": recipe["ContinualTrainingArguments"]["seed"], "settings": recipe}
 
-    @property
-    def base_tags(self) -> list[str]:
-        """The tag of its base, if it has one."""
-        return [] if self.base is None else [self.base.tag]
-
 
 def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | None) -> RunToPush:
-    """Look at the folder of a run.
-
-    Args:
-        folder: of the run.
-        own_base: whether its base is pushed with it, if it has one.
-        tasks: ids of the classes by task; None: those in results.json.
+    """Look at the folder of a run, with the base that it has if `own_base`; tasks as in `push_all`.
 
     Raises:
         FileNotFoundError: no folder of a run.
@@ -228,12 +202,3 @@ def warn_without_base(adapter: str) -> None:
         "what to load it onto. Push the base with `push_base` and pass its repository as `base_model`.",
         stacklevel=3,
     )
-
-
-def _without_path(file: Path) -> bytes:
-    """A JSON file of diffusers without the name of the folder that the model once came from."""
-    settings = read_json(file)
-    if not isinstance(settings, dict) or "_name_or_path" not in settings:
-        return file.read_bytes()
-    del settings["_name_or_path"]
-    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()

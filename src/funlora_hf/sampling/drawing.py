@@ -49,13 +49,8 @@ def draw_samples(
         purpose: part of the seed, so that images for one use are not those of another.
         seed: of the run.
         batch_size: images at once; another batch size gives other images.
-        solver: as in the pipeline.
-        num_inference_steps: as in the pipeline.
+        solver, num_inference_steps, guidance: as in the pipeline.
         tolerance: rtol and atol of "dopri5".
-        guidance: as in the pipeline.
-
-    Returns:
-        [`Samples`].
 
     Raises:
         ValueError: less than one image, in all or at once; and what the pipeline refuses.

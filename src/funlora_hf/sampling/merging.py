@@ -54,7 +54,9 @@ def merge_class(pipe: FunLoraPipeline, class_label: int | str) -> UNet2DModel:
     if embedding is not None:
         _check_class_embedding(merged)
         if row is not None:
-            tensors[_BIAS] = _sum(tensors[_BIAS], embedding(row.to(embedding.weight.device))[0])
+            bias, vector = tensors[_BIAS], embedding(row.to(embedding.weight.device))[0]
+            wide = torch.promote_types(bias.dtype, torch.float32)
+            tensors[_BIAS] = (bias.to(wide) + vector.to(wide)).to(bias.dtype)  # rounded once
     tensors |= _unfused(merged)
     config = {name: value for name, value in merged.config.items() if not name.startswith("_")}
     unet = _plain_unet({**config, "num_class_embeds": None}, tensors)
@@ -91,12 +93,6 @@ def _check_class_embedding(unet: UNet2DModel) -> None:
             "`time_embedding` does not end in a Linear with a bias, as expected: the class's vector has no other place in a "
             "plain U-Net. Use the pipeline."
         )
-
-
-def _sum(bias: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """Rounded once, to the dtype of the bias."""
-    wide = torch.promote_types(bias.dtype, torch.float32)
-    return (bias.to(wide) + vector.to(wide)).to(bias.dtype)
 
 
 def _unfused(unet: UNet2DModel) -> dict[str, torch.Tensor]:

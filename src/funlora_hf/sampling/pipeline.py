@@ -2,8 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal, Optional, TypeAlias, overload
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -35,9 +36,9 @@ from ..adapters.untrusted_base import (
 )
 from ..flow_matching import sigma_to_timestep
 from ..tuner_base.wrappers import adapted_modules, evaluation_mode
-from ..utils.checks import check_at_least_one, is_repository_name, one_form, shortened
-from .guidance import Guidance
-from .solvers import SolverOutput, check_solver, solve
+from ..utils.checks import check_at_least_one, check_choice, is_repository_name, one_form, shortened
+from .guidance import Guidance, Velocity
+from .solvers import SOLVERS, SolverOutput, solve
 
 
 ClassLabels: TypeAlias = int | str | Sequence[int | str] | torch.Tensor
@@ -204,15 +205,10 @@ class FunLoraPipeline(DiffusionPipeline):
         # A batch that is sorted by class need not be sorted in every adapted layer.
         order = sorted(range(len(class_ids)), key=class_ids.__getitem__)
         class_ids = [class_ids[index] for index in order]
-        rows = self._embedding_rows(class_ids)
-
-        def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-            return self._velocity(state, sigma, rows)
-
-        with self._acting(class_ids):
+        with self._velocities(class_ids) as velocity:
             velocity = velocity if guidance is None else partial(guidance, velocity)
-            output = self._solve(velocity, noise[order], num_inference_steps, solver, rtol, atol)
-        self._check_finite(output.sample, [[class_id] for class_id in class_ids], solver, num_inference_steps)
+            parts = [[class_id] for class_id in class_ids]
+            output = self._solve(velocity, noise[order], parts, num_inference_steps, solver, rtol, atol)
         sample = torch.empty_like(output.sample)
         sample[order] = output.sample
         return self._output(sample, output.nfe, output_type, return_dict)
@@ -274,17 +270,9 @@ class FunLoraPipeline(DiffusionPipeline):
             class_label_2 (`int` or `str`): the class of weight 1.
             weights (`int` or a sequence of `float`, *optional*, defaults to 8):
                 One weight in [0, 1] for every image wanted, or how many, at least 2, evenly spaced from 0 to 1.
-            num_inference_steps (`int`, *optional*, defaults to 10):
-                Steps of the fixed-step solvers; "dopri5" chooses its own.
-            solver (`str`, *optional*, defaults to "heun"):
-                "euler" (1 evaluation of the U-Net a step), "heun" (2), "rk4" (4) or "dopri5" (adaptive).
-            rtol (`float`, *optional*, defaults to 1e-5): Relative tolerance of "dopri5".
-            atol (`float`, *optional*, defaults to 1e-5): Absolute tolerance of "dopri5".
             generator (`torch.Generator`, *optional*):
                 Makes the one noise, and with it the images, repeatable.
-            output_type (`str`, *optional*, defaults to "pil"): "pil", "np" or "pt".
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return a [`FunLoraPipelineOutput`] instead of a tuple.
+            num_inference_steps, solver, rtol, atol, output_type, return_dict: as in [`~FunLoraPipeline.__call__`].
 
         Returns:
             [`FunLoraPipelineOutput`] or `tuple`: the images, in the order of the weights, and the number of evaluations:
@@ -302,16 +290,14 @@ class FunLoraPipeline(DiffusionPipeline):
         noise = self._noise(1, generator)
         noise = noise.expand(len(weights), *noise.shape[1:])
         weights = weights.to(noise).view(-1, 1, 1, 1)
-        class_ids = [class_1] * len(noise) + [class_2] * len(noise)
-        rows = self._embedding_rows(class_ids)
+        with self._velocities([class_1] * len(noise) + [class_2] * len(noise)) as both:
 
-        def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-            first, second = self._velocity(torch.cat([state, state]), sigma, rows).chunk(2)
-            return (1 - weights) * first + weights * second
+            def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+                first, second = both(sigma, torch.cat([state, state])).chunk(2)
+                return (1 - weights) * first + weights * second
 
-        with self._acting(class_ids):
-            output = self._solve(velocity, noise, num_inference_steps, solver, rtol, atol)
-        self._check_finite(output.sample, [[class_1, class_2]] * len(output.sample), solver, num_inference_steps)
+            parts = [[class_1, class_2]] * len(noise)
+            output = self._solve(velocity, noise, parts, num_inference_steps, solver, rtol, atol)
         return self._output(output.sample, output.nfe, output_type, return_dict)
 
     def predict_velocity(self, sample: torch.Tensor, sigma: torch.Tensor, class_labels: ClassLabels) -> torch.Tensor:
@@ -338,8 +324,8 @@ class FunLoraPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`class_labels` has {len(class_ids)} classes, expected one for each of {len(sample)} samples."
             )
-        with self._acting(class_ids):
-            return self._velocity(sample, sigma, self._embedding_rows(class_ids))
+        with self._velocities(class_ids) as velocity:
+            return velocity(sigma, sample)
 
     def load_adapter(
         self,
@@ -394,8 +380,7 @@ class FunLoraPipeline(DiffusionPipeline):
 
         Args:
             file (`str` or `os.PathLike`): to read; it is mapped into memory and must not change meanwhile.
-            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`):
-                Load the adapters also if they were trained for another base. What is saved then names this base.
+            ignore_base_fingerprint: as in `load_adapter`.
 
         Returns:
             `list[int]`: the ids of the classes.
@@ -429,16 +414,8 @@ class FunLoraPipeline(DiffusionPipeline):
         return unet, self._embedding_rows([class_id])  # type: ignore[return-value]  # it has the class of `self.unet`
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """
-        Save the base as diffusers does, untouched by adapters, and every adapter in `adapters/class_<id>/` beside it.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder.
-            args, kwargs: as in [`DiffusionPipeline.save_pretrained`].
-
-        Raises:
-            ValueError: adapters are merged into the base's weights.
-        """
+        """Save the base as [`DiffusionPipeline.save_pretrained`] does, untouched by adapters, and every adapter in
+        `adapters/class_<id>/` beside it. Raises a ValueError if adapters are merged into the base's weights."""
         if (args[0] if args else kwargs.get("safe_serialization")) is False:
             raise ValueError("`safe_serialization` is False, expected True: only safetensors are read again.")
         if kwargs.get("push_to_hub") and self._adapters.classes:
@@ -446,9 +423,13 @@ class FunLoraPipeline(DiffusionPipeline):
                 "`push_to_hub` would push the base without its adapters: save first, then `funlora_hf.push_all` the folder."
             )
         self._follow_unet()
-        base = FunLoraPipeline(
-            _without_adapters(self.unet), self.scheduler, self.base_classes, self.config["id2label"]
-        )
+        unet = _uncompiled(self.unet)
+        if adapted_modules(unet):
+            with torch.device("meta"):
+                plain = UNet2DModel.from_config(unet.config)
+            plain.load_state_dict(base_tensors(unet), assign=True)  # they are the base's own
+            unet = plain
+        base = FunLoraPipeline(unet, self.scheduler, self.base_classes, self.config["id2label"])
         super(FunLoraPipeline, base).save_pretrained(save_directory, *args, **kwargs)
         adapters = Path(save_directory) / ADAPTERS_FOLDER
         for class_id in self._adapters.classes:
@@ -534,10 +515,20 @@ class FunLoraPipeline(DiffusionPipeline):
         # An adapter class has its own vector; its row does not matter.
         return torch.tensor([rows.get(class_id, 0) for class_id in class_ids]) if rows else None
 
-    def _velocity(self, sample: torch.Tensor, sigma: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        rows = None if rows is None else rows.to(sample.device)
-        output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float(), check_range=False), rows)
-        return output.sample.to(sample.dtype)
+    @contextmanager
+    def _velocities(self, class_ids: Sequence[int]) -> Iterator[Velocity]:
+        """dx/dsigma of a batch of these classes, whose adapters act in the context."""
+        self._follow_unet()
+        rows = self._embedding_rows(class_ids)
+
+        def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+            labels = None if rows is None else rows.to(state.device)
+            output = self.unet(state.to(self.unet.dtype), sigma_to_timestep(sigma.float(), check_range=False), labels)
+            return output.sample.to(state.dtype)
+
+        base = set(self.base_classes)
+        with self._adapters.acting([None if class_id in base else class_id for class_id in class_ids]):
+            yield velocity
 
     def _noise(self, batch: int, generator: Generators) -> torch.Tensor:
         if isinstance(generator, list) and len(generator) != batch:
@@ -557,52 +548,44 @@ class FunLoraPipeline(DiffusionPipeline):
             dtype=torch.float32,
         )
 
-    def _check_finite(
-        self, samples: torch.Tensor, class_ids: Sequence[Sequence[int]], solver: str, num_inference_steps: int
-    ) -> None:
-        """Raise a ValueError that names the classes of samples that are not finite, which images cannot show."""
-        finite = torch.isfinite(samples).flatten(1).all(dim=1).tolist()
-        spoiled = sorted(
-            {one for ids, is_finite in zip(class_ids, finite, strict=True) if not is_finite for one in ids}
-        )
-        if spoiled:
-            names = ", ".join(f"{class_id} ({self.classes[class_id]})" for class_id in spoiled)
-            raise ValueError(
-                f"{finite.count(False)} of {len(finite)} samples are not finite after {num_inference_steps} steps of {solver!r}; their "
-                f"classes: {names}. Check the weights of the base and of these adapters."
-            )
-
     def _solve(
         self,
-        velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        velocity: Velocity,
         noise: torch.Tensor,
+        class_ids: Sequence[Sequence[int]],
         num_inference_steps: int,
         solver: str,
         rtol: float,
         atol: float,
     ) -> SolverOutput:
-        """From noise to data on the scheduler's grid, with a progress bar; without dropout, also of a U-Net in training mode."""
+        """From noise to data on the scheduler's grid, with a progress bar; without dropout, also of a U-Net in training mode.
+
+        Raises a ValueError that names the classes, `class_ids`, of samples that are not finite, which images cannot show.
+        """
         _check_scheduler(self.scheduler)  # it may have been replaced
         self.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist())
         steps = None if solver == "dopri5" else num_inference_steps
         with evaluation_mode(self.unet), tqdm(total=steps, **getattr(self, "_progress_bar_config", {})) as bar:
-            return solve(
+            output = solve(
                 velocity, noise, self.scheduler.sigmas, solver=solver, rtol=rtol, atol=atol, on_step=bar.update
             )
+        finite = torch.isfinite(output.sample).flatten(1).all(dim=1).tolist()
+        spoiled = {one for ids, is_finite in zip(class_ids, finite, strict=True) if not is_finite for one in ids}
+        if spoiled:
+            names = ", ".join(f"{class_id} ({self.classes[class_id]})" for class_id in sorted(spoiled))
+            raise ValueError(
+                f"{finite.count(False)} of {len(finite)} samples are not finite after {num_inference_steps} steps of {solver!r}; their "
+                f"classes: {names}. Check the weights of the base and of these adapters."
+            )
+        return output
 
     def _output(
         self, sample: torch.Tensor, nfe: int, output_type: str, return_dict: bool
     ) -> FunLoraPipelineOutput | tuple[Images, int]:
         """Samples in [-1, 1] as the images that the caller asked for."""
-        images: Images = (sample / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = torch.as_tensor(images).cpu().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
+        images = VaeImageProcessor().postprocess(sample, output_type)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, nfe
-        return FunLoraPipelineOutput(images=images, nfe=nfe)
+        return FunLoraPipelineOutput(images=images, nfe=nfe) if return_dict else (images, nfe)
 
     def _follow_unet(self) -> None:
         """Take up a U-Net that was put in the place of `unet`. Raises a ValueError if there are adapters, which stay in the other."""
@@ -614,11 +597,6 @@ class FunLoraPipeline(DiffusionPipeline):
                 "pipeline."
             )
         self._adapters = ClassAdapters(self.unet)
-
-    def _acting(self, class_ids: Sequence[int]) -> AbstractContextManager:
-        self._follow_unet()
-        base = set(self.base_classes)
-        return self._adapters.acting([None if class_id in base else class_id for class_id in class_ids])
 
 
 def _whole(label: Any) -> int | None:
@@ -640,7 +618,7 @@ def _check_scheduler(scheduler: Any) -> None:
 
 
 def _check_sampling(solver: str, num_inference_steps: int, output_type: str) -> None:
-    check_solver(solver)
+    check_choice("solver", solver, SOLVERS)
     if output_type not in ("pil", "np", "pt"):
         raise ValueError(f"`output_type` is {output_type!r}, expected 'pil', 'np' or 'pt'.")
     check_at_least_one("num_inference_steps", num_inference_steps)
@@ -664,14 +642,3 @@ def _interpolation_weights(weights: Weights) -> torch.Tensor:
 def _uncompiled(unet: Any) -> Any:
     """The module that `torch.compile` has wrapped, or the module itself."""
     return getattr(unet, "_orig_mod", unet)
-
-
-def _without_adapters(unet: UNet2DModel) -> UNet2DModel:
-    """A U-Net without adapters that shares the base's tensors."""
-    unet = _uncompiled(unet)
-    if not adapted_modules(unet):
-        return unet
-    with torch.device("meta"):
-        base = UNet2DModel.from_config(unet.config)
-    base.load_state_dict(base_tensors(unet), assign=True)
-    return base

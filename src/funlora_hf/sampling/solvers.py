@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torchdiffeq import odeint
 
+from ..utils.checks import check_choice
+
 
 # Our names -> torchdiffeq's: in diffusers "heun" is the trapezoidal rule of order 2, torchdiffeq's "heun2".
 _FIXED_STEP = {"euler": "euler", "heun": "heun2", "rk4": "rk4"}
@@ -24,20 +26,10 @@ DOPRI5_EVALUATIONS = 280
 
 @dataclass
 class SolverOutput:
-    """
-    Args:
-        sample: the state at the last sigma, of the shape of the noise.
-        nfe: number of function evaluations: how often the velocity was asked for.
-    """
+    """The state at the last sigma, of the shape of the noise, and the number of function evaluations."""
 
     sample: torch.Tensor
     nfe: int
-
-
-def check_solver(solver: str) -> None:
-    """Raise a ValueError that names the known solvers, unless `solver` is one."""
-    if solver not in SOLVERS:
-        raise ValueError(f"`solver` is {solver!r}, expected one of: {', '.join(map(repr, SOLVERS))}.")
 
 
 def expected_evaluations(solver: str, num_inference_steps: int) -> int:
@@ -63,21 +55,16 @@ def solve(
         sigmas: `(steps + 1,)`, falling, as in `FlowMatchEulerDiscreteScheduler.sigmas`. "euler" (1 evaluation a
             step), "heun" (2) and "rk4" (4, the 3/8 rule) step from each to the next; "dopri5" (Dormand-Prince) takes
             the first and the last and chooses its own steps.
-        solver: "euler", "heun", "rk4" or "dopri5".
-        rtol: relative tolerance of "dopri5".
-        atol: absolute tolerance of "dopri5". Its error is a norm over the whole batch, so a sample depends, within
-            the tolerance, on those beside it.
+        rtol, atol: tolerances of "dopri5". Its error is a norm over the whole batch, so a sample depends, within the tolerance,
+            on those beside it.
         on_step: called before each step, for progress bars.
-
-    Returns:
-        [`SolverOutput`].
 
     Raises:
         ValueError: unknown solver, a tolerance that is not above 0, sigmas that do not fall, or "dopri5" gave up.
 
     Source: arXiv 2510.02631, sampling: dopri5 and rk4 [text], tolerance and other solvers [ours].
     """
-    check_solver(solver)
+    check_choice("solver", solver, SOLVERS)
     if sigmas.dim() != 1 or len(sigmas) < 2 or (sigmas.diff() >= 0).any():
         raise ValueError(f"`sigmas` is {sigmas.tolist()}, expected a falling sequence of at least two.")
     for name, tolerance in (("rtol", rtol), ("atol", atol)):

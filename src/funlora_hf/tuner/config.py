@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -56,37 +56,22 @@ class FunLoraConfig(PeftConfig):
     Source: arXiv 2510.02631 for r, function, num_functions, operation and ratio [text].
     """
 
-    r: int = field(default=1, metadata={"help": "Rank of the product A B before the functions are applied."})
-    function: str = field(default="cosine", metadata={"help": "'cosine', 'power', 'shift' or 'identity'."})
-    num_functions: int = field(default=10, metadata={"help": "The number p of functions summed up."})
-    train_omega: bool = field(default=True, metadata={"help": "Learn the frequencies or exponents."})
-    operation: str = field(default="mul", metadata={"help": "'mul', 'add' or 'mul-add'."})
-    ratio: int = field(default=1, metadata={"help": "One entry of A and B for this many neighbouring channels."})
-    init_weights: bool = field(default=True, metadata={"help": "Start as the identity (True) or at random (False)."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Modules to adapt: list, regex, 'all-conv', or None for the middle of a U-Net's decoder."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of modules, or a regex, not to adapt."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules besides the adapter that are trained and saved whole."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Layer indexes to adapt, if target_modules is a list."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the nn.ModuleList that layers_to_transform counts."}
-    )
-    class_embedding: str | None = field(
-        default=None, metadata={"help": "nn.Embedding whose output the adapter's own class vector replaces."}
-    )
-    class_label: int | None = field(default=None, metadata={"help": "Id of the class that the adapter generates."})
-    class_name: str | None = field(default=None, metadata={"help": "Name of the class that the adapter generates."})
-    base_fingerprint: dict[str, str] | None = field(
-        default=None, metadata={"help": "SHA-256 of the base that the adapter was trained for, by precision."}
-    )
+    r: int = 1
+    function: str = "cosine"
+    num_functions: int = 10
+    train_omega: bool = True
+    operation: str = "mul"
+    ratio: int = 1
+    init_weights: bool = True
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    class_embedding: str | None = None
+    class_label: int | None = None
+    class_name: str | None = None
+    base_fingerprint: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..tuner_base.layer import AdapterLayer, adapter_layers
 from ..tuner_base.weights import forget
+from ..tuner_base.wrappers import without_peft
 from ..utils.checks import listed
 from ..utils.tensors import misnamed, misshapen, not_finite
 
@@ -68,10 +67,7 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
 
 def wrapped_model(model: nn.Module) -> nn.Module:
     """The model that the adapters were added to, without its wrappers."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if isinstance(model, PeftModel):
-        model = model.base_model
-    return model.model if isinstance(model, BaseTuner) else model
+    return without_peft(extract_model_from_parallel(model, keep_torch_compile=False))
 
 
 def saved_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -60,7 +60,13 @@ class FunLoraModel(AdapterModel):
             peft_config.target_modules = set(conv_names(model))
         if peft_config.class_embedding is not None:
             _check_class_embedding(peft_config, model)
-            _check_targets(peft_config, model)
+            # PEFT raises if nothing matches, but here the class embedding always does.
+            keys = [key for key, _ in model.named_modules()]
+            if peft_config.target_modules and not any(check_target_module_exists(peft_config, key) for key in keys):
+                raise ValueError(
+                    f"Target modules {peft_config.target_modules} not found in the base model. Please check the target modules "
+                    "and try again."
+                )
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -101,16 +107,6 @@ def _check_class_embedding(config: FunLoraConfig, model: nn.Module) -> None:
                 "nn.Embedding. Name another module, or leave it None."
             )
         _check_plain(key, base, nn.Embedding)
-
-
-def _check_targets(config: FunLoraConfig, model: nn.Module) -> None:
-    # PEFT raises if nothing matches, but here the class embedding always does.
-    keys = [key for key, _ in model.named_modules()]
-    if config.target_modules and not any(check_target_module_exists(config, key) for key in keys):
-        raise ValueError(
-            f"Target modules {config.target_modules} not found in the base model. Please check the target modules and "
-            "try again."
-        )
 
 
 def _check_plain(name: str, module: nn.Module, module_cls: type[nn.Module]) -> None:

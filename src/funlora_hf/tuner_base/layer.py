@@ -309,8 +309,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.settings]
         if self.disable_adapters or (adapter_names is None and (self.merged or not active)):
             return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            self._check_mixed(adapter_names, x)
+        if adapter_names is not None and len(x) != len(adapter_names.names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names.names)} and {len(x)} respectively."
+            )
+        if adapter_names is not None and self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         own_weight = self.get_base_layer()._parameters.get("weight")
         calls: list[None] = []
 
@@ -336,17 +343,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 "expected once: the adapter cannot act in it."
             )
         return output
-
-    def _check_mixed(self, groups: AdapterGroups, x: torch.Tensor) -> None:
-        if len(x) != len(groups.names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(groups.names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
 
     def adapter_tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """The parameters of all adapters, by `prefix` and their key in the layer's `state_dict`."""

@@ -29,18 +29,16 @@ def adapted_shape(model: nn.Module, config: PeftConfig) -> nn.Module:
     config.base_model_name_or_path = None
     model = without_peft(model)
     # deepcopy takes what the memo holds instead of copying it.
-    memo: dict[int, Any] = {id(tensor): _without_values(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     # Hooks of accelerate and diffusers, which hold values, and what cannot be copied.
     for module in model.modules():
         memo |= {id(value): None for name, value in module.__dict__.items() if name in _HOOKS}
     shape = _plain(copy.deepcopy(model, memo)).requires_grad_(False)
     with torch.device("meta"):
         return get_peft_model(shape, config)
-
-
-def _without_values(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _plain(model: nn.Module) -> nn.Module:

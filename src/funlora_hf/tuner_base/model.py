@@ -84,13 +84,7 @@ class AdapterModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """
-        Merge the active adapters into the base's weights; if one layer refuses, none stays merged.
-
-        Args:
-            adapter_names (`list[str]`, *optional*): the adapters to merge; None means the active ones.
-            safe_merge (`bool`, *optional*): refuse weights that are not finite.
-        """
+        """Merge adapters, the active ones by default, as PEFT does; if one layer refuses, none stays merged."""
         layers = adapter_layers(self)
         before = [list(layer.merged_adapters) for layer in layers]
         try:

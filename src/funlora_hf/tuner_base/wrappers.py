@@ -46,19 +46,18 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def remove_adapters(model: nn.Module, names: Collection[str], *, keep_configs: bool = False) -> None:
-    """Remove adapters from a model, even if they were added only in part.
+    """Remove adapters from a model, even if they were added only in part; unknown names are ignored.
 
-    A module without any adapter left is replaced by the base's own.
-
-    Args:
-        model: whose modules PEFT has wrapped in place.
-        names: of adapters; unknown ones are ignored.
-        keep_configs: leave `model.peft_config` as it is.
+    A module without any adapter left is replaced by the base's own. With `keep_configs`, `model.peft_config` stays as it is.
     """
     for path, module in adapted_modules(model).items():
-        for name in names:
-            if name in module._get_available_adapters():
-                _delete_adapter(module, name)
+        with warnings.catch_warnings():
+            # PEFT warns that it makes another adapter active.
+            warnings.simplefilter("ignore", UserWarning)
+            for name in names:
+                if name in module._get_available_adapters():
+                    others = {} if isinstance(module, BaseTunerLayer) else {"new_active_adapters": None}
+                    module.delete_adapter(name, **others)
         if not module._get_available_adapters():
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, base_module(module))
@@ -111,13 +110,3 @@ def is_wrapper(module: nn.Module) -> TypeGuard[BaseTunerLayer | AuxiliaryTrainin
 def base_module(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> nn.Module:
     """The module that a wrapper of PEFT's is around."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-
-
-def _delete_adapter(module: BaseTunerLayer | AuxiliaryTrainingWrapper, name: str) -> None:
-    with warnings.catch_warnings():
-        # PEFT warns that it makes another adapter active.
-        warnings.simplefilter("ignore", UserWarning)
-        if isinstance(module, BaseTunerLayer):
-            module.delete_adapter(name)
-        else:
-            module.delete_adapter(name, new_active_adapters=None)

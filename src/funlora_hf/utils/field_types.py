@@ -25,14 +25,11 @@ _NAMES = {
 
 def check_field_types(arguments: Any, *, leave_out: Collection[str] = ()) -> None:
     """
-    Raise a ValueError that names a field, its value and what was expected, unless every value is of its field's type.
+    Raise a ValueError that names a field, its value and what was expected, unless every value of a dataclass is of its field's type:
+    int, float, bool, str or dict, a list of one, or None. Fields in `leave_out` have a check of their own.
 
     A whole number is valid for a float. No number may be NaN or infinite, or of 64 bits or more; no text may be empty, as a shell
     variable that is not set is, or have a NUL character or half a surrogate pair in it, which neither paths nor files can have.
-
-    Args:
-        arguments: a dataclass of int, float, bool, str and dict, lists of them, and None.
-        leave_out: fields that have a check of their own.
     """
     for name, hint in typing.get_type_hints(type(arguments)).items():
         value = getattr(arguments, name)

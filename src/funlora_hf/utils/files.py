@@ -180,12 +180,7 @@ def _finite(number: str) -> float:
 
 
 def read_mapping(path: Path, *, keys: Iterable[str] = (), most_bytes: int = MOST_JSON) -> dict[str, Any]:
-    """As `read_json`, of a file that holds a mapping with these `keys`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not valid JSON, not a mapping, a missing key, or more than `most_bytes`; it names the file.
-    """
+    """As `read_json`, of a file that holds a mapping with these `keys`; raises a ValueError for another one, too."""
     value = read_json(path, most_bytes=most_bytes)
     if not isinstance(value, dict):
         raise ValueError(f"{os.fspath(path)!r} holds a {type(value).__name__}, expected a mapping.")
@@ -200,14 +195,9 @@ def read_mapping(path: Path, *, keys: Iterable[str] = (), most_bytes: int = MOST
 def read_tensors(path: Path, *, remedy: str, keys: Iterable[str] = ()) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
-    Args:
-        path: of the file.
-        remedy: what to do if it is damaged, a clause.
-        keys: names of tensors that it must have.
-
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged; it names the file and the remedy.
+        ValueError: it is damaged, or lacks some of `keys`; it names the file and the remedy, a clause.
     """
     try:
         tensors = load_file(path)

@@ -16,14 +16,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress(tqdm):
-    """
-    A bar of tqdm. Where stderr is no terminal, whose log would be one endless line, it logs its state every 30 seconds instead.
-
-    Args:
-        total: steps of the loop.
-        description: of the loop.
-        **options: of tqdm.
-    """
+    """A bar of tqdm. Where stderr is no terminal, whose log would be one endless line, it logs its state every 30 seconds instead."""
 
     def __init__(self, total: int, description: str, **options: Any) -> None:
         # A notebook has no terminal, but draws bars.

@@ -9,12 +9,8 @@ import torch
 
 
 def derive_seed(seed: int, *keys: str | int) -> int:
-    """A seed in [0, 2**63) for one purpose: the same keys give the same seed on every process, machine and resume.
-
-    Args:
-        seed: of the run.
-        keys: what it is for, such as a phase's name and a step.
-    """
+    """A seed in [0, 2**63), from a run's, for one purpose, such as a phase's name and a step: the same keys give the same seed on
+    every process, machine and resume."""
     text = "/".join([str(seed), *(str(key) for key in keys)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

@@ -15,7 +15,7 @@ from ...data.image_data import to_model_range
 from ...sampling.drawing import draw_samples, to_uint8
 from ...sampling.guidance import Guidance
 from ...sampling.pipeline import FunLoraPipeline
-from ...sampling.solvers import check_solver
+from ...sampling.solvers import SOLVERS
 from ...utils.checks import check_at_least_one, check_choice
 from ...utils.field_types import check_field_types
 from ...utils.files import read_tensors, whole_file
@@ -48,7 +48,7 @@ class ReplayOptions:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        check_solver(self.solver)
+        check_choice("solver", self.solver, SOLVERS)
         if self.images_per_class is not None:
             check_at_least_one("images_per_class", self.images_per_class)
         for name in ("num_inference_steps", "sampling_batch_size", "classifier_train_steps", "classifier_batch_size"):
