@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -95,7 +96,8 @@ def adapter_card(
     The card of one adapter; what is not known is left out.
 
     Args:
-        config: of the adapter. A FunLoRA adapter's `base_fingerprint` is shown if it has one.
+        config: of the adapter. A FunLoRA adapter's `base_fingerprint` is shown if it has one. What the card says of use depends on
+            the class of the base in its `auto_mapping`.
         class_label: id of the class; None: not set.
         class_name: its name, any text.
         parameters: numbers in the adapter, class vector included.
@@ -111,6 +113,9 @@ def adapter_card(
     source = repository(place.source)
     class_name = class_name.translate(_YAML_BREAKS)
     method = PeftType(config.peft_type).value
+    base_class = _denoiser(config)
+    takes_prompts = base_class is not None and not base_class.startswith("DiT")
+    of_class = {"class_label": class_label, "class_name": class_name}
     return _card(
         "model_card_template.md",
         results,
@@ -122,13 +127,16 @@ def adapter_card(
         metadata={
             "library_name": "peft",
             "license": license,
-            "tags": [method.lower(), "diffusers", *_TAGS],
+            "tags": [method.lower(), "diffusers", *(() if base_class else _TAGS)],
             "model_name": class_name
             if source is None
             else "/".join([source.split("/")[1], place.subfolder or ""]).rstrip("/"),
-            "class_label": class_label,
-            "class_name": class_name,
+            "pipeline_tag": "text-to-image" if takes_prompts else _TASK,
+            **({} if base_class and class_label is None else of_class),
         },
+        base_class=base_class,
+        component="unet" if "UNet" in (base_class or "") else "transformer",
+        takes_labels=not takes_prompts,
         config=config,
         is_funlora=isinstance(config, FunLoraConfig),
         method=method,
@@ -181,7 +189,13 @@ def repository_card(
         "base_card_template.md",
         results,
         kind=kind,
-        metadata={"library_name": library, "license": license, "tags": tags, "model_name": name},
+        metadata={
+            "library_name": library,
+            "license": license,
+            "tags": tags,
+            "model_name": name,
+            "pipeline_tag": _TASK,
+        },
         base=base,
         base_revision=base_revision,
         base_fingerprints=base_fingerprints,
@@ -203,6 +217,14 @@ def repository(name: str | None) -> str | None:
     return name if name is not None and "/" in name else None
 
 
+def _denoiser(config: PeftConfig) -> str | None:
+    """The class of the base if it is that of a model in a pipeline of diffusers, and no `UNet2DModel`."""
+    base = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    name, library = str(base.get("base_model_class")), str(base.get("parent_library"))
+    is_denoiser = re.fullmatch("[A-Za-z0-9]*(UNet|Transformer)[A-Za-z0-9]*", name) and name != "UNet2DModel"
+    return name if is_denoiser and library.startswith("diffusers.") else None
+
+
 def _card(
     template: str,
     results: Mapping[str, Any] | None,
@@ -221,7 +243,6 @@ def _card(
     # After its first task alone, the classifier of a run is trained on real images.
     is_synthetic = len(results.get("tasks", ())) > 1
     data = ModelCardData(
-        pipeline_tag=_TASK,
         base_model=base,
         base_model_relation=None if base is None else "adapter",
         # results.json has local data sets by their last component, so what has an owner is on the Hub.

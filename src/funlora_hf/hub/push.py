@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from peft import PeftModel
+from torch import nn
 
-from ..adapters.class_folder import adapter_name, known_class, save_adapter
+from ..adapters.class_folder import adapter_configs, adapter_name, class_of, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
 from ..adapters.untrusted_base import PIPELINE
 from ..cards.model_cards import ClassRow, Place
@@ -65,7 +65,7 @@ def push_base(
 
 
 def push_adapter(
-    model: PeftModel,
+    model: nn.Module,
     adapter_name: str,
     repo_id: str,
     *,
@@ -82,10 +82,11 @@ def push_adapter(
     Push one adapter of a model, in one commit.
 
     Args:
-        model (`PeftModel`): holds the adapter.
+        model (`torch.nn.Module`): holds the adapter, as for [`save_adapter`].
         adapter_name (`str`): of the adapter in the model.
         repo_id (`str`): "user/repo", made if it is not there.
-        subfolder (`str`, *optional*): where in it; `<id>` stands for the class. None: at the root of a repository of its own.
+        subfolder (`str`, *optional*):
+            Where in it; `<id>` stands for the class. None: at the root of a repository of its own, where an adapter needs no class.
         class_label (`int`, *optional*): id of the class; None: the one in the config, or in `adapter_name` as `class_<id>`.
         class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
         base_model (`str`, *optional*): repository of the base; None: the one in the config. With neither, this warns.
@@ -99,12 +100,17 @@ def push_adapter(
         ValueError: no such adapter, no id of a class, an adapter with numbers that are not finite.
         HfHubHTTPError: the Hub refused; nothing of it is visible there.
     """
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"`adapter_name` is {adapter_name!r}, expected one of: {', '.join(model.peft_config)}.")
-    config = model.peft_config[adapter_name]
-    label, _ = known_class(config, adapter_name, class_label, class_name, name=adapter_name)
+    configs = adapter_configs(model)
+    if adapter_name not in configs:
+        raise ValueError(f"`adapter_name` is {adapter_name!r}, expected one of: {', '.join(configs) or 'none'}.")
+    label = class_of(configs[adapter_name], adapter_name)[0] if class_label is None else class_label
+    if label is None and subfolder is not None:
+        raise ValueError(
+            f"The adapter {adapter_name!r} does not say which class it is: pass `class_label`, or `subfolder=None` if it is of no "
+            "class."
+        )
     with tempfile.TemporaryDirectory() as folder:
-        written = Path(folder) / f"class_{label}"
+        written = Path(folder) / ("adapter" if label is None else f"class_{label}")
         save_adapter(model, written, adapter_name, class_label=label, class_name=class_name)
         adapter = read_adapter_folder(written)
         base = _looked_at(
@@ -120,7 +126,8 @@ def push_adapter(
             own = adapter.files(replace(base, source=repository.repo_id, subfolder=where), license=license)
             return own if where is None else {**own, **root_files(repository.repo_id, present, index)}
 
-        return repository.commit(files, commit_message or f"Class {label} ({adapter.class_name})")
+        message = "Adapter" if label is None else f"Class {label} ({adapter.class_name})"
+        return repository.commit(files, commit_message or message)
 
 
 def push_all(

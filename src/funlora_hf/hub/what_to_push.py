@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -74,13 +74,13 @@ class AdapterFolder:
 
     Args:
         adapter: its files.
-        class_label: of its class.
-        class_name: of its class.
+        class_label: of its class; None: it is of none.
+        class_name: of its class, or its own.
         samples: picture of its samples, if there is one.
     """
 
     adapter: SavedAdapter
-    class_label: int
+    class_label: int | None
     class_name: str
     samples: Path | None
 
@@ -95,9 +95,10 @@ class AdapterFolder:
 
     def row(self, results: Mapping[str, Any] | None, link: str) -> ClassRow:
         """Its line in a table of classes."""
-        accuracy = ((results or {}).get("class_accuracy") or {}).get(str(self.class_label))
+        label = cast(int, self.class_label)
+        accuracy = ((results or {}).get("class_accuracy") or {}).get(str(label))
         size = (self.adapter.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-        return ClassRow(self.class_label, self.class_name, "adapter", self.adapter.numel, size, accuracy, link)
+        return ClassRow(label, self.class_name, "adapter", self.adapter.numel, size, accuracy, link)
 
     def files(
         self, place: Place, *, results: Mapping[str, Any] | None = None, license: str | None = None
@@ -194,7 +195,7 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
     adapters = {}
     for path in adapter_folders(folder / ADAPTERS_FOLDER):
         found = read_adapter_folder(path, samples=folder / "figures" / f"{path.name}.png")
-        adapters[found.class_label] = found
+        adapters[cast(int, found.class_label)] = found
     if base is None and not adapters:
         raise FileNotFoundError(
             f"`output_dir` {os.fspath(folder)!r} has neither base/ nor model/ nor adapters/, expected the folder of a run."
