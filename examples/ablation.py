@@ -18,10 +18,11 @@ import shlex
 import sys
 from pathlib import Path
 
+from seed_tables import as_csv
+
 from ablation.runner import AblationArguments, run_ablation
 from ablation.tables import ablation_rows, as_markdown
 from ablation.variants import variants_of
-from funlora_hf.evaluation.tables import as_csv
 from funlora_hf.train import ERRORS, parse
 from funlora_hf.utils.files import whole_file
 

@@ -17,10 +17,8 @@ from funlora_hf.evaluation.figures import (
     PURPLE,
     SKY_BLUE,
     VERMILION,
-    check_over_classes,
     name_layers,
     new_figure,
-    without_frame,
 )
 
 
@@ -55,7 +53,7 @@ def rank_by_layer(
             f"ranks has {len(ranks)} groups, expected between 1 and {len(_GROUPS)}; draw them in several figures"
         )
     for group, by_layer in ranks.items():
-        check_over_classes(f"ranks[{group!r}]", by_layer, lowest=0)
+        _check_over_classes(f"ranks[{group!r}]", by_layer)
     layers = list(dict.fromkeys(layer for by_layer in ranks.values() for layer in by_layer))
     with new_figure(path, (6.5, 1.6 + max(0.19, 0.07 * len(ranks)) * len(layers))) as figure:
         axes = figure.add_subplot(title=title)
@@ -114,12 +112,24 @@ def coefficients_by_layer(
             axes.set(title=name, xlabel="function, from 1 to p")
             places = range(0, size, math.ceil(size / 10))
             axes.set_xticks(places, labels=[str(place + 1) for place in places])
-            without_frame(axes)
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0)
             # `pad` is a share of the height.
             scale = figure.colorbar(cells, ax=axes, location="bottom", shrink=0.9, aspect=14, pad=0.05 / height)
             scale.outline.set_visible(False)
         if shared := name_layers(row[0], layers):
             figure.supxlabel(shared.lstrip())
+
+
+def _check_over_classes(name: str, values: Mapping[str, tuple[float, float]]) -> None:
+    if not values:
+        raise ValueError(f"{name} is empty, expected at least one layer; compute it first")
+    for layer, (mean, deviation) in values.items():
+        if not (0 <= mean < math.inf and 0 <= deviation < math.inf):
+            raise ValueError(
+                f"{name}[{layer!r}] is {(mean, deviation)}, expected a finite mean of at least 0 and a standard deviation "
+                f"of at least 0; check the adapters it was computed from"
+            )
 
 
 def _check_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> tuple[list[str], int]:

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from adapter_figures import coefficients_by_layer, rank_by_layer
+from seed_tables import markdown_table
 
 from funlora_hf import FunLoraConfig, functional_matrix, initial_alpha, layer_importance, numerical_rank
 from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
 from funlora_hf.evaluation.figures import layer_importance as layer_importance_figure
 from funlora_hf.evaluation.report import execution_order
-from funlora_hf.evaluation.tables import markdown_table
 from funlora_hf.layer_selection import LayerImportance, layers_of_state_dict
 from funlora_hf.tuner.functional import default_omega
 from funlora_hf.utils.files import read_mapping, read_tensors, write_json

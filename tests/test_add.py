@@ -257,7 +257,7 @@ def test_ids_are_free_beside_banks_and_the_classes_of_an_output_dir(inside, fini
     bank = AdapterBank(pipe.unet, FunLoraConfig.from_pretrained("out/adapters/class_7"))
     bank.add("out/adapters/class_7", class_label=20, class_name="in a bank")
     bank.save("out/bank.safetensors")
-    assert find_base("out/base").taken == (4, 5, 6, 7, 20)
+    assert list(find_base("out/base").taken) == [4, 5, 6, 7, 20]
     added = add_classes("cross", "out", output_dir="mine", adapter_train_steps=1)
     assert (added.base, added.output_dir, added.trained) == ("out", Path("mine"), (21,))
     assert not differing(digests(finished), digests(inside / "out")) - {"bank.safetensors"}
@@ -272,7 +272,7 @@ def test_ids_are_free_beside_banks_and_the_classes_of_an_output_dir(inside, fini
 
 def test_training_on_a_run_counts_its_adapters(inside):
     base = find_base("out")
-    assert (base.folder, base.source, base.taken) == (Path("out/base"), "./out/base/unet", (4, 5, 6, 7))
+    assert (base.folder, base.source, list(base.taken)) == (Path("out/base"), "./out/base/unet", [4, 5, 6, 7])
     draw(inside / "images" / "new")
     run(
         short_run(
@@ -329,7 +329,11 @@ def test_a_locked_run_is_left_alone(inside):
         ),
         ({"adapter_learning_rate": -1.0}, ValueError, "`adapter_learning_rate` is -1"),
         ({"images": "./nothing"}, FileNotFoundError, "looks like a local path"),
-        ({"images": "empty"}, FileNotFoundError, "dataset_name='empty' could not be loaded"),
+        (
+            {"images": "empty"},
+            FileNotFoundError,
+            "^images='empty' could not be loaded .*check IMAGES, --dataset_config",
+        ),
         ({"images": "broken"}, ValueError, "'broken', split 'train', row 1: the image of class 'broken'"),
         (
             {"images": "two", "class_name": "x"},
@@ -342,7 +346,7 @@ def test_a_locked_run_is_left_alone(inside):
         (
             {"to": "./nowhere", "output_dir": "mine"},
             FileNotFoundError,
-            "`to` is './nowhere', but that folder does not exist",
+            "`to` './nowhere' is neither a folder that is there nor the name of a repository",
         ),
         ({"to": "out/base"}, ValueError, "`output_dir` is None, but `to` 'out/base' is no run: name a folder"),
         (
@@ -377,8 +381,14 @@ def test_what_cannot_be_is_named_and_nothing_is_written(arguments, error, text, 
     assert not (inside / "mine").exists()
 
 
-def test_from_the_command_line_to_a_picture(inside, capsys, monkeypatch):
-    assert main(["add", "cross", "--to", "out", "--class_name", "7th", "--adapter_train_steps", "2"]) == 0
+def test_from_the_command_line_to_a_picture(inside, capsys, caplog):
+    (inside / "recipe.yaml").write_text("adapter_train_steps: 2\nbase_train_steps: 9\n")
+    caplog.set_level("INFO")
+    recipe = ["add", "cross", "--to", "out", "--class_name", "7th", "--config", "recipe.yaml"]
+    assert main([*recipe, "--time_limit_minutes", "1e-9"]) == 75
+    assert capsys.readouterr().err.endswith("What is learned is kept; the same command goes on.\n")
+    assert main(recipe) == 0
+    assert "recipe.yaml: left out, for `funlora train` alone: base_train_steps" in caplog.text
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("class 8 (7th): learned from 5 images in ")
     assert said[1] == "To see them: funlora sample out --class_label 8"

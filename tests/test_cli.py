@@ -99,9 +99,10 @@ def test_an_unknown_option_suggests_the_nearest_of_its_command(command):
     *_, last = err.splitlines()
     assert last.endswith("--solvr=heun --num_image_s 3. Did you mean '--solver'? Did you mean '--num_images'?")
     assert "'--solver'" not in command("info", "run", "--solvr", "heun")[2]
+    assert command("sample", "run", "--steps", "3")[2].endswith("3. Did you mean '--num_inference_steps'?\n")
 
 
-@pytest.mark.parametrize(("name", "switch"), [("evaluate", "evaluation"), ("add", "train_omega")])
+@pytest.mark.parametrize(("name", "switch"), [("train", "evaluation"), ("add", "train_omega")])
 def test_help_says_what_a_switch_does(command, name, switch):
     text = " ".join(command(name, "--help")[1].split())
     assert f"--no_{switch}, --no-{switch.replace('_', '-')} Switch off --{switch}." in text
@@ -140,6 +141,14 @@ def test_commands_without_a_model_import_no_more_than_the_package():
     assert (done.returncode, done.stderr) == (0, "['funlora_hf']\n")
 
 
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    # In the place of torch, which the package imports before anything of its own runs.
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY / "src")])
+    done = run_python("-c", "from funlora_command import main; main()", PYTHONPATH=path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by Ctrl-C\n")
+
+
 def test_train_and_evaluate_take_their_own_arguments(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = command_line(num_tasks=1, max_train_steps=1, image_quality="none")
@@ -148,6 +157,8 @@ def test_train_and_evaluate_take_their_own_arguments(command, tmp_path, monkeypa
     assert "none yet: `funlora evaluate`" in out
     assert command("train", "--function", "sine")[0].startswith("error: `function` is 'sine'")
     assert command("evaluate", "out", "--number", "3")[0] == 2
+    assert "--num_samples_per_class" in command("evaluate", "--help")[1]
+    assert "--no_evaluation" not in command("evaluate", "--help")[1]
     code, out, err = command("evaluate", "out", "--num_samples_per_class", "3")
     assert code == 0, err
     assert "LA (%)" in out
@@ -186,6 +197,22 @@ def test_info_as_json(command, run_folder, tiny_pipe, tmp_path):
     assert bank["classes"] == {"17": "from a bank"}
     assert bank["parameters_per_class"] == adapter["parameters"]
     assert bank["base_matches"] is True
+
+
+def test_info_says_how_far_an_unfinished_run_is(command, run_folder):
+    write_json(run_folder / "checkpoints" / "run.json", {"tasks": {"task 1": [3, 5], "task 2": [7, 8]}})
+    write_json(run_folder / "checkpoints" / "strategy" / "task_1.safetensors", {})
+    code, out, _ = command("info", run_folder)
+    assert (code, len(out.splitlines())) == (0, 4)
+    assert out.startswith("unfinished run: 1 of 2 tasks are learned. To go on: ")
+    assert "--resume_from_checkpoint latest" in out.splitlines()[0]
+    # In its first task, it has nothing else yet.
+    for name in ("base", "adapters"):
+        shutil.rmtree(run_folder / name)
+    assert command("info", run_folder)[1] == f"{out.splitlines()[0]}\n"
+    assert json.loads(command("info", run_folder, "--json")[1])["unfinished"] == "1 of 2 tasks are learned"
+    write_json(run_folder / "results.json", {})
+    assert command("info", run_folder)[0] == 1
 
 
 @pytest.mark.parametrize("place", ["base", "base/unet"])
@@ -257,6 +284,17 @@ def test_sample_takes_adapters_and_banks_from_elsewhere(command, run_folder, tmp
     assert len(grid) == 5 * 66
     # Class 17 is class 7 by another name, from other noise.
     assert not np.array_equal(grid[2 * 66 : 3 * 66], grid[4 * 66 :])
+
+
+def test_sample_shows_classes_of_one_id_or_name_side_by_side(command, run_folder, tiny_pipe, tmp_path):
+    write_adapters(tiny_pipe, tmp_path / "a", classes=[7], base=False, class_label=7, class_name="cat")
+    write_adapters(tiny_pipe, tmp_path / "b", classes=[9], base=False, class_label=9, class_name="name 8")
+    sources = [tmp_path / "a" / "adapters", tmp_path / "b" / "adapters"]
+    how = ("--num_images", "1", "--num_inference_steps", "1", "--output", tmp_path / "a.png")
+    code, out, err = command("sample", run_folder, "--adapters", *sources, *how)
+    assert code == 0
+    assert out.splitlines()[4:6] == [f"row 5: 9 (cat of {sources[0]})", f"row 6: 10 (name 8 of {sources[1]})"]
+    assert f"class 7 (cat) of {sources[0]} is 9 (cat of {sources[0]}) here, since another class has its id or" in err
 
 
 def test_sample_of_a_saved_pipeline_loads_its_adapters_once(command, run_folder, tmp_path):
@@ -459,11 +497,16 @@ def test_push_says_what_is_wrong(fails, hub, run_folder, tmp_path):
 def test_delete_takes_a_class_out_of_folder_and_repository(command, fails, hub, run_folder):
     command("push", str(run_folder), "user/digits")
     places = ("--output_dir", str(run_folder), "--repo_id", "user/digits")
-    code, output, _ = command("delete", "7", *places)
-    assert (code, output.splitlines()[0]) == (0, "deleted class 7 from user/digits")
+    assert "`class_label or name` has 'cat', expected ids or names of: 7 (name 7), 8 (name 8)" in fails(
+        "delete", "cat", *places
+    )
+    code, output, _ = command("delete", "name 7", *places)
+    assert (code, output.splitlines()[0]) == (0, "deleted class 7 (name 7) from user/digits")
     assert not (run_folder / "adapters" / "class_7").exists()
     assert not any(name.startswith("class_7") for name in hub.files("user/digits"))
     assert "`class_label` is 7, which none of the places given has" in fails("delete", "7", *places)
+    damage(run_folder, 8)
+    assert command("delete", "8", *places[:2])[:2] == (0, f"deleted class 8 from {run_folder}\n")
 
 
 def test_a_hub_that_does_not_answer(run_folder, hub, tmp_path):

@@ -85,9 +85,38 @@ def test_logit_normal_times_have_standard_normal_logits():
     assert abs(logits.std() - 1) < 0.03
 
 
-def test_an_unknown_density_is_named():
-    with pytest.raises(ValueError, match="`timestep_density` is 'beta', expected one of: 'uniform', 'logit_normal'"):
-        sample_sigmas(1, density="beta")
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda x, s: sample_sigmas(1, density="beta"),
+            "`timestep_density` is 'beta', expected one of: 'uniform', 'log",
+        ),
+        (lambda x, s: sample_sigmas(0), "`batch_size` .* positive integer .* 0"),
+        (lambda x, s: sigma_to_timestep(1000 * s), "`sigma` has numbers from 500 to 500, expected .* 1000"),
+        (lambda x, s: sigma_to_timestep(s.long()), "`sigma` is of torch.int64, expected a tensor of floating"),
+        (lambda x, s: sigma_to_timestep(0.5), "`sigma` is of float, expected a tensor"),
+        (lambda x, s: interpolate(x, x, s * torch.nan), "`sigma` has numbers from nan to nan"),
+        (lambda x, s: interpolate(x, x, s[:1]), r"`sigma` has the shape \(1,\), expected \(4,\)"),
+        (
+            lambda x, s: interpolate(x, x, s[:, None, None, None]),
+            r"`sigma` has the shape \(4, 1, 1, 1\), expected \(4,\)",
+        ),
+        (lambda x, s: interpolate(x.byte(), x, s), "`sample` is of torch.uint8"),
+        (lambda x, s: interpolate(x, x[:, :1], s), r"`noise` has the shape \(4, 1, 4, 4\), expected \(4, 3, 4, 4\)"),
+        (
+            lambda x, s: velocity_target(x, s),
+            r"`noise` has the shape \(4,\), expected \(4, 3, 4, 4\), that of `sample`",
+        ),
+        (lambda x, s: velocity_target(x.byte(), x), "`sample` is of torch.uint8"),
+        (lambda x, s: flow_matching_loss(x, s), r"`target` has the shape \(4,\), expected .* `model_output`"),
+        (lambda x, s: flow_matching_loss(x, x.byte()), "`target` is of torch.uint8"),
+    ],
+)
+def test_what_would_be_broadcast_or_rounded_is_refused(call, text):
+    """Images as wide as the batch is long, where a wrong shape would go unnoticed."""
+    with pytest.raises(ValueError, match=text):
+        call(torch.rand(4, 3, 4, 4), torch.full((4,), 0.5))
 
 
 class Affine(nn.Module):

@@ -52,6 +52,7 @@ def test_the_order_of_classes_is_given_by_text_or_numbers(tmp_path):
     [
         ("--bas_train_steps=3", ". Did you mean '--base_train_steps'?"),
         ("--sead=3", ". Did you mean '--seed'?"),
+        ("--steps=3", ". Did you mean '--max_train_steps' or '--base_train_steps' or '--base_warmup_steps'?"),
         ("--xyzzy=3", ""),
     ],
 )

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from seed_tables import markdown_table, mean_and_std, spread_text
+
 from ablation.variants import TABLES, Variant
-from funlora_hf.evaluation.tables import markdown_table, mean_and_std, spread_text
 
 
 Results = Mapping[str, Sequence[Mapping[str, Any] | None]]

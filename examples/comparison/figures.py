@@ -23,12 +23,12 @@ from funlora_hf.evaluation.figures import (
     VERMILION,
     check_images,
     enlarged,
+    labelled,
     mark_places,
     new_figure,
     on_white,
+    save_picture,
     shorten,
-    show_pixels,
-    without_frame,
 )
 
 
@@ -243,14 +243,14 @@ def samples_figure(
         return on_white([enlarged(images[:IMAGES_SHOWN], IMAGE_SIDE) for images in shown], gap=2)
 
     rows = [[cell(by_class) for by_class in per_task] for per_task in samples.values()]
-    show_pixels(
+    picture = labelled(
         rows,
-        path,
         gap=IMAGE_SIDE // 2,
         names=[textwrap.fill(shorten(name, LONGEST_LABEL), 30) for name in samples],
         columns=[f"after task {task + 1}" for task in range(max(map(len, rows)))],
         title=_classes_title(list(next(iter(samples.values()))[0])),
     )
+    save_picture(picture, path)
 
 
 def _plots(figure: Any, labels: int, *, panels: int) -> list[Any]:
@@ -337,7 +337,8 @@ def _matrix_panel(axes: Any, matrix: Sequence[Sequence[float]]) -> Any:
     step = 1 if tasks <= MOST_TASKS_WITH_NUMBERS else math.ceil(tasks / 6)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(range(0, tasks, step), labels=range(1, tasks + 1, step), fontsize=8)
-    without_frame(axes, pad=2)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, pad=2)
     return cells
 
 

@@ -13,13 +13,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from seed_tables import as_csv
 
 from comparison.figures import MOST_STRATEGIES, accuracy_figure, cost_figure, forgetting_figure, samples_figure
 from comparison.page import Picture, comparison_page
 from comparison.runner import Compared, failures
 from comparison.tables import Column, Row, as_markdown, as_text, columns_of, flat_rows, rows_of
 from funlora_hf.continual.run_folder import RunFolder
-from funlora_hf.evaluation.tables import as_csv
 from funlora_hf.utils.files import read_tensors, whole_file, write_json
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas
+from seed_tables import markdown_table, mean_and_std, spread_text
 
 from comparison.learning_rates import rate_argument
 from comparison.runner import Compared
 from funlora_hf.evaluation.figures import shorten
-from funlora_hf.evaluation.tables import markdown_table, mean_and_std, spread_text
 
 
 Results = Mapping[str, Any]

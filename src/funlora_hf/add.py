@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
 from transformers import HfArgumentParser
 
@@ -18,6 +20,7 @@ from .adapters.untrusted_base import PIPELINE
 from .continual.added_classes import AddedClasses
 from .continual.base import ExistingBase, find_base
 from .continual.config import (
+    ARGUMENTS,
     LATEST,
     ContinualTrainingArguments,
     DataArguments,
@@ -32,14 +35,15 @@ from .continual.termination import Termination
 from .data.class_ids import assign_class_ids
 from .data.image_data import ImageClassificationData
 from .data.tasks import Task
-from .hub.classes_json import known_contents
 from .hub.find import Contents, find_contents
-from .hub.repository import HubRepository
 from .run import Run, RunArguments
-from .utils.arguments import explain_switches, refuse_unknown
+from .train import take_recipe
+from .utils.arguments import explain_switches, refuse_unknown, some_fields
 from .utils.checks import check_class_name
 from .utils.files import read_mapping, recover_folder, write_json
 
+
+logger = logging.getLogger(__name__)
 
 # What decides which adapter the images give, of the arguments of a run.
 _RECIPE: dict[type, tuple[str, ...]] = {
@@ -69,6 +73,8 @@ _RECIPE: dict[type, tuple[str, ...]] = {
 }
 # How it is trained, with the same result.
 _HOW = ("deterministic", "max_nonfinite_steps", "checkpointing_steps", "checkpoints_total_limit")
+# The same, of this call alone.
+_NOW = ("time_limit_minutes",)
 # Which images, of a dataset.
 _IMAGES = (
     "dataset_config_name",
@@ -78,9 +84,14 @@ _IMAGES = (
     "train_split",
     "max_images_per_class",
 )
-EXIT_CODES = "exit codes: 0 done; 143 SIGTERM has come, 130 Ctrl-C: the same command goes on; 1 an error; 2 an argument that is not known"
+EXIT_CODES = (
+    "exit codes: 0 done; 75 (EX_TEMPFAIL) --time_limit_minutes is over, 143 SIGTERM has come, 130 Ctrl-C: the same command goes on; 1 an "
+    "error; 2 an argument that is not known"
+)
 SETTINGS = tuple(
-    name for name in (*_IMAGES, *(name for names in _RECIPE.values() for name in names), *_HOW) if name != "strategy"
+    name
+    for name in (*_IMAGES, *(name for names in _RECIPE.values() for name in names), *_HOW, *_NOW)
+    if name != "strategy"
 )
 """The arguments of a run that `add_classes` takes."""
 
@@ -97,8 +108,9 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     own.add_argument("--class_name", help="name of the class, if IMAGES has one (default: that of its folder)")
     own.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
     own.add_argument("--revision", help="branch, tag or commit of the repository")
+    own.add_argument("--config", help="recipe of `funlora train`, for what it says of adapters and images")
     parser = HfArgumentParser(
-        [_arguments_of(kind) for kind in _RECIPE],
+        [some_fields(kind, SETTINGS) for kind in _RECIPE],
         prog=prog,
         usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
         description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
@@ -112,20 +124,13 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     explain_switches(parser)
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
+    if "config" in given:
+        left_out = take_recipe(parser, given.config, more=[one.name for part in ARGUMENTS for one in fields(part)])
+        if left_out:
+            logger.info("%s: left out, for `funlora train` alone: %s", given.config, ", ".join(left_out))
+        given = parser.parse_args(arguments)
+        del given.config
     return vars(given)
-
-
-def _arguments_of(kind: type) -> Any:
-    """A dataclass of the arguments of a run, with those of its fields that `add_classes` takes."""
-    hints = get_type_hints(kind)
-    taken = [
-        (one.name, hints[one.name], field(default=one.default, metadata=one.metadata))
-        for one in fields(kind)
-        if one.name in SETTINGS
-    ]
-    # The title in `--help`.
-    title = {"_argument_group_name": getattr(kind, "_argument_group_name", None)}
-    return make_dataclass(kind.__name__, taken, namespace=title)
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ def add_classes(
         FileNotFoundError: no such images, base or run.
         FolderInUseError: a run is at work in the folder.
         HfHubHTTPError: the repository cannot be read.
-        NonFiniteLossError, WriteError, Terminated: as of a run; finished classes are safe.
+        NonFiniteLossError, WriteError, TimeLimitReached, Terminated: as of a run; finished classes are safe.
     """
     target = _find(os.fspath(to), None if output_dir is None else Path(output_dir), revision)
     arguments = _arguments(os.fspath(images), target, settings)
@@ -236,19 +241,16 @@ def _find(to: str, output_dir: Path | None, revision: str | None) -> _Target:
         raise FileNotFoundError(
             str(error).replace("`base_model`", "`to`" if given is None else "`base_model` of `to`")
         ) from error
-    known: dict[int, str] = {}
-    if not place.is_dir():
-        pushed = known_contents(to, HubRepository(to, create=False).files()).classes.values()
-        known = {row.class_label: row.class_name for row in pushed}
     folder = _folder(to, run, output_dir)
+    known = {**base.classes, **base.taken}
     present = [] if run is None else _contents(run.path)
+    for contents in present if given is not None else ():  # beside a base of its own, they are those taken
+        known |= contents.classes()
     if folder is not run:
         present += _contents(folder.path)
-    for contents in present:
-        known |= contents.classes()
     if run is not None and not run.results.is_file():
         known |= run.classes()
-    return _Target(name, revision, base, folder, tuple(present), {**base.classes, **known}, settings)
+    return _Target(name, revision, base, folder, tuple(present), known, settings)
 
 
 def _folder(to: str, run: RunFolder | None, output_dir: Path | None) -> RunFolder:
@@ -320,7 +322,13 @@ class _Addition(Run):
     ) -> None:
         super().__init__(arguments, termination)
         self.target, self.base, self.added = target, target.base, AddedClasses(target.folder)
-        self.images = self._renamed(self._images(target.base, hold_out=False, one_class=True), class_name)
+        try:
+            images = self._images(target.base, hold_out=False, one_class=True)
+        except (ValueError, OSError) as error:
+            if len(error.args) == 1:  # by the names of the arguments here
+                error.args = (str(error).replace("--dataset_name", "IMAGES").replace("dataset_name=", "images="),)
+            raise
+        self.images = self._renamed(images, class_name)
         self.digests = self.images.digests()
 
     def add(self) -> Added:
@@ -388,7 +396,7 @@ class _Addition(Run):
             if c not in known and one["class_name"] not in known.values()
         }
         names = list(self.images.class_names.values())
-        data = self.images.with_class_ids(assign_class_ids(names, {**known, **going_on}, taken=self.base.taken))
+        data = self.images.with_class_ids(assign_class_ids(names, {**known, **going_on}))
         records = {
             class_id: self._record(class_id, name, digest)
             for (class_id, name), digest in zip(data.class_names.items(), self.digests.values(), strict=True)
@@ -398,9 +406,9 @@ class _Addition(Run):
         if clashing:
             raise ValueError(
                 f"`images` {self.arguments.data.dataset_name!r} has classes that are there already, or that the run has still "
-                f"to learn: {', '.join(clashing)}. Nothing was trained. `funlora train --base_model RUN --dataset_name "
-                "IMAGES --update_class ID` trains an adapter again; the classes of the base are frozen. If it is another class, give it "
-                "another name: --class_name."
+                f"to learn: {', '.join(clashing)}. Nothing was trained. Give another class another name: --class_name. To train an "
+                f"adapter again: `funlora train --output_dir {shlex.quote(os.fspath(self.folder.path))} --update_class ID`, with the "
+                "other arguments of the run and images of the class's name; the classes of the base are frozen."
             )
         return data, {c: record for c, record in records.items() if c not in same}, same & known.keys()
 

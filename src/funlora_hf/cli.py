@@ -22,12 +22,14 @@ from safetensors import SafetensorError
 from . import __version__
 from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .adapters.untrusted_base import PIPELINE
+from .continual.run_folder import RunFolder
+from .hub.classes_json import known_contents
 from .hub.delete import delete_class
-from .hub.describe import AdapterDescription, BankDescription, describe
+from .hub.describe import AdapterDescription, BankDescription, Description, describe
 from .hub.find import find_contents
 from .hub.pull import pull
 from .hub.push import push_all
-from .hub.repository import NO_ANSWER
+from .hub.repository import NO_ANSWER, HubRepository
 from .hub.verify import verify
 from .recipes.reading import recipe_names
 from .sampling.drawing import draw_samples, to_uint8
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--overwrite", action="store_true", help="replace folders that have other content")
 
     delete = add(_delete, "Delete a class from a folder and from a repository")
-    delete.add_argument("class_label", type=int, metavar="ID", help="id of the class")
+    delete.add_argument("class_label", metavar="CLASS", help="id or name of the class")
     delete.add_argument("--output_dir", help="folder of a run or of a saved pipeline that it is deleted from")
     delete.add_argument("--repo_id", help="repository that it is deleted from")
     delete.add_argument(
@@ -167,19 +169,19 @@ def _train(arguments: Sequence[str]) -> int:
 def _add(arguments: Sequence[str]) -> int:
     from .add import add_classes, parse
     from .continual.termination import Terminated, Termination
-    from .train import set_up_logging
+    from .continual.time_limit import TimeLimitReached
+    from .train import EXIT_TIME_LIMIT, set_up_logging
 
     set_up_logging()
     given = parse(arguments, prog="funlora add")
     try:
         with Termination() as termination:
             added = add_classes(**given, termination=termination)
-    except Terminated as stopped:
-        _say(
-            f"{stopped.signal.name}: stopped {stopped.where}. What is learned is kept; the same command goes on.",
-            file=sys.stderr,
-        )
-        raise
+    except (Terminated, TimeLimitReached) as stopped:
+        _say(f"{str(stopped).partition(';')[0]}; the same command goes on.", file=sys.stderr)
+        if isinstance(stopped, Terminated):
+            raise
+        return EXIT_TIME_LIMIT
     for class_id, one in added.classes.items():
         what = f"class {_class_text(class_id, one['class_name'])}"
         how = f"learned from {one['images']} images in {one['seconds']:.0f} s"
@@ -206,10 +208,21 @@ def _recipes() -> int:
 
 
 def _info(as_json: bool, **source: Any) -> int:
-    found = describe(**source)
+    unfinished = RunFolder(Path(source["source"], source["subfolder"] or "")).unfinished()
+    try:
+        found = describe(**source)
+    except FileNotFoundError:
+        if unfinished is None:
+            raise
+        found = Description(source["source"], None)  # a run that has no base yet
     if as_json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps({**asdict(found), "unfinished": unfinished}, indent=2))
         return 0
+    if unfinished is not None:
+        _say(
+            f"unfinished run: {unfinished}. To go on: the same command with --resume_from_checkpoint latest, which trains and "
+            "evaluates what is missing"
+        )
     if (base := found.base) is not None:
         numbers = f"{base.parameters:,} parameters, fingerprint {base.fingerprint}"
         _say(f"base {base.name}: {numbers}, classes {_class_texts(base.classes)}")
@@ -250,9 +263,9 @@ def _sample(
 
     place = _device(device)
     pipe = _load(base, adapters)
-    class_ids = [_class_id(pipe, text) for text in classes or ()]
-    class_ids += [_class_id(pipe, text, "class_label") for text in map(str, class_label)]
-    class_ids += [_class_id(pipe, text, "class_name") for text in class_name]
+    class_ids = [_class_id(pipe.classes, text) for text in classes or ()]
+    class_ids += [_class_id(pipe.classes, text, "--class_label") for text in map(str, class_label)]
+    class_ids += [_class_id(pipe.classes, text, "--class_name") for text in class_name]
     class_ids = class_ids or list(pipe.classes)
     pipe.to(place)
     pipe.set_progress_bar_config(disable=None)  # None: only on a terminal
@@ -277,9 +290,22 @@ def _push(repo_id: str, **options: Any) -> int:
     return 0
 
 
-def _delete(class_label: int, history: str, **places: Any) -> int:
-    for place in delete_class(class_label, **places, history=history):
-        _say(f"deleted class {class_label} from {places[place]}")
+def _delete(class_label: str, history: str, **places: Any) -> int:
+    classes: dict[int, str] = {}
+    try:
+        if (folder := places["output_dir"]) is not None and Path(folder).is_dir():
+            classes |= find_contents(folder, with_base=False).classes()
+        if (repo_id := places["repo_id"]) is not None:
+            rows = known_contents(repo_id, HubRepository(repo_id, create=False).files()).classes.values()
+            classes |= {row.class_label: row.class_name for row in rows}
+        class_id = _class_id(classes, class_label, "class_label or name")
+    except (ValueError, FileNotFoundError):
+        # What is damaged or not listed can be deleted by its id.
+        if not class_label.isdecimal() or class_label in classes.values():
+            raise
+        class_id = int(class_label)
+    for place in delete_class(class_id, **places, history=history):
+        _say(f"deleted class {_class_text(class_id, classes.get(class_id))} from {places[place]}")
     return 0
 
 
@@ -317,25 +343,41 @@ def _load(base: str, adapters: Sequence[str]) -> FunLoraPipeline:
         for folder in contents.adapters:
             # Those the pipeline has loaded by itself.
             if folder.parent != found.base / ADAPTERS_FOLDER:
-                pipe.load_adapter(folder, **adapter_class(folder))
+                pipe.load_adapter(folder, **_free_class(pipe.classes, contents.source, **adapter_class(folder)))
         for file in contents.banks:
             pipe.load_adapter_bank(file)
     return pipe
 
 
-def _class_id(pipe: FunLoraPipeline, text: str, option: str = "classes") -> int:
+def _free_class(
+    classes: Mapping[int, str], source: str, class_label: int | None, class_name: str | None
+) -> dict[str, Any]:
+    """Id and name of an adapter; where a class that is loaded already has one of them, another one, which is said."""
+    name, names = class_name or str(class_label), set(map(one_form, classes.values()))
+    if class_label is None or (class_label not in classes and one_form(name) not in names):
+        return {"class_label": class_label, "class_name": class_name}
+    free, new_name = max(classes) + 1 if class_label in classes else class_label, f"{name} of {source}"
+    was, now = _class_text(class_label, class_name), _class_text(free, new_name)
+    _say(f"class {was} of {source} is {now} here, since another class has its id or name", file=sys.stderr)
+    return {"class_label": free, "class_name": new_name}
+
+
+def _class_id(classes: Mapping[int, str], text: str, option: str = "--classes") -> int:
     """The class that a word of an option means."""
-    ids = {str(class_id): class_id for class_id in pipe.classes if option != "class_name"}
-    names = {one_form(name): class_id for class_id, name in pipe.classes.items() if option != "class_label"}
+    ids = {str(class_id): class_id for class_id in classes if option != "--class_name"}
+    names = {one_form(name): class_id for class_id, name in classes.items() if option != "--class_label"}
     found = {known[one_form(text)] for known in (ids, names) if one_form(text) in known}
     if len(found) > 1:
+        remedy = f"pass --class_label {text}, or --class_name {text}"
+        if option != "--classes":
+            remedy = f"pass the name of class {text}, or {names[text]}"
         raise ValueError(
-            f"`--classes` has {text!r}, the id of class {_class_text(ids[text], pipe.classes[ids[text]])} and the name of class "
-            f"{names[text]}: pass --class_label {text}, or --class_name {text}."
+            f"`{option}` has {text!r}, the id of class {_class_text(ids[text], classes[ids[text]])} and the name of class "
+            f"{names[text]}: {remedy}."
         )
     if not found:
-        kind = {"classes": "ids or names", "class_label": "ids", "class_name": "names"}[option]
-        raise ValueError(f"`--{option}` has {text!r}, expected {kind} of: {_class_texts(pipe.classes)}.")
+        kind = {"--class_label": "ids", "--class_name": "names"}.get(option, "ids or names")
+        raise ValueError(f"`{option}` has {text!r}, expected {kind} of: {_class_texts(classes)}.")
     return found.pop()
 
 

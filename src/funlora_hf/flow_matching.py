@@ -14,7 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from .utils.checks import check_choice
+from .utils.checks import check_at_least_one, check_choice
 
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -23,37 +23,59 @@ TIMESTEP_DENSITIES = ("uniform", "logit_normal")
 _TOLERANCE = 0.01
 
 
-def sigma_to_timestep(sigma: torch.Tensor) -> torch.Tensor:
+def sigma_to_timestep(sigma: torch.Tensor, *, check_range: bool = True) -> torch.Tensor:
     """The time as the model takes it: `1000 * sigma`, always a float tensor.
 
     Args:
         sigma: any shape, in [0, 1], floating point.
+        check_range: False spares a GPU the wait for the numbers of `sigma`.
 
     Returns:
         Same shape, in [0, 1000]. (A `UNet2DModel` would round a Python float to an integer.)
+
+    Raises:
+        ValueError: `sigma` of another type or beyond its range, as if it were a timestep already.
     """
+    _check_floating(sigma=sigma)
+    if check_range:
+        _check_range(sigma)
     return NUM_TRAIN_TIMESTEPS * sigma
 
 
-def interpolate(sample: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def interpolate(
+    sample: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, *, check_range: bool = True
+) -> torch.Tensor:
     """The straight path from data to noise, `x_sigma = (1 - sigma) * sample + sigma * noise`.
 
     Args:
         sample: data, `(batch, ...)`.
         noise: standard normal, same shape.
         sigma: `(batch,)`, in [0, 1].
+        check_range: as for `sigma_to_timestep`.
 
     Returns:
         Same shape as `sample`.
 
+    Raises:
+        ValueError: tensors of other shapes, which would be broadcast, or of integers, or `sigma` beyond its range.
+
     Source: arXiv 2510.02631, conditional flow matching on straight lines [text].
     """
+    _check_alike(sample=sample, noise=noise)
+    _check_floating(sigma=sigma)
+    if sigma.shape != sample.shape[:1]:
+        raise ValueError(
+            f"`sigma` has the shape {tuple(sigma.shape)}, expected {tuple(sample.shape[:1])}: a number for each sample of the batch."
+        )
+    if check_range:
+        _check_range(sigma)
     sigma = sigma.reshape(-1, *(1 for _ in sample.shape[1:]))
     return (1 - sigma) * sample + sigma * noise
 
 
 def velocity_target(sample: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """dx/dsigma along the path: `noise - sample`, of their shape. Source: as `interpolate`."""
+    """dx/dsigma along the path: `noise - sample`, of their shape. Errors and source: as of `interpolate`."""
+    _check_alike(sample=sample, noise=noise)
     return noise - sample
 
 
@@ -67,8 +89,12 @@ def flow_matching_loss(model_output: torch.Tensor, target: torch.Tensor) -> torc
     Returns:
         `(batch,)`, not reduced over the batch, so that held-out losses and parts of a batch can weight it.
 
+    Raises:
+        ValueError: other shapes, which would be broadcast, or integers.
+
     Source: as `interpolate`.
     """
+    _check_alike(model_output=model_output, target=target)
     dtype = torch.promote_types(model_output.dtype, torch.float32)
     return (model_output.to(dtype) - target.to(dtype)).square().flatten(1).mean(dim=1)
 
@@ -79,7 +105,7 @@ def sample_sigmas(
     """Training times.
 
     Args:
-        batch_size: how many.
+        batch_size: how many, at least 1.
         density: "uniform" on [0, 1), or "logit_normal": the sigmoid of a standard normal.
         generator: draws them, on its device; None: torch's own, on the CPU.
 
@@ -87,10 +113,11 @@ def sample_sigmas(
         `(batch_size,)`, float32, in [0, 1].
 
     Raises:
-        ValueError: unknown density.
+        ValueError: unknown density, or no whole number of times.
 
     Source: "uniform" [text]; "logit_normal" is that of Stable Diffusion 3 (arXiv 2403.03206).
     """
+    check_at_least_one("batch_size", batch_size)
     check_choice("timestep_density", density, TIMESTEP_DENSITIES)
     device = None if generator is None else generator.device
     if density == "uniform":
@@ -117,8 +144,9 @@ def losses_at(
 
     Source: as `interpolate`.
     """
-    noisy = interpolate(sample, noise, sigma)
-    model_output = unet(noisy, sigma_to_timestep(sigma), class_labels, return_dict=False)[0]
+    # The trainer reads nothing from a GPU here, which would have to wait for it.
+    noisy = interpolate(sample, noise, sigma, check_range=False)
+    model_output = unet(noisy, sigma_to_timestep(sigma, check_range=False), class_labels, return_dict=False)[0]
     return flow_matching_loss(model_output, velocity_target(sample, noise))
 
 
@@ -163,6 +191,32 @@ def training_loss(
     sigma = sample_sigmas(len(images), generator=generator).to(images.device)
     noise = randn_tensor(images.shape, generator=generator, device=images.device, dtype=torch.float32)
     return losses_at(unet, images.float(), noise, sigma, class_labels).mean()
+
+
+def _check_floating(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise ValueError(f"`{name}` is of {kind}, expected a tensor of floating-point numbers.")
+
+
+def _check_alike(**tensors: torch.Tensor) -> None:
+    """Two tensors of one shape, by their names."""
+    _check_floating(**tensors)
+    (name, one), (other_name, other) = tensors.items()
+    if one.shape != other.shape:
+        raise ValueError(
+            f"`{other_name}` has the shape {tuple(other.shape)}, expected {tuple(one.shape)}, that of `{name}`."
+        )
+
+
+def _check_range(sigma: torch.Tensor) -> None:
+    # In this form it also refuses NaN.
+    if not ((sigma >= 0) & (sigma <= 1)).all():
+        low, high = torch.stack(sigma.detach().aminmax()).tolist()
+        raise ValueError(
+            f"`sigma` has numbers from {low:g} to {high:g}, expected [0, 1], from the data to the noise: timesteps are 1000 * sigma."
+        )
 
 
 def _check_images(images: torch.Tensor, config: Any) -> None:

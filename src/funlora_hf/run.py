@@ -73,10 +73,12 @@ class RunArguments:
         if self.model.unet_config is not None or self.model.base_model is not None:
             return
         if self.data.dataset_name != "digits" and self.training.update_class is None:
+            name = self.data.dataset_name
+            here = ", which is no file or folder here (a dataset on the Hub is 'owner/name')"
             raise ValueError(
-                f"`unet_config` is None, which is the U-Net for 8x8 digits, and `dataset_name` is "
-                f"{self.data.dataset_name!r}: give the arguments of a UNet2DModel, take a recipe by --config, or name "
-                "an existing generator by --base_model."
+                f"`dataset_name` is {name!r}{'' if os.path.exists(os.path.expanduser(name)) else here}, and `unet_config` is None, "
+                "which is the U-Net for 8x8 digits: give the arguments of a UNet2DModel, take a recipe by --config, or name an "
+                "existing generator by --base_model."
             )
         self.model.unet_config = dict(DIGITS_UNET)
 
@@ -197,7 +199,8 @@ class Run:
         with self._held():
             if self.accelerator.is_main_process:
                 overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
-                settings = {**self._settings(), "classes": data.digests()}
+                of_tasks = {f"task {task.index + 1}": list(task.class_ids) for task in tasks}
+                settings = {**self._settings(), "classes": data.digests(), "tasks": of_tasks}
                 self.folder.open(settings, overwrite=overwrite, resume=resume, needed=self._needed(strategy.setting))
             self.accelerator.wait_for_everyone()
             self._start_trackers()

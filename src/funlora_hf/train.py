@@ -9,7 +9,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -23,7 +23,7 @@ from .continual.trainer import NonFiniteLossError
 from .evaluation.report import ForgettingError
 from .recipes.reading import read_recipe
 from .run import RunArguments, dry_run, run
-from .utils.arguments import explain_switches, refuse_unknown
+from .utils.arguments import explain_switches, refuse_unknown, some_fields
 from .utils.locks import FolderInUseError
 
 
@@ -106,12 +106,23 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
     return (run_arguments, *others) if more else run_arguments
 
 
-def take_recipe(parser: HfArgumentParser, path: str) -> None:
-    """Give the parser a recipe's values as defaults; it ends as for an argument that is not known, with 2."""
+def take_recipe(parser: HfArgumentParser, path: str, more: Sequence[str] = ()) -> list[str]:
+    """Give the parser a recipe's values as defaults; it ends as for an argument that is not known, with 2.
+
+    Args:
+        parser: that takes them.
+        path: of the recipe, or its name.
+        more: keys that the recipe may have, too, and that are left out.
+
+    Returns:
+        The keys left out.
+    """
     # The first of each: the one behind it, --no_<name>, takes no value.
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("config", "help")}
     try:
-        recipe = read_recipe(path, known=actions)
+        recipe = read_recipe(path, known={*actions, *more})
+        left_out = [key for key in recipe if key not in actions]
+        recipe = {key: value for key, value in recipe.items() if key in actions}
         for key, value in recipe.items():
             # argparse itself reads a default that is text, as of 2e-3, and then names no file.
             if isinstance(value, str):
@@ -120,11 +131,13 @@ def take_recipe(parser: HfArgumentParser, path: str) -> None:
         # A value may be text that cannot be printed.
         parser.error(f"{path}: {error}".encode(errors="backslashreplace").decode())
     parser.set_defaults(**recipe)
+    return left_out
 
 
 def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tuple[str, EvaluationArguments]:
     """The folder of a run, and how to evaluate it: as the run says, but for what the command line has."""
-    parts: Any = EvaluationArguments
+    of_run = {one.name for one in fields(EvaluationArguments)} - {"evaluation"}
+    parts = some_fields(EvaluationArguments, of_run)
     parser = HfArgumentParser(
         parts,
         prog=prog,
@@ -137,9 +150,9 @@ def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tu
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     known, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
-    parser.set_defaults(**{**vars(RunArguments.of(known.run).evaluation), "evaluation": True})
-    evaluation, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    return known.run, evaluation
+    parser.set_defaults(**{name: getattr(RunArguments.of(known.run).evaluation, name) for name in of_run})
+    given, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    return known.run, EvaluationArguments(**vars(given))
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> None:

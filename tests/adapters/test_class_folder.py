@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from runs import digests, make_tiny_unet
@@ -116,6 +117,21 @@ def test_what_cannot_be_saved_is_refused(tiny_unet, tmp_path, spoil, name, text)
     with pytest.raises(ValueError, match=text):
         save_adapter(model, tmp_path / "mine", name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_id_of_the_base_is_refused_and_another_is_free(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "base")
+    for unet in (
+        UNet2DModel.from_pretrained(tmp_path / "base", subfolder="unet"),
+        FunLoraPipeline.from_pretrained(tmp_path / "base").unet,
+    ):
+        model = get_peft_model(unet, FunLoraConfig(class_label=3))
+        with pytest.raises(
+            ValueError, match=r"`class_label` is 3, a class of the base in .*base', expected none of \[3, 5\]"
+        ):
+            save_adapter(model, tmp_path / "mine")
+        assert not (tmp_path / "mine").exists()
+    save_adapter(model, tmp_path / "mine", class_label=0)
 
 
 def put_nan(model):

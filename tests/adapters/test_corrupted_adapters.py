@@ -38,7 +38,7 @@ OUT_OF_MEMORY = re.compile(
     r"(can.?t|cannot|unable to|tried to) allocate|Allocator|out of memory|not enough memory", re.IGNORECASE
 )
 LONG = [pytest.mark.slow, pytest.mark.soak]
-TIMES = pytest.mark.parametrize("times", [1, pytest.param(10, marks=LONG, id="ten-times-as-many")])
+TIMES = pytest.mark.parametrize("times", [1, pytest.param(30, marks=LONG, id="thirty-times-as-many")])
 
 
 def numbers(content):
@@ -307,7 +307,7 @@ def tiny_tensors(count, name="{}"):
 def test_spoiled_bytes_of_weights(times, method, subject):
     good = getattr(subject, method)
 
-    @examples((250 if method == "good" else 100) * times)
+    @examples((80 if method == "good" else 30) * times)
     @given(spoiled_bytes((good / WEIGHTS).read_bytes()))
     def check(weights):
         subject.check_adapter(subject.spoiled(weights=weights, good=good), class_label=LABEL)
@@ -320,7 +320,7 @@ def test_spoiled_bytes_of_weights(times, method, subject):
 def test_spoiled_headers_of_weights(times, method, subject):
     good = getattr(subject, method)
 
-    @examples((300 if method == "good" else 150) * times)
+    @examples((100 if method == "good" else 50) * times)
     @given(spoiled_header((good / WEIGHTS).read_bytes()))
     def check(weights):
         subject.check_adapter(subject.spoiled(weights=weights, good=good), class_label=LABEL)
@@ -334,7 +334,7 @@ def test_other_values_of_weights(times, subject):
     arrays = {name: array.astype(np.float64) for name, array in numbers(content).items()}
     too_large = {name: array * 0 + 1e39 for name, array in arrays.items()}
 
-    @examples(100 * times)
+    @examples(30 * times)
     @example(packed(too_large, "F64"))
     @given(other_values(content))
     def check(weights):
@@ -443,7 +443,7 @@ LORA_EXAMPLES = [
 
 @TIMES
 def test_spoiled_configs(times, subject):
-    @examples(400 * times)
+    @examples(130 * times)
     @given(spoiled_config(subject.good))
     def check(config):
         subject.check_adapter(subject.spoiled(config=config))
@@ -453,7 +453,7 @@ def test_spoiled_configs(times, subject):
 
 @TIMES
 def test_spoiled_lora_configs(times, subject):
-    @examples(150 * times)
+    @examples(50 * times)
     @given(spoiled_config(subject.lora))
     def check(config):
         subject.check_adapter(subject.spoiled(config=config, good=subject.lora), class_label=LABEL)
@@ -535,7 +535,7 @@ def test_other_methods(times, subject):
             {"target_modules": draw(st.sampled_from([["conv1"], HOSTILE[0]])), **changes, "peft_type": kind}
         )
 
-    @examples(150 * times)
+    @examples(50 * times)
     @given(configs(), st.sampled_from(["good", "lora"]))
     def check(config, method):
         folder = subject.spoiled(config=config.encode(), good=getattr(subject, method))
@@ -548,7 +548,7 @@ def test_other_methods(times, subject):
 def test_any_values_of_funlora_config(times):
     fields = [name for name, field in FunLoraConfig.__dataclass_fields__.items() if field.init]
 
-    @examples(1200 * times)
+    @examples(400 * times)
     @example({"layers_to_transform": {"a": 1}})
     @example({"base_fingerprint": {"float32": 10**63}})
     @example({"class_name": "\ud800"})
@@ -679,7 +679,7 @@ def test_spoiled_banks(times, subject):
     content = subject.bank_file.read_bytes()
     assert check_bank(subject, content)
 
-    @examples(250 * times)
+    @examples(80 * times)
     @given(spoiled_bank(content))
     def check(spoiled):
         check_bank(subject, spoiled)
@@ -690,7 +690,7 @@ def test_spoiled_banks(times, subject):
 
 @TIMES
 def test_spoiled_bytes_of_banks(times, subject):
-    @examples(100 * times)
+    @examples(30 * times)
     @given(spoiled_bytes(subject.bank_file.read_bytes()))
     def check(spoiled):
         check_bank(subject, spoiled)

@@ -149,7 +149,7 @@ def test_what_is_not_there_is_said(folder, hub, tmp_path):
         read_adapter("user/digits", revision="v2")
     with pytest.raises(FileNotFoundError, match="'user/other' is neither a folder that is there nor a repository"):
         read_adapter("user/other")
-    with pytest.raises(FileNotFoundError, match="'user/unseen' is not in the cache"):
+    with pytest.raises(FileNotFoundError, match=r"'user/unseen' is neither a folder .* in the cache: correct"):
         read_adapter("user/unseen", local_files_only=True)
     with pytest.raises(FileNotFoundError, match="is neither a folder that is there nor the name of a repository"):
         read_adapter(tmp_path / "nowhere")

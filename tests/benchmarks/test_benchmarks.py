@@ -61,7 +61,7 @@ def interleaved(monkeypatch):
         ("training_step", 5),
         ("rivals", 7),
         ("scaling", 12),
-        ("soak", 10),
+        pytest.param("soak", 10, marks=pytest.mark.slow),
         pytest.param("processes", 1, marks=pytest.mark.slow),
     ],
 )

@@ -306,7 +306,7 @@ NASTY = st.one_of(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(NASTY)
 @example("a\n---\n\nb: c\n---\n")
 @example("\ufeff")
@@ -325,7 +325,7 @@ def test_any_name_survives_in_the_metadata(name):
     assert len(snippets(cards[0])) == 2
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(NASTY, NASTY)
 def test_any_name_stays_in_its_cell(first, second):
     classes = [
@@ -342,7 +342,7 @@ def test_any_name_stays_in_its_cell(first, second):
     assert {len(row) for row in table(adapter(class_name=first), "Adapter")} == {2}
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(NASTY)
 def test_a_name_is_shown_as_it_is(name):
     """By a Markdown reader that is not ours."""

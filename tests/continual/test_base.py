@@ -6,6 +6,7 @@ import pytest
 from diffusers import UNet2DModel
 from huggingface_hub import HfApi
 
+from funlora_hf import FunLoraPipeline
 from funlora_hf.continual.base import find_base
 from funlora_hf.data.class_ids import assign_class_ids
 
@@ -31,14 +32,14 @@ def test_ids_of_a_repository_s_adapters_are_taken(tiny_pipe, tmp_path, hub):
     repository(tiny_pipe, tmp_path, hub)
     base = find_base("user/base")
     assert base.source == "user/base"
-    assert (base.classes, base.taken) == ({3: "three", 5: "5"}, (7, 11))
+    assert (base.classes, base.taken) == ({3: "three", 5: "5"}, {7: "7", 11: "11"})
     assert assign_class_ids(["three", "new"], base.classes, taken=base.taken) == [3, 12]
 
 
 def test_ids_of_a_later_commit_are_taken_too(tiny_pipe, tmp_path, hub):
     first = repository(tiny_pipe, tmp_path, hub)
     hub.commit("user/base", {"class_20/adapter_config.json": b"{}"})
-    assert find_base("user/base", revision=first).taken == (7, 11, 20)
+    assert find_base("user/base", revision=first).taken.keys() == {7, 11, 20}
 
 
 def test_without_the_hub_the_warning_says_what_was_not_looked_at(tiny_pipe, tmp_path, hub, monkeypatch, caplog):
@@ -48,8 +49,18 @@ def test_without_the_hub_the_warning_says_what_was_not_looked_at(tiny_pipe, tmp_
         raise ConnectionError("no network")
 
     monkeypatch.setattr(HfApi, "list_repo_files", fail)
-    assert find_base("user/base").taken == ()
+    assert find_base("user/base").taken == {}
     assert "files of the repository 'user/base' could not be listed, so that new classes may get ids" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "asks"), [("nothere", True), ("user/nothere", True), ("a/b/c", False), ("./a", False)]
+)
+def test_what_is_neither_a_folder_nor_a_repository_is_said(name, asks, hub):
+    for load in (find_base, FunLoraPipeline.from_pretrained):
+        with pytest.raises(FileNotFoundError, match=f"{name}' is neither a folder that is there nor .*'user/repo'"):
+            load(name)
+    assert bool(hub.requests) == asks
 
 
 def test_a_revision_of_a_folder_is_refused(tiny_pipe, tmp_path):

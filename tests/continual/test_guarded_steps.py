@@ -210,7 +210,9 @@ accelerator.end_training()
 """
 
 
-@pytest.mark.parametrize("kind", ["plain", pytest.param("fused", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("plain", marks=pytest.mark.slow), pytest.param("fused", marks=pytest.mark.soak)]
+)
 def test_two_processes_skip_alike(kind, tmp_path):
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")]

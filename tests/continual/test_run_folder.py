@@ -6,6 +6,7 @@ import pytest
 
 from funlora_hf.continual.config import ContinualTrainingArguments, run_settings
 from funlora_hf.continual.run_folder import RunFolder
+from funlora_hf.utils.files import write_json
 
 
 SETTINGS = {"Training": {"seed": 0, "output_dir": "x", "base_learning_rate": 0.1}}
@@ -19,10 +20,36 @@ def run(tmp_path) -> RunFolder:
     return folder
 
 
-def test_another_run_is_not_overwritten_unasked(run):
-    with pytest.raises(FileExistsError, match=r"holds another run .*--overwrite_output_dir.*--resume_from_checkpoint"):
-        run.open(SETTINGS, overwrite=False, resume=False)
-    assert run.base.is_dir()
+@pytest.mark.parametrize(
+    ("changed", "finished", "text"),
+    [
+        (
+            {},
+            False,
+            "this run, unfinished: 1 of 3 tasks are learned. Pass --resume_from_checkpoint latest to go on, --ov",
+        ),
+        (
+            {},
+            True,
+            r"this run, which is finished \(see `funlora info .*\). Pass --overwrite_output_dir to delete it, or",
+        ),
+        (
+            {"seed": 1},
+            False,
+            r"another run \(base, checkpoints\). Pass --resume.* by its own arguments, --overwrite_out",
+        ),
+    ],
+)
+def test_another_run_is_not_overwritten_unasked(changed, finished, text, tmp_path):
+    folder, tasks = RunFolder(tmp_path), {"tasks": {f"task {number}": [number] for number in (1, 2, 3)}}
+    folder.open({**SETTINGS, **tasks}, overwrite=False, resume=False)
+    folder.base.mkdir()
+    write_json(folder.checkpoints / "strategy" / "task_1.safetensors", {})
+    if finished:
+        write_json(folder.results, {})
+    with pytest.raises(FileExistsError, match=f"holds {text}"):
+        folder.open({"Training": {**SETTINGS["Training"], **changed}, **tasks}, overwrite=False, resume=False)
+    assert folder.base.is_dir()
 
 
 def test_overwriting_deletes_the_run_and_nothing_else(run):

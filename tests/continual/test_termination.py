@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
+import time
 
 import pytest
+from forks import exit_code
 
 from funlora_hf.continual.termination import Terminated, Termination
 
@@ -53,31 +54,25 @@ def test_afterwards_the_signal_is_whose_it_was():
 
 def test_a_process_that_does_not_stop_is_ended():
     """Steps that take too long, or a collective that waits for a process that is gone."""
-    code = """
-import os, signal, time
-from funlora_hf.continual.termination import Termination
 
-with Termination(grace=0.2) as termination, termination.deferred():
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(600)
-"""
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 143
+    def late():
+        with Termination(grace=0.2) as termination, termination.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+
+    assert exit_code(late) == 143
 
 
 def test_a_process_that_stops_in_time_is_left_alone():
-    code = """
-import os, signal, time
-from funlora_hf.continual.termination import Terminated, Termination
+    def in_time():
+        try:
+            with Termination(grace=0.2):
+                os.kill(os.getpid(), signal.SIGTERM)
+        except Terminated:
+            time.sleep(0.5)
+            sys.exit(7)
 
-try:
-    with Termination(grace=0.2):
-        os.kill(os.getpid(), signal.SIGTERM)
-except Terminated:
-    time.sleep(0.5)
-    print("alive")
-"""
-    done = subprocess.run([sys.executable, "-c", code], timeout=120, check=False, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "alive\n")
+    assert exit_code(in_time) == 7
 
 
 def test_ctrl_c_stops_likewise_with_its_own_code():
@@ -97,27 +92,21 @@ def test_ctrl_c_stops_likewise_with_its_own_code():
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once():
-    code = """
-import os, signal, time
-from funlora_hf.continual.termination import Termination
+    def pressed_twice():
+        with Termination() as termination, termination.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(600)
 
-with Termination() as termination, termination.deferred():
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1.2)
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(600)
-"""
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 130
+    assert exit_code(pressed_twice) == 130
 
 
 def test_sigterm_after_ctrl_c_still_ends_in_time():
-    code = """
-import os, signal, time
-from funlora_hf.continual.termination import Termination
+    def interrupted():
+        with Termination(grace=0.2) as termination, termination.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
 
-with Termination(grace=0.2) as termination, termination.deferred():
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(600)
-"""
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 143
+    assert exit_code(interrupted) == 143

@@ -217,7 +217,7 @@ def test_single_parquet_file(tmp_path):
     assert found.count(1) == found.count(1, split="test") == 1
 
 
-@pytest.mark.parametrize("name", ["./missing", "/missing/folder", "~/missing-folder", "missing.parquet"])
+@pytest.mark.parametrize("name", ["./missing", "/missing/folder", "~/missing-folder", "missing.parquet", "a/b/c"])
 def test_missing_local_path_never_asks_the_hub(monkeypatch, name):
     monkeypatch.setattr(data, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(FileNotFoundError, match=r"dataset_name=.*looks like a local path.*--dataset_name"):
@@ -268,7 +268,7 @@ def test_archives_are_read_but_not_their_pickles(last, tmp_path, monkeypatch):
     assert "pth" in decoders
 
 
-def test_unloadable_datasets(tmp_path):
+def test_unloadable_datasets(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "broken.parquet").write_text("x")
@@ -278,6 +278,15 @@ def test_unloadable_datasets(tmp_path):
         load(str(tmp_path / "notes.txt"))
     with pytest.raises(ValueError, match=r"dataset_name=.*could not be loaded.*check --dataset_name"):
         load(str(tmp_path / "broken.parquet"))
+
+    def fail(**_):
+        raise ConnectionError("Couldn't reach 'nothere' on the Hub")
+
+    monkeypatch.setattr(data, "load_dataset", fail)
+    with pytest.raises(
+        OSError, match=r"'nothere', which is no file or folder here, could not .*owner/name: Couldn't reach"
+    ):
+        load("nothere")
 
 
 def test_hub_options_on_local_data(tmp_path):
@@ -455,7 +464,7 @@ def test_empty_training_split(monkeypatch):
         load("owner/name")
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     counts=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     test_fraction=st.floats(0.01, 0.99),

@@ -12,7 +12,6 @@ from PIL import Image
 
 from funlora_hf.evaluation.figures import (
     accuracy_curve,
-    class_grid,
     image_grid,
     layer_importance,
     loss_curves,
@@ -26,14 +25,14 @@ def images(count, *, channels=3, size=8, seed=0):
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32), (3, 64), (1, 100)])
-@pytest.mark.parametrize("count", [1, 3, 5, 16, 20])
-def test_class_grid_has_four_columns_of_whole_pixels(tmp_path, count, channels, size):
+@pytest.mark.parametrize("count", [1, 3, 5, 16])
+def test_an_image_grid_has_columns_of_whole_pixels(tmp_path, count, channels, size):
     path, shown = tmp_path / "figures" / "class_0.png", images(count, channels=channels, size=size)
-    class_grid(shown, path)
+    image_grid(shown, path, columns=4)
     found = check(path)
     factor = {8: 8, 32: 2, 64: 1, 100: 1}[size]
     cell = factor * size + 2
-    rows, columns = {1: (1, 1), 3: (1, 3), 5: (2, 4), 16: (4, 4), 20: (4, 4)}[count]
+    rows, columns = {1: (1, 1), 3: (1, 3), 5: (2, 4), 16: (4, 4)}[count]
     assert found.shape == (rows * cell, columns * cell, 3)
     for place in range(rows * columns):
         top, left = place // columns * cell, place % columns * cell
@@ -49,7 +48,12 @@ def test_class_grid_has_four_columns_of_whole_pixels(tmp_path, count, channels, 
 
 
 @pytest.mark.parametrize(
-    "draw", [class_grid, lambda shown, path: sample_grid({"a": shown}, path, title="b")], ids=["class", "sample"]
+    "draw",
+    [
+        lambda shown, path: image_grid(shown, path, columns=4),
+        lambda shown, path: sample_grid({"a": shown}, path, title="b"),
+    ],
+    ids=["class", "sample"],
 )
 def test_equal_images_make_an_equal_grid_without_matplotlib(tmp_path, monkeypatch, draw):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
@@ -70,9 +74,9 @@ def test_equal_images_make_an_equal_grid_without_matplotlib(tmp_path, monkeypatc
         (images(2, channels=2), r"images has shape \(2, 2, 8, 8\), expected"),
     ],
 )
-def test_class_grid_names_bad_images(tmp_path, given, text):
+def test_an_image_grid_names_bad_images(tmp_path, given, text):
     with pytest.raises(ValueError, match=text):
-        class_grid(given, tmp_path / "grid.png")
+        image_grid(given, tmp_path / "grid.png", columns=4)
     assert not list(tmp_path.iterdir())
 
 
@@ -97,7 +101,7 @@ def test_an_image_grid_has_a_name_for_each_row(tmp_path, drawn_labels):
 @pytest.mark.parametrize(("classes", "channels"), [(1, 1), (2, 3), (10, 1), (100, 3)])
 def test_grid_is_a_png(tmp_path, classes, channels):
     path = tmp_path / "figures" / "grid.png"
-    sample_grid({f"class {c}": images(3, channels=channels, seed=c) for c in range(classes)}, path)
+    sample_grid({f"class {c}": images(3, channels=channels, seed=c) for c in range(classes)}, path, title="")
     found = check(path)
     side = 64 if classes <= 20 else 32
     assert found.shape[0] >= classes * side
@@ -109,7 +113,7 @@ def test_grid_shows_every_pixel_as_a_square(tmp_path):
     image = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     image[0, 0] = torch.arange(16).reshape(4, 4) * 16
     image[0, 2] = 255 - torch.arange(16).reshape(4, 4)
-    sample_grid({"a": image}, tmp_path / "grid.png")
+    sample_grid({"a": image}, tmp_path / "grid.png", title="")
     found = check(tmp_path / "grid.png")
     for row in range(4):
         for column in range(4):
@@ -121,22 +125,22 @@ def test_grid_shows_every_pixel_as_a_square(tmp_path):
 
 
 def test_grid_rows_follow_the_mapping_and_columns_the_limit(tmp_path, drawn_labels):
-    red = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    red = torch.zeros(12, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 250
     blue = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     blue[:, 2] = 250
-    sample_grid({"zebra": red, "ant": blue}, tmp_path / "grid.png", title="after task 1", images_per_class=4)
+    sample_grid({"zebra": red, "ant": blue}, tmp_path / "grid.png", title="after task 1")
     found = check(tmp_path / "grid.png")
     is_red = (found == (250, 0, 0)).all(axis=2)
     is_blue = (found == (0, 0, 250)).all(axis=2)
-    assert is_red.sum() == 4 * 64 * 64
+    assert is_red.sum() == 10 * 64 * 64
     assert is_blue.sum() == 2 * 64 * 64
     assert np.argwhere(is_red)[:, 0].max() < np.argwhere(is_blue)[:, 0].min()
     assert drawn_labels == ["zebra", "ant", "after task 1"]
 
 
 def test_grid_shortens_long_names_in_the_middle(tmp_path, drawn_labels):
-    sample_grid({"first" + "x" * 60 + "last": images(1)}, tmp_path / "grid.png")
+    sample_grid({"first" + "x" * 60 + "last": images(1)}, tmp_path / "grid.png", title="")
     name, _ = drawn_labels
     assert len(name) <= 40
     assert name.startswith("first")
@@ -144,30 +148,12 @@ def test_grid_shortens_long_names_in_the_middle(tmp_path, drawn_labels):
     assert "…" in name
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"images_by_class": {}}, "images_by_class is empty"),
-        (
-            {"images_by_class": {"a": torch.zeros(1, 1, 8, 8)}},
-            r"images_by_class\['a'\] is torch.float32 \(1, 1, 8, 8\)",
-        ),
-        ({"images_by_class": {"a": [1]}}, r"images_by_class\['a'\] is list"),
-        ({"images_by_class": {"a": images(1)[0]}}, "expected uint8"),
-        ({"images_by_class": {"a": images(0)}}, "N of at least 1"),
-        ({"images_by_class": {"a": images(1, channels=2)}}, "C of 1 or 3"),
-        ({"images_by_class": {"a": images(1), "b": images(1, size=9)}}, "expected one shape"),
-        ({"images_per_class": 0}, "`images_per_class` should be a positive integer"),
-        ({"path": "grid.jpg"}, "path is 'grid.jpg', expected a name ending in .png"),
-    ],
-)
-def test_grid_names_wrong_input(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        sample_grid(**{"images_by_class": {"a": images(1)}, "path": tmp_path / "grid.png", **arguments})
-    assert list(tmp_path.iterdir()) == []
+def test_a_grid_is_a_png_only(tmp_path):
+    with pytest.raises(ValueError, match=r"path is 'grid.jpg', expected a name ending in .png"):
+        image_grid(images(1), "grid.jpg", columns=1)
 
 
-@pytest.mark.parametrize("tasks", [1, 2, 5, 10, 50])
+@pytest.mark.parametrize("tasks", [1, 2, 50])
 @pytest.mark.parametrize("with_joint", [False, True])
 def test_curve_is_a_png(tmp_path, tasks, with_joint):
     values = [95 - task for task in range(tasks)]
@@ -175,6 +161,7 @@ def test_curve_is_a_png(tmp_path, tasks, with_joint):
         values,
         tmp_path / "curve.png",
         classes_seen=[2 * (task + 1) for task in range(tasks)],
+        label="a",
         joint=[value + 3 for value in values] if with_joint else None,
     )
     check(tmp_path / "curve.png")
@@ -187,12 +174,10 @@ def test_curve_content(tmp_path, saved_figures):
         classes_seen=[20, 40, 60],
         joint=[91.0, 80.0, 75.0],
         label="generative replay",
-        title="CIFAR-100",
     )
     axes = saved_figures[0].axes[0]
     assert axes.get_xlabel() == "classes seen"
     assert axes.get_ylabel() == "average accuracy (%)"
-    assert axes.get_title() == "CIFAR-100"
     assert axes.get_ylim() == (0, 100)
     assert ticks(axes.xaxis) == ["20", "40", "60"]
     lines = {line.get_label(): line for line in axes.get_lines()}
@@ -207,7 +192,7 @@ def test_curve_content(tmp_path, saved_figures):
     ("values", "bottom"), [([99.0, 80.0], 0), ([99.0, 80.1], 75), ([99.0, 96.0], 95), ([100.0], 95), ([95.2], 90)]
 )
 def test_curve_says_where_its_axis_starts(tmp_path, saved_figures, values, bottom):
-    accuracy_curve(values, tmp_path / "curve.png", classes_seen=range(1, len(values) + 1))
+    accuracy_curve(values, tmp_path / "curve.png", classes_seen=range(1, len(values) + 1), label="a")
     axes = saved_figures[0].axes[0]
     assert axes.get_ylim() == (bottom, 100)
     assert axes.get_yticks()[0] == bottom
@@ -215,32 +200,13 @@ def test_curve_says_where_its_axis_starts(tmp_path, saved_figures, values, botto
 
 
 def test_curve_reaches_the_last_class_with_many_tasks(tmp_path, saved_figures):
-    accuracy_curve([50.0] * 50, tmp_path / "curve.png", classes_seen=range(2, 101, 2))
+    accuracy_curve([50.0] * 50, tmp_path / "curve.png", classes_seen=range(2, 101, 2), label="a")
     shown = ticks(saved_figures[0].axes[0].xaxis)
     assert "100" in shown
     assert len(shown) <= 12
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"average_accuracies": []}, "average_accuracies has 0 entries and classes_seen has 2"),
-        ({"average_accuracies": [], "classes_seen": []}, "average_accuracies has 0 entries"),
-        ({"joint": [1.0]}, "joint has 1 entries and classes_seen has 2"),
-        ({"joint": [1.0, 101.0]}, r"joint\[1\] is 101.0"),
-        ({"average_accuracies": [float("nan"), 1.0]}, r"average_accuracies\[0\] is nan"),
-        ({"classes_seen": [4, 4]}, "classes_seen is .* expected increasing numbers"),
-        ({"path": "curve.pdf"}, "expected a name ending in .png"),
-    ],
-)
-def test_curve_names_wrong_input(tmp_path, arguments, message):
-    valid = {"average_accuracies": [90.0, 80.0], "path": tmp_path / "curve.png", "classes_seen": [2, 4]}
-    with pytest.raises(ValueError, match=message):
-        accuracy_curve(**{**valid, **arguments})
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("count", [1, 2, 15, 65, 70])
+@pytest.mark.parametrize("count", [1, 15, 70])
 def test_importance_is_a_png(tmp_path, saved_figures, count):
     layer_importance({name: (0.1 + i / 100, 0.02) for i, name in enumerate(LAYERS[:count])}, tmp_path / "bars.png")
     check(tmp_path / "bars.png")
@@ -282,22 +248,8 @@ def test_importance_writes_shared_parts_of_names_once(tmp_path, saved_figures, n
     assert axes.get_xlabel().partition("\nlayers: ")[2] == (shared or "")
 
 
-@pytest.mark.parametrize(
-    ("importance", "message"),
-    [
-        ({}, "importance is empty"),
-        ({"a": (float("nan"), 0.0)}, r"importance\['a'\] is \(nan, 0.0\)"),
-        ({"a": (1.0, -0.1)}, "a standard deviation of at least 0"),
-    ],
-)
-def test_importance_names_wrong_input(tmp_path, importance, message):
-    with pytest.raises(ValueError, match=message):
-        layer_importance(importance, tmp_path / "bars.png")
-    assert list(tmp_path.iterdir()) == []
-
-
 DRAWINGS = {
-    "accuracy_curve": lambda path: accuracy_curve([50.0], path, classes_seen=[2]),
+    "accuracy_curve": lambda path: accuracy_curve([50.0], path, classes_seen=[2], label="a"),
     "layer_importance": lambda path: layer_importance({"a": (1.0, 0.1)}, path),
 }
 
@@ -311,7 +263,7 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, draw):
 
 def test_a_failed_write_keeps_the_old_grid(tmp_path, monkeypatch):
     path = tmp_path / "grid.png"
-    sample_grid({"a": images(1)}, path)
+    sample_grid({"a": images(1)}, path, title="")
     before = path.read_bytes()
 
     def fail(self, target, **kwargs):
@@ -320,7 +272,7 @@ def test_a_failed_write_keeps_the_old_grid(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        sample_grid({"a": images(1)}, path)
+        sample_grid({"a": images(1)}, path, title="")
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from results import QUALITY, results
 
-from funlora_hf.evaluation.tables import markdown_table, summary_table, what_next
+from funlora_hf.evaluation.tables import summary_table, what_next
 
 
 def test_the_summary_says_what_was_measured():
@@ -44,12 +44,6 @@ def test_samples_of_another_machine_are_not_called_changed():
     elsewhere = results(0, 98.0)
     elsewhere["zero_forgetting"] |= {"identical": None, "classes_compared": 0}
     assert "first samples not compared (other machine or thread count), base unchanged" in summary_table(elsewhere)
-
-
-def test_a_markdown_table_escapes_bars_and_aligns_numbers_to_the_right():
-    table = markdown_table(["run", "rank"], [("a|b", 3), ("c", "-")])
-    assert table == "| run | rank |\n|---|---:|\n| a\\|b | 3 |\n| c | - |"
-    assert markdown_table(["a", "b"], [], texts=2) == "| a | b |\n|---|---|"
 
 
 def test_a_run_ends_with_where_its_parts_lie_and_what_to_type_next():

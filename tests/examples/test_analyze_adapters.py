@@ -268,6 +268,7 @@ def test_it_measures_runs_and_prints_a_table(tiny_pipe, tmp_path, run_example):
     }
 
 
+@pytest.mark.slow
 def test_a_known_error_ends_in_one_line(tmp_path, run_example):
     (tmp_path / "empty").mkdir()
     done = run_example("empty", "--output_dir", "out", cwd=tmp_path, example="analyze_adapters.py", check=False)

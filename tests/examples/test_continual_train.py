@@ -87,10 +87,11 @@ def test_the_fast_recipe_runs_on_images_of_a_folder(tmp_path, run_example):
     ("arguments", "text"),
     [
         (["--function", "sine"], "error: `function` is 'sine', expected one of"),
-        (["--config", "recipe.yaml"], "unknown keys 'learning_rate', 'stategy'"),
-        (
+        pytest.param(["--config", "recipe.yaml"], "unknown keys 'learning_rate', 'stategy'", marks=pytest.mark.slow),
+        pytest.param(
             ["--unet_config", '{"sample_size": 8}', "--dataset_name", "a.parquet"],
             "error: dataset_name='a.parquet' looks",
+            marks=pytest.mark.slow,
         ),
     ],
 )

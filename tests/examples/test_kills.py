@@ -93,7 +93,7 @@ def test_killed_before_there_is_a_base(number, by, uninterrupted, tmp_path, reco
     assert_same_run(tmp_path / "out", uninterrupted.folder)
 
 
-@pytest.mark.parametrize(("number", "by"), [*MANY, (100, "SIGKILL")])
+@pytest.mark.parametrize(("number", "by"), [*MANY, pytest.param(100, "SIGKILL", marks=pytest.mark.slow)])
 def test_killed_before_a_file_operation(number, by, uninterrupted, tmp_path, record_property):
     operation = random.Random(number).randint(1, uninterrupted.operations)
     with started(tmp_path, operation=operation, by=by) as process:

@@ -88,6 +88,7 @@ def kill_one(killed: int, arguments: list[str], place: Path, *, processes: int) 
     assert not (place / "out" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_when_one_of_two_is_killed_the_other_stops(one, tmp_path):
     kill_one(1, beside(one, tmp_path), tmp_path, processes=2)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
+from forks import held
 from runs import digests, make_tiny_unet
 
 from funlora_hf import FunLoraPipeline, delete_class
@@ -30,15 +29,8 @@ def test_a_link_is_refused_before_anything_is_deleted(linked, run_folder, tmp_pa
 @pytest.fixture
 def in_use(run_folder):
     """The folder, in which another process is at work."""
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom funlora_hf.utils.locks import folder_lock\n"
-        "with folder_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(600)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, run_folder], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield run_folder
-    process.kill()
-    process.wait()
+    with held(run_folder):
+        yield run_folder
 
 
 def test_a_folder_in_use_is_left_alone(in_use, tmp_path):

@@ -194,7 +194,7 @@ def test_bad_interpolations_are_named(pipe, arguments, text):
 
 
 def test_dopri5_agrees_with_scipy(pipe):
-    adaptive = pipe([3, 7], solver="dopri5", rtol=1e-5, atol=1e-5, generator=generator(), output_type="pt")
+    adaptive = pipe([3, 7], solver="dopri5", rtol=1e-3, atol=1e-3, generator=generator(), output_type="pt")
     noise = torch.randn(2, 1, 8, 8, generator=generator())
 
     def velocity(sigma, flat):
@@ -202,9 +202,9 @@ def test_dopri5_agrees_with_scipy(pipe):
         with torch.no_grad():
             return pipe.predict_velocity(state, torch.tensor(sigma), [3, 7]).numpy().reshape(-1)
 
-    solution = solve_ivp(velocity, (1, 0), noise.numpy().reshape(-1), method="RK45", rtol=1e-5, atol=1e-5)
+    solution = solve_ivp(velocity, (1, 0), noise.numpy().reshape(-1), method="RK45", rtol=1e-3, atol=1e-3)
     expected = (torch.tensor(solution.y[:, -1]).reshape(noise.shape) / 2 + 0.5).clamp(0, 1)
-    # An untrained U-Net swings fast in time: two adaptive solvers of this tolerance differ by up to 0.01.
+    # An untrained U-Net swings fast in time: two adaptive solvers of this tolerance differ by up to 0.02.
     torch.testing.assert_close(adaptive.images, expected.float(), atol=0.03, rtol=0)
 
 

@@ -79,7 +79,7 @@ def make_model(name: str) -> nn.Module:
             axes_dims_rope=[4, 4, 8],
         ).eval()
     if name == "DiTTransformer2DModel":
-        return DiTTransformer2DModel(**_DIT, out_channels=8, num_embeds_ada_norm=4).eval()
+        return DiTTransformer2DModel(**_DIT, out_channels=8, num_embeds_ada_norm=1000).eval()
     return PixArtTransformer2DModel(**_DIT, out_channels=8, caption_channels=16, cross_attention_dim=16).eval()
 
 

@@ -210,7 +210,7 @@ operations = st.sampled_from(functional.OPERATIONS)
 kernels = st.sampled_from(list(KERNELS))
 seeds = st.integers(0, 10**6)
 spreads = st.sampled_from([0.0, 1e-3, 0.1, 0.3, 1.0])
-thorough = settings(deadline=None, derandomize=True, max_examples=300)
+thorough = settings(deadline=None, derandomize=True, max_examples=150)
 quick = settings(deadline=None, derandomize=True, max_examples=100)
 
 

@@ -175,6 +175,7 @@ def _train_half_a_batch(rank, store, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path, monkeypatch):
     """Two processes with half a batch each get the gradients of one with all of it, and only those of the adapter."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")

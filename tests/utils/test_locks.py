@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from forks import held
 
 from funlora_hf.utils.locks import FolderInUseError, folder_lock
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from funlora_hf.utils.locks import folder_lock
-
-with folder_lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
 @pytest.fixture
 def holder(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
+    with held(tmp_path) as process:
+        yield process
 
 
 def test_the_second_is_told_who_holds_it_and_since_when(holder, tmp_path):
@@ -45,7 +29,7 @@ def test_the_second_is_told_who_holds_it_and_since_when(holder, tmp_path):
         folder_lock(tmp_path),
     ):
         pytest.fail("two at once")
-    assert holder.poll() is None
+    assert holder.is_alive()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"process": 1, "host": "h", "since": "then"}'])
@@ -56,8 +40,8 @@ def test_an_owner_who_has_said_nothing_yet_holds_it_all_the_same(content, holder
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_with_a_warning(holder, tmp_path, caplog):
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    holder.kill()
+    holder.join()
     assert (tmp_path / ".funlora.owner.json").is_file()
     with folder_lock(tmp_path):
         assert f"from process {holder.pid}" in caplog.text
@@ -74,4 +58,4 @@ def test_a_released_folder_is_as_it_was(tmp_path, caplog):
 
 def test_it_is_no_lock_on_the_folder_below(holder, tmp_path):
     with folder_lock(tmp_path / "below"):
-        assert holder.poll() is None
+        assert holder.is_alive()

@@ -19,11 +19,12 @@ from torch import nn
 from ..cards.model_cards import adapter_card
 from ..tuner import FunLoraConfig
 from ..tuner.hotswap import SAVED_PREFIX, plain_key
-from ..tuner_base.wrappers import without_peft
+from ..tuner_base.wrappers import has_class, without_peft
 from ..utils.checks import check_choice, check_class_label, check_class_name, listed, shortened
 from ..utils.files import read_mapping, whole_folder
 from ..utils.tensors import not_finite
 from .base_fingerprint import FingerprintCheck, base_fingerprints
+from .untrusted_base import PIPELINE, base_classes
 
 
 ADAPTERS_FOLDER = "adapters"
@@ -131,7 +132,8 @@ def save_adapter(
 
     Raises:
         ValueError: a model without adapters, no such adapter, one that is merged into the base or has numbers that are not
-            finite, an invalid id or name, or a folder with other content. Nothing is written.
+            finite, an invalid id or name, the id of a class of the base (of one that was loaded from a folder), or a folder with
+            other content. Nothing is written.
         WriteError: the folder cannot be written (an OSError).
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -149,13 +151,15 @@ def save_adapter(
     parts = {key: parameter for key, parameter in model.named_parameters() if f".{adapter_name}." in f"{key}."}
     if problems := not_finite(parts):
         raise ValueError(f"The adapter {adapter_name!r} cannot be saved:\n{listed(problems)}")
+    label = class_of(configs[adapter_name], adapter_name)[0] if class_label is None else class_label
+    base = without_peft(model)
+    _check_no_class_of_the_base(label, base)
     # As PEFT's `save_pretrained` does; sets have another order in each process.
     config = copy(configs[adapter_name])
     for key, value in vars(config).items():
         if isinstance(value, set):
             setattr(config, key, sorted(value))
     config.inference_mode = True
-    base = without_peft(model)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = vars(base).get("name_or_path") or None
     if config.task_type is None:
@@ -176,6 +180,19 @@ def adapter_configs(model: Any) -> dict[str, PeftConfig]:
     """The configurations of the adapters in a PeftModel or in a model with adapters inside, by name; empty without any."""
     configs = getattr(model, "peft_config", None) if isinstance(model, nn.Module) else None
     return configs if isinstance(configs, dict) else {}
+
+
+def _check_no_class_of_the_base(label: int | None, base: Any) -> None:
+    """Raise a ValueError for an id of the base's own, if the base came from a pipeline's folder on this machine."""
+    if label is None or not has_class(base, "UNet2DModel"):  # no other model has ids of classes
+        return
+    name = base.config.get("_name_or_path") or ""
+    for folder in (Path(name), Path(name).parent):  # of the pipeline, or of its U-Net
+        if (folder / PIPELINE).is_file() and label in (known := base_classes(folder)):
+            raise ValueError(
+                f"`class_label` is {label}, a class of the base in {os.fspath(folder)!r}, expected none of {shortened(str(list(known)), 300)}: "
+                "pass another `class_label`; the adapter is as good for that."
+            )
 
 
 def _check_replaceable(folder: Path) -> None:

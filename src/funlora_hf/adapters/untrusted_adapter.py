@@ -20,12 +20,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -36,7 +31,7 @@ from ..tuner import FunLoraConfig
 from ..tuner.hotswap import plain_key
 from ..tuner_base.meta_shapes import adapted_shape
 from ..tuner_base.wrappers import plain_modules, without_peft
-from ..utils.checks import listed, shortened
+from ..utils.checks import is_repository_name, listed, shortened
 from ..utils.files import parse_json, read_json, read_tensors
 from ..utils.tensors import misnamed, misshapen, not_finite
 
@@ -210,6 +205,10 @@ def fetch(
         if revision is not None:
             raise ValueError(f"`revision` is {revision!r}, but {name!r} is a folder, which has none: leave it out.")
         return Path(name)
+    if not is_repository_name(name):
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder that is there nor the name of a repository, 'user/repo'."
+        )
     for file in files:
         if ".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
             raise ValueError(f"`subfolder` leads to {file!r}, expected a place inside the repository.")
@@ -218,20 +217,17 @@ def fetch(
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
         )
-    except HFValidationError:
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder that is there nor the name of a repository, 'user/repo'."
-        ) from None
     except RevisionNotFoundError as error:
         raise FileNotFoundError(f"`revision` is {revision!r}, which repository {name!r} does not have.") from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name!r} is neither a folder that is there nor a repository that you may read: check its name and, for a "
-            f"private one, your token ({_first_line(error)})."
+            f"{name!r} is neither a folder that is there nor a repository that you may read: check its name, 'user/repo', "
+            f"and, for a private one, your token ({_first_line(error)})."
         ) from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name!r} is not in the cache{'' if local_files_only else ', and the Hub cannot be reached'}: load it once "
+            f"{name!r} is neither a folder that is there nor a repository, 'user/repo', in the cache"
+            f"{'' if local_files_only else ', and the Hub cannot be reached'}: correct the path, or load the repository once "
             f"while online ({_first_line(error)})."
         ) from error
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, class_in_name
+from ..adapters.untrusted_adapter import fetch
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, check_base_folder, check_velocity_unet
-from ..hub.find import find_contents
+from ..hub.classes_json import known_contents
+from ..hub.find import BASE_CONTENTS, find_contents
 from ..hub.repository import NO_ANSWER, HubRepository
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
@@ -166,7 +168,8 @@ class ExistingBase:
         classes: id -> name of every class known, by the base's rows and by adapters.
         image_size: edge of its images in pixels.
         channels: of its images.
-        taken: ids of the adapters and banks beside it: of the run that made it, if it lies in the folder of one, or in its repository.
+        taken: id -> name of the adapters and banks beside it: of the run that made it, if it lies in the folder of one, or in its
+            repository.
     """
 
     folder: Path
@@ -174,7 +177,7 @@ class ExistingBase:
     classes: dict[int, str]
     image_size: int
     channels: int
-    taken: tuple[int, ...] = ()
+    taken: Mapping[int, str] = field(default_factory=dict)
 
     def with_adapters(self, adapters: Path) -> ExistingBase:
         """The same, also knowing the classes of the adapters below a folder."""
@@ -188,20 +191,23 @@ def local_source(folder: Path) -> str:
     return os.path.join(os.curdir, folder / "unet")
 
 
-def _ids_in_repository(name: str, revision: str | None) -> tuple[int, ...]:
-    """Ids in the names of a repository's folders `class_<id>`, on its main branch and in a revision; none without the Hub."""
+def _in_repository(name: str, revision: str | None) -> dict[int, str]:
+    """Names by ids of a repository's folders `class_<id>`, on its main branch and in a revision; none without the Hub."""
     try:
         repository = HubRepository(name, create=False)
-        files = {file for one in {None, revision} for file in repository.files(one)}
+        now = repository.files()
+        files = now if revision is None else now | repository.files(revision)
+        rows = known_contents(name, now).classes.values()
     except (OSError, NO_ANSWER) as error:
         logger.warning(
             "The files of the repository %r could not be listed, so that new classes may get ids of adapters in it: %s",
             name,
             str(error).partition("\n")[0],
         )
-        return ()
-    numbers = {class_in_name(Path(file).parent.name) for file in files}
-    return tuple(sorted(number for number in numbers if number is not None))
+        return {}
+    found = [class_in_name(Path(file).parent.name) for file in files]
+    ids = {number: str(number) for number in found if number is not None}
+    return ids | {row.class_label: row.class_name for row in rows}
 
 
 def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[str, Any] | None = None) -> ExistingBase:
@@ -226,10 +232,11 @@ def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[st
         places = (local, *(local / place for place in GENERATOR_FOLDERS))
         folder = next((place for place in places if (place / PIPELINE).is_file()), local)
         source = local_source(folder)
-    elif name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"`base_model` is {name!r}, but that folder does not exist.")
     else:
-        folder, source = Path(FunLoraPipeline.download(name, revision=revision)), name
+        try:
+            folder, source = fetch(name, BASE_CONTENTS, revision=revision), name
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"`base_model` {error}") from error
     if not (folder / PIPELINE).is_file():
         raise FileNotFoundError(
             f"`base_model` is {name!r}, expected a pipeline folder with a {PIPELINE}, such as the base/ folder of a run, or "
@@ -254,8 +261,8 @@ def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[st
     if local.is_dir():
         # A run has its adapters beside its base.
         run = folder.absolute().parent if folder.name in GENERATOR_FOLDERS else None
-        taken = () if run is None else tuple(find_contents(run).classes())
+        taken = {} if run is None else find_contents(run).classes()
     else:
-        taken = _ids_in_repository(name, revision)
+        taken = _in_repository(name, revision)
     base = ExistingBase(folder, source, base_classes(folder), config["sample_size"], config["in_channels"], taken)
     return base.with_adapters(folder / ADAPTERS_FOLDER)

@@ -99,10 +99,7 @@ class RunFolder:
                     path.unlink()
             present = []
         if present and not resume:
-            raise FileExistsError(
-                f"`output_dir` {self.path} holds another run ({', '.join(present)}). Pass --overwrite_output_dir to "
-                "delete it, --resume_from_checkpoint latest to go on with it, or another folder."
-            )
+            raise FileExistsError(self._there(present, settings))
         if not self._settings.is_file() and not {"base", "adapters", "model", "results.json"} & set(present):
             present = []  # left by a run that was killed before it began
         if present and not self._settings.is_file():
@@ -134,14 +131,7 @@ class RunFolder:
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise a ValueError unless a run with these settings can go on here: how it is evaluated may change until it is finished."""
-        written = self.settings()
-        differences = [
-            difference
-            for part in settings
-            if part in written and (part != EVALUATION or self.results.is_file())
-            for difference in _differences(written[part], settings[part])
-        ]
-        if differences:
+        if differences := self._differences(settings, evaluation=self.results.is_file()):
             evaluate = (
                 f" `funlora evaluate {self.path}` evaluates a finished run again." if self.results.is_file() else ""
             )
@@ -149,6 +139,14 @@ class RunFolder:
                 f"`resume_from_checkpoint`: the run in {self.path} has other settings: {shortened('; '.join(differences), 4000)}. Resume "
                 f"with the same settings, or start again with --overwrite_output_dir.{evaluate}"
             )
+
+    def unfinished(self) -> str | None:
+        """How far the run in the folder is, such as "2 of 5 tasks are learned"; None: it is finished, or there is none."""
+        if self.results.is_file() or not self._settings.is_file():
+            return None
+        learned = len(list(self.checkpoints.glob("strategy/task_*.safetensors")))
+        # Runs that an earlier version began do not say.
+        return f"{learned} of {len(read_mapping(self._settings).get('tasks', ())) or 'its'} tasks are learned"
 
     def forget_samples(self) -> None:
         """Delete the synthetic images, which only a run that goes on needs."""
@@ -182,6 +180,24 @@ class RunFolder:
                 f"`output_dir` {self.path} has no adapters/ folder, so `update_class` has nothing to update. Name the "
                 "folder of a run."
             )
+
+    def _differences(self, settings: Mapping[str, Any], *, evaluation: bool) -> list[str]:
+        """What these settings change in those of the run in the folder; `evaluation`: also in how it is evaluated."""
+        written = self.settings()
+        parts = [part for part in settings if part in written and (evaluation or part != EVALUATION)]
+        return [text for part in parts for text in _differences(written[part], settings[part])]
+
+    def _there(self, present: Sequence[str], settings: Mapping[str, Any]) -> str:
+        """An error that says whose run is in the folder, and how to go on."""
+        go_on = "--resume_from_checkpoint latest to go on"
+        if not self._settings.is_file() or self._differences(settings, evaluation=False):
+            what, go_on = f"another run ({', '.join(present)})", f"{go_on} with it by its own arguments"
+        elif (state := self.unfinished()) is not None:
+            what = f"this run, unfinished: {state}"
+        else:
+            what, go_on = f"this run, which is finished (see `funlora info {self.path}`)", ""
+        ways = [way for way in (go_on, "--overwrite_output_dir to delete it", "or another folder") if way]
+        return f"`output_dir` {self.path} holds {what}. Pass {', '.join(ways)}."
 
     def _warn_if_fresh(self, resume: bool, present: list[str]) -> None:
         started = any((self.path / name).exists() for name in ("base", "adapters", "model"))

@@ -25,7 +25,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import constants
 from PIL import Image, ImageOps
 
-from ..utils.checks import one_form, shortened
+from ..utils.checks import is_repository_name, one_form, shortened
 from .class_ids import check_unique
 from .encoded_images import check_inside, decode_image
 
@@ -323,9 +323,7 @@ def _open_splits(
     """Name for results, all splits of the dataset, and the folders in which its rows may name files."""
     path = Path(dataset_name).expanduser()
     is_digits = dataset_name == "digits"
-    is_local = not is_digits and (
-        path.exists() or path.is_absolute() or dataset_name.startswith((".", "~")) or path.suffix == ".parquet"
-    )
+    is_local = not is_digits and (path.exists() or path.suffix == ".parquet" or not is_repository_name(dataset_name))
     if is_local and not path.exists():
         raise FileNotFoundError(
             f"dataset_name={dataset_name!r} looks like a local path, but there is no such file or folder: expected a "
@@ -366,15 +364,20 @@ def _open_splits(
             return name, load_dataset(**arguments), tuple(map(str, roots))
     except Exception as error:
         # For damaged files `datasets` raises many types. Errors of the network and of permissions pass unchanged.
+        here = "" if is_local else ", which is no file or folder here,"
         of_files = (FileNotFoundError, ValueError, DatasetsError)
         if isinstance(error, (ImportError, OSError)) and not isinstance(error, of_files):
-            raise
+            if is_local or isinstance(error, ImportError):
+                raise
+            raise OSError(
+                f"dataset_name={dataset_name!r}{here} could not be loaded from the Hub, where names look like owner/name: {error}"
+            ) from error
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         # A DatasetGenerationError only wraps the error that tells something.
         told = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise kind(
-            f"dataset_name={dataset_name!r} could not be loaded ({type(told).__name__}: {shortened(str(told), 1000)}). "
-            "Expected a folder of class subfolders with images, a folder of parquet files, a .parquet file or a hub id; "
+            f"dataset_name={dataset_name!r}{here} could not be loaded ({type(told).__name__}: {shortened(str(told), 1000)}). "
+            "Expected a folder of class subfolders with images, a folder of parquet files, a .parquet file or a hub id (owner/name); "
             "check --dataset_name, --dataset_config_name and --dataset_revision."
         ) from error
 

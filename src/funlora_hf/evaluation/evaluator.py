@@ -34,7 +34,7 @@ from ..utils.files import folder_sha256, read_mapping, read_tensors, whole_file,
 from ..utils.progress import Progress
 from ..utils.seeds import derive_seed
 from .features import FeatureExtractor, InceptionFeatures
-from .figures import class_grid
+from .figures import image_grid
 from .image_quality import compare_images, match_classes, reference_features
 
 
@@ -127,7 +127,8 @@ class RunEvaluator:
         sampled = time.perf_counter()
         if self.accelerator.is_main_process:
             for class_id in task.class_ids:
-                class_grid(self.synthetic_images(class_id, task), self.folder.class_figure(class_id))
+                images = self.synthetic_images(class_id, task)[:16]
+                image_grid(images, self.folder.class_figure(class_id), columns=4)
             row, per_class = self._accuracies(task, seen)
             measured = {
                 "settings": self._settings,

@@ -16,7 +16,6 @@ import torch
 from PIL import ImageDraw
 from torch import Tensor
 
-from ..utils.checks import check_at_least_one
 from ..utils.files import whole_file
 from .label_font import drawable, label_font
 
@@ -54,9 +53,7 @@ GRID_CELL = 64
 # A grid of many classes is tall: its images are kept smaller.
 GRID_CELL_OF_MANY = 32
 MANY_CLASSES = 20
-# Images of one class in a grid of its own, and their columns.
-CLASS_GRID_IMAGES = 16
-CLASS_GRID_COLUMNS = 4
+IMAGES_IN_ROW = 10
 MOST_IN_LEGEND = 10
 # Pixels, of the letters beside and above a grid.
 LABEL_SIZE = 18
@@ -64,14 +61,8 @@ LABEL_SIZE = 18
 LONGEST_LABEL = 40
 
 
-def sample_grid(
-    images_by_class: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-    *,
-    title: str | None = None,
-    images_per_class: int = 10,
-) -> None:
-    """Draws one row of images per class, with the name of the class on the left. Needs no matplotlib.
+def sample_grid(images_by_class: Mapping[str, Tensor], path: str | os.PathLike[str], *, title: str) -> None:
+    """Draws one row of up to ten images per class, with the name of the class on the left. Needs no matplotlib.
 
     Small images are enlarged by a whole factor, each pixel to a square, so that nothing is smoothed over.
 
@@ -80,71 +71,41 @@ def sample_grid(
             rows appear in the order of the mapping. A class with fewer images than columns leaves the rest white.
         path: the PNG to write; its folder is made if it is missing.
         title: text above the grid.
-        images_per_class: most images in a row; the first ones are taken.
-
-    Raises:
-        ValueError: an argument is not as described; the message names it.
 
     Source: [ours].
     """
-    check_at_least_one("images_per_class", images_per_class)
-    if not images_by_class:
-        raise ValueError("images_by_class is empty, expected at least one class; sample some images first")
-    for name, images in images_by_class.items():
-        check_images(f"images_by_class[{name!r}]", images)
-    shapes = {tuple(images.shape[1:]) for images in images_by_class.values()}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"images_by_class has images of shapes {sorted(shapes)}, expected one shape; resize them first"
-        )
     side = GRID_CELL if len(images_by_class) <= MANY_CLASSES else GRID_CELL_OF_MANY
-    rows = [enlarged(images[:images_per_class], side) for images in images_by_class.values()]
+    rows = [enlarged(images[:IMAGES_IN_ROW], side) for images in images_by_class.values()]
     names = [shorten(name) for name in images_by_class]
-    show_pixels(rows, path, gap=max(2, len(rows[0][0]) // 16), names=names, title=title)
-
-
-def class_grid(images: Tensor, path: str | os.PathLike[str]) -> None:
-    """Draws up to 16 images of one class in four columns, each on white. Needs no matplotlib.
-
-    Small images are enlarged by a whole factor, each pixel to a square. Equal images give equal bytes.
-
-    Args:
-        images: uint8 (N, C, H, W), range 0..255, C = 1 or 3; the first 16 are taken.
-        path: the PNG to write; its folder is made if it is missing.
-
-    Raises:
-        ValueError: an argument is not as described; the message names it.
-
-    Source: [ours].
-    """
-    check_images("images", images)
-    image_grid(images[:CLASS_GRID_IMAGES], path, columns=CLASS_GRID_COLUMNS)
+    save_picture(labelled(rows, gap=max(2, len(rows[0][0]) // 16), names=names, title=title), path)
 
 
 def image_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int, names: Sequence[str] = ()) -> None:
-    """Draws images row by row, each on white. Needs no matplotlib.
-
-    Small images are enlarged by a whole factor, each pixel to a square. Equal images give equal bytes.
-
-    Args:
-        images: uint8 (N, C, H, W), range 0..255, C = 1 or 3.
-        path: the PNG to write; its folder is made if it is missing.
-        columns: images in a row.
-        names: of the rows, written on the left.
-
-    Raises:
-        ValueError: an argument is not as described; the message names it.
-
-    Source: [ours].
-    """
-    target = _png_path(path)
-    _save(image_grid_picture(images, columns=columns, names=names), target)
+    """Writes the picture of `image_grid_picture` as a PNG. Equal images give equal bytes. Raises as it does."""
+    save_picture(image_grid_picture(images, columns=columns, names=names), path)
 
 
 def image_grid_picture(
     images: Tensor, *, columns: int, names: Sequence[str] = (), headings: Sequence[str] = ()
 ) -> PIL.Image.Image:
-    """As `image_grid`, without a file; `headings` are written above the columns. Returns an RGB image."""
+    """Draws images row by row, each on white. Needs no matplotlib.
+
+    Small images are enlarged by a whole factor, each pixel to a square.
+
+    Args:
+        images: uint8 (N, C, H, W), range 0..255, C = 1 or 3.
+        columns: images in a row.
+        names: of the rows, written on the left.
+        headings: of the columns, written above.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        ValueError: images that are not as described.
+
+    Source: [ours].
+    """
     check_images("images", images)
     pictures = enlarged(images, GRID_CELL)
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
@@ -156,9 +117,8 @@ def accuracy_curve(
     path: str | os.PathLike[str],
     *,
     classes_seen: Sequence[int],
-    label: str = "funlora",
+    label: str,
     joint: Sequence[float] | None = None,
-    title: str | None = None,
 ) -> None:
     """Draws the average accuracy after each task against the number of classes seen.
 
@@ -172,27 +132,18 @@ def accuracy_curve(
         label: name of the method in the legend.
         joint: accuracy after each task of training on the real images of all classes seen, the upper bound, drawn as
             a dashed line; as long as `average_accuracies`. Unit: %, range [0, 100].
-        title: text above the axes.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: an argument is not as described; the message names it.
 
     Source: the quantities, arXiv 2510.02631, evaluation protocol [text]; the drawing [ours].
     """
-    _check_percentages("average_accuracies", average_accuracies, length=len(classes_seen))
-    if joint is not None:
-        _check_percentages("joint", joint, length=len(classes_seen))
-    if any(later <= earlier for earlier, later in itertools.pairwise(classes_seen)):
-        raise ValueError(
-            f"classes_seen is {list(classes_seen)}, expected increasing numbers; count the classes so far"
-        )
     lowest = min([*average_accuracies, *(joint or [])])
     bottom = 5 * math.floor((lowest - 0.5) / 5) if lowest > 80 else 0
     # Markers crowd a line of many tasks.
     size = 5 if len(classes_seen) <= 20 else 3
     with new_figure(path, (5.5, 3.6)) as figure:
-        axes = figure.add_subplot(ylim=(bottom, 100), xlabel="classes seen", title=title)
+        axes = figure.add_subplot(ylim=(bottom, 100), xlabel="classes seen")
         axes.set_ylabel("average accuracy (%)" if bottom == 0 else f"average accuracy (%), from {bottom}")
         axes.grid(axis="y")
         if joint is not None:
@@ -226,36 +177,30 @@ def loss_curves(losses: Mapping[str, Sequence[float | None]], path: str | os.Pat
 
 
 def layer_importance(
-    importance: Mapping[str, tuple[float, float]],
-    path: str | os.PathLike[str],
-    *,
-    title: str | None = None,
-    xlabel: str = "importance (mean and standard deviation over classes)",
+    importance: Mapping[str, tuple[float, float]], path: str | os.PathLike[str], *, title: str | None = None
 ) -> None:
     """Draws the importance of each layer as a horizontal bar, first layer on top.
 
     Beginnings and ends that all names share are left out, and written once below the axis instead.
 
     Args:
-        importance: layer name -> (mean, standard deviation over the classes), finite, the second not negative; no
-            unit. Bars appear in the order of the mapping, which should be that of execution.
+        importance: layer name -> (mean, standard deviation over the classes), no unit. Bars appear in the order of the
+            mapping, which should be that of execution.
         path: the PNG to write; its folder is made if it is missing.
         title: text above the axes.
-        xlabel: what the bars show, with its unit if it has one.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: an argument is not as described; the message names it.
 
     Source: the quantity, arXiv 2510.02631, layer importance [text]; the drawing [ours].
     """
-    check_over_classes("importance", importance)
     with new_figure(path, (6.5, 1.2 + 0.19 * len(importance))) as figure:
         axes = figure.add_subplot(title=title)
         means, deviations = zip(*importance.values(), strict=True)
         errors = {"ecolor": BLACK, "elinewidth": 1, "capsize": 2}
         axes.barh(range(len(means)), means, xerr=deviations, height=0.7, color=SKY_BLUE, error_kw=errors)
-        axes.set_xlabel(xlabel + name_layers(axes, list(importance)))
+        shared = name_layers(axes, list(importance))
+        axes.set_xlabel(f"importance (mean and standard deviation over classes){shared}")
         axes.set_ylim(len(means) - 0.4, -0.6)
         axes.grid(axis="x")
 
@@ -287,18 +232,10 @@ def new_figure(
             figure.savefig(temporary, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
 
 
-def show_pixels(
-    rows: Sequence[Sequence[np.ndarray]],
-    path: str | os.PathLike[str],
-    *,
-    gap: int,
-    names: Sequence[str],
-    columns: Sequence[str] = (),
-    title: str | None = None,
-) -> None:
-    """Writes what `labelled` draws into a PNG. Raises a ValueError for a path that does not end in .png."""
-    target = _png_path(path)
-    _save(labelled(rows, gap=gap, names=names, columns=columns, title=title), target)
+def save_picture(picture: PIL.Image.Image, path: str | os.PathLike[str]) -> None:
+    """Writes a picture whole or not at all. Raises a ValueError for a path that does not end in .png."""
+    with whole_file(_png_path(path)) as temporary:
+        picture.save(temporary, format="png")
 
 
 def labelled(
@@ -377,12 +314,6 @@ def mark_places(axes: Any, places: Sequence[float]) -> None:
         axes.locator_params(axis="x", nbins=10, steps=[1, 2, 5, 10], integer=True)
 
 
-def without_frame(axes: Any, *, pad: float = 3.5) -> None:
-    """Leaves out the frame and the ticks of axes, but not their labels, `pad` points away."""
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, pad=pad)
-
-
 def name_layers(axes: Any, layers: list[str]) -> str:
     """Writes the names of the layers at 0, 1, ... of the vertical axis; returns a line on what all names share, or ""."""
     names, shared = _without_shared_parts(layers)
@@ -391,23 +322,6 @@ def name_layers(axes: Any, layers: list[str]) -> str:
     # The long name needs the height of several rows.
     axes.set_ylabel("layer, in order of execution" if len(names) >= 10 else "layer")
     return f"\nlayers: {shared}" if shared else ""
-
-
-def check_over_classes(name: str, values: Mapping[str, tuple[float, float]], *, lowest: float = -math.inf) -> None:
-    if not values:
-        raise ValueError(f"{name} is empty, expected at least one layer; compute it first")
-    for layer, (mean, deviation) in values.items():
-        if not (math.isfinite(mean) and mean >= lowest and math.isfinite(deviation) and deviation >= 0):
-            of_at_least = f" of at least {lowest:g}" if math.isfinite(lowest) else ""
-            raise ValueError(
-                f"{name}[{layer!r}] is {(mean, deviation)}, expected a finite mean{of_at_least} and a standard deviation "
-                f"of at least 0; check the adapters it was computed from"
-            )
-
-
-def _save(picture: PIL.Image.Image, target: Path) -> None:
-    with whole_file(target) as temporary:
-        picture.save(temporary, format="png")
 
 
 def _png_path(path: str | os.PathLike[str]) -> Path:
@@ -427,18 +341,6 @@ def check_images(name: str, images: Tensor) -> None:
             f"{name} has shape {tuple(images.shape)}, expected (N, C, H, W) with N of at least 1 and C of 1 or 3; leave "
             "the class out or convert its images"
         )
-
-
-def _check_percentages(name: str, values: Sequence[float], *, length: int) -> None:
-    if len(values) == 0 or len(values) != length:
-        raise ValueError(
-            f"{name} has {len(values)} entries and classes_seen has {length}, expected one per task in both, at least "
-            f"one; give both for the same tasks"
-        )
-    for place, value in enumerate(values):
-        # The comparison is also false for NaN.
-        if not 0 <= value <= 100:
-            raise ValueError(f"{name}[{place}] is {value!r}, expected a number in [0, 100]; accuracies are in %")
 
 
 def shorten(name: str, length: int = LONGEST_LABEL) -> str:

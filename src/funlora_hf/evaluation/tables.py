@@ -1,13 +1,10 @@
-"""Results of runs as text: for the terminal, Markdown and CSV."""
+"""Results of a run as text for the terminal."""
 
 from __future__ import annotations
 
-import csv
-import io
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from ..continual.costs import Part
@@ -85,51 +82,6 @@ def costs_table(parts: Sequence[Part]) -> str:
 
 def _rounded(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> str:
-    """A table in Markdown, without a newline at its end.
-
-    Args:
-        header: titles of the columns.
-        rows: cells, written as `str` does; a "|" in them is escaped.
-        texts: so many first columns are aligned to the left, the others, of numbers, to the right.
-    """
-    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    first, *others = (f"| {' | '.join(cells)} |" for cells in lines)
-    return "\n".join([first, f"|{'---|' * texts}{'---:|' * (len(header) - texts)}", *others])
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def mean_and_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation (n - 1); both None if there is no value or one is None, the second also for one value."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return None, None
-    return mean(known), stdev(known) if len(known) > 1 else None
-
-
-def spread_text(average: float | None, deviation: float | None, digits: int) -> str:
-    """A cell of a table: "mean ± standard deviation", "-" without a mean.
-
-    Args:
-        average: or None.
-        deviation: or None, where there is only one value. One that rounds to 0 (the evaluations of a fixed-step solver)
-            is left out.
-        digits: after the point.
-    """
-    if average is None:
-        return "-"
-    shown = f"{average:,.{digits}f}"
-    return shown if not deviation or deviation < 0.5 * 10**-digits else f"{shown} ± {deviation:,.{digits}f}"
 
 
 def what_ran(results: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from ..adapters.untrusted_bank import read_bank
 from ..adapters.untrusted_base import check_base_folder, check_velocity_unet, class_names
 from ..flow_matching import sigma_to_timestep
 from ..tuner_base.wrappers import adapted_modules, evaluation_mode
-from ..utils.checks import check_at_least_one, one_form, shortened
+from ..utils.checks import check_at_least_one, is_repository_name, one_form, shortened
 from .guidance import Guidance
 from .solvers import SolverOutput, check_solver, solve
 
@@ -468,16 +468,26 @@ class FunLoraPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "FunLoraPipeline":
         """As [`DiffusionPipeline.from_pretrained`], reading safetensors only; adapters in `adapters/` of a local folder are
-        also loaded. Raises a ValueError for any other error of a component that is built from the arguments in its JSON."""
+        also loaded. Raises a FileNotFoundError for what is neither a folder nor a repository that can be loaded, and a ValueError
+        for any other error of a component that is built from the arguments in its JSON."""
         kwargs.setdefault("use_safetensors", True)
+        name = os.fspath(pretrained_model_name_or_path)
         try:
-            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, ImportError):
+            if not os.path.isdir(name) and not is_repository_name(name):
+                raise FileNotFoundError(name)
+            pipe = super().from_pretrained(name, **kwargs)
+        except ImportError:
             raise
+        except OSError as error:
+            if os.path.isdir(name):
+                raise
+            raise FileNotFoundError(
+                f"{name!r} is neither a folder that is there nor a repository, 'user/repo', that can be loaded: correct the path or "
+                "the name, or see the error above."
+            ) from error
         except Exception as error:
             raise ValueError(
-                f"The pipeline {os.fspath(pretrained_model_name_or_path)!r} cannot be loaded: "
-                f"{type(error).__name__}: {shortened(str(error), 1000)}"
+                f"The pipeline {name!r} cannot be loaded: {type(error).__name__}: {shortened(str(error), 1000)}"
             ) from error
         for folder in adapter_folders(Path(pretrained_model_name_or_path) / ADAPTERS_FOLDER):
             pipe.load_adapter(folder, **adapter_class(folder))
@@ -526,7 +536,7 @@ class FunLoraPipeline(DiffusionPipeline):
 
     def _velocity(self, sample: torch.Tensor, sigma: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         rows = None if rows is None else rows.to(sample.device)
-        output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float()), rows)
+        output = self.unet(sample.to(self.unet.dtype), sigma_to_timestep(sigma.float(), check_range=False), rows)
         return output.sample.to(sample.dtype)
 
     def _noise(self, batch: int, generator: Generators) -> torch.Tensor:

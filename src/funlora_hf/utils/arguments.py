@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import field, fields, make_dataclass
+from typing import Any, get_type_hints
 
 from .checks import did_you_mean
+
+
+def some_fields(kind: type, names: Collection[str]) -> Any:
+    """A dataclass like `kind`, for `HfArgumentParser`, with those of its fields alone that are in `names`."""
+    hints = get_type_hints(kind)
+    taken = [
+        (one.name, hints[one.name], field(default=one.default, metadata=one.metadata))
+        for one in fields(kind)
+        if one.name in names
+    ]
+    # The title in `--help`.
+    title = {"_argument_group_name": getattr(kind, "_argument_group_name", None)}
+    return make_dataclass(kind.__name__, taken, namespace=title)
 
 
 def explain_switches(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +33,8 @@ def explain_switches(parser: argparse.ArgumentParser) -> None:
 def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
     """End the process as argparse does, with 2, if there are arguments that a parser does not know; suggest the nearest options."""
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
+        # Of the two forms that HfArgumentParser gives each, --one_form.
+        options = [one for action in parser._actions for one in action.option_strings if "-" not in one.lstrip("-")]
         hints = {did_you_mean(text.partition("=")[0], options): None for text in unknown if text.startswith("-")}
         hint = "".join(hints)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{'.' if hint else ''}{hint}")

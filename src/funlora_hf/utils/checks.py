@@ -9,6 +9,9 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import TypeGuard
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 
 # Precisions that bases are loaded in.
 FINGERPRINT_DTYPES = ("float32", "bfloat16", "float16")
@@ -61,6 +64,15 @@ def one_form(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def is_repository_name(name: str) -> bool:
+    """Whether a repository on the Hub may have this name: a path of another form is never asked of the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def check_type(name: str, value: object, expected: type | UnionType, text: str) -> None:
     """Raise a ValueError unless `value` is of the type `expected`, which is called `text`."""
     if not isinstance(value, expected):
@@ -106,9 +118,12 @@ def shortened(text: str, length: int) -> str:
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest of the known words, to go after another one; empty if none is near."""
-    nearest = get_close_matches(text, list(known), n=1)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+    """A sentence with the nearest of the known words, first of those that contain the text, to go after another one; empty if none
+    is near."""
+    known, part = list(known), text.strip("-")
+    containing = [one for one in known if len(part) > 2 and part in one]
+    nearest = get_close_matches(text, containing, n=3, cutoff=0) or get_close_matches(text, known, n=1)
+    return f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
 
 
 def listed(problems: Iterable[str]) -> str:

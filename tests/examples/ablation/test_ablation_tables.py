@@ -4,9 +4,10 @@ import csv
 import io
 from statistics import mean, stdev
 
+from seed_tables import as_csv
+
 from ablation.tables import ablation_rows, as_markdown
 from ablation.variants import TABLES
-from funlora_hf.evaluation.tables import as_csv
 
 
 def run_of(value: float) -> dict:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from comparisons import NAMES, made_up_comparison
+from seed_tables import as_csv
 
 from comparison.jobs import Outcome
 from comparison.tables import as_markdown, as_text, columns_of, flat_rows, rows_of
-from funlora_hf.evaluation.tables import as_csv
 
 
 def table(compared):

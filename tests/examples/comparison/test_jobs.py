@@ -106,6 +106,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_worker_computes_with_its_threads(tmp_path):
     script = tmp_path / "threads.py"
     script.write_text(THREADS)
