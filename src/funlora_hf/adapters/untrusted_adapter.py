@@ -141,8 +141,8 @@ def read_adapter(
     folder = root / (subfolder or "")
     if not (folder / CONFIG_NAME).is_file() and (folder / LORA_WEIGHT_NAME_SAFE).is_file():
         return _read_diffusers_adapter(os.fspath(source), folder, config)
-    if config is not None:
-        raise ValueError(f"`config` is given, but {os.fspath(source)!r} is no file without one: leave it out.")
+    if config is not None and (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"`config` is given, but {os.fspath(source)!r} has its own: leave it out.")
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             place = f"{os.fspath(source)!r}" + (f", subfolder {subfolder!r}," if subfolder else "")
