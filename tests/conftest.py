@@ -10,6 +10,7 @@ from hub_environment import HOME, SERVER
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,13 @@ from runs import REPOSITORY, make_tiny_unet, write_adapters
 
 from funlora_hf import FunLoraPipeline, base_fingerprints
 from funlora_hf.evaluation.label_font import drawable
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_is_heard():
+    """Also where a script has started the tests in its background, in which a shell has SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

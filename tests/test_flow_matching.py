@@ -66,6 +66,13 @@ def test_the_loss_is_a_mean_squared_error_of_each_sample(dtype):
     np.testing.assert_allclose(flow_matching_loss(output, target).double().numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 4, 4), (3, 1, 4, 4), (3, 2, 4)])
+def test_the_loss_of_two_shapes_is_refused(shape):
+    """torch would repeat the smaller one."""
+    with pytest.raises(ValueError, match=r"`target` has the shape \(.*\), expected \(3, 2, 4, 4\)"):
+        flow_matching_loss(torch.zeros(3, 2, 4, 4), torch.zeros(shape))
+
+
 def test_timesteps_are_floats_in_the_scheduler_s_range():
     timestep = sigma_to_timestep(torch.tensor([0.0, 0.0005, 1.0]))
     assert timestep.is_floating_point()

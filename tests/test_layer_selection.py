@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -248,6 +249,7 @@ def test_layers_without_importance_are_not_taken():
     ("importance", "preset", "message"),
     [
         ({}, "<= 5", "`importance` is {}, but the budget"),
+        ({"a": 1.0, "c": math.nan}, "<= 50", "`importance` of 'c' is nan, expected a finite number"),
         ({"a": 1.0, "z": 2.0}, "<= 50", "`importance` has z, which the model does not run as a Conv2d"),
         (IMPORTANCE, "<= 3", "the cheapest layer costs 4 numbers a class: raise the budget"),
     ],
@@ -363,6 +365,12 @@ def state(A, B, layer="up.conv"):
         f"base_model.model.{layer}.funlora_alpha": torch.zeros(3),
         "base_model.model.class_embedding.funlora_class_vector": torch.zeros(4),
     }
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_factors_that_are_not_finite_have_no_importance(number):
+    with pytest.raises(ValueError, match=r"Factors of the layer 'up\.conv' are not finite"):
+        layer_importance([state([2.0], [2.0]), state([number], [2.0])])
 
 
 def test_importance_is_equation_20():

@@ -1025,6 +1025,7 @@ LAUNCHED = [
     ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "`gradient_accumulation_steps` is 1"),
     ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ACCELERATE_DYNAMO_BACKEND"),
     ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "a parallelism config"),
     ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
 ]
 

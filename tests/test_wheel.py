@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,8 @@ from runs import REPOSITORY
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Where the built wheel is installed."""
-    pytest.importorskip("hatchling", reason="hatchling builds the wheel")
+    for name in ("hatchling", "hatch_fancy_pypi_readme"):
+        pytest.importorskip(name, reason="they build the wheel")
     folder = tmp_path_factory.mktemp("wheel")
     # Not in the repository: hatchling reads what git ignores there, but other tests may write to it.
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
@@ -51,6 +53,15 @@ def test_it_holds_what_commands_read_and_no_experiment(wheel):
     }
     assert not [name for name in ("ablation", "comparison", "examples", "tests") if (wheel / name).exists()]
     assert not (package / "jobs.py").exists()
+
+
+def test_its_description_has_no_link_that_a_package_index_cannot_follow(wheel):
+    (metadata,) = wheel.glob("funlora_hf-*.dist-info/METADATA")
+    description = metadata.read_text(encoding="utf-8").split("\n\n", 1)[1]
+    assert "Getting started (docs/getting_started.md)" in description
+    links = re.findall(r"\]\(([^)]*)\)", description)
+    assert links
+    assert not [link for link in links if not link.startswith("https://")]
 
 
 SHORT = ["--max_train_steps", "3", "--num_samples_per_class", "4"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -202,6 +203,7 @@ def layer_importance(
 
     Raises:
         FileNotFoundError: a folder without an adapter.
+        ValueError: factors that are not finite.
 
     Source: arXiv 2510.02631, equations 20 and 21 and Figure 3 [text]. The paper takes it from adapters with `identity` and `mul`; that
     of other functions is measured alike [ours] and is not comparable in size. It means nothing for vanilla add
@@ -218,6 +220,10 @@ def layer_importance(
     result = {}
     for layer in dict.fromkeys([*(order or ()), *(layer for importance in per_class for layer in importance)]):
         numbers = torch.tensor([of[layer] for of in per_class if layer in of], dtype=torch.float64)
+        if not torch.isfinite(numbers).all():
+            raise ValueError(
+                f"Factors of the layer {layer!r} are not finite, so it has no importance: leave their adapter out."
+            )
         if len(numbers):
             result[layer] = LayerImportance(numbers.mean().item(), numbers.std(correction=0).item())
     return result
@@ -318,7 +324,10 @@ def _fill_budget(
 
     def value(layer: str) -> float:
         entry = importance[layer]
-        return entry[0] if isinstance(entry, tuple) else entry
+        number = entry[0] if isinstance(entry, tuple) else entry
+        if not math.isfinite(number):
+            raise ValueError(f"`importance` of {layer!r} is {number}, expected a finite number.")
+        return number
 
     chosen, left = set(), float(budget[1]) * (1000 if budget[2] else 1)
     # sorted() is stable, also in reverse: layers of equal importance stay in order of execution.

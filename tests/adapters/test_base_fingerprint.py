@@ -6,7 +6,8 @@ import hashlib
 import accelerate
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from text_to_image import make_model
 from torch import nn
@@ -28,6 +29,11 @@ def by_hand(model: nn.Module) -> str:
         numbers = tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32).numpy()
         parts += f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode() + numbers.tobytes()
     return hashlib.sha256(parts).hexdigest()
+
+
+def plain_config(unet: UNet2DModel) -> dict:
+    """The arguments that made it."""
+    return {name: value for name, value in unet.config.items() if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -125,6 +131,57 @@ def test_a_check_sees_a_change_of_one_number(tiny_unet):
     with torch.no_grad():
         weight[0, 0, 0, 0] = before
     check.check(config, "mine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        ({"act_fn": "relu"}, False),
+        ({"norm_eps": 1e-3}, False),
+        ({"flip_sin_to_cos": False}, False),
+        ({"mid_block_scale_factor": 2.0}, False),
+        ({"sample_size": 16, "dropout": 0.1}, True),
+    ],
+    ids=str,
+)
+def test_settings_that_change_what_the_same_tensors_give_are_another_base(tiny_unet, changes, is_same):
+    fingerprints = base_fingerprints(tiny_unet)
+    other = UNet2DModel(**{**plain_config(tiny_unet), **changes})
+    other.load_state_dict(tiny_unet.state_dict())
+    assert (base_fingerprints(other) == fingerprints) is is_same
+    check = FingerprintCheck(other)
+    earlier = {name: value for name, value in fingerprints.items() if name != "config"}
+    check.check(FunLoraConfig(base_fingerprint=earlier), "of an earlier version")
+    if not is_same:
+        with pytest.raises(BaseMismatchError, match="of its config"):
+            check.check(FunLoraConfig(base_fingerprint=fingerprints), "mine")
+
+
+class Model(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, act_fn="silu"):
+        super().__init__()
+
+
+class LaterModel(Model):
+    @register_to_config
+    def __init__(self, act_fn="silu", new=(1, 2)):
+        super().__init__(act_fn)
+
+
+@pytest.mark.parametrize("act_fn", ["silu", "relu"])
+def test_an_argument_that_a_later_diffusers_adds_changes_no_fingerprint(act_fn):
+    own = base_fingerprints(Model(act_fn))
+    assert base_fingerprints(LaterModel(act_fn, new=[1, 2])) == own
+    assert base_fingerprints(LaterModel(act_fn, new=[1])) != own
+
+
+@pytest.mark.parametrize("part", ["", "mid_block"])
+def test_a_compiled_model_is_the_same_base(tiny_unet, part):
+    fingerprints = base_fingerprints(tiny_unet)
+    if part:
+        setattr(tiny_unet, part, torch.compile(getattr(tiny_unet, part)))
+    assert base_fingerprints(tiny_unet if part else torch.compile(tiny_unet)) == fingerprints
 
 
 def test_float64_is_compared_by_its_float32(tiny_unet):

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from runs import write_adapters
 
-from funlora_hf import FunLoraConfig, FunLoraPipeline
+from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, load_adapter
 from funlora_hf.adapters.base_fingerprint import BaseMismatchError, base_fingerprints
 from funlora_hf.adapters.untrusted_adapter import MOST_CONFIG_BYTES, fetch, read_adapter
 
@@ -54,6 +54,56 @@ def test_another_base_is_refused_by_name_only(folder, tiny_pipe):
     assert tiny_pipe.classes == {3: "three", 5: "5"}
     assert torch.equal(velocities(tiny_pipe), before)
     assert tiny_pipe.load_adapter(folder, ignore_base_fingerprint=True) == 7
+
+
+def saved_from_a_pipeline(pipe, folder, place):
+    pipe.load_adapter(folder, ignore_base_fingerprint=True)
+    pipe.save_pretrained(place)
+    FunLoraPipeline.from_pretrained(place)
+    return place / "adapters" / "class_7"
+
+
+def saved_from_a_bank(pipe, folder, place):
+    bank = AdapterBank(pipe.unet, FunLoraConfig.from_pretrained(folder))
+    bank.add(folder, ignore_base_fingerprint=True)
+    bank.save(place / "bank.safetensors")
+    bank.unload()
+    again = AdapterBank.load(place / "bank.safetensors", pipe.unet)
+    again.unload()
+    return place / "bank.safetensors"
+
+
+def saved_from_a_bank_of_folders(pipe, folder, place):
+    bank = AdapterBank.from_hub(folder.parent, pipe.unet, ignore_base_fingerprint=True)
+    bank.save(place / "bank.safetensors")
+    bank.unload()
+    AdapterBank.load(place / "bank.safetensors", pipe.unet).unload()
+    return place / "bank.safetensors"
+
+
+def saved_from_a_peft_model(pipe, folder, place):
+    model = load_adapter(pipe.unet, folder, ignore_base_fingerprint=True)
+    model.save_pretrained(place, save_embedding_layers=False)
+    model.unload()
+    return place / "class_7"
+
+
+@pytest.mark.parametrize(
+    "save",
+    [saved_from_a_pipeline, saved_from_a_bank, saved_from_a_bank_of_folders, saved_from_a_peft_model],
+)
+def test_what_was_loaded_onto_another_base_loads_where_it_was_saved(save, folder, tiny_pipe, tmp_path):
+    """And not onto the base that it was trained for."""
+    trained_for = copy.deepcopy(tiny_pipe.unet)
+    with torch.no_grad():
+        tiny_pipe.unet.conv_in.weight[0] += 1e-3
+    saved = save(tiny_pipe, folder, tmp_path)
+    pipe = FunLoraPipeline(trained_for, tiny_pipe.scheduler, [3, 5])
+    with pytest.raises(BaseMismatchError):
+        (pipe.load_adapter_bank if saved.suffix else pipe.load_adapter)(saved)
+    pipe = FunLoraPipeline(tiny_pipe.unet, tiny_pipe.scheduler, [3, 5])
+    if save is not saved_from_a_pipeline:
+        (pipe.load_adapter_bank if saved.suffix else pipe.load_adapter)(saved)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

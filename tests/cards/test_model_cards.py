@@ -430,6 +430,12 @@ def test_the_code_in_cards_of_many_runs(run_folder, tiny_pipe):
     assert len(execute(first, places)["images"]) == 4
     assert isinstance(execute(second, places)["model"], PeftModel)
 
+    card = repository_card("me/run", classes, kind="adapter", base="me/unet", base_is_unet=True)
+    places = {"me/unet": run_folder / "base" / "unet", "me/run": run_folder / "adapters"}
+    first, second = snippets(card)
+    assert len(execute(first, places)["images"]) == 4
+    assert isinstance(execute(second, places)["model"], PeftModel)
+
     card = repository_card(None, classes, kind="base", base_fingerprints=None)
     assert 'pipe.load_adapter("path/to/this/folder", subfolder="class_7")' in snippets(card)[0]
     shutil.copytree(run_folder / "base", run_folder / "whole")

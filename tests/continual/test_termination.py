@@ -52,6 +52,19 @@ def test_afterwards_the_signal_is_whose_it_was():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_the_process_ignores_stays_ignored(number):
+    """As a shell's script has it for what it starts in the background."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Termination() as termination:
+            os.kill(os.getpid(), number)
+            assert not termination.requested
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_process_that_does_not_stop_is_ended():
     """Steps that take too long, or a collective that waits for a process that is gone."""
 

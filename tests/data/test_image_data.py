@@ -505,6 +505,37 @@ def test_hold_out_reaches_beyond_the_first_rows(tmp_path):
     assert max(held) > 70
 
 
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ({}, r"'validation' \(2 rows\)\."),
+        ({"test_split": "validation"}, r"'test' \(3 rows\)\."),
+        ({"test_split": "train"}, r"'validation' \(2 rows\), 'test' \(3 rows\)\."),
+        ({"hold_out": False}, r"'validation' \(2 rows\), 'test' \(3 rows\)\."),
+        ({"validation_fraction": 0.5}, r"'validation' \(2 rows\)\."),
+    ],
+    ids=str,
+)
+def test_splits_that_are_not_used_are_named_with_their_counts(options, unused, tmp_path):
+    rows = {"train": [0, 1, 0, 1], "validation": [0, 1], "test": [0, 1, 0]}
+    for name, labels in rows.items():
+        write(tmp_path / "p", **{name: table(labels, CAT_DOG)})
+    with pytest.warns(UserWarning, match=f"dataset 'p': these splits are not used: {unused}") as caught:
+        load(str(tmp_path / "p"), **options)
+    assert len(caught) == 1
+
+
+def test_files_that_are_in_no_split_are_named(tmp_path):
+    """`datasets` reads all files as one split, or only those that are named like one."""
+    write(tmp_path / "p", a=table([0, 1], CAT_DOG), b=table([0, 1], CAT_DOG))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(str(tmp_path / "p"), hold_out=False).count(0) == 2
+    write(tmp_path / "p", train=table([0, 1], CAT_DOG))
+    with pytest.warns(UserWarning, match=r"dataset 'p': 2 of 3 files are in no split.*: a.parquet, b.parquet\."):
+        assert load(str(tmp_path / "p"), hold_out=False).count(0) == 1
+
+
 def test_validation_fraction_leaves_the_test_split_unread(tmp_path):
     # The test split has no labels: reading it would raise.
     folder = write(tmp_path / "p", train=table([0] * 10, CAT_DOG), test=table([-1] * 5, CAT_DOG, start=200))
@@ -580,6 +611,26 @@ def test_grey_to_rgb_warns_once_per_dataset(tmp_path):
         warnings.simplefilter("error")
         found.images(1)
         found.with_class_ids([5, 6]).images(5)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "MPO"])
+def test_images_of_which_frames_are_left_out_are_counted(kind, tmp_path):
+    for index, several in enumerate([True, False, True]):
+        more = {"save_all": True, "append_images": [grey(200), grey(90)]} if several else {}
+        (tmp_path / "a").mkdir(exist_ok=True)
+        name = f"{index}.{'jpg' if kind == 'MPO' else kind.lower()}"
+        grey(20).save(tmp_path / "a" / name, "JPEG" if kind == "MPO" and not several else kind, **more)
+    (tmp_path / "b").mkdir()
+    grey(20).save(tmp_path / "b" / "0.png")
+    found = load(str(tmp_path), hold_out=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        images = [found.images(class_id) for class_id in (0, 1, 0)]
+    assert abs(images[0].float() - 20).max() < 4  # the first frame
+    texts = [str(one.message) for one in caught if "several frames" in str(one.message)]
+    # What a phone puts into an MPO beside its photo is none of the data.
+    assert len(texts) == (kind != "MPO")
+    assert all("split 'train': 2 of 3 images of class 'a' have several frames" in text for text in texts)
 
 
 def test_colour_to_grey_uses_luma_and_warns(tmp_path):

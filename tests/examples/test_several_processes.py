@@ -242,3 +242,16 @@ def check_stopped_by_ctrl_c(place: Path) -> None:
     log = (place / "log").read_text()
     assert re.search(r"SIGINT: stopped .*--resume_from_checkpoint latest to go on", log), log
     assert list((place / "out" / "checkpoints").glob("*/step_*"))
+
+
+@pytest.mark.slow
+def test_processes_evaluate_as_one_does(one, tmp_path, run_example):
+    """Later, by other settings than the run's."""
+    arguments = ("evaluate", "out", "--num_samples_per_class", "5")
+    for place, launcher in (("one", (sys.executable,)), ("two", torchrun(2))):
+        shutil.copytree(one.parent, tmp_path / place, ignore=shutil.ignore_patterns("log", "operations*"))
+        run_example(*arguments, cwd=tmp_path / place, launcher=(*launcher, "-m"), script=Path("funlora_hf"))
+    alone, together = (read_json(tmp_path / place / "out" / "results.json") for place in ("one", "two"))
+    assert together["settings"]["EvaluationArguments"]["num_samples_per_class"] == 5
+    for name in ("accuracy_matrix", "class_accuracy", "image_quality", "held_out_loss", "nfe"):
+        assert together[name] == alone[name], name

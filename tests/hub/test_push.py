@@ -270,6 +270,8 @@ def test_stock_auto_classes_where_the_base_is_the_unet_itself(hub, tiny_unet, tm
     model = get_peft_model(tiny_unet, config, adapter_name="class_4").eval()
     push_adapter(model, "class_4", REPO, base_model="user/unet")
     assert "`AutoPeftModel` does not work here" in contents(hub)["class_4/README.md"].decode()
+    code = 'unet = UNet2DModel.from_pretrained("user/unet")\npipe = FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())'
+    assert all(code in contents(hub)[f"{place}README.md"].decode() for place in ("", "class_4/"))
     push_adapter(model, "class_4", "user/own", base_model="user/unet", subfolder=None)
     assert "`AutoPeftModel` finds the U-Net by itself" in contents(hub, "user/own")["README.md"].decode()
     again = AutoPeftModel.from_pretrained("user/own").eval()

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint, push_all
+from funlora_hf.continual.base import find_base
 from funlora_hf.hub.verify import verify
 from funlora_hf.utils.files import read_json, write_json
 
@@ -133,6 +134,36 @@ def test_a_base_of_other_numbers_fails_all_its_adapters(run_folder):
     base, *adapters = verify(run_folder)
     assert base.ok
     assert all(not verdict.ok and "trained for another base" in verdict.detail for verdict in adapters)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "text"),
+    [
+        ("scheduler/scheduler_config.json", {"shift": 3.0}, "`base.scheduler.shift` is 3.0"),
+        ("unet/config.json", {"class_embed_type": "identity"}, "`base.unet.class_embed_type` is 'identity'"),
+        ("model_index.json", {"class_ids": [3], "id2label": None}, "`class_ids` has 1 different ids, expected 2"),
+        ("model_index.json", {"id2label": {"4": "cat"}}, "`id2label` names [4], expected"),
+        ("model_index.json", {"id2label": {"3": "cat", "5": "cat"}}, "'cat' is used for two classes"),
+    ],
+)
+def test_a_base_that_no_pipeline_takes_fails_and_is_not_trained_on(run_folder, file, changes, text):
+    place = run_folder / "base" / file
+    write_json(place, {**read_json(place), **changes})
+    with pytest.raises(ValueError, match=next(iter(changes)) if "cat" not in text else "class_name"):
+        FunLoraPipeline.from_pretrained(run_folder / "base")
+    base = verify(run_folder)[0]
+    assert not base.ok
+    assert text in base.detail
+    with pytest.raises(ValueError, match=re.escape(text.replace("`base.", "`base_model."))):
+        find_base(str(run_folder))
+
+
+def test_a_base_of_other_settings_fails_all_its_adapters(run_folder):
+    config = run_folder / "base" / "unet" / "config.json"
+    write_json(config, {**read_json(config), "act_fn": "relu"})
+    base, *adapters = verify(run_folder)
+    assert base.ok
+    assert all(not verdict.ok and "of its config" in verdict.detail for verdict in adapters)
 
 
 def test_adapters_alone_are_held_against_the_base_given(run_folder, tiny_pipe, tmp_path):

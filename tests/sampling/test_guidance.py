@@ -59,6 +59,12 @@ def test_guidance_of_scale_zero_samples_the_same_to_the_bit_and_more_moves(solve
     assert all(parameter.grad is None for parameter in tiny_pipe.unet.parameters())
 
 
+@pytest.mark.parametrize("score", [torch.sum, lambda images: images, lambda images: images[:1].sum(dim=1)])
+def test_a_score_that_is_not_one_number_for_each_image_is_refused(score):
+    with pytest.raises(ValueError, match=r"`score` gave the shape \(.*\), expected \(2,\)"):
+        Guidance(score, scale=1.0)(lambda sigma, x: 0 * x, torch.tensor(0.5), torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("scale", math.nan), ("scale", math.inf), ("most", 0.0), ("most", -1.0), ("most", math.inf)]
 )

@@ -486,6 +486,12 @@ BAD_CALLS = [
     ({"class_labels": [3, 5.5]}, r"`class_labels` has 5\.5"),
     ({"class_labels": torch.tensor([3.0, 4.9])}, r"`class_labels` has 4\.9"),
     ({"class_labels": [True, 3]}, "`class_labels` has True"),
+    ({"class_labels": [float("nan"), 3]}, "`class_labels` has nan"),
+    ({"class_labels": [float("inf"), 3]}, "`class_labels` has inf"),
+    ({"class_labels": [None, 3]}, "`class_labels` has None"),
+    # A set has no order in which images could come.
+    ({"class_labels": {"three", "5"}}, "expected a list: images come in the order asked"),
+    ({"class_labels": {3: "three"}}, "expected a list: images come in the order asked"),
     ({"num_inference_steps": 2.5}, "`num_inference_steps`"),
     ({"num_inference_steps": True}, "`num_inference_steps`"),
     ({"num_inference_steps": 0}, "`num_inference_steps`"),
@@ -579,6 +585,8 @@ def test_names_that_look_alike_are_one(tiny_unet):
     [
         ({"class_ids": [3.7, 5]}, "not whole numbers"),
         ({"class_ids": [True, 5]}, "not whole numbers"),
+        ({"class_ids": [3, 5], "id2label": {3: None}}, "3 has no text for a name"),
+        ({"class_ids": [3, 5], "id2label": {3: " "}}, "3 has no text for a name"),
         (
             {"class_ids": [3, 5], "id2label": {3: "three", 9: "nine"}},
             r"`id2label` names \[9\], expected ids of the base's",
@@ -624,6 +632,14 @@ def test_a_unet_without_a_size_is_named():
     unet = UNet2DModel(**{**TINY_UNET, "sample_size": None, "num_class_embeds": 2})
     with pytest.raises(ValueError, match=r"`unet.config.sample_size` is None"):
         FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())([0], 1)
+
+
+@pytest.mark.parametrize("labels", [[3], [3, 5, 3]])
+def test_velocities_have_a_label_for_each_sample(labels, tiny_pipe):
+    with pytest.raises(
+        ValueError, match=rf"`class_labels` has {len(labels)} classes, expected one for each of 2 samples"
+    ):
+        tiny_pipe.predict_velocity(torch.zeros(2, 1, 8, 8), torch.tensor(0.5), labels)
 
 
 def test_velocities_of_whole_numbers_are_refused(tiny_pipe):

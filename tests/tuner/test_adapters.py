@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from diffusers.utils.peft_utils import scale_lora_layers, set_weights_and_activate_adapters, unscale_lora_layers
-from peft import get_model_status, inject_adapter_in_model
+from peft import get_model_status, get_peft_model, inject_adapter_in_model
 from peft_models import (
     CONDITION_UNET,
     UNET,
@@ -198,6 +198,13 @@ def test_training_one_adapter_changes_no_other(kind):
 
 
 # Scale
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_is_finite(scale, tiny_unet):
+    model = get_peft_model(tiny_unet, FunLoraConfig())
+    with pytest.raises(ValueError, match=f"`scale` is {scale}, expected a finite number"):
+        set_scale(model, "default", scale)
 
 
 @kinds

@@ -44,7 +44,11 @@ def test_a_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
+@pytest.mark.parametrize("killed_before", [False, True])
+def test_a_folder_takes_the_place_of_the_old_one(killed_before, tmp_path):
+    if killed_before:  # after the second rename
+        (tmp_path / ".replaced-a").mkdir()
+        (tmp_path / ".replaced-a" / "x").write_text("older")
     for content in ("old", "new"):
         with whole_folder(tmp_path / "a") as temporary:
             (temporary / content).write_text(content)

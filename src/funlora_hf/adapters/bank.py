@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -132,6 +133,7 @@ class AdapterBank(ClassRows):
             class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
             local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache.
             ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): add it also if it was trained for another base.
+                What is saved then names this base.
 
         Returns:
             `int`: the id of the class.
@@ -149,6 +151,8 @@ class AdapterBank(ClassRows):
         if not ignore_base_fingerprint:
             self._base.check(config, adapter.source)
         self.insert(adapter.tensors(), class_label, f"The tensors of {adapter.source!r}")
+        if ignore_base_fingerprint:
+            self.config = self._base.accepted(self.config, adapter.source, ignore=True)
         self._names[class_label] = class_name
         return class_label
 
@@ -204,6 +208,7 @@ class AdapterBank(ClassRows):
             model (`torch.nn.Module`): the base that the adapters were trained for.
             adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
             ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): also load adapters of another base.
+                What is saved then names this base.
 
         Raises:
             BaseMismatchError: the adapters were trained for another base.
@@ -211,9 +216,8 @@ class AdapterBank(ClassRows):
             FileNotFoundError: no such file.
         """
         saved = read_bank(file)
-        if not ignore_base_fingerprint:
-            FingerprintCheck(model).check(saved.config, saved.file)
-        bank = cls.of_file(saved, model, adapter_name)
+        config = FingerprintCheck(model).accepted(saved.config, saved.file, ignore=ignore_base_fingerprint)
+        bank = cls.of_file(replace(saved, config=config), model, adapter_name)
         bank._names = dict(saved.classes)
         return bank
 
@@ -238,6 +242,7 @@ class AdapterBank(ClassRows):
             revision (`str`, *optional*): branch, tag or commit of the repository.
             local_files_only (`bool`, *optional*, defaults to `False`): take everything from the cache, without asking the Hub.
             ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): also add adapters of another base.
+                What is saved then names this base.
 
         Returns:
             [`AdapterBank`], on `bank.model`.
@@ -257,8 +262,7 @@ class AdapterBank(ClassRows):
         first = read_adapter(folders[0])
         config = bankable(first.config, repr(os.fspath(source)))
         base = load_base(config, local_files_only=local_files_only) if model is None else model
-        if not ignore_base_fingerprint:
-            FingerprintCheck(base).check(config, first.source)
+        config = FingerprintCheck(base).accepted(config, first.source, ignore=ignore_base_fingerprint)
         first.check_fits(base)
         bank = cls(base, exact_targets(config, first.shapes))
         try:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import json
 import warnings
 from collections.abc import Mapping
+from copy import copy
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig
@@ -12,7 +16,12 @@ from torch import nn
 
 from ..tuner.targets import FUSED_PROJECTIONS
 from ..tuner_base.wrappers import base_module, is_wrapper, without_peft
-from ..utils.checks import FINGERPRINT_DTYPES
+from ..utils.checks import CONFIG_FINGERPRINT, FINGERPRINT_DTYPES
+
+
+_Config = TypeVar("_Config", bound=PeftConfig)
+# Of a model's config, what changes no output of the same tensors for the same input, in evaluation mode.
+_WITHOUT_EFFECT = ("sample_size", "dropout", "num_class_embeds")
 
 
 class BaseMismatchError(ValueError):
@@ -78,12 +87,33 @@ def base_fingerprints(model: nn.Module) -> dict[str, str]:
         model (`torch.nn.Module`): the base, in the precision that the adapter is trained on.
 
     Returns:
-        `dict[str, str]`: by "float32", "bfloat16" and "float16".
+        `dict[str, str]`: by "float32", "bfloat16" and "float16"; of a diffusers model, by "config" that of the settings which change
+        what the same tensors give, such as `act_fn`.
 
     Raises:
         ValueError: adapters are merged into the weights.
     """
-    return {name: base_fingerprint(model, dtype=getattr(torch, name)) for name in FINGERPRINT_DTYPES}
+    of_tensors = {name: base_fingerprint(model, dtype=getattr(torch, name)) for name in FINGERPRINT_DTYPES}
+    return {**of_tensors, **config_fingerprint(model)}
+
+
+def config_fingerprint(model: nn.Module) -> dict[str, str]:
+    """`{"config": SHA-256}` of a diffusers model, over settings that differ from their defaults: arguments that a later diffusers adds
+    change nothing. Empty for another model."""
+    model = without_peft(model)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    config = getattr(model, "config", None)
+    if not isinstance(config, Mapping):
+        return {}
+    defaults = {name: one.default for name, one in inspect.signature(type(model)).parameters.items()}
+    # Lists and tuples are the same in the JSON of a config.
+    own, usual = (json.loads(json.dumps(dict(values), default=str)) for values in (config, defaults))
+    kept = {
+        name: value
+        for name, value in own.items()
+        if not (name.startswith("_") or name in _WITHOUT_EFFECT or value == usual.get(name))
+    }
+    return {CONFIG_FINGERPRINT: hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
 
 
 class FingerprintCheck:
@@ -124,15 +154,34 @@ class FingerprintCheck:
         if fits is None:
             self._warn(source, "the base's weights are offloaded. Load an adapter before you offload")
         elif not fits:
+            own = config_fingerprint(self._model)
+            name, of, found = self._dtype, f"in {self._dtype}", self._fingerprint
+            if _differs(own, stored):
+                name, of, found = CONFIG_FINGERPRINT, "of its config (such as `act_fn`)", own[CONFIG_FINGERPRINT]
             raise BaseMismatchError(
-                f"The adapter {source!r} was trained for another base: it expects the fingerprint {stored.get(self._dtype)} "
-                f"in {self._dtype}, this base has the fingerprint {self._fingerprint}. Load it onto {_base_of(config)}, or "
+                f"The adapter {source!r} was trained for another base: it expects the fingerprint {stored.get(name)} "
+                f"{of}, this base has the fingerprint {found}. Load it onto {_base_of(config)}, or "
                 "pass `ignore_base_fingerprint=True` if you know that it fits."
             )
 
+    def accepted(self, config: _Config, source: str, *, ignore: bool) -> _Config:
+        """The config after `check`. If that is to be ignored, one of another base gets the fingerprints of this one, so that what is
+        saved here loads here again."""
+        if not ignore:
+            self.check(config, source)
+            return config
+        stored = getattr(config, "base_fingerprint", None)
+        if stored is None or self.fits(stored) is not False:
+            return config
+        own: Any = copy(config)
+        own.base_fingerprint = base_fingerprints(self._model)
+        return own
+
     def fits(self, fingerprints: Mapping[str, str]) -> bool | None:
-        """Whether these, by precision, have the one of this base in the precision that it is in; None if it is offloaded, unless it was
-        hashed before."""
+        """Whether these have the one of this base in the precision that it is in and, if they have one of a config, that of its config;
+        None if it is offloaded, unless it was hashed before."""
+        if _differs(config_fingerprint(self._model), fingerprints):
+            return False
         by_name = base_tensors(self._model)
         if _is_offloaded(self._model, by_name):
             return fingerprints.get(self._dtype) == self._fingerprint if self._state else None
@@ -155,8 +204,14 @@ class FingerprintCheck:
             )
 
 
+def _differs(own: Mapping[str, str], fingerprints: Mapping[str, str]) -> bool:
+    """Whether fingerprints have one of a config, which earlier versions did not write, that is not this one."""
+    return any(fingerprints.get(name, value) != value for name, value in own.items())
+
+
 def _collect(module: nn.Module, prefix: str, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Add the tensors of a module and its children to `found`, by their names after `prefix`."""
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
     while is_wrapper(module):
         if getattr(module, "merged", False) is True:
             raise ValueError("Adapters are merged into the base's weights: call `unmerge_adapter` first.")

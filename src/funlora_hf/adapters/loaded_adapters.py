@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy, deepcopy
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -96,14 +97,14 @@ class ClassAdapters:
             )
         with self._turn.taken():
             self._check_alone()
-            if not ignore_base_fingerprint:
-                self._base.check(adapter.config, adapter.source)
+            config = self._base.accepted(adapter.config, adapter.source, ignore=ignore_base_fingerprint)
+            adapter = replace(adapter, config=config)
             try:
                 self._put(adapter, class_label)
             except Exception as error:
                 self._clean_up()
                 raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {brief(error)}") from error
-            self._configs[class_label], self._names[class_label] = adapter.config, class_name
+            self._configs[class_label], self._names[class_label] = config, class_name
 
     def _put(self, adapter: SavedAdapter, class_label: int) -> None:
         config = adapter.config
@@ -123,10 +124,10 @@ class ClassAdapters:
         """Load all classes of a bank's file, none of which is loaded yet. Errors as in [`AdapterBank.load`]."""
         with self._turn.taken():
             self._check_alone()
-            if not ignore_base_fingerprint:
-                self._base.check(saved.config, saved.file)
+            config = self._base.accepted(saved.config, saved.file, ignore=ignore_base_fingerprint)
+            saved = replace(saved, config=config)
             self._banks.append(ClassRows.of_file(saved, self.model, self._free_name(), beside=self._banks))
-            self._configs.update(dict.fromkeys(saved.classes, saved.config))
+            self._configs.update(dict.fromkeys(saved.classes, config))
             self._names.update(saved.classes)
 
     def remove(self, class_label: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from diffusers.loaders.peft import PeftAdapterMixin
@@ -53,6 +54,7 @@ def load_adapter(
         revision (`str`, *optional*): branch, tag or commit of a repository.
         local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache, without asking the Hub.
         ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): load it also if it was trained for another base.
+            What is saved then names this one.
         config (`PeftConfig`, *optional*): of the adapter, if the files have none, as those of `save_lora_weights`.
 
     Returns:
@@ -79,8 +81,8 @@ def load_adapter(
         adapter_name = "default" if label is None else class_adapter_name(label)
     if isinstance(model, (PeftModel, PeftAdapterMixin)) and adapter_name in adapter_configs(model):
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which the model has already: pass another one.")
-    if not ignore_base_fingerprint:
-        FingerprintCheck(model).check(adapter.config, adapter.source)
+    accepted = FingerprintCheck(model).accepted(adapter.config, adapter.source, ignore=ignore_base_fingerprint)
+    adapter = replace(adapter, config=accepted)
     try:
         if isinstance(model, PeftAdapterMixin):
             return _inject(model, adapter, adapter_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from diffusers.models import UNet2DModel
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from ..utils.checks import check_class_label, check_class_name, shortened
+from ..utils.checks import check_class_label, check_class_name, one_form, shortened
 from ..utils.files import read_mapping
 from .untrusted_adapter import fetch
 
@@ -35,6 +36,14 @@ _LIMITS = {
     "layers_per_block": MOST_LAYERS,
     "mid_block_layers": MOST_LAYERS,
     "num_class_embeds": 2**24,
+}
+# What the solvers assume of the scheduler, whose own steps are not used.
+_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
 }
 _COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler")}
 
@@ -102,6 +111,32 @@ def check_velocity_unet(config: Mapping[str, Any], *, field: str) -> None:
         )
 
 
+def check_velocity_scheduler(config: Mapping[str, Any], *, field: str) -> None:
+    """Raise a ValueError that names the field if the solvers do not do, or do not know, what a scheduler's config says."""
+    for name, expected in _SCHEDULE.items():
+        if config.get(name, expected) != expected:
+            raise ValueError(
+                f"`{field}.{name}` is {config[name]}, expected {expected}: the solvers take even steps from sigma 1 to 0 and call the "
+                "U-Net with 1000 * sigma."
+            )
+
+
+def check_velocity_base(folder: Path, *, field: str) -> None:
+    """
+    Raise a ValueError that names the field unless FunLoraPipeline takes the U-Net in a folder and, of a pipeline, its scheduler.
+
+    Args:
+        folder: of a pipeline, or of its U-Net alone.
+        field: what to call it in an error.
+    """
+    check_base_folder(folder)
+    check_velocity_unet(UNet2DModel.load_config(folder, subfolder=_unet_subfolder(folder)), field=f"{field}.unet")
+    if (folder / PIPELINE).is_file():
+        check_velocity_scheduler(
+            read_mapping(folder / SCHEDULER_CONFIG, most_bytes=MOST_CONFIG), field=f"{field}.scheduler"
+        )
+
+
 def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:
     """
     The U-Net that an adapter was trained for: of a pipeline's folder or repository, or one that is the U-Net itself.
@@ -139,7 +174,12 @@ def base_classes(folder: Path) -> dict[int, str]:
     try:
         index = read_mapping(folder / PIPELINE, most_bytes=MOST_CONFIG) if (folder / PIPELINE).is_file() else {}
         rows = UNet2DModel.load_config(folder, subfolder=_unet_subfolder(folder)).get("num_class_embeds") or 0
-        return class_names(index.get("class_ids") or range(rows), index.get("id2label") or {})
+        classes = class_names(index.get("class_ids") or range(rows), index.get("id2label") or {})
+        if len(classes) != rows:
+            raise ValueError(
+                f"`class_ids` has {len(classes)} different ids, expected {rows}, one for each row (`num_class_embeds`)."
+            )
+        return classes
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"The classes of the base {os.fspath(folder)!r} cannot be read: {shortened(str(error), 1000)}"
@@ -153,7 +193,11 @@ def class_names(class_ids: Iterable[Any], id2label: Mapping[Any, Any]) -> dict[i
         ValueError: no valid ids and names.
     """
     try:
-        names = {int(class_id): str(name) for class_id, name in id2label.items()}
+        if unnamed := [
+            class_id for class_id, name in id2label.items() if not (isinstance(name, str) and name.strip())
+        ]:
+            raise ValueError(f"{unnamed[0]!r} has no text for a name")
+        names = {int(class_id): name for class_id, name in id2label.items()}
         ids = [(class_id, int(class_id)) for class_id in class_ids]
         if any(isinstance(given, bool) or (not isinstance(given, str) and given != number) for given, number in ids):
             raise ValueError("not whole numbers")
@@ -166,7 +210,17 @@ def class_names(class_ids: Iterable[Any], id2label: Mapping[Any, Any]) -> dict[i
     for class_id, name in classes.items():
         check_class_label(class_id)
         check_class_name(name)
+    if unknown := sorted(names.keys() - classes.keys()):
+        raise ValueError(f"`id2label` names {unknown}, expected ids of the base's classes: {list(classes)}.")
+    check_names_differ(classes)
     return classes
+
+
+def check_names_differ(id2label: Mapping[int, str]) -> None:
+    """Raise a ValueError if two classes have the same name, in whatever form of Unicode."""
+    twice = sorted(name for name, count in Counter(map(one_form, id2label.values())).items() if count > 1)
+    if twice:
+        raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
 
 
 def read_unet(folder: Path) -> UNet2DModel:

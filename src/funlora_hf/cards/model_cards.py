@@ -159,6 +159,7 @@ def repository_card(
     kind: str,
     base: str | None = None,
     base_revision: str | None = None,
+    base_is_unet: bool = False,
     base_fingerprints: Mapping[str, str] | None = None,
     results: Mapping[str, Any] | None = None,
     license: str | None = None,
@@ -174,6 +175,7 @@ def repository_card(
         kind: "base" or "adapter": what the repository is loaded as.
         base: of adapters, the repository of their base; None: not published, and the card says so.
         base_revision: branch, tag or commit of the base; None: its main branch.
+        base_is_unet: the base's repository is the U-Net itself, not a pipeline with a folder unet/.
         base_fingerprints: of a base, name of a dtype -> SHA-256 of the base in it.
         results: contents of the results.json of the run that trained it.
         license: identifier of a licence, as the Hub has them.
@@ -201,6 +203,7 @@ def repository_card(
         base_fingerprints=base_fingerprints,
         title=_text(name),
         source=repo_id,
+        base_is_unet=base_is_unet,
         known=[row.class_label for row in classes if row.kind == kind],
         example=next((row for row in classes if row.kind == "adapter" and row.link), None),
         table=_class_table(classes, repo_id),

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, class_in_name
 from ..adapters.untrusted_adapter import fetch
-from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, check_base_folder, check_velocity_unet
+from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, check_velocity_base
 from ..hub.classes_json import known_contents
 from ..hub.find import BASE_CONTENTS, find_contents
 from ..hub.repository import NO_ANSWER, HubRepository
@@ -242,9 +242,8 @@ def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[st
             f"`base_model` is {name!r}, expected a pipeline folder with a {PIPELINE}, such as the base/ folder of a run, or "
             "the run itself."
         )
-    check_base_folder(folder)
+    check_velocity_base(folder, field="base_model")
     config = UNet2DModel.load_config(folder, subfolder="unet")
-    check_velocity_unet(config, field="base_model.unet")
     for number in ("sample_size", "in_channels"):
         check_at_least_one(number, config.get(number))
     if not config.get("num_class_embeds"):

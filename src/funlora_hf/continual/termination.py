@@ -38,7 +38,8 @@ class Termination:
     """
     A context in which SIGTERM and SIGINT raise `Terminated` in the main thread: at once, or, in a block of `deferred`, when that
     asks for it. All files of a run appear whole or not at all, so that it may stop anywhere. A second SIGINT ends the process at
-    once, a second SIGTERM changes nothing.
+    once, a second SIGTERM changes nothing. A signal that the process was started to ignore, as SIGINT is in the background of a
+    script, stays ignored.
 
     Args:
         grace (`float`):
@@ -60,7 +61,8 @@ class Termination:
         return self.number is not None
 
     def __enter__(self) -> Termination:
-        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in heeded}
         return self
 
     def __exit__(self, *error: object) -> None:

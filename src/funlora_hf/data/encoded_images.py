@@ -38,7 +38,8 @@ def check_inside(path: str | None, roots: Sequence[str]) -> Path:
 def decode_image(encoded: Mapping[str, Any], *, roots: Sequence[str]) -> Image.Image:
     """Decode an image in a file on this machine or in bytes, and turn it as its EXIF orientation says.
 
-    The header is checked before anything is decoded. No other program is started and no address is requested.
+    The header is checked before anything is decoded. No other program is started and no address is requested. Of several frames, the
+    first is read, and `info["has_more_frames"]` says so.
 
     Args:
         encoded: "bytes", or None and "path", as `datasets` keeps an image undecoded.
@@ -61,6 +62,8 @@ def decode_image(encoded: Mapping[str, Any], *, roots: Sequence[str]) -> Image.I
         width, height = image.size
         if not (width > 0 and height > 0 and width * height <= MOST_PIXELS):
             raise ValueError(f"it has {width} x {height} pixels, expected 1 to {MOST_PIXELS}: scale it down")
+        # Pillow seeks for the answer, which it cannot once it has decoded. Others in an MPO are previews and depth maps.
+        image.info["has_more_frames"] = image.format != "MPO" and getattr(image, "is_animated", False)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image

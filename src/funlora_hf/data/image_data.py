@@ -7,6 +7,7 @@ continual learner must not hold the images of earlier tasks, so nothing here kee
 import glob
 import hashlib
 import logging
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, config, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, config, load_dataset, load_dataset_builder
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -107,21 +108,29 @@ class ImageClassificationData:
         part = self.parts[split]
         channels, size, _ = self.image_shape
         pixels = np.empty((len(rows), channels, size, size), dtype=np.uint8)
+        name, several = shortened(repr(self.class_names[class_id]), 100), 0
         for index, (row, example) in enumerate(zip(rows, part.encoded.select(rows), strict=True)):
             try:
                 if example[self.image_column] is None:
                     raise ValueError("the row holds no image")
                 image = decode_image(example[self.image_column], roots=part.roots)
-                mode = image.mode
+                mode, several = image.mode, several + image.info["has_more_frames"]
                 pixels[index] = to_array(image, size=size, channels=channels)
             except Exception as error:  # PIL's decoders raise many types, several of them not OSError
                 raise ValueError(
                     f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
-                    f"{shortened(repr(self.class_names[class_id]), 100)} in column {self.image_column!r} cannot be read "
+                    f"{name} in column {self.image_column!r} cannot be read "
                     f"({type(error).__name__}: {shortened(str(error), 300)}). Expected an image that "
                     "Pillow can open and convert to 8 bits; remove this row from the dataset or replace its image."
                 ) from error
             self._warn_of_conversion(mode)
+        if several and "frames" not in self._warned:
+            self._warned.add("frames")
+            warnings.warn(
+                f"dataset {self.name!r}, split {part.source!r}: {several} of {len(rows)} images of class {name} have several frames, of "
+                "which only the first is read. (Other classes like it are not reported.)",
+                stacklevel=2,
+            )
         return torch.from_numpy(pixels)
 
     def digests(self) -> dict[str, dict[str, str | int]]:
@@ -258,6 +267,7 @@ def load_image_data(
     )
     test_split = _find_splits(splits, train_split=train_split, test_split=test_split)
     train = splits[train_split]
+    _warn_of_other_splits(name, splits, {train_split, test_split if hold_out else train_split})
     image_column, label_column = _find_columns(train.features, image_column, label_column)
     logger.info("dataset %s: images in column %r, labels in column %r", name, image_column, label_column)
 
@@ -361,7 +371,10 @@ def _open_splits(
         )
     try:
         with _without_unpickling():
-            return name, load_dataset(**arguments), tuple(map(str, roots))
+            splits = load_dataset(**arguments)
+            if config_name is None and is_local and "data_files" not in arguments:
+                _warn_of_files_in_no_split(path, load_dataset_builder(**arguments).config.data_files)
+            return name, splits, tuple(map(str, roots))
     except Exception as error:
         # For damaged files `datasets` raises many types. Errors of the network and of permissions pass unchanged.
         here = "" if is_local else ", which is no file or folder here,"
@@ -496,6 +509,25 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith((".", "__"))
 
 
+def _warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]]) -> None:
+    """Warn of files like those of the splits that `datasets`, which finds splits by words such as "test" in names, takes for none."""
+    taken = {Path(os.path.abspath(file)) for files in splits.values() for file in files}
+    suffixes = {file.suffix for file in taken}
+    found = (Path(os.path.abspath(file)) for file in folder.rglob("*") if file.suffix in suffixes)
+    others = sorted(
+        os.path.relpath(file, folder)
+        for file in found
+        if file not in taken
+        and not any(part.startswith((".", "__")) for part in file.relative_to(os.path.abspath(folder)).parts)
+    )
+    if others:
+        warnings.warn(
+            f"dataset {folder.resolve().name!r}: {len(others)} of {len(taken) + len(others)} files are in no split and are left out, since "
+            f"others have the name of one, such as 'test', in theirs: {shortened(', '.join(others), 1000)}.",
+            stacklevel=4,
+        )
+
+
 def _warn_of_links(class_folders: Sequence[Path], folder: Path) -> None:
     """Warn of links to files outside of the folder, which are read as images: somebody else may have packed them."""
     root = folder.resolve()
@@ -529,6 +561,15 @@ def _find_splits(splits: DatasetDict, *, train_split: str, test_split: str | Non
     if test_split is None:
         return next((name for name in TEST_SPLIT_NAMES if name in splits and name != train_split), None)
     return None if test_split == train_split else test_split
+
+
+def _warn_of_other_splits(name: str, splits: DatasetDict, used: set[str | None]) -> None:
+    others = [f"{split!r} ({split_rows.num_rows} rows)" for split, split_rows in splits.items() if split not in used]
+    if others:
+        warnings.warn(
+            f"dataset {name!r}: these splits are not used: {shortened(', '.join(others), 1000)}. --train_split and --test_split choose.",
+            stacklevel=3,
+        )
 
 
 def _find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:

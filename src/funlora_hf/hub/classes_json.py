@@ -29,6 +29,7 @@ class HubIndex:
     Args:
         base_model: repository of the base, "user/repo"; None: unknown.
         base_revision: branch, tag or commit of the base.
+        base_is_unet: whether its repository is the U-Net itself, not a pipeline; None: unknown.
         base_classes: id -> name, if the base is in this repository; else None.
         base_fingerprint: of the base in this repository, by precision.
         classes: folder -> row of each class that an adapter makes.
@@ -38,6 +39,7 @@ class HubIndex:
 
     base_model: str | None = None
     base_revision: str | None = None
+    base_is_unet: bool | None = None
     base_classes: Mapping[int, str] | None = None
     base_fingerprint: Mapping[str, str] | None = None
     classes: Mapping[str, ClassRow] = field(default_factory=dict)
@@ -48,8 +50,8 @@ class HubIndex:
         """Add what `new` knows and keep everything else, also the base in this repository."""
         kept = {name: value for name, value in vars(new).items() if value is not None}
         if self.base_classes is not None and new.base_classes is None:
-            kept.pop("base_model", None)
-            kept.pop("base_revision", None)
+            for name in ("base_model", "base_revision", "base_is_unet"):
+                kept.pop(name, None)
         return replace(self, **{**kept, "classes": {**self.classes, **new.classes}})
 
     def without(self, class_label: int) -> HubIndex:
@@ -73,6 +75,7 @@ class HubIndex:
             kind="base" if has_base else "adapter",
             base=None if has_base else self.base_model,
             base_revision=None if has_base else self.base_revision,
+            base_is_unet=bool(self.base_is_unet) and not has_base,
             base_fingerprints=self.base_fingerprint,
             results=self.results,
             license=self.license,
@@ -119,6 +122,7 @@ def read_index(file: Path) -> HubIndex:
             if given[name] is not None and not isinstance(given[name], kind):
                 raise ValueError(f"`{name}` is {given[name]!r}")
         rows = [ClassRow(**row) for row in given["classes"]]
+        given.setdefault("base_is_unet", None)  # not in those of earlier versions
         known = {entry.name: given[entry.name] for entry in fields(HubIndex)}
         if known["base_classes"] is not None:
             known["base_classes"] = {int(label): str(name) for label, name in known["base_classes"].items()}

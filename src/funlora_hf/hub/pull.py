@@ -5,12 +5,14 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from ..adapters.base_fingerprint import base_fingerprint, config_fingerprint
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
 from ..adapters.untrusted_adapter import check_download
+from ..adapters.untrusted_base import read_unet
 from ..utils.files import whole_folder
 from ..utils.locks import folder_lock
 from .find import ADAPTER_CONTENTS, BASE_CONTENTS, Contents, find_contents
@@ -71,7 +73,8 @@ def pull(
             f"{', '.join(there)}: there already, with other content than in {found.source!r}. Pass --overwrite to replace it, or "
             "another folder."
         )
-    _check_base_is_not_needed(differ, output_dir)
+    if found.base is not None:
+        _check_base_is_not_needed(found.base, differ, output_dir)
     with folder_lock(output_dir):
         for target, files in differ.items():
             with whole_folder(target) as temporary:
@@ -81,19 +84,21 @@ def pull(
     return list(differ)
 
 
-def _check_base_is_not_needed(differ: Mapping[Path, Mapping[str, Path]], output_dir: Path) -> None:
-    """Raise a ValueError if a base would be replaced, by one of other weights, that adapters in the folder were trained for."""
+def _check_base_is_not_needed(base: Path, differ: Collection[Path], output_dir: Path) -> None:
+    """Raise a ValueError if a base would be replaced, by one of other weights or settings, that adapters in the folder were trained for."""
     target = output_dir / BASE_FOLDER
     others = [folder.name for folder in adapter_folders(output_dir / ADAPTERS_FOLDER) if folder not in differ]
     if target not in differ or not target.is_dir() or not others:
         return
-    weights = {name: path for name, path in differ[target].items() if name.endswith(".safetensors")}
-    if not all(
-        (target / name).is_file() and filecmp.cmp(target / name, path, shallow=False) for name, path in weights.items()
-    ):
+    if _identity(base) != _identity(target):
         raise ValueError(
             f"`overwrite` would replace {os.fspath(target)!r}, the base of {', '.join(others)}: pull into another folder."
         )
+
+
+def _identity(base: Path) -> tuple[str, dict[str, str]]:
+    unet = read_unet(base)
+    return base_fingerprint(unet), config_fingerprint(unet)
 
 
 def _check_sound(found: Contents, output_dir: Path) -> None:

@@ -240,6 +240,7 @@ def _index(
     return HubIndex(
         base_model=base.base,
         base_revision=base.base_revision,
+        base_is_unet=None if base.base is None else base.base_is_unet,
         base_classes=None if own_base is None else own_base.classes,
         base_fingerprint=None if own_base is None else own_base.fingerprints,
         classes={row.link: row for row in rows if row.link is not None},

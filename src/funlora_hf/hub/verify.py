@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 
-from ..adapters.base_fingerprint import FingerprintCheck, base_fingerprint, base_tensors
+from ..adapters.base_fingerprint import FingerprintCheck, base_fingerprint, base_tensors, config_fingerprint
 from ..adapters.class_folder import adapter_class, class_in_name, class_of
 from ..adapters.untrusted_adapter import SavedAdapter, check_download, read_adapter
 from ..adapters.untrusted_bank import SavedBank, read_bank
-from ..adapters.untrusted_base import base_classes, read_unet
+from ..adapters.untrusted_base import base_classes, check_velocity_base, read_unet
 from ..utils.checks import listed
 from ..utils.tensors import not_finite
 from .classes_json import INDEX, read_index
@@ -102,11 +102,12 @@ def _verdict(kind: str, name: str, check: Callable[[], str]) -> Verdict:
 
 
 def sound_base(folder: Path) -> UNet2DModel:
-    """The U-Net in a folder. Raises a ValueError unless it can be loaded and all its tensors are finite."""
+    """The U-Net in a folder. Raises a ValueError unless it can be loaded and sampled from and all its tensors are finite."""
     for pattern in BASE_CONTENTS:
         for file in folder.glob(pattern):
             check_download(file)
     base_classes(folder)
+    check_velocity_base(folder, field="base")
     unet = read_unet(folder)
     problems = not_finite(base_tensors(unet))
     if problems:
@@ -119,9 +120,10 @@ def _check_base(folder: Path, index: Path, own: list[UNet2DModel]) -> str:
     unet = sound_base(folder)
     fingerprint = base_fingerprint(unet, dtype=torch.float32)
     if index.is_file():
-        stored = (read_index(index).base_fingerprint or {}).get("float32", fingerprint)
-        if stored != fingerprint:
-            raise ValueError(f"its fingerprint is {fingerprint}, but {INDEX} says {stored}.")
+        known = read_index(index).base_fingerprint or {}
+        for name, value in {"float32": fingerprint, **config_fingerprint(unet)}.items():
+            if (stored := known.get(name, value)) != value:
+                raise ValueError(f"its fingerprint is {value} ({name}), but {INDEX} says {stored}.")
     own.append(unet)
     return f"fingerprint {fingerprint}"
 

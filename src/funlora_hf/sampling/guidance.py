@@ -66,11 +66,18 @@ class Guidance:
 
         Returns:
             Of the shape of `state`, without a graph.
+
+        Raises:
+            ValueError: a score of another shape.
         """
         with torch.enable_grad():
             state = state.detach().requires_grad_()
             unguided = velocity(sigma, state)
             score = self.score(estimate_sample(state, sigma, unguided))
+            if score.shape != (len(state),):
+                raise ValueError(
+                    f"`score` gave the shape {tuple(score.shape)}, expected ({len(state)},): one number for each image."
+                )
             (gradient,) = torch.autograd.grad(score.sum(), state)
         # At sigma = 1 the quotient is infinite, which `clamp` handles.
         weight = (sigma / (1 - sigma)).clamp(max=self.most)

@@ -2,8 +2,7 @@
 
 import os
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,13 @@ from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_fold
 from ..adapters.loaded_adapters import ClassAdapters
 from ..adapters.untrusted_adapter import read_adapter
 from ..adapters.untrusted_bank import read_bank
-from ..adapters.untrusted_base import check_base_folder, check_velocity_unet, class_names
+from ..adapters.untrusted_base import (
+    check_base_folder,
+    check_names_differ,
+    check_velocity_scheduler,
+    check_velocity_unet,
+    class_names,
+)
 from ..flow_matching import sigma_to_timestep
 from ..tuner_base.wrappers import adapted_modules, evaluation_mode
 from ..utils.checks import check_at_least_one, is_repository_name, one_form, shortened
@@ -39,16 +44,6 @@ ClassLabels: TypeAlias = int | str | Sequence[int | str] | torch.Tensor
 Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 Images: TypeAlias = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 Weights: TypeAlias = int | Sequence[float] | torch.Tensor
-
-
-# What the solvers assume of the scheduler, whose own steps are not used.
-_SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "use_dynamic_shifting": False,
-    "invert_sigmas": False,
-    "stochastic_sampling": False,
-}
 
 
 @dataclass
@@ -110,14 +105,11 @@ class FunLoraPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         rows = unet.config["num_class_embeds"] or 0
         classes = class_names(range(rows) if class_ids is None else class_ids, id2label or {})
-        if unknown := sorted({int(class_id) for class_id in id2label or {}} - classes.keys()):
-            raise ValueError(f"`id2label` names {unknown}, expected ids of the base's classes: {list(classes)}.")
         if len(classes) != rows or (class_ids is not None and len(class_ids) != rows):
             raise ValueError(
                 f"`class_ids` is {class_ids}, expected {rows} different ids: one for each row of the U-Net's class "
                 "embedding (`num_class_embeds`)."
             )
-        _check_names(classes)
         self.register_to_config(class_ids=list(classes), id2label=classes)
         self._adapters = ClassAdapters(unet)
 
@@ -335,13 +327,17 @@ class FunLoraPipeline(DiffusionPipeline):
             `torch.Tensor`: of the shape and dtype of `sample`.
 
         Raises:
-            ValueError: unknown class, a sample of integers, or a sigma outside of [0, 1].
+            ValueError: unknown class, labels for another number of samples, a sample of integers, or a sigma outside of [0, 1].
         """
         if not sample.is_floating_point():
             raise ValueError(f"`sample` is of {sample.dtype}, expected floating point: velocities are fractions.")
         if not ((sigma >= 0) & (sigma <= 1)).all():
             raise ValueError(f"`sigma` is {sigma.tolist()}, expected numbers in [0, 1].")
         class_ids = self._class_ids(class_labels)
+        if len(class_ids) != len(sample):
+            raise ValueError(
+                f"`class_labels` has {len(class_ids)} classes, expected one for each of {len(sample)} samples."
+            )
         with self._acting(class_ids):
             return self._velocity(sample, sigma, self._embedding_rows(class_ids))
 
@@ -371,7 +367,7 @@ class FunLoraPipeline(DiffusionPipeline):
             local_files_only (`bool`, *optional*, defaults to `False`):
                 Take a repository from the cache, without asking the Hub.
             ignore_base_fingerprint (`bool`, *optional*, defaults to `False`):
-                Load the adapter also if it was trained for another base.
+                Load the adapter also if it was trained for another base. What is saved then names this base.
 
         Returns:
             `int`: the id of the class.
@@ -387,7 +383,7 @@ class FunLoraPipeline(DiffusionPipeline):
         if class_label in self.classes:
             where = "the base knows" if class_label in self.base_classes else "an adapter is loaded for"
             raise ValueError(f"`class_label` is {class_label}, a class that {where} already: pass another one.")
-        _check_names({**self.classes, class_label: class_name})
+        check_names_differ({**self.classes, class_label: class_name})
         self._follow_unet()
         self._adapters.add(adapter, class_label, class_name, ignore_base_fingerprint=ignore_base_fingerprint)
         return class_label
@@ -399,7 +395,7 @@ class FunLoraPipeline(DiffusionPipeline):
         Args:
             file (`str` or `os.PathLike`): to read; it is mapped into memory and must not change meanwhile.
             ignore_base_fingerprint (`bool`, *optional*, defaults to `False`):
-                Load the adapters also if they were trained for another base.
+                Load the adapters also if they were trained for another base. What is saved then names this base.
 
         Returns:
             `list[int]`: the ids of the classes.
@@ -413,7 +409,7 @@ class FunLoraPipeline(DiffusionPipeline):
         taken = sorted(saved.classes.keys() & self.classes.keys())
         if taken:
             raise ValueError(f"{saved.file!r} has the classes {taken}, which are known already: unload them.")
-        _check_names({**self.classes, **saved.classes})
+        check_names_differ({**self.classes, **saved.classes})
         self._follow_unet()
         self._adapters.add_bank(saved, ignore_base_fingerprint=ignore_base_fingerprint)
         return list(saved.classes)
@@ -513,6 +509,10 @@ class FunLoraPipeline(DiffusionPipeline):
             class_labels = class_labels.reshape(-1).tolist()
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
+        if isinstance(class_labels, (Set, Mapping)):
+            raise ValueError(
+                f"`class_labels` is {class_labels!r}, expected a list: images come in the order asked, which it has not."
+            )
         classes = self.classes
         ids_by_name = {one_form(name): class_id for class_id, name in classes.items()}
         class_ids: list[int] = []
@@ -623,7 +623,10 @@ class FunLoraPipeline(DiffusionPipeline):
 
 def _whole(label: Any) -> int | None:
     """A label as an integer, or None if it is no whole number."""
-    return int(label) if not isinstance(label, bool) and label == int(label) else None
+    try:
+        return int(label) if not isinstance(label, bool) and label == int(label) else None
+    except (TypeError, ValueError, OverflowError):  # None, NaN, infinity
+        return None
 
 
 def _check_scheduler(scheduler: Any) -> None:
@@ -633,12 +636,7 @@ def _check_scheduler(scheduler: Any) -> None:
             f"`scheduler` is a {type(scheduler).__name__}, expected a FlowMatchEulerDiscreteScheduler: the base must "
             "be trained by flow matching."
         )
-    for name, expected in _SCHEDULE.items():
-        if scheduler.config.get(name, expected) != expected:
-            raise ValueError(
-                f"`scheduler.config.{name}` is {scheduler.config[name]}, expected {expected}: the solvers take even steps from "
-                "sigma 1 to 0 and call the U-Net with 1000 * sigma."
-            )
+    check_velocity_scheduler(scheduler.config, field="scheduler.config")
 
 
 def _check_sampling(solver: str, num_inference_steps: int, output_type: str) -> None:
@@ -661,12 +659,6 @@ def _interpolation_weights(weights: Weights) -> torch.Tensor:
     if not len(tensor) or not ((tensor >= 0) & (tensor <= 1)).all():
         raise ValueError(f"`weights` is {weights}, expected numbers in [0, 1], one for every image wanted.")
     return tensor
-
-
-def _check_names(id2label: Mapping[int, str]) -> None:
-    twice = sorted(name for name, count in Counter(map(one_form, id2label.values())).items() if count > 1)
-    if twice:
-        raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
 
 
 def _uncompiled(unet: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections import Counter
@@ -211,10 +212,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Set how strongly an adapter acts: 0 is the base, 1 the adapter as trained. Not saved with the adapter.
 
         The weight with this adapter alone is `base + scale * (adapted - base)`; merged weights follow. A layer without the
-        adapter ignores the call. Source: [ours]; the calls are those of PEFT's LoRA layers.
+        adapter ignores the call. Raises a ValueError for a scale that is not finite. Source: [ours]; the calls are those of PEFT's
+        LoRA layers.
         """
         if adapter not in self.scaling:
             return
+        if not math.isfinite(scale):
+            raise ValueError(f"`scale` is {scale}, expected a finite number.")
         forget(self)
         merged = self.merged_adapters if adapter in self.merged_adapters else []
         if merged:

@@ -15,6 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 
 # Precisions that bases are loaded in.
 FINGERPRINT_DTYPES = ("float32", "bfloat16", "float16")
+# Beside these, in the fingerprints of a base: of its config.
+CONFIG_FINGERPRINT = "config"
 _SHA256 = re.compile("[0-9a-f]{64}")
 # Longer class names are a mistake or an attack.
 MOST_NAME_CHARACTERS = 1000
@@ -95,16 +97,16 @@ def check_layer_indexes(value: object) -> None:
 
 
 def check_fingerprint(value: object) -> None:
-    """Raise a ValueError unless `value` is None or a SHA-256 for some of `FINGERPRINT_DTYPES`."""
+    """Raise a ValueError unless `value` is None or a SHA-256 for some of `FINGERPRINT_DTYPES` and "config"."""
     if value is not None and not (
         isinstance(value, Mapping)
         and value
-        and value.keys() <= set(FINGERPRINT_DTYPES)
+        and value.keys() <= {*FINGERPRINT_DTYPES, CONFIG_FINGERPRINT}
         and all(isinstance(entry, str) and _SHA256.fullmatch(entry) for entry in value.values())
     ):
         raise ValueError(
             f"`base_fingerprint` is {value!r}, expected 64 hexadecimal digits for each of "
-            f"{', '.join(map(repr, FINGERPRINT_DTYPES))}, or None: see `base_fingerprints`."
+            f"{', '.join(map(repr, (*FINGERPRINT_DTYPES, CONFIG_FINGERPRINT)))}, or None: see `base_fingerprints`."
         )
 
 

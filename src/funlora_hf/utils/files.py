@@ -71,6 +71,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 _sync(entry)
             replaced = path.with_name(f"{_REPLACED}{path.name}")
             if path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed after the exchange
                 os.replace(path, replaced)
             os.replace(temporary, path)
             _sync(path.parent)
