@@ -15,7 +15,15 @@ from safetensors.torch import load_file, save_file
 from text_to_image import arguments, component, make_model, make_pipeline, sample
 from torch.nn.functional import mse_loss
 
-from funlora_hf import BaseMismatchError, FunLoraConfig, load_adapter, push_adapter, save_adapter, set_block_weights
+from funlora_hf import (
+    AdapterBank,
+    BaseMismatchError,
+    FunLoraConfig,
+    load_adapter,
+    push_adapter,
+    save_adapter,
+    set_block_weights,
+)
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -345,6 +353,25 @@ def test_on_the_hub(method, hub, tmp_path):
     else:
         push_adapter(pipe.unet, "mine", "me/subject", subfolder=None, base_model="me/base")
         load_adapter(other.unet, "me/subject")
+    close(sample(other), sample(pipe))
+
+
+def test_classes_on_the_hub(hub):
+    """For `AdapterBank`: the card at the root names the model, and says how to load them."""
+    pipe = adapted("SD", FUNLORA.random())
+    push_adapter(pipe.unet, "mine", "me/subjects", class_label=7, base_model="me/base")
+    card = hub.files("me/subjects")["README.md"].decode()
+    for text in (
+        "for a frozen UNet2DConditionModel.",
+        'AdapterBank.from_hub("me/subjects", pipe.unet)',
+        "bank.activate(7)",
+        "pipeline_tag: text-to-image",
+    ):
+        assert text in card
+    for text in ("class-conditional", "FunLoraPipeline", "PeftModel"):
+        assert text not in card
+    other = make_pipeline("SD")
+    AdapterBank.from_hub("me/subjects", other.unet).activate(7)
     close(sample(other), sample(pipe))
 
 

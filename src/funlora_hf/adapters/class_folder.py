@@ -219,16 +219,8 @@ def save_adapter_tensors(
     name: str | None = None,
     class_name: str | None = None,
 ) -> None:
-    """
-    As `save_adapter`, of tensors by the keys that PEFT saves them under.
-
-    Args:
-        config: is written as it is.
-        tensors: of the adapter.
-        folder: to write.
-        name: of the adapter, which may say its class as `class_<id>`; None: that of the folder.
-        class_name: for the card; None: the one in the config.
-    """
+    """As `save_adapter`, with the same bytes, of tensors by the keys that PEFT saves them under. `name` is that of the adapter, which
+    may say its class as `class_<id>`; None: the folder's."""
     with whole_folder(folder) as temporary:
         config.save_pretrained(os.fspath(temporary))
         contents = {key: tensor.contiguous() for key, tensor in tensors.items()}

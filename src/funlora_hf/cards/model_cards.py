@@ -113,8 +113,7 @@ def adapter_card(
     source = repository(place.source)
     class_name = class_name.translate(_YAML_BREAKS)
     method = PeftType(config.peft_type).value
-    base_class = _denoiser(config)
-    takes_prompts = base_class is not None and not base_class.startswith("DiT")
+    base_class = denoiser(config)
     of_class = {"class_label": class_label, "class_name": class_name}
     return _card(
         "model_card_template.md",
@@ -131,12 +130,11 @@ def adapter_card(
             "model_name": class_name
             if source is None
             else "/".join([source.split("/")[1], place.subfolder or ""]).rstrip("/"),
-            "pipeline_tag": "text-to-image" if takes_prompts else _TASK,
+            "pipeline_tag": _task(base_class),
             **({} if base_class and class_label is None else of_class),
         },
         base_class=base_class,
-        component="unet" if "UNet" in (base_class or "") else "transformer",
-        takes_labels=not takes_prompts,
+        takes_labels=_task(base_class) == _TASK,
         config=config,
         is_funlora=isinstance(config, FunLoraConfig),
         method=method,
@@ -160,6 +158,7 @@ def repository_card(
     base: str | None = None,
     base_revision: str | None = None,
     base_is_unet: bool = False,
+    base_class: str | None = None,
     base_fingerprints: Mapping[str, str] | None = None,
     results: Mapping[str, Any] | None = None,
     license: str | None = None,
@@ -176,6 +175,7 @@ def repository_card(
         base: of adapters, the repository of their base; None: not published, and the card says so.
         base_revision: branch, tag or commit of the base; None: its main branch.
         base_is_unet: the base's repository is the U-Net itself, not a pipeline with a folder unet/.
+        base_class: of adapters, the diffusers class of a base that is no `UNet2DModel`.
         base_fingerprints: of a base, name of a dtype -> SHA-256 of the base in it.
         results: contents of the results.json of the run that trained it.
         license: identifier of a licence, as the Hub has them.
@@ -185,7 +185,7 @@ def repository_card(
     """
     repo_id = repository(repo_id)
     name = f"FunLoRA {'base' if kind == 'base' else 'adapters'}" if repo_id is None else repo_id.split("/")[1]
-    tags = ["funlora", *_TAGS] if kind == "base" else ["funlora", "diffusers", *_TAGS]
+    tags = ["funlora", *([] if kind == "base" else ["diffusers"]), *([] if base_class else _TAGS)]
     library = "diffusers" if kind == "base" else "peft"
     return _card(
         "base_card_template.md",
@@ -196,7 +196,7 @@ def repository_card(
             "license": license,
             "tags": tags,
             "model_name": name,
-            "pipeline_tag": _TASK,
+            "pipeline_tag": _task(base_class),
         },
         base=base,
         base_revision=base_revision,
@@ -204,6 +204,7 @@ def repository_card(
         title=_text(name),
         source=repo_id,
         base_is_unet=base_is_unet,
+        base_class=base_class,
         known=[row.class_label for row in classes if row.kind == kind],
         example=next((row for row in classes if row.kind == "adapter" and row.link), None),
         table=_class_table(classes, repo_id),
@@ -220,7 +221,11 @@ def repository(name: str | None) -> str | None:
     return name if name is not None and "/" in name else None
 
 
-def _denoiser(config: PeftConfig) -> str | None:
+def _task(base_class: str | None) -> str:
+    return _TASK if base_class is None or base_class.startswith("DiT") else "text-to-image"
+
+
+def denoiser(config: PeftConfig) -> str | None:
     """The class of the base if it is that of a model in a pipeline of diffusers, and no `UNet2DModel`."""
     base = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
     name, library = str(base.get("base_model_class")), str(base.get("parent_library"))

@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters.class_folder import adapter_configs, adapter_name, class_of, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
 from ..adapters.untrusted_base import PIPELINE
-from ..cards.model_cards import ClassRow, Place
+from ..cards.model_cards import ClassRow, Place, denoiser
 from ..sampling.pipeline import FunLoraPipeline
 from .classes_json import HubIndex, root_files, shown_results
 from .repository import HubRepository
@@ -121,6 +121,7 @@ def push_adapter(
         repository = HubRepository(repo_id, private=private)
         where = None if subfolder is None else subfolder.replace("<id>", str(label))
         index = _index(base, None, [] if where is None else [adapter.row(None, where)], license=license)
+        index = replace(index, base_class=denoiser(adapter.adapter.config))
 
         def files(present: set[str]) -> _Files:
             own = adapter.files(replace(base, source=repository.repo_id, subfolder=where), license=license)
