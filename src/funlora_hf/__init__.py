@@ -20,6 +20,7 @@ from .tuner import (
     initial_alpha,
     mixed_batch,
     numerical_rank,
+    set_block_weights,
 )
 
 
@@ -55,4 +56,5 @@ __all__ = [
     "push_base",
     "save_adapter",
     "select_layers",
+    "set_block_weights",
 ]

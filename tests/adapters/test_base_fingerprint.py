@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from text_to_image import make_model
 from torch import nn
 
 from funlora_hf import FunLoraConfig
@@ -235,3 +236,20 @@ def test_offloaded_weights_are_not_hashed(tiny_unet, hashed_before):
     else:
         with pytest.warns(UserWarning, match="'other' belongs to this base: the base's weights are offloaded"):
             check.check(other, "other")
+
+
+@pytest.mark.parametrize(
+    "name", ["UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"]
+)
+def test_fused_projections_do_not_count_unless_they_differ(name):
+    model = make_model(name)
+    expected = by_hand(model)
+    assert base_fingerprint(model) == expected
+    model.fuse_qkv_projections()
+    assert by_hand(model) != expected
+    assert base_fingerprint(model) == expected
+    assert base_fingerprint(inject_adapter_in_model(LoraConfig(target_modules=["to_qkv"]), model)) == expected
+    fused = next(module for key, module in model.named_modules() if key.endswith("to_qkv"))
+    with torch.no_grad():
+        fused.weight[0, 0] += 1e-3
+    assert base_fingerprint(model) != expected

@@ -14,10 +14,11 @@ from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from peft import AutoPeftModel, LoraConfig, PeftModel
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from runs import write_adapters
+from text_to_image import component, make_pipeline
 
-from funlora_hf import FunLoraConfig, FunLoraPipeline
+from funlora_hf import FunLoraConfig, FunLoraPipeline, save_adapter
 from funlora_hf.baselines import ConvLoraConfig
 from funlora_hf.cards.model_cards import ClassRow, Place, adapter_card, repository_card
 from funlora_hf.continual.config import (
@@ -440,3 +441,69 @@ def test_the_code_in_cards_of_many_runs(run_folder, tiny_pipe):
     shutil.copytree(run_folder / "base", run_folder / "whole")
     (run_folder / "adapters" / "class_7").rename(run_folder / "whole" / "class_7")
     assert len(execute(*snippets(card), {"path/to/this/folder": run_folder / "whole"})["images"]) == 4
+
+
+def of_base(name, library="diffusers.models.unets.unet_2d_condition"):
+    config = FunLoraConfig()
+    config.auto_mapping = {"base_model_class": name, "parent_library": library}
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "task"),
+    [
+        ("UNet2DConditionModel", "unet", "text-to-image"),
+        ("SD3Transformer2DModel", "transformer", "text-to-image"),
+        ("FluxTransformer2DModel", "transformer", "text-to-image"),
+        ("DiTTransformer2DModel", "transformer", "unconditional-image-generation"),
+    ],
+)
+def test_a_card_names_the_class_of_the_base(name, part, task):
+    usual = {"class_label": None, "class_name": "dog"}
+    for place in (
+        Place("me/dog", None, "me/base", "v1"),
+        Place(),
+        Place("me/dog", None, "me/unet", base_is_unet=True),
+    ):
+        card = adapter(of_base(name), place=place, **usual)
+        _check_form(card)
+        assert f"changes what a frozen\n{name} of" in card.text
+        assert card.data.pipeline_tag == task
+        assert card.data.tags == ["funlora", "diffusers"]
+        assert "class_name" not in card.data.to_dict()
+        assert "class-conditional" not in card.text
+        assert ["base", name] in table(card, "Adapter")
+        (code,) = snippets(card)
+        assert (f"pipe.{part}" in code) != place.base_is_unet
+    assert f'{name}.from_pretrained("me/unet")' in code
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("UNet2DModel", "diffusers.models.unets.unet_2d"),
+        ("UNet2DConditionModel", "os"),
+        ("UNet; import os", "diffusers.models"),
+        (7, None),
+        ("ConvMLP", "diffusers.models"),
+    ],
+)
+def test_other_bases_have_the_usual_card(name, library):
+    assert str(adapter(of_base(name, library))) == str(adapter(FunLoraConfig()))
+    config = FunLoraConfig()
+    config.auto_mapping = name
+    assert str(adapter(config)) == str(adapter(FunLoraConfig()))
+
+
+@pytest.mark.parametrize("name", ["SD", "DiT"])
+def test_the_code_in_a_card_of_a_pipeline_s_adapter_runs(name, tmp_path):
+    pipe = make_pipeline(name)
+    config = FunLoraConfig(target_modules=["to_q"], init_weights=False)
+    save_adapter(inject_adapter_in_model(config, component(pipe)), tmp_path / "mine")
+    make_pipeline(name).save_pretrained(tmp_path / "base")
+    (code,) = snippets(ModelCard.load(tmp_path / "mine" / "README.md"))
+    names = execute(code, {"path/to/base": tmp_path / "base", "path/to/this/folder": tmp_path / "mine"})
+    assert names["image"].size == (8, 8)
+    found = get_peft_model_state_dict(component(names["pipe"]))
+    expected = get_peft_model_state_dict(component(pipe))
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())

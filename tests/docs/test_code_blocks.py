@@ -14,6 +14,7 @@ from functools import cache
 
 import pytest
 from runs import REPOSITORY, short_run
+from text_to_image import make_pipeline
 
 from funlora_hf.run import run
 
@@ -24,6 +25,7 @@ PYTHON_PAGES = [
     "docs/getting_started.md",
     "docs/guides/many_classes.md",
     "docs/guides/own_loop.md",
+    "docs/guides/text_to_image.md",
     "docs/method.md",
     "docs/tuner.md",
     "docs/strategies/README.md",
@@ -45,8 +47,9 @@ def test_every_page_with_python_is_run():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the pages assume: the repository's root after `make demo` and a run of `finetune`."""
+    """What the pages assume: the repository's root after `make demo` and a run of `finetune`, and Stable Diffusion."""
     folder = tmp_path_factory.mktemp("pages")
+    make_pipeline("SD").save_pretrained(folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
     (folder / "examples").symlink_to(REPOSITORY / "examples")
     for output, strategy in (("digits", "funlora"), ("finetune", "finetune")):
         arguments = {

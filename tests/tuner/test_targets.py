@@ -1,16 +1,27 @@
 """The order of the layers of a U-Net, and those taken by default."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from backbones import CONDITION_VARIANTS, SMALL_VARIANTS, UNETS, build, executed
 from peft import LoraConfig, PeftMixedModel, get_peft_model, inject_adapter_in_model
+from text_to_image import component, make_pipeline, sample
 from torch import nn
 
 from funlora_hf import FunLoraConfig
-from funlora_hf.tuner.targets import conv_names, decoder, decoder_middle, knows_order, unet_conv_names
-from funlora_hf.tuner_base.wrappers import plain_modules, without_peft
+from funlora_hf.tuner.targets import (
+    FUSED_PROJECTIONS,
+    conv_names,
+    decoder,
+    decoder_middle,
+    knows_order,
+    unet_conv_names,
+)
+from funlora_hf.tuner_base.wrappers import plain_modules, remove_adapters, without_peft
 
 
+PROJECTIONS = {*FUSED_PROJECTIONS, *(part for parts in FUSED_PROJECTIONS.values() for part in parts)}
 SMALL_UNETS = [*SMALL_VARIANTS, *(f"condition, {name}" for name in CONDITION_VARIANTS)]
 
 
@@ -155,3 +166,26 @@ def test_no_targets_need_a_unet_of_known_order():
     unet.control = nn.Conv2d(3, 3, 1)
     with pytest.raises(ValueError, match=r"Please specify `target_modules` .* the model is a UNet2DModel\."):
         get_peft_model(unet, FunLoraConfig())
+
+
+@pytest.mark.parametrize("name", ["SD", "SD3", "Flux"])
+def test_projections_that_attention_does_not_call_are_no_targets(name):
+    """Whatever diffusers makes of `fuse_qkv_projections`: SD3 goes on calling the parts, and a U-Net keeps what it has fused."""
+    pipe = make_pipeline(name)
+    model = component(pipe)
+    for change in ("fuse_qkv_projections", "unfuse_qkv_projections"):
+        getattr(model, change)()
+        called = set()
+        layers = [key for key, _ in model.named_modules() if key.rpartition(".")[2] in PROJECTIONS]
+        handles = [
+            model.get_submodule(key).register_forward_hook(lambda *_, key=key, called=called: called.add(key))
+            for key in layers
+        ]
+        sample(pipe)
+        for handle in handles:
+            handle.remove()
+        for key in layers:
+            config = FunLoraConfig(target_modules=[key])
+            with nullcontext() if key in called else pytest.raises(ValueError, match=f"{key} is not called"):
+                inject_adapter_in_model(config, model)
+            remove_adapters(model, ["default"])

@@ -14,6 +14,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
+from ..tuner.targets import FUSED_PROJECTIONS
 from ..tuner_base.wrappers import base_module, is_wrapper, without_peft
 from ..utils.checks import CONFIG_FINGERPRINT, FINGERPRINT_DTYPES
 
@@ -46,8 +47,8 @@ def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> s
     """
     SHA-256 over names, shapes, dtypes and bytes of a base's tensors, in order of their names.
 
-    It does not depend on the files that the base came from, on the device, the memory format, or any adapter that is in the
-    model.
+    It does not depend on the files that the base came from, on the device, the memory format, any adapter that is in the
+    model, or whether diffusers has fused its projections (`fuse_qkv_projections`).
 
     Args:
         model (`torch.nn.Module`): the base, such as a `UNet2DModel`, with adapters of PEFT or without.
@@ -68,6 +69,8 @@ def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> s
         raise ValueError("The base's weights are offloaded, so it has no fingerprint: take it before you offload.")
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
+        if _is_fused(name, tensors):
+            continue
         tensor = tensor.detach()
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
@@ -221,6 +224,15 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, torch.Tensor]) -> 
         if child is not None:
             _collect(child, f"{prefix}{name}.", found)
     return found
+
+
+def _is_fused(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tensor only repeats others, as those of projections that diffusers has fused."""
+    path, _, kind = name.rpartition(".")
+    attention, _, layer = path.rpartition(".")
+    parts = [tensors.get(f"{attention}.{part}.{kind}") for part in FUSED_PROJECTIONS.get(layer, ())]
+    found = [part for part in parts if part is not None]
+    return bool(found) and len(found) == len(parts) and torch.equal(tensors[name], torch.cat(found))
 
 
 def _is_offloaded(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:

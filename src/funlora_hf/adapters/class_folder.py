@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from copy import copy
@@ -12,14 +11,15 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import ModelCard
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
 from ..cards.model_cards import adapter_card
 from ..tuner import FunLoraConfig
-from ..tuner_base.wrappers import without_peft
+from ..tuner.hotswap import SAVED_PREFIX, plain_key
+from ..tuner_base.wrappers import has_class, without_peft
 from ..utils.checks import check_choice, check_class_label, check_class_name, listed, shortened
 from ..utils.files import read_mapping, whole_folder
 from ..utils.tensors import not_finite
@@ -122,22 +122,28 @@ def save_adapter(
     again. The folder appears whole or not at all, and replaces an adapter's that is there. Equal adapters give equal bytes.
 
     Args:
-        model (`PeftModel`): holds the adapter; maybe compiled or wrapped for several processes, of which one calls this.
+        model (`torch.nn.Module`):
+            Holds the adapter: a PeftModel, or a model with adapters inside, such as `pipe.unet` after `add_adapter`; maybe
+            compiled or wrapped for several processes, of which one calls this.
         folder (`str` or `os.PathLike`): to write.
         adapter_name (`str`, *optional*, defaults to `"default"`): of the adapter in the model.
         class_label (`int`, *optional*): id of the class; None: the one in the config, or in `adapter_name` as `class_<id>`.
         class_name (`str`, *optional*): its name; None: the one in the config.
 
     Raises:
-        ValueError: not a PeftModel, no such adapter, one that is merged into the base or has numbers that are not finite, an
-            invalid id or name, the id of a class of the base (of one that was loaded from a folder), or a folder with other content.
-            Nothing is written.
+        ValueError: a model without adapters, no such adapter, one that is merged into the base or has numbers that are not
+            finite, an invalid id or name, the id of a class of the base (of one that was loaded from a folder), or a folder with
+            other content. Nothing is written.
         WriteError: the folder cannot be written (an OSError).
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"`model` is a {type(model).__name__}, expected a PeftModel: see `peft.get_peft_model`.")
-    check_choice("adapter_name", adapter_name, tuple(model.peft_config))
+    configs = adapter_configs(model)
+    if not configs:
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, expected a PeftModel, or a model with adapters inside such as `pipe.unet` "
+            "after `add_adapter`: see `peft.get_peft_model`."
+        )
+    check_choice("adapter_name", adapter_name, tuple(configs))
     check_class_label(class_label)
     check_class_name(class_name)
     folder = Path(folder)
@@ -145,35 +151,44 @@ def save_adapter(
     parts = {key: parameter for key, parameter in model.named_parameters() if f".{adapter_name}." in f"{key}."}
     if problems := not_finite(parts):
         raise ValueError(f"The adapter {adapter_name!r} cannot be saved:\n{listed(problems)}")
-    own = model.peft_config[adapter_name]
-    _check_no_class_of_the_base(class_of(own, adapter_name)[0] if class_label is None else class_label, model)
-    config = copy(own)
+    label = class_of(configs[adapter_name], adapter_name)[0] if class_label is None else class_label
+    base = without_peft(model)
+    _check_no_class_of_the_base(label, base)
+    # As PEFT's `save_pretrained` does; sets have another order in each process.
+    config = copy(configs[adapter_name])
+    for key, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, key, sorted(value))
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = vars(base).get("name_or_path") or None
+    if config.task_type is None:
+        config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     if isinstance(config, FunLoraConfig):
         config.class_label = config.class_label if class_label is None else class_label
         config.class_name = class_name or config.class_name
         if config.base_fingerprint is None or FingerprintCheck(model).fits(config.base_fingerprint) is False:
             config.base_fingerprint = base_fingerprints(model)
-    with whole_folder(folder) as temporary:
-        model.peft_config[adapter_name] = config  # PEFT writes what stands here
-        try:
-            # The U-Net has no token embedding that PEFT would have to look for on the Hub.
-            model.save_pretrained(os.fspath(temporary), selected_adapters=[adapter_name], save_embedding_layers=False)
-        finally:
-            model.peft_config[adapter_name] = own
-        if adapter_name != "default":
-            for file in (temporary / adapter_name).iterdir():
-                os.replace(file, temporary / file.name)
-            (temporary / adapter_name).rmdir()
-        _sort_sets(config, temporary / CONFIG_NAME)
-        parameters = sum(parameter.numel() for parameter in parts.values())
-        _write_card(config, adapter_name, class_label, class_name, parameters, temporary)
+    # The U-Net has no token embedding that PEFT would have to look for on the Hub.
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    saved = {f"{SAVED_PREFIX}{plain_key(key)}": tensor.clone() for key, tensor in tensors.items()}
+    name = adapter_name if class_label is None else f"{_PREFIX}{class_label}"
+    save_adapter_tensors(config, saved, folder, name=name, class_name=class_name)
 
 
-def _check_no_class_of_the_base(label: int | None, model: nn.Module) -> None:
+def adapter_configs(model: Any) -> dict[str, PeftConfig]:
+    """The configurations of the adapters in a PeftModel or in a model with adapters inside, by name; empty without any."""
+    configs = getattr(model, "peft_config", None) if isinstance(model, nn.Module) else None
+    return configs if isinstance(configs, dict) else {}
+
+
+def _check_no_class_of_the_base(label: int | None, base: Any) -> None:
     """Raise a ValueError for an id of the base's own, if the base came from a pipeline's folder on this machine."""
-    name = getattr(without_peft(model), "config", {}).get("_name_or_path") or ""
+    if label is None or not has_class(base, "UNet2DModel"):  # no other model has ids of classes
+        return
+    name = base.config.get("_name_or_path") or ""
     for folder in (Path(name), Path(name).parent):  # of the pipeline, or of its U-Net
-        if label is not None and (folder / PIPELINE).is_file() and label in (known := base_classes(folder)):
+        if (folder / PIPELINE).is_file() and label in (known := base_classes(folder)):
             raise ValueError(
                 f"`class_label` is {label}, a class of the base in {os.fspath(folder)!r}, expected none of {shortened(str(list(known)), 300)}: "
                 "pass another `class_label`; the adapter is as good for that."
@@ -197,31 +212,25 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def save_adapter_tensors(
-    config: PeftConfig, tensors: Mapping[str, torch.Tensor], folder: Path, *, class_name: str | None = None
+    config: PeftConfig,
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    name: str | None = None,
+    class_name: str | None = None,
 ) -> None:
-    """As `save_adapter`, with the same bytes, of tensors by the keys that PEFT saves them under, into a folder `class_<id>`."""
+    """As `save_adapter`, with the same bytes, of tensors by the keys that PEFT saves them under. `name` is that of the adapter, which
+    may say its class as `class_<id>`; None: the folder's."""
     with whole_folder(folder) as temporary:
         config.save_pretrained(os.fspath(temporary))
         contents = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(contents, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        _write_card(config, folder.name, None, class_name, parameters, temporary)
+        _write_card(config, name or folder.name, class_name, parameters, temporary)
 
 
-def _sort_sets(config: PeftConfig, file: Path) -> None:
-    """Sort what PEFT writes in the order of a set, which differs from process to process."""
-    settings = read_mapping(file)
-    for key, value in vars(config).items():
-        if isinstance(value, set):
-            settings[key] = sorted(value)
-    file.write_text(json.dumps(settings, indent=2, sort_keys=True))
-
-
-def _write_card(
-    config: PeftConfig, name: str, class_label: int | None, class_name: str | None, parameters: int, folder: Path
-) -> None:
-    own_label, own_name = class_of(config, name)
-    label = own_label if class_label is None else class_label
+def _write_card(config: PeftConfig, name: str, class_name: str | None, parameters: int, folder: Path) -> None:
+    label, own_name = class_of(config, name)
     card = adapter_card(
         config,
         class_label=label,

@@ -11,12 +11,14 @@ import hashlib
 import os
 import re
 import struct
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
@@ -30,7 +32,7 @@ from ..tuner.hotswap import plain_key
 from ..tuner_base.meta_shapes import adapted_shape
 from ..tuner_base.wrappers import plain_modules, without_peft
 from ..utils.checks import is_repository_name, listed, shortened
-from ..utils.files import read_json, read_tensors
+from ..utils.files import parse_json, read_json, read_tensors
 from ..utils.tensors import misnamed, misshapen, not_finite
 
 
@@ -55,7 +57,12 @@ _HARMLESS_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.)*(?:\.[*+](?:[\w-]|\\?\.)*)?\
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
 
 
+# Names in pipelines of the models that denoise.
+_COMPONENTS = ("unet.", "transformer.")
+
+
 _Config = TypeVar("_Config", bound=PeftConfig)
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,16 @@ class SavedAdapter:
         folder: where the files are on this machine.
         config: of the adapter.
         shapes: its tensors by the keys that PEFT saves them under, on the meta device.
+        weights: name of the file that holds them.
+        prefix: of its keys in that file, which may hold others.
     """
 
     source: str
     folder: Path
     config: PeftConfig
     shapes: dict[str, torch.Tensor]
+    weights: str = SAFETENSORS_WEIGHTS_NAME
+    prefix: str = ""
 
     @property
     def numel(self) -> int:
@@ -86,8 +97,8 @@ class SavedAdapter:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The numbers. Raises a ValueError for a damaged file, and for any that is not finite."""
-        file = self.folder / SAFETENSORS_WEIGHTS_NAME
-        tensors = read_tensors(file, remedy=REMEDY)
+        file = self.folder / self.weights
+        tensors = _without_prefix(read_tensors(file, remedy=REMEDY), self.prefix)
         problems = not_finite(tensors)
         if problems:
             raise ValueError(f"{os.fspath(file)!r} is damaged:\n{listed(problems)}")
@@ -100,9 +111,17 @@ def read_adapter(
     subfolder: str | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
+    config: PeftConfig | None = None,
 ) -> SavedAdapter:
     """
     Find the adapter in a `subfolder` of a source, as `fetch` takes it, and read what it is; a repository's files come from one commit.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            A folder written by PEFT's `save_pretrained`, or by `save_lora_adapter` or `save_lora_weights` of diffusers, or a
+            repository on the Hub.
+        subfolder, revision, local_files_only: as for `fetch`.
+        config (`PeftConfig`, *optional*): of the adapter, if the files have none, as those of `save_lora_weights`.
 
     Raises:
         FileNotFoundError: no such folder, repository, revision or file in it.
@@ -110,11 +129,15 @@ def read_adapter(
     """
     root = fetch(
         source,
-        [f"{subfolder}/{name}" if subfolder else name for name in ADAPTER_FILES],
+        [f"{subfolder}/{name}" if subfolder else name for name in (*ADAPTER_FILES, LORA_WEIGHT_NAME_SAFE)],
         revision=revision,
         local_files_only=local_files_only,
     )
     folder = root / (subfolder or "")
+    if not (folder / CONFIG_NAME).is_file() and (folder / LORA_WEIGHT_NAME_SAFE).is_file():
+        return _read_diffusers_adapter(os.fspath(source), folder, config)
+    if config is not None and (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"`config` is given, but {os.fspath(source)!r} has its own: leave it out.")
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             place = f"{os.fspath(source)!r}" + (f", subfolder {subfolder!r}," if subfolder else "")
@@ -123,6 +146,37 @@ def read_adapter(
     return SavedAdapter(
         os.fspath(source), folder, read_config(folder), read_header(folder / SAFETENSORS_WEIGHTS_NAME)[0]
     )
+
+
+def _read_diffusers_adapter(source: str, folder: Path, config: PeftConfig | None) -> SavedAdapter:
+    """The adapter of the model that denoises, as `read_adapter` does, in a file that diffusers wrote."""
+    file = folder / LORA_WEIGHT_NAME_SAFE
+    check_download(file)
+    tensors, metadata = read_header(file)
+    # `save_lora_weights` of a pipeline puts the name of the component before each key and each field of its config.
+    prefix = next((name for name in _COMPONENTS if any(key.startswith(name) for key in tensors)), "")
+    shapes = _without_prefix(tensors, prefix)
+    others = {key.partition(".")[0] for key in tensors if not key.startswith(prefix)}
+    if others:
+        warnings.warn(f"{os.fspath(file)!r} also has tensors of {', '.join(sorted(others))}, left out.", stacklevel=4)
+    try:
+        settings = parse_json(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(file)!r} has metadata that is not valid JSON: {brief(error)}.") from error
+    settings = _without_prefix(settings, prefix) if isinstance(settings, dict) else {}
+    if bool(settings) == (config is not None):
+        raise ValueError(
+            f"`config` is given, but {os.fspath(file)!r} has its own: leave it out."
+            if settings
+            else f"{os.fspath(file)!r} has no configuration of the adapter in it: pass `config`."
+        )
+    known = {**(settings if config is None else config.to_dict()), "inference_mode": True}
+    return SavedAdapter(source, folder, config_from(known, os.fspath(file)), shapes, file.name, prefix)
+
+
+def _without_prefix(entries: Mapping[str, _Value], prefix: str) -> dict[str, _Value]:
+    """Those entries whose key begins with a prefix, by the rest of it."""
+    return {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
 
 
 def fetch(

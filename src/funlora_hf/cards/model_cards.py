@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -95,7 +96,8 @@ def adapter_card(
     The card of one adapter; what is not known is left out.
 
     Args:
-        config: of the adapter. A FunLoRA adapter's `base_fingerprint` is shown if it has one.
+        config: of the adapter. A FunLoRA adapter's `base_fingerprint` is shown if it has one. What the card says of use depends on
+            the class of the base in its `auto_mapping`.
         class_label: id of the class; None: not set.
         class_name: its name, any text.
         parameters: numbers in the adapter, class vector included.
@@ -111,6 +113,8 @@ def adapter_card(
     source = repository(place.source)
     class_name = class_name.translate(_YAML_BREAKS)
     method = PeftType(config.peft_type).value
+    base_class = denoiser(config)
+    of_class = {"class_label": class_label, "class_name": class_name}
     return _card(
         "model_card_template.md",
         results,
@@ -122,13 +126,15 @@ def adapter_card(
         metadata={
             "library_name": "peft",
             "license": license,
-            "tags": [method.lower(), "diffusers", *_TAGS],
+            "tags": [method.lower(), "diffusers", *(() if base_class else _TAGS)],
             "model_name": class_name
             if source is None
             else "/".join([source.split("/")[1], place.subfolder or ""]).rstrip("/"),
-            "class_label": class_label,
-            "class_name": class_name,
+            "pipeline_tag": _task(base_class),
+            **({} if base_class and class_label is None else of_class),
         },
+        base_class=base_class,
+        takes_labels=_task(base_class) == _TASK,
         config=config,
         is_funlora=isinstance(config, FunLoraConfig),
         method=method,
@@ -152,6 +158,7 @@ def repository_card(
     base: str | None = None,
     base_revision: str | None = None,
     base_is_unet: bool = False,
+    base_class: str | None = None,
     base_fingerprints: Mapping[str, str] | None = None,
     results: Mapping[str, Any] | None = None,
     license: str | None = None,
@@ -167,6 +174,7 @@ def repository_card(
         kind: "base" or "adapter": what the repository is loaded as.
         base: of adapters, the repository of their base; None: not published, and the card says so.
         base_is_unet: the base's repository is the U-Net itself, not a pipeline with a folder unet/.
+        base_class: of adapters, the diffusers class of a base that is no `UNet2DModel`.
         base_fingerprints: of a base, name of a dtype -> SHA-256 of the base in it.
         base_revision, results, license: as for [`Place`] and in `adapter_card`.
 
@@ -175,19 +183,26 @@ def repository_card(
     """
     repo_id = repository(repo_id)
     name = f"FunLoRA {'base' if kind == 'base' else 'adapters'}" if repo_id is None else repo_id.split("/")[1]
-    tags = ["funlora", *_TAGS] if kind == "base" else ["funlora", "diffusers", *_TAGS]
+    tags = ["funlora", *([] if kind == "base" else ["diffusers"]), *([] if base_class else _TAGS)]
     library = "diffusers" if kind == "base" else "peft"
     return _card(
         "base_card_template.md",
         results,
         kind=kind,
-        metadata={"library_name": library, "license": license, "tags": tags, "model_name": name},
+        metadata={
+            "library_name": library,
+            "license": license,
+            "tags": tags,
+            "model_name": name,
+            "pipeline_tag": _task(base_class),
+        },
         base=base,
         base_revision=base_revision,
         base_fingerprints=base_fingerprints,
         title=_text(name),
         source=repo_id,
         base_is_unet=base_is_unet,
+        base_class=base_class,
         known=[row.class_label for row in classes if row.kind == kind],
         example=next((row for row in classes if row.kind == "adapter" and row.link), None),
         table=_class_table(classes, repo_id),
@@ -202,6 +217,18 @@ def repository(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name if name is not None and "/" in name else None
+
+
+def _task(base_class: str | None) -> str:
+    return _TASK if base_class is None or base_class.startswith("DiT") else "text-to-image"
+
+
+def denoiser(config: PeftConfig) -> str | None:
+    """The class of the base if it is that of a model in a pipeline of diffusers, and no `UNet2DModel`."""
+    base = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    name, library = str(base.get("base_model_class")), str(base.get("parent_library"))
+    is_denoiser = re.fullmatch("[A-Za-z0-9]*(UNet|Transformer)[A-Za-z0-9]*", name) and name != "UNet2DModel"
+    return name if is_denoiser and library.startswith("diffusers.") else None
 
 
 def _card(
@@ -222,7 +249,6 @@ def _card(
     # After its first task alone, the classifier of a run is trained on real images.
     is_synthetic = len(results.get("tasks", ())) > 1
     data = ModelCardData(
-        pipeline_tag=_TASK,
         base_model=base,
         base_model_relation=None if base is None else "adapter",
         # results.json has local data sets by their last component, so what has an owner is on the Hub.

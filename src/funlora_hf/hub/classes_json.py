@@ -19,7 +19,7 @@ INDEX = "classes.json"
 CARD = "README.md"
 # Of results.json, what a card shows.
 _SHOWN = ("dataset", "seed", "LA", "AIA", "tasks", "class_order", "class_accuracy", "versions", "settings")
-_KINDS = {"classes": list, "base_classes": dict, "base_fingerprint": dict, "results": dict}
+_KINDS = {"base_class": str, "classes": list, "base_classes": dict, "base_fingerprint": dict, "results": dict}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class HubIndex:
         base_model: repository of the base, "user/repo"; None: unknown.
         base_revision: branch, tag or commit of it.
         base_is_unet: whether its repository is the U-Net itself, not a pipeline; None: unknown.
+        base_class: the diffusers class of a base that is no `UNet2DModel`.
         base_classes: id -> name, if the base is in this repository; else None.
         base_fingerprint: of the base in this repository, by precision.
         classes: folder -> row of each class that an adapter makes.
@@ -41,6 +42,7 @@ class HubIndex:
     base_model: str | None = None
     base_revision: str | None = None
     base_is_unet: bool | None = None
+    base_class: str | None = None
     base_classes: Mapping[int, str] | None = None
     base_fingerprint: Mapping[str, str] | None = None
     classes: Mapping[str, ClassRow] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class HubIndex:
             base=None if has_base else self.base_model,
             base_revision=None if has_base else self.base_revision,
             base_is_unet=bool(self.base_is_unet) and not has_base,
+            base_class=None if has_base else self.base_class,
             base_fingerprints=self.base_fingerprint,
             results=self.results,
             license=self.license,
@@ -122,12 +125,11 @@ def read_index(file: Path) -> HubIndex:
         ValueError: not one that `HubIndex.files` has written.
     """
     try:
-        given = read_mapping(file)
+        given = {"base_is_unet": None, "base_class": None, **read_mapping(file)}  # not in those of earlier versions
         for name, kind in _KINDS.items():
             if given[name] is not None and not isinstance(given[name], kind):
                 raise ValueError(f"`{name}` is {given[name]!r}")
         rows = [ClassRow(**row) for row in given["classes"]]
-        given.setdefault("base_is_unet", None)  # not in those of earlier versions
         known = {entry.name: given[entry.name] for entry in fields(HubIndex)}
         if known["base_classes"] is not None:
             known["base_classes"] = {int(label): str(name) for label, name in known["base_classes"].items()}

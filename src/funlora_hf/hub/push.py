@@ -12,12 +12,12 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftModel
+from torch import nn
 
-from ..adapters.class_folder import adapter_name, known_class, save_adapter
+from ..adapters.class_folder import adapter_configs, adapter_name, class_of, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
 from ..adapters.untrusted_base import PIPELINE
-from ..cards.model_cards import Place
+from ..cards.model_cards import Place, denoiser
 from ..sampling.pipeline import FunLoraPipeline
 from .classes_json import HubIndex, root_files, shown_results
 from .repository import HubRepository
@@ -58,7 +58,14 @@ def push_base(
             return push_base(folder, repo_id, private=private, license=license, commit_message=commit_message)
     base = read_base(Path(pipeline))
     repository = HubRepository(repo_id, private=private)
-    index = HubIndex(repository.repo_id, base.tag, False, base.classes, base.fingerprints, license=license)
+    index = HubIndex(
+        base_model=repository.repo_id,
+        base_revision=base.tag,
+        base_is_unet=False,
+        base_classes=base.classes,
+        base_fingerprint=base.fingerprints,
+        license=license,
+    )
     done = repository.commit(
         lambda present: {**base.files(), **root_files(repository.repo_id, present, index)}, commit_message
     )
@@ -67,7 +74,7 @@ def push_base(
 
 
 def push_adapter(
-    model: PeftModel,
+    model: nn.Module,
     adapter_name: str,
     repo_id: str,
     *,
@@ -84,9 +91,10 @@ def push_adapter(
     Push one adapter of a model, in one commit.
 
     Args:
-        model (`PeftModel`): holds the adapter.
+        model (`torch.nn.Module`): holds the adapter, as for [`save_adapter`].
         adapter_name (`str`): of the adapter in the model.
-        subfolder (`str`, *optional*): where in it; `<id>` stands for the class. None: at the root of a repository of its own.
+        subfolder (`str`, *optional*):
+            Where in it; `<id>` stands for the class. None: at the root of a repository of its own, where an adapter needs no class.
         class_label (`int`, *optional*): id of the class; None: the one in the config, or in `adapter_name` as `class_<id>`.
         class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
         base_model (`str`, *optional*): repository of the base; None: the one in the config. With neither, this warns.
@@ -100,12 +108,17 @@ def push_adapter(
         ValueError: no such adapter, no id of a class, an adapter with numbers that are not finite.
         HfHubHTTPError: the Hub refused; nothing of it is visible there.
     """
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"`adapter_name` is {adapter_name!r}, expected one of: {', '.join(model.peft_config)}.")
-    config = model.peft_config[adapter_name]
-    label, _ = known_class(config, adapter_name, class_label, class_name, name=adapter_name)
+    configs = adapter_configs(model)
+    if adapter_name not in configs:
+        raise ValueError(f"`adapter_name` is {adapter_name!r}, expected one of: {', '.join(configs) or 'none'}.")
+    label = class_of(configs[adapter_name], adapter_name)[0] if class_label is None else class_label
+    if label is None and subfolder is not None:
+        raise ValueError(
+            f"The adapter {adapter_name!r} does not say which class it is: pass `class_label`, or `subfolder=None` if it is of no "
+            "class."
+        )
     with tempfile.TemporaryDirectory() as folder:
-        written = Path(folder) / f"class_{label}"
+        written = Path(folder) / ("adapter" if label is None else f"class_{label}")
         save_adapter(model, written, adapter_name, class_label=label, class_name=class_name)
         adapter = read_adapter_folder(written)
         base = _looked_at(
@@ -115,14 +128,21 @@ def push_adapter(
             warn_without_base(adapter_name)
         repository = HubRepository(repo_id, private=private)
         where = None if subfolder is None else subfolder.replace("<id>", str(label))
-        classes = {} if where is None else {where: adapter.row(None, where)}
-        index = HubIndex(base.base, base.base_revision, _is_unet(base), classes=classes, license=license)
+        index = HubIndex(
+            base_model=base.base,
+            base_revision=base.base_revision,
+            base_is_unet=_is_unet(base),
+            base_class=denoiser(adapter.adapter.config),
+            classes={} if where is None else {where: adapter.row(None, where)},
+            license=license,
+        )
 
         def files(present: set[str]) -> _Files:
             own = adapter.files(replace(base, source=repository.repo_id, subfolder=where), license=license)
             return own if where is None else {**own, **root_files(repository.repo_id, present, index)}
 
-        return repository.commit(files, commit_message or f"Class {label} ({adapter.class_name})")
+        message = "Adapter" if label is None else f"Class {label} ({adapter.class_name})"
+        return repository.commit(files, commit_message or message)
 
 
 def push_all(
@@ -172,9 +192,9 @@ def push_all(
             made |= run.adapters[label].files(place, results=run.results_of(label), license=license)
         shown = {c: adapter_name(c) for c in run.adapters if c in labels or _weights(c) in present}
         index = HubIndex(
-            base.base,
-            base.base_revision,
-            _is_unet(base),
+            base_model=base.base,
+            base_revision=base.base_revision,
+            base_is_unet=_is_unet(base),
             base_classes=None if run.base is None else run.base.classes,
             base_fingerprint=None if run.base is None else run.base.fingerprints,
             classes={name: run.adapters[label].row(run.results, name) for label, name in shown.items()},

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
@@ -69,10 +69,10 @@ def read_base(folder: Path) -> BaseFolder:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter on this machine, checked, its class, and the picture of its samples, if there is one."""
+    """An adapter on this machine, checked, the class that it is of, if it is of one, with the name, and the picture of its samples."""
 
     adapter: SavedAdapter
-    class_label: int
+    class_label: int | None
     class_name: str
     samples: Path | None
 
@@ -87,9 +87,10 @@ class AdapterFolder:
 
     def row(self, results: Mapping[str, Any] | None, link: str) -> ClassRow:
         """Its line in a table of classes."""
-        accuracy = ((results or {}).get("class_accuracy") or {}).get(str(self.class_label))
+        label = cast(int, self.class_label)
+        accuracy = ((results or {}).get("class_accuracy") or {}).get(str(label))
         size = (self.adapter.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-        return ClassRow(self.class_label, self.class_name, "adapter", self.adapter.numel, size, accuracy, link)
+        return ClassRow(label, self.class_name, "adapter", self.adapter.numel, size, accuracy, link)
 
     def files(
         self, place: Place, *, results: Mapping[str, Any] | None = None, license: str | None = None
@@ -168,7 +169,7 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
     adapters = {}
     for path in adapter_folders(folder / ADAPTERS_FOLDER):
         found = read_adapter_folder(path, samples=folder / "figures" / f"{path.name}.png")
-        adapters[found.class_label] = found
+        adapters[cast(int, found.class_label)] = found
     if base is None and not adapters:
         raise FileNotFoundError(
             f"`output_dir` {os.fspath(folder)!r} has neither base/ nor model/ nor adapters/, expected the folder of a run."

@@ -1,5 +1,6 @@
 """The PEFT method; importing it registers FunLoRA with PEFT."""
 
+from ..tuner_base.block_weights import set_block_weights
 from ..tuner_base.mixed_batch import mixed_batch
 from ..tuner_base.registration import register
 from ..tuner_base.weights import cached_weights
@@ -27,4 +28,5 @@ __all__ = [
     "initial_alpha",
     "mixed_batch",
     "numerical_rank",
+    "set_block_weights",
 ]

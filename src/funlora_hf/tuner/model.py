@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..tuner_base.model import AdapterModel, check_no_other_method
 from .config import FunLoraConfig
 from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear
-from .targets import ALL_CONV, conv_names, decoder_middle, knows_order
+from .targets import ALL_CONV, check_is_called, conv_names, decoder_middle, knows_order
 
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
@@ -58,6 +58,10 @@ class FunLoraModel(AdapterModel):
             peft_config.target_modules = set(decoder_middle(model))
         elif peft_config.target_modules == ALL_CONV:
             peft_config.target_modules = set(conv_names(model))
+        for path, attention in model.named_modules():
+            for name in attention._modules if hasattr(attention, "fused_projections") else ():
+                if check_target_module_exists(peft_config, f"{path}.{name}"):
+                    check_is_called(f"{path}.{name}", attention)
         if peft_config.class_embedding is not None:
             _check_class_embedding(peft_config, model)
             # PEFT raises if nothing matches, but here the class embedding always does.

@@ -1,4 +1,4 @@
-"""Which convolutions of a U-Net an adapter targets by default, by the names and structure of modules."""
+"""Which layers of a model an adapter may target, and does by default, by the names and structure of modules."""
 
 from __future__ import annotations
 
@@ -12,8 +12,37 @@ from ..tuner_base.wrappers import has_class, plain_modules, without_peft
 ALL_CONV = "all-conv"
 UNETS = {"UNet2DModel", "UNet2DConditionModel"}
 
+# Projections of an attention by diffusers that are made of others by `fuse_qkv_projections`, and of which.
+FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
 # In order of execution; of those, only some U-Nets have `add_embedding` (with convolutions if it embeds an image hint).
 _PARTS = ("add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
+
+
+def check_is_called(name: str, attention: nn.Module) -> None:
+    """
+    Raise a ValueError if an attention by diffusers does not call a projection, where an adapter would have no effect.
+
+    Args:
+        name: of the projection in the model.
+        attention: the module that has it.
+    """
+    fused = [layer for layer in FUSED_PROJECTIONS if layer in attention._modules]
+    parts = [part for layer in fused for part in FUSED_PROJECTIONS[layer]]
+    # Of the class `Attention`, the processor decides: a model that is unfused again keeps the fused layers.
+    calls_fused = getattr(attention, "fused_projections", False) and (
+        not has_class(attention, "Attention") or "Fused" in type(attention.processor).__name__
+    )
+    if name.rpartition(".")[2] in (parts if calls_fused else fused):
+        raise ValueError(
+            f"Target module {name} is not called, since the projections of its attention are {'' if calls_fused else 'not '}"
+            f"fused: target {', '.join(fused if calls_fused else parts)} instead, or call "
+            f"`{'un' if calls_fused else ''}fuse_qkv_projections` before."
+        )
 
 
 def conv_names(model: nn.Module) -> list[str]:

@@ -151,7 +151,8 @@ def check_no_other_method(name: str, module: nn.Module, layer_cls: type) -> None
     if isinstance(module, BaseTunerLayer) and not isinstance(module, layer_cls):
         raise ValueError(
             f"Target module {name} carries an adapter of another method, whose effect would be dropped. Merge or "
-            "unload that adapter first, or target other modules."
+            "unload that adapter first (of a pipeline, fuse the LoRA first: `fuse_lora()`, then `unload_lora_weights()`), or "
+            "target other modules."
         )
 
 

@@ -1,0 +1,207 @@
+"""Adapters in models of diffusers: what `load_adapter` returns, what it reads, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from runs import make_tiny_unet
+from safetensors.torch import load_file, save_file
+from text_to_image import make_model
+
+from funlora_hf import AdapterBank, BaseMismatchError, FunLoraConfig, base_fingerprints, load_adapter, save_adapter
+from funlora_hf.tuner import FunLoraLayer
+
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def config(**fields):
+    return FunLoraConfig(**{"target_modules": ["to_q", "to_v"], "init_weights": False, **fields})
+
+
+def tensors_of(model, adapter_name):
+    return get_peft_model_state_dict(model, adapter_name=adapter_name)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of an adapter of the tiny UNet2DConditionModel."""
+    model = make_model("UNet2DConditionModel")
+    model.add_adapter(config())
+    save_adapter(model, tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(
+    "name", ["DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "UNet2DModel"]
+)
+def test_a_model_with_diffusers_mixin_is_returned_itself(name, tmp_path):
+    def base():
+        return make_tiny_unet() if name == "UNet2DModel" else make_model(name)
+
+    fields = {"target_modules": ["conv1"]} if name == "UNet2DModel" else {}
+    model = inject_adapter_in_model(config(**fields), base())
+    save_adapter(model, tmp_path / "a")
+    other = base()
+    loaded = load_adapter(other, tmp_path / "a")
+    assert isinstance(loaded, PeftModel) == (name != "SD3Transformer2DModel")
+    assert (loaded is other) == (name == "SD3Transformer2DModel")
+    assert not loaded.training
+    expected = tensors_of(model, "default")
+    found = {key.removeprefix("base_model.model."): t for key, t in tensors_of(loaded, "default").items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    # Whatever holds the adapter, the files are the same.
+    save_adapter(loaded, tmp_path / "b")
+    for file in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_saved_settings_name_the_class_of_the_base(saved):
+    settings = json.loads((saved / "adapter_config.json").read_text())
+    assert settings["auto_mapping"]["base_model_class"] == "UNet2DConditionModel"
+    assert settings["base_fingerprint"] == base_fingerprints(make_model("UNet2DConditionModel"))
+    assert settings["inference_mode"]
+
+
+def test_modules_saved_whole_are_loaded(tmp_path):
+    model = make_model("UNet2DConditionModel")
+    model.add_adapter(config(modules_to_save=["conv_out"]))
+    with torch.no_grad():
+        model.conv_out.modules_to_save["default"].weight.add_(1.0)
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(make_model("UNet2DConditionModel"), tmp_path / "a", adapter_name="mine")
+    expected = model.conv_out.modules_to_save["default"].weight
+    assert torch.equal(loaded.conv_out.modules_to_save["mine"].weight, expected)
+
+
+@pytest.mark.parametrize("before", [None, "lora", "funlora"])
+def test_a_refused_adapter_leaves_the_model_as_it_was(saved, before):
+    model = make_model("UNet2DConditionModel")
+    if before is not None:
+        model.add_adapter(LoraConfig(target_modules=["to_k"]) if before == "lora" else config(), "before")
+    file = saved / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, next(iter(tensors)): torch.zeros(3)}, file)
+    keys, training = set(model.state_dict()), model.training
+    with pytest.raises(ValueError, match="does not fit this base"):
+        load_adapter(model, saved)
+    assert set(model.state_dict()) == keys
+    assert model.training == training
+    assert list(getattr(model, "peft_config", {})) == ([] if before is None else ["before"])
+    save_file(tensors, file)
+    assert list(load_adapter(model, saved).peft_config) == [*([] if before is None else ["before"]), "default"]
+    with pytest.raises(ValueError, match="`adapter_name` is 'default', which the model has already"):
+        load_adapter(model, saved)
+
+
+def test_a_model_without_adapters_is_not_saved(tmp_path):
+    with pytest.raises(
+        ValueError, match="`model` is a UNet2DConditionModel, expected a PeftModel, or a model with adapt"
+    ):
+        save_adapter(make_model("UNet2DConditionModel"), tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_config_belongs_to_files_that_have_none(saved, tmp_path):
+    def load(folder, **arguments):
+        return load_adapter(make_model("UNet2DConditionModel"), folder, ignore_base_fingerprint=True, **arguments)
+
+    with pytest.raises(ValueError, match=r"`config` is given, but .*saved"):
+        load(saved, config=config())
+    plain = {
+        key.removeprefix("base_model.model."): t for key, t in load_file(saved / "adapter_model.safetensors").items()
+    }
+    settings = {**config().to_dict(), "target_modules": ["to_q", "to_v"]}
+    for folder, tensors, metadata in (
+        ("component", plain, settings),
+        (
+            "pipeline",
+            {f"unet.{key}": t for key, t in plain.items()},
+            {f"unet.{key}": v for key, v in settings.items()},
+        ),
+        ("bare", {f"unet.{key}": t for key, t in plain.items()}, None),
+    ):
+        (tmp_path / folder).mkdir()
+        header = {} if metadata is None else {"lora_adapter_metadata": json.dumps(metadata)}
+        save_file(tensors, tmp_path / folder / WEIGHTS, metadata=header)
+        if metadata is None:
+            with pytest.raises(ValueError, match="has no configuration of the adapter in it: pass `config`"):
+                load(tmp_path / folder)
+            model = load(tmp_path / folder, config=config())
+        else:
+            with pytest.raises(ValueError, match=r"`config` is given, but .* has its own"):
+                load(tmp_path / folder, config=config())
+            model = load(tmp_path / folder)
+        found = tensors_of(model, "default")
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in plain.items())
+        layers = [module for module in model.modules() if isinstance(module, FunLoraLayer)]
+        assert not any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+
+
+def test_tensors_of_other_components_are_named(saved, tmp_path):
+    plain = load_file(saved / "adapter_model.safetensors")
+    tensors = {f"unet.{key.removeprefix('base_model.model.')}": t for key, t in plain.items()}
+    save_file({**tensors, "text_encoder.layer.funlora_A": torch.zeros(2, 1)}, tmp_path / WEIGHTS)
+    with pytest.warns(UserWarning, match="also has tensors of text_encoder, left out"):
+        load_adapter(make_model("UNet2DConditionModel"), tmp_path, config=config(), ignore_base_fingerprint=True)
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", '"a"', "{}", '{"peft_type": "FUNLORA", "r": -1}', '{"peft_type": 7}'])
+def test_damaged_metadata_is_refused(saved, tmp_path, metadata):
+    tensors = load_file(saved / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"lora_adapter_metadata": metadata})
+    with pytest.raises(ValueError, match=WEIGHTS):
+        load_adapter(make_model("UNet2DConditionModel"), tmp_path)
+
+
+def test_a_lora_is_read_in_diffusers_form(tmp_path):
+    model = make_model("UNet2DConditionModel")
+    model.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    model.save_lora_adapter(tmp_path)
+    loaded = load_adapter(make_model("UNet2DConditionModel"), tmp_path)
+    expected = tensors_of(model, "default")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in tensors_of(loaded, "default").items())
+
+
+def test_a_peft_model_gets_one_more(saved):
+    model = get_peft_model(make_model("UNet2DConditionModel"), config(), adapter_name="first")
+    loaded = load_adapter(model, saved, adapter_name="second")
+    assert loaded is model
+    assert model.active_adapters == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("UNet2DConditionModel", ["conv1", "to_qkv"]),
+        ("FluxTransformer2DModel", ["to_qkv"]),
+        ("DiTTransformer2DModel", ["to_q"]),
+    ],
+)
+def test_a_bank_of_any_diffusers_model(name, targets, tmp_path):
+    def base():
+        model = make_model(name)
+        if "to_qkv" in targets:
+            model.fuse_qkv_projections()
+        return model
+
+    model, expected = base(), {}
+    for label in (1, 2):
+        inject_adapter_in_model(config(target_modules=targets), model, f"class_{label}")
+        save_adapter(model, tmp_path / f"class_{label}", f"class_{label}", class_label=label)
+        expected[label] = tensors_of(model, f"class_{label}")
+    bank = AdapterBank.from_hub(tmp_path, base())
+    assert list(bank.classes) == [1, 2]
+    for label in (2, 1):
+        bank.activate(label)
+        assert all(torch.equal(tensor, expected[label][key]) for key, tensor in bank.live_tensors.items())
+    other = make_model(name)
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    with pytest.raises(BaseMismatchError):
+        AdapterBank.from_hub(tmp_path, other)

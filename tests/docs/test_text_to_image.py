@@ -1,0 +1,500 @@
+"""The table in docs/guides/text_to_image.md: each row is a test of LoRA, which shows that the test can fail, and of FunLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from runs import REPOSITORY
+from safetensors.torch import load_file, save_file
+from text_to_image import arguments, component, make_model, make_pipeline, sample
+from torch.nn.functional import mse_loss
+
+from funlora_hf import (
+    AdapterBank,
+    BaseMismatchError,
+    FunLoraConfig,
+    load_adapter,
+    push_adapter,
+    save_adapter,
+    set_block_weights,
+)
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+ROWS: list[str] = []
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one saves and loads a pipeline's adapter."""
+
+    name: str
+    config: Callable[..., PeftConfig]
+    save: Callable[[Any, Any], None]
+    load: Callable[[Any, Any], None]
+
+    def random(self, **config: Any) -> PeftConfig:
+        """Of an adapter that is not the identity."""
+        start = "init_weights" if self.name == "FunLoRA" else "init_lora_weights"
+        return self.config(**{"target_modules": ATTENTION, start: False, **config})
+
+
+def save_lora(pipe, folder):
+    part = "transformer" if hasattr(pipe, "transformer") else "unet"
+    layers = {f"{part}_lora_layers": get_peft_model_state_dict(component(pipe), adapter_name="mine")}
+    type(pipe).save_lora_weights(folder, **layers)
+
+
+LORA = Method("LoRA", LoraConfig, save_lora, lambda pipe, folder: pipe.load_lora_weights(folder, adapter_name="mine"))
+FUNLORA = Method(
+    "FunLoRA",
+    FunLoraConfig,
+    lambda pipe, folder: save_adapter(component(pipe), folder, "mine"),
+    lambda pipe, folder: load_adapter(component(pipe), folder, adapter_name="mine"),
+)
+methods = pytest.mark.parametrize("method", [LORA, FUNLORA], ids=lambda method: method.name)
+pipelines = pytest.mark.parametrize("name", ["SD", "SDXL", "SD3", "Flux"])
+two_pipelines = pytest.mark.parametrize("name", ["SDXL", "SD3"])  # a U-Net and a transformer
+
+
+def row(capability: str) -> Callable:
+    """Mark a test as that of a row in the table."""
+    ROWS.append(capability)
+    return methods
+
+
+@pytest.fixture(scope="session")
+def plain() -> dict[str, torch.Tensor]:
+    """What each pipeline draws without adapters."""
+    return {name: sample(make_pipeline(name)) for name in ("SD", "SDXL", "SD3", "Flux")}
+
+
+def adapted(name: str, config: PeftConfig, adapter_name: str = "mine") -> Any:
+    pipe = make_pipeline(name)
+    component(pipe).add_adapter(config, adapter_name)
+    return pipe
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def far(actual, expected):
+    assert (actual - expected).abs().max() > 1e-2
+
+
+@row("`add_adapter`: a new adapter changes nothing")
+@pipelines
+def test_a_new_adapter_changes_nothing(method, name, plain):
+    close(sample(adapted(name, method.config(target_modules=ATTENTION))), plain[name])
+
+
+@row("training changes the adapter alone")
+@pipelines
+def test_training_changes_the_adapter_alone(method, name, plain):
+    pipe = adapted(name, method.random())
+    model = component(pipe)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = mse_loss(type(pipe).__call__.__wrapped__(pipe, **arguments(pipe)).images, plain[name])
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed
+    assert all(".mine" in key for key in changed)
+
+
+@row("saved and loaded, it draws the same")
+@pipelines
+def test_a_loaded_adapter_draws_the_same(method, name, plain, tmp_path):
+    pipe, other = adapted(name, method.random()), make_pipeline(name)
+    method.save(pipe, tmp_path)
+    method.load(other, tmp_path)
+    far(sample(other), plain[name])
+    close(sample(other), sample(pipe))
+
+
+@row("`get_list_adapters`, `get_active_adapters`")
+@two_pipelines
+def test_adapters_are_listed(method, name, tmp_path):
+    pipe, other = adapted(name, method.random()), make_pipeline(name)
+    method.save(pipe, tmp_path)
+    method.load(other, tmp_path)
+    (names,) = other.get_list_adapters().values()
+    assert names == other.get_active_adapters() == ["mine"]
+
+
+@row("`disable_lora`, `enable_lora`")
+@two_pipelines
+def test_disabled_adapters_do_nothing(method, name, plain, tmp_path):
+    method.save(adapted(name, method.random()), tmp_path)
+    pipe = make_pipeline(name)
+    method.load(pipe, tmp_path)
+    expected = sample(pipe)
+    pipe.disable_lora()
+    close(sample(pipe), plain[name])
+    pipe.enable_lora()
+    close(sample(pipe), expected)
+
+
+@row("`set_adapters` with weights: 0 is the base")
+@two_pipelines
+def test_adapters_act_at_a_weight(method, name, plain, tmp_path):
+    method.save(adapted(name, method.random()), tmp_path)
+    pipe = make_pipeline(name)
+    method.load(pipe, tmp_path)
+    expected = sample(pipe)
+    pipe.set_adapters("mine", 0.0)
+    close(sample(pipe), plain[name])
+    pipe.set_adapters("mine", 0.5)
+    half = sample(pipe)
+    far(half, plain[name])
+    far(half, expected)
+    pipe.set_adapters("mine")
+    close(sample(pipe), expected)
+
+
+@row("`set_adapters` of two, alone and together")
+@two_pipelines
+def test_two_adapters(method, name):
+    pipe = adapted(name, method.random())
+    mine = sample(pipe)
+    component(pipe).add_adapter(method.random(), "other")
+    other = sample(pipe)
+    pipe.set_adapters(["mine", "other"], [1.0, 0.0])
+    close(sample(pipe), mine)
+    pipe.set_adapters(["mine", "other"], [0.0, 1.0])
+    close(sample(pipe), other)
+    pipe.set_adapters(["mine", "other"])
+    far(sample(pipe), mine)
+    far(sample(pipe), other)
+
+
+@row("`scale` in `cross_attention_kwargs` or `joint_attention_kwargs`, for one call")
+@two_pipelines
+def test_a_scale_for_one_call(method, name, plain):
+    pipe = adapted(name, method.random())
+    expected = sample(pipe)
+    field = "joint_attention_kwargs" if hasattr(pipe, "transformer") else "cross_attention_kwargs"
+    close(sample(pipe, **{field: {"scale": 0.0}}), plain[name])
+    pipe.set_adapters("mine", 0.5)
+    half = sample(pipe)
+    pipe.set_adapters("mine", 1.0)
+    close(sample(pipe, **{field: {"scale": 0.5}}), half)
+    close(sample(pipe), expected)
+
+
+@row("`fuse_lora`, `unfuse_lora`")
+@pipelines
+def test_fused_into_the_weights(method, name, plain):
+    pipe = adapted(name, method.random())
+    expected = sample(pipe)
+    pipe.fuse_lora()
+    close(sample(pipe), expected)
+    pipe.unfuse_lora()
+    close(sample(pipe), expected)
+
+
+@row("`fuse_lora(lora_scale=...)`")
+@two_pipelines
+def test_fused_at_a_scale(method, name):
+    pipe = adapted(name, method.random())
+    pipe.set_adapters("mine", 0.5)
+    half = sample(pipe)
+    pipe.set_adapters("mine", 1.0)
+    pipe.fuse_lora(lora_scale=0.5)
+    close(sample(pipe), half)
+
+
+@row("`delete_adapters`, of one and of the last")
+@two_pipelines
+def test_deleted_adapters_are_gone(method, name, plain):
+    pipe = adapted(name, method.random())
+    mine = sample(pipe)
+    component(pipe).add_adapter(method.random(), "other")
+    pipe.delete_adapters("other")
+    pipe.set_adapters("mine")
+    close(sample(pipe), mine)
+    pipe.delete_adapters("mine")
+    close(sample(pipe), plain[name])
+    component(pipe).add_adapter(method.random(), "mine")
+    far(sample(pipe), plain[name])
+
+
+@row("`unload_lora_weights` gives the plain model back")
+@two_pipelines
+def test_an_unloaded_model_is_plain(method, name, plain):
+    pipe = adapted(name, method.random())
+    pipe.unload_lora_weights()
+    close(sample(pipe), plain[name])
+    assert component(pipe).state_dict().keys() == component(make_pipeline(name)).state_dict().keys()
+
+
+@row("another base is refused")
+@two_pipelines
+def test_another_base(method, name, tmp_path):
+    method.save(adapted(name, method.random()), tmp_path)
+    pipe = make_pipeline(name)
+    next(iter(component(pipe).parameters())).data.add_(1e-3)
+    if method is FUNLORA:
+        with pytest.raises(BaseMismatchError):
+            method.load(pipe, tmp_path)
+    else:
+        method.load(pipe, tmp_path)
+    assert bool(pipe.get_list_adapters()) == (method is LORA)
+
+
+@row("`save_lora_adapter` of a component writes what can be loaded")
+@two_pipelines
+def test_a_component_s_own_saving(method, name, tmp_path):
+    pipe, other = adapted(name, method.random()), make_pipeline(name)
+    component(pipe).save_lora_adapter(tmp_path, adapter_name="mine")
+    if method is LORA:
+        component(other).load_lora_adapter(
+            tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors", adapter_name="mine"
+        )
+    else:
+        with pytest.warns(UserWarning, match="was not checked that the adapter .* belongs to this base"):
+            method.load(other, tmp_path)
+        assert not any(p.requires_grad for p in component(other).parameters())
+    close(sample(other), sample(pipe))
+
+
+@row("`save_lora_weights` of a pipeline writes what can be loaded")
+@two_pipelines
+def test_a_pipeline_s_own_saving(method, name, tmp_path):
+    pipe, other = adapted(name, method.random()), make_pipeline(name)
+    save_lora(pipe, tmp_path)
+    if method is LORA:
+        method.load(other, tmp_path)
+    else:
+        load_adapter(component(other), tmp_path, adapter_name="mine", config=method.random())
+    close(sample(other), sample(pipe))
+
+
+@row("a file with NaN is refused")
+@two_pipelines
+def test_a_damaged_file(method, name, tmp_path):
+    method.save(adapted(name, method.random()), tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    next(iter(tensors.values())).fill_(torch.nan)
+    save_file(tensors, file)
+    pipe = make_pipeline(name)
+    if method is FUNLORA:
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            method.load(pipe, tmp_path)
+    else:
+        method.load(pipe, tmp_path)
+    assert bool(pipe.get_list_adapters()) == (method is LORA)
+
+
+@row("a text encoder")
+def test_a_text_encoder(method, tmp_path):
+    def draw(pipe):
+        return pipe("a photo", num_inference_steps=2, output_type="latent", generator=torch.manual_seed(0)).images
+
+    pipe, other = make_pipeline("SD"), make_pipeline("SD")
+    plain = draw(pipe)
+    pipe.text_encoder.add_adapter(method.random(target_modules=["q_proj", "v_proj"]), "mine")
+    if method is LORA:
+        layers = get_peft_model_state_dict(pipe.text_encoder, adapter_name="mine")
+        pipe.save_lora_weights(tmp_path, text_encoder_lora_layers=layers)
+        other.load_lora_weights(tmp_path)
+    else:
+        save_adapter(pipe.text_encoder, tmp_path, "mine")
+        load_adapter(other.text_encoder, tmp_path)
+    far(draw(other), plain)
+    close(draw(other), draw(pipe))
+
+
+@row("a model without `add_adapter` (DiT, PixArt): `get_peft_model`")
+def test_a_model_without_add_adapter(method, tmp_path):
+    def run(model):
+        states = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1))
+        inputs = {"timestep": torch.tensor([500]), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        with torch.no_grad():
+            return model(torch.ones(1, 4, 8, 8), encoder_hidden_states=states, **inputs).sample
+
+    base = make_model("PixArtTransformer2DModel")
+    plain = run(base)
+    model = get_peft_model(base, method.random())
+    other = make_model("PixArtTransformer2DModel")
+    if method is LORA:
+        model.save_pretrained(tmp_path)
+        PeftModel.from_pretrained(other, tmp_path)
+    else:
+        save_adapter(model, tmp_path)
+        load_adapter(other, tmp_path)
+    far(run(other), plain)
+    close(run(other), run(model))
+
+
+@row("on the Hub")
+def test_on_the_hub(method, hub, tmp_path):
+    pipe, other = adapted("SD", method.random()), make_pipeline("SD")
+    if method is LORA:
+        save_lora(pipe, tmp_path)
+        HfApi().create_repo("me/subject")
+        HfApi().upload_folder(repo_id="me/subject", folder_path=tmp_path)
+        other.load_lora_weights("me/subject", weight_name="pytorch_lora_weights.safetensors")
+    else:
+        push_adapter(pipe.unet, "mine", "me/subject", subfolder=None, base_model="me/base")
+        load_adapter(other.unet, "me/subject")
+    close(sample(other), sample(pipe))
+
+
+def test_classes_on_the_hub(hub):
+    """For `AdapterBank`: the card at the root names the model, and says how to load them."""
+    pipe = adapted("SD", FUNLORA.random())
+    push_adapter(pipe.unet, "mine", "me/subjects", class_label=7, base_model="me/base")
+    card = hub.files("me/subjects")["README.md"].decode()
+    for text in (
+        "for a frozen UNet2DConditionModel.",
+        'AdapterBank.from_hub("me/subjects", pipe.unet)',
+        "bank.activate(7)",
+        "pipeline_tag: text-to-image",
+    ):
+        assert text in card
+    for text in ("class-conditional", "FunLoraPipeline", "PeftModel"):
+        assert text not in card
+    other = make_pipeline("SD")
+    AdapterBank.from_hub("me/subjects", other.unet).activate(7)
+    close(sample(other), sample(pipe))
+
+
+@row("`fuse_qkv_projections`, then `add_adapter` on `to_qkv`")
+@pytest.mark.parametrize("name", ["SD", "Flux"])
+def test_fused_projections(method, name, plain, tmp_path):
+    pipe, other = make_pipeline(name), make_pipeline(name)
+    for each in (pipe, other):
+        component(each).fuse_qkv_projections()
+    component(pipe).add_adapter(method.random(target_modules=["to_qkv"]), "mine")
+    method.save(pipe, tmp_path)
+    method.load(other, tmp_path)
+    far(sample(other), plain[name])
+    close(sample(other), sample(pipe))
+
+
+@row("an adapter of the parts of fused projections, which are not called, is refused")
+@pytest.mark.parametrize("name", ["SD", "Flux"])
+def test_parts_of_fused_projections(method, name, plain, tmp_path):
+    config = method.random(target_modules=["attn1.to_v"] if name == "SD" else ["to_v"])
+    method.save(adapted(name, config), tmp_path)
+    pipe = make_pipeline(name)
+    component(pipe).fuse_qkv_projections()
+    if method is FUNLORA:
+        with pytest.raises(
+            ValueError, match=r"to_v is not called, since .* fused: target to_qkv.*unfuse_qkv_projections"
+        ):
+            method.load(pipe, tmp_path)
+        component(pipe).unfuse_qkv_projections()
+    method.load(pipe, tmp_path)
+    if method is FUNLORA:
+        far(sample(pipe), plain[name])
+    else:
+        close(sample(pipe), plain[name])
+
+
+@row("a LoRA beside it on other layers, loaded without `adapter_name`")
+@pipelines
+def test_a_lora_beside_it(method, name, tmp_path):
+    save_lora(adapted(name, LORA.random(target_modules=["ff.net.2"])), tmp_path)
+    pipe = adapted(name, method.random())
+    mine = sample(pipe)
+    pipe.load_lora_weights(tmp_path)
+    both = ["mine", "default_1"]
+    assert list(component(pipe).peft_config) == both
+    pipe.set_adapters(both)
+    together = sample(pipe)
+    far(together, mine)
+    pipe.set_adapters(both, [1.0, 0.0])
+    close(sample(pipe), mine)
+    pipe.set_adapters(both)
+    pipe.fuse_lora()
+    close(sample(pipe), together)
+    pipe.unfuse_lora()
+    pipe.delete_adapters("default_1")
+    close(sample(pipe), mine)
+
+
+@row("on a layer that has a LoRA")
+@two_pipelines
+def test_on_a_layer_with_a_lora(method, name):
+    pipe = adapted(name, LORA.random(), "lora")
+    if method is FUNLORA:
+        with pytest.raises(ValueError, match="fuse the LoRA first"):
+            component(pipe).add_adapter(method.random(), "mine")
+        expected = sample(pipe)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        close(sample(pipe), expected)
+    else:
+        expected = sample(pipe)
+    component(pipe).add_adapter(method.random(), "mine")
+    far(sample(pipe), expected)
+
+
+BLOCKS = {"target_modules": ["conv1", "to_v"]}
+
+
+@row("weights by block in `set_adapters`: blocks without attention stay at 1")
+def test_weights_of_blocks_with_attention(method, plain):
+    pipe = adapted("SD", method.random(**BLOCKS))
+    pipe.set_adapters("mine", {"unet": {"down": 0.0, "mid": 0.0, "up": 0.0}})
+    far(sample(pipe), plain["SD"])
+    pipe = adapted("SD", method.random(target_modules=["to_v"]))
+    pipe.set_adapters("mine", {"unet": {"down": 0.0, "mid": 0.0, "up": 0.0}})
+    close(sample(pipe), plain["SD"])
+
+
+@row("`set_block_weights`: all blocks")
+@pytest.mark.parametrize(
+    ("name", "parts"), [("SD", ["down_blocks", "mid_block", "up_blocks"]), ("SD3", ["transformer_blocks"])]
+)
+def test_weights_of_all_blocks(method, name, parts, plain):
+    pipe = adapted(name, method.random(target_modules=["conv1", "to_v"]))
+    expected = sample(pipe)
+    set_block_weights(component(pipe), dict.fromkeys(parts, 0.0))
+    close(sample(pipe), plain[name])
+    set_block_weights(component(pipe), {parts[0]: 0.5})
+    far(sample(pipe), plain[name])
+    far(sample(pipe), expected)
+    set_block_weights(component(pipe), {})
+    close(sample(pipe), expected)
+    with pytest.raises(ValueError, match="`weights` names nowhere, where no layer has the adapter 'mine'"):
+        set_block_weights(component(pipe), {parts[0]: 0.0, "nowhere": 1.0}, "mine")
+    close(sample(pipe), expected)
+
+
+@row("`set_lora_device`")
+@two_pipelines
+def test_a_device_for_adapters(method, name):
+    pipe = adapted(name, method.random())
+    if method is FUNLORA:
+        with pytest.raises(AttributeError, match="lora_A"):
+            pipe.set_lora_device(["mine"], "meta")
+        component(pipe).to("meta")
+    else:
+        pipe.set_lora_device(["mine"], "meta")
+    assert all(tensor.is_meta for key, tensor in component(pipe).state_dict().items() if ".mine" in key)
+
+
+def test_the_page_has_these_rows():
+    lines = (REPOSITORY / "docs" / "guides" / "text_to_image.md").read_text(encoding="utf-8").splitlines()
+    cells = [line.strip("|").split(" | ") for line in lines if line.startswith("|")]
+    assert cells[0] == [" capability", "LoRA", "FunLoRA "]
+    assert [row[0].strip() for row in cells[2:]] == ROWS
+    assert {len(row) for row in cells[2:]} == {3}
