@@ -260,8 +260,8 @@ def summary(folder: Path = RESULTS) -> str:
     parts = [
         "# Benchmarks",
         "",
-        "`make bench` measures them anew. Both sides of a ratio run in turns in one process; it is the median over the turns, "
-        "with its quartiles.",
+        "`make bench` writes this page. Both sides of a ratio run alternately in one process; the ratio is the median over the "
+        "turns, with its quartiles.",
     ]
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))

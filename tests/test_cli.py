@@ -440,7 +440,7 @@ def test_pull_overwrites_only_when_told(command, fails, hub, run_folder, tmp_pat
     card.write_text("mine")
     before = digests(there)
     error = fails("pull", REPO, there)
-    assert "class_8: there already, with other content" in error
+    assert "class_8: exists already, with different content" in error
     assert "--overwrite" in error
     assert digests(there) == before
     code, out, _ = command("pull", REPO, there, "--overwrite")
@@ -460,7 +460,7 @@ def test_pull_writes_nothing_that_is_unsound(command, fails, hub, run_folder, tm
         "pull", run_folder, tmp_path / "local", "--classes", "9"
     )
     assert "has no class_9" in fails("pull", REPO, there, "--classes", "9")
-    assert "holds no base" in fails("pull", run_folder / "adapters", tmp_path / "local", "--with_base")
+    assert "has no base" in fails("pull", run_folder / "adapters", tmp_path / "local", "--with_base")
 
 
 def test_pull_to_a_run_of_another_base(command, fails, hub, run_folder, tiny_pipe, tmp_path):
@@ -470,7 +470,7 @@ def test_pull_to_a_run_of_another_base(command, fails, hub, run_folder, tiny_pip
     tiny_pipe.save_pretrained(tmp_path / "there" / "base")
     before = digests(tmp_path / "there")
     assert "was trained for another base" in fails("pull", REPO, tmp_path / "there")
-    assert "there already, with other content" in fails("pull", REPO, tmp_path / "there", "--with_base")
+    assert "exists already, with different content" in fails("pull", REPO, tmp_path / "there", "--with_base")
     assert digests(tmp_path / "there") == before
 
 
@@ -479,7 +479,7 @@ def test_pull_of_an_adapter_that_says_it_is_another(fails, run_folder, tmp_path)
     write_json(config, {**read_json(config), "class_label": 8})
     assert "its folder is 'class_7', but its config says class 8" in fails("pull", run_folder, tmp_path / "there")
     own = shutil.move(config.parent, tmp_path / "seven")
-    assert "makes class 8, which is not in [7]" in fails("pull", own, tmp_path / "there", "--classes", "7")
+    assert "is of class 8, which is not in [7]" in fails("pull", own, tmp_path / "there", "--classes", "7")
     assert not (tmp_path / "there").exists()
 
 
@@ -508,7 +508,7 @@ def test_delete_takes_a_class_out_of_folder_and_repository(command, fails, hub, 
     assert (code, output.splitlines()[0]) == (0, "deleted class 7 (name 7) from user/digits")
     assert not (run_folder / "adapters" / "class_7").exists()
     assert not any(name.startswith("class_7") for name in hub.files("user/digits"))
-    assert "`class_label` is 7, which none of the places given has" in fails("delete", "7", *places)
+    assert "`class_label` is 7, which none of the given places has" in fails("delete", "7", *places)
     damage(run_folder, 8)
     assert command("delete", "8", *places[:2])[:2] == (0, f"deleted class 8 from {run_folder}\n")
 

@@ -34,7 +34,7 @@ def test_classes_are_ordered_by_id_or_name():
 @pytest.mark.parametrize(
     ("order", "text"),
     [
-        (["cat", "dgo"], "`class_order` has 'dgo', which is no class of the dataset. Did you mean 'dog'?"),
+        (["cat", "dgo"], "`class_order` has 'dgo', which is not a class of the dataset. Did you mean 'dog'?"),
         (["cat", "dog", "2", "cat", "7"], "holds [0] more than once"),
         (["cat", "dog"], "`class_order` leaves out '0', 'émeu': give each class once"),
     ],

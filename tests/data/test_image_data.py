@@ -185,7 +185,7 @@ def test_a_folder_of_images_as_one_class(tmp_path, recwarn):
 def test_images_beside_class_folders_are_named(tmp_path):
     folder = image_folder(tmp_path / "mixed", "cat/a.png", "b.png")
     with pytest.warns(
-        UserWarning, match=r"'mixed': these lie outside of the folders of the classes.* left out: 'b.png'"
+        UserWarning, match=r"'mixed': these are outside of the folders of the classes.* left out: 'b.png'"
     ):
         assert load(folder, one_class=True).count(0) == 1
 
@@ -561,8 +561,8 @@ def test_max_images_per_class_keeps_the_first(tmp_path):
         ({"image_size": True}, "image_size=True must be a whole number"),
         ({"image_size": 0}, "image_size=0 must be a whole number.*--image_size"),
         ({"max_images_per_class": 0}, "max_images_per_class=0.*--max_images_per_class"),
-        ({"test_fraction": 1.0}, "test_fraction=1.0 must lie between 0 and 1.*--test_fraction"),
-        ({"validation_fraction": 0}, "validation_fraction=0 must lie between 0 and 1.*--validation_fraction"),
+        ({"test_fraction": 1.0}, "test_fraction=1.0 must be between 0 and 1.*--test_fraction"),
+        ({"validation_fraction": 0}, "validation_fraction=0 must be between 0 and 1.*--validation_fraction"),
     ],
 )
 def test_arguments_out_of_range(options, message):
@@ -907,7 +907,7 @@ def test_a_row_names_no_file_outside_of_the_data(place, whole_folder, tmp_path, 
     for path in (tmp_path / place, place):
         file = parquet_that_names(path, tmp_path / "data")
         found = load_image_data(str(file.parent if whole_folder else file), image_size=8, channels=1)
-        with pytest.raises(ValueError, match="lies outside of the data set"):
+        with pytest.raises(ValueError, match="is outside of the dataset"):
             [found.images(1, split=split) for split in ("train", "test")]
 
 
@@ -942,7 +942,7 @@ def test_digests_know_classes_by_name_and_content(tmp_path):
 
 
 LEFT_OUT = {
-    "an image beside the folders": ("root.png", "lie outside of the folders of the classes.*'root.png'"),
+    "an image beside the folders": ("root.png", "are outside of the folders of the classes.*'root.png'"),
     "a folder with a name that datasets skips": ("__background/0.png", "begin with '__'.*'__background'"),
     "a class of hidden images": ("c/.0.png", "these folders have no image.*'c'"),
 }
@@ -962,7 +962,7 @@ def test_what_datasets_skips_is_named(place, text, tmp_path):
     ("names", "text"),
     [
         (("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"), "more than once"),
-        (("a", " "), "has a label without text"),
+        (("a", " "), "has an empty label"),
     ],
 )
 def test_names_that_cannot_be_told_apart_are_refused(names, text, tmp_path):

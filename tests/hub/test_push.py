@@ -414,7 +414,7 @@ def test_a_deleted_class_is_gone_everywhere(hub, run_folder, history):
     assert FunLoraPipeline.from_pretrained(REPO).load_adapter(REPO, subfolder="class_8") == 8
     (run_folder / "figures" / "class_8.png").unlink()
     assert push_all(run_folder, REPO) == []
-    with pytest.raises(ValueError, match="`class_label` is 7, which none of the places given has"):
+    with pytest.raises(ValueError, match="`class_label` is 7, which none of the given places has"):
         delete_class(7, pipeline=pipe, bank=bank, output_dir=run_folder, repo_id=REPO)
     with pytest.raises(ValueError, match="`class_label` is 3, a class of the base"):
         delete_class(3, pipeline=pipe)

@@ -177,7 +177,7 @@ def test_adapters_alone_are_held_against_the_base_given(run_folder, tiny_pipe, t
         tiny_pipe.unet.conv_in.weight[0] += 1e-3
     tiny_pipe.save_pretrained(tmp_path / "other")
     assert not any(verdict.ok for verdict in verify(alone, base=tmp_path / "other"))
-    with pytest.raises(FileNotFoundError, match="which holds no base"):
+    with pytest.raises(FileNotFoundError, match="which has no base"):
         verify(alone, base=alone)
 
 

@@ -650,5 +650,5 @@ def test_velocities_of_whole_numbers_are_refused(tiny_pipe):
 def test_adapters_of_an_earlier_save_are_named(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     pipe.unload_adapter(9)
-    with pytest.warns(UserWarning, match=r"adapters' also holds class_9, which this pipeline does not have"):
+    with pytest.warns(UserWarning, match=r"adapters' also has class_9, which this pipeline does not have"):
         pipe.save_pretrained(tmp_path)

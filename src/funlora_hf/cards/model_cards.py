@@ -22,9 +22,9 @@ from ..utils.checks import FINGERPRINT_DTYPES
 _HUB = "https://huggingface.co"
 _TASK = "unconditional-image-generation"  # the Hub has no name for class-conditional generation
 _TAGS = ("continual-learning", "flow-matching", "class-conditional-image-generation")
-# What makes Markdown out of plain text, be it in a line of its own, in a cell or in a link.
+# Characters with a meaning in Markdown, whether in a line, in a table cell or in a link.
 _MARKUP = str.maketrans({character: f"\\{character}" for character in "`*_[]<>|~&#$"})
-# The Hub takes two backslashes before a bracket for mathematics.
+# The Hub reads two backslashes before a bracket as mathematics.
 _MARKUP[ord("\\")] = "&#92;"
 _YAML_BREAKS = str.maketrans("\x85\u2028\u2029", "   ")  # PyYAML does not read them as it writes them
 _JOINERS = "\u200c\u200d"  # not printable, yet parts of words and of emoji
@@ -33,13 +33,13 @@ _JOINERS = "\u200c\u200d"  # not printable, yet parts of words and of emoji
 @dataclass(frozen=True)
 class Place:
     """
-    Where an adapter and its base are, as a reader of the card can load them.
+    Where a reader of the card can load an adapter and its base from.
 
-    What is not of the form "user/repo" counts as not on the Hub, so that no path of a machine gets into a card.
+    A name that does not have the form "user/repo" counts as not on the Hub, so that no local path gets into a card.
 
     Args:
         source: repository of the adapter, "user/repo"; None: not on the Hub, and the snippet says path/to/...
-        subfolder: of the adapter in it, such as "class_7"; None: at its root.
+        subfolder: folder of the adapter in it, such as "class_7"; None: at its root.
         base: repository of the base; None: not published, and the card says so.
         base_revision: branch, tag or commit of the base; None: its main branch.
         base_is_unet: the base's repository is the U-Net itself, not a pipeline with a folder unet/.
@@ -60,11 +60,11 @@ class ClassRow:
     Args:
         class_label: id of the class.
         class_name: its name.
-        kind: what makes it, "base" or "adapter".
-        parameters: of its adapter; None: unknown, or of the base.
-        num_bytes: of its adapter's file; None: unknown, or of the base.
+        kind: what generates it, "base" or "adapter".
+        parameters: number of parameters of its adapter; None: unknown, or a class of the base.
+        num_bytes: size of its adapter's file; None: unknown, or a class of the base.
         accuracy: in %; None: not measured.
-        link: folder of the adapter in the repository, such as "class_7"; None: nowhere.
+        link: folder of the adapter in the repository, such as "class_7"; None: not in the repository.
     """
 
     class_label: int
@@ -77,7 +77,7 @@ class ClassRow:
 
     def __post_init__(self) -> None:
         if self.kind not in ("base", "adapter"):
-            raise ValueError(f"`kind` is {self.kind!r}, expected 'base' or 'adapter': what makes the class.")
+            raise ValueError(f"`kind` is {self.kind!r}, expected 'base' or 'adapter': what generates the class.")
 
 
 def adapter_card(
@@ -138,7 +138,7 @@ def adapter_card(
         config=config,
         is_funlora=isinstance(config, FunLoraConfig),
         method=method,
-        # The comparison methods are registered with PEFT by a module of their own.
+        # A separate module registers the comparison methods with PEFT.
         package="funlora_hf.baselines" if type(config).__module__.startswith("funlora_hf.baselines") else "funlora_hf",
         source=source,
         place=place,
@@ -211,7 +211,7 @@ def repository_card(
 
 
 def repository(name: str | None) -> str | None:
-    """The name if it has the form of a repository on the Hub, "user/repo", else None."""
+    """Return the name if it has the form of a repository on the Hub, "user/repo", else None."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -243,7 +243,7 @@ def _card(
     base_fingerprints: Mapping[str, str] | None = None,
     **parts: Any,
 ) -> ModelCard:
-    """The card of a base or of adapters, as `kind` says; the template gets `parts` and what all cards show."""
+    """Return the card of a base or of adapters, depending on `kind`; the template gets `parts` and what all cards show."""
     results = results or {}
     base, dataset = repository(base), _dataset(results)
     # After its first task alone, the classifier of a run is trained on real images.
@@ -251,12 +251,12 @@ def _card(
     data = ModelCardData(
         base_model=base,
         base_model_relation=None if base is None else "adapter",
-        # results.json has local data sets by their last component, so what has an owner is on the Hub.
+        # results.json names a local dataset by the last part of its path, so a name with an owner is on the Hub.
         datasets=[dataset] if dataset is not None and repository(dataset) else None,
         eval_results=_eval_results(results, dataset, accuracy, metadata.get("class_name")) if is_synthetic else None,
         **metadata,
     )
-    # The end of the metadata is stripped, and a name may end with a blank of Unicode: the tags come last.
+    # The end of the metadata is stripped, and a name may end with a Unicode space: so the tags come last.
     data.tags = data.pop("tags")
     return ModelCard.from_template(
         data,
@@ -274,7 +274,7 @@ def _card(
         accuracy=accuracy,
         is_synthetic=is_synthetic,
         training=_training(results, dataset, kind),
-        # A file may have brought them in another order.
+        # A file may list them in another order.
         fingerprints={dtype: (base_fingerprints or {}).get(dtype) for dtype in FINGERPRINT_DTYPES},
         **parts,
     )
@@ -288,7 +288,7 @@ def _template(name: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Any text as one line of Markdown that shows it and nothing else, in a table, too."""
+    """Return one line of Markdown that shows exactly this text, also in a table."""
     printable = "".join(c if c.isprintable() or c in _JOINERS else " " for c in text)
     return " ".join(printable.split()).translate(_MARKUP) or "(no name)"
 
@@ -298,8 +298,8 @@ def _size(num_bytes: int) -> str:
 
 
 def _arguments(place: str, **others: str | None) -> str:
-    """Arguments of a call in the card's Python; those that are None are left out."""
-    # A JSON string is one of Python's, too.
+    """Return the arguments of a call in the card's Python, without those that are None."""
+    # A JSON string is also a Python string.
     named = [f"{key}={json.dumps(value)}" for key, value in others.items() if value is not None]
     return ", ".join([json.dumps(place), *named])
 
@@ -307,12 +307,12 @@ def _arguments(place: str, **others: str | None) -> str:
 def _base_link(base: str | None, revision: str | None) -> str | None:
     if base is None or revision is None:
         return base and f"[{_text(base)}]({_HUB}/{base})"
-    # A commit that is named is linked to, so that the reader sees the base that was meant.
+    # Link to the named revision, so that the reader sees this base and not a later one.
     return f"[{_text(base)}]({_HUB}/{base}/tree/{quote(revision, safe='')}), revision {_text(revision)}"
 
 
 def _dataset(results: Mapping[str, Any]) -> str | None:
-    """Name of the run's data set: an id of the Hub, or the last component of a path."""
+    """Name of the run's dataset: an id on the Hub, or the last part of a path."""
     name = results.get("dataset") or ""
     return repository(name) or Path(name.replace("\\", "/")).name or None
 
@@ -342,7 +342,7 @@ def _eval_results(
 
 
 def _training(results: Mapping[str, Any], dataset: str | None, kind: str) -> dict[str, str]:
-    """How the run trained a base or an adapter, and on what."""
+    """Settings with which the run trained a base or an adapter, and its dataset."""
     settings = results.get("settings", {})
     if kind == "base" and settings.get("ModelArguments", {}).get("base_model"):
         return {}  # the run was given its base
@@ -371,8 +371,8 @@ def _training(results: Mapping[str, Any], dataset: str | None, kind: str) -> dic
 
 
 def _class_table(classes: Sequence[ClassRow], repo_id: str | None) -> list[Sequence[str]]:
-    """The table of classes, its header first; a column with nothing in it is left out."""
-    # A relative link on the Hub is taken for one to a file, which a folder is not.
+    """The rows of the table of classes, header first, without empty columns."""
+    # The Hub treats a relative link as a link to a file, which does not work for a folder.
     root = "" if repo_id is None else f"{_HUB}/{repo_id}/tree/main/"
     columns = {
         "id": [str(row.class_label) for row in classes],

@@ -1,4 +1,4 @@
-"""The ids of new classes beside those that a generator knows."""
+"""Ids for new classes, next to the classes that a generator knows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..utils.checks import did_you_mean, one_form, shortened
 
 
 def assign_class_ids(names: Sequence[str], known: Mapping[int, str], *, taken: Collection[int] = ()) -> list[int]:
-    """Ids for a dataset's classes next to the classes that a generator knows.
+    """Assign ids to a dataset's classes, next to the classes that a generator knows.
 
     Args:
         names: the dataset's class names, in its order.
@@ -18,8 +18,8 @@ def assign_class_ids(names: Sequence[str], known: Mapping[int, str], *, taken: C
         taken: further ids that no new class may get.
 
     Returns:
-        One id for each name: the known one if the name is known, in whatever Unicode form, else the next free id above those
-        known and taken.
+        One id for each name: the known id if the name is known, in any Unicode form, else the next id above all known and
+        taken ones.
 
     Raises:
         ValueError: a name given twice, in names or in known.
@@ -33,10 +33,10 @@ def assign_class_ids(names: Sequence[str], known: Mapping[int, str], *, taken: C
 
 
 def ordered_class_ids(order: Sequence[str], classes: Mapping[int, str]) -> list[int]:
-    """The ids of classes in an order that is given as text.
+    """Return the ids of classes in an order that is given as text.
 
     Args:
-        order: each class once: its id, or, if no id is like it, its name.
+        order: each class once, by its id or its name. A text that is both an id and a name counts as the id.
         classes: id -> name.
 
     Raises:
@@ -47,7 +47,7 @@ def ordered_class_ids(order: Sequence[str], classes: Mapping[int, str]) -> list[
     for text in order:
         if one_form(text) not in known:
             raise ValueError(
-                f"`class_order` has {text!r}, which is no class of the dataset.{did_you_mean(text, known)}"
+                f"`class_order` has {text!r}, which is not a class of the dataset.{did_you_mean(text, known)}"
             )
     ids = [known[one_form(text)] for text in order]
     check_unique("class_order", ids)
@@ -60,7 +60,7 @@ def ordered_class_ids(order: Sequence[str], classes: Mapping[int, str]) -> list[
 
 
 def check_unique(field: str, values: list) -> None:
-    """Raise a ValueError that names the field and what it holds more than once."""
+    """Raise a ValueError that names the field and its repeated values."""
     repeated = sorted(value for value, count in Counter(values).items() if count > 1)
     if repeated:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Decodes images that anybody may have written, after a look at their headers."""
+"""Decode untrusted images, after a check of their headers."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ from PIL import Image, ImageOps
 from ..utils.checks import shortened
 
 
-# A frame of 8K video has 33.2 million. A file of some bytes can say that it has billions, and decoding takes up to 16 bytes each.
+# A frame of 8K video has 33.2 million. A small file can claim billions, and decoding takes up to 16 bytes per pixel.
 MOST_PIXELS = 2**25
-# Some of Pillow's others start another program (EPS) or hold an image of another size than their header says (ICO).
+# Some other formats of Pillow start another program (EPS) or hold an image whose size differs from their header's (ICO).
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
 def check_inside(path: str | None, roots: Sequence[str]) -> Path:
     """
-    The file that a row names. Links in the folders of a data set may lead out of it, names may not.
+    Return the file that a row names. Links in the folders of a dataset may lead out of it; names may not.
 
     Raises:
-        ValueError: it is no file on this machine, or lies outside of the folders of the data set.
+        ValueError: there is no such file on this machine, or it is outside of the folders of the dataset.
     """
     if not path or "\0" in path or not os.path.isfile(path):
         raise ValueError(f"its file is {shortened(repr(path), 200)}, which is no file on this machine")
     place = Path(os.path.abspath(path))
     if not any(place.is_relative_to(os.path.abspath(root)) for root in roots):
-        raise ValueError(f"its file is {shortened(repr(path), 200)}, which lies outside of the data set")
+        raise ValueError(f"its file is {shortened(repr(path), 200)}, which is outside of the dataset")
     return place
 
 
 def decode_image(encoded: Mapping[str, Any], *, roots: Sequence[str]) -> Image.Image:
-    """Decode an image in a file on this machine or in bytes, and turn it as its EXIF orientation says.
+    """Decode an image from a local file or from bytes, and apply its EXIF orientation.
 
     The header is checked before anything is decoded. No other program is started and no address is requested. Of several frames, the
     first is read, and `info["has_more_frames"]` says so.
 
     Args:
         encoded: "bytes", or None and "path", as `datasets` keeps an image undecoded.
-        roots: folders in which the file may lie.
+        roots: folders that may contain the file.
 
     Raises:
-        ValueError: no file, or none in `roots`, another format than `FORMATS`, or its header has no size, or one of more than `MOST_PIXELS`.
+        ValueError: no file in `roots`, a format other than `FORMATS`, or a header without a size or with more than
+            `MOST_PIXELS`.
         OSError: Pillow finds no image in it.
-        Exception: what else Pillow's formats raise.
+        Exception: any other error of Pillow's formats.
     """
     content, path = encoded.get("bytes"), encoded.get("path")
     source = io.BytesIO(content) if content is not None else check_inside(path, roots)

@@ -1,7 +1,7 @@
 """Image datasets by class, and their split into tasks.
 
-A dataset is read with `datasets`, its label column once, and its images only when a class is asked for: a
-continual learner must not hold the images of earlier tasks, so nothing here keeps decoded images.
+`datasets` reads the dataset: its label column once, and its images only when a class is requested. A continual
+learner must not hold the images of earlier tasks, so nothing here keeps decoded images.
 """
 
 import glob
@@ -45,7 +45,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 @dataclass(frozen=True)
 class _Part:
-    """Images of one split: undecoded rows of a dataset's split, and which of them belong to which class."""
+    """Images of one split: undecoded rows of a dataset's split, and the rows of each class."""
 
     source: str  # the dataset's own name of the split, for error texts: a held-out part comes from "train" too
     encoded: Dataset
@@ -55,7 +55,7 @@ class _Part:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class ImageClassificationData:
-    """Real images of a dataset, by class; decodes only the classes asked for.
+    """Real images of a dataset, by class; only requested classes are decoded.
 
     Made by `load_image_data`.
 
@@ -133,7 +133,7 @@ class ImageClassificationData:
         return torch.from_numpy(pixels)
 
     def digests(self) -> dict[str, dict[str, str | int]]:
-        """What each class is, by its id: name, number of images and a hash of their files, without decoding any.
+        """Name, number of images and a hash of their files for each class, without decoding any.
 
         Raises:
             ValueError: the file of an image cannot be read.
@@ -193,7 +193,7 @@ class ImageClassificationData:
         self._warned.add("conversion")
         kinds = ("colour", "grey (1 channel)") if channels == 1 else ("grey", "RGB (3 channels)")
         warnings.warn(
-            f"dataset {self.name!r} holds {kinds[0]} images; they are converted to {kinds[1]}, as the model asks for.",
+            f"dataset {self.name!r} holds {kinds[0]} images; they are converted to {kinds[1]}, as the model expects.",
             stacklevel=3,
         )
 
@@ -219,23 +219,23 @@ def load_image_data(
 
     Args:
         dataset_name: "digits" (scikit-learn's 8x8 digits), a folder of class subfolders (with or without train and
-            test folders above them), a folder of parquet files, a single .parquet file, or a dataset id on the hub.
+            test folders above them), a folder of parquet files, a single .parquet file, or a dataset id on the Hub.
         image_column: column of the images; None: the only `Image` column.
         label_column: column of the labels (`ClassLabel`, integers >= 0 or strings); None: the only `ClassLabel`
             column, else the only column with a usual name such as "label".
         train_split: the dataset's split to train on.
         test_split: the dataset's split to test on; None: "test", else "validation", "valid" or "val", else
-            `test_fraction` of the training split is held out. The name of `train_split` asks for the hold-out too.
+            `test_fraction` of the training split is held out. The name of `train_split` also means this hold-out.
         image_size: height and width of the images returned. The shorter side is resized, the centre kept.
         channels: 1 (grey) or 3 (RGB).
-        test_fraction: fraction of each class held out where the dataset has no test split (for "digits": the size of
-            its test split). Every class keeps at least one training image and, if it has two, gives one test image.
+        test_fraction: fraction of each class held out if the dataset has no test split (for "digits": the size of
+            its test split). Every class keeps at least one training image and, if it has two, has one test image.
         validation_fraction: None, or the fraction of each class's training images that becomes the "test" split
-            instead: the real test images stay unread, so that settings can be chosen without them.
-        dataset_config_name: configuration of a hub dataset or of a folder of parquet files.
-        revision: revision of a hub dataset.
-        max_images_per_class: keep the first so many images of each class in either split; None: all.
-        hold_out: False: train on all images of a dataset without a test split, and have none to test on.
+            instead. The real test images are not read, so that settings can be chosen without them.
+        dataset_config_name: configuration of a Hub dataset or of a folder of parquet files.
+        revision: revision of a Hub dataset.
+        max_images_per_class: keep only the first images of each class, up to this number, in both splits; None: all.
+        hold_out: False: use all images of a dataset without a test split for training, and have no test images.
         one_class: read a folder of images without subfolders as one class, named after the folder.
 
     Returns:
@@ -256,7 +256,7 @@ def load_image_data(
     held = test_fraction if validation_fraction is None else validation_fraction
     for name, fraction in (("test_fraction", test_fraction), ("validation_fraction", held)):
         if not 0 < fraction < 1:
-            raise ValueError(f"{name}={fraction!r} must lie between 0 and 1, both excluded: set --{name} to e.g. 0.2.")
+            raise ValueError(f"{name}={fraction!r} must be between 0 and 1, both excluded: set --{name} to e.g. 0.2.")
     name, splits, roots = _open_splits(
         dataset_name,
         config_name=dataset_config_name,
@@ -289,9 +289,7 @@ def load_image_data(
         )
     check_unique("class_names", [one_form(class_name) for class_name in trained.values()])
     if any(not class_name.strip() for class_name in trained.values()):
-        raise ValueError(
-            f"label_column={label_column!r} of dataset {name!r} has a label without text, expected names."
-        )
+        raise ValueError(f"label_column={label_column!r} of dataset {name!r} has an empty label, expected names.")
     dropped = [class_name for class_id, class_name in class_names.items() if class_id not in trained]
     if dropped:
         warnings.warn(
@@ -317,7 +315,7 @@ def load_image_data(
 
 
 def to_model_range(images: torch.Tensor) -> torch.Tensor:
-    """uint8 0..255 of any shape to float32 in [-1, 1], the range that generator and classifier work in."""
+    """Convert uint8 0..255 of any shape to float32 in [-1, 1], the range of generator and classifier."""
     return images.float() / 127.5 - 1
 
 
@@ -336,14 +334,14 @@ def _open_splits(
     if is_local and not path.exists():
         raise FileNotFoundError(
             f"dataset_name={dataset_name!r} looks like a local path, but there is no such file or folder: expected a "
-            "folder of images or parquet files, or a .parquet file. Correct --dataset_name, or give a hub id "
+            "folder of images or parquet files, or a .parquet file. Correct --dataset_name, or give an id on the Hub "
             "(owner/name)."
         )
     parquet = [*path.glob("*.parquet"), *path.glob("*/*.parquet")] if is_local and path.is_dir() else []
     is_parquet_folder = any(file.name not in METADATA_FILES for file in parquet)
     if revision is not None and (is_digits or is_local):
         raise ValueError(
-            f"revision={revision!r} is only for datasets of the hub, but dataset_name={dataset_name!r} is not one: "
+            f"revision={revision!r} is only for datasets on the Hub, but dataset_name={dataset_name!r} is not one: "
             "leave --dataset_revision out."
         )
     if config_name is not None and (is_digits or (is_local and not is_parquet_folder)):
@@ -386,7 +384,7 @@ def _open_splits(
                 f"dataset_name={dataset_name!r}{here} could not be loaded from the Hub, where names look like owner/name: {error}"
             ) from error
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        # A DatasetGenerationError only wraps the error that tells something.
+        # A DatasetGenerationError only wraps the error that names the cause.
         told = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise kind(
             f"dataset_name={dataset_name!r}{here} could not be loaded ({type(told).__name__}: {shortened(str(told), 1000)}). "
@@ -480,7 +478,7 @@ def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> 
 
 
 def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
-    """Warn of what is left out: visible files that `datasets` does not take for images, images beside the folders of the classes,
+    """Warn of what is left out: visible files without the extension of an image, images beside the folders of the classes,
     folders whose name begins with "__", and folders without images."""
     left_out: Counter[tuple[str, str]] = Counter()
     beside, empty = [], []
@@ -497,7 +495,7 @@ def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
     counted = [f"{count} in {place!r} (extension {suffix})" for (place, suffix), count in left_out.items()]
     for problem, found in (
         ("these files do not have the extension of an image", counted),
-        ("these lie outside of the folders of the classes, or are folders with names that begin with '__',", beside),
+        ("these are outside of the folders of the classes, or are folders with names that begin with '__',", beside),
         ("these folders have no image", empty),
     ):
         if found:
@@ -636,8 +634,8 @@ def _read_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[int, 
             raise ValueError(
                 f"label_column={column!r}: row {row} of split {split!r} has the label "
                 f"{shortened(repr(of_split[row]), 100)}, expected {expected}. Remove the unlabelled rows, or choose a "
-                f"labelled split with --train_split or --test_split (--test_split {next(iter(splits))} holds a part of "
-                "the training split out)."
+                f"labelled split with --train_split or --test_split (--test_split {next(iter(splits))} holds out a part "
+                "of the training split)."
             )
         ids[split] = np.array([id_of[value] for value in of_split], dtype=np.int64)
     return names, ids
@@ -689,9 +687,9 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     limit = 1 if image.mode == "F" else 65535
     if not (values.min() >= 0 and values.max() <= limit):
         raise ValueError(
-            f"its values lie in {values.min()}..{values.max()}, but an image of mode {image.mode!r} must hold "
+            f"its values are in {values.min()}..{values.max()}, but an image of mode {image.mode!r} must hold "
             f"0..{limit}"
         )
-    # In place: a large image takes 8 bytes a pixel here.
+    # In place: a large image takes 8 bytes per pixel here.
     values *= 255 / limit
     return Image.fromarray(np.round(values, out=values).astype(np.uint8))

@@ -1,11 +1,11 @@
-"""How many images the data sets of the recipes have, for what must not download them."""
+"""Numbers of images of the recipes' datasets, for a dry run, which must not download them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 
-# Classes, and training and test images of each, of the recipes' data sets that a run would have to download first.
+# Dataset on the Hub -> number of classes, training images per class, test images per class.
 _KNOWN = {
     "uoft-cs/cifar10": (10, 5000, 1000),
     "uoft-cs/cifar100": (100, 500, 100),
@@ -22,7 +22,7 @@ class KnownCounts:
 
     @classmethod
     def of(cls, name: str, most: int | None) -> KnownCounts | None:
-        """Those of a name, with at most `most` images of a class; None: it has to be opened."""
+        """Return the counts of a dataset, with at most `most` images per class, or None if the dataset is not known."""
         if name not in _KNOWN:
             return None
         classes, *counts = _KNOWN[name]
@@ -33,5 +33,5 @@ class KnownCounts:
         return f"{len(self.class_names)} classes of {self.counts['train']:,} training and {self.counts['test']:,} test images"
 
     def count(self, class_id: int, *, split: str = "train") -> int:
-        """Images of a class."""
+        """Number of images of a class."""
         return self.counts[split]

@@ -31,8 +31,8 @@ def split_into_tasks(
         class_ids: the dataset's classes, in the dataset's order.
         classes_per_task: classes of each task; the last task may have fewer.
         class_order_seed: None keeps the order of class_ids, a seed shuffles it.
-        first_task: classes that an existing generator knows already. If there are any, they are exactly task 0, in
-            this order, and the classes of class_ids that are not among them follow.
+        first_task: classes that an existing generator knows already. If there are any, they are task 0, in
+            this order, and the other classes of class_ids follow.
 
     Returns:
         The tasks; each class is in exactly one.

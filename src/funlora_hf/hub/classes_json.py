@@ -1,4 +1,4 @@
-"""`classes.json`: what a repository holds. The card at its root is made from it when a class is added or deleted."""
+"""`classes.json`: what a repository contains. Its card is made from this file when a class is added or deleted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..utils.files import read_mapping
 
 INDEX = "classes.json"
 CARD = "README.md"
-# Of results.json, what a card shows.
+# Fields of results.json that a card shows.
 _SHOWN = ("dataset", "seed", "LA", "AIA", "tasks", "class_order", "class_accuracy", "versions", "settings")
 _KINDS = {"base_class": str, "classes": list, "base_classes": dict, "base_fingerprint": dict, "results": dict}
 
@@ -50,7 +50,7 @@ class HubIndex:
     license: str | None = None
 
     def updated(self, new: HubIndex) -> HubIndex:
-        """Add what `new` knows and keep everything else, also the base in this repository."""
+        """Return this index with what `new` knows; all else stays, including the base in this repository."""
         kept = {name: value for name, value in vars(new).items() if value is not None}
         if self.base_classes is not None and new.base_classes is None:
             for name in ("base_model", "base_revision", "base_is_unet"):
@@ -58,13 +58,13 @@ class HubIndex:
         return replace(self, **{**kept, "classes": {**self.classes, **new.classes}})
 
     def without(self, class_label: int) -> HubIndex:
-        """Leave out a class wherever it is named."""
+        """Return this index without a class."""
         classes = {folder: row for folder, row in self.classes.items() if row.class_label != class_label}
         results = None if self.results is None else results_without(self.results, {class_label})
         return replace(self, classes=classes, results=results)
 
     def files(self, repo_id: str) -> dict[str, bytes]:
-        """The card and this index, as the repository `repo_id` shows them."""
+        """Return the card and this index as files of the repository `repo_id`."""
         rows = sorted(self.classes.values(), key=lambda row: row.class_label)
         accuracy = (self.results or {}).get("class_accuracy") or {}
         has_base = self.base_classes is not None
@@ -89,7 +89,7 @@ class HubIndex:
 
 
 def shown_results(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What a card shows of a run's results; no text with a path of this machine in it."""
+    """Return the fields of a run's results that a card shows, without local paths."""
     if results is None:
         return None
     shown = {name: results[name] for name in _SHOWN if name in results}
@@ -105,7 +105,7 @@ def shown_results(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def results_without(results: Mapping[str, Any], class_labels: Collection[int]) -> dict[str, Any]:
-    """A run's results with some classes left out wherever a card would name them."""
+    """Return a run's results without some classes, wherever a card would name them."""
     kept = dict(results)
     if "tasks" in kept:
         kept["tasks"] = [[c for c in task if c not in class_labels] for task in kept["tasks"]]
@@ -119,10 +119,10 @@ def results_without(results: Mapping[str, Any], class_labels: Collection[int]) -
 
 def read_index(file: Path) -> HubIndex:
     """
-    The index in a file.
+    Read the index from a file.
 
     Raises:
-        ValueError: not one that `HubIndex.files` has written.
+        ValueError: the file does not have the form that `HubIndex.files` writes.
     """
     try:
         given = {"base_is_unet": None, "base_class": None, **read_mapping(file)}  # not in those of earlier versions
@@ -139,12 +139,12 @@ def read_index(file: Path) -> HubIndex:
 
 
 def root_files(repo_id: str, present: set[str], index: HubIndex) -> dict[str, bytes]:
-    """Card and index of a repository with these files, to which `index` adds."""
+    """Return card and index of a repository with these files, after `index` is added."""
     return known_contents(repo_id, present).updated(index).files(repo_id)
 
 
 def known_contents(repo_id: str, present: set[str]) -> HubIndex:
-    """What a repository holds already: what its index says, and adapters that were uploaded in other ways."""
+    """Return what a repository already contains: its index, and adapters that were uploaded in other ways."""
     folders = {name.rpartition("/")[0] for name in present if name.endswith(f"/{ADAPTER_FILES[1]}")}
     if not folders and INDEX not in present:
         return HubIndex()

@@ -32,28 +32,30 @@ def delete_class(
     history: str = "keep",
 ) -> list[str]:
     """
-    Delete the class of an adapter from the given places only. No other class changes.
+    Delete the class of an adapter from the given places. No other class changes.
 
-    The repository comes first: if the Hub refuses, nothing has been deleted yet. Places without the class are skipped.
+    The repository comes first: if the Hub refuses, nothing has been deleted. Places without the class are skipped.
 
     Args:
         class_label (`int`): id of the class.
-        pipeline ([`FunLoraPipeline`], *optional*): forgets the class, and its numbers in the model become zeros.
-        bank ([`AdapterBank`], *optional*): likewise; a file of it has to be saved again.
+        pipeline ([`FunLoraPipeline`], *optional*): unload the class; its parameters in the model become zeros.
+        bank ([`AdapterBank`], *optional*): remove the class; save a file of the bank again afterwards.
         output_dir (`str` or `os.PathLike`, *optional*):
-            Folder of a run or of a saved pipeline: its adapter, checkpoints, pictures that show it, and what results.json says of it
-            under `added`. Numbers of the run in results.json stay. A run that has not ended would learn the class again when it is resumed.
-        repo_id (`str`, *optional*): repository laid out as `push_all` does.
-        history (`str`, *optional*, defaults to `"keep"`): of the repository, see `delete_class_from_hub`.
+            Folder of a run or of a saved pipeline: delete the adapter, its checkpoints, the pictures that show the class, and its
+            entry under `added` in results.json. The measurements in results.json stay. If the run has not ended, it will learn the
+            class again when it is resumed.
+        repo_id (`str`, *optional*): repository with the layout of `push_all`.
+        history (`str`, *optional*, defaults to `"keep"`): history of the repository, see `delete_class_from_hub`.
 
     Returns:
         `list[str]`: the places that had the class: "repo_id", "pipeline", "bank", "output_dir".
 
     Raises:
         FileNotFoundError: there is no folder `output_dir`.
-        ValueError: a class of the base, which is part of its weights, one that none of the places has, or a link in `output_dir`.
-        FolderInUseError: a run is at work in `output_dir`.
-        HfHubHTTPError: the Hub refused; nothing has been deleted then.
+        ValueError: a class of the base, which is part of its weights; a class that none of the places has; or a link in
+            `output_dir`.
+        FolderInUseError: a run uses `output_dir`.
+        HfHubHTTPError: the Hub refused; then nothing has been deleted.
     """
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None and not folder.is_dir():
@@ -66,7 +68,7 @@ def delete_class(
             of_bases |= base_classes(place).keys()
     if class_label in of_bases:
         raise ValueError(
-            f"`class_label` is {class_label}, a class of the base, expected one that an adapter makes: what the base knows is "
+            f"`class_label` is {class_label}, a class of the base, expected a class of an adapter: the classes of the base are "
             "part of its weights and cannot be deleted."
         )
     with ExitStack() as held:
@@ -87,7 +89,7 @@ def delete_class(
             found.append("output_dir")
         if not found:
             raise ValueError(
-                f"`class_label` is {class_label}, which none of the places given has: name a class of an adapter, and where it "
+                f"`class_label` is {class_label}, which none of the given places has: name a class of an adapter, and where it "
                 "is (`output_dir`, `repo_id`)."
             )
         return found
@@ -98,17 +100,17 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
     Delete the folder of a class and its line in the card from a repository, in one commit.
 
     Args:
-        repo_id (`str`): of the repository, laid out as `push_all` does.
+        repo_id (`str`): repository with the layout of `push_all`.
         class_label (`int`): id of the class.
         history (`str`, *optional*, defaults to `"keep"`):
-            "keep": earlier commits and tags still have the class, for those who ask for them. "squash": the newest commit becomes
-            the only one; tags of tasks are deleted, those of bases stay.
+            "keep": earlier commits and tags still have the class. "squash": a single commit replaces the history; tags of tasks
+            are deleted, those of bases stay.
 
     Returns:
-        `CommitInfo`, or None if there was no such class; its history is still squashed, if asked for.
+        `CommitInfo`, or None if there was no such class. "squash" squashes the history in both cases.
 
     Raises:
-        HfHubHTTPError: no such repository, or no right to write.
+        HfHubHTTPError: no such repository, or no permission to write.
     """
     check_choice("history", history, ("keep", "squash"))
     repository = HubRepository(repo_id, create=False)
@@ -130,14 +132,14 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
 
 
 def _traces(folder: Path, class_label: int) -> list[Path]:
-    """What shows the class in a folder. Raises a ValueError, before anything is deleted, if some of it is a link."""
+    """Files and folders of the class in a folder. Raises a ValueError, before anything is deleted, if one of them is a link."""
     name = adapter_name(class_label)
     traces = [folder / ADAPTERS_FOLDER / name, folder / "figures" / f"{name}.png", *_grids_with(folder, class_label)]
     traces += [path for path in (folder / "checkpoints").rglob(f"{name}*") if path.stem == name]
     for path in (*traces, *{path.parent for path in traces}):
         if path.is_symlink():
             raise ValueError(
-                f"{os.fspath(path)!r} is a link, and what it points to may be needed elsewhere: delete it yourself."
+                f"{os.fspath(path)!r} is a link, and its target may be needed elsewhere: delete it yourself."
             )
     return traces
 
@@ -147,7 +149,7 @@ def _delete_from_folder(folder: Path, class_label: int, traces: list[Path]) -> b
     had_it = (folder / ADAPTERS_FOLDER / name).is_dir()
     figures = folder / "figures" / "samples.safetensors"
     if figures.is_file():  # the first samples of all classes
-        samples = read_tensors(figures, remedy="delete it; it shows what a run has drawn, and nothing is made of it")
+        samples = read_tensors(figures, remedy="delete it; it only shows samples, and nothing else needs it")
         with whole_file(figures) as temporary:
             save_file({key: images for key, images in samples.items() if key.rpartition("/")[2] != name}, temporary)
     results = folder / "results.json"
@@ -163,13 +165,13 @@ def _delete_from_folder(folder: Path, class_label: int, traces: list[Path]) -> b
 
 
 def _added(results: Path) -> dict[str, Any]:
-    """What a run's results say of classes beside its tasks, by id as text."""
+    """Records of classes that `funlora add` added to a run, by id as text."""
     return read_mapping(results).get("added", {}) if results.is_file() else {}
 
 
 def _grids_with(folder: Path, class_label: int) -> list[Path]:
-    """The pictures of all classes learned so far, from the task on that brought this one; all of them if that is not known, none if
-    it was added beside the tasks."""
+    """Pictures of all classes that show this one: those of its task and later; all if its task is not known; none if it was added
+    after the run."""
     results = folder / "results.json"
     if str(class_label) in _added(results):
         return []

@@ -33,16 +33,16 @@ class BaseDescription:
 @dataclass(frozen=True, kw_only=True)
 class _StoredDescription:
     """
-    What an adapter and a bank both say.
+    Fields of both adapters and banks.
 
     Args:
-        name: where it lies.
-        method: of PEFT.
-        function: of FunLoRA; None for other methods.
-        operation: of FunLoRA; None for other methods.
+        name: its place in the source.
+        method: name of the PEFT method.
+        function: FunLoRA's function; None for other methods.
+        operation: FunLoRA's operation; None for other methods.
         num_bytes: size of its weight file.
         base_model: the base that it names.
-        base_matches: whether its fingerprint is that of the base beside it; None: one of the two is not there.
+        base_matches: whether its fingerprint is that of the base in the source; None: one of the two is missing.
     """
 
     name: str
@@ -93,7 +93,7 @@ def describe(
 
     Raises:
         FileNotFoundError: nothing to describe.
-        ValueError: a damaged file, which is named; `verify` looks at the others, too.
+        ValueError: a damaged file, which is named; `verify` also checks the others.
     """
     found = find_contents(source, subfolder=subfolder, revision=revision, local_files_only=local_files_only)
     base = check = None

@@ -1,4 +1,4 @@
-"""Find what lies in a folder, a file or a repository: base, adapters, banks."""
+"""Find what a folder, a file or a repository contains: base, adapters, banks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .what_to_push import SAMPLES
 
 
 ADAPTER_CONTENTS = (*ADAPTER_FILES, CARD, SAMPLES)
-# Of a pipeline's folder, what its base is made of.
+# Files of the base in a pipeline's folder.
 BASE_CONTENTS = (PIPELINE, f"{UNET_FOLDER}/*.json", f"{UNET_FOLDER}/*.safetensors", "scheduler/*.json")
-# A U-Net without a pipeline around it.
+# Files of a U-Net without a pipeline.
 _UNET_CONTENTS = ("config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index.json")
 _BASE_PLACES = (*GENERATOR_FOLDERS, ".")
 _BASE_MARKS = (PIPELINE, "config.json")
@@ -44,7 +44,7 @@ class Contents:
     banks: tuple[Path, ...]
 
     def classes(self) -> dict[int, str]:
-        """Names by ids of the classes of its adapters and banks, an id without a name being its own."""
+        """Classes of its adapters and banks, id -> name; a class without a name gets its id as name."""
         found = [adapter_class(folder) for folder in self.adapters]
         names = {one["class_label"]: one["class_name"] or str(one["class_label"]) for one in found}
         names.pop(None, None)
@@ -53,7 +53,7 @@ class Contents:
         return names
 
     def name(self, path: Path) -> str:
-        """A folder or file in it, as one would say where it lies."""
+        """Name of a folder or file in it, for messages."""
         return self.source if path == self.root else path.relative_to(self.root).as_posix()
 
 
@@ -104,7 +104,7 @@ def find_contents(
     place = f"{name!r}" + (f", subfolder {subfolder!r}," if subfolder else "")
     absent = [] if classes is None or own else sorted(set(names) - {folder.name for folder in wanted})
     if absent:
-        # Of a repository, the others have not been fetched.
+        # The other classes of a repository have not been downloaded.
         others = ", ".join(folder.name for folder in below) if os.path.isdir(name) else ""
         raise FileNotFoundError(f"{place} has no {', '.join(absent)}, expected {others or 'classes that it has'}.")
     if not (found.base or found.adapters or found.banks):

@@ -1,4 +1,4 @@
-"""Copy classes from a repository into the folder of a run, checked and complete, or not at all."""
+"""Copy classes from a repository into the folder of a run, after checking all of them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def pull(
         source, classes=classes, with_base=with_base, revision=revision, local_files_only=local_files_only
     )
     if with_base and found.base is None:
-        raise FileNotFoundError(f"{found.source!r} holds no base: leave out `with_base`, or pull from its repository.")
+        raise FileNotFoundError(
+            f"{found.source!r} has no base: leave out `with_base`, or pull from the repository of the base."
+        )
     present = output_dir / BASE_FOLDER
     base = sound_base(present) if found.base is None and present.is_dir() else None
     for verdict in verify_contents(replace(found, banks=()), base):
@@ -73,7 +75,7 @@ def pull(
     there = [os.fspath(target) for target in differ if target.exists()]
     if there and not overwrite:
         raise FileExistsError(
-            f"{', '.join(there)}: there already, with other content than in {found.source!r}. Pass --overwrite to replace it, or "
+            f"{', '.join(there)}: exists already, with different content than in {found.source!r}. Pass --overwrite to replace it, or "
             "another folder."
         )
     if found.base is not None:
@@ -105,7 +107,7 @@ def _identity(base: Path) -> tuple[str, dict[str, str]]:
 
 
 def _copies(found: Contents, output_dir: Path, classes: Collection[int] | None) -> dict[Path, dict[str, Path]]:
-    """By the folder to write: what goes into it."""
+    """The files of each folder to write."""
     copies: dict[Path, dict[str, Path]] = {}
     for folder in found.adapters:
         label = adapter_class(folder)["class_label"]
@@ -113,11 +115,11 @@ def _copies(found: Contents, output_dir: Path, classes: Collection[int] | None) 
             raise ValueError(f"The adapter {found.name(folder)!r} does not say which class it is.")
         if classes is not None and label not in classes:
             raise ValueError(
-                f"The adapter {found.name(folder)!r} makes class {label}, which is not in {sorted(classes)}."
+                f"The adapter {found.name(folder)!r} is of class {label}, which is not in {sorted(classes)}."
             )
         target = output_dir / ADAPTERS_FOLDER / adapter_name(label)
         if target in copies:
-            raise ValueError(f"{found.source!r} has two adapters of class {label}: pull one of them by itself.")
+            raise ValueError(f"{found.source!r} has two adapters of class {label}: pull only one of them.")
         copies[target] = _files(folder, ADAPTER_CONTENTS)
     return copies
 

@@ -1,4 +1,4 @@
-"""Push a base, an adapter or a whole run to the Hub, and delete a class there."""
+"""Push a base, an adapter or a whole run to the Hub."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def push_base(
     commit_message: str = "Base",
 ) -> CommitInfo | None:
     """
-    Push a base, without adapters, in one commit that is tagged `base-<start of its fingerprint>`.
+    Push a base, without adapters, in one commit with the tag `base-<start of its fingerprint>`.
 
     Args:
-        pipeline ([`FunLoraPipeline`], `str` or `os.PathLike`): the base, or the folder that it lies in.
-        repo_id (`str`): "user/repo", made if it is not there.
-        private (`bool`, *optional*): of a repository that is made now; None: as the account is set.
+        pipeline ([`FunLoraPipeline`], `str` or `os.PathLike`): the base, or its folder.
+        repo_id (`str`): "user/repo", created if it does not exist.
+        private (`bool`, *optional*): visibility of a new repository; None: the account's default.
         license (`str`, *optional*): identifier of a licence, for the card.
-        commit_message (`str`, *optional*): of the commit.
+        commit_message (`str`, *optional*): message of the commit.
 
     Returns:
-        `CommitInfo`, or None if the repository had all of it: then no commit is made.
+        `CommitInfo`, or None if nothing has changed: then no commit is made.
 
     Raises:
         FileNotFoundError: a folder without a pipeline.
-        HfHubHTTPError: the Hub refused; nothing of it is visible there.
+        HfHubHTTPError: the Hub refused; then nothing of the base is visible there.
     """
     if isinstance(pipeline, FunLoraPipeline):
         with tempfile.TemporaryDirectory() as folder:
@@ -218,12 +218,12 @@ def push_all(
         names = ", ".join(f"{c} ({run.adapters[c].class_name})" for c in own)
         part = "Added" if number is None else f"Task {number}"
         message = f"{part}: " + (f"class {names}" if names else "base") if waiting else "Update"
-        # The last commit brings up to date whatever else has changed.
+        # The last commit also updates everything else that has changed.
         is_last = not waiting or number == waiting[-1][0]
         made = partial(files, run.adapters if is_last else own, is_last or number == 1)
         commits.append(repository.commit(made, message))
         repository.tag(*([] if number is None else [f"task-{number}"]), *base_tags)
-    # An earlier push may have broken off between a commit and its tag.
+    # An earlier push may have stopped between a commit and its tag.
     repository.tag(*(f"task-{number}" for number in range(1, len(run.tasks) + 1)), *base_tags)
     return [done for done in commits if done is not None]
 

@@ -1,4 +1,4 @@
-"""One repository on the Hub: its files, and commits of some of them, whole or not at all."""
+"""One repository on the Hub: list, commit and tag its files."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from huggingface_hub.errors import HfHubHTTPError
 
 logger = logging.getLogger(__name__)
 
-# What the HTTP client of `huggingface_hub`, requests or httpx, raises if no answer comes.
+# The error of the HTTP client of `huggingface_hub`, requests or httpx, if there is no response.
 NO_ANSWER: Any = HfHubHTTPError.__bases__[0]
-# The client repeats uploads by itself, but not the commit: the Hub is busy, failed, or someone else was faster (412).
+# Status codes that pass: the Hub is busy or failed, or another commit came first (412). The client retries uploads, not commits.
 _PASSING = (412, 429, 500, 502, 503, 504)
 _TRIES = 5
 
 
 class HubRepository:
     """
-    A repository for models, made if it is not there.
+    A model repository, created if it does not exist.
 
     Args:
         repo_id (`str`): "user/repo", or "repo" for one of the user who is logged in.
-        private (`bool`, *optional*): of a repository that is made now; None: as the account is set.
-        create (`bool`, *optional*, defaults to `True`): False: it must be there.
+        private (`bool`, *optional*): visibility of a new repository; None: the account's default.
+        create (`bool`, *optional*, defaults to `True`): False: it must exist already.
 
     Raises:
-        HfHubHTTPError: no such user, no right to write, no valid token.
+        HfHubHTTPError: no such user, no permission to write, or no valid token.
     """
 
     def __init__(self, repo_id: str, *, private: bool | None = None, create: bool = True) -> None:
@@ -48,19 +48,19 @@ class HubRepository:
         self, make: Callable[[set[str]], Mapping[str, Path | bytes]], message: str, *, delete: Iterable[str] = ()
     ) -> CommitInfo | None:
         """
-        Write files in one commit, and delete folders; repeated when the Hub is busy or someone else's commit came first.
+        Write files and delete folders in one commit. Try again if the Hub is busy or another commit came first.
 
         Args:
-            make (callable): from the names of the files there now, the files wanted: name -> file, or its contents. Called again
-                after someone else's commit.
-            message (`str`): of the commit.
-            delete (iterable of `str`): folders to delete; those that are not there are ignored.
+            make (callable): takes the names of the present files and returns the wanted ones: name -> file, or its contents.
+                Called again for each try.
+            message (`str`): message of the commit.
+            delete (iterable of `str`): folders to delete; missing ones are ignored.
 
         Returns:
-            `CommitInfo`, or None if all of it was there already: then no commit was made.
+            `CommitInfo`, or None if nothing has changed: then no commit was made.
 
         Raises:
-            HfHubHTTPError: the Hub refused, or still failed after some tries. Nothing of the commit is visible then.
+            HfHubHTTPError: the Hub refused, or still failed after some tries. Then nothing of the commit is visible.
         """
         tries = 0
         while True:
@@ -84,11 +84,11 @@ class HubRepository:
                     raise
                 asked = error.response.headers.get("Retry-After", "")
                 seconds = 0.0 if status == 412 else float(asked) if asked.isdigit() else float(2 ** (tries - 1))
-                logger.warning("The Hub answered %s to a commit to %s: again in %s s.", status, self.repo_id, seconds)
+                logger.warning("The Hub answered %s to a commit to %s; retry in %s s.", status, self.repo_id, seconds)
                 time.sleep(seconds)
 
     def tag(self, *names: str) -> None:
-        """Tag the newest commit by each of these names that no tag has yet."""
+        """Tag the newest commit with each of these names that does not exist yet."""
         for name in sorted(set(names) - set(self.tags())):
             self._api.create_tag(self.repo_id, tag=name, exist_ok=True)
 
@@ -97,7 +97,7 @@ class HubRepository:
         return [tag.name for tag in self._api.list_repo_refs(self.repo_id).tags]
 
     def forget_history(self, *, keep_tags: Callable[[str], bool]) -> None:
-        """Make the newest commit the only one; tags that `keep_tags` takes point to it afterwards, others are deleted."""
+        """Replace the history with a single commit. Tags that `keep_tags` accepts then point to it; the others are deleted."""
         tags = self.tags()
         for tag in tags:
             self._api.delete_tag(self.repo_id, tag=tag)

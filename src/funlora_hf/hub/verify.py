@@ -1,4 +1,4 @@
-"""Check everything in a folder, a file or a repository, and say what is wrong with it."""
+"""Check everything in a folder, a file or a repository, and report what is wrong."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def verify(
         return verify_contents(found)
     given = find_contents(base, local_files_only=local_files_only)
     if given.base is None:
-        raise FileNotFoundError(f"`base` is {os.fspath(base)!r}, which holds no base.")
+        raise FileNotFoundError(f"`base` is {os.fspath(base)!r}, which has no base.")
     return verify_contents(found, sound_base(given.base))
 
 
 def verify_contents(found: Contents, base: UNet2DModel | None = None) -> list[Verdict]:
-    """As `verify`, of what was found already; `base` is used in place of the one found."""
+    """As `verify`, for contents that were found before; `base` replaces the one found."""
     verdicts = []
     if found.base is not None:
         own: list[UNet2DModel] = []
@@ -87,7 +87,7 @@ def verify_contents(found: Contents, base: UNet2DModel | None = None) -> list[Ve
 def _verdict(kind: str, name: str, check: Callable[[], str]) -> Verdict:
     try:
         return Verdict(kind, name, True, check())
-    except Exception as error:  # the libraries stumble over damaged files in many ways, and each is a finding
+    except Exception as error:  # damaged files make the libraries fail in many ways, and each is a finding
         said = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
         return Verdict(kind, name, False, " ".join(said.split()))
 
@@ -107,7 +107,7 @@ def sound_base(folder: Path) -> UNet2DModel:
 
 
 def _check_base(folder: Path, index: Path, own: list[UNet2DModel]) -> str:
-    """Leaves the U-Net in `own` if it is valid."""
+    """Append the U-Net to `own` if it is valid."""
     unet = sound_base(folder)
     fingerprint = base_fingerprint(unet, dtype=torch.float32)
     if index.is_file():
@@ -125,7 +125,7 @@ def _check_adapter(folder: Path, fits: Callable[[SavedAdapter, str], str]) -> st
     label, named = class_of(adapter.config)[0], class_in_name(folder.name)
     if None not in (label, named) and label != named:
         raise ValueError(f"its folder is {folder.name!r}, but its config says class {label}.")
-    adapter_class(folder)  # of other methods, the card has the name
+    adapter_class(folder)  # for other methods, the name is in the card
     return fits(adapter, folder.name)
 
 

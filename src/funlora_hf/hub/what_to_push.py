@@ -1,4 +1,4 @@
-"""What a repository shows of a base, of an adapter and of all its classes: files and cards, made from folders."""
+"""Make the files and cards of a repository from the folders of a base, of adapters and of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .classes_json import CARD, results_without
 
 
 SAMPLES = "samples.png"
-# What diffusers writes of a pipeline; the card is ours.
+# Files of a pipeline that diffusers writes; the card is ours.
 _BASE_FILES = ("*.json", "*/*.json", "*/*.safetensors", "*/*.safetensors.index.json")
 
 
@@ -36,11 +36,11 @@ class BaseFolder:
 
     @property
     def tag(self) -> str:
-        """Name of a tag for just these weights."""
+        """Name of the tag for exactly these weights."""
         return f"base-{self.fingerprints['float32'][:12]}"
 
     def files(self) -> dict[str, Path | bytes]:
-        """What the repository gets: JSON and safetensors, without adapters."""
+        """Files for the repository: JSON and safetensors, without adapters."""
         files: dict[str, Path | bytes] = {}
         for path in sorted({path for pattern in _BASE_FILES for path in self.folder.glob(pattern)}):
             name = path.relative_to(self.folder).as_posix()
@@ -56,7 +56,7 @@ class BaseFolder:
 
 
 def read_base(folder: Path) -> BaseFolder:
-    """Look at the base in a folder.
+    """Read the base in a folder.
 
     Raises:
         FileNotFoundError: no pipeline in it.
@@ -78,7 +78,7 @@ class AdapterFolder:
 
     @property
     def base_on_hub(self) -> Place:
-        """The base that its config names, if that is a repository; a path of this machine tells others nothing."""
+        """The base that its config names, if it is a repository; a local path is of no use to others."""
         named = repository(self.adapter.config.base_model_name_or_path)
         # A folder may have the form of a repository's name.
         if named is None or os.path.exists(named):
@@ -86,7 +86,7 @@ class AdapterFolder:
         return Place(base=named, base_revision=self.adapter.config.revision)
 
     def row(self, results: Mapping[str, Any] | None, link: str) -> ClassRow:
-        """Its line in a table of classes."""
+        """Its row in the table of classes."""
         label = cast(int, self.class_label)
         accuracy = ((results or {}).get("class_accuracy") or {}).get(str(label))
         size = (self.adapter.folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
@@ -95,7 +95,7 @@ class AdapterFolder:
     def files(
         self, place: Place, *, results: Mapping[str, Any] | None = None, license: str | None = None
     ) -> dict[str, Path | bytes]:
-        """What the repository gets: config, with the base as others find it, weights, card and picture."""
+        """Files for the repository: config with the base's repository, weights, card and picture."""
         folder = self.adapter.folder
         settings = read_mapping(folder / CONFIG_NAME)
         settings["base_model_name_or_path"], settings["revision"] = place.base, place.base_revision
@@ -122,7 +122,7 @@ class AdapterFolder:
 
 
 def read_adapter_folder(folder: Path, *, samples: Path | None = None) -> AdapterFolder:
-    """Look at the adapter in a folder, and at every number of it, before others get it.
+    """Read the adapter in a folder and check all its values before it is published.
 
     Raises:
         FileNotFoundError: no adapter in it.
@@ -147,7 +147,7 @@ class RunToPush:
     results: Mapping[str, Any] | None
 
     def results_of(self, class_label: int) -> Mapping[str, Any] | None:
-        """What a class's card shows of the results; of one that was added to the run, how that was done."""
+        """The results that a class's card shows; for a class that was added to the run, the recipe it was added by."""
         added = ((self.results or {}).get("added") or {}).get(str(class_label))
         if added is None:
             return self.results
@@ -184,8 +184,8 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
 
 
 def _results_now(results: Mapping[str, Any], folder: Path, adapters: Mapping[int, AdapterFolder]) -> dict[str, Any]:
-    """The results of a run that are still true for what is in its folder now."""
-    # A class of a later task that has no adapter any more has been deleted.
+    """The results of a run that are still valid for the present contents of its folder."""
+    # A class of a later task without an adapter has been deleted.
     later = {label for task in results.get("tasks", [])[1:] for label in task}
     with_adapters = bool(adapters) or (folder / ADAPTERS_FOLDER).is_dir()
     now = results_without(results, later - adapters.keys() if with_adapters else ())
@@ -197,9 +197,9 @@ def _results_now(results: Mapping[str, Any], folder: Path, adapters: Mapping[int
 
 
 def warn_without_base(adapter: str) -> None:
-    """Say that others cannot find the base of what is about to be pushed."""
+    """Warn that others cannot find the base of what is about to be pushed."""
     warnings.warn(
-        f"{adapter} is pushed without the name of its base, which is only known by a path of this machine: nobody else can tell "
-        "what to load it onto. Push the base with `push_base` and pass its repository as `base_model`.",
+        f"{adapter} is pushed without the name of its base, which is known only by a local path: others cannot tell which base "
+        "it needs. Push the base with `push_base` and pass its repository as `base_model`.",
         stacklevel=3,
     )

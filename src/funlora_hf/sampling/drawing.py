@@ -1,4 +1,4 @@
-"""Draw images of a class, repeatably."""
+"""Draw images of a class, the same ones every time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Samples(NamedTuple):
 
     Args:
         images: float32 in [0, 1], `(count, channels, height, width)`, on the CPU.
-        nfe: number of function evaluations, how often the U-Net ran, as the mean over the batches.
+        nfe: number of function evaluations (how often the U-Net ran), mean over the batches.
     """
 
     images: torch.Tensor
@@ -79,12 +79,12 @@ def draw_samples(
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """[0, 1] floats to 0..255, same shape."""
+    """Convert floats in [0, 1] to uint8 0..255, same shape."""
     return (images * 255).round().to(torch.uint8)
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes: equal if and only if it is equal to the bit."""
+    """SHA-256 of a tensor's dtype, shape and bytes; equal for bit-identical tensors only."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     # As bytes, since numpy has no bfloat16.
     digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Steer sampling by the gradient of a score of the image that a state leads to.
+"""Steer sampling by the gradient of a score of the estimated image.
 
 Source: GUIDE (arXiv 2403.03938) has it for DDIM [code]; the form for flow matching is [ours].
 """
@@ -16,7 +16,7 @@ Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def estimate_sample(state: torch.Tensor, sigma: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
-    """The image that a straight path from a state leads to, `x - sigma v`.
+    """Estimate the image at the end of a straight path from a state, `x - sigma v`.
 
     Args:
         state: `(batch, ...)`.
@@ -33,14 +33,15 @@ def estimate_sample(state: torch.Tensor, sigma: torch.Tensor, velocity: torch.Te
 
 @dataclass(frozen=True)
 class Guidance:
-    """Pushes samples to where a score is higher: `v - s min(sigma / (1 - sigma), c) grad_x score(x - sigma v)`.
+    """Steers samples towards a higher score: `v - s min(sigma / (1 - sigma), c) grad_x score(x - sigma v)`.
 
-    The gradient also goes through the model. Passed to [`FunLoraPipeline`] as `guidance`.
+    The gradient also goes through the model. Pass it to [`FunLoraPipeline`] as `guidance`.
 
     Args:
-        score: of estimated images `(batch, channels, height, width)` in [-1, 1], `(batch,)`: a log-probability.
-        scale: s; with 0 the samples are those without guidance to the bit.
-        most: c, the largest weight: at sigma = 1 it would be infinite.
+        score: function of estimated images, `(batch, channels, height, width)` in [-1, 1], that returns a log-probability
+            for each, `(batch,)`.
+        scale: s; with 0 the samples are bit-identical to those without guidance.
+        most: c, the largest weight; without it, the weight would be infinite at sigma = 1.
 
     Raises:
         ValueError: `scale` is not finite, or `most` is not a finite number above 0.
@@ -57,15 +58,15 @@ class Guidance:
             raise ValueError(f"`most` is {self.most}, expected a finite number above 0.")
 
     def __call__(self, velocity: Velocity, sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """The guided velocity.
+        """Return the guided velocity.
 
         Args:
-            velocity: of a scalar sigma and a state, dx/dsigma.
+            velocity: function of a scalar sigma and a state that returns dx/dsigma.
             sigma: scalar, in [0, 1].
             state: `(batch, ...)`.
 
         Returns:
-            Of the shape of `state`, without a graph.
+            Same shape as `state`, without a graph.
 
         Raises:
             ValueError: a score of another shape.
@@ -88,7 +89,7 @@ def expand_adapter_names(
     adapter_names: Sequence[str], *, num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = True
 ) -> list[str]:
     """
-    The names for `mixed_batch` around a diffusers pipeline that is called with one prompt for each adapter.
+    Names for `mixed_batch` around a diffusers pipeline, from the adapter of each prompt.
 
     The pipeline repeats each prompt `num_images_per_prompt` times, and with classifier-free guidance runs the whole batch
     twice, without and with the prompts.

@@ -1,4 +1,4 @@
-"""One class of a pipeline as a plain U-Net, which diffusers loads without this package."""
+"""Merge one class of a pipeline into a plain U-Net, which diffusers loads without this package."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _BIAS = "time_embedding.linear_2.bias"
 @torch.no_grad()
 def merge_class(pipe: FunLoraPipeline, class_label: int | str) -> UNet2DModel:
     """
-    A U-Net of one class: it generates what the pipeline generates for that class, and nothing else.
+    Return a plain U-Net that generates one class as the pipeline does.
 
-    The adapter is merged into the weights, and the class's vector into the bias of the time embedding to which the U-Net
-    adds it. So the result takes no class labels, needs neither PEFT nor this package, and costs what the base costs.
+    The adapter is merged into the weights, and the class vector into the bias of the time embedding, to which the U-Net
+    adds it. So the result takes no class labels, needs neither PEFT nor this package, and is as fast as the base.
     `UNet2DModel.from_pretrained` loads what its `save_pretrained` writes; dx/dsigma is `unet(sample, 1000 * sigma).sample`.
 
     Args:
-        pipe ([`FunLoraPipeline`]): stays as it is. This takes the memory of up to two more U-Nets.
+        pipe ([`FunLoraPipeline`]): not changed. Merging takes the memory of up to two more U-Nets.
         class_label (`int` or `str`): a class of the base or of an adapter, by id or by name.
 
     Returns:
-        [`UNet2DModel`]: in evaluation mode, in dtype and on the device of the base; it shares no tensor with the pipeline.
-            Its outputs are the pipeline's up to rounding in that dtype.
+        [`UNet2DModel`]: in evaluation mode, with dtype and device of the base; it shares no tensor with the pipeline.
+            Its outputs equal the pipeline's up to rounding in that dtype.
 
     Raises:
         ValueError: unknown class, adapters that are merged into the base already, a method that cannot be merged, or a
-            U-Net that is not as its config describes it.
+            U-Net that does not match its config.
 
     Source: [ours].
 
@@ -66,7 +66,7 @@ def merge_class(pipe: FunLoraPipeline, class_label: int | str) -> UNet2DModel:
 def _check_exportable(unet: nn.Module) -> None:
     if not isinstance(unet, UNet2DModel) or type(unet).forward is not UNet2DModel.forward:
         raise ValueError(
-            f"`pipe.unet` is a {type(unet).__name__}, expected a UNet2DModel of diffusers: another one may use its class "
+            f"`pipe.unet` is a {type(unet).__name__}, expected a UNet2DModel of diffusers: another class may use its class "
             "vector in another way. If it is compiled, put the original model into the pipeline."
         )
     if any(layer.merged for layer in unet.modules() if isinstance(layer, BaseTunerLayer)):
@@ -90,13 +90,13 @@ def _check_class_embedding(unet: UNet2DModel) -> None:
     plain = type(time) is TimestepEmbedding and type(time.linear_2) is nn.Linear
     if not plain or time.linear_2.bias is None or time.post_act is not None:
         raise ValueError(
-            "`time_embedding` does not end in a Linear with a bias, as expected: the class's vector has no other place in a "
-            "plain U-Net. Use the pipeline."
+            "`time_embedding` does not end in a Linear with a bias, which is the only place for the class vector in a plain "
+            "U-Net. Use the pipeline."
         )
 
 
 def _unfused(unet: UNet2DModel) -> dict[str, torch.Tensor]:
-    """The query, key and value of attentions that compute them by one layer, `to_qkv`, as a plain U-Net has them."""
+    """Return separate weights of query, key and value for attentions that compute them in one layer, `to_qkv`."""
     tensors: dict[str, torch.Tensor] = {}
     for path, module in unet.named_modules():
         if isinstance(module, Attention) and isinstance(module.processor, FusedAttnProcessor2_0):
@@ -118,8 +118,8 @@ def _plain_unet(config: dict, tensors: dict[str, torch.Tensor]) -> UNet2DModel:
     missing = names - tensors.keys()
     if left or missing:
         raise ValueError(
-            f"`pipe.unet` is not as its config describes it: it also has {sorted(left)}, and lacks {sorted(missing)}. A "
-            "plain U-Net of this config would compute something else."
+            f"`pipe.unet` does not match its config: it also has {sorted(left)}, and lacks {sorted(missing)}. A plain U-Net "
+            "of this config would compute something else."
         )
     unet.load_state_dict({name: tensors[name].contiguous() for name in names}, assign=True)
     return unet.eval()

@@ -54,7 +54,7 @@ class FunLoraPipelineOutput(BaseOutput):
 
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            Images in the order asked: PIL, an array `(batch, height, width, channels)` in [0, 1], or a tensor
+            Images in the requested order: PIL, an array `(batch, height, width, channels)` in [0, 1], or a tensor
             `(batch, channels, height, width)` in [0, 1].
         nfe (`int`): number of function evaluations: how often the U-Net ran.
     """
@@ -65,7 +65,7 @@ class FunLoraPipelineOutput(BaseOutput):
 
 class FunLoraPipeline(DiffusionPipeline):
     r"""
-    Pipeline for class-conditional image generation with a flow-matching U-Net and one FunLoRA adapter per class added.
+    Pipeline for class-conditional image generation with a flow-matching U-Net and one adapter for each added class.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
@@ -74,7 +74,7 @@ class FunLoraPipeline(DiffusionPipeline):
         unet ([`UNet2DModel`]):
             The base. Loading adapters wraps layers of it in place; its own weights never change.
         scheduler ([`FlowMatchEulerDiscreteScheduler`]):
-            Gives the sigmas of the fixed-step solvers.
+            Provides the sigmas of the fixed-step solvers.
         class_ids (`list[int]`, *optional*):
             Classes that the base knows: row i of its class embedding is the class `class_ids[i]`. None: the rows'
             own numbers.
@@ -97,7 +97,7 @@ class FunLoraPipeline(DiffusionPipeline):
         if isinstance(unet, (PeftModel, PeftMixedModel, BaseTuner)):
             raise ValueError(
                 f"`unet` is a {type(unet).__name__}, expected the UNet2DModel in it, without adapters: save the adapter with "
-                "`save_pretrained`, pass `unet.unload()`, and add the adapter with `load_adapter`."
+                "`save_adapter`, pass `unet.unload()`, and add the adapter with `load_adapter`."
             )
         if not isinstance(_uncompiled(unet), UNet2DModel):
             raise ValueError(f"`unet` is a {type(unet).__name__}, expected a UNet2DModel.")
@@ -116,17 +116,17 @@ class FunLoraPipeline(DiffusionPipeline):
 
     @property
     def classes(self) -> dict[int, str]:
-        """Every class that can be asked for now, id -> name: the base's, then the adapters' in order of loading."""
+        """All known classes, id -> name: those of the base, then those of the adapters in order of loading."""
         return {**self.config["id2label"], **self._adapters.classes}
 
     @property
     def components(self) -> dict[str, Any]:
-        """What `FunLoraPipeline(**pipe.components)` makes another pipeline of: the parts, and ids and names of the base's classes."""
+        """Arguments for another pipeline, `FunLoraPipeline(**pipe.components)`, with ids and names of the base's classes."""
         return {**super().components, "class_ids": self.base_classes, "id2label": dict(self.config["id2label"])}
 
     @property
     def base_classes(self) -> list[int]:
-        """Ids of the classes that the base itself knows, by row of its class embedding."""
+        """Ids of the base's own classes, in the order of the rows of its class embedding."""
         return list(self.config["class_ids"])
 
     @overload
@@ -172,11 +172,11 @@ class FunLoraPipeline(DiffusionPipeline):
         guidance: Guidance | None = None,
     ) -> FunLoraPipelineOutput | tuple[Images, int]:
         r"""
-        The call function to the pipeline for generation.
+        Sample one image of each requested class.
 
         Args:
             class_labels (`int`, `str`, or a sequence of them):
-                One class for every image wanted, by id or by name; base and adapter classes may mix.
+                One class for every image, by id or by name; base and adapter classes may mix.
             num_inference_steps (`int`, *optional*, defaults to 10):
                 Steps of the fixed-step solvers; "dopri5" chooses its own.
             solver (`str`, *optional*, defaults to "heun"):
@@ -189,10 +189,10 @@ class FunLoraPipeline(DiffusionPipeline):
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`FunLoraPipelineOutput`] instead of a tuple.
             guidance ([`Guidance`], *optional*):
-                Steers the samples to where a score of the image, such as a classifier's, is higher.
+                Steers the samples towards a higher score of the image, such as a classifier's.
 
         Returns:
-            [`FunLoraPipelineOutput`] or `tuple`: the images, in the order asked, and the number of evaluations.
+            [`FunLoraPipelineOutput`] or `tuple`: the images, in the requested order, and the number of evaluations.
 
         Raises:
             ValueError: unknown class, solver or output type, no class at all, less than one step, or samples that are not finite.
@@ -202,7 +202,7 @@ class FunLoraPipeline(DiffusionPipeline):
         _check_sampling(solver, num_inference_steps, output_type)
         class_ids = self._class_ids(class_labels)
         noise = self._noise(len(class_ids), generator)
-        # A batch that is sorted by class need not be sorted in every adapted layer.
+        # Sorted here by class, the batch is not sorted again in every adapted layer.
         order = sorted(range(len(class_ids)), key=class_ids.__getitem__)
         class_ids = [class_ids[index] for index in order]
         with self._velocities(class_ids) as velocity:
@@ -259,24 +259,24 @@ class FunLoraPipeline(DiffusionPipeline):
         return_dict: bool = True,
     ) -> FunLoraPipelineOutput | tuple[Images, int]:
         r"""
-        Images on the way from one class to another, all from the same noise.
+        Sample images between two classes, all from the same noise.
 
-        At every evaluation both classes give their velocity for every image, and the image of weight w moves with
-        `(1 - w) * velocity_1 + w * velocity_2`: weight 0 is the first class as [`~FunLoraPipeline.__call__`] samples it
-        from that noise, weight 1 the second. Base and adapter classes may mix.
+        At every evaluation, the velocities of both classes are computed for every image, and the image of weight w moves by
+        `(1 - w) * velocity_1 + w * velocity_2`. So weight 0 gives the first class as [`~FunLoraPipeline.__call__`] samples
+        it from this noise, and weight 1 the second. Base and adapter classes may mix.
 
         Args:
             class_label_1 (`int` or `str`): the class of weight 0, by id or by name.
             class_label_2 (`int` or `str`): the class of weight 1.
             weights (`int` or a sequence of `float`, *optional*, defaults to 8):
-                One weight in [0, 1] for every image wanted, or how many, at least 2, evenly spaced from 0 to 1.
+                One weight in [0, 1] for every image; or their number, at least 2, for weights evenly spaced from 0 to 1.
             generator (`torch.Generator`, *optional*):
-                Makes the one noise, and with it the images, repeatable.
+                Makes the noise, and with it the images, repeatable.
             num_inference_steps, solver, rtol, atol, output_type, return_dict: as in [`~FunLoraPipeline.__call__`].
 
         Returns:
-            [`FunLoraPipelineOutput`] or `tuple`: the images, in the order of the weights, and the number of evaluations:
-            both classes of all weights run in one batch, twice as large as there are weights.
+            [`FunLoraPipelineOutput`] or `tuple`: the images, in the order of the weights, and the number of evaluations.
+            Each evaluation runs both classes for all weights in one batch, which has twice as many samples as weights.
 
         Raises:
             ValueError: unknown class, solver or output type, weights out of range or none, or less than one step.
@@ -302,7 +302,7 @@ class FunLoraPipeline(DiffusionPipeline):
 
     def predict_velocity(self, sample: torch.Tensor, sigma: torch.Tensor, class_labels: ClassLabels) -> torch.Tensor:
         """
-        dx/dsigma of each sample under its own class.
+        Velocity dx/dsigma of each sample for its class.
 
         Args:
             sample (`torch.Tensor`): states, `(batch, channels, height, width)`.
@@ -310,13 +310,13 @@ class FunLoraPipeline(DiffusionPipeline):
             class_labels (`int`, `str`, or a sequence of them): one class for every sample, by id or by name.
 
         Returns:
-            `torch.Tensor`: of the shape and dtype of `sample`.
+            `torch.Tensor`: same shape and dtype as `sample`.
 
         Raises:
             ValueError: unknown class, labels for another number of samples, a sample of integers, or a sigma outside of [0, 1].
         """
         if not sample.is_floating_point():
-            raise ValueError(f"`sample` is of {sample.dtype}, expected floating point: velocities are fractions.")
+            raise ValueError(f"`sample` is of {sample.dtype}, expected a floating-point dtype.")
         if not ((sigma >= 0) & (sigma <= 1)).all():
             raise ValueError(f"`sigma` is {sigma.tolist()}, expected numbers in [0, 1].")
         class_ids = self._class_ids(class_labels)
@@ -343,11 +343,12 @@ class FunLoraPipeline(DiffusionPipeline):
 
         Args:
             source (`str` or `os.PathLike`):
-                A folder written by PEFT's `save_pretrained`, or a repository on the Hub. FunLoRA, or any other method of
-                PEFT whose layers take `adapter_names`; such an adapter may bring its class vector as row 0 of the class
-                embedding (`trainable_token_indices={"class_embedding": [0]}`). All adapters loaded are of one method.
+                A folder written by `save_adapter` or by PEFT's `save_pretrained`, or a repository on the Hub. The method is
+                FunLoRA, or any other method of PEFT whose layers accept `adapter_names`; such an adapter may have its class
+                vector as row 0 of the class embedding (`trainable_token_indices={"class_embedding": [0]}`). All loaded
+                adapters must be of the same method.
             subfolder (`str`, *optional*): the adapter's folder in it.
-            class_label (`int`, *optional*): id under which to ask for the class; None: the one in the adapter's config.
+            class_label (`int`, *optional*): id of the class in this pipeline; None: the one in the adapter's config.
             class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
             revision (`str`, *optional*): branch, tag or commit of a repository.
             local_files_only (`bool`, *optional*, defaults to `False`):
@@ -400,14 +401,14 @@ class FunLoraPipeline(DiffusionPipeline):
         return list(saved.classes)
 
     def unload_adapter(self, class_label: int) -> None:
-        """Forget the class of an adapter. Raises a ValueError for a class that no adapter was loaded for."""
+        """Remove the class of an adapter. Raises a ValueError if no adapter was loaded for it."""
         if class_label not in self._adapters.classes:
             raise ValueError(f"`class_label` is {class_label}, expected a class loaded by `load_adapter`.")
         self._adapters.remove(class_label)
 
     def merged_unet(self, class_label: int | str) -> tuple[UNet2DModel, torch.Tensor | None]:
-        """For [`merge_class`]: a copy of the U-Net with the adapter of a class merged into its weights, and `(1,)` the row of its
-        class embedding that stands for the class, if it has rows. Raises a ValueError for what cannot be merged."""
+        """For [`merge_class`]: a copy of the U-Net with the adapter of a class merged into its weights, and the row of its class
+        embedding for this class, `(1,)`, or None without an embedding. Raises a ValueError for what cannot be merged."""
         (class_id,) = self._class_ids([class_label])
         self._follow_unet()
         unet = self._adapters.merged(None if class_id in self.base_classes else class_id)
@@ -417,7 +418,7 @@ class FunLoraPipeline(DiffusionPipeline):
         """Save the base as [`DiffusionPipeline.save_pretrained`] does, untouched by adapters, and every adapter in
         `adapters/class_<id>/` beside it. Raises a ValueError if adapters are merged into the base's weights."""
         if (args[0] if args else kwargs.get("safe_serialization")) is False:
-            raise ValueError("`safe_serialization` is False, expected True: only safetensors are read again.")
+            raise ValueError("`safe_serialization` is False, expected True: this package reads only safetensors.")
         if kwargs.get("push_to_hub") and self._adapters.classes:
             raise ValueError(
                 "`push_to_hub` would push the base without its adapters: save first, then `funlora_hf.push_all` the folder."
@@ -437,8 +438,8 @@ class FunLoraPipeline(DiffusionPipeline):
         others = {folder.name for folder in adapter_folders(adapters)} - set(map(adapter_name, self._adapters.classes))
         if others:
             warnings.warn(
-                f"{os.fspath(adapters)!r} also holds {', '.join(sorted(others))}, which this pipeline does not have and which will load "
-                "with it: `funlora delete` removes a class.",
+                f"{os.fspath(adapters)!r} also has {', '.join(sorted(others))}, which this pipeline does not have. `from_pretrained` will "
+                "load them too: `funlora delete` removes a class.",
                 stacklevel=2,
             )
 
@@ -472,7 +473,7 @@ class FunLoraPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "FunLoraPipeline":
-        """As [`DiffusionPipeline.from_pipe`]. Pipelines that share a U-Net also share its adapters, present and future."""
+        """As [`DiffusionPipeline.from_pipe`]. Pipelines that share a U-Net also share its adapters, including later ones."""
         made = super().from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, FunLoraPipeline) and made.unet is pipeline.unet:
             made._adapters = pipeline._adapters
@@ -507,7 +508,7 @@ class FunLoraPipeline(DiffusionPipeline):
                 )
             class_ids.append(class_id)
         if not class_ids:
-            raise ValueError("`class_labels` is empty, expected one class for every image wanted.")
+            raise ValueError("`class_labels` is empty, expected one class for every image.")
         return class_ids
 
     def _embedding_rows(self, class_ids: Sequence[int]) -> torch.Tensor | None:
@@ -538,9 +539,9 @@ class FunLoraPipeline(DiffusionPipeline):
         config = self.unet.config
         size = config["sample_size"]
         if size is None:
-            raise ValueError("`unet.config.sample_size` is None, expected the edge of its images in pixels.")
+            raise ValueError("`unet.config.sample_size` is None, expected the size of its images in pixels.")
         height, width = (size, size) if isinstance(size, int) else size
-        # The state stays in float32, also if the U-Net computes in another dtype, whose rounding would add up over the steps.
+        # The state stays in float32, even if the U-Net computes in another dtype, whose rounding would add up over the steps.
         return randn_tensor(
             (batch, config["in_channels"], height, width),
             generator=generator,
@@ -582,25 +583,25 @@ class FunLoraPipeline(DiffusionPipeline):
     def _output(
         self, sample: torch.Tensor, nfe: int, output_type: str, return_dict: bool
     ) -> FunLoraPipelineOutput | tuple[Images, int]:
-        """Samples in [-1, 1] as the images that the caller asked for."""
+        """Convert samples in [-1, 1] to the requested type of images."""
         images = VaeImageProcessor().postprocess(sample, output_type)
         self.maybe_free_model_hooks()
         return FunLoraPipelineOutput(images=images, nfe=nfe) if return_dict else (images, nfe)
 
     def _follow_unet(self) -> None:
-        """Take up a U-Net that was put in the place of `unet`. Raises a ValueError if there are adapters, which stay in the other."""
+        """Use a U-Net that has replaced `unet`. Raises a ValueError if adapters are loaded, since they are in the old one."""
         if _uncompiled(self.unet) is _uncompiled(self._adapters.model):
             return
         if self._adapters.classes:
             raise ValueError(
-                "`unet` was replaced after adapters were loaded, which are in the U-Net before it: unload them first, or make a new "
+                "`unet` was replaced after adapters were loaded, which are in the old U-Net: unload them first, or make a new "
                 "pipeline."
             )
         self._adapters = ClassAdapters(self.unet)
 
 
 def _whole(label: Any) -> int | None:
-    """A label as an integer, or None if it is no whole number."""
+    """Return a label as an integer, or None if it is not a whole number."""
     try:
         return int(label) if not isinstance(label, bool) and label == int(label) else None
     except (TypeError, ValueError, OverflowError):  # None, NaN, infinity
@@ -608,7 +609,7 @@ def _whole(label: Any) -> int | None:
 
 
 def _check_scheduler(scheduler: Any) -> None:
-    """Raise a ValueError that names what the solvers do not do, or do not know."""
+    """Raise a ValueError that names a setting of the scheduler that the solvers do not support."""
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         raise ValueError(
             f"`scheduler` is a {type(scheduler).__name__}, expected a FlowMatchEulerDiscreteScheduler: the base must "
@@ -635,7 +636,7 @@ def _interpolation_weights(weights: Weights) -> torch.Tensor:
     tensor = torch.as_tensor(weights, dtype=torch.float32).reshape(-1)
     # In this form it also refuses NaN.
     if not len(tensor) or not ((tensor >= 0) & (tensor <= 1)).all():
-        raise ValueError(f"`weights` is {weights}, expected numbers in [0, 1], one for every image wanted.")
+        raise ValueError(f"`weights` is {weights}, expected numbers in [0, 1], one for every image.")
     return tensor
 
 

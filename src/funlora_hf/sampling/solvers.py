@@ -1,4 +1,4 @@
-"""ODE solvers from noise to data over one velocity function, with the number of its evaluations.
+"""ODE solvers that integrate a velocity function from noise to data and count its evaluations.
 
 The integrators are torchdiffeq's; the grid is the scheduler's.
 """
@@ -18,9 +18,9 @@ from ..utils.checks import check_choice
 # Our names -> torchdiffeq's: in diffusers "heun" is the trapezoidal rule of order 2, torchdiffeq's "heun2".
 _FIXED_STEP = {"euler": "euler", "heun": "heun2", "rk4": "rk4"}
 SOLVERS = (*_FIXED_STEP, "dopri5")
-# Of one step.
+# Per step.
 _EVALUATIONS = {"euler": 1, "heun": 2, "rk4": 4}
-# Of one image by "dopri5" at a tolerance of 1e-5, which depends on what was learned: 280 +- 46 on digits [ours].
+# Per image with "dopri5" at a tolerance of 1e-5. It depends on what was learned: 280 +- 46 on digits [ours].
 DOPRI5_EVALUATIONS = 280
 
 
@@ -33,7 +33,7 @@ class SolverOutput:
 
 
 def expected_evaluations(solver: str, num_inference_steps: int) -> int:
-    """Evaluations of the U-Net for an image; for "dopri5", which chooses its steps, the number that digits took."""
+    """Evaluations of the U-Net per image; for "dopri5", which chooses its steps, the number measured on digits."""
     return num_inference_steps * _EVALUATIONS[solver] if solver in _EVALUATIONS else DOPRI5_EVALUATIONS
 
 
@@ -50,11 +50,11 @@ def solve(
     """Integrate dx/dsigma = velocity(sigma, x) from the first sigma to the last.
 
     Args:
-        velocity: of a scalar sigma and a state `(batch, ...)`, gives the state's shape.
+        velocity: function of a scalar sigma and a state `(batch, ...)` that returns a tensor of the state's shape.
         noise: the state at `sigmas[0]`, `(batch, ...)`.
-        sigmas: `(steps + 1,)`, falling, as in `FlowMatchEulerDiscreteScheduler.sigmas`. "euler" (1 evaluation a
-            step), "heun" (2) and "rk4" (4, the 3/8 rule) step from each to the next; "dopri5" (Dormand-Prince) takes
-            the first and the last and chooses its own steps.
+        sigmas: `(steps + 1,)`, falling, as in `FlowMatchEulerDiscreteScheduler.sigmas`. "euler" (1 evaluation per
+            step), "heun" (2) and "rk4" (4, the 3/8 rule) step from each to the next; "dopri5" (Dormand-Prince) uses
+            only the first and the last and chooses its own steps.
         rtol, atol: tolerances of "dopri5". Its error is a norm over the whole batch, so a sample depends, within the tolerance,
             on those beside it.
         on_step: called before each step, for progress bars.
@@ -78,7 +78,7 @@ def solve(
         except AssertionError as error:
             raise ValueError(
                 f"`solver` 'dopri5' gave up after {counted.evaluations} evaluations ({error}): the velocity is not finite or changes "
-                "too fast. Check the model, raise `rtol` and `atol`, or take another solver."
+                "too fast. Check the model, raise `rtol` and `atol`, or use another solver."
             ) from error
     else:
         options = {"grid_constructor": lambda func, y0, t: sigmas.to(t)}
@@ -87,7 +87,7 @@ def solve(
 
 
 class _Counted:
-    """The velocity function as torchdiffeq calls it, counting."""
+    """Wraps the velocity function for torchdiffeq and counts the calls."""
 
     def __init__(self, velocity: Callable, on_step: Callable[[], None] | None) -> None:
         self.velocity = velocity
