@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from funlora_hf.data.encoded_images import FORMATS, MOST_PIXELS
 from funlora_hf.data.image_data import load_image_data
+from funlora_hf.data.untrusted_images import FORMATS, MOST_PIXELS
 
 
 TIMES = pytest.mark.parametrize("times", [1, pytest.param(40, marks=pytest.mark.soak, id="forty-times-as-many")])

@@ -183,7 +183,7 @@ def test_what_cannot_be_taught_is_refused(studio, run, bars, tmp_path, monkeypat
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")
     PIL.Image.new("L", (13, 10)).save(tmp_path / "huge.png")
-    monkeypatch.setattr("funlora_hf.data.encoded_images.MOST_PIXELS", 120)
+    monkeypatch.setattr("funlora_hf.data.untrusted_images.MOST_PIXELS", 120)
     monkeypatch.setattr("teaching.MOST_IMAGES", 4)
     for files, name, text in (
         ([], "bar", "There are 0 images, expected 1 to 4"),

@@ -29,8 +29,8 @@ with atheris.instrument_imports(include=["funlora_hf", "yaml", "PIL"]):
     from funlora_hf.adapters.untrusted_adapter import read_config, read_header
     from funlora_hf.adapters.untrusted_bank import read_bank
     from funlora_hf.adapters.untrusted_base import base_classes
-    from funlora_hf.data.encoded_images import FORMATS
     from funlora_hf.data.image_data import ImageClassificationData, _Part
+    from funlora_hf.data.untrusted_images import FORMATS
     from funlora_hf.recipes.reading import read_recipe
     from funlora_hf.utils.files import read_tensors
 

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 
 from ..utils.checks import is_repository_name, one_form, shortened
 from .class_ids import check_unique
-from .encoded_images import check_inside, decode_image
+from .untrusted_images import check_inside, decode_image
 
 
 logger = logging.getLogger(__name__)
