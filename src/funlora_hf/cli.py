@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from . import __version__
 from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .adapters.untrusted_base import PIPELINE
-from .continual.run_folder import RunFolder
 from .hub.classes_json import known_contents
 from .hub.delete import delete_class
 from .hub.describe import AdapterDescription, BankDescription, Description, describe
@@ -208,6 +207,9 @@ def _recipes() -> int:
 
 
 def _info(as_json: bool, **source: Any) -> int:
+    # It imports datasets, for which other commands need not wait.
+    from .continual.run_folder import RunFolder
+
     unfinished = RunFolder(Path(source["source"], source["subfolder"] or "")).unfinished()
     try:
         found = describe(**source)
