@@ -155,6 +155,41 @@ def test_a_strategy_s_state_survives_a_restart(fail_at, tmp_path):
     assert second.steps == 12 - 4 * (int(fail_at[-1]) - 1) - 2
 
 
+@pytest.mark.parametrize(("start", "warmup"), [(0, True), (2, True), (0, False), (2, False)])
+def test_what_a_phase_leaves_is_the_moving_average(start, warmup, tmp_path):
+    """As `PhaseSettings` defines it."""
+    steps, decay = 8, 0.3
+
+    class Averaged(RunningSum):
+        def phases(self, task):
+            settings = PhaseSettings(steps, None, 2, 0.1, 0, decay, start / steps, ema_warmup=warmup)
+            return [Phase(f"task_{task.index + 1}", task.class_ids, settings, independent=False)]
+
+        def build(self, phase):
+            trainable = super().build(phase)
+            self.module = trainable.module
+            self.seen = [self.module.weight.item()]
+            return trainable
+
+        def after_step(self, phase):
+            self.seen.append(self.module.weight.item())
+
+        def end_phase(self, phase, trainable):
+            super().end_phase(phase, trainable)
+            average = self.seen[0]
+            for step, weight in enumerate(self.seen[1:], 1):
+                averaged = step - start - 1
+                if warmup:
+                    kept = min(decay, (1 + averaged) / (10 + averaged)) if averaged > 0 else 0.0
+                else:
+                    kept = decay if step > start else 0.0
+                average = kept * average + (1 - kept) * weight
+            assert self.module.weight.item() == pytest.approx(average, abs=1e-6)
+            assert self.module.weight.item() != pytest.approx(self.seen[-1], abs=1e-4)
+
+    train(Averaged(tmp_path), tmp_path)
+
+
 def test_phases_come_before_the_evaluation_of_their_task(tmp_path):
     events = []
 
