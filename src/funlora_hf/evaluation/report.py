@@ -156,7 +156,7 @@ def report_evaluation(evaluator: RunEvaluator) -> dict[str, Any]:
     _write(results, evaluator)
     for class_id, record in results.get("added", {}).items():  # versions before it have none
         print(
-            f"class {class_id} ({record['class_name']}) was added and is not evaluated: it has no test images, since all are trained on"
+            f"class {class_id} ({record['class_name']}) was added and is not evaluated: the run's data set has no test images of it"
         )
     return results
 
