@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from runs import REPOSITORY, command_line, digests, write_adapters
 
 import funlora_hf
-from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint
+from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint, cli
 from funlora_hf.cli import main
 from funlora_hf.utils.files import read_json, write_json
 
@@ -115,6 +116,16 @@ def test_recipes_are_printed_one_a_line_for_scripts(command):
         path.stem for path in (REPOSITORY / "src" / "funlora_hf" / "recipes").glob("*.yaml")
     )
     assert {"digits_2-2", "cifar10_2-2"} <= set(out.split())
+
+
+def test_warnings_are_lines_in_commands_alone(command, monkeypatch):
+    def show(category):
+        return warnings.formatwarning("two\n words", category, "file.py", 1, "source")
+
+    before = show(UserWarning)
+    monkeypatch.setattr(cli, "recipe_names", lambda: [show(UserWarning).rstrip(), show(FutureWarning).splitlines()[0]])
+    assert command("recipes")[1] == "WARNING two words\nfile.py:1: FutureWarning: two\n"
+    assert show(UserWarning) == before
 
 
 def test_version(command):

@@ -444,11 +444,13 @@ def test_evaluating_later_gives_what_evaluating_on_the_way_does(finished, not_ev
     assert not (inside / "moved/checkpoints/synthetic").exists()
 
 
-def test_evaluating_again_takes_other_settings_and_changes_nothing_else(copy):
+def test_evaluating_again_takes_other_settings_and_changes_nothing_else(copy, capsys):
+    write_json(copy / "results.json", {**read_json(copy / "results.json"), "added": {"10": {"class_name": "owl"}}})
     before = digests(copy)
     fewer = replace(RunArguments.of(copy).evaluation, num_samples_per_class=3, image_quality="none")
     results = evaluate(copy, fewer)
     assert load_file(copy / "figures/samples.safetensors")["task_3/class_9"].shape == (3, 1, 8, 8)
+    assert "class 10 (owl) was added and is not evaluated" in capsys.readouterr().out
     assert results["settings"]["EvaluationArguments"]["num_samples_per_class"] == 3
     assert results["zero_forgetting"]["identical"] is True
     after = digests(copy)

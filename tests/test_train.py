@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -13,7 +15,9 @@ from funlora_hf.train import parse
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_recipes_are_understood(recipe):
+def test_recipes_are_understood(recipe, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()  # the default of own_images
+    monkeypatch.chdir(tmp_path)
     arguments = parse(["--config", recipe, "--seed", "5"])
     assert arguments.training.seed == 5
     named_by_size = re.fullmatch(r".*-(\d+)", recipe)
@@ -23,6 +27,23 @@ def test_recipes_are_understood(recipe):
     for part in (arguments.data, arguments.model, arguments.training, arguments.evaluation):
         everything |= vars(part)
     assert {key: everything[key] for key in given} == given
+
+
+def test_a_recipe_for_a_folder_asks_for_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^the recipe own_images needs --dataset_name FOLDER"):
+        parse(["--config", "own_images"])
+    assert parse(["--config", "own_images", "--dataset_name", "mnist"]).data.dataset_name == "mnist"
+
+
+def test_messages_of_libraries_are_logged_once():
+    """In a process of its own: pytest has handlers, too."""
+    code = (
+        "import logging, datasets, huggingface_hub\nfrom funlora_hf.train import set_up_logging\nset_up_logging()\n"
+        "for name in ('huggingface_hub.utils._http', 'datasets.load'):\n    logging.getLogger(name).warning('here')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "WARNING huggingface_hub.utils._http: here\nWARNING datasets.load: here\n"
 
 
 def test_the_fast_recipe_differs_in_how_it_trains_and_judges_alone():

@@ -40,7 +40,7 @@ from .hub.find import Contents, find_contents
 from .run import Run, RunArguments
 from .train import take_recipe
 from .utils.arguments import explain_switches, refuse_unknown, some_fields
-from .utils.checks import check_class_name
+from .utils.checks import check_class_name, check_not_mistyped
 from .utils.files import read_mapping, recover_folder, write_json
 
 
@@ -171,7 +171,7 @@ def add_classes(
     Args:
         images (`str` or `os.PathLike`):
             Folder of images, which is one class named after the folder; of class subfolders; or any dataset that `dataset_name` of a
-            run may name.
+            run may name, on the Hub with its owner.
         to (`str` or `os.PathLike`): folder of a run or of a pipeline, or repository of a base.
         class_name (`str`, *optional*): name of the class, if there is one only.
         output_dir (`str` or `os.PathLike`, *optional*):
@@ -193,6 +193,13 @@ def add_classes(
         HfHubHTTPError: the repository cannot be read.
         NonFiniteLossError, WriteError, TimeLimitReached, Terminated: as of a run; finished classes are safe.
     """
+    for field, name in (("images", os.fspath(images)), ("to", os.fspath(to))):
+        if name != "digits":
+            check_not_mistyped(f"`{field}` is {name!r}", name)
+    if not (os.path.exists(images) or "/" in os.fspath(images) or images == "digits"):
+        raise FileNotFoundError(
+            f"`images` is {os.fspath(images)!r}, which is no file or folder here. (A dataset on the Hub: owner/name.)"
+        )
     target = _find(os.fspath(to), None if output_dir is None else Path(output_dir), revision)
     arguments = _arguments(os.fspath(images), target, settings)
     return _Addition(target, arguments, termination, class_name).add()

@@ -34,7 +34,7 @@ from .recipes.reading import recipe_names
 from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
 from .sampling.solvers import SOLVERS
-from .utils.arguments import refuse_unknown
+from .utils.arguments import refuse_unknown, warnings_as_lines
 from .utils.checks import one_form
 
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = given.pop("run")
         refuse_unknown(given.pop("command"), unknown)
     try:
-        with _progress_only_on_a_terminal():
+        with _progress_only_on_a_terminal(), warnings_as_lines():
             return run(**given)
     except (HfHubHTTPError, NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

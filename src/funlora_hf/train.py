@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,9 +22,9 @@ from .continual.termination import Terminated, Termination
 from .continual.time_limit import TimeLimitReached
 from .continual.trainer import NonFiniteLossError
 from .evaluation.report import ForgettingError
-from .recipes.reading import read_recipe
+from .recipes.reading import read_recipe, recipe_names
 from .run import RunArguments, dry_run, run
-from .utils.arguments import explain_switches, refuse_unknown, some_fields
+from .utils.arguments import explain_switches, refuse_unknown, some_fields, warnings_as_lines
 from .utils.locks import FolderInUseError
 
 
@@ -103,6 +104,11 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
         if given.config is None:
             raise
         raise ValueError(f"{error} (the arguments are those of {given.config!r} and of the command line)") from error
+    name = parser.get_default("dataset_name")
+    # The other recipes have "digits" and datasets on the Hub, with an owner.
+    is_folder = given.config in recipe_names() and name == data.dataset_name != "digits" and "/" not in name
+    if is_folder and not os.path.exists(name):
+        raise ValueError(f"the recipe {given.config} needs --dataset_name FOLDER: there is no folder {name!r} here.")
     return (run_arguments, *others) if more else run_arguments
 
 
@@ -156,6 +162,7 @@ def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tu
     return known.run, EvaluationArguments(**vars(given))
 
 
+@warnings_as_lines()
 def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     """
     Run the command.
@@ -190,6 +197,8 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
 def set_up_logging() -> None:
     """Messages of a run on stderr, without those of libraries that say much."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for library in ("huggingface_hub", "datasets"):
+        logging.getLogger(library).handlers.clear()  # its messages reach the handler above, too
     for noisy in ("httpx", "httpx2", "fsspec", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

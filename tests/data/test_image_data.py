@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import tarfile
 import warnings
@@ -222,6 +223,21 @@ def test_missing_local_path_never_asks_the_hub(monkeypatch, name):
     monkeypatch.setattr(data, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(FileNotFoundError, match=r"dataset_name=.*looks like a local path.*--dataset_name"):
         load(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("phtos", "photos"), ("data/phtos", "data/photos"), ("./phtos", "photos"), ("mnist", None)]
+)
+def test_a_name_that_is_almost_a_folder_s_never_asks_the_hub(name, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for other in ("photos", "data/photos", "mnist_runs"):
+        (tmp_path / other).mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(data, "load_dataset", lambda **given: asked.append(given["path"]) or 1 / 0)
+    text = "'mnist', which is no file" if folder is None else f"no folder '{name}' here; did you mean '{folder}'"
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(text)):
+        load(name)
+    assert asked == ([name] if folder is None else [])
 
 
 def test_hub_id_is_passed_on(monkeypatch):
@@ -723,8 +739,16 @@ def test_truncated_image_file(tmp_path):
     found = load(folder)
     file = tmp_path / "pets" / "cat" / "a.png"
     file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"row 0.*cannot be read"):
+    with pytest.raises(ValueError, match=rf"row 0.*, file '{re.escape(str(file))}', cannot be read"):
         found.images(0)
+
+
+def test_one_class_without_the_folder_above_it_is_told_of_that(tmp_path, monkeypatch):
+    image_folder(tmp_path / "pets", "cat/a.png", "dog/b.png")
+    (tmp_path / "pets" / "cat" / "notes.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^dataset_name='pets/cat': give the folder above it, 'pets', if that has"):
+        load("pets/cat")
 
 
 def test_unknown_class_or_split(tmp_path):

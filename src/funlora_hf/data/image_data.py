@@ -25,7 +25,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from huggingface_hub import constants
 from PIL import Image, ImageOps
 
-from ..utils.checks import is_repository_name, one_form, shortened
+from ..utils.checks import check_not_mistyped, is_repository_name, one_form, shortened
 from .class_ids import check_unique
 from .untrusted_images import check_inside, decode_image
 
@@ -116,9 +116,11 @@ class ImageClassificationData:
                 mode, several = image.mode, several + image.info["has_more_frames"]
                 pixels[index] = to_array(image, size=size, channels=channels)
             except Exception as error:  # PIL's decoders raise many types, several of them not OSError
+                path = (example[self.image_column] or {}).get("path")
+                file = f", file {shortened(repr(path), 300)}," if path else ""
                 raise ValueError(
                     f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
-                    f"{name} in column {self.image_column!r} cannot be read "
+                    f"{name} in column {self.image_column!r}{file} cannot be read "
                     f"({type(error).__name__}: {shortened(str(error), 300)}). Expected an image that "
                     "Pillow can open and convert to 8 bits; remove this row from the dataset or replace its image."
                 ) from error
@@ -243,7 +245,7 @@ def load_image_data(
         string among the sorted names, or an integer itself.
 
     Raises:
-        FileNotFoundError: dataset_name is a local path that does not exist.
+        FileNotFoundError: dataset_name is a local path that does not exist, or almost the name of a folder that does.
         ImportError: "digits" without scikit-learn.
         ValueError: an argument does not fit the dataset, or rows are unlabelled.
     """
@@ -331,6 +333,8 @@ def _open_splits(
     path = Path(dataset_name).expanduser()
     is_digits = dataset_name == "digits"
     is_local = not is_digits and (path.exists() or path.suffix == ".parquet" or not is_repository_name(dataset_name))
+    if not is_digits:
+        check_not_mistyped(f"dataset_name={dataset_name!r}", dataset_name)
     if is_local and not path.exists():
         raise FileNotFoundError(
             f"dataset_name={dataset_name!r} looks like a local path, but there is no such file or folder: expected a "
@@ -437,7 +441,13 @@ def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> 
     """
     top = _subfolders(folder)
     has_metadata = any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES)
-    is_class = one_class and not top and any(_is_image(file) and file.is_file() for file in folder.iterdir())
+    is_flat = not (top or has_metadata) and any(_is_image(file) and file.is_file() for file in folder.iterdir())
+    if is_flat and not one_class:
+        raise ValueError(
+            f"dataset_name={dataset_name!r}: give the folder above it, {os.path.normpath(folder / os.pardir)!r}, if that has one "
+            f"subfolder for each class. {dataset_name!r} itself has images and no subfolders, expected one for each class."
+        )
+    is_class = one_class and is_flat
     if has_metadata or not (top or is_class):
         # Labels in a metadata file, or archives: datasets knows these.
         return {"data_dir": str(folder)}

@@ -154,6 +154,10 @@ def report_evaluation(evaluator: RunEvaluator) -> dict[str, Any]:
     results["seconds"] = _seconds(evaluator, time.perf_counter() - started)
     results["settings"] |= run_settings(evaluator.config)
     _write(results, evaluator)
+    for class_id, record in results.get("added", {}).items():  # versions before it have none
+        print(
+            f"class {class_id} ({record['class_name']}) was added and is not evaluated: the run's data set has no test images of it"
+        )
     return results
 
 

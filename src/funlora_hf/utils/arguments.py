@@ -1,9 +1,11 @@
-"""Command lines: what argparse leaves out."""
+"""Command lines: what argparse leaves out, and warnings as lines."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
 from typing import Any, get_type_hints
 
@@ -38,3 +40,23 @@ def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> N
         hints = {did_you_mean(text.partition("=")[0], options): None for text in unknown if text.startswith("-")}
         hint = "".join(hints)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{'.' if hint else ''}{hint}")
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Show each UserWarning as a line, as the log has them, without its place in the code; as it was before, afterwards."""
+    before = warnings.formatwarning
+
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        # Not those of subclasses, such as deprecations.
+        if category is not UserWarning:
+            return before(message, category, filename, lineno, line)
+        return f"WARNING {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
+from pathlib import Path
 from types import UnionType
 from typing import TypeGuard
 
@@ -77,6 +78,16 @@ def is_repository_name(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def check_not_mistyped(field: str, name: str) -> None:
+    """Raise a FileNotFoundError if there is no `name` here but a folder of almost that name: the Hub is not asked for it then."""
+    place = Path(name).expanduser()
+    folders = [] if place.exists() else [one.name for one in place.parent.glob("*") if one.is_dir()]
+    if near := get_close_matches(place.name, folders, n=1, cutoff=0.8):
+        raise FileNotFoundError(
+            f"{field}: no folder {name!r} here; did you mean {str(place.parent / near[0])!r}? (What is on the Hub: owner/name.)"
+        )
 
 
 def check_type(name: str, value: object, expected: type | UnionType, text: str) -> None:
