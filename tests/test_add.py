@@ -131,7 +131,9 @@ def test_several_classes_and_the_same_again(inside):
     draw(inside / "images" / "0th")
     assert add_classes("images", "out", adapter_train_steps=1).trained == (10,)
     with pytest.raises(
-        ValueError, match=r"classes that are there already.* 10 \(0th\), 8 \(a\), 9 \(b\).*--update_class"
+        ValueError,
+        match=r"classes that are there already.* 10 \(0th\), 8 \(a\), 9 \(b\).*train --output_dir out --update_class 10 --dataset_name images "
+        r".*--adapter_train_steps 2\b",
     ):
         add_classes("images", "out", adapter_train_steps=2)
 
@@ -206,14 +208,18 @@ def untimed(folder: Path) -> dict:
     return {c: {**one, "seconds": 0, "date": ""} for c, one in added.items()}
 
 
-def test_other_images_start_again_under_the_same_id(inside):
+def test_other_images_start_again_under_the_same_id(inside, capsys, caplog):
     """What was begun of others is no part of it."""
     add_classes("cross", "out", adapter_train_steps=4)
     expected = digests(inside / "out" / "adapters")
     shutil.rmtree("out/adapters/class_8")
     shutil.rmtree("cross")
     draw(inside / "other", 3).rename("cross")
-    add_classes("cross", "out", adapter_train_steps=4)
+    assert main(["info", "out"]) == 0
+    assert "unfinished class 8 (cross). To go on: the `funlora add` command" in capsys.readouterr().out
+    assert "dropped" not in caplog.text
+    add_classes("cross", "out", adapter_train_steps=5)
+    assert "(adapter_train_steps was 4 and is 5, other images): its steps so far are dropped" in caplog.text
     assert differing(expected, digests(inside / "out" / "adapters")) == {"class_8/adapter_model.safetensors"}
     assert read_json(inside / "out" / "results.json")["added"]["8"]["images"] == 3
 

@@ -81,6 +81,7 @@ def test_help_says_the_exit_codes(command, arguments):
     code, out, _ = command(*arguments, "--help")
     assert code == 0
     assert "exit codes: 0 " in " ".join(out.split())
+    assert ("valid" in out.rpartition("exit codes")[2]) == (arguments == ["verify"])
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,8 @@ def test_an_unknown_option_suggests_the_nearest_of_its_command(command):
     assert err.startswith("usage: funlora sample")
     *_, last = err.splitlines()
     assert last.endswith("--solvr=heun --num_image_s 3. Did you mean '--solver'? Did you mean '--num_images'?")
+    assert "(choose from" in (error := command("trian")[2])
+    assert error.endswith(" Did you mean 'train'?\n")
     assert "'--solver'" not in command("info", "run", "--solvr", "heun")[2]
     assert command("sample", "run", "--steps", "3")[2].endswith("3. Did you mean '--num_inference_steps'?\n")
 
@@ -178,7 +181,7 @@ def test_train_and_evaluate_take_their_own_arguments(command, tmp_path, monkeypa
     assert evaluation["evaluation"] is True
     code, out, err = command("evaluate", "nowhere")
     assert (code, out) == (1, "")
-    assert "error: nowhere holds no run" in err
+    assert "error: nowhere holds no run: there is no such folder." in err
 
 
 def test_info_of_a_run(command, run_folder, tiny_pipe):
@@ -328,6 +331,7 @@ def test_sample_says_what_is_wrong(fails, run_folder, tmp_path):
     )
     assert "holds no pipeline" in fails("sample", run_folder / "adapters")
     assert "`--device` is 'cuda:99'" in fails("sample", run_folder, "--device", "cuda:99")
+    assert "`--output` is" in fails("sample", run_folder, "--output", tmp_path / "a.txt")
     assert "expected a name ending in .png" in fails(
         "sample", run_folder, "--classes", "7", "--num_inference_steps", "1", "--output", tmp_path / "a.jpg"
     )
@@ -362,6 +366,12 @@ def test_sample_of_an_adapter_of_another_base(fails, run_folder, tiny_pipe):
 def test_a_missing_folder_and_repository(fails, hub, tmp_path, name):
     assert "is neither a folder that is there nor the name of a repository" in fails(name, tmp_path / "nowhere")
     assert "is neither a folder that is there nor a repository that you may read" in fails(name, "user/nothing")
+
+
+def test_info_of_a_folder_of_runs_names_them(fails, tmp_path):
+    for name in ("b", "a"):
+        write_json(tmp_path / name / "checkpoints" / "run.json", {})
+    assert f"There are runs in it: {tmp_path / 'a'}, {tmp_path / 'b'}." in fails("info", tmp_path)
 
 
 def test_info_of_a_damaged_adapter(fails, run_folder):
@@ -515,6 +525,7 @@ def test_delete_takes_a_class_out_of_folder_and_repository(command, fails, hub, 
     places = ("--output_dir", str(run_folder), "--repo_id", "user/digits")
     assert "`CLASS` has 'cat', expected ids or names of: 7 (name 7), 8 (name 8)" in fails("delete", "cat", *places)
     assert "expected where to delete the class" in fails("delete", "name 7")
+    assert f"Did you mean --output_dir {run_folder}?" in command("delete", "7", run_folder)[2]
     code, output, _ = command("delete", "name 7", *places)
     assert (code, output.splitlines()[0]) == (0, "deleted class 7 (name 7) from user/digits")
     assert not (run_folder / "adapters" / "class_7").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
@@ -16,6 +15,7 @@ from peft import PeftConfig
 from transformers import HfArgumentParser
 
 from .adapters.base_fingerprint import FingerprintCheck
+from .adapters.class_folder import adapter_name
 from .adapters.untrusted_adapter import method, read_config
 from .adapters.untrusted_bank import read_bank
 from .adapters.untrusted_base import PIPELINE, read_unet
@@ -29,17 +29,19 @@ from .continual.config import (
     ModelArguments,
     run_settings,
 )
-from .continual.run_folder import RunFolder
+from .continual.run_folder import RunFolder, differences, told
 from .continual.strategies.funlora import FunLora
 from .continual.strategies.registry import strategy_class
+from .continual.strategy import PhaseSettings
 from .continual.termination import Termination
+from .continual.trainer import phase_steps
 from .data.class_ids import assign_class_ids
 from .data.image_data import ImageClassificationData
 from .data.tasks import Task
 from .hub.find import Contents, find_contents
 from .run import Run, RunArguments
 from .train import take_recipe
-from .utils.arguments import explain_switches, refuse_unknown, some_fields
+from .utils.arguments import as_options, explain_switches, refuse_unknown, some_fields
 from .utils.checks import check_class_name, check_not_mistyped
 from .utils.files import read_mapping, recover_folder, write_json
 
@@ -338,6 +340,8 @@ class _Addition(Run):
                 error.args = (str(error).replace("--dataset_name", "IMAGES").replace("dataset_name=", "images="),)
             raise
         self.images = self._renamed(images, class_name)
+        # By which `update_class` finds the class, whose name is that of the folder.
+        self.dataset_name = arguments.data.dataset_name if class_name is None else os.path.join("FOLDER", class_name)
         self.digests = self.images.digests()
 
     def add(self) -> Added:
@@ -353,7 +357,9 @@ class _Addition(Run):
             data, records, there = self._choose()
             self.accelerator.wait_for_everyone()
             if is_main:
+                begun = self.added.begun()
                 for class_id, record in records.items():
+                    _warn_of_dropped_steps(record, begun.get(class_id, {}))
                     self.added.begin(class_id, record)
             self.accelerator.wait_for_everyone()
             new = Task(1, tuple(class_id for class_id in data.class_names if class_id not in there))
@@ -417,15 +423,41 @@ class _Addition(Run):
             for (class_id, name), digest in zip(data.class_names.items(), self.digests.values(), strict=True)
         }
         same = {c for c, record in records.items() if c in begun and _is_same(record, begun[c])}
-        clashing = [f"{c} ({name})" for c, name in data.class_names.items() if c in known and c not in same]
+        clashing = [c for c in data.class_names if c in known and c not in same]
         if clashing:
             raise ValueError(
                 f"`images` {self.arguments.data.dataset_name!r} has classes that are there already, or that the run has still "
-                f"to learn: {', '.join(clashing)}. Nothing was trained. Give another class another name: --class_name. To train an "
-                f"adapter again: `funlora train --output_dir {shlex.quote(os.fspath(self.folder.path))} --update_class ID`, with the "
-                "other arguments of the run and images of the class's name; the classes of the base are frozen."
+                f"to learn: {', '.join(f'{c} ({data.class_names[c]})' for c in clashing)}. Nothing was trained. Give another "
+                f"class another name: --class_name.{self._update(clashing)} The classes of the base are frozen."
             )
         return data, {c: record for c, record in records.items() if c not in same}, same & known.keys()
+
+    def _update(self, class_ids: Sequence[int]) -> str:
+        """A sentence with the command that trains the first of these that has an adapter again; empty if none has."""
+        class_id = next((c for c in class_ids if (self.folder.adapters / adapter_name(c)).is_dir()), None)
+        if class_id is None:
+            return ""
+        given = self.arguments
+        options = {
+            one.name: getattr(part, one.name)
+            for part in (given.data, given.model, given.training)
+            for one in fields(part)
+            if one.name in (*_IMAGES, *_RECIPE[type(part)]) and getattr(part, one.name) not in (None, one.default)
+        }
+        if options.pop("adapter_epochs", None) is not None:  # without a recipe, steps alone can be given
+            settings, count = (
+                PhaseSettings.of(given.training, "adapter"),
+                self.images.count(next(iter(self.images.class_names))),
+            )
+            options["adapter_train_steps"] = phase_steps(settings, count, given.training)
+        if Path(self.target.name) != self.folder.path:
+            options = {"base_model": self.target.name, **options}
+        place = {
+            "output_dir": os.fspath(self.folder.path),
+            "update_class": class_id,
+            "dataset_name": self.dataset_name,
+        }
+        return f" To train the adapter of class {class_id} again: `funlora train {as_options({**place, **options})}`."
 
     def _record(self, class_id: int, name: str, digest: Mapping[str, Any]) -> dict[str, Any]:
         settings = run_settings(self.arguments.data, self.model, self.training)
@@ -441,6 +473,17 @@ class _Addition(Run):
             },
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
+
+
+def _warn_of_dropped_steps(record: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Say what a class that was begun is begun again for."""
+    if before.get("class_name") == record["class_name"]:
+        parts = record["recipe"].items()
+        changed = [one for part, now in parts for one in told(differences(before["recipe"].get(part, {}), now))]
+        if before["sha256"] != record["sha256"]:
+            changed.append("other images")
+        what = f"class {record['class_name']} was begun with other settings ({', '.join(changed)})"
+        logger.warning("%s: its steps so far are dropped", what)
 
 
 def _is_same(record: Mapping[str, Any], begun: Mapping[str, Any]) -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,13 +33,10 @@ from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
 from .sampling.solvers import SOLVERS
 from .utils.arguments import refuse_unknown, warnings_as_lines
-from .utils.checks import one_form
+from .utils.checks import did_you_mean, one_form
 
 
-EXIT_CODES = (
-    "exit codes: 0 done (verify: everything is valid); 1 an error, on stderr (verify: or something that is not valid); "
-    "2 an argument that is not known"
-)
+EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an argument that is not known"
 # Images of one class that are sampled at once.
 _BATCH = 64
 # Longer errors, such as those with a page of HTML, are cut off.
@@ -85,6 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Suggests the nearest choice, as argparse itself does from Python 3.14 on if it is asked to."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), action.choices or ()).replace(" ", ". ", 1)
+            raise
+
+
 def _parser() -> argparse.ArgumentParser:
     hub = argparse.ArgumentParser(add_help=False)
     hub.add_argument("--revision", help="branch, tag or commit of a repository")
@@ -95,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--json", action="store_true", dest="as_json", help="print JSON, for scripts")
 
     description = "Trains, looks at, samples, shares and checks bases, FunLoRA adapters and banks of them."
-    parser = argparse.ArgumentParser(prog="funlora", description=description, epilog=EXIT_CODES)
+    parser = _Parser(prog="funlora", description=description, epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -154,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     check = add(_verify, "Check files, numbers and fingerprints, a line for each thing", look)
+    check.epilog = EXIT_CODES.replace("done", "everything is valid").replace(
+        "an error", "something is not valid, or an error"
+    )
     check.add_argument("--base", help="run, pipeline or U-Net to compare adapters with (default: the base in SOURCE)")
     return parser
 
@@ -169,6 +178,7 @@ def _add(arguments: Sequence[str]) -> int:
     from .add import add_classes, parse
     from .continual.termination import Terminated, Termination
     from .continual.time_limit import TimeLimitReached
+    from .evaluation.tables import how_to_see
     from .train import EXIT_TIME_LIMIT, set_up_logging
 
     set_up_logging()
@@ -185,9 +195,7 @@ def _add(arguments: Sequence[str]) -> int:
         what = f"class {_class_text(class_id, one['class_name'])}"
         how = f"learned from {one['images']} images in {one['seconds']:.0f} s"
         _say(f"{what}: {how}" if class_id in added.trained else f"{what}: is there already, {how}")
-    base, folder = (shlex.quote(os.fspath(place)) for place in (added.base, added.output_dir))
-    where = folder if Path(added.base) == added.output_dir else f"{base} --adapters {folder}"
-    _say(f"To see them: funlora sample {where} --class_label {' '.join(map(str, added.classes))}")
+    _say(how_to_see(added.base, added.output_dir, added.classes))
     return 0
 
 
@@ -208,13 +216,17 @@ def _recipes() -> int:
 
 def _info(as_json: bool, **source: Any) -> int:
     # It imports datasets, for which other commands need not wait.
+    from .continual.added_classes import AddedClasses
     from .continual.run_folder import RunFolder
 
-    unfinished = RunFolder(Path(source["source"], source["subfolder"] or "")).unfinished()
+    place = Path(source["source"], source["subfolder"] or "")
+    unfinished = RunFolder(place).unfinished()
     try:
         found = describe(**source)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         if unfinished is None:
+            if runs := [str(one.parents[1]) for one in sorted(place.glob("*/checkpoints/run.json"))]:
+                raise FileNotFoundError(f"{error} There are runs in it: {', '.join(runs)}.") from error
             raise
         found = Description(source["source"], None)  # a run that has no base yet
     if as_json:
@@ -225,6 +237,8 @@ def _info(as_json: bool, **source: Any) -> int:
             f"unfinished run: {unfinished}. To go on: the `funlora train` command that began it, with --resume_from_checkpoint "
             "latest"
         )
+    for class_id, name in AddedClasses(RunFolder(place)).unfinished().items():
+        _say(f"unfinished class {_class_text(class_id, name)}. To go on: the `funlora add` command that began it")
     if (base := found.base) is not None:
         numbers = f"{base.parameters:,} parameters, fingerprint {base.fingerprint}"
         _say(f"base {base.name}: {numbers}, classes {_class_texts(base.classes)}")
@@ -269,6 +283,8 @@ def _sample(
         raise ValueError(
             f"`--num_inference_steps` is {num_inference_steps}, which `--solver` 'dopri5' ignores: leave one of them out."
         )
+    if not output.lower().endswith(".png"):
+        raise ValueError(f"`--output` is {output!r}, expected a name ending in .png; only PNG is written.")
     how: dict[str, Any] = {"solver": solver, "num_inference_steps": num_inference_steps or 10, "seed": seed}
     place = _device(device)
     pipe = _load(base, adapters)

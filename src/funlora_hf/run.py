@@ -44,7 +44,7 @@ from .data.tasks import Task, split_into_tasks
 from .evaluation.evaluator import RunEvaluator
 from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_evaluation, report_finished, report_run
-from .evaluation.tables import costs_table
+from .evaluation.tables import costs_table, how_to_see
 from .evaluation.task_log import TaskLog
 from .sampling.solvers import DOPRI5_EVALUATIONS
 from .utils.checks import check_class_name
@@ -259,6 +259,8 @@ class Run:
                 base = find_base(name, revision=self.model.base_model_revision).with_adapters(self.folder.adapters)
                 data = self._data(base, one_class=True)
                 self._trainer(self._strategy(base, data, []), data).update_class(class_id)
+        if self.accelerator.is_main_process:
+            print(how_to_see(self.model.base_model or os.fspath(self.folder.path), self.folder.path, [class_id]))
 
     def _learn(self, strategy: Strategy, data: ImageClassificationData) -> dict[str, Any] | None:
         """`learn`, in the folder, which is opened."""
@@ -329,7 +331,9 @@ class Run:
             return data
         # A run that goes on keeps its ids, whatever has been added beside its base since.
         own = {} if self.training.overwrite_output_dir else self.folder.classes()
-        known = {**own, **base.classes}
+        # A class that was added may have the name of one that the run never learned.
+        learned = set(base.classes.values())
+        known = {**{c: name for c, name in own.items() if name not in learned}, **base.classes}
         return data.with_class_ids(assign_class_ids(list(data.class_names.values()), known, taken=base.taken))
 
     def _images(self, base: ExistingBase | None, **how: bool) -> ImageClassificationData:

@@ -91,7 +91,7 @@ def test_flops_seconds_and_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(funlora_hf.run, "measure_parts", keep)
     text = dry_run(short_run(output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
-    assert all(name in text for name in (*measured, "hours", "together"))
+    assert all(name in text for name in (*measured, "time", "together"))
     assert all(part.seconds > 0 for part in measured.values())
     base, adapter = measured["training: base"], measured["training: class"]
     unet = UNet2DModel(**TINY_UNET, num_class_embeds=4)

@@ -36,8 +36,20 @@ def run(tmp_path) -> RunFolder:
         (
             {"seed": 1},
             False,
-            r"another run \(seed was 0 and is 1\). Pass --resume.* by its own arguments, --overwrite_out",
+            r"another run \(seed was 0 and is 1\)\. Pass its arguments \(--seed 0\) and --resume_from_checkpoint latest to go on with it, --ov",
         ),
+        (
+            {"seed": 1},
+            True,
+            r"another run, which is finished \(seed was 0 and is 1\)\. Pass --overwrite_output_dir to delete it, or",
+        ),
+        # Other tasks follow from them.
+        (
+            {"num_tasks": 2},
+            False,
+            r"another run \(num_tasks was None and is 2\)\. Pass its arguments \(no --num_tasks\) and",
+        ),
+        ({}, False, r"another run \(task 2 was \[2\] and is None\)\. Pass its images and --resume"),
     ],
 )
 def test_another_run_is_not_overwritten_unasked(changed, finished, text, tmp_path):
@@ -47,8 +59,10 @@ def test_another_run_is_not_overwritten_unasked(changed, finished, text, tmp_pat
     write_json(folder.checkpoints / "strategy" / "task_1.safetensors", {})
     if finished:
         write_json(folder.results, {})
+    if "num_tasks" in changed or "task 2" in text:
+        tasks = {"tasks": {"task 1": [1], "task 3": [3]}}
     with pytest.raises(FileExistsError, match=f"holds {text}"):
-        folder.open({"Training": {**SETTINGS["Training"], **changed}, **tasks}, overwrite=False, resume=False)
+        folder.open({**tasks, "Training": {**SETTINGS["Training"], **changed}}, overwrite=False, resume=False)
     assert folder.base.is_dir()
 
 

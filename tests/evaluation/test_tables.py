@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from results import QUALITY, results
 
-from funlora_hf.evaluation.tables import summary_table, what_next
+from funlora_hf.continual.costs import Part
+from funlora_hf.evaluation.tables import costs_table, summary_table, what_next
 
 
 def test_the_summary_says_what_was_measured():
@@ -46,7 +48,11 @@ def test_samples_of_another_machine_are_not_called_changed():
     assert "first samples not compared (other machine or thread count), base unchanged" in summary_table(elsewhere)
 
 
-def test_a_run_ends_with_where_its_parts_lie_and_what_to_type_next():
+def test_a_run_ends_with_where_its_parts_lie_and_what_to_type_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("my run/base", "my run/adapters", "out/base", "out/model"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder).parent.joinpath("results.json").touch()
     run = {"peft_method": "funlora", "nfe": 12.0, "class_order": [0, 1, 7]}
     assert what_next(run, Path("my run")).splitlines() == [
         "my run holds base/, adapters/class_<id>/, results.json and figures/. Next:",
@@ -54,7 +60,19 @@ def test_a_run_ends_with_where_its_parts_lie_and_what_to_type_next():
         "  funlora add IMAGES --to 'my run'",
         "  funlora push 'my run' USER/REPO",
     ]
+    (tmp_path / "my run" / "adapters").rmdir()
+    *_, add, _ = what_next(run, Path("my run")).splitlines()
+    assert add == "  funlora add IMAGES --to 'my run'  # makes the first adapter"
+    assert what_next(run, Path("my run")).startswith("my run holds base/, results.json and figures/. Next:")
     joint = what_next({**run, "peft_method": None, "nfe": None}, Path("out"))
     assert "base/, model/, results.json" in joint
     assert "funlora add" not in joint
     assert "  funlora evaluate out\n" in joint
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0.4 s"), (59, "59 s"), (90, "1.5 min"), (3600, "1 h"), (3_067_200, "852 h")]
+)
+def test_costs_are_in_a_unit_that_fits(seconds, text):
+    part = Part("training: base", "steps", 2, seconds=seconds / 2)
+    assert [line.split("  ")[-1].strip() for line in costs_table([part]).splitlines()[2:]] == [text]

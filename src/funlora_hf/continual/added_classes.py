@@ -28,6 +28,11 @@ class AddedClasses:
         found = {class_in_name(path.stem): path for path in self.folder.checkpoints.glob("class_*.json")}
         return {class_id: read_mapping(path) for class_id, path in found.items() if class_id is not None}
 
+    def unfinished(self) -> dict[int, str]:
+        """Names by ids of the classes that have begun and have no adapter yet."""
+        begun = self.begun().items()
+        return {c: one["class_name"] for c, one in begun if not (self.folder.adapters / adapter_name(c)).is_dir()}
+
     def begin(self, class_id: int, record: Mapping[str, Any]) -> None:
         """Keep what a class is learned from: JSON-able, with its "class_name".
 

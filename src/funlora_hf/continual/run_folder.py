@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
+from ..utils.arguments import as_options
 from ..utils.checks import shortened
 from ..utils.files import read_mapping, recover_folder, remove_folder, write_json
 from .config import ARGUMENTS, EvaluationArguments, measuring_settings
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 CONTENTS = ("base", "adapters", "model", "results.json", "figures", "checkpoints", "logs")
 EVALUATION = EvaluationArguments.__name__
+# Parts of the settings that follow from the others and from the data.
+_CLASSES, _TASKS = "classes", "tasks"
 # Settings that say how to run, not what comes out.
 _FREE = {
     "output_dir",
@@ -58,7 +61,7 @@ class RunFolder:
 
     def classes(self) -> dict[int, str]:
         """Names by ids of all classes that the run in the folder has or will learn; empty if there is no run."""
-        classes = read_mapping(self._settings).get("classes", {}) if self._settings.is_file() else {}
+        classes = read_mapping(self._settings).get(_CLASSES, {}) if self._settings.is_file() else {}
         return {int(key.removeprefix("class ")): one["name"] for key, one in classes.items()}
 
     def class_figure(self, class_id: int) -> Path:
@@ -118,7 +121,12 @@ class RunFolder:
             FileNotFoundError: the folder holds no run.
         """
         if not self._settings.is_file():
-            raise FileNotFoundError(f"{self.path} holds no run: it has no {self._settings.relative_to(self.path)}.")
+            there = (
+                f"it has no {self._settings.relative_to(self.path)}"
+                if self.path.is_dir()
+                else "there is no such folder"
+            )
+            raise FileNotFoundError(f"{self.path} holds no run: {there}.")
         written = read_mapping(self._settings)
         for part in ARGUMENTS:
             defaults = {one.name: one.default for one in fields(part)}
@@ -132,7 +140,7 @@ class RunFolder:
                 f" `funlora evaluate {self.path}` evaluates a finished run again." if self.results.is_file() else ""
             )
             raise ValueError(
-                f"`resume_from_checkpoint`: the run in {self.path} has other settings: {shortened('; '.join(differences), 4000)}. Resume "
+                f"`resume_from_checkpoint`: the run in {self.path} has other settings: {shortened('; '.join(told(differences)), 4000)}. Resume "
                 f"with the same settings, or start again with --overwrite_output_dir.{evaluate}"
             )
 
@@ -142,7 +150,7 @@ class RunFolder:
             return None
         learned = len(list(self.checkpoints.glob("strategy/task_*.safetensors")))
         # Runs that an earlier version began do not say.
-        return f"{learned} of {len(read_mapping(self._settings).get('tasks', ())) or 'its'} tasks are learned"
+        return f"{learned} of {len(read_mapping(self._settings).get(_TASKS, ())) or 'its'} tasks are learned"
 
     def forget_samples(self) -> None:
         """Delete the synthetic images, which only a run that goes on needs."""
@@ -177,21 +185,29 @@ class RunFolder:
                 "folder of a run."
             )
 
-    def _differences(self, settings: Mapping[str, Any], *, evaluation: bool) -> list[str]:
-        """What these settings change in those of the run in the folder; `evaluation`: also in how it is evaluated."""
+    def _differences(self, settings: Mapping[str, Any], *, evaluation: bool) -> dict[str, tuple[Any, Any]]:
+        """What these settings change in those of the run in the folder; `evaluation`: also in how it is evaluated.
+
+        Classes and tasks are named only where no argument differs: they follow from the arguments.
+        """
         written = self.settings()
         parts = [part for part in settings if part in written and (evaluation or part != EVALUATION)]
-        return [text for part in parts for text in _differences(written[part], settings[part])]
+        changed = {part: found for part in parts if (found := differences(written[part], settings[part]))}
+        of_arguments = {part: found for part, found in changed.items() if part not in (_CLASSES, _TASKS)}
+        return {name: pair for found in (of_arguments or changed).values() for name, pair in found.items()}
 
     def _there(self, present: Sequence[str], settings: Mapping[str, Any]) -> str:
         """An error that says whose run is in the folder, and how to go on."""
         go_on = "--resume_from_checkpoint latest to go on"
-        changed = self._differences(settings, evaluation=False) if self._settings.is_file() else present
-        if changed:
-            what, go_on = (
-                f"another run ({shortened(', '.join(changed), 1000)})",
-                f"{go_on} with it by its own arguments",
-            )
+        known, finished = self._settings.is_file(), self.results.is_file()
+        changed = self._differences(settings, evaluation=False) if known else {}
+        if changed or not known:
+            differing = shortened(", ".join(told(changed) or present), 1000)
+            what = f"another run{', which is finished' * finished} ({differing})"
+            # Names of classes and tasks have a space.
+            own = {name: before for name, (before, _) in changed.items() if " " not in name}
+            its = f"arguments ({shortened(as_options(own), 1000)})" if own else "images"
+            go_on = f"its {its} and {go_on} with it" if changed and not finished else ""
         elif (state := self.unfinished()) is not None:
             what = f"this run, unfinished: {state}"
         else:
@@ -220,9 +236,12 @@ class RunFolder:
                     )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Texts for the settings that have changed, but for those that say how to run."""
-    changed = [
-        name for name in {**before, **now} if name not in _FREE and repr(before.get(name)) != repr(now.get(name))
-    ]
-    return [f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed]
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that have changed, with both values, but for those that say how to run."""
+    pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now} if name not in _FREE}
+    return {name: (one, other) for name, (one, other) in pairs.items() if repr(one) != repr(other)}
+
+
+def told(changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """A text for each of the `differences`."""
+    return [f"{name} was {before!r} and is {now!r}" for name, (before, now) in changed.items()]

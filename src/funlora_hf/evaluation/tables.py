@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..adapters.class_folder import ADAPTERS_FOLDER
 from ..continual.costs import Part
 
 
@@ -55,10 +56,23 @@ def what_next(results: Mapping[str, Any], folder: Path) -> str:
     if results["nfe"] is None:
         commands.append(f"funlora evaluate {run}")
     if adapters:
-        commands.append(f"funlora add IMAGES --to {run}")
+        first = "" if (folder / ADAPTERS_FOLDER).is_dir() else "  # makes the first adapter"
+        commands.append(f"funlora add IMAGES --to {run}{first}")
     commands.append(f"funlora push {run} USER/REPO")
-    what = "base/, adapters/class_<id>/" if adapters else "base/, model/"
-    return "\n".join([f"{folder} holds {what}, results.json and figures/. Next:", *(f"  {line}" for line in commands)])
+    parts = {
+        "base": "base/",
+        ADAPTERS_FOLDER: f"{ADAPTERS_FOLDER}/class_<id>/",
+        "model": "model/",
+        "results.json": "results.json",
+    }
+    there = ", ".join(text for name, text in parts.items() if (folder / name).exists())
+    return "\n".join([f"{folder} holds {there} and figures/. Next:", *(f"  {line}" for line in commands)])
+
+
+def how_to_see(base: str, folder: Path, class_ids: Iterable[int]) -> str:
+    """What to type to see classes whose adapters lie in a folder, beside the base or elsewhere, as plain text."""
+    places = [str(folder)] if Path(base) == folder else [base, "--adapters", str(folder)]
+    return f"To see them: funlora sample {shlex.join(places)} --class_label {' '.join(map(str, class_ids))}"
 
 
 def _accuracy(value: float | None) -> str:
@@ -67,17 +81,20 @@ def _accuracy(value: float | None) -> str:
 
 def costs_table(parts: Sequence[Part]) -> str:
     """What a run costs, as plain text: a line for each part, and their sum."""
-    lines = [f"{'':<26}{'':>24} {'per second':>11} {'hours':>10} {'TFLOP':>11} {'memory':>9}"]
+    lines = [f"{'':<26}{'':>24} {'per second':>11} {'time':>10} {'TFLOP':>11} {'memory':>9}"]
     for part in parts:
         unit = part.unit if part.images == 1 else f"{part.unit} of {part.images}"
-        hours = part.count * part.seconds / 3600
-        numbers = f"{_rounded(1 / part.seconds):>11} {_rounded(hours):>10} {_rounded(part.flops / 1e12):>11}"
+        numbers = f"{_rounded(1 / part.seconds):>11} {_duration(part.count * part.seconds):>10} {_rounded(part.flops / 1e12):>11}"
         memory = "" if part.memory is None else f"{part.memory / 1e9:.2f} GB"
         lines.append(f"{part.name:<26}{f'{part.count:,} {unit}':>24} {numbers} {memory:>9}")
-    lines.append(
-        f"{'together':<26}{'':>24} {'':>11} {_rounded(sum(part.count * part.seconds for part in parts) / 3600):>10}"
-    )
+    together = _duration(sum(part.count * part.seconds for part in parts))
+    lines.append(f"{'together':<26}{'':>24} {'':>11} {together:>10}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _duration(seconds: float) -> str:
+    size, unit = next((one for one in ((3600, "h"), (60, "min")) if seconds >= one[0]), (1, "s"))
+    return f"{_rounded(seconds / size)} {unit}"
 
 
 def _rounded(number: float) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shlex
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
 from typing import Any, get_type_hints
@@ -25,6 +28,20 @@ def some_fields(kind: type, names: Collection[str]) -> Any:
     return make_dataclass(kind.__name__, taken, namespace=title)
 
 
+def as_options(values: Mapping[str, Any]) -> str:
+    """What to type for these values of fields; of None, which cannot be typed, "no --<name>"."""
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            # `strategy_options` takes key=value, others JSON.
+            text = [f"{key}={json.dumps(one)}" for key, one in value.items()]
+            value = text if name == "strategy_options" else [json.dumps(value)]
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    absent = [f"no --{name}" for name, value in values.items() if value is None]
+    return ", ".join([shlex.join(words)] * bool(words) + absent)
+
+
 def explain_switches(parser: argparse.ArgumentParser) -> None:
     """Say what each `--no_<name>` does. HfArgumentParser gives it the help and the default of the option that it switches off."""
     for action in parser._actions:
@@ -38,7 +55,9 @@ def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> N
         # Of the two forms that HfArgumentParser gives each, --one_form.
         options = [one for action in parser._actions for one in action.option_strings if "-" not in one.lstrip("-")]
         hints = {did_you_mean(text.partition("=")[0], options): None for text in unknown if text.startswith("-")}
-        hint = "".join(hints)
+        # Some commands take the folder as an argument of its own, others by this option.
+        folders = [text for text in unknown if "--output_dir" in options and os.path.isdir(text)]
+        hint = "".join([*hints, *(f" Did you mean --output_dir {shlex.quote(text)}?" for text in folders)])
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{'.' if hint else ''}{hint}")
 
 
