@@ -92,10 +92,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    hub = argparse.ArgumentParser(add_help=False)
+    hub = _Parser(add_help=False)
     hub.add_argument("--revision", help="branch, tag or commit of a repository")
     hub.add_argument("--local_files_only", action="store_true", help="take a repository from the cache")
-    look = argparse.ArgumentParser(add_help=False, parents=[hub])
+    look = _Parser(add_help=False, parents=[hub])
     look.add_argument("source", metavar="SOURCE", help=_HELP_SOURCE)
     look.add_argument("--subfolder", help="where in SOURCE")
     look.add_argument("--json", action="store_true", dest="as_json", help="print JSON, for scripts")
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(run: Callable[..., int], text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(run: Callable[..., int], text: str, *parents: _Parser) -> _Parser:
         """The parser of the command that the function `_<command>` runs, with the arguments of others."""
         command = subparsers.add_parser(
             run.__name__.removeprefix("_"), help=text, description=f"{text}.", epilog=EXIT_CODES, parents=parents
