@@ -83,8 +83,8 @@ def kill_one(killed: int, arguments: list[str], place: Path, *, processes: int) 
         started_ones = processes_of(launcher)
         assert len(started_ones) == processes
         started_ones[killed].kill()
-        assert launcher.wait(timeout=30) == 1, log_of(place)
-    assert psutil.wait_procs(started_ones, timeout=30)[1] == []
+        assert launcher.wait(timeout=120) == 1, log_of(place)
+    assert psutil.wait_procs(started_ones, timeout=120)[1] == []
     assert not (place / "out" / "results.json").exists()
 
 
@@ -106,8 +106,8 @@ def test_when_one_of_them_is_killed_the_others_stop_and_other_numbers_go_on(kill
         processes = processes_of(launcher)
         assert len(processes) == 2
         launcher.terminate()
-        assert launcher.wait(timeout=30) != 0, log_of(tmp_path)
-    assert psutil.wait_procs(processes, timeout=30)[1] == []
+        assert launcher.wait(timeout=120) != 0, log_of(tmp_path)
+    assert psutil.wait_procs(processes, timeout=120)[1] == []
     finish(tmp_path, resumed)
     assert_same_run(tmp_path / "out", one)
 

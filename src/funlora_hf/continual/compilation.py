@@ -20,15 +20,16 @@ class CompilationError(RuntimeError):
     """torch.compile does not work here."""
 
 
-def compile_blocks(unet: UNet2DModel) -> None:
-    """Compile the blocks of a U-Net when they are first called; names and values of its parameters stay.
+def compile_blocks(unet: UNet2DModel, *, backend: str = "inductor") -> None:
+    """Compile the blocks of a U-Net when they are first called, by a `backend` of torch.compile.
 
-    Adapters may be added and removed afterwards. Those of equal shapes and names are compiled once.
+    Names and values of its parameters stay. Adapters may be added and removed afterwards. Those of equal shapes and names are
+    compiled once.
     """
     # The old name, which later versions of torch know, too.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
     unet._repeated_blocks = list(COMPILED_BLOCKS)
-    unet.compile_repeated_blocks(dynamic=False)
+    unet.compile_repeated_blocks(dynamic=False, backend=backend)
 
 
 @contextmanager
