@@ -220,7 +220,8 @@ def _info(as_json: bool, **source: Any) -> int:
     from .continual.run_folder import RunFolder
 
     place = Path(source["source"], source["subfolder"] or "")
-    unfinished = RunFolder(place).unfinished()
+    run = RunFolder(place)
+    unfinished = run.unfinished()
     try:
         found = describe(**source)
     except FileNotFoundError as error:
@@ -237,7 +238,7 @@ def _info(as_json: bool, **source: Any) -> int:
             f"unfinished run: {unfinished}. To go on: the `funlora train` command that began it, with --resume_from_checkpoint "
             "latest"
         )
-    for class_id, name in AddedClasses(RunFolder(place)).unfinished().items():
+    for class_id, name in AddedClasses(run).unfinished().items():
         _say(f"unfinished class {_class_text(class_id, name)}. To go on: the `funlora add` command that began it")
     if (base := found.base) is not None:
         numbers = f"{base.parameters:,} parameters, fingerprint {base.fingerprint}"

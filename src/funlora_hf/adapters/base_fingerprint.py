@@ -15,7 +15,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..tuner.targets import FUSED_PROJECTIONS
-from ..tuner_base.wrappers import base_module, is_wrapper, without_peft
+from ..tuner_base.wrappers import base_module, is_wrapper, uncompiled, without_peft
 from ..utils.checks import CONFIG_FINGERPRINT, FINGERPRINT_DTYPES
 
 
@@ -100,8 +100,7 @@ def base_fingerprints(model: nn.Module) -> dict[str, str]:
 def config_fingerprint(model: nn.Module) -> dict[str, str]:
     """`{"config": SHA-256}` of a diffusers model, over settings that differ from their defaults: arguments that a later diffusers adds
     change nothing. Empty for another model."""
-    model = without_peft(model)
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = uncompiled(without_peft(model))
     config = getattr(model, "config", None)
     if not isinstance(config, Mapping):
         return {}
@@ -211,7 +210,7 @@ def _differs(own: Mapping[str, str], fingerprints: Mapping[str, str]) -> bool:
 
 def _collect(module: nn.Module, prefix: str, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Add the tensors of a module and its children to `found`, by their names after `prefix`."""
-    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    module = uncompiled(module)
     while is_wrapper(module):
         if getattr(module, "merged", False) is True:
             raise ValueError("Adapters are merged into the base's weights: call `unmerge_adapter` first.")

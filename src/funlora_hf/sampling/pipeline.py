@@ -35,7 +35,7 @@ from ..adapters.untrusted_base import (
     class_names,
 )
 from ..flow_matching import sigma_to_timestep
-from ..tuner_base.wrappers import adapted_modules, evaluation_mode
+from ..tuner_base.wrappers import adapted_modules, evaluation_mode, uncompiled
 from ..utils.checks import check_at_least_one, check_choice, is_repository_name, one_form, shortened
 from .guidance import Guidance, Velocity
 from .solvers import SOLVERS, SolverOutput, solve
@@ -99,7 +99,7 @@ class FunLoraPipeline(DiffusionPipeline):
                 f"`unet` is a {type(unet).__name__}, expected the UNet2DModel in it, without adapters: save the adapter with "
                 "`save_adapter`, pass `unet.unload()`, and add the adapter with `load_adapter`."
             )
-        if not isinstance(_uncompiled(unet), UNet2DModel):
+        if not isinstance(uncompiled(unet), UNet2DModel):
             raise ValueError(f"`unet` is a {type(unet).__name__}, expected a UNet2DModel.")
         check_velocity_unet(unet.config, field="unet.config")
         _check_scheduler(scheduler)
@@ -424,7 +424,7 @@ class FunLoraPipeline(DiffusionPipeline):
                 "`push_to_hub` would push the base without its adapters: save first, then `funlora_hf.push_all` the folder."
             )
         self._follow_unet()
-        unet = _uncompiled(self.unet)
+        unet = uncompiled(self.unet)
         if adapted_modules(unet):
             with torch.device("meta"):
                 plain = UNet2DModel.from_config(unet.config)
@@ -590,7 +590,7 @@ class FunLoraPipeline(DiffusionPipeline):
 
     def _follow_unet(self) -> None:
         """Use a U-Net that has replaced `unet`. Raises a ValueError if adapters are loaded, since they are in the old one."""
-        if _uncompiled(self.unet) is _uncompiled(self._adapters.model):
+        if uncompiled(self.unet) is uncompiled(self._adapters.model):
             return
         if self._adapters.classes:
             raise ValueError(
@@ -638,8 +638,3 @@ def _interpolation_weights(weights: Weights) -> torch.Tensor:
     if not len(tensor) or not ((tensor >= 0) & (tensor <= 1)).all():
         raise ValueError(f"`weights` is {weights}, expected numbers in [0, 1], one for every image.")
     return tensor
-
-
-def _uncompiled(unet: Any) -> Any:
-    """The module that `torch.compile` has wrapped, or the module itself."""
-    return getattr(unet, "_orig_mod", unet)

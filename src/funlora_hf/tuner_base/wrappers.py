@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -18,6 +18,11 @@ def without_peft(model: nn.Module) -> nn.Module:
     while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
         model = model.model if isinstance(model, BaseTuner) else model.base_model
     return model
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that `torch.compile` has wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
