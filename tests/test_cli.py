@@ -155,6 +155,22 @@ def test_commands_without_a_model_import_no_more_than_the_package():
     assert (done.returncode, done.stderr) == (0, "['funlora_hf']\n")
 
 
+WITHOUT_THE_PACKAGE = """
+import sys
+import funlora_command
+for word in ("--version", "recipes"):
+    sys.argv[1:] = [word]
+    assert funlora_command.main() == 0
+assert not {"funlora_hf", "torch"} & sys.modules.keys()
+"""
+
+
+def test_version_and_recipes_are_answered_without_the_package_and_the_same(command):
+    done = run_python("-c", WITHOUT_THE_PACKAGE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == command("--version")[1] + command("recipes")[1]
+
+
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
     # In the place of torch, which the package imports before anything of its own runs.
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
