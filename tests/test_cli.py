@@ -106,10 +106,25 @@ def test_an_unknown_option_suggests_the_nearest_of_its_command(command):
     assert command("sample", "run", "--steps", "3")[2].endswith("3. Did you mean '--num_inference_steps'?\n")
 
 
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        (["sample", "run", "--outp", "a.png"], "output"),
+        (["info", "run", "--rev", "main"], "revision"),
+        (["add", "images", "--to", "run", "--output", "there"], "output_dir"),
+        (["evaluate", "run", "--num_samples", "3"], "num_samples_per_class"),
+    ],
+)
+def test_options_have_no_abbreviations(command, given, option):
+    code, out, err = command(*given)
+    assert (code, out) == (2, "")
+    assert err.rstrip().endswith(f"Did you mean '--{option}'?")
+
+
 @pytest.mark.parametrize(("name", "switch"), [("train", "evaluation"), ("add", "train_omega")])
 def test_help_says_what_a_switch_does(command, name, switch):
     text = " ".join(command(name, "--help")[1].split())
-    assert f"--no_{switch}, --no-{switch.replace('_', '-')} Switch off --{switch}." in text
+    assert f"--no_{switch} Switch off --{switch}." in text
 
 
 def test_recipes_are_printed_one_a_line_for_scripts(command):

@@ -41,7 +41,7 @@ from .data.tasks import Task
 from .hub.find import Contents, find_contents
 from .run import Run, RunArguments
 from .train import take_recipe
-from .utils.arguments import as_options, explain_switches, refuse_unknown, some_fields
+from .utils.arguments import as_options, refuse_unknown, some_fields, tidy_help
 from .utils.checks import check_class_name, check_not_mistyped
 from .utils.files import read_mapping, recover_folder, write_json
 
@@ -121,10 +121,11 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
         epilog=EXIT_CODES,
         parents=[own],
         formatter_class=argparse.HelpFormatter,
+        allow_abbrev=False,
     )
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what is not given is that of the run
-    explain_switches(parser)
+    tidy_help(parser)
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
     if "config" in given:

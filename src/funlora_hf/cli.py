@@ -81,7 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Suggests the nearest choice, as argparse itself does from Python 3.14 on if it is asked to."""
+    """Takes no abbreviations, and suggests the nearest choice, as argparse itself does from Python 3.14 on if it is asked to."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
