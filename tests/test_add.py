@@ -335,9 +335,9 @@ def test_a_locked_run_is_left_alone(inside):
         ),
         ({"adapter_learning_rate": -1.0}, ValueError, "`adapter_learning_rate` is -1"),
         ({"images": "./nothing"}, FileNotFoundError, "looks like a local path"),
-        ({"images": "cros"}, FileNotFoundError, "`images` is 'cros': no folder 'cros' here; did you mean 'cross'"),
+        ({"images": "cros"}, FileNotFoundError, "`images` is 'cros': nothing of this name is here; did you mean 'cross'"),
         ({"images": "owls"}, FileNotFoundError, "`images` is 'owls', which is no file or folder here.*owner/name"),
-        ({"to": "out/bas"}, FileNotFoundError, "`to` is 'out/bas': no folder .*; did you mean 'out/base'"),
+        ({"to": "out/bas"}, FileNotFoundError, "`to` is 'out/bas': nothing .*; did you mean 'out/base'"),
         (
             {"images": "empty"},
             FileNotFoundError,

@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from runs import REPOSITORY, command_line, digests, write_adapters
+from runs import REPOSITORY, command_line, digests, short_run, write_adapters
 
 import funlora_hf
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint, cli
@@ -397,6 +397,71 @@ def test_sample_of_an_adapter_of_another_base(fails, run_folder, tiny_pipe):
 def test_a_missing_folder_and_repository(fails, hub, tmp_path, name):
     assert "is neither a folder that is there nor the name of a repository" in fails(name, tmp_path / "nowhere")
     assert "is neither a folder that is there nor a repository that you may read" in fails(name, "user/nothing")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "digts"],
+        ["verify", "runs/digts"],
+        ["sample", "digts"],
+        ["pull", "digts", "there"],
+        ["push", "digts", REPO],
+    ],
+)
+def test_a_mistyped_folder_never_asks_the_hub(fails, hub, run_folder, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_folder, "digits")
+    shutil.copytree(run_folder, "runs/digits")
+    before = len(hub.requests)
+    error = fails(*arguments)
+    assert len(hub.requests) == before
+    assert f"nothing of this name is here; did you mean '{arguments[1].replace('digts', 'digits')}'?" in error
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_repository_with_a_name_almost_like_a_folder_s(command, hub, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_folder, "user/digitz")
+    assert command("push", run_folder, REPO)[0] == 0
+    # The repository alone is looked at, though there is a folder of its name now.
+    shutil.copytree(run_folder / "adapters", "user/digits")
+    assert "has all of it already" in command("push", run_folder, REPO)[1]
+    shutil.rmtree("user/digits")
+    assert command("info", REPO)[0] == 1
+    assert "class 8 (name 8)" in command("info", REPO, "--revision", "main")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "~nobody-here/run"],
+        ["sample", "run", "--output=~nobody-here/a.png"],
+        ["pull", "run", "~nobody-here/run"],
+        ["train", "--output_dir=~nobody-here/run"],
+        ["train", "--base_model", "~nobody-here/run"],
+        ["train", "--dataset_name", "~nobody-here/run"],
+        ["train", "--joint_results", "~nobody-here/run"],
+        ["add", "~nobody-here/run", "--to", "digits"],
+        ["add", "digits", "--to", "digits", "--output_dir=~nobody-here/run"],
+    ],
+)
+def test_a_path_of_no_user_is_refused(command, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*arguments)
+    assert out == ""
+    assert "~nobody-here/" in (text := code if isinstance(code, str) else err)
+    assert "but there is no such user: write the path out." in text.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shell_s_leftover_tilde_is_the_user_s_folder(command, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    how = ("--num_images", "1", "--num_inference_steps", "1", "--classes", "7")
+    assert command("sample", run_folder, *how, "--output=~/a.png")[0] == 0
+    assert (tmp_path / "a.png").is_file()
+    assert short_run(output_dir="~/out").training.output_dir == str(tmp_path / "out")
 
 
 def test_info_of_a_folder_of_runs_names_them(fails, tmp_path):

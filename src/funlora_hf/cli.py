@@ -33,7 +33,7 @@ from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
 from .sampling.solvers import SOLVERS
 from .utils.arguments import refuse_unknown, warnings_as_lines
-from .utils.checks import did_you_mean, one_form
+from .utils.checks import did_you_mean, expanded, one_form
 
 
 EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an argument that is not known"
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     hub.add_argument("--revision", help="branch, tag or commit of a repository")
     hub.add_argument("--local_files_only", action="store_true", help="take a repository from the cache")
     look = _Parser(add_help=False, parents=[hub])
-    look.add_argument("source", metavar="SOURCE", help=_HELP_SOURCE)
+    look.add_argument("source", type=_path, metavar="SOURCE", help=_HELP_SOURCE)
     look.add_argument("--subfolder", help="where in SOURCE")
     look.add_argument("--json", action="store_true", dest="as_json", help="print JSON, for scripts")
 
@@ -125,8 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     add(_info, "Say what lies in a folder, a file or a repository", look)
 
     sample = add(_sample, "Draw images of classes, a row for each, into a PNG")
-    sample.add_argument("base", metavar="BASE", help="run, pipeline or repository; brings its adapters")
-    sample.add_argument("--adapters", nargs="+", default=[], metavar="SOURCE", help=f"more classes: {_HELP_SOURCE}")
+    sample.add_argument("base", type=_path, metavar="BASE", help="run, pipeline or repository; brings its adapters")
+    more = f"more classes: {_HELP_SOURCE}"
+    sample.add_argument("--adapters", nargs="+", type=_path, default=[], metavar="SOURCE", help=more)
     sample.add_argument("--classes", nargs="+", metavar="CLASS", help="ids or names, a row for each (default: all)")
     sample.add_argument("--class_label", nargs="+", default=[], type=int, metavar="ID", help="the same, by id alone")
     sample.add_argument("--class_name", nargs="+", default=[], metavar="NAME", help="the same, by name alone")
@@ -134,26 +135,26 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--num_inference_steps", type=_at_least_one, help="(default: 10; 'dopri5' chooses its own)")
     sample.add_argument("--solver", choices=SOLVERS, default="heun", help="(default: %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="equal seeds give equal images (default: %(default)s)")
-    sample.add_argument("--output", default="samples.png", help="PNG to write (default: %(default)s)")
+    sample.add_argument("--output", type=_path, default="samples.png", help="PNG to write (default: %(default)s)")
     sample.add_argument("--device", default="cpu", help="such as cuda or mps (default: %(default)s)")
 
     push = add(_push, "Push a run to the Hub: its base and a folder for each class")
-    push.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder of a run")
+    push.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="folder of a run")
     push.add_argument("repo_id", metavar="REPO_ID", help='"user/repo", made if it is not there')
     push.add_argument("--base_model", metavar="REPO", help="repository of the base, if it is another one")
     push.add_argument("--private", action="store_const", const=True, help="make a new repository private")
     push.add_argument("--license", help="identifier of a licence, for the cards")
 
     fetch = add(_pull, "Fetch classes from the Hub into the folder of a run", hub)
-    fetch.add_argument("source", metavar="SOURCE", help="repository with folders class_<id>, or with one adapter")
-    fetch.add_argument("output_dir", metavar="OUTPUT_DIR", help="gets adapters/class_<id>/, and base/ --with_base")
+    fetch.add_argument("source", type=_path, metavar="SOURCE", help="repository with folders class_<id>, or with one adapter")
+    fetch.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="gets adapters/class_<id>/, and base/ --with_base")
     fetch.add_argument("--classes", nargs="+", type=int, metavar="ID", help="ids of the classes wanted (default: all)")
     fetch.add_argument("--with_base", action="store_true", help="take the base, too")
     fetch.add_argument("--overwrite", action="store_true", help="replace folders that have other content")
 
     delete = add(_delete, "Delete a class from a folder and from a repository")
     delete.add_argument("class_label", metavar="CLASS", help="id or name of the class")
-    delete.add_argument("--output_dir", help="folder of a run or of a saved pipeline that it is deleted from")
+    delete.add_argument("--output_dir", type=_path, help="folder of a run or of a saved pipeline that it is deleted from")
     delete.add_argument("--repo_id", help="repository that it is deleted from")
     delete.add_argument(
         "--history",
@@ -166,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     check.epilog = EXIT_CODES.replace("done", "everything is valid").replace(
         "an error", "something is not valid, or an error"
     )
-    check.add_argument("--base", help="run, pipeline or U-Net to compare adapters with (default: the base in SOURCE)")
+    check.add_argument("--base", type=_path, help="run, pipeline or U-Net to compare adapters with (default: the base in SOURCE)")
     return parser
 
 
@@ -347,6 +348,13 @@ def _pull(output_dir: str, **options: Any) -> int:
     if not written:
         _say(f"{output_dir} has all of it already: nothing was written.")
     return 0
+
+
+def _path(text: str) -> str:
+    try:
+        return expanded("path", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _at_least_one(text: str) -> int:

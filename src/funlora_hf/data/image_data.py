@@ -17,7 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, config, load_dataset, load_dataset_builder
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    DownloadConfig,
+    Features,
+    Value,
+    config,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -330,11 +340,11 @@ def _open_splits(
     one_class: bool,
 ) -> tuple[str, DatasetDict, tuple[str, ...]]:
     """Name for results, all splits of the dataset, and the folders in which its rows may name files."""
-    path = Path(dataset_name).expanduser()
+    path = Path(os.path.expanduser(dataset_name))
     is_digits = dataset_name == "digits"
     is_local = not is_digits and (path.exists() or path.suffix == ".parquet" or not is_repository_name(dataset_name))
     if not is_digits:
-        check_not_mistyped(f"dataset_name={dataset_name!r}", dataset_name)
+        check_not_mistyped(f"dataset_name={dataset_name!r}", str(path), revision=revision)
     if is_local and not path.exists():
         raise FileNotFoundError(
             f"dataset_name={dataset_name!r} looks like a local path, but there is no such file or folder: expected a "
@@ -371,6 +381,9 @@ def _open_splits(
             f"dataset_name={dataset_name!r} is a file of type {path.suffix!r}, expected .parquet: convert it to "
             "parquet, or give a folder of class subfolders with images."
         )
+    if is_local:
+        # By default, its bar says that it downloads them.
+        arguments["download_config"] = DownloadConfig(download_desc="Finding images")
     try:
         with _without_unpickling():
             splits = load_dataset(**arguments)

@@ -17,6 +17,7 @@ from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_fold
 from ..adapters.untrusted_adapter import SavedAdapter, read_adapter
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
 from ..cards.model_cards import ClassRow, Place, adapter_card, repository
+from ..utils.checks import check_not_mistyped
 from ..utils.files import read_json, read_mapping
 from .classes_json import CARD, results_without
 
@@ -162,6 +163,7 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
         FileNotFoundError: no folder of a run.
         ValueError: a damaged adapter.
     """
+    check_not_mistyped(f"`output_dir` is {os.fspath(folder)!r}", os.fspath(folder))
     file = folder / "results.json"
     results = read_mapping(file, keys=["tasks"]) if file.is_file() else None
     trained = next((folder / name for name in GENERATOR_FOLDERS if (folder / name).is_dir()), None)
