@@ -146,15 +146,21 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--license", help="identifier of a licence, for the cards")
 
     fetch = add(_pull, "Fetch classes from the Hub into the folder of a run", hub)
-    fetch.add_argument("source", type=_path, metavar="SOURCE", help="repository with folders class_<id>, or with one adapter")
-    fetch.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="gets adapters/class_<id>/, and base/ --with_base")
+    fetch.add_argument(
+        "source", type=_path, metavar="SOURCE", help="repository with folders class_<id>, or with one adapter"
+    )
+    fetch.add_argument(
+        "output_dir", type=_path, metavar="OUTPUT_DIR", help="gets adapters/class_<id>/, and base/ --with_base"
+    )
     fetch.add_argument("--classes", nargs="+", type=int, metavar="ID", help="ids of the classes wanted (default: all)")
     fetch.add_argument("--with_base", action="store_true", help="take the base, too")
     fetch.add_argument("--overwrite", action="store_true", help="replace folders that have other content")
 
     delete = add(_delete, "Delete a class from a folder and from a repository")
     delete.add_argument("class_label", metavar="CLASS", help="id or name of the class")
-    delete.add_argument("--output_dir", type=_path, help="folder of a run or of a saved pipeline that it is deleted from")
+    delete.add_argument(
+        "--output_dir", type=_path, help="folder of a run or of a saved pipeline that it is deleted from"
+    )
     delete.add_argument("--repo_id", help="repository that it is deleted from")
     delete.add_argument(
         "--history",
@@ -167,7 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     check.epilog = EXIT_CODES.replace("done", "everything is valid").replace(
         "an error", "something is not valid, or an error"
     )
-    check.add_argument("--base", type=_path, help="run, pipeline or U-Net to compare adapters with (default: the base in SOURCE)")
+    check.add_argument(
+        "--base", type=_path, help="run, pipeline or U-Net to compare adapters with (default: the base in SOURCE)"
+    )
     return parser
 
 
@@ -225,7 +233,7 @@ def _info(as_json: bool, **source: Any) -> int:
 
     place = Path(source["source"], source["subfolder"] or "")
     run = RunFolder(place)
-    unfinished = run.unfinished()
+    unfinished, classes = run.unfinished(), AddedClasses(run).unfinished()
     try:
         found = describe(**source)
     except FileNotFoundError as error:
@@ -235,14 +243,14 @@ def _info(as_json: bool, **source: Any) -> int:
             raise
         found = Description(source["source"], None)  # a run that has no base yet
     if as_json:
-        print(json.dumps({**asdict(found), "unfinished": unfinished}, indent=2))
+        print(json.dumps({**asdict(found), "unfinished": unfinished, "unfinished_classes": classes}, indent=2))
         return 0
     if unfinished is not None:
         _say(
             f"unfinished run: {unfinished}. To go on: the `funlora train` command that began it, with --resume_from_checkpoint "
             "latest"
         )
-    for class_id, name in AddedClasses(run).unfinished().items():
+    for class_id, name in classes.items():
         _say(f"unfinished class {_class_text(class_id, name)}. To go on: the `funlora add` command that began it")
     if (base := found.base) is not None:
         numbers = f"{base.parameters:,} parameters, fingerprint {base.fingerprint}"
