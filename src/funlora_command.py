@@ -13,7 +13,9 @@ from types import FrameType
 
 def main() -> int:
     """Run the command; see `funlora_hf.cli.main`."""
-    before = signal.signal(signal.SIGINT, _stop)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as in the background of a script
+        signal.signal(signal.SIGINT, _stop)
     if sys.argv[1:] == ["--version"]:
         print(f"funlora {version('funlora-hf')}")
         return 0

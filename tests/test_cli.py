@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub import HfApi
 from runs import REPOSITORY, command_line, digests, short_run, write_adapters
 
 import funlora_hf
@@ -192,6 +194,10 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY / "src")])
     done = run_python("-c", "from funlora_command import main; main()", PYTHONPATH=path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by Ctrl-C\n")
+    # As a shell has it for what a script starts in its background.
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nos._exit(0)")
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from funlora_command import main; main()"
+    assert run_python("-c", ignored, PYTHONPATH=path).returncode == 0
 
 
 def test_train_and_evaluate_take_their_own_arguments(command, tmp_path, monkeypatch):
@@ -639,6 +645,49 @@ def test_a_hub_that_does_not_answer(run_folder, hub, tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [1, 5])
+def test_pull_stops_at_a_signal_with_nothing_half_written(command, hub, run_folder, tmp_path, monkeypatch, number, at):
+    command("push", run_folder, REPO)
+    command("pull", REPO, tmp_path / "whole", "--with_base")
+    copied = []
+
+    def copy(source, target, real=shutil.copyfile):
+        copied.append(target)
+        real(source, target)
+        if len(copied) == at:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    code, out, err = command("pull", REPO, tmp_path / "there", "--with_base")
+    assert (code, out, len(copied)) == (128 + number, "", at)
+    assert err == f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}; the same command goes on\n"
+    assert digests(tmp_path / "there").items() < (expected := digests(tmp_path / "whole")).items()
+    assert command("pull", REPO, tmp_path / "there", "--with_base")[0] == 0
+    assert digests(tmp_path / "there") == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("made", [0, 1])
+def test_push_stops_at_a_signal_and_goes_on(command, hub, run_folder, monkeypatch, number, made):
+    """Before its first commit, and between that and its tag."""
+
+    def commit(*arguments, real=HfApi.create_commit, **options):
+        if made:
+            real(*arguments, **options)
+        os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", commit)
+        code, out, err = command("push", run_folder, REPO)
+    assert (code, out) == (128 + number, "")
+    assert err == f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}; the same command goes on\n"
+    assert (len(hub.commits(REPO)), len(hub.tags(REPO))) == (1 + made, 0)
+    assert command("push", run_folder, REPO)[0] == 0
+    assert (len(hub.commits(REPO)), len(hub.tags(REPO))) == (3, 3)
+    assert command("verify", REPO)[0] == 0
 
 
 def test_in_a_process_of_its_own_from_the_hub(hub, run_folder, command, tmp_path):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from . import __version__
 from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .adapters.untrusted_base import PIPELINE
+from .continual.termination import Terminated, Termination
 from .hub.classes_json import known_contents
 from .hub.delete import delete_class
 from .hub.describe import AdapterDescription, BankDescription, Description, describe
@@ -36,7 +38,7 @@ from .utils.arguments import refuse_unknown, warnings_as_lines
 from .utils.checks import did_you_mean, expanded, one_form
 
 
-EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an argument that is not known"
+EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an argument that is not known; 130 Ctrl-C, 143 SIGTERM"
 # Images of one class that are sampled at once.
 _BATCH = 64
 # Longer errors, such as those with a page of HTML, are cut off.
@@ -67,9 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = vars(known)
         run = given.pop("run")
         refuse_unknown(given.pop("command"), unknown)
+    # These two stop at a checkpoint.
+    listening = nullcontext() if run in (_train, _add) else Termination()
     try:
-        with _progress_only_on_a_terminal(), warnings_as_lines():
+        with listening, _progress_only_on_a_terminal(), warnings_as_lines():
             return run(**given)
+    except Terminated as stopped:
+        if run in (_train, _add):
+            raise
+        name = {signal.SIGINT: "Ctrl-C"}.get(stopped.signal, stopped.signal.name)
+        _say(f"stopped by {name}{'; the same command goes on' * (run in (_push, _pull))}", file=sys.stderr)
+        return 128 + stopped.signal
     except (HfHubHTTPError, NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         for line in [f"error: {lines[0]}", *lines[1:_ERROR_LINES]]:
@@ -188,7 +198,6 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _add(arguments: Sequence[str]) -> int:
     from .add import add_classes, parse
-    from .continual.termination import Terminated, Termination
     from .continual.time_limit import TimeLimitReached
     from .evaluation.tables import how_to_see
     from .train import EXIT_TIME_LIMIT, set_up_logging
