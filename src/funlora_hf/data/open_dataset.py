@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, config, load_dataset, load_dataset_builder
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    DownloadConfig,
+    Features,
+    config,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -32,11 +42,11 @@ def open_splits(
     one_class: bool,
 ) -> tuple[str, DatasetDict, tuple[str, ...]]:
     """Name for results, all splits of the dataset, and the folders in which its rows may name files."""
-    path = Path(dataset_name).expanduser()
+    path = Path(os.path.expanduser(dataset_name))
     is_digits = dataset_name == "digits"
     is_local = not is_digits and (path.exists() or path.suffix == ".parquet" or not is_repository_name(dataset_name))
     if not is_digits:
-        check_not_mistyped(f"dataset_name={dataset_name!r}", dataset_name)
+        check_not_mistyped(f"dataset_name={dataset_name!r}", str(path), revision=revision)
     if is_local and not path.exists():
         raise FileNotFoundError(
             f"dataset_name={dataset_name!r} looks like a local path, but there is no such file or folder: expected a "
@@ -73,6 +83,9 @@ def open_splits(
             f"dataset_name={dataset_name!r} is a file of type {path.suffix!r}, expected .parquet: convert it to "
             "parquet, or give a folder of class subfolders with images."
         )
+    if is_local:
+        # By default, its bar says that it downloads them.
+        arguments["download_config"] = DownloadConfig(download_desc="Finding images")
     try:
         with _without_unpickling():
             splits = load_dataset(**arguments)
