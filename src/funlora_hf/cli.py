@@ -270,8 +270,8 @@ def _info(as_json: bool, **source: Any) -> int:
         _say(f"adapter {adapter.name}: class {label}, {_method(adapter)}, {numbers}, {_on_base(adapter)}")
     for bank in found.banks:
         numbers = f"{bank.parameters_per_class:,} parameters per class, {bank.num_bytes:,} bytes"
-        classes = _class_texts(bank.classes)
-        _say(f"bank {bank.name}: {_method(bank)}, {numbers}, {_on_base(bank)}, classes {classes}")
+        names = _class_texts(bank.classes)
+        _say(f"bank {bank.name}: {_method(bank)}, {numbers}, {_on_base(bank)}, classes {names}")
     return 0
 
 
