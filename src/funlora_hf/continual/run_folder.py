@@ -86,7 +86,8 @@ class RunFolder:
 
         Raises:
             FileExistsError: another run is in the folder, and neither `overwrite` nor `resume` is set.
-            ValueError: `resume`, but the run there has other settings; `overwrite`, but what would be deleted is needed or a link.
+            ValueError: `resume`, but the run there has other settings; `overwrite`, but what would be deleted is needed, a link, or not
+                the run's.
         """
         present = [name for name in CONTENTS if (self.path / name).exists()]
         if present and overwrite:
@@ -104,7 +105,7 @@ class RunFolder:
         if present and not self._settings.is_file():
             raise ValueError(
                 f"`output_dir` {self.path} holds {', '.join(present)} but no {self._settings.relative_to(self.path)}, "
-                "so it is unknown what run it is. Pass --overwrite_output_dir, or another folder."
+                "so it is unknown what run it is. Move them, or pass another folder."
             )
         if present:
             self.check_settings(settings)
@@ -212,7 +213,8 @@ class RunFolder:
             what = f"this run, unfinished: {state}"
         else:
             what, go_on = f"this run, which is finished (see `funlora info {self.path}`)", ""
-        ways = [way for way in (go_on, "--overwrite_output_dir to delete it", "or another folder") if way]
+        delete = "--overwrite_output_dir to delete it" if known else ""
+        ways = [way for way in (go_on, delete, "or another folder" if go_on or delete else "another folder") if way]
         return f"`output_dir` {self.path} holds {what}. Pass {', '.join(ways)}."
 
     def _warn_if_fresh(self, resume: bool, present: list[str]) -> None:
@@ -234,6 +236,20 @@ class RunFolder:
                         f"`overwrite_output_dir` would delete {path}, in which `{field}` {place!r} lies: choose another "
                         "`output_dir`."
                     )
+        found = [name for name in present if (self.path / name).is_file() or any((self.path / name).iterdir())]
+        if found and not self._settings.is_file():
+            raise ValueError(
+                f"`overwrite_output_dir` would delete {', '.join(found)} in {self.path}, but without a "
+                f"{self._settings.relative_to(self.path)} it is unknown whether a run has made them: move them, or choose another "
+                "`output_dir`."
+            )
+        own = {adapter_name(class_id) for class_id in self.classes()}
+        others = sorted(one.name for one in self.adapters.glob("[!.]*") if one.name not in own)
+        if others:
+            raise ValueError(
+                f"`overwrite_output_dir` would delete {', '.join(others)} in {self.adapters}, which the run there has not learned: move "
+                "them, delete them by `funlora delete`, or choose another `output_dir`."
+            )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
