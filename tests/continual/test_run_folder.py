@@ -126,6 +126,22 @@ def test_a_folder_without_settings_has_none_to_lose(tmp_path):
     folder.check_there()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tasks": 5},
+        {"classes": []},
+        {"classes": {"class x": {"name": "a"}}},
+        {"classes": {"class 1": {}}},
+        {"classes": {"class 1": 2}},
+    ],
+)
+def test_damaged_settings_are_named(change, run):
+    write_json(run.checkpoints / "run.json", {**SETTINGS, **change})
+    with pytest.raises(ValueError, match=r"run\.json is damaged: "):
+        run.classes() if "classes" in change else run.unfinished()
+
+
 def test_an_update_needs_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="`update_class` has nothing to update"):
         RunFolder(tmp_path).check_update()

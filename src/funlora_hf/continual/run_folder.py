@@ -61,8 +61,18 @@ class RunFolder:
 
     def classes(self) -> dict[int, str]:
         """Names by ids of all classes that the run in the folder has or will learn; empty if there is no run."""
-        classes = read_mapping(self._settings).get(_CLASSES, {}) if self._settings.is_file() else {}
-        return {int(key.removeprefix("class ")): one["name"] for key, one in classes.items()}
+        classes = self._written().get(_CLASSES, {}) if self._settings.is_file() else {}
+        try:
+            return {int(key.removeprefix("class ")): str(one["name"]) for key, one in classes.items()}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self._settings} is damaged: `{_CLASSES}` has {error!r}.") from error
+
+    def _written(self) -> dict[str, dict[str, Any]]:
+        """The settings as they are in the file, which is there."""
+        written = read_mapping(self._settings)
+        if odd := [part for part, values in written.items() if not isinstance(values, dict)]:
+            raise ValueError(f"{self._settings} is damaged: {', '.join(map(repr, odd))}: expected mappings.")
+        return written
 
     def class_figure(self, class_id: int) -> Path:
         """Where the samples of a class are shown."""
@@ -128,7 +138,7 @@ class RunFolder:
                 else "there is no such folder"
             )
             raise FileNotFoundError(f"{self.path} holds no run: {there}.")
-        written = read_mapping(self._settings)
+        written = self._written()
         for part in ARGUMENTS:
             defaults = {one.name: one.default for one in fields(part)}
             written[part.__name__] = {**defaults, **written.get(part.__name__, {})}
@@ -151,7 +161,7 @@ class RunFolder:
             return None
         learned = len(list(self.checkpoints.glob("strategy/task_*.safetensors")))
         # Runs that an earlier version began do not say.
-        return f"{learned} of {len(read_mapping(self._settings).get(_TASKS, ())) or 'its'} tasks are learned"
+        return f"{learned} of {len(self._written().get(_TASKS, ())) or 'its'} tasks are learned"
 
     def forget_samples(self) -> None:
         """Delete the synthetic images, which only a run that goes on needs."""
