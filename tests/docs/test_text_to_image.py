@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from huggingface_hub import HfApi
 from peft import (
     LoHaConfig,
@@ -536,6 +536,34 @@ def test_prompts_with_adapters_of_their_own(method, name):
     else:
         with pytest.raises(ValueError, match=r"non-existing adapter\(s\): mine"), mixed_prompts(pipe, ["mine"]):
             pass
+
+
+@row("diffusers' `load_lora_weights` and `load_lora_adapter` of what was saved")
+@pipelines
+def test_diffusers_own_loaders(method, name, plain, tmp_path, caplog):
+    pipe = adapted(name, method.random())
+    method.save(pipe, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    part = "transformer" if hasattr(pipe, "transformer") else "unet"
+    for load in (
+        lambda other: other.load_lora_weights(tmp_path, weight_name=file.name),
+        lambda other: component(other).load_lora_adapter(tmp_path, weight_name=file.name, prefix=part),
+    ):
+        other = make_pipeline(name)
+        caplog.clear()
+        logger = logging.get_logger("diffusers.loaders")
+        logger.addHandler(caplog.handler)
+        try:
+            load(other)
+        except (KeyError, ValueError):
+            assert method is FUNLORA
+        else:
+            missed = f"No LoRA keys associated to {type(component(other)).__name__}" in caplog.text
+            assert missed == (method is FUNLORA)
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert bool(other.get_list_adapters()) == (method is LORA)
+        close(sample(other), sample(pipe) if method is LORA else plain[name])
 
 
 @row("a text encoder's adapter in the file of `save_lora_weights`")
