@@ -31,7 +31,7 @@ from ..tuner import FunLoraConfig
 from ..tuner.hotswap import plain_key
 from ..tuner_base.meta_shapes import adapted_shape
 from ..tuner_base.wrappers import plain_modules, without_peft
-from ..utils.checks import is_repository_name, listed, shortened
+from ..utils.checks import check_not_mistyped, is_repository_name, listed, shortened
 from ..utils.files import parse_json, read_json, read_tensors
 from ..utils.tensors import misnamed, misshapen, not_finite
 
@@ -192,7 +192,7 @@ def fetch(
         local_files_only (`bool`, *optional*, defaults to `False`): take it from the cache, without asking the Hub.
 
     Raises:
-        FileNotFoundError: no such folder, repository or revision, or none in the cache.
+        FileNotFoundError: no such folder, repository or revision, or none in the cache; or almost the name of a folder.
         ValueError: a name that leads out of the repository, or a revision of a folder.
     """
     name = os.fspath(source)
@@ -200,6 +200,15 @@ def fetch(
         if revision is not None:
             raise ValueError(f"`revision` is {revision!r}, but {name!r} is a folder, which has none: leave it out.")
         return Path(name)
+    if not local_files_only:
+        check_not_mistyped(repr(name), name, revision=revision)
+    return fetch_repository(name, files, revision=revision, local_files_only=local_files_only)
+
+
+def fetch_repository(
+    name: str, files: Sequence[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """As `fetch`, of a name that is a repository's, whatever folders there are."""
     if not is_repository_name(name):
         raise FileNotFoundError(
             f"{name!r} is neither a folder that is there nor the name of a repository, 'user/repo'."
