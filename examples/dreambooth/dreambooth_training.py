@@ -36,7 +36,7 @@ from funlora_hf.data import load_image_data
 from funlora_hf.hub.repository import HubRepository
 from funlora_hf.run import make_accelerator
 from funlora_hf.train import ERRORS, set_up_logging
-from funlora_hf.utils.arguments import explain_switches, refuse_unknown, warnings_as_lines
+from funlora_hf.utils.arguments import refuse_unknown, tidy_help, warnings_as_lines
 from funlora_hf.utils.checks import check_at_least_one, check_choice, check_not_mistyped
 from funlora_hf.utils.field_types import check_field_types
 from funlora_hf.utils.files import read_mapping, recover_folder, whole_file, write_json
@@ -456,8 +456,8 @@ def _adam(eight_bit: bool) -> Callable[..., torch.optim.Optimizer]:
 def main(kind: Any, pipelines: Sequence[type], objective: Callable[[Any, Any], Objective], description: str) -> None:
     """The command: a run of `DreamBooth` with arguments of this kind. Exit codes are those of `funlora train`."""
     set_up_logging()
-    parser = HfArgumentParser(kind, description=description)
-    explain_switches(parser)
+    parser = HfArgumentParser(kind, usage="%(prog)s [-h] [--OPTION VALUE ...]", description=description)
+    tidy_help(parser)
     try:
         arguments, unknown = parser.parse_args_into_dataclasses(
             return_remaining_strings=True, look_for_args_file=False

@@ -51,4 +51,4 @@ class Denoising:
 
 
 if __name__ == "__main__":
-    main(DreamBoothArguments, PIPELINES, Denoising, __doc__)
+    main(DreamBoothArguments, PIPELINES, Denoising, __doc__.partition("\n")[0])

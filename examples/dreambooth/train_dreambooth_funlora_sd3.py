@@ -14,13 +14,7 @@ import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 
 from dreambooth_training import DreamBoothArguments, Prompt, argument, main
-from funlora_hf.flow_matching import (
-    flow_matching_loss,
-    interpolate,
-    sample_sigmas,
-    sigma_to_timestep,
-    velocity_target,
-)
+from funlora_hf import flow_matching
 from funlora_hf.utils.checks import check_choice
 
 
@@ -33,7 +27,6 @@ class FlowArguments(DreamBoothArguments):
     """And what flow matching takes."""
 
     weighting_scheme: str = argument("logit_normal", "Density of the times: 'logit_normal', or 'none', uniform.")
-    guidance_scale: float | None = argument(None, "That FLUX.1-dev is given in training; None: 1, or none at all.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,35 +41,31 @@ class FlowMatching:
         scheduler = pipe.scheduler.config
         self.shift = 1.0 if scheduler.use_dynamic_shifting else scheduler.shift
         self.is_flux = isinstance(pipe, FluxPipeline)
-        self.guidance = arguments.guidance_scale
-        if not getattr(pipe.transformer.config, "guidance_embeds", False):
-            if self.guidance is not None:
-                raise ValueError(f"`guidance_scale` is {self.guidance}, which this model does not take: leave it out.")
-        elif self.guidance is None:
-            self.guidance = 1.0
+        self.is_guided = getattr(pipe.transformer.config, "guidance_embeds", False)
 
     def __call__(
         self, model: Callable[..., Any], latents: torch.Tensor, prompt: Prompt, generator: torch.Generator
     ) -> torch.Tensor:
         states, device = prompt["prompt_embeds"], latents.device
-        sigma = sample_sigmas(len(latents), density=self.density, generator=generator).to(device)
+        sigma = flow_matching.sample_sigmas(len(latents), density=self.density, generator=generator).to(device)
         # As the scheduler shifts the times of sampling.
         sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
         noise = torch.randn(latents.shape, generator=generator).to(device)
-        noisy, target = interpolate(latents, noise, sigma), velocity_target(latents, noise)
+        noisy = flow_matching.interpolate(latents, noise, sigma)
+        target = flow_matching.velocity_target(latents, noise)
         inputs = {"encoder_hidden_states": states, "pooled_projections": prompt["pooled_prompt_embeds"]}
-        timestep = sigma_to_timestep(sigma)
+        timestep = flow_matching.sigma_to_timestep(sigma)
         if self.is_flux:
             height, width = latents.shape[2] // 2, latents.shape[3] // 2
             noisy, target = (FluxPipeline._pack_latents(one, *latents.shape) for one in (noisy, target))
             inputs["img_ids"] = FluxPipeline._prepare_latent_image_ids(1, height, width, device, states.dtype)
             inputs["txt_ids"] = torch.zeros(states.shape[1], 3, device=device, dtype=states.dtype)
             timestep = sigma  # it multiplies by 1000 itself
-            if self.guidance is not None:
-                inputs["guidance"] = torch.full_like(sigma, self.guidance)
+            if self.is_guided:  # FLUX.1-dev; 1 as in the README of diffusers' script
+                inputs["guidance"] = torch.ones_like(sigma)
         output = model(noisy.to(states.dtype), timestep=timestep, **inputs, return_dict=False)[0]
-        return flow_matching_loss(output, target)
+        return flow_matching.flow_matching_loss(output, target)
 
 
 if __name__ == "__main__":
-    main(FlowArguments, PIPELINES, FlowMatching, __doc__)
+    main(FlowArguments, PIPELINES, FlowMatching, __doc__.partition("\n")[0])

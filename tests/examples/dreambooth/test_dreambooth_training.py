@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -15,10 +16,10 @@ import torch
 import train_dreambooth_funlora as diffusion
 import train_dreambooth_funlora_sd3 as flow
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from runs import REPOSITORY
 from text_encoders import make_prompted
-from text_to_image import component, sample
+from text_to_image import component, make_pipeline, sample
 
 import dreambooth_training
 from dreambooth_training import DreamBooth, DreamBoothArguments
@@ -105,6 +106,48 @@ def loss(run: DreamBooth) -> float:
     """Of fixed batches."""
     with torch.no_grad():
         return sum(float(run.loss(run.model, number)) for number in range(8))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_what_stable_diffusion_is_to_predict(prediction):
+    """From noise alone, of which a model that knows how much there is can tell the target."""
+    pipe = make_pipeline("SDXL")
+    pipe.scheduler = DDIMScheduler(prediction_type=prediction)
+    seen = {}
+
+    def knows(noisy, times, states, added_cond_kwargs, return_dict):
+        seen.update(added_cond_kwargs)
+        signal = pipe.scheduler.alphas_cumprod[times].reshape(-1, 1, 1, 1)
+        noise = noisy / (1 - signal).sqrt()
+        return (noise if prediction == "epsilon" else signal.sqrt() * noise,)
+
+    objective = diffusion.Denoising(pipe, SimpleNamespace(resolution=8))
+    prompt = {"prompt_embeds": torch.zeros(5, 2, 16), "pooled_prompt_embeds": torch.ones(5, 16)}
+    losses = objective(knows, torch.zeros(5, 4, 8, 8), prompt, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(losses, torch.zeros(5), rtol=0, atol=1e-8)
+    assert seen["time_ids"].tolist() == [[8, 8, 0, 0, 8, 8]] * 5
+
+
+@pytest.mark.parametrize("name", ["SD3", "Flux"])
+def test_what_flow_matching_is_to_predict(name):
+    """As above; SD3 takes times up to 1000, Flux up to 1."""
+    pipe = make_pipeline(name)
+    pipe.scheduler.register_to_config(shift=3.0)
+    if name == "Flux":
+        pipe.transformer.register_to_config(guidance_embeds=True)
+    sigmas = []
+
+    def knows(noisy, timestep, guidance=None, **inputs):
+        assert (guidance is None) == (name == "SD3")
+        sigmas.append(timestep if name == "Flux" else timestep / 1000)
+        return (noisy / sigmas[-1].reshape(-1, *[1] * (noisy.dim() - 1)),)
+
+    objective = flow.FlowMatching(pipe, SimpleNamespace(weighting_scheme="none"))
+    prompt = {"prompt_embeds": torch.zeros(999, 2, 16), "pooled_prompt_embeds": torch.ones(999, 16)}
+    losses = objective(knows, torch.zeros(999, 4, 8, 8), prompt, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(losses, torch.zeros(999), rtol=0, atol=1e-8)
+    # Uniform times 0.5 are shifted to 3 * 0.5 / (1 + 2 * 0.5).
+    assert sigmas[0].median() == pytest.approx(0.75, abs=0.02)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -272,7 +315,7 @@ def test_a_push_that_fails(make, hub, monkeypatch):
             "`resolution` is 15, expected a multiple of 2 for a StableDiffusion3Pipeline",
         ),
         ({"weighting_scheme": "mode", "name": "SD3"}, "`weighting_scheme` is 'mode', expected one of"),
-        ({"guidance_scale": 3.5, "name": "SD3"}, "`guidance_scale` is 3.5, which this model does not take"),
+        ({"report_to": "nowhere"}, "`report_to` 'nowhere' .* is not available here"),
         ({"target_modules": ["to_x"]}, "to_x"),
         ({"instance_data_dir": "nowhere"}, "nowhere"),
         ({"instance_data_dir": "."}, "with the folders"),
