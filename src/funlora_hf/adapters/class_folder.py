@@ -19,6 +19,7 @@ from ..cards.model_cards import adapter_card
 from ..recipes.reading import MOST_BYTES, load_yaml
 from ..tuner import FunLoraConfig
 from ..tuner.hotswap import SAVED_PREFIX, plain_key
+from ..tuner_base.offloading import is_offloaded
 from ..tuner_base.wrappers import has_class, without_peft
 from ..utils.checks import check_choice, check_class_label, check_class_name, listed, shortened
 from ..utils.files import read_mapping, whole_folder
@@ -139,8 +140,8 @@ def save_adapter(
         class_name (`str`, *optional*): its name; None: the one in the config.
 
     Raises:
-        ValueError: a model without adapters, no such adapter, one that is merged into the base or has numbers that are not
-            finite, an invalid id or name, the id of a class of the base (of one that was loaded from a folder), or a folder with
+        ValueError: a model without adapters, no such adapter, one that is merged into the base, is offloaded or has numbers that
+            are not finite, an invalid id or name, the id of a class of the base (of one that was loaded from a folder), or a folder with
             other content. Nothing is written.
         WriteError: the folder cannot be written (an OSError).
     """
@@ -157,6 +158,8 @@ def save_adapter(
     folder = Path(folder)
     _check_replaceable(folder)
     parts = {key: parameter for key, parameter in model.named_parameters() if f".{adapter_name}." in f"{key}."}
+    if is_offloaded(model, parts.values()):
+        raise ValueError(f"The adapter {adapter_name!r} is offloaded with the model: save it before you offload.")
     if problems := not_finite(parts):
         raise ValueError(f"The adapter {adapter_name!r} cannot be saved:\n{listed(problems)}")
     label = class_of(configs[adapter_name], adapter_name)[0] if class_label is None else class_label
