@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from .data.image_data import to_model_range
+from .data.pixels import to_model_range
 from .tuner_base.wrappers import evaluation_mode
 from .utils.field_types import Count, Positive, Range, check_field_types, one_of
 from .utils.progress import Progress

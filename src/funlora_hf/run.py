@@ -73,7 +73,7 @@ class RunArguments:
             name = self.data.dataset_name
             here = ", which is no file or folder here (a dataset on the Hub is 'owner/name')"
             raise ValueError(
-                f"`dataset_name` is {name!r}{'' if os.path.exists(os.path.expanduser(name)) else here}, and `unet_config` is None, "
+                f"`dataset_name` is {name!r}{'' if os.path.exists(name) else here}, and `unet_config` is None, "
                 "which is the U-Net for 8x8 digits: give the arguments of a UNet2DModel, take a recipe by --config, or name an "
                 "existing generator by --base_model."
             )

@@ -31,6 +31,8 @@ def load_adapter(
     local_files_only: bool = False,
     ignore_base_fingerprint: bool = False,
     config: PeftConfig | None = None,
+    weight_name: str | None = None,
+    prefix: str | None = None,
 ) -> nn.Module:
     """
     Load an adapter, after checks that it is valid and was trained for this base.
@@ -49,6 +51,10 @@ def load_adapter(
         ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): load it even if it was trained for another base.
             If it is saved again, its files name this base.
         config (`PeftConfig`, *optional*): config of the adapter, if the files have none, as those of `save_lora_weights`.
+        weight_name (`str`, *optional*): name of a file of diffusers, if it is not `pytorch_lora_weights.safetensors`.
+        prefix (`str`, *optional*):
+            For a file of `save_lora_weights`: the part of the pipeline whose adapter to load, such as "text_encoder". None: the model
+            that denoises, if the file has its adapter.
 
     Returns:
         `torch.nn.Module`: in evaluation mode. For a model of diffusers with `add_adapter` (its `PeftAdapterMixin`) it is `model`
@@ -67,7 +73,13 @@ def load_adapter(
         ```
     """
     adapter = read_adapter(
-        source, subfolder=subfolder, revision=revision, local_files_only=local_files_only, config=config
+        source,
+        subfolder=subfolder,
+        revision=revision,
+        local_files_only=local_files_only,
+        config=config,
+        weight_name=weight_name,
+        prefix=prefix,
     )
     if adapter_name is None:
         label, _ = class_of(adapter.config)

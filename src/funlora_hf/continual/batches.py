@@ -9,7 +9,8 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 
-from ..data.image_data import ImageClassificationData, to_model_range
+from ..data.image_data import ImageClassificationData
+from ..data.pixels import to_model_range
 from ..flow_matching import sample_sigmas
 from ..utils.seeds import derive_seed, generator_for
 from .devices import on_device

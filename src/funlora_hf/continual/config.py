@@ -19,7 +19,7 @@ from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
 from ..sampling.solvers import SOLVERS
 from ..tuner import FunLoraConfig
-from ..utils.checks import check_at_least_one, check_class_label, shortened
+from ..utils.checks import check_at_least_one, check_class_label, expanded, shortened
 from ..utils.field_types import Count, LearningRate, Natural, Positive, Range, Share, check_field_types, one_of
 
 
@@ -73,6 +73,7 @@ class DataArguments:
             # YAML reads ids as numbers.
             self.class_order = [str(entry) if type(entry) is int else entry for entry in self.class_order]
         check_field_types(self)
+        self.dataset_name = expanded("dataset_name", self.dataset_name)
         if self.class_order is not None and self.class_order_seed is not None:
             raise ValueError(
                 f"`class_order` and `class_order_seed` {self.class_order_seed} are both given, expected one of them: leave one out."
@@ -124,6 +125,8 @@ class ModelArguments:
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
         check_field_types(self)
+        if self.base_model is not None:
+            self.base_model = expanded("base_model", self.base_model)
         if self.unet_config is not None:
             if "num_class_embeds" in self.unet_config:
                 raise ValueError(
@@ -240,6 +243,7 @@ class ContinualTrainingArguments:
         # HfArgumentParser has no type for what is a list on the command line and a mapping in a recipe.
         self.strategy_options = parse_options(self.strategy_options)  # type: ignore[assignment]
         check_field_types(self, leave_out=["strategy_options"])
+        self.output_dir = expanded("output_dir", self.output_dir)
         if self.resume_from_checkpoint not in (None, LATEST):
             raise ValueError(
                 f"`resume_from_checkpoint` is {self.resume_from_checkpoint!r}, expected 'latest': a run goes on from "
@@ -324,6 +328,8 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         check_field_types(self)
+        if self.joint_results is not None:
+            self.joint_results = expanded("joint_results", self.joint_results)
 
     def classifier(self, max_train_steps: int | None = None) -> ClassifierConfig:
         """Return how classifiers are trained, for at most `max_train_steps` steps."""

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from ..data.image_data import to_model_range
+from ..data.pixels import to_model_range
 
 
 _FID_EXTRA = 'pip install "funlora-hf[fid]"'
