@@ -314,7 +314,7 @@ def test_training_on_a_run_counts_its_adapters(inside):
         )
     )
     assert [path.name for path in (inside / "more" / "adapters").iterdir()] == ["class_8"]
-    with pytest.raises(ValueError, match="`overwrite_output_dir` would delete out/base, in which `base_model`"):
+    with pytest.raises(ValueError, match="`overwrite_output_dir` would delete out/base, which contains `base_model`"):
         run(short_run(base_model="out", dataset_name="images", overwrite_output_dir=True))
     # A run on a base from elsewhere gets more of its own.
     assert add_classes("cross", "more", adapter_train_steps=1).base == "out"

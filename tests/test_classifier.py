@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from funlora_hf import classifier as module
-from funlora_hf.classifier import ClassifierConfig, build_classifier, percentage, predict, train_classifier
+from funlora_hf.classifier import MOMENTUM, ClassifierConfig, build_classifier, percentage, predict, train_classifier
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_number_of_steps_and_no_batch_of_one(count, batch_size, epochs, expected
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
-def test_the_momentum_is_the_configured_one(monkeypatch):
+def test_the_momentum_is_constant(monkeypatch):
     seen = []
     step = torch.optim.SGD.step
     monkeypatch.setattr(
@@ -177,8 +177,8 @@ def test_the_momentum_is_the_configured_one(monkeypatch):
         "step",
         lambda self, *args, **kwargs: (seen.append(self.param_groups[0]["momentum"]), step(self, *args, **kwargs))[1],
     )
-    train_small(*small_set(), epochs=3, momentum=0.7)
-    assert set(seen) == {0.7}
+    train_small(*small_set(), epochs=3)
+    assert set(seen) == {MOMENTUM}
 
 
 def test_one_class_and_absent_classes_are_allowed():
@@ -277,35 +277,6 @@ def test_progress_bar(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"images": torch.zeros(4, 1, 8, 8)}, "`images` is torch.float32, expected a torch.uint8 tensor"),
-        ({"images": torch.zeros(4, 8, 8, dtype=torch.uint8)}, r"`images` has shape \(4, 8, 8\)"),
-        (
-            {"images": torch.zeros(0, 1, 8, 8, dtype=torch.uint8)},
-            r"`images` has shape \(0, 1, 8, 8\), .* at least one image",
-        ),
-    ],
-)
-def test_wrong_training_input_is_named(changes, message):
-    arguments = {
-        "images": torch.zeros(4, 1, 8, 8, dtype=torch.uint8),
-        "labels": torch.tensor([0, 1, 2, 0]),
-        "num_classes": 3,
-        "seed": 0,
-        **changes,
-    }
-    with pytest.raises(ValueError, match=message):
-        train_classifier(config=small_config(), **arguments)
-
-
-def test_wrong_evaluation_input_is_named():
-    images = torch.zeros(2, 1, 2, 2, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"`images` has shape \(0, 1, 2, 2\), .* at least one image"):
-        predict(FirstPixel(), images[:0])
-
-
-@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("epochs", 0),
@@ -316,9 +287,6 @@ def test_wrong_evaluation_input_is_named():
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),
         ("learning_rate", "0.1"),
-        ("momentum", 1.0),
-        ("momentum", -0.1),
-        ("weight_decay", -1e-4),
         ("crop_padding", -1),
         ("crop_padding", True),
         ("horizontal_flip", 1),
@@ -327,5 +295,5 @@ def test_wrong_evaluation_input_is_named():
     ],
 )
 def test_wrong_configuration_is_named(field, value):
-    with pytest.raises(ValueError, match=f"^`{field}` is .*{value!r}.*expected"):
+    with pytest.raises(ValueError, match=f"^`{field}` (is|should be) .*{value!r}"):
         ClassifierConfig(**{field: value})

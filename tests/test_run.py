@@ -956,7 +956,7 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"function": "sine"}, "`function` is 'sine', expected one of"),
         ({"operation": "div"}, "`operation` is 'div', expected one of"),
         ({"time_limit_minutes": 0.0}, r"`time_limit_minutes` is 0\.0, expected a number above 0"),
-        ({"max_nonfinite_steps": -1}, "`max_nonfinite_steps` is -1, expected an integer >= 0"),
+        ({"max_nonfinite_steps": -1}, "`max_nonfinite_steps` is -1, expected a number of at least 0"),
         (
             {"torch_compile": True, "class_batches": "mixed"},
             "`torch_compile` is set, but `class_batches` is 'mixed'",

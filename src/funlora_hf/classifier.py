@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -11,81 +12,69 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from .data.pixels import to_model_range
 from .tuner_base.wrappers import evaluation_mode
-from .utils.checks import check_choice
-from .utils.field_types import check_field_types
+from .utils.field_types import Count, Positive, Range, check_field_types, one_of
 from .utils.progress import Progress
 
 
 ARCHITECTURES = ("auto", "resnet18", "cnn")
-# Below this side "auto" takes the small network: ResNet-18 would shrink 8x8 digits to a single pixel, and takes a CPU seconds a step
-# at 28x28.
+# "auto" chooses the small network for images smaller than this: ResNet-18 would shrink 8x8 digits to a single pixel, and at 28x28 a
+# step takes a CPU seconds.
 SMALLEST_RESNET_IMAGE = 32
-# From this side on ResNet-18 keeps its ImageNet stem, which divides the resolution by four.
+# ResNet-18 keeps its ImageNet stem, which divides the resolution by four, for images of this size and larger.
 SMALLEST_STANDARD_STEM_IMAGE = 128
+# Of SGD, both constant [ours].
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+
+BatchSize = Annotated[int, Range(2, why="batch normalization needs two images")]
+CropPadding = Annotated[int, Range(0, why="0 switches the random crop off")]
 
 
 @dataclass
 class ClassifierConfig:
     """How a classifier is trained. The defaults are the paper's recipe for 32x32 and 64x64 colour images.
 
-    For 8x8 grey digits take 20 epochs and neither crop nor flip [ours], the defaults of a run.
+    A run's defaults, for 8x8 grey digits, are 20 epochs and neither crop nor flip [ours].
 
     Attributes:
         epochs: passes over the images [text: 30].
         batch_size: images per optimiser step, at least 2 because of batch normalisation [text: 100].
         learning_rate: the peak of the one-cycle schedule [ours: the paper's is not given].
-        momentum: of SGD, held constant [ours].
-        weight_decay: of SGD [ours].
         crop_padding: pixels of black border added on every side before a random crop of the original size; 0 switches
-            the random crop off [text: random crop; ours: 4, the usual figure for CIFAR].
+            the random crop off [text: random crop; ours: 4, the usual value for CIFAR].
         horizontal_flip: whether to mirror each image with probability 1/2 [text]. Switch it off where a mirrored
-            image is not of the same class, as with digits.
-        max_train_steps: upper limit of optimiser steps, None for none. The schedule is shortened with it, so a
+            image may belong to another class, as with digits.
+        max_train_steps: upper limit of optimizer steps, None for none. The schedule is shortened to fit, so a
             limited run still ends at a small learning rate.
-        architecture: "resnet18", "cnn", or "auto", which takes "cnn" for images smaller than 32 pixels and
+        architecture: "resnet18", "cnn", or "auto", which chooses "cnn" for images smaller than 32 pixels and
             "resnet18" otherwise.
 
     Raises:
-        ValueError: a field is out of its range; the message names the field, the value and the remedy.
+        ValueError: a field is out of its range; the message names the field, the value and what was expected.
 
     Source: arXiv 2510.02631, implementation details: ResNet-18, 30 epochs, batch 100, SGD with a one-cycle schedule,
         random crop and horizontal flip [text]; everything marked above as ours [ours].
     """
 
-    epochs: int = 30
-    batch_size: int = 100
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    crop_padding: int = 4
+    epochs: Count = 30
+    batch_size: BatchSize = 100
+    learning_rate: Positive = 0.1
+    crop_padding: CropPadding = 4
     horizontal_flip: bool = True
-    max_train_steps: int | None = None
-    architecture: str = "auto"
+    max_train_steps: Count | None = None
+    architecture: Annotated[str, one_of(*ARCHITECTURES)] = "auto"
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        check_choice("architecture", self.architecture, ARCHITECTURES)
-        steps = self.max_train_steps
-        for name, valid, expected in (
-            ("epochs", self.epochs >= 1, "an integer of at least 1"),
-            ("batch_size", self.batch_size >= 2, "an integer of at least 2: batch normalisation needs two images"),
-            ("learning_rate", self.learning_rate > 0, "a number above 0"),
-            ("momentum", 0 <= self.momentum < 1, "a number in [0, 1)"),
-            ("weight_decay", self.weight_decay >= 0, "a number of at least 0"),
-            ("crop_padding", self.crop_padding >= 0, "an integer of at least 0; 0 switches the random crop off"),
-            ("max_train_steps", steps is None or steps >= 1, "an integer of at least 1, or None for no limit"),
-        ):
-            if not valid:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected {expected}.")
 
 
 def build_classifier(num_classes: int, *, channels: int, image_size: int, architecture: str = "auto") -> nn.Module:
-    """Build an untrained classifier. Its weights come from torch's global random state, as for any module.
+    """Build an untrained classifier. Its weights are drawn from torch's global random state, as for any module.
 
     Args:
         num_classes: number of logits.
         channels: channels of the images, 1 or 3 in practice.
-        image_size: height and width of the images, in pixels. It chooses the network and its stem; the network
+        image_size: height and width of the images, in pixels. The network and its stem depend on it; the network
             itself accepts other sizes.
         architecture: "auto", "resnet18" or "cnn", see `ClassifierConfig`.
 
@@ -115,29 +104,27 @@ def train_classifier(
     """Train a new classifier with cross-entropy.
 
     The initial weights, the order of the images and the augmentation depend only on `seed`; the global random
-    states are neither read nor changed. On the CPU, with the same number of threads, equal seeds give equal bits.
+    states are neither read nor changed. On the CPU, with the same number of threads, equal seeds give the same bits.
 
     Args:
-        images: uint8 (N, C, H, W) with H = W, range 0..255, on any device. A batch at a time is moved to `device`.
+        images: uint8 (N, C, H, W) with H = W, N >= 1, range 0..255, on any device. They are moved to `device` batch by batch.
         labels: int64 (N,), range 0..num_classes - 1.
         num_classes: number of logits; classes without an image are allowed.
         config: the recipe.
         seed: non-negative integer below 2**63.
         device: where to train.
-        description: the name in front of the progress bar.
+        description: text in front of the progress bar.
 
     Returns:
         The trained module on `device`, in evaluation mode; see `build_classifier`.
 
     Raises:
-        ValueError: images that are not as described.
         RuntimeError: the loss is not finite; the message names the phase "classifier" and the step.
 
     Source: recipe, arXiv 2510.02631, implementation details [text], see `ClassifierConfig`.
     """
-    check_images(images)
     if len(images) == 1:
-        # Batch normalisation cannot train on one image: use it twice, each copy with its own augmentation.
+        # Batch normalization cannot train on one image: use it twice, each copy with its own augmentation.
         images, labels = images.repeat(2, 1, 1, 1), labels.repeat(2)
     labels = labels.to(images.device)
 
@@ -152,13 +139,10 @@ def train_classifier(
 
     steps_per_epoch, total_steps = training_steps(len(images), config)
     rate = config.learning_rate
-    optimizer = torch.optim.SGD(
-        classifier.parameters(), lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     scheduler = None
     # A single step has no cycle: OneCycleLR would give it the final rate, which is almost zero.
     if total_steps > 1:
-        # cycle_momentum would replace the configured momentum by a cycle.
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps, cycle_momentum=False)
 
     with Progress(total_steps, description) as bar:
@@ -178,7 +162,7 @@ def train_classifier(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            # OneCycleLR has total_steps values and the first is set at construction, so the last step needs no next.
+            # OneCycleLR has total_steps values, the first is set at construction: after the last step there is none left.
             if scheduler is not None and step + 1 < total_steps:
                 scheduler.step()
             bar.update()
@@ -186,9 +170,9 @@ def train_classifier(
 
 
 def training_steps(num_images: int, config: ClassifierConfig) -> tuple[int, int]:
-    """Steps of an epoch, and of the whole training, for a number of images of at least 1."""
+    """Return the steps of an epoch and those of the whole training, for at least one image."""
     full_batches, rest = divmod(max(2, num_images), config.batch_size)
-    # A last batch of one image is left out for batch normalisation; the next epoch's order leaves out another one.
+    # Batch normalization cannot train on a last batch of one image: it is left out, a different image in each epoch.
     steps_per_epoch = full_batches + (1 if rest >= 2 else 0)
     limit = config.max_train_steps
     total = config.epochs * steps_per_epoch
@@ -200,31 +184,26 @@ def predict(classifier: nn.Module, images: Tensor, *, batch_size: int = 500) -> 
     """Predict the class of every image, on the device of the classifier's weights.
 
     Args:
-        classifier: as from `build_classifier`; it is evaluated in evaluation mode and left in the mode it had.
-        images: uint8 (N, C, H, W), range 0..255.
+        classifier: as from `build_classifier`; it runs in evaluation mode and is then left in the mode it had.
+        images: uint8 (N, C, H, W), N >= 1, range 0..255.
         batch_size: images per forward pass.
 
     Returns:
         int64 (N,) on the CPU, range 0..num_classes - 1.
-
-    Raises:
-        ValueError: images that are not as described.
     """
-    check_images(images)
-    parameter = next(classifier.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
+    device = next((weight.device for weight in classifier.parameters()), "cpu")
     with evaluation_mode(classifier):
         logits = (classifier(to_model_range(batch.to(device))) for batch in images.split(batch_size))
         return torch.cat([part.argmax(dim=1).cpu() for part in logits])
 
 
 def percentage(correct: Tensor) -> float:
-    """Share of what is true in a boolean tensor `(N,)`, N at least 1, in %, range [0, 100]."""
+    """Return the share of true entries in a boolean tensor `(N,)`, N >= 1, in %, range [0, 100]."""
     return 100.0 * int(correct.sum()) / len(correct)
 
 
 class _ResNet18(nn.Module):
-    """ResNet-18 of transformers that returns its logits; `small_stem` keeps the full resolution, as is usual for CIFAR."""
+    """ResNet-18 of transformers, returning logits; `small_stem` keeps the full resolution, as usual for CIFAR."""
 
     def __init__(self, num_classes: int, *, channels: int, small_stem: bool) -> None:
         super().__init__()
@@ -241,7 +220,7 @@ class _ResNet18(nn.Module):
         if small_stem:
             stem = self.model.resnet.embedder
             convolution = nn.Conv2d(channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
-            # The initialisation that transformers gives to the convolution that this one replaces.
+            # As transformers initializes the convolution that this one replaces.
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
             stem.embedder.convolution = convolution
             stem.add_module("pooler", nn.Identity())
@@ -252,7 +231,7 @@ class _ResNet18(nn.Module):
 
 
 def _small_cnn(num_classes: int, *, channels: int) -> nn.Sequential:
-    """Three convolutions for images of about 8x8 pixels; adaptive pooling makes it independent of the exact size."""
+    """Three convolutions, for images of about 8x8 pixels; with adaptive pooling, any size works."""
     return nn.Sequential(
         *_convolution(channels, 16),
         *_convolution(16, 32),
@@ -265,13 +244,13 @@ def _small_cnn(num_classes: int, *, channels: int) -> nn.Sequential:
 
 
 def _convolution(in_channels: int, out_channels: int) -> tuple[nn.Module, ...]:
-    # The bias would be cancelled by the normalisation.
+    # The normalization would cancel a bias.
     convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
     return convolution, nn.BatchNorm2d(out_channels), nn.ReLU()
 
 
 def _augment(batch: Tensor, *, config: ClassifierConfig, generator: torch.Generator) -> Tensor:
-    """Crop and mirror each image of a batch, uint8 (N, C, H, W), at random; a CPU generator draws the same on all devices.
+    """Crop and mirror each image of a batch, uint8 (N, C, H, W), at random; a CPU generator gives equal draws on all devices.
 
     Source: arXiv 2510.02631, implementation details [text: random crop and horizontal flip].
     """
@@ -286,12 +265,3 @@ def _augment(batch: Tensor, *, config: ClassifierConfig, generator: torch.Genera
         mirrored = (torch.rand(count, generator=generator) < 0.5).to(batch.device)
         batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
     return batch
-
-
-def check_images(images: Tensor) -> None:
-    """Raise a ValueError unless these are images, uint8 `(N, C, H, W)`, at least one."""
-    found = getattr(images, "dtype", type(images).__name__)
-    if found is not torch.uint8:
-        raise ValueError(f"`images` is {found}, expected a torch.uint8 tensor: convert it first.")
-    if images.ndim != 4 or images.numel() == 0:
-        raise ValueError(f"`images` has shape {tuple(images.shape)}, expected (N, C, H, W) with at least one image.")

@@ -1,7 +1,7 @@
 """Flow matching: probability path, velocity target, loss, density of the training times.
 
-In the convention of diffusers' `FlowMatchEulerDiscreteScheduler`: sigma is 1 at the noise and 0 at the data. The paper's
-time is `t = 1 - sigma`.
+As in diffusers' `FlowMatchEulerDiscreteScheduler`, sigma is 1 at the noise and 0 at the data. The paper's time is
+`t = 1 - sigma`.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from .utils.checks import check_at_least_one, check_choice
 
 NUM_TRAIN_TIMESTEPS = 1000
 TIMESTEP_DENSITIES = ("uniform", "logit_normal")
-# Rounding of images to [-1, 1] in a precision of 8 bits.
+# For images rounded to [-1, 1] in 8 bits.
 _TOLERANCE = 0.01
 
 
 def sigma_to_timestep(sigma: torch.Tensor, *, check_range: bool = True) -> torch.Tensor:
-    """The time as the model takes it: `1000 * sigma`, always a float tensor.
+    """Return the time for the model: `1000 * sigma`, always a float tensor.
 
     Args:
         sigma: any shape, in [0, 1], floating point.
-        check_range: False spares a GPU the wait for the numbers of `sigma`.
+        check_range: False: do not wait for a GPU to read the numbers of `sigma`.
 
     Returns:
         Same shape, in [0, 1000]. (A `UNet2DModel` would round a Python float to an integer.)
 
     Raises:
-        ValueError: `sigma` of another type or beyond its range, as if it were a timestep already.
+        ValueError: `sigma` of another type or out of range, such as a timestep.
     """
     _check_floating(sigma=sigma)
     if check_range:
@@ -45,7 +45,7 @@ def sigma_to_timestep(sigma: torch.Tensor, *, check_range: bool = True) -> torch
 def interpolate(
     sample: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, *, check_range: bool = True
 ) -> torch.Tensor:
-    """The straight path from data to noise, `x_sigma = (1 - sigma) * sample + sigma * noise`.
+    """Return a point on the straight path from data to noise, `x_sigma = (1 - sigma) * sample + sigma * noise`.
 
     Args:
         sample: data, `(batch, ...)`.
@@ -57,7 +57,7 @@ def interpolate(
         Same shape as `sample`.
 
     Raises:
-        ValueError: tensors of other shapes, which would be broadcast, or of integers, or `sigma` beyond its range.
+        ValueError: tensors of other shapes, which would be broadcast, or of integers, or `sigma` out of range.
 
     Source: arXiv 2510.02631, conditional flow matching on straight lines [text].
     """
@@ -74,16 +74,16 @@ def interpolate(
 
 
 def velocity_target(sample: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """dx/dsigma along the path: `noise - sample`, of their shape. Errors and source: as of `interpolate`."""
+    """Return dx/dsigma along the path: `noise - sample`, same shape. Errors and source: as for `interpolate`."""
     _check_alike(sample=sample, noise=noise)
     return noise - sample
 
 
 def flow_matching_loss(model_output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the velocity for every sample.
+    """Compute the mean squared error of the velocity for every sample.
 
     Args:
-        model_output: `(batch, ...)`, any floating dtype; compared in float32 at least.
+        model_output: `(batch, ...)`, any floating dtype; compared at least in float32.
         target: same shape.
 
     Returns:
@@ -102,18 +102,18 @@ def flow_matching_loss(model_output: torch.Tensor, target: torch.Tensor) -> torc
 def sample_sigmas(
     batch_size: int, *, density: str = "uniform", generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Training times.
+    """Draw training times.
 
     Args:
         batch_size: how many, at least 1.
         density: "uniform" on [0, 1), or "logit_normal": the sigmoid of a standard normal.
-        generator: draws them, on its device; None: torch's own, on the CPU.
+        generator: draws them on its device; None: torch's global generator, on the CPU.
 
     Returns:
         `(batch_size,)`, float32, in [0, 1].
 
     Raises:
-        ValueError: unknown density, or no whole number of times.
+        ValueError: unknown density, or a `batch_size` that is no positive integer.
 
     Source: "uniform" [text]; "logit_normal" is that of Stable Diffusion 3 (arXiv 2403.03206).
     """
@@ -132,19 +132,19 @@ def losses_at(
     sigma: torch.Tensor,
     class_labels: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The loss of a U-Net for every sample, at a given noise and time.
+    """Compute the loss of a U-Net for every sample, with given noise and times.
 
     Args:
         unet: a `UNet2DModel`, maybe with adapters or wrapped for several processes.
         sample, noise, sigma: as for `interpolate`, on the device of `unet`.
-        class_labels: rows of its class embedding, `(batch,)`, int64, on that device; None for one that has no classes.
+        class_labels: rows of its class embedding, `(batch,)`, int64, on that device; None for a U-Net without classes.
 
     Returns:
-        `(batch,)`, with its graph.
+        `(batch,)`, with its graph for the backward pass.
 
     Source: as `interpolate`.
     """
-    # The trainer reads nothing from a GPU here, which would have to wait for it.
+    # Without the checks of ranges, which would wait for the GPU.
     noisy = interpolate(sample, noise, sigma, check_range=False)
     model_output = unet(noisy, sigma_to_timestep(sigma, check_range=False), class_labels, return_dict=False)[0]
     return flow_matching_loss(model_output, velocity_target(sample, noise))
@@ -156,24 +156,24 @@ def training_loss(
     class_labels: torch.Tensor | None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """The loss of a batch of images at random times and noise: call `backward` on it, then step the optimizer.
+    """Compute the loss of a batch of images with random times and noise: call `backward` on it, then step the optimizer.
 
     Args:
         unet: a `UNet2DModel` or a `PeftModel` around one, maybe compiled or wrapped for several processes.
-        images: `(batch, channels, height, width)`, floating point in [-1, 1], on the device of `unet`; taken in float32. (For less
-            precision, call this under `torch.autocast`.)
+        images: `(batch, channels, height, width)`, floating point in [-1, 1], on the device of `unet`; converted to float32. (For
+            lower precision, call this under `torch.autocast`.)
         class_labels: `(batch,)`, int64. To train a base: the row of each image's class in the class embedding. To train an
-            adapter that has a class vector (`class_embedding`): any row, such as 0, since the vector takes its place. None for a
-            U-Net that has no classes.
-        generator: draws sigma, then noise, as the trainer does; on the CPU (equal draws for every device) or on that of
-            `images`. None: torch's own.
+            adapter that has a class vector (`class_embedding`): any row, such as 0, since the vector replaces it. None for a
+            U-Net without classes.
+        generator: draws sigma, then noise, as the trainer does; on the CPU (equal draws for every device) or on the device of
+            `images`. None: torch's global generator.
 
     Returns:
         A scalar, float32: the mean of `losses_at`.
 
     Raises:
-        ValueError: images of another type, shape, size or range, or that are not finite; labels of another shape or type, or beyond
-            the class embedding.
+        ValueError: images of another type, shape, size or range, or not finite; labels of another shape or type, or out of the
+            range of the class embedding.
 
     Source: arXiv 2510.02631, conditional flow matching [text].
 
@@ -201,7 +201,7 @@ def _check_floating(**tensors: torch.Tensor) -> None:
 
 
 def _check_alike(**tensors: torch.Tensor) -> None:
-    """Two tensors of one shape, by their names."""
+    """Raise a ValueError unless two tensors, given by their names, have the same shape."""
     _check_floating(**tensors)
     (name, one), (other_name, other) = tensors.items()
     if one.shape != other.shape:

@@ -1,4 +1,4 @@
-"""Held-out flow-matching loss: cheap, and far more sensitive than accuracy."""
+"""The flow-matching loss on held-out images: cheap, and far more sensitive than accuracy."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def held_out_loss(
     seed: int,
     batch_size: int = 500,
 ) -> float:
-    """Mean flow-matching loss of a class on images that it was not trained on.
+    """Compute the mean flow-matching loss of a class on images that it was not trained on.
 
     Every image gets its own noise at each of `num_sigmas` evenly spaced times; the same seed gives the same times and
-    noise, so the losses of two models are comparable.
+    noise, so that the losses of two models are comparable.
 
     Args:
         images: uint8, `(n, channels, height, width)`, n >= 1.
         num_sigmas: K; the times are (k + 1/2) / K.
-        seed: of the noise.
+        seed: seed of the noise.
         batch_size: images at once.
 
     Returns:

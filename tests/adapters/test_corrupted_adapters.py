@@ -756,7 +756,7 @@ def test_folders_that_are_none(subject, tmp_path):
             with pytest.raises(FileNotFoundError, match=f"has no {file}"):
                 subject.pipe.load_adapter(place)
         subject.check_untouched()
-    with pytest.raises(FileNotFoundError, match="which is not there"):
+    with pytest.raises(FileNotFoundError, match="which does not exist"):
         subject.pipe.load_adapter_bank(tmp_path)
     subject.check_loads()
 

@@ -54,7 +54,7 @@ def test_what_is_read_is_what_was_saved(file, adapters, tiny_unet):
     ("changes", "text"),
     [
         ({"config": None}, "has no `peft_type`, expected the configuration of an adapter"),
-        ({"config": {"peft_type": "LORA"}}, "holds adapters of type LORA"),
+        ({"config": {"peft_type": "LORA"}}, "has adapters of type LORA"),
         (
             {"config": {"peft_type": "FUNLORA", "r": 0}},
             "`r` should be a positive",

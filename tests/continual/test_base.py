@@ -50,7 +50,7 @@ def test_without_the_hub_the_warning_says_what_was_not_looked_at(tiny_pipe, tmp_
 
     monkeypatch.setattr(HfApi, "list_repo_files", fail)
     assert find_base("user/base").taken == {}
-    assert "files of the repository 'user/base' could not be listed, so that new classes may get ids" in caplog.text
+    assert "files of the repository 'user/base' could not be listed, so new classes may get ids" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,24 @@ class Images:
 
 
 def batches(
-    batch_size: int = 4, name: str = "p", random_flip: bool = False, seed: int = 0, **arguments
+    batch_size: int = 4,
+    name: str = "p",
+    random_flip: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> PhaseBatches:
     phase_settings = PhaseSettings(1, None, batch_size, 1e-3, 0, 0.9, 0.0)
     phase = Phase(name, (4, 6), phase_settings, independent=False)
-    return PhaseBatches(Images(), phase, seed=seed, timestep_density="uniform", random_flip=random_flip, **arguments)
+    return PhaseBatches(
+        Images(),
+        phase,
+        seed=seed,
+        timestep_density="uniform",
+        random_flip=random_flip,
+        device=torch.device(device),
+        memory_format=memory_format,
+    )
 
 
 def values(batch) -> list[int]:

@@ -136,5 +136,5 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
 
 def test_another_configuration_is_named(tmp_path):
     save_checkpoint(tmp_path, 1, start(size=3), total_limit=None)
-    with pytest.raises(ValueError, match=r"another configuration: for a it holds shape \(3,\), expected shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"another configuration: for a it has shape \(3,\), expected shape \(4,\)"):
         load_newest(tmp_path, start(size=4))

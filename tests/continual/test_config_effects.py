@@ -601,8 +601,6 @@ CLASSIFIER = {
     "epochs": Case(0, (1, 2), classifier),
     "batch_size": Case(1, (3, 4), classifier),
     "learning_rate": Case(0.0, (0.1, 0.2), classifier),
-    "momentum": Case(1.0, (0.0, 0.9), classifier),
-    "weight_decay": Case(-0.1, (0.0, 0.1), classifier),
     "crop_padding": Case(-1, (0, 1), classifier),
     "horizontal_flip": Case("yes", (False, True), classifier),
     "max_train_steps": Case(0, (None, 1), classifier),

@@ -106,7 +106,7 @@ def test_resuming_a_run_with_results_does_not_warn(run, caplog):
 
 def test_a_folder_of_unknown_origin_is_refused(tmp_path):
     (tmp_path / "base").mkdir()
-    with pytest.raises(ValueError, match="it is unknown what run it is"):
+    with pytest.raises(ValueError, match="so its settings are unknown"):
         RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=True)
 
 

@@ -118,6 +118,7 @@ def train(
     checkpointing_steps=1,
     max_nonfinite_steps=0,
     accelerator=None,
+    steps_between_reads=1,
     **trainer_arguments,
 ):
     training = ContinualTrainingArguments(
@@ -126,14 +127,16 @@ def train(
         max_nonfinite_steps=max_nonfinite_steps,
     )
     strategy.setting = SimpleNamespace(tasks=TASKS, training=training)
-    ContinualTrainer(
+    trainer = ContinualTrainer(
         strategy,
         Images(),
         folder=RunFolder(path),
         accelerator=accelerator or Accelerator(cpu=True),
         listeners=[] if evaluator is None else [evaluator],
         **trainer_arguments,
-    ).train()
+    )
+    trainer._read_every = steps_between_reads  # as on a GPU, if more than 1
+    trainer.train()
 
 
 @pytest.mark.parametrize("fail_at", ["task_1", "task_2", "task_3"])

@@ -1,1 +1,1 @@
-"""One class's adapter: on disk, in memory, and the base that it fits."""
+"""The adapter of a class: on disk, in memory, and the base that it fits."""

@@ -1,4 +1,4 @@
-"""AdapterBank: any number of classes as rows of numbers, one of them live in a model at a time."""
+"""AdapterBank: any number of classes stored as rows of numbers, one of them live in a model at a time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..tuner import FunLoraConfig, mixed_batch
 from ..tuner_base.layer import BASE
-from ..utils.files import whole_file
+from ..utils.files import write_tensors
 from .base_fingerprint import FingerprintCheck
 from .class_folder import adapter_folders, known_class
 from .class_folder import adapter_name as class_adapter_name
@@ -27,19 +26,19 @@ from .untrusted_base import check_names_differ, load_base
 
 class AdapterBank(ClassRows):
     """
-    Many FunLoRA adapters of one configuration for one model, of which one is live.
+    Many FunLoRA adapters of one configuration for one model; one of them is live.
 
-    PEFT's way, an adapter in the model for every class, takes time for each of them whenever one is added or switched on.
-    Here the model holds one adapter, and a class is one row of numbers: making it live is one copy, however many there
+    With PEFT, the model has an adapter for every class, and each of them takes time whenever one is added or activated.
+    Here the model has one adapter, and a class is one row of numbers: activating it is one copy, however many classes there
     are, a compiled model stays compiled, and a thousand classes load from one file. For a batch of several classes
-    (`mixed_batch`) the model gets as many more adapters as there are classes in the batch.
+    (`mixed_batch`) the model gets one more adapter for each class in the batch.
 
     Args:
         model (`torch.nn.Module`):
             The base, such as a `UNet2DModel`; its layers are wrapped in place. Or a model that has this adapter already.
         config (`FunLoraConfig`):
-            What the adapters are made of. Without `modules_to_save`.
-        adapter_name (`str`, *optional*, defaults to `"live"`): of the one adapter in the model.
+            Config of the adapters, without `modules_to_save`.
+        adapter_name (`str`, *optional*, defaults to `"live"`): name of the one adapter in the model.
 
     Raises:
         ValueError: `modules_to_save`, or a model with other adapters, or with this one in another configuration.
@@ -65,13 +64,8 @@ class AdapterBank(ClassRows):
 
     @property
     def classes(self) -> dict[int, str]:
-        """Ids and names of the classes in the bank, in the order in which they came."""
+        """Ids and names of the classes in the bank, in the order in which they were added."""
         return {label: self._names.get(label, str(label)) for label in self._rows}
-
-    @property
-    def live_tensors(self) -> dict[str, torch.Tensor]:
-        """The parameters of the live adapter, by the keys that PEFT saves them under, less its prefix."""
-        return self._tensors()
 
     @property
     def active(self) -> int | None:
@@ -80,9 +74,10 @@ class AdapterBank(ClassRows):
 
     def activate(self, class_label: int | None) -> None:
         """
-        Make a class live in the model; None makes the base live.
+        Make a class live in the model, or the base, with None.
 
-        Takes one copy of a few kilobytes, independent of how many classes there are. Not between a forward and its backward.
+        It takes one copy of a few kilobytes, independent of the number of classes. Do not call it between a forward and its
+        backward.
 
         Raises:
             ValueError: a class that is not in the bank or has numbers that are not finite, or a live adapter that is merged
@@ -97,10 +92,10 @@ class AdapterBank(ClassRows):
     @contextmanager
     def mixed_batch(self, class_labels: Sequence[int | None]) -> Iterator[None]:
         """
-        Run each sample of a batch through its own class, as the function `mixed_batch` does for adapters by name.
+        Run each sample of a batch through the adapter of its class, as the function `mixed_batch` does for adapters by name.
 
         Args:
-            class_labels (`Sequence[int | None]`): the class of every sample; None: the base. Sorted by class they run fastest.
+            class_labels (`Sequence[int | None]`): the class of every sample; None: the base. Batches sorted by class run fastest.
 
         Raises:
             ValueError: as `activate`, or a batch of another length.
@@ -133,7 +128,7 @@ class AdapterBank(ClassRows):
 
         Raises:
             BaseMismatchError: the adapter was trained for another base.
-            ValueError: no id, an id or name that is taken, another configuration than the bank's, or tensors that are missing,
+            ValueError: no id, an id or name that is taken, a configuration that differs from the bank's, or tensors that are missing,
                 unexpected, of another shape or not finite. The bank has not changed then.
             FileNotFoundError: a folder without an adapter, or no such repository.
         """
@@ -166,7 +161,7 @@ class AdapterBank(ClassRows):
         return class_label
 
     def remove(self, class_label: int) -> None:
-        """Forget a class; if it is live, the base is live afterwards. Raises a ValueError for one that is not there."""
+        """Remove a class; if it was live, the base is live then. Raises a ValueError if there is no such class."""
         if self._active == class_label:
             self.activate(None)
             self._clear(self.adapter_name)
@@ -176,7 +171,7 @@ class AdapterBank(ClassRows):
     def save(self, file: str | os.PathLike) -> None:
         """Write all classes into one safetensors file, which appears whole or not at all."""
         layout = [[key, list(shape)] for key, shape in zip(self._parts, self._shapes, strict=True)]
-        # One entry, since safetensors writes several in any order, and equal banks should give equal files.
+        # One entry, since safetensors writes several entries in any order, and equal banks should give equal files.
         metadata = {
             METADATA: json.dumps(
                 {"config": self.config.to_dict(), "layout": layout, "classes": list(self.classes.items())}
@@ -184,8 +179,7 @@ class AdapterBank(ClassRows):
         }
         rows = [row.cpu() for row in self._rows.values()]
         table = torch.stack(rows) if rows else torch.empty(0, sum(shape.numel() for shape in self._shapes))
-        with whole_file(Path(file)) as temporary:
-            save_file({ROWS: table}, temporary, metadata=metadata)
+        write_tensors(Path(file), {ROWS: table}, metadata=metadata)
 
     @classmethod
     def load(
@@ -197,16 +191,16 @@ class AdapterBank(ClassRows):
         ignore_base_fingerprint: bool = False,
     ) -> AdapterBank:
         """
-        A bank from a file that `save` wrote. The rows stay in the file, which is mapped into memory, until they are used.
+        Load a bank from a file that `save` wrote. The rows stay in the file, which is mapped into memory, until they are used.
 
         Args:
-            file (`str` or `os.PathLike`): to read; it must not change while the bank is in use.
+            file (`str` or `os.PathLike`): the file; it must not change while the bank is in use.
             model (`torch.nn.Module`): the base that the adapters were trained for.
             adapter_name, ignore_base_fingerprint: as for the class and in `add`.
 
         Raises:
             BaseMismatchError: the adapters were trained for another base.
-            ValueError: not a bank's file, or one that does not fit the model: which tensors, is said.
+            ValueError: not a bank's file, or it does not fit the model; the error names the tensors.
             FileNotFoundError: no such file.
         """
         saved = read_bank(file)
@@ -227,12 +221,12 @@ class AdapterBank(ClassRows):
         ignore_base_fingerprint: bool = False,
     ) -> AdapterBank:
         """
-        A bank of the classes in a repository that has a folder `class_<id>` for each, as `push_all` writes it.
+        Make a bank of the classes in a repository that has a folder `class_<id>` for each, as `push_all` writes it.
 
         Args:
-            source (`str` or `os.PathLike`): the repository, or a folder laid out like it.
+            source (`str` or `os.PathLike`): the repository, or a folder with the same layout.
             model (`torch.nn.Module`, *optional*): the base; None: load the U-Net that the adapters' configs name.
-            classes (collection of `int`, *optional*): the ids wanted, only their files are fetched; None: all.
+            classes (collection of `int`, *optional*): ids of the classes to fetch; None: all.
             revision, local_files_only, ignore_base_fingerprint: as in `add`.
 
         Returns:
@@ -241,7 +235,7 @@ class AdapterBank(ClassRows):
         Raises:
             BaseMismatchError: an adapter was trained for another base.
             ValueError: no `model`, and the configs name none that can be loaded; adapters of several configurations; or as `add`.
-                The model is then as it was.
+                The model is unchanged then.
             FileNotFoundError: no such repository, or a class that it does not have.
         """
         names = ["class_*"] if classes is None else [class_adapter_name(label) for label in classes]

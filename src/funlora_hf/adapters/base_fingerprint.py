@@ -1,4 +1,4 @@
-"""The fingerprint of a base, a hash of its tensors, and whether an adapter was trained for it."""
+"""The fingerprint of a base, which is a hash of its tensors, and a check that an adapter was trained for it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ..utils.checks import CONFIG_FINGERPRINT, FINGERPRINT_DTYPES
 
 
 _Config = TypeVar("_Config", bound=PeftConfig)
-# Of a model's config, what changes no output of the same tensors for the same input, in evaluation mode.
+# Settings of a model that do not change its outputs in evaluation mode, given the same tensors and inputs.
 _WITHOUT_EFFECT = ("sample_size", "dropout", "num_class_embeds")
 
 
 class BaseMismatchError(ValueError):
-    """An adapter was trained for another base than the one that it is loaded onto."""
+    """An adapter was trained for another base than the one onto which it is loaded."""
 
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a model without its adapters, by the names that they have without adapters.
+    """Return the tensors of a model without its adapters, by the names that they have without adapters.
 
     Args:
-        model (`torch.nn.Module`): with adapters of PEFT or without; a PeftModel is looked into.
+        model (`torch.nn.Module`): with or without adapters of PEFT; it may be a PeftModel.
 
     Returns:
-        `dict[str, torch.Tensor]`: what `state_dict` of the plain model would give; they share its memory.
+        `dict[str, torch.Tensor]`: the `state_dict` of the plain model; the tensors share its memory.
 
     Raises:
         ValueError: adapters are merged into the weights.
@@ -46,16 +46,16 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> str:
     """
-    SHA-256 over names, shapes, dtypes and bytes of a base's tensors, in order of their names.
+    Compute the SHA-256 over names, shapes, dtypes and bytes of a base's tensors, in the order of their names.
 
-    It does not depend on the files that the base came from, on the device, the memory format, any adapter that is in the
-    model, or whether diffusers has fused its projections (`fuse_qkv_projections`).
+    It does not depend on the files of the base, the device, the memory format, any adapters in the model, or whether
+    diffusers has fused its projections (`fuse_qkv_projections`).
 
     Args:
-        model (`torch.nn.Module`): the base, such as a `UNet2DModel`, with adapters of PEFT or without.
+        model (`torch.nn.Module`): the base, such as a `UNet2DModel`, with or without adapters of PEFT.
         dtype (`torch.dtype`, *optional*):
-            Cast floating-point tensors to it first: the fingerprint that the base would have if it were loaded so. None: as
-            they are.
+            Cast floating-point tensors to it first, which gives the fingerprint of the base loaded in this dtype. None: do not
+            cast.
 
     Returns:
         `str`: 64 hexadecimal digits.
@@ -76,20 +76,20 @@ def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> s
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        # NumPy has no bfloat16, so bytes are taken as such; a scalar has no last dimension to view.
+        # As uint8, since NumPy has no bfloat16; reshaped, since a scalar has no last dimension to view.
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def base_fingerprints(model: nn.Module) -> dict[str, str]:
-    """The fingerprints of a base in each precision that it may be loaded in, as an adapter's config stores them.
+    """Compute the fingerprints of a base in each precision in which it may be loaded, as an adapter's config stores them.
 
     Args:
-        model (`torch.nn.Module`): the base, in the precision that the adapter is trained on.
+        model (`torch.nn.Module`): the base, in the precision in which the adapter is trained.
 
     Returns:
-        `dict[str, str]`: by "float32", "bfloat16" and "float16"; of a diffusers model, by "config" that of the settings which change
-        what the same tensors give, such as `act_fn`.
+        `dict[str, str]`: for "float32", "bfloat16" and "float16"; for a diffusers model, also for "config": that of the settings
+        which change the outputs of the same tensors, such as `act_fn`.
 
     Raises:
         ValueError: adapters are merged into the weights.
@@ -99,14 +99,14 @@ def base_fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def config_fingerprint(model: nn.Module) -> dict[str, str]:
-    """`{"config": SHA-256}` of a diffusers model, over settings that differ from their defaults: arguments that a later diffusers adds
-    change nothing. Empty for another model."""
+    """Return `{"config": SHA-256}` of a diffusers model, over settings that differ from their defaults, so that arguments which a later
+    diffusers adds do not change it. Empty for another model."""
     model = uncompiled(without_peft(model))
     config = getattr(model, "config", None)
     if not isinstance(config, Mapping):
         return {}
     defaults = {name: one.default for name, one in inspect.signature(type(model)).parameters.items()}
-    # Lists and tuples are the same in the JSON of a config.
+    # In JSON, lists and tuples are the same.
     own, usual = (json.loads(json.dumps(dict(values), default=str)) for values in (config, defaults))
     kept = {
         name: value
@@ -118,7 +118,7 @@ def config_fingerprint(model: nn.Module) -> dict[str, str]:
 
 class FingerprintCheck:
     """
-    Checks adapters against one base, which is hashed once, and again only after it has changed.
+    Checks adapters against one base, which is hashed once, and again only after a change.
 
     Detects in-place changes tracked by torch and new storage or dtype, but not `tensor.data.mul_(2)`.
 
@@ -138,16 +138,16 @@ class FingerprintCheck:
 
         Args:
             config (`PeftConfig`):
-                Of the adapter. Other methods have no fingerprint, so there is nothing to check. The first FunLoRA adapter without
-                one gives a warning.
-            source (`str`): of the adapter, for the message.
+                Config of the adapter. Those of other methods have no fingerprint, so there is nothing to check. The first FunLoRA
+                adapter without one gives a warning.
+            source (`str`): where the adapter comes from, for the message.
         """
         stored: Mapping[str, str] | None = getattr(config, "base_fingerprint", None)
         if stored is None:
             if hasattr(config, "base_fingerprint"):
                 self._warn(
                     source,
-                    "its `base_fingerprint` is None, as PEFT's `save_pretrained` leaves it. `funlora_hf.save_adapter` fills it in",
+                    "its `base_fingerprint` is None, as from PEFT's `save_pretrained`. `funlora_hf.save_adapter` writes it",
                 )
             return
         fits = self.fits(stored)
@@ -165,8 +165,8 @@ class FingerprintCheck:
             )
 
     def accepted(self, config: _Config, source: str, *, ignore: bool) -> _Config:
-        """The config after `check`. If that is to be ignored, one of another base gets the fingerprints of this one, so that what is
-        saved here loads here again."""
+        """Check the config and return it. With `ignore`, do not check: a config of another base gets the fingerprints of this one, so
+        that the adapter, saved again, loads onto this base."""
         if not ignore:
             self.check(config, source)
             return config
@@ -178,8 +178,8 @@ class FingerprintCheck:
         return own
 
     def fits(self, fingerprints: Mapping[str, str]) -> bool | None:
-        """Whether these have the one of this base in the precision that it is in and, if they have one of a config, that of its config;
-        None if it is offloaded, unless it was hashed before."""
+        """Return whether these fingerprints have that of this base in its present precision and, if they have one for "config", that
+        of its config; None if the base is offloaded and was not hashed before."""
         if _differs(config_fingerprint(self._model), fingerprints):
             return False
         by_name = base_tensors(self._model)
@@ -189,7 +189,7 @@ class FingerprintCheck:
         state = [_state(tensor) for tensor in tensors]
         if self._state != state:
             name = next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "float32")
-            # In another precision (float64), the values of float32 are compared.
+            # In another precision (float64), compare the values in float32.
             self._dtype = name if name in FINGERPRINT_DTYPES else "float32"
             self._fingerprint = base_fingerprint(self._model, dtype=None if name == self._dtype else torch.float32)
             self._state = state
@@ -199,13 +199,13 @@ class FingerprintCheck:
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"It was not checked that the adapter {source!r} belongs to this base: {reason}. (Others like it are not reported.)",
+                f"It was not checked that the adapter {source!r} belongs to this base: {reason}. (Further ones are not reported.)",
                 stacklevel=3,
             )
 
 
 def _differs(own: Mapping[str, str], fingerprints: Mapping[str, str]) -> bool:
-    """Whether fingerprints have one of a config, which earlier versions did not write, that is not this one."""
+    """Return whether fingerprints have another "config" than this one; earlier versions did not write it."""
     return any(fingerprints.get(name, value) != value for name, value in own.items())
 
 
@@ -227,7 +227,7 @@ def _collect(module: nn.Module, prefix: str, found: dict[str, torch.Tensor]) -> 
 
 
 def _is_fused(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a tensor only repeats others, as those of projections that diffusers has fused."""
+    """Return whether a tensor only repeats others, as in projections that diffusers has fused."""
     path, _, kind = name.rpartition(".")
     attention, _, layer = path.rpartition(".")
     parts = [tensors.get(f"{attention}.{part}.{kind}") for part in FUSED_PROJECTIONS.get(layer, ())]
@@ -236,7 +236,7 @@ def _is_fused(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:
-    """Changes when the tensor does. Tensors made in inference mode count no versions."""
+    """Return a value that changes with the tensor. Tensors made in inference mode have no version."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype
 
 

@@ -1,4 +1,4 @@
-"""One class, one folder: `adapters/class_<id>/` as PEFT reads it, with a card."""
+"""One folder for each class: `adapters/class_<id>/` in PEFT's format, with a card."""
 
 from __future__ import annotations
 
@@ -33,41 +33,39 @@ _PREFIX = "class_"
 
 
 def adapter_name(class_id: int) -> str:
-    """Name of the adapter, and of the folder, of a class."""
+    """Return the name of a class's adapter and of its folder."""
     return f"{_PREFIX}{class_id}"
 
 
 def adapter_folders(adapters: Path) -> list[Path]:
-    """The `class_<id>` folders below `adapters` by rising id; empty if there are none."""
+    """Return the `class_<id>` folders below `adapters`, sorted by id; empty if there are none."""
     found = [(class_in_name(path.name), path) for path in adapters.glob(f"{_PREFIX}*")]
     return [path for _, path in sorted((number, path) for number, path in found if number is not None)]
 
 
 def class_in_name(name: str) -> int | None:
-    """The id in a name `class_<id>`; None for another name."""
+    """Return the id in a name `class_<id>`; None for another name."""
     number = name.removeprefix(_PREFIX)
     return int(number) if name.startswith(_PREFIX) and number.isascii() and number.isdecimal() else None
 
 
 def class_of(config: PeftConfig | Mapping[str, Any], name: str = "") -> tuple[Any, Any]:
-    """Id and name of the class that an adapter makes; None for what is unknown.
+    """Return id and name of an adapter's class; None for what is unknown.
 
-    FunLoRA's configuration holds both. Of another method, the id may be in `name`, the adapter's or its folder's.
+    FunLoRA's configuration has both. For other methods, the id may be in `name`, that of the adapter or of its folder.
     """
     settings = config if isinstance(config, Mapping) else vars(config)
     label = settings.get("class_label")
     return class_in_name(name) if label is None else label, settings.get("class_name")
 
 
-def known_class(
-    config: PeftConfig, source: str, class_label: int | None, class_name: str | None, *, name: str = ""
-) -> tuple[int, str]:
-    """Id and name of an adapter's class: those given, else those of `class_of`, else the id as its name.
+def known_class(config: PeftConfig, source: str, class_label: int | None, class_name: str | None) -> tuple[int, str]:
+    """Return id and name of an adapter's class: those given, else those of `class_of`, else the id as its name.
 
     Raises:
         ValueError: no id, or an invalid id or name.
     """
-    label, own_name = class_of(config, name)
+    label, own_name = class_of(config)
     label = label if class_label is None else class_label
     if label is None:
         raise ValueError(f"The adapter {source!r} does not say which class it is: pass `class_label`.")
@@ -78,20 +76,18 @@ def known_class(
 
 
 def adapter_class(folder: Path) -> dict[str, Any]:
-    """The class of the adapter in a folder of a run: `{"class_label": id or None, "class_name": name or None}`.
+    """Return the class of the adapter in a run's folder: `{"class_label": id or None, "class_name": name or None}`.
 
-    As `class_of` says; where the configuration has no name, the card may have it.
+    They come from `class_of`; if the configuration has no name, the card may have it.
 
     Raises:
-        ValueError: a damaged file, or one with an invalid id or name; it names the file.
+        ValueError: a damaged file, or an invalid id or name; it names the file.
     """
     file = folder / CONFIG_NAME
     label, name = class_of(read_mapping(file), folder.name)
     card = folder / "README.md"
     if name is None and card.is_file():
         file, name = card, _name_in_card(card)
-    if not isinstance(name, (str, type(None))):
-        raise ValueError(f"{os.fspath(file)!r} has `class_name` {shortened(repr(name), 100)}, expected text.")
     try:
         check_class_label(label)
         check_class_name(name)
@@ -127,21 +123,21 @@ def save_adapter(
     """
     Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors` and a card, `README.md`.
 
-    PEFT's `save_pretrained` leaves out the card, and the fingerprint by which `load_adapter` and `funlora verify` know the base
-    again. The folder appears whole or not at all, and replaces an adapter's that is there. Equal adapters give equal bytes.
+    PEFT's `save_pretrained` writes neither the card nor the fingerprint by which `load_adapter` and `funlora verify` recognize
+    the base. The folder appears whole or not at all, and replaces the folder of an adapter. Equal adapters give equal bytes.
 
     Args:
         model (`torch.nn.Module`):
-            Holds the adapter: a PeftModel, or a model with adapters inside, such as `pipe.unet` after `add_adapter`; maybe
-            compiled or wrapped for several processes, of which one calls this.
-        folder (`str` or `os.PathLike`): to write.
-        adapter_name (`str`, *optional*, defaults to `"default"`): of the adapter in the model.
+            The model with the adapter: a PeftModel, or a model with adapters inside, such as `pipe.unet` after `add_adapter`;
+            it may be compiled or wrapped for several processes, of which one calls this.
+        folder (`str` or `os.PathLike`): the folder to write.
+        adapter_name (`str`, *optional*, defaults to `"default"`): name of the adapter in the model.
         class_label (`int`, *optional*): id of the class; None: the one in the config, or in `adapter_name` as `class_<id>`.
         class_name (`str`, *optional*): its name; None: the one in the config.
 
     Raises:
         ValueError: a model without adapters, no such adapter, one that is merged into the base, is offloaded or has numbers that
-            are not finite, an invalid id or name, the id of a class of the base (of one that was loaded from a folder), or a folder with
+            are not finite, an invalid id or name, the id of a class of the base (if that was loaded from a folder), or a folder with
             other content. Nothing is written.
         WriteError: the folder cannot be written (an OSError).
     """
@@ -165,7 +161,7 @@ def save_adapter(
     label = class_of(configs[adapter_name], adapter_name)[0] if class_label is None else class_label
     base = without_peft(model)
     _check_no_class_of_the_base(label, base)
-    # As PEFT's `save_pretrained` does; sets have another order in each process.
+    # As in PEFT's `save_pretrained`; the order of sets differs between processes.
     config = copy(configs[adapter_name])
     for key, value in vars(config).items():
         if isinstance(value, set):
@@ -180,7 +176,7 @@ def save_adapter(
         config.class_name = class_name or config.class_name
         if config.base_fingerprint is None or FingerprintCheck(model).fits(config.base_fingerprint) is False:
             config.base_fingerprint = base_fingerprints(model)
-    # The U-Net has no token embedding that PEFT would have to look for on the Hub.
+    # A U-Net has no token embedding for which PEFT would ask the Hub.
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     saved = {f"{SAVED_PREFIX}{plain_key(key)}": tensor.clone() for key, tensor in tensors.items()}
     name = adapter_name if class_label is None else f"{_PREFIX}{class_label}"
@@ -188,26 +184,26 @@ def save_adapter(
 
 
 def adapter_configs(model: Any) -> dict[str, PeftConfig]:
-    """The configurations of the adapters in a PeftModel or in a model with adapters inside, by name; empty without any."""
+    """Return the configurations of the adapters in a PeftModel or in a model with adapters inside, by name; may be empty."""
     configs = getattr(model, "peft_config", None) if isinstance(model, nn.Module) else None
     return configs if isinstance(configs, dict) else {}
 
 
 def _check_no_class_of_the_base(label: int | None, base: Any) -> None:
-    """Raise a ValueError for an id of the base's own, if the base came from a pipeline's folder on this machine."""
-    if label is None or not has_class(base, "UNet2DModel"):  # no other model has ids of classes
+    """Raise a ValueError for the id of a class of the base, if the base came from a local pipeline folder."""
+    if label is None or not has_class(base, "UNet2DModel"):  # other models have no class ids
         return
     name = base.config.get("_name_or_path") or ""
     for folder in (Path(name), Path(name).parent):  # of the pipeline, or of its U-Net
         if (folder / PIPELINE).is_file() and label in (known := base_classes(folder)):
             raise ValueError(
                 f"`class_label` is {label}, a class of the base in {os.fspath(folder)!r}, expected none of {shortened(str(list(known)), 300)}: "
-                "pass another `class_label`; the adapter is as good for that."
+                "pass another `class_label`; the adapter works with any id."
             )
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise a ValueError if there is a folder with anything but an adapter's files and hidden files."""
+    """Raise a ValueError if the folder exists and has other files than an adapter's and hidden ones."""
     files = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md"}
     entries = folder.iterdir() if folder.exists() else ()
     others = [
@@ -217,8 +213,8 @@ def _check_replaceable(folder: Path) -> None:
     ]
     if others:
         raise ValueError(
-            f"`folder` is {os.fspath(folder)!r}, which holds other things than an adapter, which would be lost: pass a folder of "
-            f"its own.\n{listed(others)}"
+            f"`folder` is {os.fspath(folder)!r}, which has other contents than an adapter, which would be lost: pass a separate "
+            f"folder.\n{listed(others)}"
         )
 
 
@@ -230,23 +226,19 @@ def save_adapter_tensors(
     name: str | None = None,
     class_name: str | None = None,
 ) -> None:
-    """As `save_adapter`, with the same bytes, of tensors by the keys that PEFT saves them under. `name` is that of the adapter, which
-    may say its class as `class_<id>`; None: the folder's."""
+    """Write the same bytes as `save_adapter`, from tensors by the keys under which PEFT saves them. `name` is the name of the adapter,
+    which may have its class as `class_<id>`; None: the name of the folder."""
+    name = name or folder.name
+    label, own_name = class_of(config, name)
     with whole_folder(folder) as temporary:
         config.save_pretrained(os.fspath(temporary))
         contents = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(contents, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        parameters = sum(tensor.numel() for tensor in tensors.values())
-        _write_card(config, name or folder.name, class_name, parameters, temporary)
-
-
-def _write_card(config: PeftConfig, name: str, class_name: str | None, parameters: int, folder: Path) -> None:
-    label, own_name = class_of(config, name)
-    card = adapter_card(
-        config,
-        class_label=label,
-        class_name=class_name or own_name or (name if label is None else str(label)),
-        parameters=parameters,
-        num_bytes=(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
-    )
-    card.save(folder / "README.md")
+        card = adapter_card(
+            config,
+            class_label=label,
+            class_name=class_name or own_name or (name if label is None else str(label)),
+            parameters=sum(tensor.numel() for tensor in tensors.values()),
+            num_bytes=(temporary / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
+        )
+        card.save(temporary / "README.md")

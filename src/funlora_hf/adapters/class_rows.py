@@ -1,4 +1,4 @@
-"""ClassRows: classes of one configuration as rows of numbers, some of them in adapters of a model."""
+"""ClassRows: classes of one configuration, stored as rows of numbers, some of them in adapters of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from peft import inject_adapter_in_model
+from peft import PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from ..tuner import FunLoraConfig
@@ -23,28 +23,28 @@ from .untrusted_adapter import SavedAdapter, bankable, differences, exact_target
 from .untrusted_bank import SavedBank
 
 
-# What all adapters of a bank share; their tensors show which layers they have.
+# The settings that all adapters of a bank share. Their tensors also show which layers they have.
 _SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
 _Rows = TypeVar("_Rows", bound="ClassRows")
 
 
 class ClassRows:
     """
-    FunLoRA adapters of one configuration as rows of numbers, and as many adapters in the model as classes act at once.
+    FunLoRA adapters of one configuration, stored as rows of numbers. The model has one adapter for each class that acts now.
 
-    A row `(numel,)` holds the tensors of a class, flattened and in the order of the model's modules.
+    A row `(numel,)` has the tensors of a class, flattened, in the order of the model's modules.
 
     Args:
         model (`torch.nn.Module`): the base, whose layers are wrapped in place, or a model that has this adapter already.
-        config (`FunLoraConfig`): of all adapters. Without `modules_to_save`.
-        adapter_name (`str`): of the first adapter in the model.
-        beside (sequence of `ClassRows`, *optional*): those with other configurations on the same model.
+        config (`FunLoraConfig`): the config of all adapters, without `modules_to_save`.
+        adapter_name (`str`): name of the first adapter in the model.
+        beside (sequence of `ClassRows`, *optional*): those of other configurations on the same model.
 
     Raises:
         ValueError: `modules_to_save`, or a model with other adapters, or with this one in another configuration.
     """
 
-    _live: str | None = None  # an adapter that `place` leaves alone
+    _live: str | None = None  # an adapter that `place` does not use
 
     def __init__(
         self, model: nn.Module, config: FunLoraConfig, adapter_name: str, *, beside: Sequence[ClassRows] = ()
@@ -59,11 +59,15 @@ class ClassRows:
                 f"`model` has the adapters {', '.join(others)}, expected none besides {adapter_name!r}: unload them."
             )
         if not _layers(self.model, adapter_name):
-            _inject(self.model, replace(config, class_label=None, class_name=None), adapter_name)
+            # Without a change of which adapters are active.
+            active = {layer: layer.active_adapters for layer in adapter_layers(self.model)}
+            inject(self.model, replace(config, class_label=None, class_name=None), adapter_name)
+            for layer, names in active.items():
+                layer.set_adapter(names, inference_mode=True)
         self._layers = _layers(self.model, adapter_name)
         self.config = bankable(self._layers[0].settings[adapter_name], f"adapter {adapter_name!r}")
         self._check_shared(config, "config")
-        # The parameters of all adapters, by the keys that PEFT saves them under, less its prefix.
+        # The parameters of all adapters, by the keys under which PEFT saves them, without its prefix.
         self._parts = {
             plain_key(f"{path}.{part}"): getattr(layer, part)
             for path, layer in self.model.named_modules()
@@ -71,21 +75,21 @@ class ClassRows:
             for part in layer.adapter_layer_names
             if adapter_name in getattr(layer, part)
         }
-        self._shapes = [tensor.shape for tensor in self._tensors().values()]
-        # All adapters in the model, and those of them that `place` gave to classes.
+        self._shapes = [tensor.shape for tensor in self.live_tensors.values()]
+        # All adapters in the model, and those that `place` gave to classes.
         self.adapter_names: list[str] = [adapter_name]
         self._placed: dict[int, str] = {}
         self._rows: dict[int, torch.Tensor] = {}
-        # Classes from a file, of which no number has been read yet.
+        # Classes of a file whose numbers have not been read yet.
         self._unchecked: set[int] = set()
-        # A layer that other rows also use may be active for them.
+        # Layers that other rows also use may be active for those.
         self._switch([layer for layer in self._layers if set(layer.settings) == {adapter_name}], on=False)
 
     @classmethod
     def of_file(
         cls: type[_Rows], saved: SavedBank, model: nn.Module, adapter_name: str, **options: Sequence[ClassRows]
     ) -> _Rows:
-        """All classes of a bank's file, of which no number is read; args and errors as for the class."""
+        """Load all classes of a bank's file, without reading their numbers; args and errors as for the class."""
         is_new = not _layers(wrapped_model(model), adapter_name)
         if is_new:
             saved.check_fits(model)
@@ -113,22 +117,22 @@ class ClassRows:
         return class_label in self._rows
 
     def takes(self, adapter: SavedAdapter) -> bool:
-        """Whether an adapter has the same configuration, names and shapes as these."""
+        """Return whether an adapter has the same configuration, names and shapes as these."""
         shared = all(getattr(adapter.config, name) == getattr(self.config, name) for name in _SHARED)
-        return shared and not differences(self._tensors(), adapter.shapes)
+        return shared and not differences(self.live_tensors, adapter.shapes)
 
     def place(self, class_labels: Collection[int]) -> dict[int, str]:
         """
-        Have adapters in the model hold these classes; the live one of a bank stays as it is.
+        Fill adapters in the model with these classes; the live one of a bank does not change.
 
         Args:
             class_labels (`Collection[int]`): known classes; duplicates count once.
 
         Returns:
-            `dict[int, str]`: the name of each one's adapter. Valid until the next call.
+            `dict[int, str]`: class -> name of its adapter. Valid until the next call.
 
         Raises:
-            ValueError: an unknown class, one with numbers that are not finite, or an adapter that is merged into the base's
+            ValueError: an unknown class, a class with numbers that are not finite, or an adapter that is merged into the base's
                 weights. Nothing has changed then.
         """
         self._check_unmerged()
@@ -144,7 +148,7 @@ class ClassRows:
         return dict(kept)
 
     def insert(self, state_dict: Mapping[str, torch.Tensor], class_label: int, what: str = "The tensors") -> None:
-        """Add a class by its tensors, as PEFT saves them, which an error calls `what`."""
+        """Add a class by its tensors, as PEFT saves them; errors call them `what`."""
         if class_label in self._rows:
             raise ValueError(f"`class_label` is {class_label}, a class that is in the bank already: remove it first.")
         self._check_fits(state_dict, what)
@@ -155,7 +159,7 @@ class ClassRows:
         self._rows[class_label] = row
 
     def remove(self, class_label: int) -> None:
-        """Forget a class. Raises a ValueError for one that is not there."""
+        """Remove a class. Raises a ValueError if there is no such class."""
         self._row_of(class_label)
         if class_label in self._placed:
             self._clear(self._placed.pop(class_label))
@@ -163,29 +167,30 @@ class ClassRows:
         del self._rows[class_label]
 
     def unload(self) -> None:
-        """Remove the adapters from the model, which is the base again; this object cannot be used afterwards."""
+        """Remove the adapters from the model, which is then the base again; this object cannot be used afterwards."""
         remove_adapters(self.model, self.adapter_names)
 
     def state_dict(self, class_label: int) -> dict[str, torch.Tensor]:
-        """Copies of a class's tensors by the keys that PEFT saves them under. Raises a ValueError if it is not there."""
+        """Return copies of a class's tensors by the keys under which PEFT saves them. Raises a ValueError for an unknown class."""
         parts = zip(self._parts, self._split(self._row_of(class_label)), strict=True)
         return {f"{SAVED_PREFIX}{key}": part.clone() for key, part in parts}
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """The parameters that the first adapter has now."""
+    @property
+    def live_tensors(self) -> dict[str, torch.Tensor]:
+        """The parameters of the first adapter, by the keys under which PEFT saves them, without its prefix."""
         return {key: part[self.adapter_name] for key, part in self._parts.items()}
 
     def _cast(self, row: torch.Tensor) -> torch.Tensor:
-        """A row as it would be in the model: on its device, in its dtype, which is float32 at least."""
+        """Return a row as it would be in the model: on its device, in its dtype, at least float32."""
         own = next(iter(self._parts.values()))[self.adapter_name]
         return row.to(own.device, torch.promote_types(own.dtype, torch.float32))
 
     def _split(self, row: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of a row, as views of it."""
+        """Return the tensors of a row, as views of it."""
         parts = row.split([shape.numel() for shape in self._shapes])
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
-    # Values given in inference mode could not be changed outside of it.
+    # Values that are set in inference mode could not be changed outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _fill(self, adapter_name: str, row: torch.Tensor) -> None:
@@ -200,7 +205,7 @@ class ClassRows:
         torch._foreach_copy_(tensors, self._split(self._cast(row)))
 
     def _clear(self, adapter_name: str) -> None:
-        """Leave nothing of the last row in the model."""
+        """Remove the values of the last row from the model."""
         self._fill(adapter_name, torch.zeros(sum(shape.numel() for shape in self._shapes)))
 
     def _check_shared(self, config: FunLoraConfig, source: str) -> None:
@@ -214,7 +219,7 @@ class ClassRows:
             )
 
     def _check_fits(self, state_dict: Mapping[str, torch.Tensor], what: str) -> None:
-        problems = [*differences(self._tensors(), state_dict), *not_finite(state_dict)]
+        problems = [*differences(self.live_tensors, state_dict), *not_finite(state_dict)]
         if problems:
             raise ValueError(f"{what} do not fit this bank, nothing was added:\n{listed(problems)}")
 
@@ -228,7 +233,7 @@ class ClassRows:
     def _finite_row(self, class_label: int) -> torch.Tensor:
         row = self._row_of(class_label)
         if class_label in self._unchecked:
-            # A number of a wider type may be too large for the adapter's.
+            # A number of a wider type may be too large for the adapter's type.
             if not torch.isfinite(self._cast(row)).all():
                 raise ValueError(
                     f"Class {class_label} has numbers that are not finite: add it again from a valid adapter."
@@ -247,9 +252,9 @@ class ClassRows:
                 layer.enable_adapters(on)
 
     def _add_place(self) -> str:
-        """One more adapter in the model."""
+        """Add an adapter to the model."""
         name = f"{self.adapter_name}_{len(self.adapter_names)}"
-        # It gets other values at once, so its start must not draw from the caller's random numbers.
+        # Its start values are replaced at once, so they must not use the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             for layer in self._layers:
                 layer.update_layer(name, self.config)
@@ -259,11 +264,11 @@ class ClassRows:
 
 @contextmanager
 def adapters_enabled(model: nn.Module) -> Iterator[None]:
-    """Enable the adapter layers of a model that are disabled, and disable them again afterwards."""
+    """Enable the disabled adapter layers of a model, and disable them again afterwards."""
     disabled = [layer for layer in adapter_layers(model) if layer.disable_adapters]
     for layer in disabled:
         layer.enable_adapters(True)
-        # Enabling makes active adapters trainable, and weights of such are not kept.
+        # Enabling makes active adapters trainable, and then their weights are not kept.
         layer.set_adapter(layer.active_adapters, inference_mode=True)
     try:
         yield
@@ -273,15 +278,12 @@ def adapters_enabled(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(model: nn.Module, adapter_name: str) -> list[AdapterLayer]:
-    """The layers that have an adapter of this name."""
+    """Return the layers that have an adapter of this name."""
     return [layer for layer in adapter_layers(model) if adapter_name in layer.settings]
 
 
-def _inject(model: nn.Module, config: FunLoraConfig, adapter_name: str) -> None:
-    """Put an adapter into a model without changing which adapters are active."""
-    active = {layer: layer.active_adapters for layer in adapter_layers(model)}
+def inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    """Put an adapter into a model, which may have others already."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, adapter_name)
-    for layer, names in active.items():
-        layer.set_adapter(names, inference_mode=True)

@@ -1,4 +1,4 @@
-"""The adapters that a pipeline has loaded, by class, of any method: FunLoRA's as rows, others' in a PeftModel."""
+"""The adapters that a pipeline has loaded, by class: FunLoRA's as rows, those of other methods in a PeftModel."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .untrusted_bank import SavedBank
 
 
 class _Turn:
-    """A lock for one thread at a time, since adapters act in the shared model. A copy has its own lock."""
+    """A lock for one thread at a time, since threads share the model and its adapters. A copy has its own lock."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -39,11 +39,11 @@ class _Turn:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Wait until the other threads are done."""
+        """Wait until no other thread has the lock."""
         if self._thread == threading.get_ident():
             raise RuntimeError(
-                "The pipeline is at work in this thread already, and its adapters cannot change meanwhile: call it after that "
-                "call, or use another pipeline."
+                "The pipeline is at work in this thread already, so its adapters cannot change now: wait for the end of that call, or "
+                "use another pipeline."
             )
         with self._lock:
             self._thread = threading.get_ident()
@@ -55,10 +55,10 @@ class _Turn:
 
 class ClassAdapters:
     """
-    The adapters on one model, one for each class.
+    The adapters on one model, one for each class, all of one method.
 
-    FunLoRA adapters are rows of a [`ClassRows`] for each configuration. Those of other methods, and FunLoRA's with
-    `modules_to_save` and all that come after such, are adapters of a PeftModel. All are of one method.
+    FunLoRA adapters are rows of a [`ClassRows`], one for each configuration. Adapters of other methods, a FunLoRA adapter with
+    `modules_to_save` and all adapters loaded after such a one are adapters of a PeftModel.
 
     Args:
         model (`torch.nn.Module`): the base; its layers are wrapped in place while there are adapters.
@@ -70,7 +70,7 @@ class ClassAdapters:
         self._turn = _Turn()
         self._banks: list[ClassRows] = []
         self._peft_model: PeftModel | None = None
-        # What each class was loaded with, and its name.
+        # The config with which each class was loaded, and its name.
         self._configs: dict[int, PeftConfig] = {}
         self._names: dict[int, str] = {}
 
@@ -82,17 +82,17 @@ class ClassAdapters:
     def add(
         self, adapter: SavedAdapter, class_label: int, class_name: str, *, ignore_base_fingerprint: bool = False
     ) -> None:
-        """Load the adapter of a class that has none yet, after the calls that are running in other threads.
+        """Load the adapter of a class that has none yet. Wait for calls that are running in other threads.
 
         Raises:
             BaseMismatchError: the adapter was trained for another base.
-            ValueError: an adapter of another method than those loaded, or one that does not fit. Nothing has changed then.
+            ValueError: it has another method than the loaded adapters, or does not fit. Nothing has changed then.
         """
         found = method(adapter.config)
         loaded = method(next(iter(self._configs.values()), adapter.config))
         if found != loaded:
             raise ValueError(
-                f"`source` {adapter.source!r} holds an adapter of type {found}, expected {loaded}, as those loaded already: use "
+                f"`source` {adapter.source!r} has an adapter of type {found}, expected {loaded}, as those loaded already: use "
                 "another pipeline for it."
             )
         with self._turn.taken():
@@ -109,7 +109,7 @@ class ClassAdapters:
     def _put(self, adapter: SavedAdapter, class_label: int) -> None:
         config = adapter.config
         if self._peft_model is not None or not isinstance(config, FunLoraConfig) or config.modules_to_save:
-            self._peft_model = put_adapter(self.model, self._peft_model, adapter, adapter_name(class_label))
+            self._peft_model = put_adapter(self._peft_model or self.model, adapter, adapter_name(class_label))
             return
         tensors = adapter.tensors()
         bank = next((bank for bank in self._banks if bank.takes(adapter)), None)
@@ -121,7 +121,7 @@ class ClassAdapters:
         bank.insert(tensors, class_label)
 
     def add_bank(self, saved: SavedBank, *, ignore_base_fingerprint: bool = False) -> None:
-        """Load all classes of a bank's file, none of which is loaded yet. Errors as in [`AdapterBank.load`]."""
+        """Load all classes of a bank's file; none of them may be loaded already. Errors as in [`AdapterBank.load`]."""
         with self._turn.taken():
             self._check_alone()
             config = self._base.accepted(saved.config, saved.file, ignore=ignore_base_fingerprint)
@@ -131,7 +131,7 @@ class ClassAdapters:
             self._names.update(saved.classes)
 
     def remove(self, class_label: int) -> None:
-        """Remove the adapter of a class; modules without adapters are the base's own again."""
+        """Remove the adapter of a class; modules without adapters are then the base's own again."""
         with self._turn.taken():
             holder = self._holder(class_label)
             if isinstance(holder, ClassRows):
@@ -142,7 +142,7 @@ class ClassAdapters:
             self._clean_up()
 
     def save(self, class_label: int, folder: Path) -> None:
-        """Write the adapter of a class as PEFT reads it, under the id and name that it has here."""
+        """Write the adapter of a class in PEFT's format, with the id and name that it has here."""
         config, class_name = copy(self._configs[class_label]), self._names[class_label]
         if isinstance(config, FunLoraConfig):
             config.class_label, config.class_name = class_label, class_name
@@ -154,7 +154,7 @@ class ClassAdapters:
 
     @torch.no_grad()
     def merged(self, class_label: int | None) -> nn.Module:
-        """A copy of the model with the adapter of a class merged into its weights, and no adapters; None: of the base.
+        """Copy the model without adapters, with the adapter of a class merged into its weights; None: only the base.
 
         Raises:
             ValueError: an adapter that cannot be merged.
@@ -168,12 +168,12 @@ class ClassAdapters:
         if isinstance(holder, ClassRows):
             tensors = holder.state_dict(class_label)
             model = self.merged(None)
-            # The start of an adapter must not draw from the caller's random numbers.
+            # The start values of the adapter must not use the caller's random numbers.
             with torch.random.fork_rng(devices=[]):
                 peft_model = PeftModel(model, deepcopy(exact_targets(holder.config, tensors)), adapter_name=name)
             set_peft_model_state_dict(peft_model, tensors, name)
         else:
-            # Merge the layers themselves, not a saved copy of them: some methods change the base when they start.
+            # Merge the layers themselves, not a saved copy: some methods change the base at their start.
             peft_model = deepcopy(holder)
             remove_adapters(without_peft(peft_model), names - {name})
         peft_model.set_adapter(name)
@@ -187,7 +187,7 @@ class ClassAdapters:
         """Run each sample of a batch through the adapter of its class, or through the base (None). Other threads wait.
 
         Args:
-            class_labels: of every sample. Sorted by class they run fastest.
+            class_labels: the class of every sample. Batches sorted by class run fastest.
         """
         wanted = [label for label in class_labels if label is not None]
         with self._turn.taken():
@@ -202,7 +202,7 @@ class ClassAdapters:
         return {adapter_name(label) for label in self._configs}.union(*(bank.adapter_names for bank in self._banks))
 
     def _check_alone(self) -> None:
-        """Raise a ValueError if the model has adapters of somebody else, such as a pipeline that shares it."""
+        """Raise a ValueError if the model has adapters from elsewhere, such as from a pipeline that shares it."""
         others = sorted(adapter_names_in(self.model) - self._own_names())
         if others:
             raise ValueError(
@@ -222,7 +222,7 @@ class ClassAdapters:
         return holder
 
     def _clean_up(self) -> None:
-        """Remove from the model what no class needs any more."""
+        """Remove what no class needs any more from the model."""
         for bank in self._banks:
             if not len(bank):
                 bank.unload()

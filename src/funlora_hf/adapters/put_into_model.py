@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from diffusers.loaders.peft import PeftAdapterMixin
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
-)
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from ..tuner.hotswap import SAVED_PREFIX, plain_key
@@ -25,6 +17,7 @@ from ..utils.tensors import not_finite
 from .base_fingerprint import FingerprintCheck
 from .class_folder import adapter_configs, class_of
 from .class_folder import adapter_name as class_adapter_name
+from .class_rows import inject
 from .untrusted_adapter import SavedAdapter, brief, exact_targets, read_adapter, restore_targets
 
 
@@ -47,30 +40,30 @@ def load_adapter(
     Args:
         model (`torch.nn.Module`):
             The base: a component of a pipeline such as `pipe.unet` or `pipe.transformer`, a `UNet2DModel`, or a PeftModel, which
-            gets one adapter more.
+            gets one more adapter.
         source (`str` or `os.PathLike`):
             A folder written by [`save_adapter`] or PEFT's `save_pretrained`, or by `save_lora_adapter` or `save_lora_weights` of
             diffusers, or a repository on the Hub.
         adapter_name (`str`, *optional*): its name in the model; None: `class_<id>` of its class, or "default".
-        subfolder (`str`, *optional*): the adapter's folder in it.
+        subfolder (`str`, *optional*): the adapter's folder in the source.
         revision (`str`, *optional*): branch, tag or commit of a repository.
-        local_files_only (`bool`, *optional*, defaults to `False`): take a repository from the cache, without asking the Hub.
-        ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): load it also if it was trained for another base.
-            What is saved then names this one.
-        config (`PeftConfig`, *optional*): of the adapter, if the files have none, as those of `save_lora_weights`.
-        weight_name (`str`, *optional*): of a file of diffusers, if it is another than `pytorch_lora_weights.safetensors`.
+        local_files_only (`bool`, *optional*, defaults to `False`): use the cached repository, without asking the Hub.
+        ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): load it even if it was trained for another base.
+            If it is saved again, its files name this base.
+        config (`PeftConfig`, *optional*): config of the adapter, if the files have none, as those of `save_lora_weights`.
+        weight_name (`str`, *optional*): name of a file of diffusers, if it is not `pytorch_lora_weights.safetensors`.
         prefix (`str`, *optional*):
-            Of a file of `save_lora_weights`: the part of the pipeline whose adapter is wanted, such as "text_encoder". None: the model
+            For a file of `save_lora_weights`: the part of the pipeline whose adapter to load, such as "text_encoder". None: the model
             that denoises, if the file has its adapter.
 
     Returns:
-        `torch.nn.Module`: in evaluation mode. A model of diffusers with `add_adapter` (its `PeftAdapterMixin`) is `model` itself,
-            so that `pipe.set_adapters`, `disable_lora`, `fuse_lora` and `delete_adapters` know the adapter, which is active as
-            after `load_lora_weights`. For any other one a `PeftModel`, of which the first adapter loaded is active.
+        `torch.nn.Module`: in evaluation mode. For a model of diffusers with `add_adapter` (its `PeftAdapterMixin`) it is `model`
+            itself, so that `pipe.set_adapters`, `disable_lora`, `fuse_lora` and `delete_adapters` know the adapter, which is active
+            as after `load_lora_weights`. For any other model it is a `PeftModel`, in which the first adapter loaded is active.
 
     Raises:
         BaseMismatchError: the adapter was trained for another base.
-        ValueError: it does not fit the model, is damaged, or its name is taken. The model is as it was.
+        ValueError: it does not fit the model, is damaged, or its name is taken. The model is unchanged.
         FileNotFoundError: no such folder, repository or adapter in it.
 
     Example:
@@ -96,60 +89,45 @@ def load_adapter(
     accepted = FingerprintCheck(model).accepted(adapter.config, adapter.source, ignore=ignore_base_fingerprint)
     adapter = replace(adapter, config=accepted)
     try:
-        if isinstance(model, PeftAdapterMixin):
-            return _inject(model, adapter, adapter_name)
-        peft_model = model if isinstance(model, PeftModel) else None
-        return put_adapter(without_peft(model), peft_model, adapter, adapter_name).eval()
+        return put_adapter(model, adapter, adapter_name, inside=isinstance(model, PeftAdapterMixin)).eval()
     except Exception as error:
         raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {brief(error)}") from error
 
 
-def put_adapter(base: nn.Module, peft_model: PeftModel | None, adapter: SavedAdapter, name: str) -> PeftModel:
-    """Put an adapter into a model, whose layers are wrapped in place; `peft_model` holds the adapters that it has, if any.
+def put_adapter(model: Any, adapter: SavedAdapter, name: str, *, inside: bool = False) -> Any:
+    """Put an adapter into a model, whose layers are wrapped in place.
+
+    Args:
+        model: the base, or a `PeftModel`, which gets one more adapter.
+        adapter: as from `read_adapter`.
+        name: name of the adapter in the model.
+        inside: whether to use no `PeftModel`, as `load_lora_adapter` of diffusers.
 
     Returns:
-        `PeftModel`, with its parts in evaluation mode.
+        A `PeftModel`, or `model` if the adapter is `inside`; its parts are in evaluation mode.
 
     Raises:
-        ValueError: the adapter does not fit; or what PEFT raises. The model is as it was.
+        ValueError: the adapter does not fit; or what PEFT raises. The model is unchanged.
     """
-
-    def add(config: PeftConfig) -> PeftModel:
-        if peft_model is None:
-            return PeftModel(base, config, adapter_name=name)
-        peft_model.add_adapter(name, config)
-        return peft_model
-
-    return _put(base, adapter, name, add, prefix=SAVED_PREFIX)
-
-
-def _inject(model: Any, adapter: SavedAdapter, name: str) -> nn.Module:
-    """Put an adapter into a model of diffusers, as its `load_lora_adapter` does."""
-
-    def add(config: PeftConfig) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
-            return inject_adapter_in_model(config, model, name)
-
-    _put(model, adapter, name, add, prefix="")
-    model._hf_peft_config_loaded = True
-    return model.eval()
-
-
-def _put(base: nn.Module, adapter: SavedAdapter, name: str, add: Callable[[PeftConfig], Any], *, prefix: str) -> Any:
-    """What `add(config)` returns, filled with the adapter's tensors, whose names begin with `prefix` there."""
+    base = without_peft(model)
     training = base.training
     adapter.check_fits(base)
+    prefix = "" if inside else SAVED_PREFIX
     tensors = {f"{prefix}{plain_key(key)}": tensor for key, tensor in adapter.tensors().items()}
     config = exact_targets(adapter.config, adapter.shapes)
     try:
-        model = add(config)
+        if inside:
+            inject(model, config, name)
+        elif isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = PeftModel(base, config, adapter_name=name)
         loaded: Any = set_peft_model_state_dict(model, tensors, adapter_name=name)
-        # PEFT only warns of what is missing, and that part would act as the identity.
+        # PEFT only warns of missing tensors, and their part would act as the identity.
         missing = [key for key in loaded.missing_keys if f".{name}." in f"{key}."]
         if missing or loaded.unexpected_keys:
             raise ValueError(f"missing tensors {missing}, unexpected tensors {loaded.unexpected_keys}")
-        # Numbers that the file holds in a wider type may be too large here.
+        # Numbers of a wider type in the file may be too large here.
         problems = not_finite(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
         if problems:
             raise ValueError(f"it has numbers that are too large:\n{listed(problems)}")
@@ -160,4 +138,6 @@ def _put(base: nn.Module, adapter: SavedAdapter, name: str, add: Callable[[PeftC
         raise
     finally:
         base.train(training)
+    if inside:
+        model._hf_peft_config_loaded = True
     return model

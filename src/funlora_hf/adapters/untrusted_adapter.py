@@ -1,4 +1,4 @@
-"""Read an adapter of unknown origin from a folder or from a repository on the Hub.
+"""Read an untrusted adapter from a folder or from a repository on the Hub.
 
 Only JSON and safetensors are read, and nothing in them is run.
 """
@@ -40,12 +40,12 @@ ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 # Limits for a config and the header of a weight file, which usually take a few kilobytes.
 MOST_CONFIG_BYTES = 2**20
 MOST_HEADER_BYTES = 2**23
-# An adapter may have as many numbers as this many bases.
+# An adapter may have this many times the numbers of its base.
 MOST_BASES = 4
-# No U-Net has so many parameters, and no method so large a rank or count.
+# No U-Net has so many parameters, and no method has such a large rank or count.
 MOST_TENSORS = 20_000
 MOST_COUNT = 2**20
-# An empty tensor takes no bytes, so a file may give it any shape.
+# An empty tensor takes no bytes, so a file may claim any shape for it.
 _MOST_SIZE = 2**40
 _MOST_TEXT = 1000
 REMEDY = "download or train the adapter again"
@@ -53,14 +53,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 _CLASS_VECTOR = "funlora_class_vector"
 _TARGET_FIELDS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _HARMLESS_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.)*(?:\.[*+](?:[\w-]|\\?\.)*)?\$?")
-# Starts of LoRA that do not change the base; PEFT's others change its weights or read files.
+# Initializations of LoRA that do not change the base; PEFT's others change its weights or read files.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
-
-
-# Parts of pipelines whose adapters `save_lora_weights` writes, in the order in which one is taken.
+# Parts of pipelines whose adapters `save_lora_weights` writes, in the order in which one is chosen.
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-
-
 _Config = TypeVar("_Config", bound=PeftConfig)
 _Value = TypeVar("_Value")
 
@@ -68,15 +64,15 @@ _Value = TypeVar("_Value")
 @dataclass(frozen=True)
 class SavedAdapter:
     """
-    What an adapter's files say, before any of its numbers is read.
+    The contents of an adapter's files, before any of its numbers is read.
 
     Args:
-        source: folder or repository as it was asked for.
-        folder: where the files are on this machine.
-        config: of the adapter.
-        shapes: its tensors by the keys that PEFT saves them under, on the meta device.
-        weights: name of the file that holds them.
-        prefix: of its keys in that file, which may hold others.
+        source: folder or repository as the caller named it.
+        folder: local folder of the files.
+        config: config of the adapter.
+        shapes: its tensors by the keys under which PEFT saves them, on the meta device.
+        weights: name of the file that has them.
+        prefix: prefix of its keys in that file, which may have other tensors.
     """
 
     source: str
@@ -88,15 +84,15 @@ class SavedAdapter:
 
     @property
     def numel(self) -> int:
-        """How many numbers it holds."""
-        return _numel(self.shapes)
+        """The number of its parameters."""
+        return sum(tensor.numel() for tensor in self.shapes.values())
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise a ValueError unless the config makes exactly these tensors on a model; takes no memory for them."""
         check_tensors(self.config, self.shapes, model)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The numbers. Raises a ValueError for a damaged file, and for any that is not finite."""
+        """Read the numbers. Raises a ValueError for a damaged file or for numbers that are not finite."""
         file = self.folder / self.weights
         tensors = _without_prefix(read_tensors(file, remedy=REMEDY), self.prefix)
         problems = not_finite(tensors)
@@ -116,19 +112,19 @@ def read_adapter(
     prefix: str | None = None,
 ) -> SavedAdapter:
     """
-    Find the adapter in a `subfolder` of a source, as `fetch` takes it, and read what it is; a repository's files come from one commit.
+    Find the adapter in a `subfolder` of a source, as for `fetch`, and read all but its numbers; a repository's files come from one commit.
 
     Args:
         source (`str` or `os.PathLike`):
             A folder written by PEFT's `save_pretrained`, or by `save_lora_adapter` or `save_lora_weights` of diffusers, or a
             repository on the Hub.
         subfolder, revision, local_files_only: as for `fetch`.
-        config (`PeftConfig`, *optional*): of the adapter, if the files have none, as those of `save_lora_weights`.
-        weight_name, prefix (`str`, *optional*): of a file that diffusers wrote: its name, and the part of the pipeline that is wanted.
+        config (`PeftConfig`, *optional*): config of the adapter, if the files have none, as those of `save_lora_weights`.
+        weight_name, prefix (`str`, *optional*): for a file that diffusers wrote: its name, and the part of the pipeline to read.
 
     Raises:
         FileNotFoundError: no such folder, repository, revision or file in it.
-        ValueError: a config or a weight file that is damaged, on the disk or on its way, or not an adapter's.
+        ValueError: a config or a weight file that is damaged, on disk or in the download, or is not an adapter's.
     """
     of_diffusers = weight_name or LORA_WEIGHT_NAME_SAFE
     root = fetch(
@@ -160,7 +156,7 @@ def read_adapter(
 
 
 def _read_diffusers_adapter(source: str, file: Path, config: PeftConfig | None, part: str | None) -> SavedAdapter:
-    """The adapter of one part of a pipeline, as `read_adapter` does, in a file that diffusers wrote."""
+    """Read the adapter of one part of a pipeline, as `read_adapter` does, from a file that diffusers wrote."""
     check_download(file)
     tensors, metadata = read_header(file)
     # `save_lora_weights` of a pipeline puts the name of the part before each key and each field of its config.
@@ -195,7 +191,7 @@ def _read_diffusers_adapter(source: str, file: Path, config: PeftConfig | None, 
 
 
 def _without_prefix(entries: Mapping[str, _Value], prefix: str) -> dict[str, _Value]:
-    """Those entries whose key begins with a prefix, by the rest of it."""
+    """Return the entries whose key starts with a prefix, by the rest of the key."""
     return {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
 
 
@@ -203,16 +199,16 @@ def fetch(
     source: str | os.PathLike, files: Sequence[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
     """
-    The folder that `source` names, or a copy of a repository with those of these files that it has.
+    Return the folder that `source` names, or a local copy of those `files` that a repository has.
 
     Args:
         source (`str` or `os.PathLike`): a folder, or a repository on the Hub.
-        files (sequence of `str`): names in a repository; `*` stands for anything.
+        files (sequence of `str`): names in a repository; `*` matches anything.
         revision (`str`, *optional*): branch, tag or commit of a repository.
-        local_files_only (`bool`, *optional*, defaults to `False`): take it from the cache, without asking the Hub.
+        local_files_only (`bool`, *optional*, defaults to `False`): use the cached repository, without asking the Hub.
 
     Raises:
-        FileNotFoundError: no such folder, repository or revision, or none in the cache; or almost the name of a folder.
+        FileNotFoundError: no such folder, repository or revision, or it is not in the cache; or almost the name of a folder.
         ValueError: a name that leads out of the repository, or a revision of a folder.
     """
     name = os.fspath(source)
@@ -228,7 +224,7 @@ def fetch(
 def fetch_repository(
     name: str, files: Sequence[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """As `fetch`, of a name that is a repository's, whatever folders there are."""
+    """Do as `fetch` for the name of a repository, even if a local folder has this name."""
     if not is_repository_name(name):
         raise FileNotFoundError(
             f"{name!r} is neither a folder that is there nor the name of a repository, 'user/repo'."
@@ -258,7 +254,7 @@ def fetch_repository(
 
 def check_download(file: Path) -> None:
     """
-    Compare a file in the Hub's own cache with its hash, under which the cache stores it. Other files are left alone.
+    Compare a file in the Hub's own cache with its hash, which is its name there. Other files are not checked.
 
     Raises:
         ValueError: the file was damaged during the download.
@@ -267,7 +263,7 @@ def check_download(file: Path) -> None:
     if not file.is_symlink() or blob.parent.name != "blobs" or cache not in blob.parents:
         return
     content = blob.read_bytes()
-    # Large files go by SHA-256, others by git's own hash.
+    # Large files have their SHA-256 as name, others the hash of git.
     git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     if blob.name not in (git, hashlib.sha256(content).hexdigest()):
         raise ValueError(
@@ -277,13 +273,13 @@ def check_download(file: Path) -> None:
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """The configuration in a folder. Raises a ValueError that names the file for one that PEFT cannot take."""
+    """Read the configuration in a folder. Raises a ValueError that names the file for one that PEFT does not accept."""
     file = folder / CONFIG_NAME
     return config_from(read_json(file, most_bytes=MOST_CONFIG_BYTES), os.fspath(file))
 
 
 def config_from(attributes: Any, source: str) -> PeftConfig:
-    """The configuration that parsed JSON is. Raises a ValueError that names its source for one that PEFT cannot take."""
+    """Make the configuration of parsed JSON. Raises a ValueError that names its source for one that PEFT does not accept."""
     if not isinstance(attributes, dict) or not isinstance(attributes.get("peft_type"), str):
         raise ValueError(f"{source!r} has no `peft_type`, expected the configuration of an adapter.")
     attributes = {key: value for key, value in attributes.items() if key != "runtime_config"}  # as PEFT does
@@ -298,27 +294,26 @@ def config_from(attributes: Any, source: str) -> PeftConfig:
 
 
 def method(config: PeftConfig) -> str:
-    """The name of an adapter's method, such as "LORA"."""
+    """Return the name of an adapter's method, such as "LORA"."""
     return PeftType(config.peft_type).value
 
 
 def bankable(config: PeftConfig, source: str) -> FunLoraConfig:
-    """The configuration. Raises a ValueError that names its source for another method's, and for `modules_to_save`."""
+    """Return the configuration. Raises a ValueError that names its source for another method and for `modules_to_save`."""
     if not isinstance(config, FunLoraConfig):
-        raise ValueError(f"{source} holds adapters of type {method(config)}, expected FUNLORA.")
+        raise ValueError(f"{source} has adapters of type {method(config)}, expected FUNLORA.")
     if config.modules_to_save:
         raise ValueError(
-            f"{source}: `modules_to_save` is {list(config.modules_to_save)}, expected None: a bank holds adapters, not modules."
+            f"{source}: `modules_to_save` is {list(config.modules_to_save)}, expected None: a bank stores adapters, not modules."
         )
     return config
 
 
 def read_header(file: Path, *, most_bytes: int = MOST_HEADER_BYTES) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the meta device, and its metadata; no number is read.
+    """Return the tensors of a safetensors file, on the meta device, and its metadata, without reading any number.
 
     Raises:
-        ValueError: a damaged file, or one with a longer header, with tensors of another type or too many of them; it names
-            the file.
+        ValueError: a damaged file, a longer header, tensors of other types or too many tensors; it names the file.
     """
     try:
         with open(file, "rb") as stream:
@@ -344,20 +339,20 @@ def read_header(file: Path, *, most_bytes: int = MOST_HEADER_BYTES) -> tuple[dic
 
 
 def differences(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
-    """One line for each tensor that is missing, unexpected or of another shape, by keys with PEFT's prefix or without."""
+    """Return a line for each tensor that is missing, unexpected or of another shape; keys may have PEFT's prefix."""
     expected = {plain_key(key): tensor for key, tensor in expected.items()}
     plain = {plain_key(key): tensor for key, tensor in given.items()}
     problems = [*misnamed(expected, plain), *misshapen(expected, plain)]
     if len(plain) < len(given):
-        problems.append(f"{len(given) - len(plain)} tensors come twice, expected each of them once")
+        problems.append(f"{len(given) - len(plain)} tensors occur twice, expected each of them once")
     return problems
 
 
 def exact_targets(config: _Config, keys: Collection[str]) -> _Config:
     """
-    The config with exactly the layers of saved tensors, given by their keys, as targets.
+    Return the config with exactly the layers of saved tensors, given by their keys, as targets.
 
-    This replaces regexes, since some take forever. Another method's list of names stays, unless it is longer than the keys.
+    This replaces regexes, since some of them never end. Another method's list of names stays, unless it is longer than the keys.
     """
     targets = getattr(config, "target_modules", None)
     is_list = isinstance(targets, (list, set, tuple)) and len(targets) <= len(keys)
@@ -366,7 +361,7 @@ def exact_targets(config: _Config, keys: Collection[str]) -> _Config:
         return config
     layers = _adapted_layers(config, keys)
     exact = copy.copy(config)
-    # A list would also take modules whose name ends so.
+    # A list would also match modules whose name ends in the same way.
     targets = "|".join(map(re.escape, sorted(layers))) if layers else set()
     for name in _TARGET_FIELDS:
         if hasattr(exact, name):
@@ -375,14 +370,14 @@ def exact_targets(config: _Config, keys: Collection[str]) -> _Config:
 
 
 def restore_targets(config: PeftConfig, original: PeftConfig) -> None:
-    """Undo `exact_targets` in a config that it returned, so that it is saved as it was read."""
+    """Undo `exact_targets` in a config that it returned, so that the config is saved as it was read."""
     for name in _TARGET_FIELDS:
         if hasattr(original, name):
             setattr(config, name, getattr(original, name))
 
 
 def check_tensors(config: PeftConfig, shapes: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    """Compare saved tensors with those that a config makes on a model; takes no memory for them.
+    """Compare saved tensors with those that a config makes on a model, without memory for them.
 
     Raises:
         ValueError: tensors, or sizes or names in the config, that do not fit the model or each other.
@@ -393,11 +388,11 @@ def check_tensors(config: PeftConfig, shapes: Mapping[str, torch.Tensor], model:
     else:
         _check_fields(config, shapes)
     most = MOST_BASES * sum(parameter.numel() for parameter in without_peft(model).parameters())
-    if _numel(shapes) > most:
-        raise ValueError(f"it holds {_numel(shapes)} numbers, expected {most} at most: {MOST_BASES} times the base's.")
+    if (count := sum(tensor.numel() for tensor in shapes.values())) > most:
+        raise ValueError(f"it holds {count} numbers, expected {most} at most: {MOST_BASES} times the base's.")
     exact = exact_targets(config, shapes)
     if isinstance(exact, FunLoraConfig):
-        # An identity start takes no time on the meta device and has the same shapes as any other.
+        # The identity takes no time on the meta device and has the same shapes as other initializations.
         exact.init_weights = True
     try:
         expected = get_peft_model_state_dict(adapted_shape(model, exact), save_embedding_layers=False)
@@ -408,14 +403,10 @@ def check_tensors(config: PeftConfig, shapes: Mapping[str, torch.Tensor], model:
         raise ValueError(f"its tensors are not those of its config on this model:\n{listed(problems)}")
 
 
-def _numel(shapes: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() for tensor in shapes.values())
-
-
 def _check_names(config: PeftConfig, keys: Iterable[str], model: nn.Module) -> None:
-    """Raise a ValueError unless a model has the layers that saved tensors, by their keys, and `modules_to_save` name.
+    """Raise a ValueError unless a model has the layers in the keys of saved tensors and those in `modules_to_save`.
 
-    PEFT reads the latter as regexes, and takes any end of a name as a module, even an empty one.
+    PEFT reads the latter as regexes, and accepts any end of a name as a module, even an empty one.
     """
     known = {name for name, _ in plain_modules(model) if name}
     unknown = sorted(_adapted_layers(config, keys) - known)
@@ -431,7 +422,7 @@ def _check_names(config: PeftConfig, keys: Iterable[str], model: nn.Module) -> N
 
 
 def _adapted_layers(config: PeftConfig, keys: Iterable[str]) -> set[str]:
-    """Names of the layers that an adapter's tensors are in: the part of a key before its method's prefix."""
+    """Return the names of the layers that have an adapter's tensors: the part of a key before the method's prefix."""
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)]
     layers = set()
     for key in keys:
@@ -460,8 +451,8 @@ def _check_sizes(config: FunLoraConfig, shapes: Mapping[str, torch.Tensor]) -> N
 
 def _check_fields(config: PeftConfig, shapes: Mapping[str, torch.Tensor]) -> None:
     """
-    Refuse large sizes and counts of another method, since their effect is not known here, and keys that PEFT would run as a regex,
-    except names with one wildcard: some take forever.
+    Refuse large sizes and counts of another method, since their effect is unknown here, and keys that PEFT would run as a regex,
+    except names with one wildcard: some regexes never end.
     """
     for field, value in vars(config).items():
         values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
@@ -500,7 +491,7 @@ def _check_harmless(config: PeftConfig, source: str) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """The readable part of an error's text."""
+    """Return the readable part of an error's text."""
     text, _, _ = str(error).partition("\nException raised from")  # torch's own stack
     return shortened(text.strip() or type(error).__name__, _MOST_TEXT)
 

@@ -1,4 +1,4 @@
-"""Read the file of an AdapterBank of unknown origin, before a model is changed."""
+"""Read the untrusted file of an AdapterBank, before a model is changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .untrusted_adapter import REMEDY, bankable, brief, check_tensors, config_fr
 
 ROWS = "adapters"
 METADATA = "adapter_bank"
-# What safetensors itself reads; a million classes with their names take less.
+# The limit of safetensors itself; a million classes with their names take less.
 _MOST_HEADER_BYTES = 10**8
 _PARTS = ("config", "layout", "classes")
 
@@ -30,9 +30,9 @@ class SavedBank:
 
     Args:
         file: its path, as given.
-        config: of all adapters in it.
-        shapes: what a row is made of, by the keys that PEFT saves tensors under less its prefix, on the meta device.
-        classes: names by id, in the order of the rows.
+        config: config of all its adapters.
+        shapes: the tensors of a row by the keys under which PEFT saves them, without its prefix, on the meta device.
+        classes: id -> name, in the order of the rows.
         table: the shape of its numbers, `(classes, numel)` in a valid file; None: there are none.
     """
 
@@ -44,11 +44,11 @@ class SavedBank:
 
     @property
     def numel(self) -> int:
-        """How many numbers a class has."""
+        """The number of parameters of a class."""
         return sum(tensor.numel() for tensor in self.shapes.values())
 
     def check_fits(self, model: nn.Module) -> None:
-        """Raise a ValueError unless the config makes exactly such rows on a model; takes no memory for them."""
+        """Raise a ValueError unless the config makes exactly such rows on a model; needs no memory for them."""
         try:
             check_tensors(self.config, self.shapes, model)
         except ValueError as error:
@@ -56,7 +56,7 @@ class SavedBank:
         self._check_table()
 
     def rows(self) -> torch.Tensor:
-        """The numbers, `(classes, numel)`, mapped into memory. Raises a ValueError for another table, or a damaged file."""
+        """Return the numbers, `(classes, numel)`, mapped into memory. Raises a ValueError for another table, or a damaged file."""
         self._check_table()
         return read_tensors(Path(self.file), remedy=REMEDY)[ROWS]
 
@@ -64,7 +64,7 @@ class SavedBank:
         expected = (len(self.classes), self.numel)
         if self.table != expected:
             found = "nothing" if self.table is None else f"a table of shape {self.table}"
-            raise ValueError(f"{self.file!r} holds {found}, expected a row for every class, {expected}.")
+            raise ValueError(f"{self.file!r} has {found}, expected a row for every class, {expected}.")
 
 
 def read_bank(file: str | os.PathLike) -> SavedBank:
@@ -73,11 +73,11 @@ def read_bank(file: str | os.PathLike) -> SavedBank:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is damaged, or not a bank's.
+        ValueError: the file is damaged, or is not a bank's.
     """
     name = os.fspath(file)
     if not Path(file).is_file():
-        raise FileNotFoundError(f"`file` is {name!r}, which is not there.")
+        raise FileNotFoundError(f"`file` is {name!r}, which does not exist.")
     tensors, metadata = read_header(Path(file), most_bytes=_MOST_HEADER_BYTES)
     try:
         about = parse_json(metadata.get(METADATA, "{}"))
@@ -104,7 +104,7 @@ def read_bank(file: str | os.PathLike) -> SavedBank:
 
 
 def _classes(classes: Any, file: str) -> dict[int, str]:
-    """Names by id, of a list of `[id, name]`."""
+    """Return id -> name from a list of `[id, name]`."""
     names: dict[int, str] = {}
     for entry in classes if isinstance(classes, list) else [classes]:
         if not isinstance(entry, list) or [type(part) for part in entry] != [int, str]:

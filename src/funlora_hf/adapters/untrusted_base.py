@@ -1,4 +1,4 @@
-"""Read a base of unknown origin: the one that an adapter's config names, or the one in a folder."""
+"""Read an untrusted base: the one that an adapter's config names, or the one in a folder."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PIPELINE = "model_index.json"
 GENERATOR_FOLDERS = ("model", "base")
 # Ids and names of a thousand classes take about 50 kB.
 MOST_CONFIG = 2**24
-# Of a pipeline's repository, or of one that is the U-Net itself.
+# Files of a pipeline's repository, or of one that is the U-Net itself.
 _UNET_FILES = [f"{place}{name}" for place in ("", f"{UNET_FOLDER}/") for name in ("*.json", "*.safetensors")]
-# Modules are built one by one, also on the meta device: a large count takes time before it takes memory.
+# Modules are built one by one, also on the meta device: for a large count, time runs out before memory.
 MOST_LAYERS = 64
-# Of numbers such as channels, and of some others: diffusers' largest U-Nets have images of 256 x 256.
+# The limit for numbers such as channels, and those for some others; diffusers' largest U-Nets have images of 256 x 256.
 _MOST_NUMBER = 2**16
 _LIMITS = {
     "sample_size": 4096,
@@ -37,7 +37,7 @@ _LIMITS = {
     "mid_block_layers": MOST_LAYERS,
     "num_class_embeds": 2**24,
 }
-# What the solvers assume of the scheduler, whose own steps are not used.
+# What the solvers assume about the scheduler, whose own steps are not used.
 _SCHEDULE = {
     "num_train_timesteps": 1000,
     "shift": 1.0,
@@ -51,8 +51,8 @@ _COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", 
 def check_base_folder(folder: Path) -> None:
     """
     Raise a ValueError that names the file, unless the JSON of a pipeline, U-Net or scheduler names only the classes of such a
-    base and sizes within limits, and the U-Net's tensors are those of a U-Net without adapters: diffusers imports any library
-    that a file names, builds models of any size, and only warns about missing tensors.
+    base and sizes within limits, and the U-Net's tensors are those of a U-Net without adapters. Without this check, diffusers would
+    import any library that a file names, build models of any size, and only warn about missing tensors.
     """
     if (folder / PIPELINE).is_file():
         index = read_mapping(folder / PIPELINE, most_bytes=MOST_CONFIG)
@@ -85,8 +85,8 @@ def _refuse(folder: Path, index: Mapping[str, Any], name: str, expected: str) ->
 
 def check_velocity_unet(config: Mapping[str, Any], *, field: str) -> None:
     """
-    Raise a ValueError that names the field unless a U-Net of this config can give velocities: it is called with 1000 * sigma, a
-    fraction that falls to 0, and its output is one number for each number of the image.
+    Raise a ValueError that names the field unless a U-Net of this config can give velocities: its time is 1000 * sigma, which has
+    fractions and falls to 0, and its output has the shape of the image.
     """
     kind = config.get("time_embedding_type") or "positional"
     if kind != "positional":
@@ -108,7 +108,7 @@ def check_velocity_unet(config: Mapping[str, Any], *, field: str) -> None:
 
 
 def check_velocity_scheduler(config: Mapping[str, Any], *, field: str) -> None:
-    """Raise a ValueError that names the field if the solvers do not do, or do not know, what a scheduler's config says."""
+    """Raise a ValueError that names the field if the solvers do not support a setting in a scheduler's config."""
     for name, expected in _SCHEDULE.items():
         if config.get(name, expected) != expected:
             raise ValueError(
@@ -119,11 +119,11 @@ def check_velocity_scheduler(config: Mapping[str, Any], *, field: str) -> None:
 
 def check_velocity_base(folder: Path, *, field: str) -> None:
     """
-    Raise a ValueError that names the field unless FunLoraPipeline takes the U-Net in a folder and, of a pipeline, its scheduler.
+    Raise a ValueError that names the field unless FunLoraPipeline accepts the U-Net in a folder and, in a pipeline, its scheduler.
 
     Args:
-        folder: of a pipeline, or of its U-Net alone.
-        field: what to call it in an error.
+        folder: folder of a pipeline, or of its U-Net alone.
+        field: its name in an error.
     """
     check_base_folder(folder)
     check_velocity_unet(UNet2DModel.load_config(folder, subfolder=_unet_subfolder(folder)), field=f"{field}.unet")
@@ -135,7 +135,7 @@ def check_velocity_base(folder: Path, *, field: str) -> None:
 
 def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:
     """
-    The U-Net that an adapter was trained for: of a pipeline's folder or repository, or one that is the U-Net itself.
+    Load the U-Net that an adapter was trained for, from the folder or repository of a pipeline or of the U-Net itself.
 
     Raises:
         ValueError: the config names no base, or one that cannot be loaded.
@@ -158,7 +158,7 @@ def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DMo
 
 
 def base_classes(folder: Path) -> dict[int, str]:
-    """Names by ids of the classes that a pipeline's U-Net knows without adapters, by row of its class embedding.
+    """Return id -> name of the classes that a pipeline's U-Net knows without adapters, in the order of its class embedding's rows.
 
     Raises:
         OSError: no U-Net in the folder.
@@ -181,10 +181,10 @@ def base_classes(folder: Path) -> dict[int, str]:
 
 
 def class_names(class_ids: Iterable[Any], id2label: Mapping[Any, Any]) -> dict[int, str]:
-    """Names by ids, in the order of the ids, of values that a file may contain; an id without a name is its own.
+    """Return id -> name, in the order of the ids, from values of a file; an id without a name has the id as its name.
 
     Raises:
-        ValueError: no valid ids and names.
+        ValueError: invalid ids or names.
     """
     try:
         if unnamed := [
@@ -211,7 +211,7 @@ def class_names(class_ids: Iterable[Any], id2label: Mapping[Any, Any]) -> dict[i
 
 
 def check_names_differ(id2label: Mapping[int, str]) -> None:
-    """Raise a ValueError if two classes have the same name, in whatever form of Unicode."""
+    """Raise a ValueError if two classes have the same name, in any form of Unicode."""
     twice = sorted(name for name, count in Counter(map(one_form, id2label.values())).items() if count > 1)
     if twice:
         raise ValueError(f"`class_name` {', '.join(map(repr, twice))} is used for two classes: pass another name.")
@@ -219,10 +219,10 @@ def check_names_differ(id2label: Mapping[int, str]) -> None:
 
 def read_unet(folder: Path) -> UNet2DModel:
     """
-    The U-Net in a folder on this machine: a pipeline's, or one that is the U-Net itself.
+    Load the U-Net in a local folder of a pipeline or of the U-Net itself.
 
     Raises:
-        ValueError: it cannot be loaded, or its file lacks tensors or has others, of which diffusers only warns.
+        ValueError: it cannot be loaded, or its file lacks tensors or has others, about which diffusers only warns.
     """
     check_base_folder(folder)
     source = os.fspath(folder)
@@ -243,7 +243,7 @@ def read_unet(folder: Path) -> UNet2DModel:
 
 
 def _check_shards(index: Path) -> None:
-    """Refuse an index that names other files than safetensors beside it: diffusers would unpickle a `.bin`."""
+    """Refuse an index that names other files than safetensors in its folder: diffusers would unpickle a `.bin`."""
     shards = read_mapping(index, most_bytes=MOST_CONFIG).get("weight_map")
     names = shards.values() if isinstance(shards, dict) else [shards]
     for name in names:
@@ -258,7 +258,7 @@ def _check_names(names: Iterable[str], source: str) -> None:
     wrapped = next((name for name in names if ".base_layer." in name), None)
     if wrapped is not None:
         raise ValueError(
-            f"{source!r} has the tensor {wrapped!r}: it was saved with adapters inside, under names that no U-Net has. Save the "
+            f"{source!r} has the tensor {wrapped!r}: it was saved with adapters inside, with names that no U-Net has. Save the "
             "base by `FunLoraPipeline.save_pretrained`, or after `unload()` of its adapters."
         )
 
@@ -268,7 +268,7 @@ def _unet_subfolder(folder: Path) -> str | None:
 
 
 def check_unet_config(config: Mapping[str, Any], *, field: str) -> None:
-    """Raise a ValueError unless every number of a U-Net's config, alone or in a list, is below a limit, and no list longer than one."""
+    """Raise a ValueError unless every number of a U-Net's config, also in lists, and the length of every list are within limits."""
     if not isinstance(config, Mapping):
         raise ValueError(f"`{field}` is a {type(config).__name__}, expected a mapping of UNet2DModel arguments.")
     for name, value in config.items():

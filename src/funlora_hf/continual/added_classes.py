@@ -1,4 +1,4 @@
-"""The classes that a folder of adapters has beside the tasks of a run: what each was learned from, and how."""
+"""Records of the classes added beside the tasks of a run: the images and the settings that each was trained with."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .run_folder import RunFolder
 
 class AddedClasses:
     """
-    Records of classes whose adapters are added to a folder, of a run or of adapters alone. They stay in `checkpoints/added/`, so that
-    an `add` that was killed can go on.
+    Records of classes whose adapters are added to a folder, that of a run or one of adapters alone. They are kept in
+    `checkpoints/added/`, so that an `add` that was killed can go on.
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        # What `checkpoints/seconds` holds counts for the tasks.
+        # Not in `checkpoints/` itself, whose `seconds/` count for the tasks.
         self.folder = RunFolder(folder.path)
         self.folder.checkpoints = folder.checkpoints / "added"
 
     def begun(self) -> dict[int, dict[str, Any]]:
-        """What `begin` was given, by id."""
+        """Return the records that `begin` was given, by id."""
         found = {class_in_name(path.stem): path for path in self.folder.checkpoints.glob("class_*.json")}
         return {
             class_id: read_mapping(path, keys=["class_name"])
@@ -33,25 +33,25 @@ class AddedClasses:
         }
 
     def unfinished(self) -> dict[int, str]:
-        """Names by ids of the classes that have begun and have no adapter yet."""
+        """Return id -> name of the classes that have begun and have no adapter yet."""
         begun = self.begun().items()
         return {c: one["class_name"] for c, one in begun if not (self.folder.adapters / adapter_name(c)).is_dir()}
 
     def begin(self, class_id: int, record: Mapping[str, Any]) -> None:
-        """Keep what a class is learned from: JSON-able, with its "class_name".
+        """Keep the record of a class: JSON-able, with its "class_name".
 
-        Its checkpoints, which may be of other images, are deleted.
+        Delete its checkpoints, which may come from other images.
         """
         place = self.folder.checkpoints / adapter_name(class_id)
         remove_folder(place)
         write_json(place.with_suffix(".json"), record)
 
     def finished(self) -> dict[str, dict[str, Any]]:
-        """As `begun`, by id as text and with the seconds that it took, of the classes whose adapter is there."""
+        """Return the records of the classes whose adapter exists, by id as text, with the seconds that it took."""
         found = {}
         for class_id, record in sorted(self.begun().items()):
             adapter = self.folder.adapters / adapter_name(class_id)
-            # Another class of this id may have been pulled into the folder since. Other methods have no name in their config.
+            # Another class of this id may have been pulled into the folder since. Configs of other methods have no name.
             if adapter.is_dir() and class_of(read_mapping(adapter / CONFIG_NAME))[1] in (None, record["class_name"]):
                 times = read_mapping(self.folder.checkpoints / "seconds" / f"{adapter.name}.json", keys=["seconds"])
                 found[str(class_id)] = {**record, "seconds": times["seconds"]}

@@ -1,4 +1,4 @@
-"""The base generator: built, trained once, written as a pipeline folder, loaded again; or one that exists already."""
+"""The base generator: build it, write it as a pipeline folder, load it again; or find one that exists already."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from .strategy import Setting, Trainable
 
 logger = logging.getLogger(__name__)
 
-# Task 1's phase, the same for all strategies that start from a base.
+# The phase of task 1, the same for all strategies that start from a base.
 BASE_PHASE = "base"
 
 
 def trainable_unet(setting: Setting, num_classes: int) -> Trainable:
-    """A new U-Net with a class embedding, in training mode, all of it to be trained; a seed always gives the same weights.
+    """Build a new U-Net with a class embedding, in training mode, of which everything is trained; equal seeds give equal weights.
 
     Raises:
-        ValueError: arguments that UNet2DModel does not take.
+        ValueError: arguments that UNet2DModel does not accept.
     """
     training = setting.training
     with torch.random.fork_rng(devices=[]):
@@ -51,13 +51,13 @@ def trainable_unet(setting: Setting, num_classes: int) -> Trainable:
 
 
 def set_class_vectors(unet: UNet2DModel, vectors: torch.Tensor, num_classes: int) -> None:
-    """Give a U-Net another class embedding, in place: these vectors, and for more classes their mean, as FunLoRA's vector
-    starts.
+    """Replace the class embedding of a U-Net, in place: rows of further classes are the mean of the vectors, where FunLoRA's
+    class vector also starts.
 
     Args:
-        unet: with a class embedding.
-        vectors: `(n, dim)`, n <= num_classes.
-        num_classes: rows afterwards.
+        unet: a U-Net with a class embedding.
+        vectors: the first rows, `(n, dim)`, n <= num_classes.
+        num_classes: number of rows of the new embedding.
     """
     embedding = nn.Embedding(num_classes, vectors.shape[1])
     with torch.no_grad():
@@ -67,7 +67,7 @@ def set_class_vectors(unet: UNet2DModel, vectors: torch.Tensor, num_classes: int
 
 
 def arrange(unet: UNet2DModel, training: ContinualTrainingArguments, *, compiled: bool) -> None:
-    """Set a U-Net's memory format as the run asks for and, if `compiled`, compile its blocks; values stay."""
+    """Give a U-Net the run's memory format and, if `compiled`, compile its blocks; values stay."""
     if training.channels_last:
         unet.to(memory_format=torch.channels_last)
     if compiled:
@@ -75,10 +75,10 @@ def arrange(unet: UNet2DModel, training: ContinualTrainingArguments, *, compiled
 
 
 def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:
-    """The same U-Net without values, on the meta device: for checks and counts.
+    """Build the U-Net without values, on the meta device: for checks and counts.
 
     Raises:
-        ValueError: arguments that UNet2DModel does not take.
+        ValueError: arguments that UNet2DModel does not accept, or more parameters than fit into memory.
     """
     with torch.device("meta"):
         unet = _unet(unet_config, num_classes)
@@ -92,7 +92,7 @@ def unet_shape(unet_config: Mapping, num_classes: int) -> UNet2DModel:
 
 
 def base_shape(setting: Setting) -> UNet2DModel:
-    """The same of a run's base: of the one that is there, or of the one that task 1 will train."""
+    """Build a run's base without values: the one that exists, or the one that task 1 will train."""
     if not setting.has_base:
         return unet_shape(setting.model.unet, len(setting.tasks[0].class_ids))
     config, *_ = UNet2DModel.extract_init_dict(UNet2DModel.load_config(setting.base_dir, subfolder="unet"))
@@ -102,19 +102,19 @@ def base_shape(setting: Setting) -> UNet2DModel:
 def _unet(unet_config: Mapping, num_classes: int) -> UNet2DModel:
     try:
         return UNet2DModel(**{**unet_config, "num_class_embeds": num_classes})
-    # A U-Net's constructor raises many kinds of errors for wrong arguments.
+    # The constructor raises many types of errors for wrong arguments.
     except Exception as error:
         raise ValueError(f"`unet_config` does not make a UNet2DModel: {error}") from error
 
 
 def save_base(unet: UNet2DModel, folder: Path, class_ids: Sequence[int], class_names: Mapping[int, str]) -> None:
-    """Write a pipeline folder whose class embedding has the row i for `class_ids[i]`; whole or not at all."""
+    """Write a pipeline folder, whole or not at all; row i of the class embedding is for `class_ids[i]`."""
     with whole_folder(folder) as temporary:
         make_pipeline(unet, class_ids, class_names).save_pretrained(temporary)
 
 
 def make_pipeline(unet: UNet2DModel, class_ids: Sequence[int], class_names: Mapping[int, str]) -> FunLoraPipeline:
-    """A pipeline whose U-Net has the row i of its class embedding for `class_ids[i]`, without progress bars of its own."""
+    """Make a pipeline without progress bars; row i of the U-Net's class embedding is for `class_ids[i]`."""
     names = {class_id: class_names[class_id] for class_id in class_ids}
     pipe = FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler(), list(class_ids), names)
     pipe.set_progress_bar_config(disable=True)
@@ -122,7 +122,7 @@ def make_pipeline(unet: UNet2DModel, class_ids: Sequence[int], class_names: Mapp
 
 
 def load_pipeline(folder: Path, setting: Setting) -> FunLoraPipeline:
-    """The pipeline of a folder, for sampling on the run's device, without progress bars of its own."""
+    """Load the pipeline in a folder for sampling on the run's device, without progress bars."""
     bars = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:
@@ -130,14 +130,14 @@ def load_pipeline(folder: Path, setting: Setting) -> FunLoraPipeline:
     finally:
         if bars:
             diffusers_logging.enable_progress_bar()
-    # Not compiled: sampling keeps effective weights from call to call.
+    # Not compiled, since sampling keeps effective weights between calls.
     arrange(pipe.unet, setting.training, compiled=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def label_rows(class_ids: Sequence[int], batch_class_ids: torch.Tensor) -> torch.Tensor:
-    """Rows of a class embedding for a batch.
+    """Return the rows of a class embedding for a batch.
 
     Args:
         class_ids: row i belongs to `class_ids[i]`.
@@ -155,12 +155,12 @@ class ExistingBase:
     """A base that the run does not train.
 
     Args:
-        folder: pipeline folder on this machine.
-        source: how others find its U-Net: the folder's `unet/`, or the repository.
-        classes: id -> name of every class known, by the base's rows and by adapters.
+        folder: its pipeline folder on this machine.
+        source: where others find its U-Net: the folder's `unet/`, or the repository.
+        classes: id -> name of every known class, of the base's rows and of adapters.
         image_size: edge of its images in pixels.
-        channels: of its images.
-        taken: id -> name of the adapters and banks beside it: of the run that made it, if it lies in the folder of one, or in its
+        channels: channels of its images.
+        taken: id -> name of the classes of adapters and banks next to it: those of the run whose folder has it, or those in its
             repository.
     """
 
@@ -172,19 +172,19 @@ class ExistingBase:
     taken: Mapping[int, str] = field(default_factory=dict)
 
     def with_adapters(self, adapters: Path) -> ExistingBase:
-        """The same, also knowing the classes of the adapters below a folder."""
+        """Return this base, which also knows the classes of the adapters below a folder."""
         found = [adapter_class(folder) for folder in adapter_folders(adapters)]
         names = {one["class_label"]: one["class_name"] or str(one["class_label"]) for one in found}
         return replace(self, classes={**self.classes, **names})
 
 
 def local_source(folder: Path) -> str:
-    """How adapters name the U-Net of a base on this machine: beginning with "/" or "./", as no repository's name does."""
+    """Return the name that adapters give the U-Net of a local base: it starts with "/" or "./", unlike a repository's name."""
     return os.path.join(os.curdir, folder / "unet")
 
 
 def _in_repository(name: str, revision: str | None) -> dict[int, str]:
-    """Names by ids of a repository's folders `class_<id>`, on its main branch and in a revision; none without the Hub."""
+    """Return id -> name of a repository's folders `class_<id>`, on its main branch and in a revision; empty without the Hub."""
     try:
         repository = HubRepository(name, create=False)
         now = repository.files()
@@ -192,7 +192,7 @@ def _in_repository(name: str, revision: str | None) -> dict[int, str]:
         rows = known_contents(name, now).classes.values()
     except (OSError, NO_ANSWER) as error:
         logger.warning(
-            "The files of the repository %r could not be listed, so that new classes may get ids of adapters in it: %s",
+            "The files of the repository %r could not be listed, so new classes may get ids of adapters in it: %s",
             name,
             str(error).partition("\n")[0],
         )
@@ -203,12 +203,12 @@ def _in_repository(name: str, revision: str | None) -> dict[int, str]:
 
 
 def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[str, Any] | None = None) -> ExistingBase:
-    """Look at the base that `base_model` names.
+    """Find and check the base that `base_model` names.
 
     Args:
-        name: a pipeline folder, that of a run, or a repository on the Hub, which is downloaded.
+        name: a pipeline folder, the folder of a run, or a repository on the Hub, which is downloaded.
         revision: branch, tag or commit of a repository.
-        unet_config: what the arguments say of its U-Net; None: nothing.
+        unet_config: the `unet_config` of the run's arguments; None: not given.
 
     Raises:
         FileNotFoundError: the folder does not exist, or has no pipeline.
@@ -220,7 +220,7 @@ def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[st
             raise ValueError(
                 f"`base_model_revision` is {revision!r}, but `base_model` {name!r} is a folder, which has none: leave it out."
             )
-        # Of a run, its generator.
+        # In the folder of a run, its generator.
         places = (local, *(local / place for place in GENERATOR_FOLDERS))
         folder = next((place for place in places if (place / PIPELINE).is_file()), local)
         source = local_source(folder)
@@ -250,7 +250,7 @@ def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[st
                 "`unet_config` out, or name another base."
             )
     if local.is_dir():
-        # A run has its adapters beside its base.
+        # The adapters of a run are next to its base.
         run = folder.absolute().parent if folder.name in GENERATOR_FOLDERS else None
         taken = {} if run is None else find_contents(run).classes()
     else:

@@ -1,9 +1,11 @@
-"""The order of images and their noise depend on the seed, the phase and the step alone.
+"""Batches of a phase. The order of the images and their noise depend only on the seed, the phase and the step.
 
-So a resumed run, or one on another number of processes, sees the same batches.
+So a resumed run, or a run on another number of processes, sees the same batches.
 """
 
 from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
@@ -15,37 +17,38 @@ from .devices import on_device
 from .strategy import Batch, Phase
 
 
-# Images of a phase up to this many bytes are kept on a GPU as a whole: 50,000 of 32x32 pixels take 0.15 GB.
+# A GPU keeps all images of a phase if they take at most so many bytes: 50,000 of 32x32 pixels take 0.15 GB.
 MOST_BYTES_ON_DEVICE = 2 * 1024**3
 
 
+@dataclass(eq=False, repr=False)
 class PhaseBatches:
     """Batches of one phase's real images.
 
     Args:
-        data: gives the images of the phase's classes, which are decoded once and kept as uint8: on the device, or on the
+        data: gives the images of the phase's classes. They are decoded once and kept as uint8, on the device, or on the
             CPU if they take more than 2 GiB.
-        timestep_density: of sigma, "uniform" or "logit_normal".
+        timestep_density: density of sigma, "uniform" or "logit_normal".
         random_flip: flip images left to right with probability 1/2.
-        device: where batches go. Noise for the CPU is drawn there after flips and sigma, noise for another device on that
-            one; flips, sigma and order are the same everywhere.
-        memory_format: of images and noise.
+        device: device of the batches. Noise for the CPU is drawn there after flips and sigma, noise for another device on
+            that device; flips, sigma and order are the same everywhere.
+        memory_format: memory format of images and noise.
 
     Raises:
         ValueError: a class of the phase has no image.
     """
 
-    def __init__(
-        self,
-        data: ImageClassificationData,
-        phase: Phase,
-        *,
-        seed: int,
-        timestep_density: str,
-        random_flip: bool,
-        device: torch.device | str = "cpu",
-        memory_format: torch.memory_format = torch.preserve_format,
-    ) -> None:
+    data: ImageClassificationData
+    phase: Phase
+    _: KW_ONLY
+    seed: int
+    timestep_density: str
+    random_flip: bool
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - torch's devices do not change
+    memory_format: torch.memory_format = torch.preserve_format
+
+    def __post_init__(self) -> None:
+        phase, data = self.phase, self.data
         per_class = [data.images(class_id) for class_id in phase.class_ids]
         empty = [class_id for class_id, images in zip(phase.class_ids, per_class, strict=True) if not len(images)]
         if empty:
@@ -55,18 +58,12 @@ class PhaseBatches:
                 "class out of the dataset."
             )
         images = torch.cat(per_class)
-        self.device = torch.device(device)
         self.images = images.to(self.device) if images.nbytes <= MOST_BYTES_ON_DEVICE else images
         self.class_ids = torch.tensor(phase.class_ids).repeat_interleave(torch.tensor([len(x) for x in per_class]))
-        self.phase = phase
-        self.seed = seed
-        self.timestep_density = timestep_density
-        self.random_flip = random_flip
-        self.memory_format = memory_format
         self._permutation: tuple[int, torch.Tensor] = (-1, torch.empty(0))
 
     def batch(self, number: int, *, share: int = 0, num_shares: int = 1) -> Batch:
-        """Batch `number`, from 0, of the phase, or the share of it that one of several processes takes."""
+        """Return batch `number`, from 0, of the phase, or the share of it for one of several processes."""
         size = self.phase.settings.batch_size
         indices = self._indices(number * size, size)
         mine = slice(share, None, num_shares)
@@ -74,7 +71,11 @@ class PhaseBatches:
         generator = generator_for(self.seed, self.phase.name, "batch", number)
         flip = torch.rand(size, generator=generator) < 0.5 if self.random_flip else None
         sigma = sample_sigmas(size, density=self.timestep_density, generator=generator)
-        sample = self._images(indices[mine], None if flip is None else flip[mine])
+        images = self.images[on_device(indices[mine], self.images.device)]
+        sample = to_model_range(on_device(images, self.device))
+        if flip is not None:
+            # A mask as an index would wait until the device has counted its entries.
+            sample = torch.where(on_device(flip[mine], self.device)[:, None, None, None], sample.flip(-1), sample)
         noise = self._noise((size, *sample.shape[1:]), number, generator)[mine]
         return Batch(
             sample.to(memory_format=self.memory_format),
@@ -84,14 +85,6 @@ class PhaseBatches:
             number,
         )
 
-    def _images(self, indices: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
-        images = on_device(self.images[on_device(indices, self.images.device)], self.device)
-        sample = to_model_range(images)
-        if flip is None:
-            return sample
-        # A mask as an index would wait for the device to count its entries.
-        return torch.where(on_device(flip, self.device)[:, None, None, None], sample.flip(-1), sample)
-
     def _noise(self, shape: tuple[int, ...], number: int, generator: torch.Generator) -> torch.Tensor:
         if self.device.type != "cpu":
             seed = derive_seed(self.seed, self.phase.name, "noise", number)
@@ -99,17 +92,14 @@ class PhaseBatches:
         return torch.randn(shape, generator=generator, device=self.device)
 
     def _indices(self, start: int, count: int) -> torch.Tensor:
-        """Entries start .. start + count - 1 of an endless sequence of permutations."""
+        """Return the entries start .. start + count - 1 of an endless sequence of permutations."""
         parts, total = [], len(self.images)
         while count > 0:
             epoch, offset = divmod(start, total)
-            part = self._epoch(epoch)[offset : offset + count]
+            if self._permutation[0] != epoch:
+                generator = generator_for(self.seed, self.phase.name, "order", epoch)
+                self._permutation = (epoch, torch.randperm(total, generator=generator))
+            part = self._permutation[1][offset : offset + count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return torch.cat(parts)
-
-    def _epoch(self, epoch: int) -> torch.Tensor:
-        if self._permutation[0] != epoch:
-            generator = generator_for(self.seed, self.phase.name, "order", epoch)
-            self._permutation = (epoch, torch.randperm(len(self.images), generator=generator))
-        return self._permutation[1]

@@ -1,6 +1,6 @@
 """Checkpoints inside a phase: safetensors, never pickled, whole or not at all, with a checksum.
 
-Order, noise and dropout of every step are derived from the run's seed, so the number of the step stands for the random state
+Order, noise and dropout of every step are derived from the run's seed, so the number of the step determines the random state
 and the position in the data.
 """
 
@@ -26,22 +26,22 @@ logger = logging.getLogger(__name__)
 
 _STEP = "step_"
 _TENSORS = "state.safetensors"
-# As `sha256sum --check` reads it.
+# In the format of `sha256sum --check`.
 _CHECKSUM = "state.sha256"
 
 
 @dataclass
 class TrainingState:
-    """What the running phase trains.
+    """The state of a phase in training.
 
     Args:
-        parameters: by name.
-        optimizer: the plain optimiser of exactly these parameters, in this order.
+        parameters: the trained parameters, by name.
+        optimizer: the plain optimizer of exactly these parameters, in this order.
         ema: their moving average.
-        buffers: by name, that training changes besides.
-        skipped: how many steps were skipped, since loss or gradient was not finite: "total" of the phase, with those by which
-            fp16 finds its scale; "in_row" since the last step that was done, without those; "rescaled_in_row" only those.
-        scaler: of the loss under fp16, whose scale decides which steps are skipped; None: there is none.
+        buffers: the buffers that training also changes, by name.
+        skipped: how many steps were skipped because loss or gradient was not finite: "total" in the phase, including those by
+            which fp16 finds its scale; "in_row" since the last completed step, without those; "rescaled_in_row" only those.
+        scaler: the scaler of the loss under fp16, whose scale decides which steps are skipped; None: there is none.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -53,13 +53,13 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None = None
 
     def numbers(self) -> dict[str, str]:
-        """The rest of the state, as the metadata of a file."""
+        """Return the rest of the state, as the metadata of a file."""
         skipped = {f"skipped_{name}": str(count) for name, count in self.skipped.items()}
         numbers = {"ema_step": str(self.ema.optimization_step), "losses": self.losses.state(), **skipped}
         return numbers if self.scaler is None else {**numbers, "scaler": json.dumps(self.scaler.state_dict())}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the state on the CPU, by a flat name."""
+        """Return all tensors of the state on the CPU, by a flat name."""
         tensors = {f"buffer/{name}": buffer for name, buffer in self.buffers.items()}
         for index, (name, parameter) in enumerate(self.parameters.items()):
             tensors[f"parameter/{name}"] = parameter.detach()
@@ -69,7 +69,7 @@ class TrainingState:
         return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, str]) -> None:
-        """The inverse of `tensors` and `numbers`, in place."""
+        """Load what `tensors` and `numbers` gave, in place."""
         for index, (name, parameter) in enumerate(self.parameters.items()):
             parameter.data.copy_(tensors[f"parameter/{name}"])
             self.ema.shadow_params[index].copy_(tensors[f"ema/{name}"])
@@ -81,7 +81,7 @@ class TrainingState:
         for name, buffer in self.buffers.items():
             buffer.copy_(tensors[f"buffer/{name}"])
         self.ema.optimization_step = int(numbers["ema_step"])
-        # A checkpoint from before they were kept has neither the counts, the losses nor the scaler.
+        # Checkpoints of earlier versions may lack the counts, the losses and the scaler.
         self.skipped = {name: int(numbers.get(f"skipped_{name}", 0)) for name in self.skipped}
         if "losses" in numbers:
             self.losses.load(numbers["losses"])
@@ -89,20 +89,19 @@ class TrainingState:
             self.scaler.load_state_dict(json.loads(numbers["scaler"]))
 
     def _like(self, value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-        """A copy of an optimiser's tensor where the optimiser keeps it."""
+        """Copy a tensor of the optimizer to where the optimizer keeps it."""
         if value.dim() == 0:
-            # Adam keeps its step counter on the CPU, but beside the parameter if it is fused.
+            # Adam keeps its step counter on the CPU; fused Adam keeps it on the device of the parameter.
             return value.clone().to(parameter.device if self.optimizer.defaults.get("fused") else "cpu")
         if value.shape != parameter.shape:
-            return value.clone().to(
-                parameter.device
-            )  # 8-bit optimisers keep scales of blocks, and the map of their numbers
-        # With the parameter's strides: a fused optimiser takes all tensors of a parameter entry by entry.
+            # 8-bit optimizers keep the scales of blocks, and a table of their numbers.
+            return value.clone().to(parameter.device)
+        # With the parameter's strides, since a fused optimizer reads all tensors of a parameter in the order of memory.
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def save_checkpoint(folder: Path, step: int, state: TrainingState, *, total_limit: int | None) -> Path:
-    """Write `folder/step_<step>/` and, once it is there, drop the oldest beyond `total_limit`; None keeps all."""
+    """Write `folder/step_<step>/` and then delete the oldest beyond `total_limit`; None keeps all."""
     path = folder / f"{_STEP}{step}"
     with whole_folder(path) as temporary:
         save_file(state.tensors(), temporary / _TENSORS, metadata={"step": str(step), **state.numbers()})
@@ -115,18 +114,18 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, *, total_limi
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, or None."""
+    """Return the checkpoint of the highest step, or None."""
     return next(reversed(_checkpoints(folder)), None)
 
 
 def load_newest(folder: Path, state: TrainingState) -> int:
-    """Load the newest checkpoint that is not damaged, in place; log each that is.
+    """Load the newest checkpoint that is not damaged, in place; log each damaged one.
 
     Returns:
-        The number of optimiser steps done; 0, with the state unchanged, if there is no valid checkpoint.
+        The number of optimizer steps done; 0, with the state unchanged, if there is no valid checkpoint.
 
     Raises:
-        ValueError: it holds other tensors than the phase trains, so it is of another configuration.
+        ValueError: it has other tensors than the phase trains, so it belongs to another configuration.
     """
     for path in reversed(_checkpoints(folder)):
         if damage := _damage(path):
@@ -143,8 +142,8 @@ def load_newest(folder: Path, state: TrainingState) -> int:
             if saved is None or saved.shape != parameter.shape:
                 found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
                 raise ValueError(
-                    f"The checkpoint {path} is of another configuration: for {name} it holds {found}, expected shape "
-                    f"{tuple(parameter.shape)}. Resume with the settings it was written with, or start again with "
+                    f"The checkpoint {path} is of another configuration: for {name} it has {found}, expected shape "
+                    f"{tuple(parameter.shape)}. Resume with the settings that it was written with, or start again with "
                     "--overwrite_output_dir."
                 )
         state.load(tensors, numbers)
@@ -153,7 +152,7 @@ def load_newest(folder: Path, state: TrainingState) -> int:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None: they are what was written."""
+    """Say what is wrong with the files of a checkpoint; None: they are unchanged."""
     try:
         written = (path / _CHECKSUM).read_text(encoding="utf-8").split(maxsplit=1)[:1]
         found = file_sha256(path / _TENSORS)

@@ -1,4 +1,4 @@
-"""Compiling the U-Net that is trained, block by block."""
+"""Compile the U-Net for training, block by block."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from diffusers import UNet2DModel
 from torch._dynamo.exc import TorchDynamoException
 
 
-# All larger blocks of a UNet2DModel are made of these.
+# All larger blocks of a UNet2DModel consist of these.
 COMPILED_BLOCKS = ("ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D")
-# Torch's own limit is 8, but each pair of widths and each resolution has its own graph, with and without adapters.
+# The default of torch is 8, but each pair of widths and each resolution has its own graph, with and without adapters.
 MOST_GRAPHS = 128
 
 
@@ -21,12 +21,12 @@ class CompilationError(RuntimeError):
 
 
 def compile_blocks(unet: UNet2DModel, *, backend: str = "inductor") -> None:
-    """Compile the blocks of a U-Net when they are first called, by a `backend` of torch.compile.
+    """Compile the blocks of a U-Net at their first call, with a `backend` of torch.compile.
 
-    Names and values of its parameters stay. Adapters may be added and removed afterwards. Those of equal shapes and names are
+    Names and values of its parameters stay. Adapters may be added and removed afterwards; those of equal shapes and names are
     compiled once.
     """
-    # The old name, which later versions of torch know, too.
+    # The old name, which later versions of torch also accept.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
     unet._repeated_blocks = list(COMPILED_BLOCKS)
     unet.compile_repeated_blocks(dynamic=False, backend=backend)
@@ -34,7 +34,7 @@ def compile_blocks(unet: UNet2DModel, *, backend: str = "inductor") -> None:
 
 @contextmanager
 def compilation_errors() -> Iterator[None]:
-    """Add what to do to an error of torch's compiler.
+    """Add a remedy to an error of torch's compiler.
 
     Raises:
         CompilationError: with torch's message.

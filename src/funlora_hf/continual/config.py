@@ -1,6 +1,6 @@
-"""What a run is asked to do: dataclasses for `transformers.HfArgumentParser`, validated at construction.
+"""The arguments of a run: dataclasses for `transformers.HfArgumentParser`, validated at construction.
 
-The defaults are the digits run.
+The defaults are those of the run on digits.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from huggingface_hub.utils import validate_repo_id
 
 from ..adapters.untrusted_base import check_unet_config, check_velocity_unet
-from ..classifier import ClassifierConfig
+from ..classifier import ARCHITECTURES, BatchSize, ClassifierConfig, CropPadding
 from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
 from ..sampling.solvers import SOLVERS
 from ..tuner import FunLoraConfig
-from ..utils.checks import check_at_least_one, check_choice, check_class_label, expanded, shortened
-from ..utils.field_types import check_field_types
+from ..utils.checks import check_at_least_one, check_class_label, expanded, shortened
+from ..utils.field_types import Count, LearningRate, Natural, Positive, Range, Share, check_field_types, one_of
 
 
 UPDATE_MODES = ("continue", "retrain")
@@ -38,15 +38,8 @@ DIGITS_UNET = {
 
 
 def _argument(default: Any, help: str) -> Any:
-    """A field with the text that `HfArgumentParser` shows for it."""
+    """Make a field with the text that `HfArgumentParser` shows for it."""
     return field(default=default, metadata={"help": help})
-
-
-def _check_counts(arguments: Any, *names: str) -> None:
-    """Raise a ValueError unless each of these fields is None or an integer >= 1."""
-    for name in names:
-        if (value := getattr(arguments, name)) is not None:
-            check_at_least_one(name, value)
 
 
 @dataclass
@@ -64,12 +57,14 @@ class DataArguments:
     train_split: str = _argument("train", "Split to train on.")
     test_split: str | None = _argument(None, "Split to test on; None: 'test' or 'validation', else held out.")
     validation_fraction: float | None = _argument(None, "Test on this share of training images, to choose settings.")
-    max_images_per_class: int | None = _argument(None, "Take only the first N of every class.")
+    max_images_per_class: Count | None = _argument(None, "Take only the first N of every class.")
     random_flip: bool = _argument(False, "Flip training images at random, left to right.")
-    classes_per_task: int = _argument(2, "Classes that each task brings.")
-    num_tasks: int | None = _argument(None, "Stop after this many tasks; None: all of them.")
-    class_order_seed: int | None = _argument(None, "Shuffle the classes with this seed; None: the dataset's order.")
-    class_order: list[str] | None = _argument(  # noqa: RUF009 - makes a field
+    classes_per_task: Count = _argument(2, "Classes that each task brings.")
+    num_tasks: Count | None = _argument(None, "Stop after this many tasks; None: all of them.")
+    class_order_seed: Natural | None = _argument(
+        None, "Shuffle the classes with this seed; None: the dataset's order."
+    )
+    class_order: list[str] | None = _argument(
         None, "All classes, by id or name, in the order in which they are learned; None: the dataset's order."
     )
 
@@ -83,22 +78,19 @@ class DataArguments:
             raise ValueError(
                 f"`class_order` and `class_order_seed` {self.class_order_seed} are both given, expected one of them: leave one out."
             )
-        _check_counts(self, "classes_per_task", "num_tasks", "max_images_per_class")
         if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` is {self.validation_fraction}, expected a share between 0 and 1.")
-        if self.class_order_seed is not None and self.class_order_seed < 0:
-            raise ValueError(f"`class_order_seed` is {self.class_order_seed}, expected an integer >= 0, or None.")
 
 
 @dataclass
 class ModelArguments:
-    """The base, and the adapters put onto it."""
+    """The base and its adapters."""
 
     _argument_group_name = "base and adapters"
 
     base_model: str | None = _argument(None, "Pipeline (folder or repository) to add classes to; skips task 1.")
     base_model_revision: str | None = _argument(None, "Branch, tag or commit of the base.")
-    unet_config: dict | str | None = _argument(  # noqa: RUF009 - makes a field
+    unet_config: dict | str | None = _argument(
         None, "UNet2DModel's arguments, as a mapping in a recipe or as JSON; None: a small one for digits."
     )
     peft_method: str = _argument(
@@ -110,9 +102,9 @@ class ModelArguments:
     num_functions: int = _argument(10, "The number p of functions summed up.")
     train_omega: bool = _argument(True, "Learn the frequencies or exponents.")
     operation: str = _argument("mul", "'mul', 'add' or 'mul-add'.")
-    rank: int | None = _argument(None, "Rank of A B; None: 1, of LoRA on attention 2, of a LoRA for all classes 8.")
+    rank: Count | None = _argument(None, "Rank of A B; None: 1, of LoRA on attention 2, of a LoRA for all classes 8.")
     ratio: int = _argument(1, "One entry of A and B for this many neighbouring channels.")
-    target_modules: list[str] | None = _argument(  # noqa: RUF009 - makes a field
+    target_modules: list[str] | None = _argument(
         None,
         "Modules to adapt: names; one regex; 'all', 'decoder', 'decoder-middle', 'attention', or a range of convolutions "
         "in order of execution as '40-54'; None: the decoder's middle.",
@@ -152,16 +144,15 @@ class ModelArguments:
             raise ValueError(
                 f"`base_model_revision` is {self.base_model_revision!r}, but there is no `base_model`: name it, or leave both out."
             )
-        _check_counts(self, "rank")
         self.funlora_config()
 
     @property
     def unet(self) -> dict[str, Any]:
-        """The arguments of the UNet2DModel, which are those for digits if none are given."""
+        """The arguments of the UNet2DModel; if none are given, those for digits."""
         return self.unet_config if isinstance(self.unet_config, dict) else DIGITS_UNET
 
     def funlora_config(self, **kwargs: Any) -> FunLoraConfig:
-        """FunLoRA as the arguments describe it, but for rank and targets; `kwargs` override or add fields."""
+        """Return the FunLoRA config of these arguments, without rank and targets; `kwargs` override or add fields."""
         names = ("function", "num_functions", "train_omega", "operation", "ratio")
         given = {name: getattr(self, name) for name in names}
         return FunLoraConfig(**{**given, "class_embedding": "class_embedding", **kwargs})
@@ -169,7 +160,7 @@ class ModelArguments:
 
 @dataclass
 class ContinualTrainingArguments:
-    """How each phase is trained, and where the run goes."""
+    """How each phase is trained, and where the run is written."""
 
     _argument_group_name = "training"
 
@@ -177,31 +168,35 @@ class ContinualTrainingArguments:
     overwrite_output_dir: bool = _argument(False, "Delete the run that is in the folder.")
     resume_from_checkpoint: str | None = _argument(None, "'latest': go on where a run stopped.")
     strategy: str = _argument("funlora", "How to learn one task after another.")
-    strategy_options: list[str] | None = _argument(  # noqa: RUF009 - makes a field
+    strategy_options: list[str] | None = _argument(
         None, "Options of the strategy as key=value; in a recipe, a mapping. See docs/strategies."
     )
     seed: int = _argument(0, "Seed of everything: weights, order, noise, samples, classifier.")
     deterministic: bool = _argument(True, "Use deterministic kernels on a GPU, too (slower).")
-    mixed_precision: str = _argument("no", "'no', 'fp16' or 'bf16'.")
+    mixed_precision: Annotated[str, one_of("no", "fp16", "bf16")] = _argument("no", "'no', 'fp16' or 'bf16'.")
     channels_last: bool = _argument(False, "U-Net and images in torch.channels_last: faster on GPUs in fp16 and bf16.")
     torch_compile: bool = _argument(False, "Compile the U-Net's blocks for training, once for all classes.")
-    gradient_accumulation_steps: int = _argument(1, "Batches summed up for one step.")
-    max_grad_norm: float | None = _argument(1.0, "Clip the gradient's norm to this, above 0; None does not.")
-    max_nonfinite_steps: int = _argument(
+    gradient_accumulation_steps: Count = _argument(1, "Batches summed up for one step.")
+    max_grad_norm: Annotated[float, Range(0, above=True, why="None does not clip")] | None = _argument(
+        1.0, "Clip the gradient's norm to this, above 0; None does not."
+    )
+    max_nonfinite_steps: Natural = _argument(
         10,
         "Steps in a row that are skipped for a loss or gradient that is not finite; one more stops the run. 0: the first.",
     )
-    timestep_density: str = _argument("uniform", "'uniform' or 'logit_normal'.")
-    class_batches: str = _argument(
+    timestep_density: Annotated[str, one_of(*TIMESTEP_DENSITIES)] = _argument(
+        "uniform", "'uniform' or 'logit_normal'."
+    )
+    class_batches: Annotated[str, one_of("homogeneous", "mixed")] = _argument(
         "homogeneous", "'homogeneous': one class after another, one effective weight a step. 'mixed': together."
     )
-    max_train_steps: int | None = _argument(None, "Cap on the steps of every phase: base, each class, classifier.")
-    checkpointing_steps: int = _argument(500, "Steps between checkpoints inside a phase.")
-    checkpoints_total_limit: int | None = _argument(
+    max_train_steps: Count | None = _argument(None, "Cap on the steps of every phase: base, each class, classifier.")
+    checkpointing_steps: Count = _argument(500, "Steps between checkpoints inside a phase.")
+    checkpoints_total_limit: Count | None = _argument(
         2,
         "How many checkpoints of a phase to keep, the oldest going first; a damaged one falls back to the one before; None: all.",
     )
-    time_limit_minutes: float | None = _argument(
+    time_limit_minutes: Annotated[float, Range(0, above=True, why="None is no limit")] | None = _argument(
         None,
         "From this time after its start, the run begins no step and no evaluation of a task: it writes a "
         "checkpoint and stops, with the exit code 75. None: no limit.",
@@ -217,40 +212,38 @@ class ContinualTrainingArguments:
     )
     hub_license: str | None = _argument(None, "Identifier of a licence for the cards: 'mit', ...")
 
-    base_train_steps: int | None = _argument(700, "Steps of task 1; None: base_epochs counts.")
-    base_epochs: int | None = _argument(None, "Epochs of task 1, if base_train_steps is None.")
-    base_batch_size: int = _argument(32, "Batch of task 1, over all processes.")
-    base_learning_rate: float = _argument(1e-3, "Peak learning rate of task 1.")
-    base_warmup_steps: int = _argument(20, "Steps of linear warm-up in task 1.")
-    base_ema_decay: float = _argument(0.99, "Decay of the moving average in task 1.")
+    base_train_steps: Count | None = _argument(700, "Steps of task 1; None: base_epochs counts.")
+    base_epochs: Count | None = _argument(None, "Epochs of task 1, if base_train_steps is None.")
+    base_batch_size: Count = _argument(32, "Batch of task 1, over all processes.")
+    base_learning_rate: LearningRate = _argument(1e-3, "Peak learning rate of task 1.")
+    base_warmup_steps: Natural = _argument(20, "Steps of linear warm-up in task 1.")
+    base_ema_decay: Share = _argument(0.99, "Decay of the moving average in task 1.")
     base_ema_warmup: bool = _argument(
         True, "After s averaged steps of task 1, the decay is at most (1 + s) / (10 + s)."
     )
-    base_ema_start: float = _argument(0.0, "Share of task 1 after which averaging starts.")
+    base_ema_start: Share = _argument(0.0, "Share of task 1 after which averaging starts.")
 
-    adapter_train_steps: int | None = _argument(150, "Steps of a class; None: epochs count.")
-    adapter_epochs: int | None = _argument(None, "Epochs of a class, if the steps are None.")
-    adapter_batch_size: int = _argument(32, "Batch of an adapter phase.")
-    adapter_learning_rate: float = _argument(2e-2, "Peak learning rate of a class.")
-    adapter_warmup_steps: int = _argument(20, "Steps of linear warm-up of a class.")
-    adapter_ema_decay: float = _argument(0.98, "Decay of the moving average of a class.")
+    adapter_train_steps: Count | None = _argument(150, "Steps of a class; None: epochs count.")
+    adapter_epochs: Count | None = _argument(None, "Epochs of a class, if the steps are None.")
+    adapter_batch_size: Count = _argument(32, "Batch of an adapter phase.")
+    adapter_learning_rate: LearningRate = _argument(2e-2, "Peak learning rate of a class.")
+    adapter_warmup_steps: Natural = _argument(20, "Steps of linear warm-up of a class.")
+    adapter_ema_decay: Share = _argument(0.98, "Decay of the moving average of a class.")
     adapter_ema_warmup: bool = _argument(
         True, "After s averaged steps of a class, the decay is at most (1 + s) / (10 + s)."
     )
-    adapter_ema_start: float = _argument(0.0, "Share of a class after which averaging starts.")
+    adapter_ema_start: Share = _argument(0.0, "Share of a class after which averaging starts.")
 
     update_class: int | None = _argument(None, "Train the adapter of this one class again; nothing else changes.")
-    update_mode: str = _argument("continue", "'continue' from the adapter there is, or 'retrain' from the start.")
+    update_mode: Annotated[str, one_of(*UPDATE_MODES)] = _argument(
+        "continue", "'continue' from the adapter there is, or 'retrain' from the start."
+    )
 
     def __post_init__(self) -> None:
-        # HfArgumentParser has no annotation for a list on the command line and a mapping in a recipe.
+        # HfArgumentParser has no type for what is a list on the command line and a mapping in a recipe.
         self.strategy_options = parse_options(self.strategy_options)  # type: ignore[assignment]
         check_field_types(self, leave_out=["strategy_options"])
         self.output_dir = expanded("output_dir", self.output_dir)
-        check_choice("class_batches", self.class_batches, ("homogeneous", "mixed"))
-        check_choice("update_mode", self.update_mode, UPDATE_MODES)
-        check_choice("timestep_density", self.timestep_density, TIMESTEP_DENSITIES)
-        check_choice("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16"))
         if self.resume_from_checkpoint not in (None, LATEST):
             raise ValueError(
                 f"`resume_from_checkpoint` is {self.resume_from_checkpoint!r}, expected 'latest': a run goes on from "
@@ -258,21 +251,6 @@ class ContinualTrainingArguments:
             )
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise ValueError("`overwrite_output_dir` and `resume_from_checkpoint` exclude each other: pass one.")
-        _check_counts(
-            self, "gradient_accumulation_steps", "checkpointing_steps", "base_batch_size", "adapter_batch_size"
-        )
-        _check_counts(self, "max_train_steps", "checkpoints_total_limit")
-        for name in ("max_nonfinite_steps", "base_warmup_steps", "adapter_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, expected an integer >= 0.")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(
-                f"`max_grad_norm` is {self.max_grad_norm}, expected a number above 0, or None for no clipping."
-            )
-        if self.time_limit_minutes is not None and not self.time_limit_minutes > 0:
-            raise ValueError(
-                f"`time_limit_minutes` is {self.time_limit_minutes}, expected a number above 0, or None for no limit."
-            )
         self._check_hub()
         self._check_update()
         for phase in ("base", "adapter"):
@@ -310,81 +288,62 @@ class ContinualTrainingArguments:
                 f"`{phase}_train_steps` is {steps} and `{phase}_epochs` is {epochs}, expected exactly one of them: set "
                 "the other to null."
             )
-        _check_counts(self, f"{phase}_train_steps", f"{phase}_epochs")
-        for name, high in (("learning_rate", 1e3), ("ema_decay", 1), ("ema_start", 1)):
-            value = getattr(self, f"{phase}_{name}")
-            if not 0 <= value <= high:
-                raise ValueError(f"`{phase}_{name}` is {value}, expected a number between 0 and {high}.")
-        if getattr(self, f"{phase}_learning_rate") == 0:
-            raise ValueError(
-                f"`{phase}_learning_rate` is 0, with which nothing is learned, expected a number above 0."
-            )
         if getattr(self, f"{phase}_ema_decay") == 1 and not getattr(self, f"{phase}_ema_warmup"):
             raise ValueError(
-                f"`{phase}_ema_decay` is 1 without `{phase}_ema_warmup`, so that the average stays at the start, expected less."
+                f"`{phase}_ema_decay` is 1 without `{phase}_ema_warmup`, so that the average never changes, expected less."
             )
 
 
 @dataclass
 class EvaluationArguments:
-    """How the learned classes are sampled and judged."""
+    """How the learned classes are sampled and evaluated."""
 
     _argument_group_name = "evaluation"
 
     evaluation: bool = _argument(
         True, "Sample and judge the classes after each task; without, `funlora evaluate` does so later."
     )
-    num_samples_per_class: int = _argument(250, "Images sampled of every class.")
-    sampling_batch_size: int = _argument(250, "Images sampled at once.")
-    solver: str = _argument("heun", "'euler', 'heun', 'rk4' or 'dopri5'.")
-    num_inference_steps: int = _argument(6, "Steps of the solver; 'dopri5' chooses its own.")
-    solver_tolerance: float = _argument(1e-5, "rtol and atol of 'dopri5'.")
-    num_probe_samples: int = _argument(8, "Images of every class drawn when it is learned and again at the end.")
-    held_out_sigmas: int = _argument(16, "Times at which the held-out loss is measured.")
-    classifier_architecture: str = _argument("auto", "'resnet18', 'cnn' (small) or 'auto': 'cnn' below 32 pixels.")
-    classifier_epochs: int = _argument(20, "Epochs of the classifier.")
-    classifier_batch_size: int = _argument(100, "Batch of the classifier.")
-    classifier_learning_rate: float = _argument(0.1, "Peak learning rate of the classifier.")
-    classifier_crop_padding: int = _argument(0, "Padding of the random crop, in pixels.")
+    num_samples_per_class: Count = _argument(250, "Images sampled of every class.")
+    sampling_batch_size: Count = _argument(250, "Images sampled at once.")
+    solver: Annotated[str, one_of(*SOLVERS)] = _argument("heun", "'euler', 'heun', 'rk4' or 'dopri5'.")
+    num_inference_steps: Count = _argument(6, "Steps of the solver; 'dopri5' chooses its own.")
+    solver_tolerance: Positive = _argument(1e-5, "rtol and atol of 'dopri5'.")
+    num_probe_samples: Count = _argument(8, "Images of every class drawn when it is learned and again at the end.")
+    held_out_sigmas: Count = _argument(16, "Times at which the held-out loss is measured.")
+    classifier_architecture: Annotated[str, one_of(*ARCHITECTURES)] = _argument(
+        "auto", "'resnet18', 'cnn' (small) or 'auto': 'cnn' below 32 pixels."
+    )
+    classifier_epochs: Count = _argument(20, "Epochs of the classifier.")
+    classifier_batch_size: BatchSize = _argument(100, "Batch of the classifier.")
+    classifier_learning_rate: Positive = _argument(0.1, "Peak learning rate of the classifier.")
+    classifier_crop_padding: CropPadding = _argument(0, "Padding of the random crop, in pixels.")
     classifier_flip: bool = _argument(False, "Flip the classifier's images at random.")
-    image_quality: str = _argument(
+    image_quality: Annotated[str, one_of("classifier", "inception", "none")] = _argument(
         "classifier",
         "Features in which Frechet distance, precision and recall are measured at the end: of a 'classifier' "
         "trained on all real images, of 'inception' (FID; needs the extra fid), or 'none'.",
     )
-    image_quality_neighbours: int = _argument(5, "Neighbours that set the radius of precision and recall.")
+    image_quality_neighbours: Count = _argument(5, "Neighbours that set the radius of precision and recall.")
     joint_results: str | None = _argument(None, "results.json of a joint run, drawn beside the accuracy if it exists.")
 
     def __post_init__(self) -> None:
         check_field_types(self)
         if self.joint_results is not None:
             self.joint_results = expanded("joint_results", self.joint_results)
-        check_choice("solver", self.solver, SOLVERS)
-        if not self.solver_tolerance > 0:
-            raise ValueError(f"`solver_tolerance` is {self.solver_tolerance}, expected a number above 0.")
-        check_choice("image_quality", self.image_quality, ("classifier", "inception", "none"))
-        _check_counts(self, "num_samples_per_class", "sampling_batch_size", "num_inference_steps", "num_probe_samples")
-        _check_counts(
-            self, "held_out_sigmas", "classifier_epochs", "classifier_batch_size", "image_quality_neighbours"
-        )
-        self.classifier()
 
     def classifier(self, max_train_steps: int | None = None) -> ClassifierConfig:
-        """How classifiers are trained, for at most so many steps."""
+        """Return how classifiers are trained, for at most `max_train_steps` steps."""
         prefix = "classifier_"
         own = {name.removeprefix(prefix): value for name, value in vars(self).items() if name.startswith(prefix)}
-        try:
-            return ClassifierConfig(horizontal_flip=own.pop("flip"), max_train_steps=max_train_steps, **own)
-        except ValueError as error:
-            raise ValueError(str(error).replace("`", f"`{prefix}", 1)) from error
+        return ClassifierConfig(horizontal_flip=own.pop("flip"), max_train_steps=max_train_steps, **own)
 
 
-# Of a run, in the order in which `RunArguments` takes them.
+# The arguments of a run, in the order in which `RunArguments` takes them.
 ARGUMENTS: tuple[Any, ...] = (DataArguments, ModelArguments, ContinualTrainingArguments, EvaluationArguments)
 
 
 def parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str, Any] | None:
-    """`key=value` texts as a mapping, with values read as in a recipe; a mapping as it is, and None if it is empty."""
+    """Return `key=value` texts as a mapping, with values read as in a recipe, and a mapping as it is; None if it is empty."""
     if isinstance(given, Mapping):
         return dict(given) or None
     if not isinstance(given, (list, type(None))) or not all(isinstance(text, str) for text in given or ()):
@@ -404,24 +363,24 @@ def parse_options(given: Mapping[str, Any] | Sequence[str] | None) -> dict[str, 
 
 
 def parse_value(text: str) -> Any:
-    """A value of the command line, read as in a recipe.
+    """Read a value of the command line as in a recipe.
 
     Raises:
         ValueError: it is not YAML.
     """
-    # YAML 1.1 reads 2e-3 and 1.5e3, without a point or a sign, as text.
+    # YAML 1.1 reads 2e-3 and 1.5e3, which lack a point or a sign, as text.
     if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text):
         return float(text)
     return load_yaml(text)
 
 
 def run_settings(*arguments: Any) -> dict[str, Any]:
-    """The arguments of a run as one JSON-able mapping, by dataclass; which a resumed run has to match."""
+    """Return the arguments of a run as one JSON-able mapping, by dataclass; a resumed run has to match it."""
     return {type(part).__name__: json.loads(json.dumps(asdict(part))) for part in arguments}
 
 
 def measuring_settings(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings of `EvaluationArguments` that what is sampled and measured after each task depends on; others are for the end."""
+    """Return the settings of `EvaluationArguments` on which samples and measurements after each task depend; others are for the end."""
     of_the_end = ("evaluation", "image_quality", "image_quality_neighbours", "joint_results")
     return {name: value for name, value in evaluation.items() if name not in of_the_end}
 

@@ -1,4 +1,4 @@
-"""What a run costs: counted from its arguments, and hours by the speed of a few steps of each kind on this machine."""
+"""Estimate the costs of a run: counts from its arguments, and hours from the speed of a few steps of each kind on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .strategy import Batch, Phase, Strategy, Trainable
 from .trainer import images_per_step, phase_steps
 
 
-# How long steps are timed, beside the first ones.
+# How long steps are timed, without the first ones.
 MEASURED_SECONDS = 2.0
 
 Step = Callable[[int], None]
@@ -34,12 +34,12 @@ class Part:
     """One kind of work of a run.
 
     Args:
-        unit: "steps" of an optimiser, or "evaluations" of the U-Net for one image each.
-        images: in a unit.
-        phase: one that has these steps; None for what is no phase of the strategy.
-        flops: floating-point operations of the whole part, as torch counts them, once they are measured.
-        memory: bytes of weights, gradients, moments, average and what a step keeps for its backward pass, of a phase.
-        seconds: of a unit, once they are measured.
+        unit: "steps" of an optimizer, or "evaluations" of the U-Net for one image each.
+        images: images in a unit.
+        phase: a phase that has these steps; None if no phase of the strategy has them.
+        flops: floating-point operations of the whole part, as torch counts them, after they are measured.
+        memory: for a phase, bytes of weights, gradients, moments, average and what a step keeps for its backward pass.
+        seconds: seconds of a unit, after they are measured.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Part:
     seconds: float = 0.0
 
     def measure(self, step: Step, images: int, device: torch.device) -> float:
-        """Take what a step with so many images costs; returns the bytes that it keeps."""
+        """Measure the costs of a step with so many images; returns the bytes that it keeps."""
         flops, kept, seconds = measure_step(step, images, device)
         self.flops = flops * self.count * self.images / images
         self.seconds = seconds * self.images / images
@@ -62,17 +62,17 @@ class Part:
 def count_parts(
     strategy: Strategy, data: ImageClassificationData | KnownCounts, evaluation: EvaluationArguments
 ) -> list[Part]:
-    """All work of a run from its start to its end, by kind. The strategy is made but has not begun."""
+    """Count all work of a run from start to end, by kind. The strategy exists but has not begun."""
     setting, training = strategy.setting, strategy.setting.training
     classifier = evaluation.classifier(training.max_train_steps)
     parts: dict[str, Part] = {}
     for phase in (phase for task in setting.tasks for phase in strategy.phases(task)):
-        kind = phase.name.rstrip("_0123456789")  # class_7 and class_8 are of one kind
+        kind = phase.name.rstrip("_0123456789")  # class_7 and class_8 are of the same kind
         images = images_per_step(phase.settings, training)
         part = parts.setdefault(kind, Part(f"training: {kind}", "steps", 0, images, phase))
         part.count += phase_steps(phase.settings, sum(data.count(class_id) for class_id in phase.class_ids), training)
     seen, changes = [setting.seen(task) for task in setting.tasks], strategy.learning_changes_past_classes
-    # What learning changes is sampled and measured again after each task.
+    # Classes that learning changes are sampled and measured again after each task.
     drawn = (
         evaluation.num_samples_per_class * (sum(map(len, seen)) if changes else len(seen[-1])) * evaluation.evaluation
     )
@@ -103,9 +103,9 @@ def count_parts(
 def measure_parts(
     parts: Sequence[Part], strategy: Strategy, accelerator: Accelerator, evaluation: EvaluationArguments
 ) -> None:
-    """Fill in FLOPs, memory and seconds by a few steps of each kind with random images.
+    """Measure FLOPs, memory and seconds in a few steps of each kind with random images.
 
-    The strategy has an empty folder, into which it writes what the next kind of work needs.
+    The strategy has an empty folder and writes there what the next kind of work needs.
     """
     device, config = accelerator.device, base_shape(strategy.setting).config
     shape = (config["in_channels"], config["sample_size"], config["sample_size"])
@@ -117,7 +117,7 @@ def measure_parts(
                 step = _training_step(strategy, phase, trainable, accelerator, shape)
                 kept = part.measure(step, phase.settings.batch_size, device)
                 weights = sum(parameter.nbytes for parameter in trainable.module.parameters())
-                # Gradient, two moments and the average.
+                # Parameters also have a gradient, two moments and an average.
                 part.memory = kept + weights + 4 * sum(p.nbytes for p in trainable.parameters.values())
                 strategy.end_phase(phase, trainable)
                 class_id = phase.class_ids[0]
@@ -152,14 +152,14 @@ def measure_parts(
 def _training_step(
     strategy: Strategy, phase: Phase, trainable: Trainable, accelerator: Accelerator, shape: tuple[int, ...]
 ) -> Step:
-    """A training step on a batch of any size, at a learning rate of 0."""
+    """Return a training step on a batch of any size, at a learning rate of 0."""
     parameters, device = list(trainable.parameters.values()), accelerator.device
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True if on_gpu else None)
     ema = EMAModel(parameters, decay=0.0, foreach=on_gpu)
 
     def step(size: int) -> None:
-        # Sorted, as batches of several classes are.
+        # Sorted, like batches of several classes.
         classes = torch.tensor(phase.class_ids)[torch.arange(size) % len(phase.class_ids)].sort().values
         sample, noise = torch.randn(2, size, *shape, device=device)
         with accelerator.autocast():
@@ -175,13 +175,13 @@ def _training_step(
 
 
 def measure_step(step: Step, batch_size: int, device: torch.device) -> tuple[float, float, float]:
-    """Measure a step, on batches from 2 images on and as large as time permits, and scale the result.
+    """Measure a step on batches of 2 images or more, as large as time permits, and scale the result.
 
     Returns:
-        Of a step with the whole batch: floating-point operations as torch counts them, those of products of matrices and
+        For a step with the whole batch: floating-point operations as torch counts them, of matrix products and
         convolutions; bytes kept for the backward pass, without parameters; seconds on this machine.
     """
-    # Not 1, of which batch normalisation may have no variance.
+    # Not 1, for which batch normalization may have no variance.
     (flops, kept), (more_flops, more_kept) = (_count(step, size) for size in (2, 3))
     size = min(2, batch_size)
     # Small batches are slower.
@@ -194,7 +194,7 @@ def measure_step(step: Step, batch_size: int, device: torch.device) -> tuple[flo
 
 
 def _count(step: Step, size: int) -> tuple[int, int]:
-    """FLOPs and bytes kept."""
+    """Count the FLOPs and the bytes kept."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What differs between a CPU and a GPU."""
+"""Differences between CPU and GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; a copy from the CPU to a GPU does not wait for the GPU's pending work."""
+    """Move a tensor to a device; a copy from the CPU to a GPU does not wait for the GPU's pending work."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -18,9 +18,9 @@ def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def deterministic_kernels(device: torch.device, *, wanted: bool) -> Iterator[None]:
-    """On a GPU and if `wanted`, use deterministic kernels only, with a warning where torch has none.
+    """On a GPU and if `wanted`, use only deterministic kernels, with a warning where torch has none.
 
-    All settings are restored afterwards but CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once in a process.
+    Afterwards all settings are restored, except CUBLAS_WORKSPACE_CONFIG, which cuBLAS reads once per process.
     """
     if device.type != "cuda" or not wanted:
         yield

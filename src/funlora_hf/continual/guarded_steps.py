@@ -1,4 +1,4 @@
-"""Optimiser steps that change nothing where the loss or the gradient is not finite."""
+"""Optimizer steps that change nothing if the loss or the gradient is not finite."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from .checkpoint import TrainingState
 
 
-# fp16 starts with gradients 2^16 times too large and halves that at each that overflows, so that many may come in a row.
+# fp16 starts with a scale of 2^16 and halves it at each gradient that overflows, so up to 16 steps may be skipped in a row.
 HALVINGS = 16
 
 
 class Outcome(IntEnum):
-    """What became of a step."""
+    """The outcome of a step."""
 
     DONE = 0
     NO_GRADIENT = 1
@@ -25,15 +25,15 @@ class Outcome(IntEnum):
 
 
 class GuardedSteps:
-    """Steps of an optimiser and its moving average, and a count of those skipped, which leave no other trace.
+    """Steps of an optimizer and its moving average, and a count of the skipped ones, which change nothing else.
 
-    A flag on the device tells a fused optimiser to do nothing, for which no process has to wait. Another optimiser is not
-    called, for which the flag is read; so take a fused one wherever reading is slow.
+    A flag on the device tells a fused optimizer to do nothing, so no process has to wait. For other optimizers the flag is
+    read, and they are not called; so use a fused one where reading is slow.
 
     Args:
         state: what is trained, and the count.
         shared: processes share each step, so all of them skip it if one has to.
-        max_grad_norm: to which gradients are clipped; None: they are not.
+        max_grad_norm: the norm to which gradients are clipped; None: no clipping.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class GuardedSteps:
         self._buffers: list[torch.Tensor] = []
 
     def begin(self) -> None:
-        """Before the first forward pass of a step, which may change buffers."""
+        """Call this before the first forward pass of a step, which may change buffers."""
         self._buffers = [buffer.clone() for buffer in self.state.buffers.values()]
 
     def end(self, losses: Sequence[torch.Tensor]) -> torch.Tensor:
-        """After the last backward pass: do the step, or nothing.
+        """Call this after the last backward pass: do the step, or nothing.
 
         Args:
-            losses: scalars of all passes on this process.
+            losses: scalar losses of all passes on this process.
 
         Returns:
             The `Outcome`, a scalar on the device, the same on all processes that share the step.
@@ -80,26 +80,26 @@ class GuardedSteps:
         return torch.where(no_loss, int(Outcome.NO_LOSS), no_gradient.int())
 
     def count(self, outcome: Outcome) -> None:
-        """Count a step, once its outcome is read."""
+        """Count a step when its outcome has been read."""
         skipped = self.state.skipped
         if outcome is Outcome.DONE:
             skipped["in_row"] = skipped["rescaled_in_row"] = 0
             return
         skipped["total"] += 1
-        # A scaled loss whose gradient overflows is no fault of the phase.
+        # That the gradient of a scaled loss overflows is not an error of the phase.
         rescaled = outcome is Outcome.NO_GRADIENT and self._scaled
         skipped["rescaled_in_row" if rescaled else "in_row"] += 1
 
     def exceed(self, limit: int) -> bool:
-        """Whether more than `limit` steps in a row were skipped."""
+        """Return whether more than `limit` steps in a row were skipped."""
         skipped = self.state.skipped
         return skipped["in_row"] > limit or skipped["rescaled_in_row"] > limit + HALVINGS
 
     def _norm(self, no_loss: torch.Tensor) -> torch.Tensor:
-        """Of the gradient, before it is clipped. Adam squares gradients, so one whose norm overflows is useless, too."""
+        """Clip the gradient and return its norm before. Adam squares gradients, so one whose norm overflows is useless, too."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if self._scaled and gradients:
-            # The scaler decides by gradients alone.
+            # The scaler looks only at gradients.
             gradients[0].masked_fill_(no_loss, math.inf)
         if self.max_grad_norm is None:
             return torch.nn.utils.get_total_norm(gradients)
@@ -107,12 +107,12 @@ class GuardedSteps:
 
     def _step_unless(self, skipped: torch.Tensor) -> None:
         if not self._scaled:
-            # torch reads it in a fused step.
+            # torch reads this in a fused step.
             self.state.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self._optimizer.step()
         ema = self.state.ema
         ema.optimization_step += 1
-        # As EMAModel.step does it, but with a difference of 0 where the step is skipped.
+        # As in EMAModel.step, but with a difference of 0 if the step is skipped.
         difference = torch._foreach_sub(ema.shadow_params, self._parameters)
         torch._foreach_mul_(difference, (~skipped).float())
         torch._foreach_sub_(ema.shadow_params, difference, alpha=1 - ema.get_decay(ema.optimization_step))

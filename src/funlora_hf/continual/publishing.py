@@ -1,4 +1,4 @@
-"""Pushes a run during training: a commit for each task. Hub errors never stop training; the end of the run pushes the rest."""
+"""Push a run during training: a commit for each task. Hub errors never stop training; the end of the run pushes the rest."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class PushError(RuntimeError):
 
 
 class Publisher:
-    """Pushes a run to the Hub, where its arguments say.
+    """Pushes a run to the repository that its arguments name.
 
     Raises:
-        HfHubHTTPError, OSError: the repository can be neither found nor made.
+        HfHubHTTPError, OSError: the repository can neither be found nor created.
     """
 
     def __init__(self, training: ContinualTrainingArguments, tasks: Sequence[Task]) -> None:
@@ -34,14 +34,14 @@ class Publisher:
         self.repo_id = HubRepository(name, private=training.hub_private_repo).repo_id
 
     def end_task(self, task: Task) -> None:
-        """Push what has been learned so far. The last task waits for the results, which its cards show."""
+        """Push what has been learned so far. The last task is pushed by `end_run`, with the results, which its cards show."""
         if task.index + 1 == len(self._tasks):
             return
         try:
             self._push(self._tasks[: task.index + 1])
         except Exception as error:
             logger.warning(
-                "Task %s was not pushed to %s, a later task will be: %s", task.index + 1, self.repo_id, error
+                "Task %s was not pushed to %s, the next push includes it: %s", task.index + 1, self.repo_id, error
             )
 
     def end_run(self) -> None:

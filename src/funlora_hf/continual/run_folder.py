@@ -1,4 +1,4 @@
-"""The folder of a run: what may be overwritten, and which settings a resumed run must match."""
+"""The folder of a run: its paths, what may be overwritten, and which settings a resumed run must match."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 CONTENTS = ("base", "adapters", "model", "results.json", "figures", "checkpoints", "logs")
 EVALUATION = EvaluationArguments.__name__
-# Parts of the settings that follow from the others and from the data.
+# Parts of the settings that follow from the arguments and the data.
 _CLASSES, _TASKS = "classes", "tasks"
-# Settings that say how to run, not what comes out.
+# Settings that do not change the results.
 _FREE = {
     "output_dir",
     "overwrite_output_dir",
@@ -44,7 +44,7 @@ _FREE = {
 
 
 class RunFolder:
-    """Paths of a run in its output folder, and checks before something is written there."""
+    """Paths of a run in its output folder, and checks before anything is written there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,7 +60,7 @@ class RunFolder:
         self._was_there: bool | None = None
 
     def classes(self) -> dict[int, str]:
-        """Names by ids of all classes that the run in the folder has or will learn; empty if there is no run."""
+        """Return id -> name of all classes that the run in the folder has learned or will learn; empty without a run."""
         classes = self._written().get(_CLASSES, {}) if self._settings.is_file() else {}
         try:
             return {int(key.removeprefix("class ")): str(one["name"]) for key, one in classes.items()}
@@ -68,14 +68,14 @@ class RunFolder:
             raise ValueError(f"{self._settings} is damaged: `{_CLASSES}` has {error!r}.") from error
 
     def _written(self) -> dict[str, dict[str, Any]]:
-        """The settings as they are in the file, which is there."""
+        """Read the file of the settings, which exists."""
         written = read_mapping(self._settings)
         if odd := [part for part, values in written.items() if not isinstance(values, dict)]:
             raise ValueError(f"{self._settings} is damaged: {', '.join(map(repr, odd))}: expected mappings.")
         return written
 
     def class_figure(self, class_id: int) -> Path:
-        """Where the samples of a class are shown."""
+        """Return the path of the picture of a class's samples."""
         return self.figures / f"{adapter_name(class_id)}.png"
 
     def open(
@@ -89,13 +89,13 @@ class RunFolder:
         """Take the folder for a run with these settings; one process calls this.
 
         Args:
-            settings: what a resumed run has to agree with, in parts.
+            settings: the settings that a resumed run has to match, in parts.
             overwrite: delete another run in the folder.
             resume: go on with the run in the folder.
             needed: files and folders that the run reads, by the argument that names them.
 
         Raises:
-            FileExistsError: another run is in the folder, and neither `overwrite` nor `resume` is set.
+            FileExistsError: the folder has a run, and neither `overwrite` nor `resume` is set.
             ValueError: `resume`, but the run there has other settings; `overwrite`, but what would be deleted is needed, a link, or not
                 the run's.
         """
@@ -115,7 +115,7 @@ class RunFolder:
         if present and not self._settings.is_file():
             raise ValueError(
                 f"`output_dir` {self.path} holds {', '.join(present)} but no {self._settings.relative_to(self.path)}, "
-                "so it is unknown what run it is. Move them, or pass another folder."
+                "so its settings are unknown. Move them, or pass another folder."
             )
         if present:
             self.check_settings(settings)
@@ -126,10 +126,10 @@ class RunFolder:
         write_json(self._settings, settings)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """The settings of the run in the folder, in parts; one that came with a later version has its default.
+        """Return the settings of the run in the folder, in parts; a setting of a later version has its default.
 
         Raises:
-            FileNotFoundError: the folder holds no run.
+            FileNotFoundError: the folder has no run.
         """
         if not self._settings.is_file():
             there = (
@@ -145,7 +145,7 @@ class RunFolder:
         return written
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Raise a ValueError unless a run with these settings can go on here: how it is evaluated may change until it is finished."""
+        """Raise a ValueError unless a run with these settings can go on here. Those of the evaluation may change until it is finished."""
         if differences := self._differences(settings, evaluation=self.results.is_file()):
             evaluate = (
                 f" `funlora evaluate {self.path}` evaluates a finished run again." if self.results.is_file() else ""
@@ -156,20 +156,20 @@ class RunFolder:
             )
 
     def unfinished(self) -> str | None:
-        """How far the run in the folder is, such as "2 of 5 tasks are learned"; None: it is finished, or there is none."""
+        """Say how far the run in the folder is, such as "2 of 5 tasks are learned"; None: it is finished, or there is none."""
         if self.results.is_file() or not self._settings.is_file():
             return None
         learned = len(list(self.checkpoints.glob("strategy/task_*.safetensors")))
-        # Runs that an earlier version began do not say.
+        # Runs of earlier versions do not list their tasks.
         return f"{learned} of {len(self._written().get(_TASKS, ())) or 'its'} tasks are learned"
 
     def forget_samples(self) -> None:
-        """Delete the synthetic images, which only a run that goes on needs."""
+        """Delete the synthetic images, which only an unfinished run needs."""
         remove_folder(self.synthetic)
 
     def check_there(self) -> None:
-        """Raise a FileNotFoundError if the folder has lost the settings that it had when this was first called: writing would
-        leave a part of a run in the place of a whole one."""
+        """Raise a FileNotFoundError if the folder has lost the settings that it had at the first call: further files would be
+        only a part of a run."""
         if self._was_there is None:
             self._was_there = self._settings.is_file()
         if self._was_there and not self._settings.is_file():
@@ -180,7 +180,7 @@ class RunFolder:
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """A block during which the folder has to stay; if it does not, any error becomes `check_there`'s."""
+        """Guard a block during which the folder has to stay; if it is gone, any error becomes that of `check_there`."""
         self.check_there()
         try:
             yield
@@ -197,9 +197,9 @@ class RunFolder:
             )
 
     def _differences(self, settings: Mapping[str, Any], *, evaluation: bool) -> dict[str, tuple[Any, Any]]:
-        """What these settings change in those of the run in the folder; `evaluation`: also in how it is evaluated.
+        """Return how these settings differ from those of the run in the folder; `evaluation`: include those of the evaluation.
 
-        Classes and tasks are named only where no argument differs: they follow from the arguments.
+        Classes and tasks count only if no argument differs, since they follow from the arguments.
         """
         written = self.settings()
         parts = [part for part in settings if part in written and (evaluation or part != EVALUATION)]
@@ -208,7 +208,7 @@ class RunFolder:
         return {name: pair for found in (of_arguments or changed).values() for name, pair in found.items()}
 
     def _there(self, present: Sequence[str], settings: Mapping[str, Any]) -> str:
-        """An error that says whose run is in the folder, and how to go on."""
+        """Return an error text that says which run is in the folder, and how to go on."""
         go_on = "--resume_from_checkpoint latest to go on"
         known, finished = self._settings.is_file(), self.results.is_file()
         changed = self._differences(settings, evaluation=False) if known else {}
@@ -243,7 +243,7 @@ class RunFolder:
             for field, place in needed.items():
                 if Path(place).resolve().is_relative_to(path.resolve()):
                     raise ValueError(
-                        f"`overwrite_output_dir` would delete {path}, in which `{field}` {place!r} lies: choose another "
+                        f"`overwrite_output_dir` would delete {path}, which contains `{field}` {place!r}: choose another "
                         "`output_dir`."
                     )
         found = [name for name in present if (self.path / name).is_file() or any((self.path / name).iterdir())]
@@ -263,11 +263,11 @@ class RunFolder:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that have changed, with both values, but for those that say how to run."""
+    """Return the settings that have changed, with both values, without those that do not change the results."""
     pairs = {name: (before.get(name), now.get(name)) for name in {**before, **now} if name not in _FREE}
     return {name: (one, other) for name, (one, other) in pairs.items() if repr(one) != repr(other)}
 
 
 def told(changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """A text for each of the `differences`."""
+    """Return a text for each of the `differences`."""
     return [f"{name} was {before!r} and is {now!r}" for name, (before, now) in changed.items()]

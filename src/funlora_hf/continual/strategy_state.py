@@ -1,30 +1,28 @@
-"""What a strategy keeps after a task: its state on disk, and a check that it only grows if it declares so."""
+"""Store what a strategy keeps after a task, and check that it only grows if the strategy declares it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ..data.tasks import Task
-from ..utils.files import read_mapping, read_tensors, whole_file, write_json
+from ..utils.files import read_mapping, read_tensors, write_json, write_tensors
 from .run_folder import RunFolder
 from .strategy import Strategy
 
 
 class GrowingStateError(RuntimeError):
-    """A strategy that promises a constant state keeps more than it did."""
+    """A strategy that promises a constant state keeps more than before."""
 
 
 def save_task_state(path: Path, strategy: Strategy) -> None:
     """Write `strategy.state_dict()` and the strategy's name."""
-    with whole_file(path) as temporary:
-        save_file(strategy.state_dict(), temporary, metadata={"strategy": strategy.name})
+    write_tensors(path, strategy.state_dict(), metadata={"strategy": strategy.name})
 
 
 def load_task_state(path: Path, strategy: Strategy) -> None:
-    """The inverse of `save_task_state`.
+    """Load what `save_task_state` wrote.
 
     Raises:
         ValueError: the state of another strategy.
@@ -34,17 +32,17 @@ def load_task_state(path: Path, strategy: Strategy) -> None:
         owner = (file.metadata() or {}).get("strategy", strategy.name)
     if owner != strategy.name:
         raise ValueError(
-            f"{path} holds the state of `strategy` {owner!r}, expected {strategy.name!r}: resume with the strategy that the run "
+            f"{path} has the state of `strategy` {owner!r}, expected {strategy.name!r}: resume with the strategy that the run "
             "was started with, or start again with --overwrite_output_dir."
         )
     strategy.load_state_dict(state)
 
 
 def keep_memory_report(folder: RunFolder, task: Task, strategy: Strategy) -> None:
-    """Write what is kept after a task, and compare it with what was kept after the second one.
+    """Write how much is kept after a task, and compare it with what was kept after the second task.
 
-    The first task may make what later ones start from. What the strategy reports counts, without what each class needs for
-    itself, and so does its `state_dict`.
+    The first task may make what later ones start from. What counts is the strategy's report, without what each class needs
+    for itself, and its `state_dict`.
 
     Raises:
         GrowingStateError: it has grown, and the strategy does not declare growth.
@@ -64,6 +62,6 @@ def keep_memory_report(folder: RunFolder, task: Task, strategy: Strategy) -> Non
 
 
 def memory_reports(folder: RunFolder) -> list[dict[str, int]]:
-    """What was kept after each task, in order."""
+    """Return the reports of what was kept after each task, in order."""
     count = len(list(folder.checkpoints.glob("memory/task_*.json")))
     return [read_mapping(folder.checkpoints / f"memory/task_{number}.json") for number in range(1, count + 1)]

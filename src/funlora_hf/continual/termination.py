@@ -1,4 +1,4 @@
-"""SIGTERM, by which batch systems and launchers end a process, and SIGINT, which is Ctrl-C."""
+"""Stop at SIGTERM, with which batch systems and launchers end a process, and at SIGINT, which is Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Seconds in which a second SIGINT is the same one: a terminal and a launcher both pass it on.
+# Within so many seconds, a second SIGINT counts as the first: a terminal and a launcher both pass it on.
 SAME_SIGNAL = 1.0
 
 
 class Terminated(SystemExit):
     """
-    The run has stopped after a signal and can be resumed. Ends the process, unless it is caught, with the code by which a shell
-    reports the signal: 143 after SIGTERM, 130 after SIGINT.
+    The run has stopped after a signal and can be resumed. Unless it is caught, it ends the process with the exit code by which a
+    shell reports the signal: 143 after SIGTERM, 130 after SIGINT.
     """
 
     def __init__(self, where: str, number: int = signal.SIGTERM) -> None:
@@ -36,15 +36,15 @@ class Terminated(SystemExit):
 
 class Termination:
     """
-    A context in which SIGTERM and SIGINT raise `Terminated` in the main thread: at once, or, in a block of `deferred`, when that
-    asks for it. All files of a run appear whole or not at all, so that it may stop anywhere. A second SIGINT ends the process at
-    once, a second SIGTERM changes nothing. A signal that the process was started to ignore, as SIGINT is in the background of a
-    script, stays ignored.
+    A context in which SIGTERM and SIGINT raise `Terminated` in the main thread: at once, or, in a block of `deferred`, when the
+    block asks for it. All files of a run appear whole or not at all, so the run may stop anywhere. A second SIGINT ends the
+    process at once, a second SIGTERM changes nothing. A signal that the process ignored at its start stays ignored, as SIGINT in
+    the background of a script.
 
     Args:
         grace (`float`):
-            Seconds after SIGTERM until the process is ended. Batch systems rarely wait longer than 10, and Python needs some of
-            these to unload its libraries once a run has stopped.
+            Seconds after SIGTERM until the process ends. Batch systems rarely wait longer than 10, and Python needs some of
+            these to unload its libraries when a run has stopped.
     """
 
     def __init__(self, grace: float = 7.0) -> None:
@@ -61,8 +61,8 @@ class Termination:
         return self.number is not None
 
     def __enter__(self) -> Termination:
-        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._receive) for number in heeded}
+        watched = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._receive) for number in watched}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -72,12 +72,12 @@ class Termination:
             self._guard.cancel()
 
     def error(self, where: str) -> Terminated:
-        """What to raise for the signal that has come, here or in another process."""
+        """Return the error to raise for the signal that has come, here or in another process."""
         return Terminated(where, self.number or signal.SIGTERM)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A block that often looks at `requested` itself, as the code after it does, and stops where little is lost."""
+        """Mark a block that checks `requested` often, as does the code after it, and stops where little is lost."""
         self._deferred = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""ContinualTrainer: runs the phases of a strategy, task after task, on one process or many."""
+"""ContinualTrainer: run the phases of a strategy, task after task, on one process or many."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 # Folder of the seconds that a task took before its phases.
 PREPARATION = "preparation"
-# How many steps a loss may wait on a GPU until it is read. Reading waits for the GPU, which then waits for the next step.
+# On a GPU, losses are read once in so many steps: to read one, the process waits for the GPU, which then has nothing to do.
 STEPS_BETWEEN_READS = 25
-# Why to stop, by rank: of several reasons, the largest counts for all processes. 0: there is none.
+# Reasons to stop: if processes have several, all take the largest. 0: none.
 _TIME, _SIGNAL = 1, 2
-# What waits to be read of a step: its number, the loss of each of its batches and its outcome, all scalars.
+# What is still to be read of a step: its number, the loss of each of its batches and its outcome, all scalars.
 Pending = tuple[int, list[torch.Tensor], torch.Tensor]
 
 
@@ -50,10 +50,10 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Listener(Protocol):
-    """What the trainer calls after each task."""
+    """Something that the trainer calls after each task."""
 
     def end_task(self, task: Task) -> None:
-        """All results of a task are on disk; every process calls this."""
+        """Called by every process when all results of a task are on disk."""
 
 
 @dataclass(eq=False, repr=False)
@@ -63,14 +63,11 @@ class ContinualTrainer:
 
     Args:
         strategy ([`Strategy`]): what is trained, and how; its setting has the tasks.
-        folder ([`RunFolder`]): where; opened already.
+        folder ([`RunFolder`]): the folder of the run, opened already.
         random_flip (`bool`): flip training images at random.
-        listeners (sequence of [`Listener`], *optional*): told after every task, one after the other.
+        listeners (sequence of [`Listener`], *optional*): called after every task, one after the other.
         limit ([`TimeLimit`], *optional*): when to stop; None: never.
-        termination ([`Termination`], *optional*): whether SIGTERM or SIGINT has come; None: not listened to.
-        steps_between_reads (`int`, *optional*):
-            After how many steps losses are read from the device; None: every step on the CPU, rarely on a GPU, which
-            would have to wait meanwhile.
+        termination ([`Termination`], *optional*): whether SIGTERM or SIGINT has come; None: signals are not handled.
     """
 
     strategy: Strategy
@@ -82,28 +79,27 @@ class ContinualTrainer:
     listeners: Sequence[Listener] = ()
     limit: TimeLimit | None = None
     termination: Termination | None = None
-    steps_between_reads: int | None = None
 
     def __post_init__(self) -> None:
         self.tasks, self.training = self.strategy.setting.tasks, self.strategy.setting.training
         self._limit, self._termination = self.limit or TimeLimit(None), self.termination or Termination()
-        # Processes ask each other only if there may be a reason to stop.
+        # Processes ask each other only if a reason to stop is possible.
         self._asks = bool(self.limit) or self.termination is not None
         self._task_of = {class_id: task.index for task in self.tasks for class_id in task.class_ids}
         scaler, on_cpu = self.accelerator.scaler, self.accelerator.device.type == "cpu"
         self._fresh_scale = None if scaler is None else scaler.state_dict()
-        self._read_every = self.steps_between_reads or (1 if on_cpu else STEPS_BETWEEN_READS)
-        self._told: set[PhaseSettings] = set()  # of what this process has warned
+        self._read_every = 1 if on_cpu else STEPS_BETWEEN_READS
+        self._told: set[PhaseSettings] = set()  # those about which this process has warned
 
     def train(self) -> None:
         """Run every phase that is not finished yet, and the evaluation after every task.
 
         Raises:
-            NonFiniteLossError: the loss or its gradient was not finite for more than `max_nonfinite_steps` steps in a row;
+            NonFiniteLossError: the loss or its gradient was not finite for more than `max_nonfinite_steps` steps in a row; it
                 names the class and the step. The last checkpoint is kept.
-            TimeLimitReached: on all processes, with a checkpoint where one was in the middle of a phase.
-            Terminated: likewise, but without waiting for processes that have phases of their own and no signal.
-            FileNotFoundError: the run's folder was deleted or moved meanwhile.
+            TimeLimitReached: on all processes, with a checkpoint if one was in the middle of a phase.
+            Terminated: likewise, but without waiting for processes that train their own phases and got no signal.
+            FileNotFoundError: the run's folder was deleted or moved during the run.
             WriteError: a file could not be written; what is finished is safe.
             ValueError: more processes than images in a batch that they share.
         """
@@ -114,7 +110,7 @@ class ContinualTrainer:
                 self._learn_task(task)
             self.accelerator.wait_for_everyone()
             if self.listeners:
-                # What an earlier run has trained is evaluated even if time is over, so that each run makes progress.
+                # Tasks that an earlier run has trained are evaluated even if the time is over, so that each run makes progress.
                 if not restored:
                     self._stop_if(self._due(shared=True), f"before the evaluation of task {task.index + 1}")
                 self.folder.check_there()
@@ -123,10 +119,10 @@ class ContinualTrainer:
                 self.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
-        """Load what the strategy keeps after its last task; trains nothing.
+        """Load what the strategy keeps after its last task; train nothing.
 
         Raises:
-            ValueError: a task is not finished, or what it has learned is not there any more.
+            ValueError: a task is not finished, or its results are gone.
         """
         for task in self.tasks:
             if not self._restore_task(task):
@@ -136,14 +132,14 @@ class ContinualTrainer:
                 )
 
     def learn_beside(self, task: Task) -> None:
-        """Train what a task takes that is none of the run's: it is not evaluated. Errors as of `train`."""
+        """Train a task that does not belong to the run and is not evaluated. Raises what `train` does."""
         self._run_phases(list(self.strategy.phases(task)))
         self.accelerator.wait_for_everyone()
 
     def update_class(self, class_id: int) -> None:
-        """Train the adapter of one class again on the images it has now; no other file of the run changes.
+        """Train the adapter of one class again, on its present images; no other file of the run changes.
 
-        The picture of the class's samples is deleted, since it shows those of the old adapter.
+        The picture of the class's samples is deleted, since it shows samples of the old adapter.
 
         Raises:
             ValueError: the strategy has no adapters, or the class has none.
@@ -174,18 +170,18 @@ class ContinualTrainer:
         self.folder.check_there()
         if self.accelerator.is_main_process:
             self._record_preparation(task, time.perf_counter() - started)
-        # The phases of other processes may read from disk what is prepared.
+        # Phases of other processes may read what was prepared from disk.
         self.accelerator.wait_for_everyone()
         self._run_phases(phases)
         self.accelerator.wait_for_everyone()
         self.strategy.end_task(task)
         if self.accelerator.is_main_process:
             keep_memory_report(self.folder, task, self.strategy)
-            # Last, since a task that has this file is not begun again.
+            # Last, since a task with this file is not begun again.
             save_task_state(self._task_state(task), self.strategy)
 
     def _check_access(self, task: Task, phases: list[Phase]) -> None:
-        """Real images of other tasks are only for a strategy that says that it needs them."""
+        """Refuse real images of other tasks, unless the strategy declares that it needs them."""
         for phase in phases:
             others = sorted(set(phase.class_ids) - set(task.class_ids))
             if others and "all_tasks" not in self.strategy.requires:
@@ -196,7 +192,7 @@ class ContinualTrainer:
                 )
 
     def _restore_task(self, task: Task) -> bool:
-        """Load the strategy's state after a task if an earlier run has finished it; whether one has."""
+        """Load the strategy's state after a task if an earlier run has finished the task; returns whether it has."""
         path = self._task_state(task)
         finished = path.is_file() and all(self.strategy.is_finished(phase) for phase in self.strategy.phases(task))
         if finished:
@@ -207,7 +203,7 @@ class ContinualTrainer:
         return self.folder.checkpoints / "strategy" / f"task_{task.index + 1}.safetensors"
 
     def _record_preparation(self, task: Task, seconds: float) -> None:
-        # A task that is begun again after a restart adds to what it took before.
+        # A task that is begun again after a restart adds to its earlier time.
         path = self.folder.checkpoints / PREPARATION / f"task_{task.index + 1}.json"
         before = read_json(path)["seconds"] if path.is_file() else 0.0
         write_json(path, {"seconds": before + seconds, "task": task.index})
@@ -215,7 +211,7 @@ class ContinualTrainer:
     def _run_phases(self, phases: list[Phase]) -> None:
         shared = [phase for phase in phases if not phase.independent]
         independent = [phase for phase in phases if phase.independent]
-        # The share of a process depends on the list alone, not on what is finished, so a resume divides work alike.
+        # Each process's share depends only on the list, not on what is finished, so a resumed run divides the work the same way.
         mine = independent[self.accelerator.process_index :: self.accelerator.num_processes]
         for phase in shared:
             if phase.settings.batch_size < self.accelerator.num_processes:
@@ -242,12 +238,12 @@ class ContinualTrainer:
         self._stop_if(self._agreed(0), "since another process had to stop")
 
     def _due(self, *, shared: bool) -> int:
-        """Why this process has to stop now; `shared`: all processes together, all of which call this."""
+        """Return the reason to stop now, of this process, or, with `shared`, of all processes, all of which call this."""
         reason = _SIGNAL if self._termination.requested else _TIME if self._limit.is_over else 0
         return self._agreed(reason) if shared else reason
 
     def _agreed(self, reason: int) -> int:
-        """The largest reason of any process; all of them call this."""
+        """Return the largest reason of any process; all of them call this."""
         if self.accelerator.num_processes == 1 or not self._asks:
             return reason
         return int(self.accelerator.gather(torch.tensor([reason], device=self.accelerator.device)).max())
@@ -289,7 +285,7 @@ class ContinualTrainer:
         self._drop_checkpoints(phase)
 
     def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> dict[str, Any]:
-        """Returns the steps of the phase, how many were skipped, the decay of the average in the last one, and means of the loss."""
+        """Return the phase's steps, how many of them were skipped, the average's decay in the last one, and means of the loss."""
         accelerator, training = self.accelerator, self.training
         steps = phase_steps(phase.settings, len(batches.images), training)
         reached = learning_rate(phase.settings, steps - 1)
@@ -315,11 +311,11 @@ class ContinualTrainer:
             phase.name,
             initial=done,
             disable=not self._writes(phase),
-            # Each process shows its own independent phases on a line of its own.
+            # Each process shows its independent phases on a line of its own.
             position=accelerator.process_index,
         ) as bar:
             for step in range(done, steps):
-                # Processes that share the phase ask each other, for which they wait anyway where losses are read.
+                # Processes that share the phase ask each other only when losses have been read, since they wait then anyway.
                 asks = phase.independent or accelerator.num_processes == 1 or not pending
                 if step > done and asks and (reason := self._due(shared=not phase.independent)):
                     self._read(phase, pending, guard, bar)
@@ -358,15 +354,15 @@ class ContinualTrainer:
 
     def _training_state(self, trainable: Trainable, settings: PhaseSettings, steps: int) -> TrainingState:
         parameters = list(trainable.parameters.values())
-        # A GPU takes one kernel for all parameters; on a CPU, torch chooses. Where losses are read late, so is what could not
-        # be done, which a fused optimiser need not know.
+        # A GPU uses one kernel for all parameters; on a CPU, torch chooses. Where losses are read late, only a fused optimizer can
+        # skip a step without waiting.
         on_gpu = self.accelerator.device.type == "cuda"
         fused = True if on_gpu or self._read_every > 1 else None
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=fused)
         ema = moving_average(parameters, settings, steps, foreach=on_gpu)
         scaler = self.accelerator.scaler
         if scaler is not None:
-            # accelerate has one for all phases, but a class must not depend on earlier ones of the process.
+            # accelerate has one scaler for all phases, but a class must not depend on the process's earlier classes.
             scaler.load_state_dict(self._fresh_scale)
         return TrainingState(
             trainable.parameters, optimizer, ema, trainable.buffers, losses=LossCurve(steps), scaler=scaler
@@ -375,7 +371,7 @@ class ContinualTrainer:
     def _step(
         self, phase: Phase, module: Any, batches: PhaseBatches, step: int, guard: GuardedSteps
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """One optimiser step; returns the losses of its `gradient_accumulation_steps` batches on this process, and its
+        """Do one optimizer step; return the losses of its `gradient_accumulation_steps` batches on this process, and its
         outcome."""
         accelerator = self.accelerator
         shares = 1 if phase.independent else accelerator.num_processes
@@ -385,14 +381,14 @@ class ContinualTrainer:
         guard.begin()
         for part in range(accumulated):
             number = step * accumulated + part
-            # Randomness of a strategy's batch and of dropout: of the step, and different in each share of a batch.
+            # The random numbers of a strategy's batch and of dropout depend on the step, and differ between the shares of a batch.
             torch.manual_seed(derive_seed(self.training.seed, phase.name, "step", number, share))
             batch = self.strategy.make_batch(phase, batches.batch(number, share=share, num_shares=shares))
             with accelerator.accumulate(module):
                 with accelerator.autocast():
                     losses = self.strategy.training_step(phase, batch, module)
-                # DDP averages over processes: weighed so, the result is the mean over the whole batch, also where it
-                # does not split evenly.
+                # DDP averages over processes: with this weight, the result is the mean over the whole batch, even if its
+                # shares are not equal.
                 loss = losses.sum() * shares / phase.settings.batch_size
                 parts.append(loss.detach())
                 accelerator.backward(loss)
@@ -401,7 +397,7 @@ class ContinualTrainer:
         return parts, outcome
 
     def _read(self, phase: Phase, pending: list[Pending], guard: GuardedSteps, bar: Progress) -> None:
-        """Report the losses that wait on the device, for which to wait once, and count the steps that were skipped."""
+        """Read the losses from the device, all at once, log them, and count the skipped steps."""
         scalars = [scalar for _, losses, outcome in pending for scalar in (*losses, outcome)]
         values = iter(torch.stack(scalars).tolist() if scalars else ())
         for step, waiting, _ in pending:
@@ -430,11 +426,11 @@ class ContinualTrainer:
             remove_folder(self.folder.checkpoints / phase.name)
 
     def _writes(self, phase: Phase) -> bool:
-        """Whether this process writes the files of a phase: its own phase, or one that all share and it leads."""
+        """Return whether this process writes the files of a phase: of its own phase, or, on the main process, of a shared one."""
         return phase.independent or self.accelerator.is_main_process
 
     def _check_finite(self, phase: Phase, step: int, parameters: Iterable[torch.Tensor]) -> None:
-        # A step that was not skipped may still overflow, which cannot be undone.
+        # A step that was not skipped may still overflow a parameter, which cannot be undone.
         if not torch.stack([torch.isfinite(parameter).all() for parameter in parameters]).all():
             raise self._non_finite(phase, step - 1, "A parameter is not finite")
 
@@ -448,7 +444,7 @@ class ContinualTrainer:
             "process": self.accelerator.process_index,
             "task": tasks.pop() if len(tasks) == 1 else None,
         }
-        # One file a phase: phases of one task end on several processes at once.
+        # One file for each phase, since phases of one task end on several processes at once.
         write_json(self.folder.checkpoints / "seconds" / f"{phase.name}.json", record)
 
     def _non_finite(self, phase: Phase, step: int, found: str, in_row: int = 0) -> NonFiniteLossError:
@@ -458,14 +454,14 @@ class ContinualTrainer:
         row = f", after {in_row} such steps in a row that changed nothing" if in_row > 1 else ""
         return NonFiniteLossError(
             f"{found} at step {step + 1} of phase {phase.name!r}, class {classes}{row}. {kept}; finished classes "
-            "are safe. Lower the learning rate or raise the warm-up of this phase; under fp16, try bf16. Where it comes by "
+            "are safe. Lower the learning rate or raise the warm-up of this phase; under fp16, try bf16. If it happens by "
             "chance, raise `max_nonfinite_steps` and resume."
         )
 
 
 def phase_steps(settings: PhaseSettings, num_images: int, training: ContinualTrainingArguments) -> int:
-    """Optimiser steps of a phase with so many images."""
-    # Batches that it takes to see every image once, rounded up.
+    """Return the optimizer steps of a phase with so many images."""
+    # Number of batches in which every image is seen once, rounded up.
     per_epoch = -(-num_images // settings.batch_size)
     epochs, accumulated = settings.epochs, training.gradient_accumulation_steps
     by_epochs = None if epochs is None else math.ceil(epochs * per_epoch / accumulated)
@@ -474,7 +470,7 @@ def phase_steps(settings: PhaseSettings, num_images: int, training: ContinualTra
 
 
 def phase_images(phase: Phase, num_images: Mapping[int, int], training: ContinualTrainingArguments) -> int:
-    """How many images a phase will train on, counted as often as they are seen; `num_images` has those of a class by its id."""
+    """Count the images that a phase will train on, each as often as it is seen; `num_images` has the number of each class's images."""
     count = sum(num_images.get(class_id, 0) for class_id in phase.class_ids)
     return phase_steps(phase.settings, count, training) * images_per_step(phase.settings, training)
 
@@ -482,20 +478,20 @@ def phase_images(phase: Phase, num_images: Mapping[int, int], training: Continua
 def moving_average(
     parameters: Sequence[torch.nn.Parameter], settings: PhaseSettings, steps: int, *, foreach: bool
 ) -> EMAModel:
-    """The average of what a phase of so many steps trains, at its start; `foreach` takes all parameters at once."""
+    """Return the moving average for a phase of so many steps, at its start; `foreach` updates all parameters at once."""
     decay, start = settings.ema_decay, int(settings.ema_start * steps)
-    # A least decay as high as the decay leaves out diffusers' warm-up; but diffusers begins with it a step late.
+    # With `min_decay` equal to the decay, diffusers has no warm-up, but starts averaging one step late.
     least, start = (0.0, start) if settings.ema_warmup else (decay, start - 1)
     return EMAModel(parameters, decay=decay, min_decay=least, update_after_step=start, foreach=foreach)
 
 
 def images_per_step(settings: PhaseSettings, training: ContinualTrainingArguments) -> int:
-    """Images that one step of the optimiser sees."""
+    """Return the number of images in one step of the optimizer."""
     return settings.batch_size * training.gradient_accumulation_steps
 
 
 def learning_rate(settings: PhaseSettings, step: int) -> float:
-    """Linear warm-up, then constant. A function of the step alone, from 0, so that a resumed phase needs no state for it.
+    """Return the learning rate of a step, from 0: linear warm-up, then constant. So a resumed phase needs no state for it.
 
     Source: arXiv 2510.02631, training recipe: warm-up [text], its shape [ours].
     """
@@ -503,19 +499,19 @@ def learning_rate(settings: PhaseSettings, step: int) -> float:
 
 
 def phase_seconds(folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """What each finished phase of a run took: `{phase: {seconds, steps, skipped_steps, ema_decay, losses, images, process, task}}`; the
-    task counts from 0, and is None for a phase of several tasks' images."""
+    """Return the record of each finished phase of a run: `{phase: {seconds, steps, skipped_steps, ema_decay, losses, images, process,
+    task}}`; the task counts from 0, and is None for a phase with images of several tasks."""
     return {path.stem: read_json(path) for path in sorted((folder.checkpoints / "seconds").glob("*.json"))}
 
 
 def preparation_seconds(folder: RunFolder) -> dict[int, float]:
-    """What was spent before the first phase of each task, such as on images to replay: `{task, from 0: seconds}`."""
+    """Return the seconds before the first phase of each task, such as for images to replay: `{task, from 0: seconds}`."""
     records = [read_json(path) for path in (folder.checkpoints / PREPARATION).glob("*.json")]
     return {record["task"]: record["seconds"] for record in records}
 
 
 def per_task(phases: Mapping[str, Mapping[str, Any]], key: str, start: Sequence[float]) -> list[float]:
-    """Sum over the phases of each task of what was recorded; a phase of the images of several tasks counts in the first."""
+    """Add to `start` the recorded `key` of each task's phases; a phase with images of several tasks counts for the first."""
     sums = list(start)
     for record in phases.values():
         sums[int(record.get("task") or 0)] += record[key]

@@ -1,1 +1,1 @@
-"""What judges a run: classifier, accuracy matrix, held-out loss, figures."""
+"""The evaluation of a run: accuracy matrix, image quality, zero forgetting, figures, report."""

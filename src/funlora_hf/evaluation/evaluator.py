@@ -1,6 +1,6 @@
-"""Evaluates a run as it goes: samples, classifier, accuracy matrix, image quality, the proof of zero forgetting.
+"""Evaluate a run after each task: samples, classifier, accuracy matrix, image quality, the proof of zero forgetting.
 
-The trainer tells it when a task is over. Its results are kept in the run's folder, so that a resumed run does not
+The trainer calls it when a task is over. Its results are kept in the run's folder, so that a resumed run does not
 measure twice.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ..adapters.class_folder import ADAPTERS_FOLDER
@@ -30,7 +30,7 @@ from ..data.tasks import Task
 from ..held_out import held_out_loss
 from ..sampling.drawing import Samples, draw_samples, tensor_sha256, to_uint8
 from ..sampling.pipeline import FunLoraPipeline
-from ..utils.files import folder_sha256, read_mapping, read_tensors, whole_file, write_json
+from ..utils.files import folder_sha256, read_mapping, read_tensors, write_json, write_tensors
 from ..utils.progress import Progress
 from ..utils.seeds import derive_seed
 from .features import FeatureExtractor, InceptionFeatures
@@ -46,7 +46,7 @@ _DRAWN_BY = ("num_probe_samples", "sampling_batch_size", "solver", "num_inferenc
 
 @dataclass(eq=False, repr=False)
 class RunEvaluator:
-    """Evaluates a strategy on real images, from which classes of a given base may be missing."""
+    """Evaluates a strategy on real images; those of the classes of a given base may be missing."""
 
     strategy: Strategy
     data: ImageClassificationData
@@ -61,13 +61,13 @@ class RunEvaluator:
         self._classes = setting.seen(self.tasks[-1])
         self._settings = measuring_settings(asdict(self.config))
         self._classifier = self.config.classifier(setting.training.max_train_steps)
-        # Decoded once: every later task is tested on the images of all earlier ones.
+        # Decoded once, since each task is also tested on the images of all earlier ones.
         self._tests: dict[int, torch.Tensor] = {}
 
     def end_task(self, task: Task) -> None:
         """Sample and measure after a task, once. Without `evaluation`, keep only what `zero_forgetting` compares with.
 
-        What cannot be measured any more, since the generator has learned a later task, is left out with a warning.
+        If the generator has learned a later task, so that the task cannot be measured any more, only warn.
         """
         record, seen = self._record(task), self.strategy.setting.seen(task)
         if not self.config.evaluation:
@@ -93,9 +93,7 @@ class RunEvaluator:
                     path = self._sample_path(class_id, task)
                     if not path.is_file():
                         samples = self._draw(pipe, class_id, "synthetic")
-                        tensors = {"images": to_uint8(samples.images), "nfe": torch.tensor(samples.nfe)}
-                        with whole_file(path) as temporary:
-                            save_file(tensors, temporary)
+                        write_tensors(path, {"images": to_uint8(samples.images), "nfe": torch.tensor(samples.nfe)})
                     bar.update()
         self.accelerator.wait_for_everyone()
         sampled = time.perf_counter()
@@ -118,15 +116,15 @@ class RunEvaluator:
             write_json(record, measured)
 
     def synthetic_images(self, class_id: int, task: Task) -> torch.Tensor:
-        """The images sampled of a class after a task, uint8, `(n, channels, height, width)`."""
+        """Return the images sampled of a class after a task, uint8, `(n, channels, height, width)`."""
         return self._samples(class_id, task)["images"]
 
     def nfe(self) -> float:
-        """How often the U-Net ran for the images of a class, as the mean over the classes after the last task."""
+        """Return how often the U-Net ran for the images of a class after the last task, averaged over the classes."""
         return mean(self._samples(class_id, self.tasks[-1])["nfe"].item() for class_id in self._classes)
 
     def records(self) -> list[dict[str, Any] | None]:
-        """What was measured after each task; None for a task that was not evaluated, or by other settings."""
+        """Return what was measured after each task; None for a task that was not evaluated, or with other settings."""
         return [self._measured(task) for task in self.tasks]
 
     def forget(self) -> None:
@@ -137,16 +135,16 @@ class RunEvaluator:
                 self._record(task).unlink(missing_ok=True)
 
     def sampled_classes(self, task: Task) -> tuple[int, ...]:
-        """The classes that are sampled after a task: all seen, where that has changed them."""
+        """Return the classes that are sampled after a task: the new ones, or all seen if learning changes past classes."""
         return self.strategy.setting.seen(task) if self.strategy.learning_changes_past_classes else task.class_ids
 
     def sampled(self) -> list[Task]:
-        """The tasks after which there are samples of all classes."""
+        """Return the tasks after which there are samples of all classes."""
         seen = self.strategy.setting.seen
         return [task for task in self.tasks if all(self._sample_path(c, task).is_file() for c in seen(task))]
 
     def keep_first_samples(self) -> None:
-        """Write up to 8 samples of every class after every task, to look at them side by side; others that are there stay.
+        """Write up to 8 samples of every class after every task, to look at them side by side; other entries of the file stay.
 
         The file has `task_<t>/class_<id>`, t from 1, uint8 `(n, channels, height, width)`, n <= 8.
         """
@@ -157,11 +155,10 @@ class RunEvaluator:
                 images = self.synthetic_images(class_id, task)[:8]
                 tensors[f"task_{task.index + 1}/class_{class_id}"] = images.contiguous()
         if tensors:
-            with whole_file(path) as temporary:
-                save_file(tensors, temporary)
+            write_tensors(path, tensors)
 
     def held_out_losses(self, classes: Sequence[int] | None = None) -> dict[str, float]:
-        """Held-out loss by id of those classes that have test images, by the generator as it is now; None: all of the run."""
+        """Compute the held-out loss, by id, of those `classes` that have test images, with the present generator; None: all."""
         classes = [c for c in (self._classes if classes is None else classes) if self._count(c, "test")]
         sigmas = self.config.held_out_sigmas
         with self.strategy.inference(classes) as pipe:
@@ -171,13 +168,13 @@ class RunEvaluator:
             }
 
     def image_quality(self) -> dict[str, Any] | None:
-        """How near the images sampled after the last task are to the test images, over all classes that have any.
+        """Measure how near the images sampled after the last task are to the test images, over all classes that have any.
 
         Returns:
-            The fields of [`ImageQuality`]; None if it is not asked for, or there are too few real images.
+            The fields of [`ImageQuality`]; None if `image_quality` is 'none', or if there are too few real images.
 
         Raises:
-            ImportError: a package that measures it is not installed.
+            ImportError: a package that it needs is not installed.
             OSError: the weights of Inception are not available.
             RuntimeError: the reference classifier's loss is not finite.
         """
@@ -211,9 +208,9 @@ class RunEvaluator:
         return asdict(compare_images(real, generated, extractor, neighbours=self.config.image_quality_neighbours))
 
     def zero_forgetting(self) -> dict[str, Any] | None:
-        """Whether each class's first samples and the base's folder are the same to the bit as when they were new.
+        """Compare each class's first samples and the base's folder, bit for bit, with what they were when they were new.
 
-        None for a strategy that has no frozen base.
+        Returns None for a strategy without a frozen base.
         """
         if not self.strategy.has_frozen_base:
             return None
@@ -221,7 +218,7 @@ class RunEvaluator:
         with self.strategy.inference(self._classes) as pipe:
             for class_id in self._classes:
                 before = read_mapping(self._probe(class_id), keys=("environment", "sha256"))
-                # As it was drawn then, since settings of the evaluation may have changed.
+                # With the settings of that time, since those of the evaluation may have changed.
                 config = replace(self.config, **before.get("drawn", {}))
                 if before["environment"] != self._environment():
                     not_comparable.append(class_id)
@@ -243,7 +240,7 @@ class RunEvaluator:
         }
 
     def _samples(self, class_id: int, task: Task) -> dict[str, torch.Tensor]:
-        # The generator as it was after an earlier task is gone, if tasks change it.
+        # If tasks change the generator, its state after an earlier task is gone.
         if self.strategy.learning_changes_past_classes and task != self.tasks[-1]:
             remedy = "start again with --overwrite_output_dir"
         else:
@@ -274,9 +271,9 @@ class RunEvaluator:
         )
 
     def _accuracies(self, task: Task, seen: Sequence[int]) -> tuple[list[float], dict[str, float]] | tuple[None, None]:
-        """Row of the accuracy matrix, % on the test images of each task so far, and % on those of each class.
+        """Compute a row of the accuracy matrix, % on the test images of each task so far, and the % on those of each class.
 
-        Both None where it cannot be measured.
+        Both are None where they cannot be measured.
         """
         missing = {c for c in self.tasks[0].class_ids if not self._count(c, "train")}
         missing |= {c for c in seen if not self._count(c, "test")}
@@ -300,7 +297,7 @@ class RunEvaluator:
         return self._tested(classifier, task, seen)
 
     def _tested(self, classifier: nn.Module, task: Task, seen: Sequence[int]) -> tuple[list[float], dict[str, float]]:
-        """A classifier's % of right answers on the test images of each task so far, and on those of each class."""
+        """Return a classifier's % of right answers on the test images of each task so far, and on those of each class."""
         row: list[float] = []
         per_class: dict[str, float] = {}
         for earlier in self.tasks[: task.index + 1]:
@@ -339,19 +336,19 @@ class RunEvaluator:
         return self.folder.evaluation / f"task_{task.index + 1}.json"
 
     def _measured(self, task: Task) -> dict[str, Any] | None:
-        """What was measured after a task by the settings that now hold; those of earlier versions have none."""
+        """Return what was measured after a task with the present settings; records of earlier versions name no settings."""
         record = read_mapping(self._record(task)) if self._record(task).is_file() else None
         return None if record is None or record.get("settings", self._settings) != self._settings else record
 
     def _is_past(self, task: Task) -> bool:
-        """Whether the generator as it was after the task is gone."""
+        """Return whether the state of the generator after the task is gone."""
         strategy, later = self.strategy, self.tasks[task.index + 1 :]
         return strategy.learning_changes_past_classes and any(
             strategy.is_finished(phase) for one in later for phase in strategy.phases(one)
         )
 
     def _environment(self) -> dict[str, Any]:
-        """What the last bits of a result may depend on."""
+        """Return what the last bits of a result may depend on."""
         device = self.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
         return {

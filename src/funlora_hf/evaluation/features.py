@@ -1,4 +1,4 @@
-"""Features of images, in which sets of images are compared."""
+"""Features in which sets of images are compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import torch
 from torch import nn
 
-from ..classifier import check_images
 from ..data.pixels import to_model_range
 
 
@@ -18,15 +17,15 @@ class FeatureExtractor(nn.Module):
     """Maps images, uint8 `(N, C, H, W)` in 0..255, on its device, to features, float `(N, D)`."""
 
     name: str
-    """What results call it."""
+    """Its name in results."""
 
 
 class ClassifierFeatures(FeatureExtractor):
     """The input of a classifier's last layer: D is 256 for the small network and 512 for ResNet-18.
 
-    Distances in these features say which of two generators is nearer to the real images as this classifier sees them.
-    They have no unit and cannot be compared with those of another classifier, nor with FID. [ours] The classifier, which
-    `build_classifier` has made, is copied.
+    Distances in these features tell which of two generators is nearer to the real images as this classifier sees them.
+    They have no unit and cannot be compared with those of another classifier or with FID. [ours] The classifier, from
+    `build_classifier`, is copied.
     """
 
     name = "classifier"
@@ -38,12 +37,12 @@ class ClassifierFeatures(FeatureExtractor):
         self.network.set_submodule(linear[-1], nn.Identity())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features, float32 `(N, D)`, of images, uint8 `(N, C, H, W)` with the C that the classifier was built for."""
+        """Map images, uint8 `(N, C, H, W)` with the C that the classifier was built for, to features, float32 `(N, D)`."""
         return self.network(to_model_range(images))
 
 
 class InceptionFeatures(FeatureExtractor):
-    """The 2048 features of Inception v3 that FID is measured in, by torch-fidelity (the extra `fid`).
+    """The 2048 features of Inception v3 in which FID is measured, by torch-fidelity (the extra `fid`).
 
     torch-fidelity resizes the images to 299x299 as the TensorFlow original does, and downloads the original's weights
     (91 MB) once, into the cache of `torch.hub`. Grey images are repeated as three channels.
@@ -70,25 +69,21 @@ class InceptionFeatures(FeatureExtractor):
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
         except OSError as error:  # urllib's errors are OSErrors
             raise OSError(
-                f"the weights of Inception, which the extra of {_FID_EXTRA} downloads when they are first used, are not "
+                f"the weights of Inception, which the extra of {_FID_EXTRA} downloads on first use, are not "
                 f"available: {error}. Connect to the network once, put the file that torch-fidelity asks for into "
                 f"{torch.hub.get_dir()}/checkpoints, or choose `image_quality` 'classifier'."
             ) from error
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features, float32 `(N, 2048)`, of images, uint8 `(N, 1 or 3, H, W)`."""
+        """Map images, uint8 `(N, 1 or 3, H, W)`, to features, float32 `(N, 2048)`."""
         return self.network(images.expand(-1, 3, -1, -1))[0]
 
 
 @torch.no_grad()
 def extract_features(extractor: FeatureExtractor, images: torch.Tensor, *, batch_size: int = 100) -> torch.Tensor:
-    """Features of any number of images, float `(N, D)`, on the device of the extractor's weights.
+    """Compute features, float `(N, D)`, on the device of the extractor's weights.
 
     The images are uint8 `(N, C, H, W)`, 0..255, N >= 1, on any device.
-
-    Raises:
-        ValueError: images that are not as described.
     """
-    check_images(images)
-    device = next((weight.device for weight in extractor.parameters()), torch.device("cpu"))
+    device = next((weight.device for weight in extractor.parameters()), "cpu")
     return torch.cat([extractor(batch.to(device)) for batch in images.split(batch_size)])

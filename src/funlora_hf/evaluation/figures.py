@@ -1,11 +1,10 @@
-"""Draws the figures of a run as PNG files from plain data."""
+"""Draw the figures of a run as PNG files from plain data."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from ..utils.files import whole_file
 from .label_font import drawable, label_font
 
 
-# Okabe and Ito's colours, told apart with every common kind of colour blindness.
+# Okabe and Ito's colours, which can be told apart with every common kind of colour blindness.
 BLUE = "#0072B2"
 SKY_BLUE = "#56B4E9"
 VERMILION = "#D55E00"
@@ -44,28 +43,28 @@ STYLE: dict[Any, Any] = {
     "ytick.labelsize": 9,
 }
 DPI = 150
-# Side, in pixels, that one image of the grid should reach; small images are enlarged by a whole factor up to it.
+# Side, in pixels, that one image of the grid should reach: small images are enlarged by a whole factor.
 GRID_CELL = 64
-# A grid of many classes is tall: its images are kept smaller.
+# A grid of many classes is tall, so its images are smaller.
 GRID_CELL_OF_MANY = 32
 MANY_CLASSES = 20
 IMAGES_IN_ROW = 10
 MOST_IN_LEGEND = 10
-# Pixels, of the letters beside and above a grid.
+# Size in pixels of the letters beside and above a grid.
 LABEL_SIZE = 18
-# Characters of a label after which its middle is left out.
+# A label with more characters loses its middle.
 LONGEST_LABEL = 40
 
 
 def sample_grid(images_by_class: Mapping[str, Tensor], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draws one row of up to ten images per class, with the name of the class on the left. Needs no matplotlib.
+    """Draw one row of up to ten images per class, with the name of the class on the left. Needs no matplotlib.
 
-    Small images are enlarged by a whole factor, each pixel to a square, so that nothing is smoothed over.
+    Small images are enlarged by a whole factor, each pixel to a square, so that nothing is smoothed.
 
     Args:
         images_by_class: class name -> uint8 (N, C, H, W), range 0..255, C = 1 or 3, the same C, H, W for every class;
             rows appear in the order of the mapping. A class with fewer images than columns leaves the rest white.
-        path: the PNG to write; its folder is made if it is missing.
+        path: the PNG to write; a missing folder is created.
     """
     side = GRID_CELL if len(images_by_class) <= MANY_CLASSES else GRID_CELL_OF_MANY
     rows = [enlarged(images[:IMAGES_IN_ROW], side) for images in images_by_class.values()]
@@ -74,17 +73,17 @@ def sample_grid(images_by_class: Mapping[str, Tensor], path: str | os.PathLike[s
 
 
 def image_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int, names: Sequence[str] = ()) -> None:
-    """Writes the picture of `image_grid_picture` as a PNG. Equal images give equal bytes. Raises as it does."""
+    """Write the picture of `image_grid_picture` as a PNG. Equal images give equal bytes. Raises the same errors."""
     save_picture(image_grid_picture(images, columns=columns, names=names), path)
 
 
 def image_grid_picture(
     images: Tensor, *, columns: int, names: Sequence[str] = (), headings: Sequence[str] = ()
 ) -> PIL.Image.Image:
-    """Draws images row by row, each on white, as an RGB image. Needs no matplotlib.
+    """Draw images row by row, each on white, as an RGB image. Needs no matplotlib.
 
-    Small images are enlarged by a whole factor, each pixel to a square. The names of rows are written on the left, the headings
-    of columns above.
+    Small images are enlarged by a whole factor, each pixel to a square. The names of rows are on the left, the headings of
+    columns above.
 
     Raises:
         ValueError: the images are not uint8 (N, C, H, W), N of at least 1 and C of 1 or 3.
@@ -103,14 +102,14 @@ def accuracy_curve(
     label: str,
     joint: Sequence[float] | None = None,
 ) -> None:
-    """Draws the average accuracy after each task against the number of classes seen.
+    """Draw the average accuracy after each task against the number of classes seen.
 
     The accuracy axis ends at 100 and starts at 0, unless every value is above 80: then it starts at the multiple of
-    5 below the lowest value, which the lowest tick and the name of the axis both say.
+    5 below the lowest value, which the lowest tick and the name of the axis both show.
 
     Args:
         average_accuracies: `A[t]` after each task. Unit: %, range [0, 100].
-        path: the PNG to write; its folder is made if it is missing.
+        path: the PNG to write; a missing folder is created.
         classes_seen: number of classes seen after each task, increasing; as long as `average_accuracies`.
         joint: accuracy after each task of training on the real images of all classes seen, the upper bound, drawn as
             a dashed line; as long as `average_accuracies`. Unit: %, range [0, 100].
@@ -137,7 +136,7 @@ def accuracy_curve(
 
 
 def loss_curves(losses: Mapping[str, Sequence[float | None]], path: str | os.PathLike[str]) -> None:
-    """Draws the training loss of each phase over its course: means over equal parts of it, None for a part without one.
+    """Draw the training loss of each phase over its course: means over equal parts of it, None for a part without one.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -157,14 +156,14 @@ def loss_curves(losses: Mapping[str, Sequence[float | None]], path: str | os.Pat
 def layer_importance(
     importance: Mapping[str, tuple[float, float]], path: str | os.PathLike[str], *, title: str | None = None
 ) -> None:
-    """Draws the importance of each layer as a horizontal bar, first layer on top.
+    """Draw the importance of each layer as a horizontal bar, first layer on top.
 
     Beginnings and ends that all names share are left out, and written once below the axis instead.
 
     Args:
         importance: layer name -> (mean, standard deviation over the classes), no unit. Bars appear in the order of the
-            mapping, which should be that of execution.
-        path: the PNG to write; its folder is made if it is missing.
+            mapping, which should be the order of execution.
+        path: the PNG to write; a missing folder is created.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -186,9 +185,9 @@ def layer_importance(
 def new_figure(
     path: str | os.PathLike[str], size: tuple[float, float], *, layout: Literal["constrained"] | None = "constrained"
 ) -> Iterator[Any]:
-    """A matplotlib figure in `STYLE`, written when the block ends well: a whole PNG on white, cut to what it shows.
+    """Give a matplotlib figure in `STYLE`; if the block ends without an error, write a whole PNG on white, cropped to its content.
 
-    `size` is width and height in inches; without a layout, the axes stay where they are put.
+    `size` is width and height in inches; without a layout, the axes stay where they are placed.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -207,7 +206,7 @@ def new_figure(
 
 
 def save_picture(picture: PIL.Image.Image, path: str | os.PathLike[str]) -> None:
-    """Writes a picture whole or not at all. Raises a ValueError for a path that does not end in .png."""
+    """Write a picture whole or not at all. Raises a ValueError for a path that does not end in .png."""
     with whole_file(_png_path(path)) as temporary:
         picture.save(temporary, format="png")
 
@@ -220,7 +219,7 @@ def labelled(
     columns: Sequence[str] = (),
     title: str | None = None,
 ) -> PIL.Image.Image:
-    """Pictures as `on_white` places them, with labels in a font that has their characters, as an RGB image.
+    """Return pictures as `on_white` places them, with labels in a font that has their characters, as an RGB image.
 
     The names of rows are on the left, those of columns above; the edge is half as wide as the gap, which is in pixels.
     """
@@ -235,7 +234,7 @@ def labelled(
     left = math.ceil(widest) + 2 * space if names else edge
     lines = (LABEL_SIZE + space) * (bool(title) + bool(columns))
     top = lines + edge
-    # A title longer than a narrow grid has room on the right.
+    # Make room on the right for a title that is longer than a narrow grid.
     right = max(width + edge, math.ceil(font.getlength(title)) + space if title else 0)
     canvas = PIL.Image.new("RGB", (left + right, top + height + edge), "white")
     canvas.paste(PIL.Image.fromarray(pixels), (left, top))
@@ -253,14 +252,14 @@ def labelled(
 
 
 def enlarged(images: Tensor, side: int) -> list[np.ndarray]:
-    """Images, uint8 (N, C, H, W), as N of (height, width, 3), by the whole factor that brings the longer side nearest to `side`."""
+    """Enlarge images, uint8 (N, C, H, W), to N of (height, width, 3), by the whole factor that brings the longer side nearest to `side`."""
     factor = max(1, round(side / max(images.shape[2:])))
     pixels = images.cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     return list(pixels.repeat(factor, axis=1).repeat(factor, axis=2))
 
 
 def on_white(rows: Sequence[Sequence[np.ndarray]], *, gap: int) -> np.ndarray:
-    """Pictures, uint8 (height, width, 3), beside and below each other in one; each in a cell as large as the largest."""
+    """Place pictures, uint8 (height, width, 3), in rows and columns of one; each cell is as large as the largest picture."""
     height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (0, 1))
     columns = max(len(row) for row in rows)
     shape = (len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
@@ -273,7 +272,7 @@ def on_white(rows: Sequence[Sequence[np.ndarray]], *, gap: int) -> np.ndarray:
 
 
 def mark_places(axes: Any, places: Sequence[float]) -> None:
-    """Writes the places on the horizontal axis: all of them if they are few, round numbers otherwise."""
+    """Write the places on the horizontal axis: all of them if they are few, round numbers otherwise."""
     if len(places) <= 12:
         axes.set_xticks(list(places))
     else:
@@ -281,11 +280,11 @@ def mark_places(axes: Any, places: Sequence[float]) -> None:
 
 
 def name_layers(axes: Any, layers: list[str]) -> str:
-    """Writes the names of the layers at 0, 1, ... of the vertical axis; returns a line on what all names share, or ""."""
+    """Write the names of the layers at 0, 1, ... of the vertical axis; returns a line on what all names share, or ""."""
     names, shared = _without_shared_parts(layers)
     axes.set_yticks(range(len(names)), labels=[shorten(name) for name in names], fontsize=8)
     axes.tick_params(axis="y", length=0)
-    # The long name needs the height of several rows.
+    # The long label needs the height of several rows.
     axes.set_ylabel("layer, in order of execution" if len(names) >= 10 else "layer")
     return f"\nlayers: {shared}" if shared else ""
 
@@ -298,7 +297,7 @@ def _png_path(path: str | os.PathLike[str]) -> Path:
 
 
 def check_images(name: str, images: Tensor) -> None:
-    """Raises a ValueError unless the images are uint8 `(N, C, H, W)`, N of at least 1 and C of 1 or 3."""
+    """Raise a ValueError unless the images are uint8 `(N, C, H, W)`, N of at least 1 and C of 1 or 3."""
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"{name} is {images.dtype} {tuple(images.shape)}, expected uint8 (N, C, H, W) with N of at least 1 and C of 1 or 3; "
@@ -307,7 +306,7 @@ def check_images(name: str, images: Tensor) -> None:
 
 
 def shorten(name: str, length: int = LONGEST_LABEL) -> str:
-    """Puts a name on one line, and leaves out the middle of more characters than `length`: both ends tell names apart."""
+    """Put a name on one line; one longer than `length` loses its middle, since both ends tell names apart."""
     name = " ".join(name.split())
     if len(name) <= length:
         return name
@@ -316,7 +315,7 @@ def shorten(name: str, length: int = LONGEST_LABEL) -> str:
 
 
 def _without_shared_parts(names: list[str]) -> tuple[list[str], str]:
-    """Strips the dotted parts that all names share at their beginning and end.
+    """Strip the dotted parts that all names share at their beginning and end.
 
     Returns:
         The stripped names, and what was stripped as "prefix.*.suffix" ("" if nothing was).
@@ -324,17 +323,12 @@ def _without_shared_parts(names: list[str]) -> tuple[list[str], str]:
     parts = [name.split(".") for name in names]
     # At least one part of the shortest name stays.
     spare = min(len(part) for part in parts) - 1 if len(names) > 1 else 0
-    start = min(spare, _common(parts))
+    start = min(spare, len(os.path.commonprefix(parts)))  # noqa: RUF071 - of lists, entry by entry
     # "2.resnets.0" does not read as a name, so a number keeps the part before it.
     while start and any(part[start].isdigit() for part in parts):
         start -= 1
-    end = min(spare - start, _common(part[::-1] for part in parts))
+    end = min(spare - start, len(os.path.commonprefix([part[::-1] for part in parts])))  # noqa: RUF071
     stripped = [".".join(part[start : len(part) - end]) for part in parts]
     first = parts[0]
     shared = [*first[:start], "*", *first[len(first) - end :]]
     return stripped, ".".join(shared) if start or end else ""
-
-
-def _common(parts: Iterable[Sequence[str]]) -> int:
-    """How many first parts are the same in all."""
-    return sum(1 for _ in itertools.takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False)))

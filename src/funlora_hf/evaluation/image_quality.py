@@ -1,4 +1,4 @@
-"""How near generated images are to real ones: Frechet distance, precision, recall.
+"""Measure how near generated images are to real ones: Frechet distance, precision, recall.
 
 All three compare two sets of images in the feature space of an extractor.
 
@@ -7,8 +7,8 @@ All three compare two sets of images in the feature space of an extractor.
 
       |m_r - m_g|^2 + trace(S_r + S_g - 2 (S_r S_g)^(1/2))
 
-  Only in the features of Inception is it FID. In those of a classifier [ours] it has no unit that means something
-  elsewhere.
+  It is FID only in the features of Inception. In those of a classifier [ours], values of different classifiers cannot be
+  compared.
 - Precision and recall [text: Kynkaanniemi et al. 2019, arXiv 1904.06991]. Every image of a set has a ball whose radius
   is the distance to its k-th nearest neighbour in the set. Precision is the share of generated images that lie in the
   ball of a real one, recall the share of real images that lie in the ball of a generated one.
@@ -33,7 +33,7 @@ from .features import ClassifierFeatures, FeatureExtractor, extract_features
 
 logger = logging.getLogger(__name__)
 
-# Not the run's seed: distances of two runs are compared only if one network has measured both.
+# Not the run's seed: the distances of two runs can be compared only if the same network measures both.
 REFERENCE_SEED = 0
 # Rows of a matrix of distances that are in memory at once.
 _BLOCK = 1000
@@ -41,7 +41,7 @@ _BLOCK = 1000
 
 @dataclass(frozen=True)
 class ImageQuality:
-    """How near generated images are to real ones, see the module.
+    """How near generated images are to real ones; see the module.
 
     Args:
         frechet_distance: 0 for equal means and covariances; FID if, and only if, `extractor` is "inception".
@@ -60,7 +60,7 @@ class ImageQuality:
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """Frechet distance of two sets of features, in float64 by torchmetrics.
+    """Compute the Frechet distance of two sets of features, in float64, by torchmetrics.
 
     Args:
         real: float `(N, D)`, N >= 2.
@@ -80,17 +80,17 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
         raise ImportError(
             f'the Frechet distance needs torchmetrics ({error}); install it with: pip install "funlora-hf[demo]"'
         ) from error
-    # Only the main process measures: a metric that synchronises would wait for the others forever.
+    # Only the main process measures: a metric that synchronizes would wait for the others forever.
     metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), sync_on_compute=False)
     metric.update(real.cpu().double(), real=True)
     metric.update(generated.cpu().double(), real=False)
-    # Rounding takes equal sets to either side of zero.
+    # For equal sets, rounding can make it negative.
     return max(0.0, metric.compute().item())
 
 
 @torch.no_grad()
 def precision_recall(real: torch.Tensor, generated: torch.Tensor, *, neighbours: int) -> tuple[float, float]:
-    """Precision and recall, both in [0, 1], of two sets of features by balls to the k-th nearest neighbour.
+    """Compute precision and recall, both in [0, 1], of two sets of features, by balls to the k-th nearest neighbour.
 
     Memory grows with N + M, not with their product.
 
@@ -99,8 +99,8 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, *, neighbours:
         generated: float `(M, D)`, on the same device.
         neighbours: k, at least 1 and less than N and M.
 
-    Source: arXiv 1904.06991, equations 1 and 2 [text]: a ball includes its edge, so equal images lie in each other's,
-        even where a generator repeats one image and all its radii are 0.
+    Source: arXiv 1904.06991, equations 1 and 2 [text]: a ball includes its surface, so equal images are in each other's
+        ball, even if a generator repeats one image and all its radii are 0.
     """
     return (
         _share_inside(generated, real, _radii(real, neighbours)),
@@ -111,17 +111,17 @@ def precision_recall(real: torch.Tensor, generated: torch.Tensor, *, neighbours:
 def compare_images(
     real: torch.Tensor, generated: torch.Tensor, extractor: FeatureExtractor, *, neighbours: int
 ) -> ImageQuality:
-    """All measures of two sets of images.
+    """Compute all measures of two sets of images.
 
     Args:
         real: uint8 `(N, C, H, W)`, N >= 2.
         generated: uint8 `(M, C, H, W)`, M >= 2.
-        neighbours: k of precision and recall. Sets of k images or fewer are measured with as many as they allow, and a
-            warning; the result says how many.
+        neighbours: k of precision and recall. For sets of k images or fewer it is lowered, with a warning; the result says
+            to which number.
 
     Raises:
         ImportError: torchmetrics is not installed.
-        ValueError: images that are not as described, or features that are not finite.
+        ValueError: features that are not finite.
     """
     features = extract_features(extractor, real), extract_features(extractor, generated)
     if not all(of_set.isfinite().all() for of_set in features):
@@ -139,11 +139,11 @@ def compare_images(
 def match_classes(
     real: Mapping[int, torch.Tensor], generated: Mapping[int, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sets of images in which every class has the same share.
+    """Choose two sets of images in which every class has the same share.
 
-    Of each class that both have, as many images of a kind are taken as the kind with fewer has: real ones evenly
-    spaced in their order, generated ones from the first on. Otherwise a class that is rare on one side would count as
-    a fault of the generator.
+    Of each class that both sides have, the same number of real and generated images is taken, as many as the side with fewer
+    has: real ones evenly spaced in their order, generated ones from the first on. Otherwise a class that is rare on one side
+    would count as a fault of the generator.
 
     Args:
         real: class id -> uint8 `(n, C, H, W)`, n >= 0.
@@ -168,13 +168,13 @@ def match_classes(
 def reference_features(
     images: Mapping[int, torch.Tensor], *, config: ClassifierConfig, device: str | torch.device = "cpu"
 ) -> ClassifierFeatures:
-    """Features of a classifier that is trained on real images of all classes with a seed of its own.
+    """Train a classifier on real images of all classes, with a seed of its own, and return its features.
 
-    The same images and recipe give the same features for every seed and strategy of a run and every order of its classes.
+    The same images and recipe give the same features, whatever the run's seed, strategy and order of classes.
 
     Args:
         images: class id -> uint8 `(n, C, H, W)`, for at least two classes.
-        device: where to train, and of the result.
+        device: where to train; the result stays there.
 
     Raises:
         RuntimeError: the training's loss is not finite.
@@ -195,7 +195,7 @@ def reference_features(
 
 
 class _Given(nn.Identity):
-    """In place of the extractor that torchmetrics expects: its "images" are features already."""
+    """Takes the place of the extractor that torchmetrics expects: its "images" are features already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -203,18 +203,18 @@ class _Given(nn.Identity):
 
 
 def _radii(features: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """Distance of each point to its k-th nearest neighbour; `(N, D)` -> `(N,)`."""
-    # The nearest of all is the point itself.
+    """Return the distance of each point to its k-th nearest neighbour; `(N, D)` -> `(N,)`."""
+    # The nearest is the point itself.
     blocks = (_distances(block, features) for block in features.split(_BLOCK))
     return torch.cat([block.topk(neighbours + 1, largest=False).values[:, -1] for block in blocks])
 
 
 def _share_inside(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> float:
-    """Share of the points that lie in the ball of at least one centre."""
+    """Return the share of the points that are in the ball of at least one centre."""
     inside = [(_distances(block, centres) <= radii).any(dim=1) for block in points.split(_BLOCK)]
     return torch.cat(inside).double().mean().item()
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    # By differences: the faster way by a product has no exact zero for equal points.
+    # By differences: the faster way, by a matrix product, does not give exactly zero for equal points.
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

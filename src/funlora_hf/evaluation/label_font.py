@@ -1,4 +1,4 @@
-"""A font for labels of any script, and labels without the characters that the font lacks: no boxes in a figure."""
+"""Choose a font for labels in any script, and replace characters that it lacks, so that no figure shows boxes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import ImageFont
 from PIL.ImageFont import FreeTypeFont, Layout
 
 
-# Where the systems keep their fonts; most of these are missing on any one of them.
+# Where operating systems keep their fonts; each system has only some of these folders.
 FOLDERS = (
     "~/.local/share/fonts",
     "~/.fonts",
@@ -22,19 +22,19 @@ FOLDERS = (
     "/System/Library/Fonts",
     "C:/Windows/Fonts",
 )
-# No font has a glyph for this code point, so every font draws its box, or whatever stands for one.
+# No font has a glyph for this code point, so each font draws the box that it shows for missing characters.
 _NOT_A_CHARACTER = "\uffff"
 
 
 def label_font(labels: Iterable[str], size: int) -> FreeTypeFont:
-    """Pillow's own font if it has all characters of the labels, else the installed font that lacks the fewest; size in pixels."""
+    """Return Pillow's own font if it has all characters of the labels, else the installed font that lacks the fewest; size in pixels."""
     characters = frozenset("".join(labels))
     font = cast(FreeTypeFont, ImageFont.load_default(size))  # of another type without a size
     lacking = _lacking(font, characters)
     for path in _installed() if lacking else ():
         try:
             other = ImageFont.truetype(path, size)
-        except OSError:  # damaged, or made of images of another size
+        except OSError:  # damaged, or a bitmap font of another size
             continue
         if len(found := _lacking(other, characters)) < len(lacking):
             font, lacking = other, found
@@ -44,7 +44,7 @@ def label_font(labels: Iterable[str], size: int) -> FreeTypeFont:
 
 
 def drawable(label: str, font: FreeTypeFont) -> str:
-    r"""The label with each character that the font lacks, or that cannot be seen, as Python escapes it: `\u732b`.
+    r"""Return the label with Python's escape, such as `\u732b`, for each character that the font lacks or that is invisible.
 
     Line ends stay.
     """
@@ -73,7 +73,7 @@ def _drawing(font: FreeTypeFont, character: str) -> tuple[tuple[int, int], bytes
 
 @cache
 def _installed() -> list[Path]:
-    """Fonts of this system, the plain ones without serifs first."""
+    """Return the fonts of this system, plain sans-serif ones first."""
     found = (path for folder in FOLDERS for path in Path(folder).expanduser().rglob("*"))
     fonts = [path for path in found if path.suffix.lower() in (".ttf", ".ttc", ".otf")]
     return sorted(fonts, key=lambda path: ("sans" not in path.stem.lower(), len(path.stem), path))

@@ -1,4 +1,4 @@
-"""Turns an accuracy matrix into the scores of class-incremental learning."""
+"""Compute the scores of class-incremental learning from an accuracy matrix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def continual_scores(accuracy_matrix: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The scores of one run.
+    """Compute the scores of one run.
 
     Args:
         accuracy_matrix: `R[t][j]`, the accuracy on the test images of task `j` after task `t`; ragged, row `t` has
@@ -19,38 +19,29 @@ def continual_scores(accuracy_matrix: Sequence[Sequence[float]]) -> dict[str, An
         `A[-1]`; "AIA": average incremental accuracy, the mean of `A`. Unit: %, range [0, 100]. "forgetting": see
         `forgetting`.
 
-    Raises:
-        ValueError: the matrix is not ragged in this way, or an entry is not a finite number in [0, 100].
-
-    Source: arXiv 2510.02631, evaluation protocol: `A`, `LA`, `AIA` [text]. Each task weighs the same, whatever its number
-        of test images [text: mean over the tasks]. `forgetting` [ours].
+    Source: arXiv 2510.02631, evaluation protocol: `A`, `LA`, `AIA` [text]. Each task has the same weight, whatever its
+        number of test images [text: mean over the tasks]. `forgetting` [ours].
     """
-    forgotten = forgetting(accuracy_matrix)
     averages = [fmean(row) for row in accuracy_matrix]
-    return {"A": averages, "LA": averages[-1], "AIA": fmean(averages), "forgetting": forgotten}
+    return {"A": averages, "LA": averages[-1], "AIA": fmean(averages), "forgetting": forgetting(accuracy_matrix)}
 
 
 def forgetting(accuracy_matrix: Sequence[Sequence[float]]) -> float:
-    """Forgetting after the last task: how far each earlier task has fallen from its best accuracy.
+    """Compute the forgetting after the last task: how far each earlier task has fallen from its best accuracy.
 
     The variant is that of Chaudhry et al. 2018 (arXiv 1801.10112) with one change: the maximum is taken over every
-    row, the last included, so that a task that improves counts as 0 and the result is never negative:
+    row, including the last, so that a task that improves counts as 0 and the result is never negative:
 
         mean over j < T of  max over t <= T of R[t][j]  -  R[T][j]
 
+    Args:
+        accuracy_matrix: as for `continual_scores`.
+
     Returns:
-        Percentage points, range [0, 100]; 0 for a single task, since nothing can have been forgotten. Takes and raises what
-        `continual_scores` does.
+        Percentage points, range [0, 100]; 0 for a single task, since nothing can have been forgotten.
 
     Source: Chaudhry et al. 2018 [text]; the maximum over all rows is [ours].
     """
-    for task, row in enumerate(accuracy_matrix):
-        # The comparison is also false for NaN.
-        if len(row) != task + 1 or not all(0 <= value <= 100 for value in row):
-            raise ValueError(
-                f"accuracy_matrix[{task}] is {row}, expected {task + 1} finite numbers in [0, 100]: accuracies in % on the tasks "
-                f"0..{task}; leave out the tasks that are not yet seen"
-            )
     *earlier, last = accuracy_matrix
     drops = [max(row[task] for row in accuracy_matrix[task:]) - last[task] for task in range(len(earlier))]
     return fmean(drops) if drops else 0.0

@@ -1,4 +1,4 @@
-"""results.json and the figures of a run, from what was measured on the way. Trains nothing."""
+"""Write results.json and the figures of a run, from what was measured during the run. Trains nothing of the run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .tables import summary_table, what_next
 
 logger = logging.getLogger(__name__)
 
-# Each grid shows all classes up to its task: drawn after every one of many tasks, they would take as much as the training.
+# Each grid shows all classes up to its task: for many tasks, drawing all grids would take as long as the training.
 MOST_SAMPLE_GRIDS = 20
 
 _PACKAGES = (
@@ -55,9 +55,9 @@ _PACKAGES = (
 
 
 def accuracy_results(rows: Sequence[Sequence[float] | None]) -> dict[str, Any]:
-    """`accuracy_matrix`, `A`, `LA`, `AIA` and `forgetting` of results.json, all in %, from the rows of the matrix.
+    """Return `accuracy_matrix`, `A`, `LA`, `AIA` and `forgetting` of results.json, all in %, from the rows of the matrix.
 
-    None for a task after which nothing was measured; without the last one, all is None.
+    A row is None if nothing was measured after the task; if the last row is None, so are all results.
     """
     nothing = dict.fromkeys(("accuracy_matrix", "A", "LA", "AIA", "forgetting"))
     if rows[-1] is None:
@@ -70,20 +70,20 @@ def accuracy_results(rows: Sequence[Sequence[float] | None]) -> dict[str, Any]:
 
 
 def joint_average_accuracies(path: str | None, num_tasks: int) -> list[float] | None:
-    """A_1..A_T of a joint run, or None, with a warning if it was not run or has another number of tasks."""
+    """Return A_1..A_T of a joint run; None without one, and, with a warning, if it has no results for `num_tasks` tasks."""
     if path is None:
         return None
     averages = read_mapping(Path(path)).get("A") if Path(path).is_file() else None
     if [isinstance(average, (int, float)) for average in averages or ()] != [True] * num_tasks:
         logger.warning(
-            "`joint_results` is %r, which holds no accuracies after %d tasks: they are not drawn.", path, num_tasks
+            "`joint_results` is %r, which has no accuracies after %d tasks: they are not drawn.", path, num_tasks
         )
         return None
     return averages
 
 
 class ForgettingError(RuntimeError):
-    """A class or the base has changed although the strategy promises that nothing does."""
+    """A class or the base has changed, although the strategy promises that nothing does."""
 
 
 def report_run(evaluator: RunEvaluator, *, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def report_run(evaluator: RunEvaluator, *, settings: Mapping[str, Mapping[str, A
     Returns the contents of results.json. `settings` are all arguments of the run, by dataclass.
 
     Raises:
-        ForgettingError: the strategy promises that learned classes stay, and one has not. The files are written first.
+        ForgettingError: the strategy promises that learned classes stay, but one has changed. The files are written first.
     """
     started = time.perf_counter()
     strategy, tasks, folder = evaluator.strategy, evaluator.tasks, evaluator.folder
@@ -144,7 +144,7 @@ def report_run(evaluator: RunEvaluator, *, settings: Mapping[str, Mapping[str, A
 
 
 def report_evaluation(evaluator: RunEvaluator) -> dict[str, Any]:
-    """Rewrite what evaluation has just given, in the results.json and figures of a finished run, and print the table.
+    """Rewrite the results of an evaluation in the results.json and figures of a finished run, and print the table.
 
     Returns the contents of results.json.
     """
@@ -164,7 +164,7 @@ def report_evaluation(evaluator: RunEvaluator) -> dict[str, Any]:
 def report_finished(folder: RunFolder) -> dict[str, Any]:
     """Print the results of a finished run again. Returns and raises what `report_run` did."""
     results = read_mapping(folder.results, keys=["zero_forgetting"])
-    # A run that was killed after it wrote its results has not removed them yet.
+    # They are still there if the run was killed after it wrote its results.
     folder.forget_samples()
     print(
         f"The run in {folder.path} is finished already.\n\n{summary_table(results)}\n\n{what_next(results, folder.path)}"
@@ -174,19 +174,19 @@ def report_finished(folder: RunFolder) -> dict[str, Any]:
 
 
 def execution_order(base: Path) -> list[str]:
-    """Names of the Conv2d of a pipeline folder's U-Net in order of execution, from its configuration alone."""
+    """Return the names of the Conv2d of a pipeline folder's U-Net in order of execution, from its configuration alone."""
     with torch.device("meta"):
         return conv_layers(UNet2DModel.from_config(UNet2DModel.load_config(base, subfolder="unet")))
 
 
 def tasks_with_grid(tasks: Sequence[Task]) -> list[Task]:
-    """Of these, the tasks after which the samples of all classes are drawn: at most 20, evenly spaced, with the first and the last."""
+    """Choose the tasks after which a grid shows the samples of all classes: at most 20, evenly spaced, with the first and the last."""
     count = min(len(tasks), MOST_SAMPLE_GRIDS)
     return [tasks[index] for index in np.linspace(0, len(tasks) - 1, count).round().astype(int)]
 
 
 def _decays(phases: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The decay of the moving average in the last step of the base, and of the first adapter or later phase."""
+    """Return the decay of the moving average in the last step of the base, and of the first adapter or later phase."""
     found: dict[str, float] = {}
     for name, record in phases.items():
         if "ema_decay" in record:
@@ -195,7 +195,7 @@ def _decays(phases: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _evaluated(evaluator: RunEvaluator) -> dict[str, Any]:
-    """The part of results.json that evaluation gives, with its figures; None where nothing was measured."""
+    """Return the part of results.json that evaluation gives, and draw its figures; None where nothing was measured."""
     strategy, tasks, records = evaluator.strategy, evaluator.tasks, evaluator.records()
     sampled = records[-1] is not None
     accuracies = accuracy_results([None if record is None else record["accuracies"] for record in records])
@@ -207,14 +207,14 @@ def _evaluated(evaluator: RunEvaluator) -> dict[str, Any]:
     try:
         image_quality = evaluator.image_quality() if sampled else None
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        # An extra, a download or the training of a network that fails is no reason to lose the results of days.
+        # A missing extra or a failed download or training must not lose the results of days.
         logger.warning("No image quality: %s", error)
     return {
         **accuracies,
         # Records of earlier versions have none.
         "class_accuracy": records[-1] and records[-1].get("class_accuracies"),
         "held_out_loss": {"mean": sum(losses.values()) / len(losses) if losses else None, "per_class": losses},
-        # Classes that never change have their last losses after every task.
+        # The losses of classes that never change are the same after every task.
         "held_out_loss_by_task": [
             record
             and (
@@ -239,7 +239,7 @@ def _write(results: dict[str, Any], evaluator: RunEvaluator) -> None:
 
 @contextmanager
 def _figures_if_possible() -> Iterator[None]:
-    """A block that draws; matplotlib is an extra, and no reason to lose the results of days."""
+    """Warn if the block cannot draw: matplotlib is an extra, and must not lose the results of days."""
     try:
         yield
     except ImportError as error:
@@ -267,10 +267,10 @@ def _seconds(evaluator: RunEvaluator, report: float) -> dict[str, Any]:
 
 def _importance(strategy: Strategy) -> dict[str, LayerImportance]:
     found = adapter_folders(strategy.setting.output_dir / ADAPTERS_FOLDER)
-    # Not those that were added to the run.
+    # Without those that were added to the run.
     adapters = [path for path in found if class_in_name(path.name) in strategy.setting.class_names]
     if not adapters or strategy.method_name == "vanilla_add":
-        # Importance is the distance of A and B from one, where all methods start but vanilla LoRA.
+        # Importance is the distance of A and B from one, where all methods except vanilla LoRA start.
         return {}
     return layer_importance(adapters, order=execution_order(strategy.setting.base_dir))
 

@@ -1,4 +1,4 @@
-"""Results of a run as text for the terminal."""
+"""Show the results of a run as text for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..continual.costs import Part
 
 
 def summary_table(results: Mapping[str, Any]) -> str:
-    """The results of one run, as plain text."""
+    """Return the results of one run as plain text."""
     lines = [f"{what_ran(results)} on {results['dataset']}, seed {results['seed']}", ""]
     if results.get("nfe", 0) is None:
         lines.append("evaluation        none yet: `funlora evaluate` and the folder of the run")
@@ -49,9 +49,9 @@ def summary_table(results: Mapping[str, Any]) -> str:
 
 
 def what_next(results: Mapping[str, Any], folder: Path) -> str:
-    """Where the parts of a finished run lie, and what to type next, as plain text."""
+    """Return where the parts of a finished run are and what to type next, as plain text."""
     run = shlex.quote(str(folder))
-    adapters = results.get("peft_method") is not None  # of earlier versions, none
+    adapters = results.get("peft_method") is not None  # earlier versions did not write it
     commands = [f"funlora sample {run} --classes {results['class_order'][-1]}"]
     if results["nfe"] is None:
         commands.append(f"funlora evaluate {run}")
@@ -70,7 +70,7 @@ def what_next(results: Mapping[str, Any], folder: Path) -> str:
 
 
 def how_to_see(base: str, folder: Path, class_ids: Iterable[int]) -> str:
-    """What to type to see classes whose adapters lie in a folder, beside the base or elsewhere, as plain text."""
+    """Return what to type to see classes whose adapters are in a folder, next to the base or elsewhere."""
     places = [str(folder)] if Path(base) == folder else [base, "--adapters", str(folder)]
     return f"To see them: funlora sample {shlex.join(places)} --class_label {' '.join(map(str, class_ids))}"
 
@@ -80,7 +80,7 @@ def _accuracy(value: float | None) -> str:
 
 
 def costs_table(parts: Sequence[Part]) -> str:
-    """What a run costs, as plain text: a line for each part, and their sum."""
+    """Return the costs of a run as plain text: a line for each part, and their sum."""
     lines = [f"{'':<26}{'':>24} {'per second':>11} {'time':>10} {'TFLOP':>11} {'memory':>9}"]
     for part in parts:
         unit = part.unit if part.images == 1 else f"{part.unit} of {part.images}"
@@ -102,18 +102,19 @@ def _rounded(number: float) -> str:
 
 
 def what_ran(results: Mapping[str, Any]) -> str:
+    """Return the name of the run's strategy, with the method of its adapters if that is not FunLoRA."""
     method = results.get("peft_method")
     named = results["strategy"] == "funlora" and method not in (None, "funlora")
     return f"{results['strategy']} ({method})" if named else results["strategy"]
 
 
 def image_quality(results: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
-    """Name -> digits and value of what was measured of a run's images; results of earlier versions have none."""
+    """Return name -> (digits, value) of each measure of a run's images; results of earlier versions have none."""
     quality = results.get("image_quality")
     if quality is None:
         return {}
     return {
-        # Only Inception's features make the distance FID.
+        # The distance is FID only in Inception's features.
         "FID" if quality["extractor"] == "inception" else "Frechet distance": (2, quality["frechet_distance"]),
         "precision": (3, quality["precision"]),
         "recall": (3, quality["recall"]),

@@ -1,4 +1,4 @@
-"""What a run says after each task: what was learned, how well, and how long the rest will take."""
+"""Log after each task of a run: what was learned, how well, and how long the rest will take."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .evaluator import RunEvaluator
 
 logger = logging.getLogger(__name__)
 
-# More class names than these are counted.
+# Further class names are only counted.
 _MOST_NAMES = 10
 
 
 class TaskLog:
-    """Logs a line after each task, from what the run has written; the evaluator has evaluated the task before."""
+    """Logs a line after each task, from the files of the run; the evaluator has already evaluated the task."""
 
     def __init__(self, evaluator: RunEvaluator) -> None:
         self.evaluator = evaluator
@@ -31,7 +31,7 @@ class TaskLog:
         if not self.evaluator.accelerator.is_main_process:
             return
         tasks, prepared = self.setting.tasks, preparation_seconds(self.folder)
-        # Over all processes, with what prepared them.
+        # Of all processes, preparation included.
         spent = per_task(phase_seconds(self.folder), "seconds", [prepared.get(one.index, 0.0) for one in tasks])
         names = [self.setting.class_names[class_id] for class_id in task.class_ids]
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
@@ -49,11 +49,11 @@ class TaskLog:
         )
 
     def seconds_left(self, task: Task) -> float:
-        """About how long the tasks after this one will take, by what was measured so far; without the report at the end."""
+        """Estimate how long the tasks after this one will take, from what was measured so far; without the report at the end."""
         evaluator, setting = self.evaluator, self.setting
         later = setting.tasks[task.index + 1 :]
         phases = phase_seconds(self.folder)
-        # The base may be another kind of work than what comes: it counts only while nothing else was done.
+        # Training the base may be a different kind of work: it counts only while there is nothing else.
         alike = [record for name, record in phases.items() if name != BASE_PHASE] or list(phases.values())
         seconds_per_image = _ratio([record["seconds"] for record in alike], [record["images"] for record in alike])
         left = 0.0

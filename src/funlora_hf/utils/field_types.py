@@ -5,11 +5,41 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
 
-from .checks import shortened
+from .checks import check_at_least_one, check_choice, shortened
 
+
+@dataclass(frozen=True)
+class Range:
+    """A check that `check_field_types` finds in the `Annotated` type of a field: a number from `low`, or above it, to `high`."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    why: str = ""
+
+    def __call__(self, name: str, value: float) -> None:
+        if not self.low <= value <= self.high or (self.above and value == self.low):
+            least = f"above {self.low}" if self.above else f"of at least {self.low}"
+            most = "" if self.high == math.inf else f", at most {self.high}"
+            why = self.why and f": {self.why}"
+            raise ValueError(f"`{name}` is {value!r}, expected a number {least}{most}{why}.")
+
+
+def one_of(*choices: str) -> Callable[[str, object], None]:
+    """Make a check for `Annotated`: the text is one of these."""
+    return partial(check_choice, choices=choices)
+
+
+Count = Annotated[int, check_at_least_one]
+Natural = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+Share = Annotated[float, Range(0, 1)]
+LearningRate = Annotated[float, Range(0, 1000, above=True)]
 
 # The first integer that torch cannot hold.
 _MOST = 2**63
@@ -26,20 +56,26 @@ _NAMES = {
 def check_field_types(arguments: Any, *, leave_out: Collection[str] = ()) -> None:
     """
     Raise a ValueError that names a field, its value and what was expected, unless every value of a dataclass is of its field's type:
-    int, float, bool, str or dict, a list of one, or None. Fields in `leave_out` have a check of their own.
+    int, float, bool, str or dict, a list of one, or None, and passes the checks of its `Annotated`. Fields in `leave_out` have a check
+    of their own.
 
     A whole number is valid for a float. No number may be NaN or infinite, or of 64 bits or more; no text may be empty, as a shell
     variable that is not set is, or have a NUL character or half a surrogate pair in it, which neither paths nor files can have.
     """
-    for name, hint in typing.get_type_hints(type(arguments)).items():
+    for name, hint in typing.get_type_hints(type(arguments), include_extras=True).items():
         value = getattr(arguments, name)
         if name in leave_out or typing.get_origin(hint) is typing.ClassVar:
             continue
         if not _fits(value, hint):
             raise ValueError(f"`{name}` is {shortened(repr(value), 100)}, expected {_words(hint)}.")
+        for check in [check for one in (hint, *typing.get_args(hint)) for check in getattr(one, "__metadata__", ())]:
+            if value is not None:
+                check(name, value)
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Annotated:
+        return _fits(value, typing.get_args(hint)[0])
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(hint))
     if typing.get_origin(hint) is list:
@@ -55,6 +91,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
+    if typing.get_origin(hint) is Annotated:
+        return _words(typing.get_args(hint)[0])
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_words(one) for one in typing.get_args(hint))
     if typing.get_origin(hint) is list:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from .checks import shortened
 
@@ -190,6 +190,12 @@ def read_mapping(path: Path, *, keys: Iterable[str] = (), most_bytes: int = MOST
             f"{os.fspath(path)!r} has no {', '.join(map(repr, missing))}: it is damaged, or another file."
         )
     return value
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def read_tensors(path: Path, *, remedy: str, keys: Iterable[str] = ()) -> dict[str, torch.Tensor]:

@@ -233,7 +233,7 @@ def test_the_state_of_another_strategy_is_refused(tmp_path):
     path = tmp_path / "task_1.safetensors"
     save_task_state(path, make_strategy("finetune", tmp_path))
     load_task_state(path, make_strategy("finetune", tmp_path))
-    with pytest.raises(ValueError, match="holds the state of `strategy` 'finetune', expected 'replay'"):
+    with pytest.raises(ValueError, match="has the state of `strategy` 'finetune', expected 'replay'"):
         load_task_state(path, make_strategy("replay", tmp_path))
 
 
@@ -264,7 +264,7 @@ def test_an_unknown_strategy_names_the_known_ones():
         ("naive_lora", {"targets": "all"}, "`targets` is 'all', expected one of: 'attention', 'convolutions', 'both'"),
         ("merge_orthogonal", {"merge": "sum"}, "`merge` is 'sum', expected one of: 'concat'"),
         ("merge_orthogonal", {"orthogonal": "yes"}, "`orthogonal` is 'yes', expected one of"),
-        ("merge_orthogonal", {"orthogonal": "released"}, "needs an accumulated A of the rank of a task's"),
+        ("merge_orthogonal", {"orthogonal": "released"}, "needs an accumulated A with the rank of a task's"),
         (
             "replay",
             {"images_per_class": 0},

@@ -1,1 +1,1 @@
-"""What can be trained class after class: one file a strategy, and their registry."""
+"""The strategies, one file for each, and their registry."""

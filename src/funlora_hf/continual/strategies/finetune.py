@@ -16,7 +16,7 @@ from .sequential import CLASS_VECTORS, Sequential
 
 
 class Finetune(Sequential):
-    """Trains the whole U-Net further on each task's images, at the base's learning rate, and forgets past classes."""
+    """Trains the whole U-Net on each task's images, at the base's learning rate, and forgets past classes."""
 
     name = "finetune"
     prefix = "base"

@@ -38,18 +38,18 @@ from .peft_methods import VECTOR_ROW, peft_method
 
 logger = logging.getLogger(__name__)
 
-# In the model, the adapter of a phase of one class has this name for every class; on disk it has the name of its class.
-# So torch.compile's guards stay the same, and the next class runs the same code.
+# In a phase of one class, the adapter has this name in the model; on disk it has the name of its class. So the guards of
+# torch.compile stay the same, and the next class runs the same code.
 LIVE = "live"
 
-# Beyond these, float32 loses digits: rounding the argument of the cosine costs an error of about 1e-4; 10 to the power 32
+# Beyond these values float32 loses digits: the rounded argument of the cosine causes an error of about 1e-4; 10 to the power 32
 # still has a gradient, and below -4 the slope of a power overflows at zero.
 _LARGEST_OMEGA = {"cosine": 1000.0, "power": 32.0}
 _SMALLEST_EXPONENT = -4.0
 
 
 class FunLora(Strategy):
-    """Task 1 trains the base; afterwards every class trains its own adapter, and nothing else ever changes."""
+    """Task 1 trains the base; then every class trains its own adapter, and nothing else ever changes."""
 
     name = "funlora"
     grows_with_tasks = True
@@ -65,24 +65,25 @@ class FunLora(Strategy):
 
     @property
     def method_name(self) -> str:
-        """What a class's adapter is made of, a key of `PEFT_METHODS`."""
+        """The method of a class's adapter, a key of `PEFT_METHODS`."""
         return self.setting.model.peft_method
 
     def check(self) -> None:
         config = self.adapter_config(next(iter(self.setting.class_names)))
-        if self.setting.training.class_batches == "mixed" and not isinstance(config, FunLoraConfig):
-            raise ValueError(
-                f"`class_batches` is 'mixed', which `peft_method` {self.method_name!r} cannot train: take 'homogeneous'."
-            )
-        if self.setting.training.class_batches == "mixed" and self.setting.training.torch_compile:
-            raise ValueError(
-                "`torch_compile` is set, but `class_batches` is 'mixed', where every batch would be compiled again: leave "
-                "one of the two out."
-            )
+        if self.setting.training.class_batches == "mixed":
+            if not isinstance(config, FunLoraConfig):
+                raise ValueError(
+                    f"`class_batches` is 'mixed', which `peft_method` {self.method_name!r} cannot train: take 'homogeneous'."
+                )
+            if self.setting.training.torch_compile:
+                raise ValueError(
+                    "`torch_compile` is set, but `class_batches` is 'mixed', for which every batch would be compiled again: leave "
+                    "one of the two out."
+                )
         self._count()
 
     def phases(self, task: Task) -> list[Phase]:
-        """The base, or one phase for each new class ("mixed": one for all of them)."""
+        """Return the base's phase, or one phase for each new class ("mixed": one for all of them)."""
         training = self.setting.training
         if task.index == 0:
             if self.setting.has_base:
@@ -113,8 +114,8 @@ class FunLora(Strategy):
         return self._trainable(model)
 
     def build_update(self, class_id: int) -> Trainable:
-        """What `--update_class` trains: the class's adapter as it is on disk, or a fresh one like it. Raises a BaseMismatchError if it
-        was trained for another base."""
+        """Build what `--update_class` trains: the class's adapter from disk, or a new one with its config. Raises a BaseMismatchError
+        if it was trained for another base."""
         folder = os.fspath(self.adapters_dir / adapter_name(class_id))
         config = PeftConfig.from_pretrained(folder)
         FingerprintCheck(self._frozen_unet()).check(config, folder)
@@ -127,7 +128,7 @@ class FunLora(Strategy):
         return self._trainable(model)
 
     def adapter_config(self, class_id: int) -> PeftConfig:
-        """The configuration of a class's adapter, with the fingerprint of the base once this is loaded."""
+        """Return the configuration of a class's adapter, with the fingerprint of the base if that is loaded."""
         config = peft_method(self.method_name).config(self._unet_shape(), self.setting.model)
         config.revision = self.setting.model.base_model_revision
         if isinstance(config, FunLoraConfig):
@@ -137,17 +138,17 @@ class FunLora(Strategy):
         return config
 
     def make_batch(self, phase: Phase, real: Batch) -> Batch:
-        # Adapted layers do not sort a mixed batch that is sorted by class.
+        # Adapted layers need not sort a batch that is sorted by class.
         is_mixed = phase.name != BASE_PHASE and len(phase.class_ids) > 1
         return real.reordered(real.class_ids.argsort(stable=True)) if is_mixed else real
 
     def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> torch.Tensor:
         if phase.name == BASE_PHASE:
             return velocity_losses(module, batch, label_rows(phase.class_ids, batch.class_ids))
-        # The adapter's own vector takes the place of the embedding, or of this row of it.
+        # The adapter's own vector replaces the embedding, or this row of it.
         labels = torch.full((len(batch.class_ids),), VECTOR_ROW, device=batch.sample.device)
         names = [adapter_name(class_id) for class_id in batch.class_ids.tolist()]
-        # In a phase of one class, its adapter is the active one.
+        # In a phase of one class, its adapter is active.
         with mixed_batch(module, names) if len(phase.class_ids) > 1 else nullcontext():
             return velocity_losses(module, batch, labels)
 
@@ -167,8 +168,8 @@ class FunLora(Strategy):
             )
 
     def _report_omega(self, trainable: Trainable, name: str, class_id: int) -> None:
-        """Warn of layers whose omega has grown beyond what float32 can tell apart. It is kept as it was learned."""
-        # That of the adapter, not that of the arguments: an update goes on with what is on disk.
+        """Warn about layers whose omega has grown beyond the precision of float32. The values are not changed."""
+        # The adapter's config, not the arguments: an update continues with the adapter on disk.
         config = trainable.module.peft_config[name]
         for parameter, value in trainable.parameters.items():
             # <layer>.funlora_omega.<adapter>
@@ -215,7 +216,7 @@ class FunLora(Strategy):
         }
 
     def memory_report(self) -> dict[str, int]:
-        # Others may have been added beside the run's.
+        # Without adapters that were added to the run.
         own = [
             path for path in adapter_folders(self.adapters_dir) if class_in_name(path.name) in self.setting.class_names
         ]
@@ -239,18 +240,18 @@ class FunLora(Strategy):
             self._unet = unet.to(self.setting.device).requires_grad_(False)
             peft_method(self.method_name).prepare(self._unet)
             arrange(self._unet, self.setting.training, compiled=self.setting.training.torch_compile)
-            # PEFT takes the base's name, which goes into the adapter's config, from here.
+            # PEFT writes this name of the base into the adapter's config.
             self._unet.name_or_path = self.setting.base_source
         return self._unet
 
     def _trainable(self, model: PeftModel) -> Trainable:
-        # Dropout of the base stays on, as when the base was trained.
+        # The base's dropout is on, as when the base was trained.
         model.train()
         return Trainable(model, {name: p for name, p in model.named_parameters() if p.requires_grad})
 
 
 class Frozen(FunLora):
-    """The class vector alone: "vanilla conditioning" of the paper. Source: Table V [text]."""
+    """Trains only the class vector: "vanilla conditioning" in the paper. Source: Table V [text]."""
 
     name = "frozen"
 
@@ -260,14 +261,14 @@ class Frozen(FunLora):
 
 
 def live_names(phase: Phase) -> dict[str, int]:
-    """The classes of an adapter phase by the names of their adapters in the model."""
+    """Return the names of the adapters in the model -> their classes, for an adapter phase."""
     if len(phase.class_ids) == 1:
         return {LIVE: phase.class_ids[0]}
     return {adapter_name(class_id): class_id for class_id in phase.class_ids}
 
 
 def start_class_vectors(model: PeftModel) -> None:
-    """Start vectors that PEFT trains as a row of the class embedding where FunLoRA's starts: at the mean of the rows."""
+    """Set vectors that PEFT trains as a row of the class embedding to the mean of the rows, where FunLoRA's vector starts."""
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
             rows = module.get_base_layer().get_parameter("weight").detach()
@@ -276,7 +277,7 @@ def start_class_vectors(model: PeftModel) -> None:
 
 
 def omega_range(function: str, num_functions: int) -> tuple[float, float]:
-    """The range of omega in which float32 computes "cosine" or "power" of p functions accurately. Source: [ours]."""
+    """Return the range of omega in which float32 computes "cosine" or "power" of p functions accurately. Source: [ours]."""
     # The exponents start at 1..p.
     largest = max(_LARGEST_OMEGA[function], 2.0 * num_functions)
     return (-largest if function == "cosine" else _SMALLEST_EXPONENT), largest

@@ -1,4 +1,4 @@
-"""Images of past classes, drawn from a generator and kept on disk while they are needed."""
+"""Draw images of past classes from a generator, and keep them on disk while they are needed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors.torch import save_file
 
 from ...classifier import ARCHITECTURES
 from ...data.pixels import to_model_range
@@ -16,9 +16,8 @@ from ...sampling.drawing import draw_samples, to_uint8
 from ...sampling.guidance import Guidance
 from ...sampling.pipeline import FunLoraPipeline
 from ...sampling.solvers import SOLVERS
-from ...utils.checks import check_at_least_one, check_choice
-from ...utils.field_types import check_field_types
-from ...utils.files import read_tensors, whole_file
+from ...utils.field_types import Count, Range, check_field_types, one_of
+from ...utils.files import read_tensors, write_tensors
 from ..devices import on_device
 from ..strategy import Batch
 
@@ -27,55 +26,45 @@ from ..strategy import Batch
 class ReplayOptions:
     """
     Args:
-        images_per_class: images generated of every past class before a task; None: as many as the class has real ones.
+        images_per_class: images generated of every past class before a task; None: as many as the class has real images.
         solver: of the sampling, as in the pipeline.
         num_inference_steps: as in the pipeline.
         sampling_batch_size: images at once.
         classifier_train_steps: steps of the classifier for each class seen.
-        classifier_batch_size: its batch.
-        classifier_learning_rate: of Adam.
+        classifier_batch_size: its batch size.
+        classifier_learning_rate: learning rate of Adam.
         classifier_architecture: "resnet18", "cnn" (small), or "auto": by the size of the images.
     """
 
-    images_per_class: int | None = None
-    solver: str = "heun"
-    num_inference_steps: int = 10
-    sampling_batch_size: int = 250
-    classifier_train_steps: int = 50
-    classifier_batch_size: int = 100
-    classifier_learning_rate: float = 1e-3
-    classifier_architecture: str = "auto"
+    images_per_class: Count | None = None
+    solver: Annotated[str, one_of(*SOLVERS)] = "heun"
+    num_inference_steps: Count = 10
+    sampling_batch_size: Count = 250
+    classifier_train_steps: Count = 50
+    classifier_batch_size: Count = 100
+    classifier_learning_rate: Annotated[float, Range(0, 1, above=True)] = 1e-3
+    classifier_architecture: Annotated[str, one_of(*ARCHITECTURES)] = "auto"
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        check_choice("solver", self.solver, SOLVERS)
-        if self.images_per_class is not None:
-            check_at_least_one("images_per_class", self.images_per_class)
-        for name in ("num_inference_steps", "sampling_batch_size", "classifier_train_steps", "classifier_batch_size"):
-            check_at_least_one(name, getattr(self, name))
-        check_choice("classifier_architecture", self.classifier_architecture, ARCHITECTURES)
-        if not 0 < self.classifier_learning_rate <= 1:
-            raise ValueError(
-                f"`classifier_learning_rate` is {self.classifier_learning_rate}, expected a number above 0, at most 1."
-            )
 
 
+@dataclass(frozen=True)
 class GeneratedImages:
-    """Draws images by class and keeps them in a folder until `delete`, from which they are read the next time."""
+    """Draws images by class and keeps them in a folder until `delete`; the next time they are read from there."""
 
-    def __init__(self, folder: Path, options: ReplayOptions, seed: int) -> None:
-        self.folder = folder
-        self._options = options
-        self._seed = seed
+    folder: Path
+    options: ReplayOptions
+    seed: int
 
     def draw(
         self, pipe: FunLoraPipeline, counts: Mapping[int, int], purpose: str, *, guidance: Guidance | None = None
     ) -> dict[int, torch.Tensor]:
-        """Images by class, uint8 `(n, channels, height, width)`, on the CPU: as many as `counts` says by the id of a class.
+        """Return images by class, uint8 `(n, channels, height, width)`, on the CPU; `counts` has their number by class id.
 
         They are the same for the same purpose, which is part of the seed and of the files' names.
         """
-        options, images = self._options, {}
+        options, images = self.options, {}
         for class_id, count in counts.items():
             path = self.folder / f"{purpose}_class_{class_id}.safetensors"
             if not path.is_file():
@@ -84,14 +73,13 @@ class GeneratedImages:
                     class_id,
                     count,
                     purpose=purpose,
-                    seed=self._seed,
+                    seed=self.seed,
                     batch_size=options.sampling_batch_size,
                     solver=options.solver,
                     num_inference_steps=options.num_inference_steps,
                     guidance=guidance,
                 )
-                with whole_file(path) as temporary:
-                    save_file({"images": to_uint8(samples.images)}, temporary)
+                write_tensors(path, {"images": to_uint8(samples.images)})
             images[class_id] = read_tensors(path, remedy="delete it, and it is drawn again", keys=["images"])["images"]
         return images
 
@@ -101,15 +89,15 @@ class GeneratedImages:
 
 
 def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int) -> Batch:
-    """A batch in which past and new classes have shares in proportion to their number.
+    """Return a batch in which the shares of past and new classes are in proportion to their number.
 
-    Past classes have generated images, drawn uniformly over the classes and over the images of each; new classes have the real
-    images of `real`.
+    Images of past classes are generated, drawn uniformly over the classes and over the images of each; those of new classes are
+    the real images of `real`.
 
     Draws from torch's global generator of the CPU.
 
     Args:
-        real: of new classes.
+        real: a batch of new classes.
         generated: class id -> images of a past class, uint8, at least one each; without any, `real` is returned.
         num_new: how many classes are new.
 
@@ -131,7 +119,7 @@ def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int) -> Bat
 
 
 def share_of(counts: Mapping[int, int], part: int, num_parts: int) -> dict[int, int]:
-    """How many images of each class belong to a part: at least one, and in all parts together at least the counts."""
+    """Return how many images of each class belong to a part: at least one, and in all parts together at least the counts."""
     return {
         class_id: max(1, -(-count * (part + 1) // num_parts) + (-count * part // num_parts))
         for class_id, count in counts.items()
@@ -139,5 +127,5 @@ def share_of(counts: Mapping[int, int], part: int, num_parts: int) -> dict[int, 
 
 
 def joined(parts: Sequence[Mapping[int, torch.Tensor]]) -> dict[int, torch.Tensor]:
-    """Images by class of several draws of the same classes."""
+    """Join the images by class of several draws of the same classes."""
     return {class_id: torch.cat([part[class_id] for part in parts]) for class_id in (parts[0] if parts else {})}

@@ -1,19 +1,20 @@
-"""GUIDE: replay in which the classifier steers its images towards its boundary with the new classes.
+"""GUIDE: replay in which the classifier steers the images towards its boundary with the new classes.
 
-Source: GUIDE (arXiv 2403.03938): guided by the classifier in training [code for DDIM], the form for flow matching [ours].
+Source: GUIDE (arXiv 2403.03938): guidance by the classifier in training [code for DDIM], its form for flow matching [ours].
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import nn
 
 from ...data.tasks import Task
 from ...sampling.guidance import Guidance
-from ...utils.checks import check_at_least_one
+from ...utils.field_types import Count, Positive, Range
 from ..base import label_rows
 from ..strategy import Batch, Phase, Trainable
 from ..trainer import phase_steps
@@ -25,36 +26,28 @@ from .replay import Replay, is_classifier
 class GuideOptions(ReplayOptions):
     """
     Args:
-        guidance_scale: s; 0 samples as `replay` does. GUIDE has 0.2 for CIFAR-10 in two tasks and 0.5 in five [code].
-        refreshes: in how many rounds, evenly over the classifier's training, the images are drawn, each steered by the
-            classifier as it then is [ours].
-        largest_weight: of the guidance, which would be infinite at the noise [ours].
+        guidance_scale: s; 0 samples as `replay` does. GUIDE uses 0.2 for CIFAR-10 in two tasks and 0.5 in five [code].
+        refreshes: number of rounds in which the images are drawn, evenly over the classifier's training; each is steered by
+            the classifier of that moment [ours].
+        largest_weight: limit of the guidance's weight, which would be infinite at the noise [ours].
 
     The other options are those of `replay`.
     """
 
-    guidance_scale: float = 0.2
-    refreshes: int = 4
-    largest_weight: float = 10.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.guidance_scale >= 0:
-            raise ValueError(f"`guidance_scale` is {self.guidance_scale}, expected a number of at least 0.")
-        check_at_least_one("refreshes", self.refreshes)
-        if not self.largest_weight > 0:
-            raise ValueError(f"`largest_weight` is {self.largest_weight}, expected a number above 0.")
+    guidance_scale: Annotated[float, Range(0)] = 0.2
+    refreshes: Count = 4
+    largest_weight: Positive = 10.0
 
 
 class Guide(Replay):
-    """The generator is `replay`'s. The classifier is trained on images of past classes that the previous generator draws
-    while this classifier pushes them towards the new class that it finds most likely. They keep the past class's label."""
+    """Trains the generator as `replay` does, and the classifier on images of past classes that the previous generator draws
+    while this classifier pushes them towards the new class that it finds most likely. They keep the label of the past class."""
 
     name = "guide"
     options_class = GuideOptions
 
     def replay_evaluations(self, task: Task) -> int:
-        return 2 * super().replay_evaluations(task)  # for the generator, and guided ones for the classifier
+        return 2 * super().replay_evaluations(task)  # images for the generator, and guided ones for the classifier
 
     def build(self, phase: Phase) -> Trainable:
         trainable = super().build(phase)
@@ -101,12 +94,12 @@ class Guide(Replay):
 
 
 def likeliest(classifier: nn.Module, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each image's likeliest class among some.
+    """Return the log-probability of each image's likeliest class among some classes.
 
     Args:
-        classifier: to logits `(batch, classes)`.
+        classifier: from images to logits `(batch, classes)`.
         images: `(batch, channels, height, width)` in [-1, 1].
-        rows: of the logits to choose among, `(n,)`, int64.
+        rows: rows of the logits to choose from, `(n,)`, int64.
 
     Returns:
         `(batch,)`.

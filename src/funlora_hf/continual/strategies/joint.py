@@ -44,10 +44,10 @@ class Joint(Strategy):
 
     def check(self) -> None:
         training = self.setting.training
-        check_one_generator(self.setting, self.name, ())
+        check_one_generator(self, ())
         if (training.base_train_steps is None) != (training.adapter_train_steps is None):
             raise ValueError(
-                "`strategy` 'joint' takes as many steps as base and adapters together: give `base_train_steps` and "
+                "`strategy` 'joint' trains as many steps as base and adapters together: give `base_train_steps` and "
                 "`adapter_train_steps`, or `base_epochs` and `adapter_epochs`."
             )
 
@@ -58,7 +58,7 @@ class Joint(Strategy):
         base = PhaseSettings.of(training, self.prefix)
         if base.train_steps is not None and training.adapter_train_steps is not None:
             later = len(self.class_ids) - len(task.class_ids)
-            # Epochs over more images give more steps by themselves; a number of steps has to be raised.
+            # Epochs over more images have more steps by themselves; a number of steps must be raised.
             base = replace(base, train_steps=base.train_steps + later * training.adapter_train_steps)
         return [Phase("joint", self.class_ids, base, independent=False)]
 

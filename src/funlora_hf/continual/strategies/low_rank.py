@@ -1,4 +1,4 @@
-"""The four strategies of "Low-Rank Continual Personalization": LoRAs trained on one task after another, joined in four ways.
+"""The four strategies of "Low-Rank Continual Personalization": a LoRA for each task, and four ways to join them.
 
 Source: arXiv 2410.04891: strategies [text], details [code] where a docstring says so.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from diffusers import UNet2DModel
@@ -17,8 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ...utils.checks import check_choice
-from ...utils.field_types import check_field_types
+from ...utils.field_types import Range, check_field_types, one_of
 from ..base import arrange, base_shape
 from ..strategy import Setting, Trainable
 from .peft_methods import chosen_targets
@@ -50,14 +50,13 @@ Pairs = dict[str, Pair]
 class LowRankOptions:
     """
     Args:
-        targets: "attention", as in the paper; "convolutions", those that `target_modules` names for FunLoRA; or "both".
+        targets: "attention", as in the paper; "convolutions", the layers that `target_modules` selects for FunLoRA; or "both".
     """
 
-    targets: str = "attention"
+    targets: Annotated[str, one_of(*TARGETS)] = "attention"
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        check_choice("targets", self.targets, TARGETS)
 
 
 @dataclass
@@ -67,20 +66,18 @@ class MergeOrthogonalOptions(LowRankOptions):
         targets: as in the other strategies.
         orthogonal: where a task's A starts: "nullspace", orthogonal to the row space of what was learned [ours], or "released",
             column by column orthogonal in rank space [code].
-        merge: "concat", a pair of higher rank for every task; "factor_sum", sums of factors [code]; "svd", the nearest pair of
+        merge: "concat", a pair whose rank grows with every task; "factor_sum", sums of factors [code]; "svd", the nearest pair of
             the same rank; "dense", the sum of the products.
     """
 
-    orthogonal: str = "nullspace"
-    merge: str = "concat"
+    orthogonal: Annotated[str, one_of("nullspace", "released")] = "nullspace"
+    merge: Annotated[str, one_of("concat", "factor_sum", "svd", "dense")] = "concat"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("orthogonal", self.orthogonal, ("nullspace", "released"))
-        check_choice("merge", self.merge, ("concat", "factor_sum", "svd", "dense"))
         if self.orthogonal == "released" and self.merge in ("concat", "dense"):
             raise ValueError(
-                f"`orthogonal` is 'released', which needs an accumulated A of the rank of a task's, and `merge` {self.merge!r} "
+                f"`orthogonal` is 'released', which needs an accumulated A with the rank of a task's A, but `merge` {self.merge!r} "
                 "keeps none: take merge=factor_sum, as released, or merge=svd."
             )
 
@@ -90,28 +87,25 @@ class MagMaxOptions(LowRankOptions):
     """
     Args:
         targets: as in the other strategies.
-        compared: "running": a task's own change with what was kept, entry by entry, and training goes on from the result
-            [code]. "cumulative": the changes since the base after every task, as in the original; training goes on from the
-            weights as trained.
+        compared: what is compared, entry by entry. "running": a task's own change with the kept one; training continues from
+            the result [code]. "cumulative": the changes since the base after every task, as in the original; training continues
+            from the weights as trained.
         scaling: the original's lambda, by which "cumulative" multiplies the change at the end.
     """
 
-    compared: str = "running"
-    scaling: float = 1.0
+    compared: Annotated[str, one_of("running", "cumulative")] = "running"
+    scaling: Annotated[float, Range(0, 10, above=True)] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("compared", self.compared, ("running", "cumulative"))
-        if not 0 < self.scaling <= 10:
-            raise ValueError(f"`scaling` is {self.scaling}, expected a number above 0, at most 10.")
         if self.scaling != 1 and self.compared == "running":
             raise ValueError(
-                f"`scaling` is {self.scaling}, which only compared='cumulative' uses: leave it out, or take that."
+                f"`scaling` is {self.scaling}, which only compared='cumulative' uses: leave it out, or set that."
             )
 
 
 class LowRank(Sequential):
-    """Trains a LoRA of PEFT and the vectors of the task's classes, on a base that keeps its weights.
+    """Trains a LoRA of PEFT and the vectors of the task's classes; the weights of the base stay.
 
     `lora_alpha` is the rank; A starts from N(0, 1/r^2) and B at 0 [code].
     """
@@ -128,7 +122,7 @@ class LowRank(Sequential):
         self._weights()
 
     def target_modules(self, unet: UNet2DModel) -> list[str]:
-        """Names of the layers that get a LoRA, in the U-Net's order.
+        """Return the names of the layers that get a LoRA, in the U-Net's order.
 
         Raises:
             ValueError: there are none.
@@ -148,20 +142,20 @@ class LowRank(Sequential):
         return [name for name, _ in unet.named_modules() if name in names]
 
     def deltas(self, kept: Kept) -> Deltas:
-        """Changes of the base's weights that the generator has after a task, `(out, in)` by layer."""
+        """Return the changes of the base's weights in the generator after a task, `(out, in)` by layer."""
         return {**only(kept, "delta"), **{layer: product(pair) for layer, pair in unpack(kept).items()}}
 
     def training_deltas(self, kept: Kept) -> Deltas:
-        """Those on which the next task is trained."""
+        """Return the changes of the base's weights with which the next task is trained."""
         return self.deltas(kept)
 
     def start(self, gaussian: Pairs, kept: Kept) -> Pairs:
-        """Where a task's pairs start, from the usual start and from what the task before has left, which is not empty."""
+        """Return the start values of a task's pairs, from the usual ones and the previous task's state, which is not empty."""
         return gaussian
 
     @abstractmethod
     def merge(self, kept: Kept, learned: Pairs) -> dict[str, torch.Tensor]:
-        """State to keep after a task, from the previous state (empty after the base) and this task's pairs."""
+        """Return the state to keep after a task, from the previous state (empty after the base) and this task's pairs."""
 
     def trainable(self, unet: UNet2DModel, kept: Kept) -> Trainable:
         add_deltas(unet, self.training_deltas(kept))
@@ -187,13 +181,13 @@ class LowRank(Sequential):
         return 4 * self.rank * sum(sum(weight.shape) for weight in self._weights().values())
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """Weights `(out, in)` of the layers that get a LoRA, without values."""
+        """Return the weights `(out, in)` of the layers that get a LoRA, without values."""
         shape = base_shape(self.setting)
         return {name: shape.get_parameter(f"{name}.weight").flatten(1) for name in self.target_modules(shape)}
 
 
 class NaiveLora(LowRank):
-    """One pair of matrices, trained further in every task."""
+    """One pair of matrices for each layer, which every task trains further."""
 
     name = "naive_lora"
 
@@ -208,7 +202,7 @@ class NaiveLora(LowRank):
 
 
 class MergeInit(LowRank):
-    """Every task's product is added to the weights, and the next task starts a new pair."""
+    """Adds every task's product to the weights; the next task starts a new pair."""
 
     name = "merge_init"
 
@@ -218,7 +212,7 @@ class MergeInit(LowRank):
 
 
 class MergeOrthogonal(MergeInit):
-    """Like merge_init, but a new pair starts orthogonal to what was learned, and the sum can be kept in four forms."""
+    """Like merge_init, but new pairs start orthogonal to what was learned, and there are four forms of the sum."""
 
     name = "merge_orthogonal"
     options_class = MergeOrthogonalOptions
@@ -258,7 +252,7 @@ class MergeOrthogonal(MergeInit):
         return truncated(product(old) + product(new), self.rank)
 
     def _check_dimensions(self) -> None:
-        """Check that the nullspace lasts to the end, before anything is trained."""
+        """Check, before anything is trained, that the nullspace is large enough for all tasks."""
         tasks = len(self.setting.tasks) - 1
         rank_grows = self.options.merge in ("concat", "dense")
         earlier = tasks - 1 if rank_grows else int(tasks > 1)
@@ -274,7 +268,7 @@ class MergeOrthogonal(MergeInit):
 
 
 class MagMax(LowRank):
-    """Of the old and the new change of each weight, the one of larger magnitude stays."""
+    """Keeps the larger of the old and the new change of each weight, by magnitude."""
 
     name = "magmax"
     options_class = MagMaxOptions
@@ -298,7 +292,7 @@ class MagMax(LowRank):
 
 
 def _matching(unet: UNet2DModel, targets: list[str] | str | None) -> list[str]:
-    """Names of the convolutions and linear layers that PEFT would find by these targets: names, their ends, or one regex."""
+    """Return the names of the convolutions and linear layers that PEFT finds by these targets: names, their ends, or one regex."""
     config = LoraConfig(target_modules=targets)
     layers = [name for name, module in unet.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     return [name for name in layers if check_target_module_exists(config, name)]
@@ -313,12 +307,12 @@ def add_deltas(unet: UNet2DModel, deltas: Mapping[str, torch.Tensor]) -> None:
 
 
 def get_pairs(model: PeftModel) -> Pairs:
-    """Copies of a LoRA's matrices by layer; those of a convolution are flattened."""
+    """Return copies of a LoRA's matrices by layer; those of a convolution are flattened."""
     return {name: Pair(*(own.detach().flatten(1).clone() for own in pair)) for name, pair in _own_pairs(model).items()}
 
 
 def set_pairs(model: PeftModel, pairs: Mapping[str, Pair]) -> None:
-    """The inverse of `get_pairs`, in place."""
+    """Set the matrices that `get_pairs` returns, in place."""
     with torch.no_grad():
         for name, pair in _own_pairs(model).items():
             for own, given in zip(pair, pairs[name], strict=True):
@@ -334,16 +328,16 @@ def _own_pairs(model: PeftModel) -> Pairs:
 
 
 def only(kept: Kept, what: str) -> dict[str, torch.Tensor]:
-    """The tensors named `layer/what`, by layer."""
+    """Return the tensors named `layer/what`, by layer."""
     return {name.rpartition("/")[0]: tensor for name, tensor in kept.items() if name.endswith(f"/{what}")}
 
 
 def pack(pairs: Mapping[str, Pair]) -> dict[str, torch.Tensor]:
-    """Pairs by layer as named tensors."""
+    """Turn pairs by layer into named tensors."""
     return {f"{layer}/{what}": matrix for layer, pair in pairs.items() for what, matrix in pair._asdict().items()}
 
 
 def unpack(kept: Kept) -> Pairs:
-    """The inverse of `pack`; it ignores other tensors."""
+    """Undo `pack`; other tensors are ignored."""
     B = only(kept, "B")
     return {layer: Pair(A, B[layer]) for layer, A in only(kept, "A").items()}

@@ -1,7 +1,4 @@
-"""Names that `--peft_method` takes: what a class's adapter is made of, FunLoRA or one of the paper's comparison methods.
-
-Makes configurations.
-"""
+"""The methods that `--peft_method` names, FunLoRA and the paper's comparison methods: make a config for a class's adapter."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ from ..config import ModelArguments
 
 
 CLASS_EMBEDDING = "class_embedding"
-# FunLoRA's vector replaces the output of the embedding; other methods replace this row of the embedding.
+# FunLoRA's class vector replaces the output of the embedding; other methods replace this row of the embedding.
 VECTOR_ROW = 0
 
-# Arguments that say what an adapter is made of.
+# Arguments that describe an adapter.
 ADAPTER_ARGUMENTS = ("function", "num_functions", "train_omega", "operation", "rank", "ratio", "target_modules")
 
 
@@ -33,10 +30,10 @@ ADAPTER_ARGUMENTS = ("function", "num_functions", "train_omega", "operation", "r
 class PeftMethod:
     """
     Args:
-        name: that `--peft_method` takes.
-        make: (U-Net, model arguments, rank) -> configuration, class vector included.
-        default_rank: if the arguments name none.
-        takes: those of `ADAPTER_ARGUMENTS` that it uses; the others must keep their defaults.
+        name: its name for `--peft_method`.
+        make: (U-Net, model arguments, rank) -> configuration, including the class vector.
+        default_rank: rank if the arguments give none.
+        takes: the `ADAPTER_ARGUMENTS` that it uses; the others must have their defaults.
         prepare: changes a base in memory before it gets adapters; its outputs stay the same to the bit.
     """
 
@@ -47,7 +44,7 @@ class PeftMethod:
     prepare: Callable[[UNet2DModel], None] = lambda unet: None
 
     def config(self, unet: UNet2DModel, model: ModelArguments) -> PeftConfig:
-        """The configuration of an adapter for `unet`, which may be on the meta device.
+        """Make the configuration of an adapter for `unet`, which may be on the meta device.
 
         Raises:
             ValueError: an argument that this method does not use, or layers that the U-Net does not have.
@@ -57,7 +54,7 @@ class PeftMethod:
 
 
 def check_unused(model: ModelArguments, takes: Collection[str], user: str) -> None:
-    """Raise a ValueError that names the first of `ADAPTER_ARGUMENTS` that is given but not among those that `user` takes."""
+    """Raise a ValueError that names the first of `ADAPTER_ARGUMENTS` that is given but not in `takes`, those that `user` uses."""
     for one in fields(model):
         given = getattr(model, one.name)
         if one.name in ADAPTER_ARGUMENTS and one.name not in takes and given != one.default:
@@ -67,17 +64,17 @@ def check_unused(model: ModelArguments, takes: Collection[str], user: str) -> No
 
 
 def peft_method(name: str) -> PeftMethod:
-    """The method of a name. Raises a ValueError that lists the known ones."""
+    """Return the method of a name. Raises a ValueError that lists the known names."""
     check_choice("peft_method", name, tuple(PEFT_METHODS))
     return PEFT_METHODS[name]
 
 
 def fuse_attention(unet: UNet2DModel) -> None:
-    """Make query, key and value of every attention one layer, `to_qkv`; outputs stay the same to the bit."""
+    """Fuse query, key and value of every attention into one layer, `to_qkv`; outputs stay the same to the bit."""
     for module in unet.modules():
         if isinstance(module, Attention):
             module.fuse_projections()
-            # Annotated as one of the processors that it takes.
+            # Its annotation lists only some of the processors that it accepts.
             module.set_processor(FusedAttnProcessor2_0())  # type: ignore[arg-type]
 
 
@@ -86,7 +83,7 @@ def _funlora(unet: UNet2DModel, model: ModelArguments, rank: int, **fixed: objec
 
 
 def chosen_targets(unet: UNet2DModel, model: ModelArguments, default: str | None = None) -> list[str] | str | None:
-    """`target_modules` as PEFT takes it. An only entry is a preset, "all-conv", or a regex, as which a name stands for itself."""
+    """Return `target_modules` for PEFT. A single entry is a preset, "all-conv", or a regex, which may be just a name."""
     targets: list[str] | str | None = model.target_modules
     if targets is not None and len(targets) == 1:
         targets = targets[0]
@@ -157,7 +154,7 @@ _METHODS = (
         takes=("rank",),
         prepare=fuse_attention,
     ),
-    # Which blocks these two take is [ours]; the counts on the paper's backbone are its own [exact].
+    # The choice of blocks for these two is [ours]; their parameter counts on the paper's backbone match the paper [exact].
     PeftMethod(
         "lora_conv_v1",
         partial(_conv_lora, bottleneck="kernel", num_resnets=1, with_upsampler=False),

@@ -1,4 +1,4 @@
-"""Names of the strategies that `--strategy` takes."""
+"""The strategies that `--strategy` names."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in
 
 
 def strategy_class(name: str) -> type[Strategy]:
-    """The strategy of a name. Raises a ValueError that lists the known ones."""
+    """Return the strategy of a name. Raises a ValueError that lists the known names."""
     check_choice("strategy", name, tuple(STRATEGIES))
     return STRATEGIES[name]

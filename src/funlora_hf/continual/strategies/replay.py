@@ -20,16 +20,16 @@ from ..base import BASE_PHASE, label_rows
 from ..strategy import Batch, Phase, PhaseSettings, Setting, Trainable, tensor_bytes
 from .finetune import Finetune
 from .generated_images import GeneratedImages, ReplayOptions, mix
-from .sequential import KeptFile, scaled
+from .sequential import KeptFile
 
 
 _CLASSIFIER = "classifier_task_"
 
 
 class Replay(Finetune):
-    """Trains the whole U-Net, and then a classifier, on real images of new classes mixed with generated ones of past classes.
+    """Trains the whole U-Net, then a classifier, on real images of new classes mixed with generated images of past classes.
 
-    Both start from their weights of the previous task. Real images of past tasks are never read.
+    Both start from their weights after the previous task. Real images of past tasks are never read.
     """
 
     name = "replay"
@@ -49,9 +49,9 @@ class Replay(Finetune):
             self._generated = self.images.draw(pipe, self.past(task), f"replay_{task.index + 1}")
 
     def past(self, task: Task) -> dict[int, int]:
-        """Images to generate of each class of earlier tasks."""
+        """Return the number of images to generate of each class of earlier tasks."""
         real = self.setting.num_images
-        # The classes of a given base may have none: then as many as the task's own classes have at most.
+        # Classes of a given base may have no images: then as many as the largest of the task's own classes.
         fallback = max(real.get(class_id, 1) for class_id in task.class_ids)
         given = self.options.images_per_class
         seen = self.setting.seen(task)
@@ -73,17 +73,17 @@ class Replay(Finetune):
             batch_size=options.classifier_batch_size,
             learning_rate=options.classifier_learning_rate,
             warmup_steps=0,
-            # No moving average: the running means of batch normalisation belong to the weights as trained.
+            # No moving average, since the running means of batch normalization belong to the weights as trained.
             ema_decay=0.0,
             ema_start=0.0,
         )
         return [*generator, Phase(f"{_CLASSIFIER}{task.index + 1}", task.class_ids, settings, independent=False)]
 
     def phase_settings(self, task: Task) -> PhaseSettings:
-        """Enough steps that each class seen so far, old or new, is met as often as by funlora: they grow with the tasks."""
+        """Settings in which each class seen so far, old or new, is seen as often as by funlora: the steps grow with the tasks."""
         seen = len(self.setting.seen(task))
-        settings = scaled(self.setting.training, self.prefix, seen)
-        # An epoch counts the new classes' images only.
+        settings = self.scaled(seen)
+        # An epoch counts only the images of new classes.
         epochs = None if settings.epochs is None else -(-settings.epochs * seen // len(task.class_ids))
         return replace(settings, epochs=epochs)
 
@@ -105,7 +105,7 @@ class Replay(Finetune):
         return mix(real, self.generated(phase, real), len(phase.class_ids))
 
     def generated(self, phase: Phase, real: Batch) -> Mapping[int, torch.Tensor]:
-        """Images of past classes, uint8, for a batch of a phase."""
+        """Return images of past classes, uint8, for a batch of a phase."""
         return self._generated
 
     def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> torch.Tensor:
@@ -139,7 +139,7 @@ class Replay(Finetune):
         return report
 
     def _classifier(self, task: Task, kept: Task | None) -> nn.Module:
-        """A classifier of the classes seen up to a task, with the weights of an earlier one as far as it has them."""
+        """Return a classifier of the classes seen up to a task; it takes all weights that the one of an earlier task has."""
         classifier = self._untrained(len(self.setting.seen(task)))
         state = classifier.state_dict()
         for name, tensor in self.classifiers.load(kept).items():
@@ -159,17 +159,17 @@ class Replay(Finetune):
         )
 
     def _head_bytes(self, task: Task) -> int:
-        """Of the classifier's last layer, a row for each class."""
+        """Return the bytes of the classifier's last layer, which has a row for each class."""
         with torch.device("meta"):
             *_, weight, bias = self._untrained(len(self.setting.seen(task))).parameters()
         return weight.nbytes + bias.nbytes
 
     def _replay_bytes(self) -> int:
-        """Of the images generated for the last task, which has the most."""
+        """Return the bytes of the images generated for the last task, which has the most."""
         shape = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
         return sum(self.past(self.setting.tasks[-1]).values()) * shape["in_channels"] * shape["sample_size"] ** 2
 
 
 def is_classifier(phase: Phase) -> bool:
-    """Whether a phase trains the classifier."""
+    """Return whether a phase trains the classifier."""
     return phase.name.startswith(_CLASSIFIER)

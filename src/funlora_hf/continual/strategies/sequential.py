@@ -1,4 +1,4 @@
-"""What strategies share that train one generator of all classes on one task after another.
+"""The base class of strategies that train one generator of all classes, task after task.
 
 Task 1 trains the base, as for all strategies. Each later task writes the generator to one file, and only the newest is kept.
 """
@@ -8,18 +8,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
-from safetensors.torch import save_file
 from torch import nn
 
 from ...adapters.untrusted_base import base_classes
 from ...data.tasks import Task
 from ...sampling.pipeline import FunLoraPipeline
-from ...utils.files import read_tensors, whole_file
+from ...utils.files import read_tensors, write_tensors
 from ..base import (
     BASE_PHASE,
     arrange,
@@ -30,7 +29,6 @@ from ..base import (
     set_class_vectors,
     trainable_unet,
 )
-from ..config import ContinualTrainingArguments
 from ..strategy import (
     Batch,
     Phase,
@@ -45,36 +43,35 @@ from ..strategy import (
 from .peft_methods import check_unused
 
 
-# Kept of every task.
+# Kept after every task.
 CLASS_VECTORS = "class_embedding.weight"
 
 
+@dataclass(frozen=True)
 class KeptFile:
     """One safetensors file for each task; a later one replaces the earlier ones."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def path(self, task: Task) -> Path:
-        """The file of a task."""
+        """Return the path of a task's file."""
         return self.folder / f"task_{task.index + 1}.safetensors"
 
     def newest(self, tasks: Sequence[Task]) -> Task | None:
-        """The last of these tasks that has a file, or None."""
+        """Return the last of these tasks that has a file, or None."""
         return next((task for task in reversed(tasks) if self.path(task).is_file()), None)
 
     def save(self, task: Task, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write the file of a task, whole or not at all."""
-        with whole_file(self.path(task)) as temporary:
-            # Copies: two names may share one tensor, which the format refuses.
-            copies = {
-                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for name, tensor in tensors.items()
-            }
-            save_file(copies, temporary)
+        # Copies, since two names may share one tensor, which the format refuses.
+        copies = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        write_tensors(self.path(task), copies)
 
     def load(self, task: Task | None) -> dict[str, torch.Tensor]:
-        """The tensors of a task on the CPU; none for None."""
+        """Return the tensors of a task on the CPU; none for None."""
         remedy = "the generator of its task is lost; start again with --overwrite_output_dir"
         return {} if task is None else read_tensors(self.path(task), remedy=remedy)
 
@@ -90,7 +87,7 @@ class Sequential(Strategy):
     needs_base = True
     """Whether sampling after a later task needs the base in addition to what is kept."""
     takes: tuple[str, ...] = ()
-    """Those of `ADAPTER_ARGUMENTS` that it uses."""
+    """The `ADAPTER_ARGUMENTS` that it uses."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -101,16 +98,16 @@ class Sequential(Strategy):
 
     @abstractmethod
     def trainable(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> Trainable:
-        """What a task trains; `CLASS_VECTORS` is among its parameters.
+        """Build what a task trains; `CLASS_VECTORS` is one of its parameters.
 
         Args:
-            unet: the base, with vectors of all classes seen, this task's included.
-            kept: what `learned` gave for the task before; empty after the base.
+            unet: the base, with vectors of all classes seen, including this task's.
+            kept: what `learned` returned for the previous task; empty after the base.
         """
 
     @abstractmethod
     def learned(self, trainable: Trainable, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is kept of a task, to which the class vectors are added: the next task gets it as `kept`."""
+        """Return what to keep of a task, to which the class vectors are added: the next task gets it as `kept`."""
 
     @abstractmethod
     def load(self, unet: UNet2DModel, kept: Mapping[str, torch.Tensor]) -> None:
@@ -118,13 +115,13 @@ class Sequential(Strategy):
 
     def check(self) -> None:
         setting = self.setting
-        check_one_generator(setting, self.name, self.takes)
+        check_one_generator(self, self.takes)
         if not setting.has_base:
             return
         rows, known = base_classes(setting.base_dir), setting.tasks[0].class_ids
         if list(rows) != list(known):
             raise ValueError(
-                f"`base_model` knows the classes {list(known)}, those of adapters included, but its U-Net itself only "
+                f"`base_model` knows the classes {list(known)}, including those of adapters, but its U-Net itself only "
                 f"{list(rows)}: `strategy` {self.name!r} needs a base without adapters."
             )
 
@@ -137,8 +134,19 @@ class Sequential(Strategy):
         return [Phase(f"task_{task.index + 1}", task.class_ids, self.phase_settings(task), independent=False)]
 
     def phase_settings(self, task: Task) -> PhaseSettings:
-        """Enough steps that each class is seen as often as by funlora, which trains the classes one by one."""
-        return scaled(self.setting.training, self.prefix, len(task.class_ids))
+        """Settings in which each class is seen as often as by funlora, which trains the classes one by one."""
+        return self.scaled(len(task.class_ids))
+
+    def scaled(self, num_classes: int) -> PhaseSettings:
+        """Settings for the images of several classes at once: steps, epochs and batch of an adapter, the rest by `prefix`.
+
+        Each of `num_classes` is seen as often as an adapter's class, for which steps are multiplied; epochs need not be.
+        """
+        training = self.setting.training
+        adapter = PhaseSettings.of(training, "adapter")
+        steps = None if adapter.train_steps is None else adapter.train_steps * num_classes
+        own = PhaseSettings.of(training, self.prefix)
+        return replace(own, train_steps=steps, epochs=adapter.epochs, batch_size=adapter.batch_size)
 
     def is_finished(self, phase: Phase) -> bool:
         if phase.name == BASE_PHASE:
@@ -146,7 +154,7 @@ class Sequential(Strategy):
         return self.kept.newest(self.setting.tasks[self.task_of(phase).index :]) is not None
 
     def task_of(self, phase: Phase) -> Task:
-        """The task whose classes a phase reads."""
+        """Return the task whose classes a phase reads."""
         return next(task for task in self.setting.tasks if set(phase.class_ids) <= set(task.class_ids))
 
     def build(self, phase: Phase) -> Trainable:
@@ -158,7 +166,7 @@ class Sequential(Strategy):
         return trainable
 
     def before(self, task: Task) -> Task | None:
-        """The task that the generator was last trained on before this one; None: only the base was trained."""
+        """Return the task on which the generator was last trained before this one; None: only the base was trained."""
         return self.kept.newest(self.setting.tasks[: task.index])
 
     def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> torch.Tensor:
@@ -186,7 +194,7 @@ class Sequential(Strategy):
         yield self.sampler(self.kept.newest(self.setting.tasks))
 
     def sampler(self, task: Task | None) -> FunLoraPipeline:
-        """The generator after a task, for sampling; None: the base."""
+        """Return a pipeline with the generator after a task; None: the base."""
         if self._sampled is None or self._sampled[0] != task:
             known = self.setting.tasks[0] if task is None else task
             unet = self._generator(known, self.kept.load(task))
@@ -205,50 +213,36 @@ class Sequential(Strategy):
 
     @abstractmethod
     def trained_bytes(self, base: int) -> int:
-        """Bytes of the parameters that a task trains, where the whole base has `base`.
+        """Return the bytes of the parameters that a task trains; the whole base has `base`.
 
-        Adam's two moments, the moving average and the gradient take as many each.
+        Each of Adam's two moments, the moving average and the gradient takes the same again.
         """
 
     def _generator(self, task: Task, kept: Mapping[str, torch.Tensor]) -> UNet2DModel:
-        """The generator after a task, for sampling."""
+        """Return the generator after a task, for sampling."""
         unet, kept = self._unet(task, kept)
         self.load(unet, kept)
         return unet.eval()
 
     def _unet(self, task: Task, kept: Mapping[str, torch.Tensor]) -> tuple[UNet2DModel, dict[str, torch.Tensor]]:
-        """The base with vectors for the classes up to a task, and what is kept besides them, on the run's device."""
+        """Return the base with vectors for the classes up to a task, and the other kept tensors, on the run's device."""
         device = self.setting.device
         unet = UNet2DModel.from_pretrained(self.setting.base_dir, subfolder="unet", use_safetensors=True).to(device)
         kept = {name: tensor.detach().to(device) for name, tensor in kept.items()}
         vectors = kept.pop(CLASS_VECTORS, unet.class_embedding.weight.detach())
         set_class_vectors(unet, vectors, len(self.setting.seen(task)))
-        # Otherwise diffusers would write the base's path on this machine.
+        # Otherwise diffusers would write the base's local path.
         unet.register_to_config(_name_or_path="")
         return unet, kept
 
 
-def check_one_generator(setting: Setting, strategy: str, takes: Collection[str]) -> None:
-    """Raise a ValueError unless the setting is one for a strategy of one generator, which uses those of `ADAPTER_ARGUMENTS`."""
-    check_unused(setting.model, takes, f"`strategy` {strategy!r}")
+def check_one_generator(strategy: Strategy, takes: Collection[str]) -> None:
+    """Raise a ValueError unless the setting suits a strategy with one generator, which `takes` these `ADAPTER_ARGUMENTS`."""
+    setting = strategy.setting
+    check_unused(setting.model, takes, f"`strategy` {strategy.name!r}")
     if setting.training.class_batches != "homogeneous":
         raise ValueError(
-            f"`class_batches` is {setting.training.class_batches!r}, which `strategy` {strategy!r} does not use, since it "
+            f"`class_batches` is {setting.training.class_batches!r}, which `strategy` {strategy.name!r} does not use, since it "
             "trains its classes together: leave it out."
         )
     base_shape(setting)
-
-
-def scaled(training: ContinualTrainingArguments, prefix: str, num_classes: int) -> PhaseSettings:
-    """Settings of the base or of adapters, for the images of several classes at once.
-
-    Args:
-        training: the run's arguments; steps, epochs and batch are those of an adapter.
-        prefix: whose learning rate, warm-up and moving average: "base" or "adapter".
-        num_classes: each is seen as often as an adapter's class. Epochs do so by themselves.
-    """
-    adapter = PhaseSettings.of(training, "adapter")
-    steps = None if adapter.train_steps is None else adapter.train_steps * num_classes
-    return replace(
-        PhaseSettings.of(training, prefix), train_steps=steps, epochs=adapter.epochs, batch_size=adapter.batch_size
-    )

@@ -1,4 +1,4 @@
-"""Changes of one layer's weight: low-rank pairs, how they are joined, and where a new one starts. Pure maths.
+"""Changes of one layer's weight: low-rank pairs, ways to join them, and start values of a new pair. Pure maths.
 
 Matrices throughout: a weight `(out, in)`; of a convolution, `in` is input channels times kernel.
 """
@@ -24,17 +24,17 @@ class Pair(NamedTuple):
 
 
 def product(pair: Pair) -> torch.Tensor:
-    """The dense change `B A`, `(out, in)`."""
+    """Return the dense change `B A`, `(out, in)`."""
     return pair.B @ pair.A
 
 
 def concatenated(old: Pair, new: Pair) -> Pair:
-    """The pair of rank `r_old + r_new` whose product is the sum of the products. Source: [ours]."""
+    """Return the pair of rank `r_old + r_new` whose product is the sum of the products. Source: [ours]."""
     return Pair(torch.cat([old.A, new.A]), torch.cat([old.B, new.B], dim=1))
 
 
 def summed_factors(old: Pair, new: Pair) -> Pair:
-    """`A_old + A_new` and `B_old + B_new`: the product also has the cross terms `B_old A_new + B_new A_old`.
+    """Return `A_old + A_new` and `B_old + B_new`: their product also has the cross terms `B_old A_new + B_new A_old`.
 
     Source: arXiv 2410.04891 [code].
     """
@@ -42,7 +42,7 @@ def summed_factors(old: Pair, new: Pair) -> Pair:
 
 
 def truncated(delta: torch.Tensor, rank: int) -> Pair:
-    """The pair of this rank that is nearest to a dense change in the Frobenius norm.
+    """Return the pair of this rank that is nearest to a dense change in the Frobenius norm.
 
     Args:
         delta: `(out, in)`.
@@ -58,23 +58,23 @@ def truncated(delta: torch.Tensor, rank: int) -> Pair:
 
 
 def larger_magnitude(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """For each entry, the change of larger magnitude; the new one if both are equal.
+    """Return the change of larger magnitude for each entry; the new one if both are equal.
 
-    Source: MagMax (arXiv 2407.06322), as arXiv 2410.04891 takes it [code].
+    Source: MagMax (arXiv 2407.06322), as arXiv 2410.04891 uses it [code].
     """
     return torch.where(new.abs() >= old.abs(), new, old)
 
 
 def row_space(delta: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis of what the change reacts to, `(in, R)` with R its numerical rank."""
+    """Return an orthonormal basis of the inputs on which the change acts, `(in, R)` with R its numerical rank."""
     _, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
-    # The tolerance of torch.linalg.matrix_rank, for the precision that the change was computed in.
+    # The tolerance of torch.linalg.matrix_rank, for the precision in which the change was computed.
     tolerance = S[0] * max(delta.shape) * torch.finfo(delta.dtype).eps
     return Vh[tolerance < S].T.to(delta.dtype)
 
 
 def nullspace_start(gaussian: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """A start for A that is zero on all inputs to which an earlier change reacts: `A Q = 0`.
+    """Return a start for A that is zero on all inputs on which an earlier change acts: `A Q = 0`.
 
     Args:
         gaussian: G, `(r, in)`.
@@ -103,9 +103,9 @@ def nullspace_start(gaussian: torch.Tensor, basis: torch.Tensor) -> torch.Tensor
 
 
 def rank_space_start(gaussian: torch.Tensor, accumulated: torch.Tensor) -> torch.Tensor:
-    """A start for A: each column is orthogonal to the same column of an accumulated A, in the r dimensions of rank.
+    """Return a start for A: each column is orthogonal to the same column of an accumulated A, in the r dimensions of rank.
 
-    All columns share one Gaussian direction, without its part along the accumulated column, so most of the result lies in that
+    All columns share one Gaussian direction, without its part along the accumulated column, so most of the result has that
     direction. It is no more orthogonal to the rows of the accumulated A than a random matrix.
 
     Args:
@@ -115,7 +115,7 @@ def rank_space_start(gaussian: torch.Tensor, accumulated: torch.Tensor) -> torch
     Returns:
         `(r, in)`; all of it zero where r is 1.
 
-    Source: what the released code of arXiv 2410.04891 does [code], its direction is [ours].
+    Source: the released code of arXiv 2410.04891 does this [code]; the shared direction is [ours].
     """
     unit = functional.normalize(accumulated, dim=0)
     direction = gaussian[:, :1]
