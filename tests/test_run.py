@@ -41,7 +41,7 @@ from funlora_hf.data.pixels import to_model_range
 from funlora_hf.evaluation import evaluator as evaluator_module
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError
-from funlora_hf.run import RunArguments, _check_launcher, evaluate, run
+from funlora_hf.run import Run, RunArguments, _check_launcher, evaluate, run
 from funlora_hf.sampling.drawing import to_uint8
 from funlora_hf.utils.files import read_json, write_json
 from funlora_hf.utils.locks import FolderInUseError, folder_lock
@@ -1012,6 +1012,13 @@ def test_a_base_that_is_not_there_is_named(name, inside):
     (inside / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=f"`base_model` (is )?'{name}'"):
         run(short_run(base_model=name))
+
+
+def test_a_single_task_of_all_classes_is_said(tmp_path, recwarn):
+    Run(short_run(output_dir=str(tmp_path), classes_per_task=10, num_tasks=1), None)._prepared()
+    assert not [one for one in recwarn if "classes_per_task" in str(one.message)]
+    with pytest.warns(UserWarning, match="`classes_per_task` is 20, and there are 10 classes: task 1 has all"):
+        Run(short_run(output_dir=str(tmp_path), classes_per_task=20), None)._prepared()
 
 
 def test_one_class_alone_is_refused(inside):

@@ -242,7 +242,7 @@ def _info(as_json: bool, **source: Any) -> int:
 
     place = Path(source["source"], source["subfolder"] or "")
     run = RunFolder(place)
-    unfinished, classes = run.unfinished(), AddedClasses(run).unfinished()
+    unfinished, begun = run.unfinished(), AddedClasses(run).unfinished()
     try:
         found = describe(**source)
     except FileNotFoundError as error:
@@ -252,14 +252,14 @@ def _info(as_json: bool, **source: Any) -> int:
             raise
         found = Description(source["source"], None)  # a run that has no base yet
     if as_json:
-        print(json.dumps({**asdict(found), "unfinished": unfinished, "unfinished_classes": classes}, indent=2))
+        print(json.dumps({**asdict(found), "unfinished": unfinished, "unfinished_classes": begun}, indent=2))
         return 0
     if unfinished is not None:
         _say(
             f"unfinished run: {unfinished}. To go on: the `funlora train` command that began it, with --resume_from_checkpoint "
             "latest"
         )
-    for class_id, name in classes.items():
+    for class_id, name in begun.items():
         _say(f"unfinished class {_class_text(class_id, name)}. To go on: the `funlora add` command that began it")
     if (base := found.base) is not None:
         numbers = f"{base.parameters:,} parameters, fingerprint {base.fingerprint}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -372,6 +373,12 @@ class Run:
             raise ValueError(
                 f"`dataset_name` {given.dataset_name!r} has no class that `base_model` does not know already: "
                 f"{', '.join(base.classes.values())}."
+            )
+        if len(tasks) == 1 and given.num_tasks != 1:
+            warnings.warn(
+                f"`classes_per_task` is {given.classes_per_task}, and there are {len(tasks[0].class_ids)} classes: task 1 has all of them, and "
+                "nothing is learned after it.",
+                stacklevel=2,
             )
         return tasks[: given.num_tasks]
 

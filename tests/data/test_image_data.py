@@ -210,6 +210,15 @@ def test_image_folder_of_an_odd_layout(tmp_path, files, message):
         load(image_folder(tmp_path / "odd", *files))
 
 
+def test_the_bar_over_local_files_does_not_say_that_it_downloads_them(tmp_path, capsys):
+    """There is one from 16 files on."""
+    write_images(tmp_path / "a", 20)
+    write_images(tmp_path / "b", 20)
+    load(str(tmp_path))
+    assert "Finding images: 100%" in (shown := capsys.readouterr().err)
+    assert "Downloading" not in shown
+
+
 def test_single_parquet_file(tmp_path):
     write(tmp_path / "p", cats=table(["b", "a", "b"], datasets.Value("string")))
     found = load(str(tmp_path / "p" / "cats.parquet"))
