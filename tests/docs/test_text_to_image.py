@@ -416,6 +416,25 @@ def test_on_a_layer_with_a_lora(method, name):
     far(sample(pipe), expected)
 
 
+@two_pipelines
+def test_a_lora_around_it(name, tmp_path):
+    """What the page says of a LoRA that is put on a layer with FunLoRA: PEFT asks nobody, so it cannot be refused."""
+    save_lora(adapted(name, LORA.random()), tmp_path)
+    pipe = adapted(name, FUNLORA.random())
+    pipe.load_lora_weights(tmp_path, adapter_name="lora")
+    pipe.set_adapters(["mine", "lora"])
+    both = sample(pipe)
+    pipe.set_adapters("mine")
+    far(sample(pipe), both)
+    pipe.set_adapters(["mine", "lora"])
+    pipe.fuse_lora()
+    close(sample(pipe), both)
+    pipe.unfuse_lora()
+    close(sample(pipe), both)
+    pipe.fuse_lora(adapter_names=["lora"])  # the page warns of it: F multiplies what LoRA has added
+    far(sample(pipe), both)
+
+
 BLOCKS = {"target_modules": ["conv1", "to_v"]}
 
 
