@@ -499,7 +499,9 @@ def report(benchmark: Benchmark, missing: dict[str, str]) -> str:
 
 def main() -> None:
     started = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="Where (default: cuda).")
     parser.add_argument("--small", action="store_true", help="Toys, to see whether it runs.")
     parser.add_argument("--data", help="CIFAR-10's training images as a parquet file; default: random images.")

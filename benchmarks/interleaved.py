@@ -182,7 +182,9 @@ def main(description: str | None, measure: Callable[[], list[Comparison] | Findi
     Returns:
         Path of the JSON file.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--num_threads", type=int, default=2, help="Threads of torch (default: 2).")
     parser.add_argument("--output_dir", type=Path, default=RESULTS, help="Where the JSON goes.")
     arguments = parser.parse_args()

@@ -285,7 +285,9 @@ def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="Folder of a run of the strategy funlora.")
     parser.add_argument("--output_dir", required=True, type=Path, help="Where the files go.")
     arguments = parser.parse_args()

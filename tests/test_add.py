@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -157,6 +159,30 @@ def test_an_added_class_is_trained_again_by_update_class(inside):
     assert differing(before, digests(inside / "out")) == {"adapters/class_8/adapter_model.safetensors"}
 
 
+def test_update_class_finds_an_added_class_by_a_name_that_the_run_never_learned(inside):
+    """The run has planned the digit "9" under the id 9."""
+    add_classes(draw(inside / "9"), "out")
+    before = digests(inside / "out")
+    run(short_run(dataset_name="9", update_class=8, max_images_per_class=None))
+    assert differing(before, digests(inside / "out")) == {"adapters/class_8/adapter_model.safetensors"}
+
+
+def test_epochs_are_steps_in_the_command_that_trains_a_class_again(inside):
+    """3 images in batches of 2 are 2 steps an epoch; the recipe for digits counts steps, and would refuse both."""
+    settings = {"adapter_epochs": 5, "adapter_batch_size": 2}
+    add_classes("cross", "out", **settings)
+    shutil.rmtree("cross")
+    draw(inside / "other", 3).rename("cross")
+    with pytest.raises(ValueError, match="To train the adapter of class 8 again: `funlora train") as error:
+        add_classes("cross", "out", **settings)
+    command = shlex.split(str(error.value).partition("`funlora ")[2].partition("`")[0])
+    assert "--adapter_epochs" not in command
+    assert command[command.index("--adapter_train_steps") + 1] == "10"
+    before = digests(inside / "out")
+    assert main(command) == 0
+    assert differing(before, digests(inside / "out")) == {"adapters/class_8/adapter_model.safetensors"}
+
+
 def test_a_killed_add_goes_on_to_the_same_bytes(inside):
     draw(inside / "images" / "a")
     draw(inside / "images" / "b")
@@ -217,6 +243,8 @@ def test_other_images_start_again_under_the_same_id(inside, capsys, caplog):
     draw(inside / "other", 3).rename("cross")
     assert main(["info", "out"]) == 0
     assert "unfinished class 8 (cross). To go on: the `funlora add` command" in capsys.readouterr().out
+    assert main(["info", "out", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unfinished_classes"] == {"8": "cross"}
     assert "dropped" not in caplog.text
     add_classes("cross", "out", adapter_train_steps=5)
     assert "(adapter_train_steps was 4 and is 5, other images): its steps so far are dropped" in caplog.text
@@ -335,9 +363,13 @@ def test_a_locked_run_is_left_alone(inside):
         ),
         ({"adapter_learning_rate": -1.0}, ValueError, "`adapter_learning_rate` is -1"),
         ({"images": "./nothing"}, FileNotFoundError, "looks like a local path"),
-        ({"images": "cros"}, FileNotFoundError, "`images` is 'cros': no folder 'cros' here; did you mean 'cross'"),
+        (
+            {"images": "cros"},
+            FileNotFoundError,
+            "`images` is 'cros': nothing of this name is here; did you mean 'cross'",
+        ),
         ({"images": "owls"}, FileNotFoundError, "`images` is 'owls', which is no file or folder here.*owner/name"),
-        ({"to": "out/bas"}, FileNotFoundError, "`to` is 'out/bas': no folder .*; did you mean 'out/base'"),
+        ({"to": "out/bas"}, FileNotFoundError, "`to` is 'out/bas': nothing .*; did you mean 'out/base'"),
         (
             {"images": "empty"},
             FileNotFoundError,

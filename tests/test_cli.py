@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from runs import REPOSITORY, command_line, digests, write_adapters
+from huggingface_hub import HfApi
+from runs import REPOSITORY, command_line, digests, short_run, write_adapters
 
 import funlora_hf
 from funlora_hf import AdapterBank, FunLoraConfig, FunLoraPipeline, base_fingerprint, cli
@@ -106,10 +108,25 @@ def test_an_unknown_option_suggests_the_nearest_of_its_command(command):
     assert command("sample", "run", "--steps", "3")[2].endswith("3. Did you mean '--num_inference_steps'?\n")
 
 
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        (["sample", "run", "--outp", "a.png"], "output"),
+        (["info", "run", "--rev", "main"], "revision"),
+        (["add", "images", "--to", "run", "--output", "there"], "output_dir"),
+        (["evaluate", "run", "--num_samples", "3"], "num_samples_per_class"),
+    ],
+)
+def test_options_have_no_abbreviations(command, given, option):
+    code, out, err = command(*given)
+    assert (code, out) == (2, "")
+    assert err.rstrip().endswith(f"Did you mean '--{option}'?")
+
+
 @pytest.mark.parametrize(("name", "switch"), [("train", "evaluation"), ("add", "train_omega")])
 def test_help_says_what_a_switch_does(command, name, switch):
     text = " ".join(command(name, "--help")[1].split())
-    assert f"--no_{switch}, --no-{switch.replace('_', '-')} Switch off --{switch}." in text
+    assert f"--no_{switch} Switch off --{switch}." in text
 
 
 def test_recipes_are_printed_one_a_line_for_scripts(command):
@@ -155,12 +172,32 @@ def test_commands_without_a_model_import_no_more_than_the_package():
     assert (done.returncode, done.stderr) == (0, "['funlora_hf']\n")
 
 
+WITHOUT_THE_PACKAGE = """
+import sys
+import funlora_command
+for word in ("--version", "recipes"):
+    sys.argv[1:] = [word]
+    assert funlora_command.main() == 0
+assert not {"funlora_hf", "torch"} & sys.modules.keys()
+"""
+
+
+def test_version_and_recipes_are_answered_without_the_package_and_the_same(command):
+    done = run_python("-c", WITHOUT_THE_PACKAGE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == command("--version")[1] + command("recipes")[1]
+
+
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
     # In the place of torch, which the package imports before anything of its own runs.
     (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY / "src")])
     done = run_python("-c", "from funlora_command import main; main()", PYTHONPATH=path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by Ctrl-C\n")
+    # As a shell has it for what a script starts in its background.
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nos._exit(0)")
+    ignored = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); from funlora_command import main; main()"
+    assert run_python("-c", ignored, PYTHONPATH=path).returncode == 0
 
 
 def test_train_and_evaluate_take_their_own_arguments(command, tmp_path, monkeypatch):
@@ -368,6 +405,71 @@ def test_a_missing_folder_and_repository(fails, hub, tmp_path, name):
     assert "is neither a folder that is there nor a repository that you may read" in fails(name, "user/nothing")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "digts"],
+        ["verify", "runs/digts"],
+        ["sample", "digts"],
+        ["pull", "digts", "there"],
+        ["push", "digts", REPO],
+    ],
+)
+def test_a_mistyped_folder_never_asks_the_hub(fails, hub, run_folder, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_folder, "digits")
+    shutil.copytree(run_folder, "runs/digits")
+    before = len(hub.requests)
+    error = fails(*arguments)
+    assert len(hub.requests) == before
+    assert f"nothing of this name is here; did you mean '{arguments[1].replace('digts', 'digits')}'?" in error
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_repository_with_a_name_almost_like_a_folder_s(command, hub, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_folder, "user/digitz")
+    assert command("push", run_folder, REPO)[0] == 0
+    # The repository alone is looked at, though there is a folder of its name now.
+    shutil.copytree(run_folder / "adapters", "user/digits")
+    assert "has all of it already" in command("push", run_folder, REPO)[1]
+    shutil.rmtree("user/digits")
+    assert command("info", REPO)[0] == 1
+    assert "class 8 (name 8)" in command("info", REPO, "--revision", "main")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "~nobody-here/run"],
+        ["sample", "run", "--output=~nobody-here/a.png"],
+        ["pull", "run", "~nobody-here/run"],
+        ["train", "--output_dir=~nobody-here/run"],
+        ["train", "--base_model", "~nobody-here/run"],
+        ["train", "--dataset_name", "~nobody-here/run"],
+        ["train", "--joint_results", "~nobody-here/run"],
+        ["add", "~nobody-here/run", "--to", "digits"],
+        ["add", "digits", "--to", "digits", "--output_dir=~nobody-here/run"],
+    ],
+)
+def test_a_path_of_no_user_is_refused(command, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*arguments)
+    assert out == ""
+    assert "~nobody-here/" in (text := code if isinstance(code, str) else err)
+    assert "but there is no such user: write the path out." in text.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shell_s_leftover_tilde_is_the_user_s_folder(command, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    how = ("--num_images", "1", "--num_inference_steps", "1", "--classes", "7")
+    assert command("sample", run_folder, *how, "--output=~/a.png")[0] == 0
+    assert (tmp_path / "a.png").is_file()
+    assert short_run(output_dir="~/out").training.output_dir == str(tmp_path / "out")
+
+
 def test_info_of_a_folder_of_runs_names_them(fails, tmp_path):
     for name in ("b", "a"):
         write_json(tmp_path / name / "checkpoints" / "run.json", {})
@@ -543,6 +645,49 @@ def test_a_hub_that_does_not_answer(run_folder, hub, tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [1, 5])
+def test_pull_stops_at_a_signal_with_nothing_half_written(command, hub, run_folder, tmp_path, monkeypatch, number, at):
+    command("push", run_folder, REPO)
+    command("pull", REPO, tmp_path / "whole", "--with_base")
+    copied = []
+
+    def copy(source, target, real=shutil.copyfile):
+        copied.append(target)
+        real(source, target)
+        if len(copied) == at:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    code, out, err = command("pull", REPO, tmp_path / "there", "--with_base")
+    assert (code, out, len(copied)) == (128 + number, "", at)
+    assert err == f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}; the same command goes on\n"
+    assert digests(tmp_path / "there").items() < (expected := digests(tmp_path / "whole")).items()
+    assert command("pull", REPO, tmp_path / "there", "--with_base")[0] == 0
+    assert digests(tmp_path / "there") == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("made", [0, 1])
+def test_push_stops_at_a_signal_and_goes_on(command, hub, run_folder, monkeypatch, number, made):
+    """Before its first commit, and between that and its tag."""
+
+    def commit(*arguments, real=HfApi.create_commit, **options):
+        if made:
+            real(*arguments, **options)
+        os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", commit)
+        code, out, err = command("push", run_folder, REPO)
+    assert (code, out) == (128 + number, "")
+    assert err == f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}; the same command goes on\n"
+    assert (len(hub.commits(REPO)), len(hub.tags(REPO))) == (1 + made, 0)
+    assert command("push", run_folder, REPO)[0] == 0
+    assert (len(hub.commits(REPO)), len(hub.tags(REPO))) == (3, 3)
+    assert command("verify", REPO)[0] == 0
 
 
 def test_in_a_process_of_its_own_from_the_hub(hub, run_folder, command, tmp_path):

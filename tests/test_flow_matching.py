@@ -14,7 +14,7 @@ from funlora_hf.continual.batches import PhaseBatches
 from funlora_hf.continual.config import ContinualTrainingArguments
 from funlora_hf.continual.strategy import Phase, PhaseSettings, velocity_losses
 from funlora_hf.data import load_image_data
-from funlora_hf.data.image_data import to_model_range
+from funlora_hf.data.pixels import to_model_range
 from funlora_hf.flow_matching import (
     flow_matching_loss,
     interpolate,

@@ -36,7 +36,8 @@ from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.time_limit import TimeLimitReached
 from funlora_hf.continual.trainer import NonFiniteLossError
 from funlora_hf.data.class_ids import assign_class_ids
-from funlora_hf.data.image_data import load_image_data, to_model_range
+from funlora_hf.data.image_data import load_image_data
+from funlora_hf.data.pixels import to_model_range
 from funlora_hf.evaluation import evaluator as evaluator_module
 from funlora_hf.evaluation.evaluator import RunEvaluator
 from funlora_hf.evaluation.report import ForgettingError

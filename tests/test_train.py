@@ -77,6 +77,8 @@ def test_the_order_of_classes_is_given_by_text_or_numbers(tmp_path):
             "--steps=3",
             ". Did you mean '--max_train_steps' or '--base_train_steps' or '--base_warmup_steps' or '--num_inference_steps'?",
         ),
+        ("--confg=digits_2-2", ". Did you mean '--config'?"),
+        ("--max_train=3", ". Did you mean '--max_train_steps'?"),
         ("--xyzzy=3", ""),
     ],
 )
@@ -97,4 +99,4 @@ def test_help_has_a_group_for_each_part_and_says_what_no_options_do(capsys, monk
     texts = dict(zip(groups[1::2], groups[2::2], strict=True))
     for part, title in zip(ARGUMENTS, ("data", "base and adapters", "training", "evaluation"), strict=True):
         assert set(part.__dataclass_fields__) == set(re.findall(r"^  --(?!no_)(\w+)", texts[title], re.MULTILINE))
-    assert "--no-deterministic Switch off --deterministic. --" in " ".join(texts["training"].split())
+    assert "--no_deterministic Switch off --deterministic. --" in " ".join(texts["training"].split())

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ablation.variants import REFERENCE, Variant
-from comparison.bases import run_on_shared_bases
+from comparison.bases import check_seeds, run_on_shared_bases
 from comparison.jobs import Job, with_changes
 from comparison.learning_rates import Candidate, check_rates, choose_learning_rates
 from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
@@ -22,7 +22,6 @@ from funlora_hf.utils.checks import check_at_least_one
 from funlora_hf.utils.field_types import check_field_types
 from funlora_hf.utils.files import read_mapping
 from funlora_hf.utils.locks import folder_lock
-from funlora_hf.utils.seeds import check_seeds
 
 
 @dataclass

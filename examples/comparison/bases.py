@@ -26,6 +26,12 @@ _WITHOUT_EFFECT = (
 _OF_THE_FOLDER = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise a ValueError unless the `seeds` of several runs differ, and there is at least one."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"`seeds` is {list(seeds)}, expected different numbers, at least one.")
+
+
 def run_on_shared_bases(
     jobs: Sequence[Job],
     folder: Path,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from comparison.bases import has_own_order, run_on_shared_bases
+from comparison.bases import check_seeds, has_own_order, run_on_shared_bases
 from comparison.choices import Choice, parse_choices
 from comparison.jobs import Job, Outcome, with_changes
 from comparison.learning_rates import Candidate, check_rates, choose_learning_rates, rate_argument
@@ -15,7 +15,6 @@ from funlora_hf.run import RunArguments
 from funlora_hf.utils.checks import check_at_least_one
 from funlora_hf.utils.field_types import check_field_types
 from funlora_hf.utils.locks import folder_lock
-from funlora_hf.utils.seeds import check_seeds
 
 
 @dataclass

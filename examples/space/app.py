@@ -356,7 +356,9 @@ def error_text(error: Exception) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     source = "folder or repository on the Hub; default: the environment's {}"
     base = os.environ.get("FUNLORA_BASE", "")
     adapters = os.environ.get("FUNLORA_ADAPTERS", "")

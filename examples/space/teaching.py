@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from funlora_hf import FunLoraConfig
-from funlora_hf.data.image_data import to_array
+from funlora_hf.data.pixels import to_array
 from funlora_hf.data.untrusted_images import decode_image
 from funlora_hf.flow_matching import training_loss
 

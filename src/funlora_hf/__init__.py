@@ -7,8 +7,9 @@ from .adapters.put_into_model import load_adapter
 from .hub.delete import delete_class, delete_class_from_hub
 from .hub.push import push_adapter, push_all, push_base
 from .layer_selection import conv_layers, layer_importance, parameters_per_class, select_layers
-from .sampling.guidance import Guidance, expand_adapter_names
+from .sampling.guidance import Guidance
 from .sampling.merging import merge_class
+from .sampling.mixed_prompts import expand_adapter_names, mixed_prompts
 from .sampling.pipeline import FunLoraPipeline, FunLoraPipelineOutput
 from .tuner import (
     FunLoraConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "load_adapter",
     "merge_class",
     "mixed_batch",
+    "mixed_prompts",
     "numerical_rank",
     "parameters_per_class",
     "push_adapter",

@@ -41,8 +41,8 @@ from .data.tasks import Task
 from .hub.find import Contents, find_contents
 from .run import Run, RunArguments
 from .train import take_recipe
-from .utils.arguments import as_options, explain_switches, refuse_unknown, some_fields
-from .utils.checks import check_class_name, check_not_mistyped
+from .utils.arguments import as_options, refuse_unknown, some_fields, tidy_help
+from .utils.checks import check_class_name, check_not_mistyped, expanded
 from .utils.files import read_mapping, recover_folder, write_json
 
 
@@ -121,10 +121,11 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
         epilog=EXIT_CODES,
         parents=[own],
         formatter_class=argparse.HelpFormatter,
+        allow_abbrev=False,
     )
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what is not given is that of the run
-    explain_switches(parser)
+    tidy_help(parser)
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
     if "config" in given:
@@ -195,15 +196,17 @@ def add_classes(
         HfHubHTTPError: the repository cannot be read.
         NonFiniteLossError, WriteError, TimeLimitReached, Terminated: as of a run; finished classes are safe.
     """
-    for field, name in (("images", os.fspath(images)), ("to", os.fspath(to))):
+    images, to = expanded("images", os.fspath(images)), expanded("to", os.fspath(to))
+    for field, name, fixed in (("images", images, settings.get("dataset_revision")), ("to", to, revision)):
         if name != "digits":
-            check_not_mistyped(f"`{field}` is {name!r}", name)
-    if not (os.path.exists(images) or "/" in os.fspath(images) or images == "digits"):
+            check_not_mistyped(f"`{field}` is {name!r}", name, revision=fixed)
+    if not (os.path.exists(images) or "/" in images or images == "digits"):
         raise FileNotFoundError(
-            f"`images` is {os.fspath(images)!r}, which is no file or folder here. (A dataset on the Hub: owner/name.)"
+            f"`images` is {images!r}, which is no file or folder here. (A dataset on the Hub: owner/name.)"
         )
-    target = _find(os.fspath(to), None if output_dir is None else Path(output_dir), revision)
-    arguments = _arguments(os.fspath(images), target, settings)
+    folder = None if output_dir is None else Path(expanded("output_dir", os.fspath(output_dir)))
+    target = _find(to, folder, revision)
+    arguments = _arguments(images, target, settings)
     return _Addition(target, arguments, termination, class_name).add()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from .data.image_data import to_model_range
+from .data.pixels import to_model_range
 from .tuner_base.wrappers import evaluation_mode
 from .utils.checks import check_choice
 from .utils.field_types import check_field_types

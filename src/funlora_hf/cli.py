@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from . import __version__
 from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .adapters.untrusted_base import PIPELINE
+from .continual.termination import Terminated, Termination
 from .hub.classes_json import known_contents
 from .hub.delete import delete_class
 from .hub.describe import AdapterDescription, BankDescription, Description, describe
@@ -33,10 +35,10 @@ from .sampling.drawing import draw_samples, to_uint8
 from .sampling.pipeline import FunLoraPipeline
 from .sampling.solvers import SOLVERS
 from .utils.arguments import refuse_unknown, warnings_as_lines
-from .utils.checks import did_you_mean, one_form
+from .utils.checks import did_you_mean, expanded, one_form
 
 
-EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an argument that is not known"
+EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an argument that is not known; 130 Ctrl-C, 143 SIGTERM"
 # Images of one class that are sampled at once.
 _BATCH = 64
 # Longer errors, such as those with a page of HTML, are cut off.
@@ -67,9 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = vars(known)
         run = given.pop("run")
         refuse_unknown(given.pop("command"), unknown)
+    # These two stop at a checkpoint.
+    listening = nullcontext() if run in (_train, _add) else Termination()
     try:
-        with _progress_only_on_a_terminal(), warnings_as_lines():
+        with listening, _progress_only_on_a_terminal(), warnings_as_lines():
             return run(**given)
+    except Terminated as stopped:
+        if run in (_train, _add):
+            raise
+        name = {signal.SIGINT: "Ctrl-C"}.get(stopped.signal, stopped.signal.name)
+        _say(f"stopped by {name}{'; the same command goes on' * (run in (_push, _pull))}", file=sys.stderr)
+        return 128 + stopped.signal
     except (HfHubHTTPError, NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         for line in [f"error: {lines[0]}", *lines[1:_ERROR_LINES]]:
@@ -81,7 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Suggests the nearest choice, as argparse itself does from Python 3.14 on if it is asked to."""
+    """Takes no abbreviations, and suggests the nearest choice, as argparse itself does from Python 3.14 on if it is asked to."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
@@ -96,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     hub.add_argument("--revision", help="branch, tag or commit of a repository")
     hub.add_argument("--local_files_only", action="store_true", help="take a repository from the cache")
     look = _Parser(add_help=False, parents=[hub])
-    look.add_argument("source", metavar="SOURCE", help=_HELP_SOURCE)
+    look.add_argument("source", type=_path, metavar="SOURCE", help=_HELP_SOURCE)
     look.add_argument("--subfolder", help="where in SOURCE")
     look.add_argument("--json", action="store_true", dest="as_json", help="print JSON, for scripts")
 
@@ -122,8 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     add(_info, "Say what lies in a folder, a file or a repository", look)
 
     sample = add(_sample, "Draw images of classes, a row for each, into a PNG")
-    sample.add_argument("base", metavar="BASE", help="run, pipeline or repository; brings its adapters")
-    sample.add_argument("--adapters", nargs="+", default=[], metavar="SOURCE", help=f"more classes: {_HELP_SOURCE}")
+    sample.add_argument("base", type=_path, metavar="BASE", help="run, pipeline or repository; brings its adapters")
+    more = f"more classes: {_HELP_SOURCE}"
+    sample.add_argument("--adapters", nargs="+", type=_path, default=[], metavar="SOURCE", help=more)
     sample.add_argument("--classes", nargs="+", metavar="CLASS", help="ids or names, a row for each (default: all)")
     sample.add_argument("--class_label", nargs="+", default=[], type=int, metavar="ID", help="the same, by id alone")
     sample.add_argument("--class_name", nargs="+", default=[], metavar="NAME", help="the same, by name alone")
@@ -131,26 +145,32 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--num_inference_steps", type=_at_least_one, help="(default: 10; 'dopri5' chooses its own)")
     sample.add_argument("--solver", choices=SOLVERS, default="heun", help="(default: %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="equal seeds give equal images (default: %(default)s)")
-    sample.add_argument("--output", default="samples.png", help="PNG to write (default: %(default)s)")
+    sample.add_argument("--output", type=_path, default="samples.png", help="PNG to write (default: %(default)s)")
     sample.add_argument("--device", default="cpu", help="such as cuda or mps (default: %(default)s)")
 
     push = add(_push, "Push a run to the Hub: its base and a folder for each class")
-    push.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder of a run")
+    push.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="folder of a run")
     push.add_argument("repo_id", metavar="REPO_ID", help='"user/repo", made if it is not there')
     push.add_argument("--base_model", metavar="REPO", help="repository of the base, if it is another one")
     push.add_argument("--private", action="store_const", const=True, help="make a new repository private")
     push.add_argument("--license", help="identifier of a licence, for the cards")
 
     fetch = add(_pull, "Fetch classes from the Hub into the folder of a run", hub)
-    fetch.add_argument("source", metavar="SOURCE", help="repository with folders class_<id>, or with one adapter")
-    fetch.add_argument("output_dir", metavar="OUTPUT_DIR", help="gets adapters/class_<id>/, and base/ --with_base")
+    fetch.add_argument(
+        "source", type=_path, metavar="SOURCE", help="repository with folders class_<id>, or with one adapter"
+    )
+    fetch.add_argument(
+        "output_dir", type=_path, metavar="OUTPUT_DIR", help="gets adapters/class_<id>/, and base/ --with_base"
+    )
     fetch.add_argument("--classes", nargs="+", type=int, metavar="ID", help="ids of the classes wanted (default: all)")
     fetch.add_argument("--with_base", action="store_true", help="take the base, too")
     fetch.add_argument("--overwrite", action="store_true", help="replace folders that have other content")
 
     delete = add(_delete, "Delete a class from a folder and from a repository")
     delete.add_argument("class_label", metavar="CLASS", help="id or name of the class")
-    delete.add_argument("--output_dir", help="folder of a run or of a saved pipeline that it is deleted from")
+    delete.add_argument(
+        "--output_dir", type=_path, help="folder of a run or of a saved pipeline that it is deleted from"
+    )
     delete.add_argument("--repo_id", help="repository that it is deleted from")
     delete.add_argument(
         "--history",
@@ -163,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     check.epilog = EXIT_CODES.replace("done", "everything is valid").replace(
         "an error", "something is not valid, or an error"
     )
-    check.add_argument("--base", help="run, pipeline or U-Net to compare adapters with (default: the base in SOURCE)")
+    check.add_argument(
+        "--base", type=_path, help="run, pipeline or U-Net to compare adapters with (default: the base in SOURCE)"
+    )
     return parser
 
 
@@ -176,7 +198,6 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _add(arguments: Sequence[str]) -> int:
     from .add import add_classes, parse
-    from .continual.termination import Terminated, Termination
     from .continual.time_limit import TimeLimitReached
     from .evaluation.tables import how_to_see
     from .train import EXIT_TIME_LIMIT, set_up_logging
@@ -221,7 +242,7 @@ def _info(as_json: bool, **source: Any) -> int:
 
     place = Path(source["source"], source["subfolder"] or "")
     run = RunFolder(place)
-    unfinished = run.unfinished()
+    unfinished, classes = run.unfinished(), AddedClasses(run).unfinished()
     try:
         found = describe(**source)
     except FileNotFoundError as error:
@@ -231,14 +252,14 @@ def _info(as_json: bool, **source: Any) -> int:
             raise
         found = Description(source["source"], None)  # a run that has no base yet
     if as_json:
-        print(json.dumps({**asdict(found), "unfinished": unfinished}, indent=2))
+        print(json.dumps({**asdict(found), "unfinished": unfinished, "unfinished_classes": classes}, indent=2))
         return 0
     if unfinished is not None:
         _say(
             f"unfinished run: {unfinished}. To go on: the `funlora train` command that began it, with --resume_from_checkpoint "
             "latest"
         )
-    for class_id, name in AddedClasses(run).unfinished().items():
+    for class_id, name in classes.items():
         _say(f"unfinished class {_class_text(class_id, name)}. To go on: the `funlora add` command that began it")
     if (base := found.base) is not None:
         numbers = f"{base.parameters:,} parameters, fingerprint {base.fingerprint}"
@@ -249,8 +270,8 @@ def _info(as_json: bool, **source: Any) -> int:
         _say(f"adapter {adapter.name}: class {label}, {_method(adapter)}, {numbers}, {_on_base(adapter)}")
     for bank in found.banks:
         numbers = f"{bank.parameters_per_class:,} parameters per class, {bank.num_bytes:,} bytes"
-        classes = _class_texts(bank.classes)
-        _say(f"bank {bank.name}: {_method(bank)}, {numbers}, {_on_base(bank)}, classes {classes}")
+        names = _class_texts(bank.classes)
+        _say(f"bank {bank.name}: {_method(bank)}, {numbers}, {_on_base(bank)}, classes {names}")
     return 0
 
 
@@ -344,6 +365,13 @@ def _pull(output_dir: str, **options: Any) -> int:
     if not written:
         _say(f"{output_dir} has all of it already: nothing was written.")
     return 0
+
+
+def _path(text: str) -> str:
+    try:
+        return expanded("path", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _at_least_one(text: str) -> int:

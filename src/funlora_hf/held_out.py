@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .data.image_data import to_model_range
+from .data.pixels import to_model_range
 from .flow_matching import flow_matching_loss, interpolate, velocity_target
 from .sampling.pipeline import FunLoraPipeline
 from .tuner_base.weights import cached_weights

@@ -24,7 +24,7 @@ from .continual.trainer import NonFiniteLossError
 from .evaluation.report import ForgettingError
 from .recipes.reading import read_recipe, recipe_names
 from .run import RunArguments, dry_run, run
-from .utils.arguments import explain_switches, refuse_unknown, some_fields, warnings_as_lines
+from .utils.arguments import refuse_unknown, some_fields, tidy_help, warnings_as_lines
 from .utils.locks import FolderInUseError
 
 
@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
     Returns:
         `RunArguments`; with `more`, a tuple of them and one of each further dataclass.
     """
-    recipe_parser = argparse.ArgumentParser(add_help=False)
+    recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     recipe_parser.add_argument(
         "--config",
         help="A recipe: YAML with the arguments below as keys; a file, or a name that `funlora recipes` lists.",
@@ -89,10 +89,11 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
         epilog=EXIT_CODES,
         parents=[recipe_parser],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     if given.config is not None:
         take_recipe(parser, given.config)
-    explain_switches(parser)
+    tidy_help(parser)
     try:
         # The last but one holds --config, which belongs to no dataclass.
         data, model, training, evaluation, *others, _, unknown = parser.parse_args_into_dataclasses(
@@ -152,8 +153,9 @@ def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tu
         description="Evaluate a finished run, later or again: rewrites that part of its results.json, and its figures. "
         "The defaults are the run's. Of strategies whose generator changes, only its last state is evaluated.",
         epilog="exit codes: 0 done; 1 an error; 2 an argument that is not known",
+        allow_abbrev=False,
     )
-    explain_switches(parser)
+    tidy_help(parser)
     parser.add_argument("run", metavar="RUN", help="folder of a run")
     known, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)

@@ -70,6 +70,20 @@ def test_a_file_brings_all_classes_back(kind, filled, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "bank.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["name 7", "caf\u00e9"])
+def test_two_classes_of_one_name_are_refused_before_a_file_has_them(name, filled, tmp_path):
+    bank, _ = filled(UNET)
+    bank.add(tmp_path / "class_3", class_label=11, class_name="cafe\u0301")
+    with pytest.raises(ValueError, match=r"`class_name` '.*' is used for two classes: pass another name"):
+        bank.add_tensors(bank.state_dict(3), class_label=9, class_name=name)
+    with pytest.raises(ValueError, match="is used for two classes"):
+        bank.add(tmp_path / "class_3", class_label=9, class_name=name)
+    assert set(bank.classes) == {*LABELS, 11}
+    bank.remove(7)
+    bank.remove(11)
+    assert bank.add(tmp_path / "class_3", class_label=9, class_name=name) == 9
+
+
 def test_the_file_takes_the_bytes_of_the_numbers(filled, tmp_path):
     bank, _ = filled(UNET)
     bank.save(tmp_path / "bank.safetensors")

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from runs import make_tiny_unet
 from safetensors.torch import load_file, save_file
-from text_to_image import make_model
+from text_to_image import make_model, make_pipeline
 
 from funlora_hf import AdapterBank, BaseMismatchError, FunLoraConfig, base_fingerprints, load_adapter, save_adapter
 from funlora_hf.tuner import FunLoraLayer
@@ -143,12 +143,44 @@ def test_a_config_belongs_to_files_that_have_none(saved, tmp_path):
         assert not any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
 
 
-def test_tensors_of_other_components_are_named(saved, tmp_path):
-    plain = load_file(saved / "adapter_model.safetensors")
-    tensors = {f"unet.{key.removeprefix('base_model.model.')}": t for key, t in plain.items()}
-    save_file({**tensors, "text_encoder.layer.funlora_A": torch.zeros(2, 1)}, tmp_path / WEIGHTS)
-    with pytest.warns(UserWarning, match="also has tensors of text_encoder, left out"):
-        load_adapter(make_model("UNet2DConditionModel"), tmp_path, config=config(), ignore_base_fingerprint=True)
+def test_a_part_of_a_pipeline_is_read_by_its_prefix(tmp_path):
+    pipe, other = make_pipeline("SD"), make_pipeline("SD")
+    fields = {"text_encoder": config(target_modules=["q_proj"]), "unet": config()}
+    for part in fields:
+        getattr(pipe, part).add_adapter(fields[part])
+    layers = {part: tensors_of(getattr(pipe, part), "default") for part in fields}
+    pipe.save_lora_weights(tmp_path, layers["unet"], text_encoder_lora_layers=layers["text_encoder"])
+    with pytest.warns(
+        UserWarning, match="also has tensors of text_encoder, left out. Load that of pipe.text_encoder by"
+    ):
+        load_adapter(other.unet, tmp_path, config=fields["unet"])
+    with pytest.raises(ValueError, match=r"`prefix` is 'text_encoder_2', expected .* has: unet, text_encoder\."):
+        load_adapter(other.text_encoder, tmp_path, config=fields["text_encoder"], prefix="text_encoder_2")
+    with pytest.warns(UserWarning, match="also has tensors of unet, left out"):
+        load_adapter(other.text_encoder, tmp_path, config=fields["text_encoder"], prefix="text_encoder")
+    for part, expected in layers.items():
+        found = tensors_of(getattr(other, part), "default")
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    # Alone, it needs no prefix.
+    pipe.save_lora_weights(tmp_path, text_encoder_lora_layers=layers["text_encoder"])
+    load_adapter(make_pipeline("SD").text_encoder, tmp_path, config=fields["text_encoder"])
+
+
+def test_a_file_of_another_name(saved, tmp_path):
+    model, other = make_model("UNet2DConditionModel"), make_model("UNet2DConditionModel")
+    model.add_adapter(config())
+    model.save_lora_adapter(tmp_path, weight_name="mine.safetensors")
+    with pytest.raises(
+        FileNotFoundError, match=r"If diffusers wrote it, pass `weight_name`, such as 'mine\.safetensors'"
+    ):
+        load_adapter(other, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no yours\.safetensors, which `weight_name` names"):
+        load_adapter(other, tmp_path, weight_name="yours.safetensors")
+    load_adapter(other, tmp_path, weight_name="mine.safetensors")
+    expected = tensors_of(model, "default")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in tensors_of(other, "default").items())
+    with pytest.raises(ValueError, match=r"`prefix` is given, but .*saved' has one adapter: leave it out"):
+        load_adapter(make_model("UNet2DConditionModel"), saved, prefix="unet")
 
 
 @pytest.mark.parametrize("metadata", ["{", "[]", '"a"', "{}", '{"peft_type": "FUNLORA", "r": -1}', '{"peft_type": 7}'])

@@ -53,7 +53,7 @@ from funlora_hf.continual.strategies.funlora import FunLora
 from funlora_hf.continual.strategies.registry import STRATEGIES
 from funlora_hf.continual.strategy import Batch, Phase, Setting, Strategy, Trainable
 from funlora_hf.continual.trainer import ContinualTrainer, NonFiniteLossError
-from funlora_hf.data import image_data
+from funlora_hf.data import open_dataset
 from funlora_hf.data.tasks import Task
 from funlora_hf.evaluation import evaluator as evaluator_module
 from funlora_hf.evaluation.report import joint_average_accuracies
@@ -124,7 +124,7 @@ class Bench:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.patch = folder, monkeypatch
         self._folders = (folder / str(number) for number in itertools.count())
-        monkeypatch.setattr(image_data, "load_dataset", dataset)
+        monkeypatch.setattr(open_dataset, "load_dataset", dataset)
 
     def begin(self, **arguments) -> ContinualTrainer | Exception:
         """The trainer of a run that was stopped before it trained; or the error by which it did not begin."""

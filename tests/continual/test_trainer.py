@@ -469,6 +469,19 @@ def test_the_warm_up_is_linear_then_constant():
     assert [learning_rate(settings, step) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
+@pytest.mark.parametrize(("warmup", "reached"), [(4, None), (5, "0.08"), (12, "0.033")])
+def test_a_warm_up_that_is_longer_than_its_phase_is_said_once(warmup, reached, tmp_path, monkeypatch, caplog):
+    """Each of the three phases has 4 steps at a rate of 0.1."""
+    settings = PhaseSettings(4, None, 2, 0.1, warmup, 0.5, 0.0)
+    monkeypatch.setattr(
+        RunningSum, "phases", lambda self, task: [Phase(f"task_{task.index + 1}", task.class_ids, settings, False)]
+    )
+    train(RunningSum(tmp_path), tmp_path)
+    said = [record.getMessage() for record in caplog.records if "warm-up" in record.getMessage()]
+    text = f"phase task_1: its 4 steps end in the warm-up of {warmup}, in which the learning rate reaches {reached} instead of 0.1"
+    assert said == ([] if reached is None else [text])
+
+
 def test_the_moving_average_is_what_is_kept(tmp_path):
     """Against plain Adam and an average written out, with diffusers' schedule of the decay."""
     strategy = RunningSum(tmp_path)

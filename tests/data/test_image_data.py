@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from funlora_hf.data import image_data as data
+from funlora_hf.data import open_dataset
 from funlora_hf.data.class_ids import assign_class_ids
 from funlora_hf.data.image_data import load_image_data
 from funlora_hf.data.tasks import Task, split_into_tasks
@@ -220,7 +220,7 @@ def test_single_parquet_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/folder", "~/missing-folder", "missing.parquet", "a/b/c"])
 def test_missing_local_path_never_asks_the_hub(monkeypatch, name):
-    monkeypatch.setattr(data, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(open_dataset, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(FileNotFoundError, match=r"dataset_name=.*looks like a local path.*--dataset_name"):
         load(name)
 
@@ -233,8 +233,8 @@ def test_a_name_that_is_almost_a_folder_s_never_asks_the_hub(name, folder, tmp_p
     for other in ("photos", "data/photos", "mnist_runs"):
         (tmp_path / other).mkdir(parents=True)
     asked = []
-    monkeypatch.setattr(data, "load_dataset", lambda **given: asked.append(given["path"]) or 1 / 0)
-    text = "'mnist', which is no file" if folder is None else f"no folder '{name}' here; did you mean '{folder}'"
+    monkeypatch.setattr(open_dataset, "load_dataset", lambda **given: asked.append(given["path"]) or 1 / 0)
+    text = "'mnist', which is no file" if folder is None else f"nothing of this name is here; did you mean '{folder}'"
     with pytest.raises((FileNotFoundError, ValueError), match=re.escape(text)):
         load(name)
     assert asked == ([name] if folder is None else [])
@@ -247,7 +247,7 @@ def test_hub_id_is_passed_on(monkeypatch):
         calls.append(arguments)
         return datasets.DatasetDict(train=table([0, 1], CAT_DOG))
 
-    monkeypatch.setattr(data, "load_dataset", fake)
+    monkeypatch.setattr(open_dataset, "load_dataset", fake)
     found = load("owner/pets", dataset_config_name="small", revision="abc")
     assert calls == [{"path": "owner/pets", "name": "small", "revision": "abc"}]
     assert found.name == "owner/pets"
@@ -274,7 +274,7 @@ def test_archives_are_read_but_not_their_pickles(last, tmp_path, monkeypatch):
     def open_archive(path, **_):
         return datasets.load_dataset("webdataset", data_files={"train": str(tmp_path / path)})
 
-    monkeypatch.setattr(data, "load_dataset", open_archive)
+    monkeypatch.setattr(open_dataset, "load_dataset", open_archive)
     found = load("sound.tar", label_column="cls")
     assert found.count(0) + found.count(0, split="test") == 15
     decoders = WebDataset.DECODERS
@@ -298,7 +298,7 @@ def test_unloadable_datasets(tmp_path, monkeypatch):
     def fail(**_):
         raise ConnectionError("Couldn't reach 'nothere' on the Hub")
 
-    monkeypatch.setattr(data, "load_dataset", fail)
+    monkeypatch.setattr(open_dataset, "load_dataset", fail)
     with pytest.raises(
         OSError, match=r"'nothere', which is no file or folder here, could not .*owner/name: Couldn't reach"
     ):
@@ -475,7 +475,7 @@ def test_splits_are_named_or_found(tmp_path):
 
 def test_empty_training_split(monkeypatch):
     splits = datasets.DatasetDict(train=table([0], CAT_DOG).select([]), test=table([0], CAT_DOG))
-    monkeypatch.setattr(data, "load_dataset", lambda **_: splits)
+    monkeypatch.setattr(open_dataset, "load_dataset", lambda **_: splits)
     with pytest.raises(ValueError, match=r"train_split='train' of dataset 'owner/name' has no rows.*--train_split"):
         load("owner/name")
 
@@ -493,7 +493,7 @@ def test_hold_outs_are_stratified_disjoint_and_repeatable(counts, test_fraction,
 
     def parts(**options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data, "load_dataset", lambda **_: splits)
+            patch.setattr(open_dataset, "load_dataset", lambda **_: splits)
             found = load("owner/name", test_fraction=test_fraction, **options)
             return [[values(found.images(c, split=s)) for c in found.class_names] for s in ("train", "test")]
 

@@ -15,8 +15,22 @@ from both_methods import (
     save_lora,
     two_pipelines,
 )
+from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from huggingface_hub import HfApi
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoHaConfig,
+    PeftMixedModel,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    optimizers,
+    set_peft_model_state_dict,
+)
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import hotswap
 from safetensors.torch import load_file, save_file
 from text_to_image import arguments, component, make_model, make_pipeline, sample
 from torch.nn.functional import mse_loss
@@ -24,13 +38,16 @@ from torch.nn.functional import mse_loss
 from funlora_hf import (
     AdapterBank,
     BaseMismatchError,
+    hotswap_adapter,
     load_adapter,
+    mixed_prompts,
     push_adapter,
     save_adapter,
     set_block_weights,
 )
 
 
+PARTS = ["unet", "text_encoder"]
 row = Rows()
 pipelines = pytest.mark.parametrize("name", ["SD", "SDXL", "SD3", "Flux"])
 
@@ -442,6 +459,314 @@ def test_a_device_for_adapters(method, name):
     else:
         pipe.set_lora_device(["mine"], "meta")
     assert all(tensor.is_meta for key, tensor in component(pipe).state_dict().items() if ".mine" in key)
+
+
+def run(model):
+    """What a U-Net gives, alone or in a PeftModel."""
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(1, 4, 16, generator=generator)
+    with torch.no_grad():
+        return model(torch.randn(1, 4, 8, 8, generator=generator), torch.tensor([5]), states).sample
+
+
+def peft_model(method, **config):
+    return get_peft_model(make_model("UNet2DConditionModel"), method.random(**config)).eval()
+
+
+@row("a batch of prompts, each with an adapter of its own")
+@pipelines
+def test_prompts_with_adapters_of_their_own(method, name):
+    pipe = adapted(name, method.random())
+    mine = sample(pipe)
+    component(pipe).add_adapter(method.random(), "other")
+    far(sample(pipe), mine)
+    if method is FUNLORA:
+        with mixed_prompts(pipe, ["mine"]):
+            close(sample(pipe), mine)
+    else:
+        with pytest.raises(ValueError, match=r"non-existing adapter\(s\): mine"), mixed_prompts(pipe, ["mine"]):
+            pass
+
+
+@row("diffusers' `load_lora_weights` and `load_lora_adapter` of what was saved")
+@pipelines
+def test_diffusers_own_loaders(method, name, plain, tmp_path, caplog):
+    pipe = adapted(name, method.random())
+    method.save(pipe, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    part = "transformer" if hasattr(pipe, "transformer") else "unet"
+    for load in (
+        lambda other: other.load_lora_weights(tmp_path, weight_name=file.name),
+        lambda other: component(other).load_lora_adapter(tmp_path, weight_name=file.name, prefix=part),
+    ):
+        other = make_pipeline(name)
+        caplog.clear()
+        logger = logging.get_logger("diffusers.loaders")
+        logger.addHandler(caplog.handler)
+        try:
+            load(other)
+        except (KeyError, ValueError):
+            assert method is FUNLORA
+        else:
+            missed = f"No LoRA keys associated to {type(component(other)).__name__}" in caplog.text
+            assert missed == (method is FUNLORA)
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert bool(other.get_list_adapters()) == (method is LORA)
+        close(sample(other), sample(pipe) if method is LORA else plain[name])
+
+
+@row("a text encoder's adapter in the file of `save_lora_weights`")
+def test_a_text_encoder_in_a_file_of_a_pipeline(method, tmp_path):
+    pipe, other = make_pipeline("SD"), make_pipeline("SD")
+    config = method.random(target_modules=["q_proj"])
+    pipe.text_encoder.add_adapter(config, "mine")
+    pipe.unet.add_adapter(method.random(), "mine")
+    layers = {part: get_peft_model_state_dict(getattr(pipe, part), adapter_name="mine") for part in PARTS}
+    pipe.save_lora_weights(tmp_path, layers["unet"], text_encoder_lora_layers=layers["text_encoder"])
+    if method is LORA:
+        other.load_lora_weights(tmp_path, adapter_name="mine")
+    else:
+        with pytest.warns(UserWarning, match="Load that of pipe.text_encoder by `prefix='text_encoder'`"):
+            load_adapter(other.unet, tmp_path, config=method.random())
+        with pytest.warns(UserWarning, match="also has tensors of unet, left out"):
+            load_adapter(other.text_encoder, tmp_path, prefix="text_encoder", config=config)
+    tokens = torch.tensor([[0, 5, 9, 1]])
+    close(other.text_encoder(tokens)[0], pipe.text_encoder(tokens)[0])
+    far(other.text_encoder(tokens)[0], make_pipeline("SD").text_encoder(tokens)[0])
+    close(run(other.unet), run(pipe.unet))
+
+
+@row("a file of another name: `weight_name`")
+def test_a_file_of_another_name(method, tmp_path):
+    pipe, other = adapted("SD", method.random()), make_pipeline("SD")
+    pipe.unet.save_lora_adapter(tmp_path, adapter_name="mine", weight_name="mine.safetensors")
+    if method is LORA:
+        other.unet.load_lora_adapter(tmp_path, prefix=None, weight_name="mine.safetensors")
+    else:
+        load_adapter(other.unet, tmp_path, weight_name="mine.safetensors")
+    close(sample(other), sample(pipe))
+
+
+@row("`modules_to_save`")
+def test_modules_to_save(method, tmp_path):
+    model, other = peft_model(method, modules_to_save=["conv_in"]), make_model("UNet2DConditionModel")
+    before = run(model)
+    with torch.no_grad():
+        model.base_model.model.conv_in.modules_to_save["default"].weight.add_(1.0)
+    far(run(model), before)
+    if method is LORA:
+        model.save_pretrained(tmp_path)
+        other = PeftModel.from_pretrained(other, tmp_path)
+    else:
+        save_adapter(model, tmp_path)
+        load_adapter(other, tmp_path)
+    close(run(other), run(model))
+
+
+@row("`exclude_modules`, `layers_to_transform`, `layers_pattern`")
+def test_which_layers_are_adapted(method):
+    model = peft_model(
+        method,
+        target_modules=["to_q", "to_v"],
+        exclude_modules=["attn2.to_v"],
+        layers_to_transform=[1],
+        layers_pattern="attentions",
+    )
+    found = [name for name, module in model.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)]
+    block = "up_blocks.0.attentions.1.transformer_blocks.0"
+    assert sorted(found) == [f"{block}.attn1.to_q", f"{block}.attn1.to_v", f"{block}.attn2.to_q"]
+
+
+@row("`rank_pattern`, `alpha_pattern`: another `r` for some layers")
+def test_another_r_for_some_layers(method):
+    fields = {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 4}}
+    if method is LORA:
+        model = peft_model(method, target_modules=["to_q", "to_v"], **fields)
+    else:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'rank_pattern'"):
+            method.config(**fields)
+        model = peft_model(method, target_modules=["to_v"], r=8)
+        model.add_adapter("other", method.random(target_modules=["to_q"], r=2))
+        model.base_model.set_adapter(["default", "other"])
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    assert {name.rpartition(".")[2]: set(layer.r.values()) for name, layer in layers.items()} == {
+        "to_q": {2},
+        "to_v": {8},
+    }
+    assert all(layer.active_adapters for layer in layers.values())
+    far(run(model), run(make_model("UNet2DConditionModel")))
+
+
+@row("`target_parameters`: a parameter by name")
+def test_a_parameter_by_name(method):
+    target = {"target_modules": [], "target_parameters": ["attn1.to_q.weight"]}
+    if method is LORA:
+        model = peft_model(method, **target)
+    else:
+        with pytest.raises(TypeError, match="unexpected keyword argument 'target_parameters'"):
+            method.config(**target)
+        model = peft_model(method, target_modules=["attn1.to_q"])
+    far(run(model), run(make_model("UNet2DConditionModel")))
+
+
+@row("`low_cpu_mem_usage=True` of PEFT's `from_pretrained` and `load_adapter`")
+def test_low_cpu_mem_usage(method, tmp_path):
+    model = peft_model(method)
+    model.save_pretrained(tmp_path)
+    other = PeftModel.from_pretrained(make_model("UNet2DConditionModel"), tmp_path, low_cpu_mem_usage=True)
+    close(run(other), run(model))
+    other.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+    other.set_adapter("second")
+    close(run(other), run(model))
+
+
+@row("`inject_adapter_in_model(..., state_dict=...)`: the layers of a file")
+def test_layers_of_a_state_dict(method):
+    model = peft_model(method)
+    tensors = {key.removeprefix("base_model.model."): t for key, t in get_peft_model_state_dict(model).items()}
+    other = make_model("UNet2DConditionModel")
+    inject_adapter_in_model(method.config(target_modules=ATTENTION), other, state_dict=tensors)
+    assert not set_peft_model_state_dict(other, tensors).unexpected_keys
+    close(run(other), run(model))
+
+
+@row("`get_model_status`, `get_layer_status`")
+def test_the_status_of_a_model(method):
+    model = peft_model(method)
+    status = model.get_model_status()
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
+    assert status.num_adapter_layers == len(model.get_layer_status()) > 0
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["default"]
+
+
+@row("`merge_and_unload(progressbar=True, safe_merge=True)`")
+def test_merged_and_unloaded(method):
+    model = peft_model(method)
+    expected = run(model)
+    merged = model.merge_and_unload(progressbar=True, safe_merge=True)
+    assert type(merged) is type(make_model("UNet2DConditionModel"))
+    close(run(merged), expected)
+    model = peft_model(method)
+    next(tensor for key, tensor in model.named_parameters() if ".default" in key).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_and_unload(safe_merge=True)
+
+
+@row("PEFT's `hotswap_adapter`: another adapter's values, without compiling again")
+def test_another_adapter_s_values(method, tmp_path):
+    model, other = peft_model(method), peft_model(method)
+    for key, tensor in other.named_parameters():
+        if ".default" in key:
+            tensor.data.add_(0.1)
+    other.save_pretrained(tmp_path)
+    far(run(model), run(other))
+    if method is LORA:
+        hotswap.hotswap_adapter(model, tmp_path, "default")
+    else:
+        with pytest.raises(ValueError, match="Hotswapping only supports LORA"):
+            hotswap.hotswap_adapter(model, tmp_path, "default")
+        hotswap_adapter(model, load_file(tmp_path / "adapter_model.safetensors"))
+    close(run(model), run(other))
+
+
+@row("PEFT's `rescale_adapter_scale`")
+def test_rescaled_for_a_time(method):
+    model = peft_model(method)
+    expected, plain = run(model), run(make_model("UNet2DConditionModel"))
+    if method is LORA:
+        with rescale_adapter_scale(model, 0.0):
+            close(run(model), plain)
+    else:
+        with pytest.raises(ValueError, match="only supported for models with `LoraLayer`s"):
+            rescale_adapter_scale(model, 0.0).__enter__()
+    scale_lora_layers(model, 0.5)
+    far(run(model), expected)
+    far(run(model), plain)
+    unscale_lora_layers(model, 0.5)
+    close(run(model), expected)
+
+
+@row("`add_weighted_adapter`")
+def test_a_weighted_sum(method):
+    model = peft_model(method)
+    model.add_adapter("other", method.random())
+    if method is LORA:
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", combination_type="cat")
+        model.set_adapter("both")
+        both = run(model)
+    else:
+        with pytest.raises(NotImplementedError, match=r"FunLoraModel: activate several adapters by `set_adapter`"):
+            model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both")
+        assert list(model.peft_config) == ["default", "other"]
+    model.base_model.set_adapter(["default", "other"])
+    for adapter in ("default", "other"):
+        set_block_weights(model, dict.fromkeys(["down_blocks", "mid_block", "up_blocks"], 0.5), adapter)
+    if method is LORA:
+        close(run(model), both)
+    far(run(model), run(make_model("UNet2DConditionModel")))
+
+
+@row("`PeftMixedModel`: two methods in one model")
+def test_two_methods(method):
+    config, loha = method.random(), LoHaConfig(target_modules=["ff.net.2"], alpha=256, init_weights=False)
+    if method is LORA:
+        model = PeftMixedModel(make_model("UNet2DConditionModel"), config)
+        model.add_adapter("other", loha)
+        model.set_adapter(["default", "other"])
+    else:
+        with pytest.raises(ValueError, match="'FUNLORA' is not compatible with the `PeftMixedModel`"):
+            PeftMixedModel(make_model("UNet2DConditionModel"), config)
+        model = make_model("UNet2DConditionModel")
+        model.add_adapter(config)
+        model.add_adapter(loha, "other")
+        model.set_adapter(["default", "other"])
+    both = run(model.eval())
+    model.set_adapter("other")
+    far(run(model), both)
+    far(run(model), run(make_model("UNet2DConditionModel")))
+
+
+@row("`convert_to_lora`, for those who do not have this package")
+def test_converted_to_lora(method):
+    model = peft_model(method)
+    config, tensors = convert_to_lora(model, rank=16)
+    other = get_peft_model(make_model("UNet2DConditionModel"), config).eval()
+    set_peft_model_state_dict(other, tensors)
+    close(run(other), run(model))
+    if method is FUNLORA:
+        with pytest.raises(TypeError, match=r"do not support LoRA conversion: .*FunLoraConv2d"):
+            convert_to_lora(peft_model(method, target_modules=["conv1"]), rank=16)
+
+
+@row("PEFT's optimizers: LoRA+, LoRA-FA, Riemannian")
+def test_optimizers_of_lora(method):
+    def step(create, **settings):
+        model = peft_model(method, r=4)
+        before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+        optimizer = create(model, **settings)
+        model(torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 4, 16)).sample.square().mean().backward()
+        optimizer.step()
+        changed = [name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])]
+        rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
+        return {name.split("lora_")[1].partition(".")[0]: rates[id(model.get_parameter(name))] for name in changed}
+
+    adamw = {"optimizer_cls": torch.optim.AdamW, "lr": 1e-3}
+    fast = {"B": 16e-3} if method is LORA else {"B": 16e-3, "alpha": 16e-3, "omega": 16e-3}
+    found = step(optimizers.create_loraplus_optimizer, **adamw, loraplus_lr_ratio=16)
+    assert found == pytest.approx({"A": 1e-3, **fast})
+    if method is LORA:
+        assert step(optimizers.create_lorafa_optimizer, r=4, lora_alpha=4, lr=1e-3) == {"B": 1e-3}
+    else:
+        with pytest.raises(TypeError, match="NoneType"):
+            step(optimizers.create_lorafa_optimizer, r=4, lora_alpha=4, lr=1e-3)
+    create_riemannian = getattr(optimizers, "create_riemannian_optimizer", None)  # of peft 0.21
+    if create_riemannian and method is LORA:
+        assert step(create_riemannian, **adamw) == {"A": 1e-3, "B": 1e-3}
+    elif create_riemannian:
+        with pytest.raises(ValueError, match="did not find any trainable lora_A/lora_B"):
+            step(create_riemannian, **adamw)
 
 
 def test_the_page_has_these_rows():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from funlora_hf.classifier import build_classifier
-from funlora_hf.data.image_data import to_model_range
+from funlora_hf.data.pixels import to_model_range
 from funlora_hf.evaluation.features import ClassifierFeatures, FeatureExtractor, InceptionFeatures, extract_features
 
 

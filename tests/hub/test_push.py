@@ -94,7 +94,9 @@ def test_a_run_is_pushed_task_by_task(hub, run_folder):
     commits = push_all(run_folder, REPO)
     assert [commit.oid for commit in commits] == [commit.oid for commit in reversed(hub.commits(REPO))][1:]
     assert messages(hub) == ["Task 1: base", "Task 2: class 7 (name 7)", "Task 3: class 8 (name 8), 9 (name 9)"]
-    base_tag = f"base-{base_fingerprint(UNet2DModel.from_pretrained(run_folder / 'base' / 'unet'))[:12]}"
+    (base_tag,) = hub.tags(REPO).keys() - {"task-1", "task-2", "task-3"}
+    fingerprint = base_fingerprint(UNet2DModel.from_pretrained(run_folder / "base" / "unet"))
+    assert base_tag.startswith(f"base-{fingerprint[:12]}-")
     assert hub.tags(REPO) == {
         "task-1": commits[0].oid,
         "task-2": commits[1].oid,
@@ -117,6 +119,22 @@ def test_a_run_is_pushed_task_by_task(hub, run_folder):
         assert (config["base_model_name_or_path"], config["revision"]) == (REPO, base_tag)
     assert not any(str(run_folder).encode() in content or b"/home/me" in content for content in files.values())
     assert digests(run_folder) == before
+
+
+@pytest.mark.parametrize("change", ["settings", "classes"])
+def test_a_base_of_the_same_weights_and_other_settings_has_a_tag_of_its_own(change, hub, run_folder):
+    push_base(run_folder / "base", REPO)
+    (before,) = hub.tags(REPO)
+    file = run_folder / "base" / ("unet/config.json" if change == "settings" else "model_index.json")
+    new = {"act_fn": "relu"} if change == "settings" else {"id2label": {"3": "drei", "5": "five"}}
+    write_json(file, {**read_json(file), **new})
+    push_base(run_folder / "base", REPO)
+    (after,) = hub.tags(REPO).keys() - {before}
+    old, now = (FunLoraPipeline.from_pretrained(REPO, revision=tag) for tag in (before, after))
+    assert (old.unet.config.act_fn, now.unet.config.act_fn) == ("silu", new.get("act_fn", "silu"))
+    assert (old.classes == now.classes) == (change == "settings")
+    push_base(run_folder / "base", REPO)
+    assert hub.tags(REPO).keys() == {before, after}
 
 
 def test_earlier_commits_show_what_was_there_then(hub, run_folder):

@@ -22,7 +22,7 @@ from .class_folder import adapter_name as class_adapter_name
 from .class_rows import ClassRows, adapters_enabled
 from .untrusted_adapter import ADAPTER_FILES, bankable, exact_targets, fetch, read_adapter
 from .untrusted_bank import METADATA, ROWS, read_bank
-from .untrusted_base import load_base
+from .untrusted_base import check_names_differ, load_base
 
 
 class AdapterBank(ClassRows):
@@ -133,7 +133,7 @@ class AdapterBank(ClassRows):
 
         Raises:
             BaseMismatchError: the adapter was trained for another base.
-            ValueError: no id or one that is taken, another configuration than the bank's, or tensors that are missing,
+            ValueError: no id, an id or name that is taken, another configuration than the bank's, or tensors that are missing,
                 unexpected, of another shape or not finite. The bank has not changed then.
             FileNotFoundError: a folder without an adapter, or no such repository.
         """
@@ -143,6 +143,7 @@ class AdapterBank(ClassRows):
         class_label, class_name = known_class(config, adapter.source, class_label, class_name)
         if not ignore_base_fingerprint:
             self._base.check(config, adapter.source)
+        check_names_differ({**self.classes, class_label: class_name})
         self.insert(adapter.tensors(), class_label, f"The tensors of {adapter.source!r}")
         if ignore_base_fingerprint:
             self.config = self._base.accepted(self.config, adapter.source, ignore=True)
@@ -159,6 +160,7 @@ class AdapterBank(ClassRows):
         """
         unnamed = replace(self.config, class_label=None, class_name=None)
         class_label, class_name = known_class(unnamed, "state_dict", class_label, class_name)
+        check_names_differ({**self.classes, class_label: class_name})
         self.insert(state_dict, class_label)
         self._names[class_label] = class_name
         return class_label

@@ -38,6 +38,8 @@ def load_adapter(
     local_files_only: bool = False,
     ignore_base_fingerprint: bool = False,
     config: PeftConfig | None = None,
+    weight_name: str | None = None,
+    prefix: str | None = None,
 ) -> nn.Module:
     """
     Load an adapter, after checks that it is valid and was trained for this base.
@@ -56,6 +58,10 @@ def load_adapter(
         ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): load it also if it was trained for another base.
             What is saved then names this one.
         config (`PeftConfig`, *optional*): of the adapter, if the files have none, as those of `save_lora_weights`.
+        weight_name (`str`, *optional*): of a file of diffusers, if it is another than `pytorch_lora_weights.safetensors`.
+        prefix (`str`, *optional*):
+            Of a file of `save_lora_weights`: the part of the pipeline whose adapter is wanted, such as "text_encoder". None: the model
+            that denoises, if the file has its adapter.
 
     Returns:
         `torch.nn.Module`: in evaluation mode. A model of diffusers with `add_adapter` (its `PeftAdapterMixin`) is `model` itself,
@@ -74,7 +80,13 @@ def load_adapter(
         ```
     """
     adapter = read_adapter(
-        source, subfolder=subfolder, revision=revision, local_files_only=local_files_only, config=config
+        source,
+        subfolder=subfolder,
+        revision=revision,
+        local_files_only=local_files_only,
+        config=config,
+        weight_name=weight_name,
+        prefix=prefix,
     )
     if adapter_name is None:
         label, _ = class_of(adapter.config)

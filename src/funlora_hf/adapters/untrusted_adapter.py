@@ -31,7 +31,7 @@ from ..tuner import FunLoraConfig
 from ..tuner.hotswap import plain_key
 from ..tuner_base.meta_shapes import adapted_shape
 from ..tuner_base.wrappers import plain_modules, without_peft
-from ..utils.checks import is_repository_name, listed, shortened
+from ..utils.checks import check_not_mistyped, is_repository_name, listed, shortened
 from ..utils.files import parse_json, read_json, read_tensors
 from ..utils.tensors import misnamed, misshapen, not_finite
 
@@ -57,8 +57,8 @@ _HARMLESS_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.)*(?:\.[*+](?:[\w-]|\\?\.)*)?\
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
 
 
-# Names in pipelines of the models that denoise.
-_COMPONENTS = ("unet.", "transformer.")
+# Parts of pipelines whose adapters `save_lora_weights` writes, in the order in which one is taken.
+_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 _Config = TypeVar("_Config", bound=PeftConfig)
@@ -112,6 +112,8 @@ def read_adapter(
     revision: str | None = None,
     local_files_only: bool = False,
     config: PeftConfig | None = None,
+    weight_name: str | None = None,
+    prefix: str | None = None,
 ) -> SavedAdapter:
     """
     Find the adapter in a `subfolder` of a source, as `fetch` takes it, and read what it is; a repository's files come from one commit.
@@ -122,43 +124,61 @@ def read_adapter(
             repository on the Hub.
         subfolder, revision, local_files_only: as for `fetch`.
         config (`PeftConfig`, *optional*): of the adapter, if the files have none, as those of `save_lora_weights`.
+        weight_name, prefix (`str`, *optional*): of a file that diffusers wrote: its name, and the part of the pipeline that is wanted.
 
     Raises:
         FileNotFoundError: no such folder, repository, revision or file in it.
         ValueError: a config or a weight file that is damaged, on the disk or on its way, or not an adapter's.
     """
+    of_diffusers = weight_name or LORA_WEIGHT_NAME_SAFE
     root = fetch(
         source,
-        [f"{subfolder}/{name}" if subfolder else name for name in (*ADAPTER_FILES, LORA_WEIGHT_NAME_SAFE)],
+        [f"{subfolder}/{name}" if subfolder else name for name in (*ADAPTER_FILES, of_diffusers)],
         revision=revision,
         local_files_only=local_files_only,
     )
     folder = root / (subfolder or "")
-    if not (folder / CONFIG_NAME).is_file() and (folder / LORA_WEIGHT_NAME_SAFE).is_file():
-        return _read_diffusers_adapter(os.fspath(source), folder, config)
-    if config is not None and (folder / CONFIG_NAME).is_file():
-        raise ValueError(f"`config` is given, but {os.fspath(source)!r} has its own: leave it out.")
+    place = f"{os.fspath(source)!r}" + (f", subfolder {subfolder!r}," if subfolder else "")
+    if (weight_name or not (folder / CONFIG_NAME).is_file()) and (folder / of_diffusers).is_file():
+        return _read_diffusers_adapter(os.fspath(source), folder / of_diffusers, config, prefix)
+    if weight_name is not None:
+        raise FileNotFoundError(f"{place} has no {weight_name}, which `weight_name` names.")
+    for field, value in (("config", config), ("prefix", prefix)):
+        if value is not None and (folder / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"`{field}` is given, but {os.fspath(source)!r} has {'its own' if field == 'config' else 'one adapter'}: leave it out."
+            )
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
-            place = f"{os.fspath(source)!r}" + (f", subfolder {subfolder!r}," if subfolder else "")
-            raise FileNotFoundError(f"{place} has no {name}, expected an adapter as PEFT saves it.")
+            others = sorted(file.name for file in folder.glob("*.safetensors") if file.name not in ADAPTER_FILES)
+            remedy = f" If diffusers wrote it, pass `weight_name`, such as {others[0]!r}." if others else ""
+            raise FileNotFoundError(f"{place} has no {name}, expected an adapter as PEFT saves it.{remedy}")
         check_download(folder / name)
     return SavedAdapter(
         os.fspath(source), folder, read_config(folder), read_header(folder / SAFETENSORS_WEIGHTS_NAME)[0]
     )
 
 
-def _read_diffusers_adapter(source: str, folder: Path, config: PeftConfig | None) -> SavedAdapter:
-    """The adapter of the model that denoises, as `read_adapter` does, in a file that diffusers wrote."""
-    file = folder / LORA_WEIGHT_NAME_SAFE
+def _read_diffusers_adapter(source: str, file: Path, config: PeftConfig | None, part: str | None) -> SavedAdapter:
+    """The adapter of one part of a pipeline, as `read_adapter` does, in a file that diffusers wrote."""
     check_download(file)
     tensors, metadata = read_header(file)
-    # `save_lora_weights` of a pipeline puts the name of the component before each key and each field of its config.
-    prefix = next((name for name in _COMPONENTS if any(key.startswith(name) for key in tensors)), "")
+    # `save_lora_weights` of a pipeline puts the name of the part before each key and each field of its config.
+    names = {key.partition(".")[0] for key in tensors}
+    known = [name for name in _COMPONENTS if name in names]
+    if part is not None and part not in known:
+        raise ValueError(
+            f"`prefix` is {part!r}, expected a part of the pipeline that {os.fspath(file)!r} has: {', '.join(known) or 'none'}."
+        )
+    part = part or next(iter(known), None)
+    prefix = "" if part is None else f"{part}."
     shapes = _without_prefix(tensors, prefix)
-    others = {key.partition(".")[0] for key in tensors if not key.startswith(prefix)}
+    others = sorted(names - {part}) if part else []
     if others:
-        warnings.warn(f"{os.fspath(file)!r} also has tensors of {', '.join(sorted(others))}, left out.", stacklevel=4)
+        readable = "".join(f" Load that of pipe.{name} by `prefix={name!r}`." for name in others if name in known)
+        warnings.warn(
+            f"{os.fspath(file)!r} also has tensors of {', '.join(others)}, left out.{readable}", stacklevel=4
+        )
     try:
         settings = parse_json(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except ValueError as error:
@@ -170,8 +190,8 @@ def _read_diffusers_adapter(source: str, folder: Path, config: PeftConfig | None
             if settings
             else f"{os.fspath(file)!r} has no configuration of the adapter in it: pass `config`."
         )
-    known = {**(settings if config is None else config.to_dict()), "inference_mode": True}
-    return SavedAdapter(source, folder, config_from(known, os.fspath(file)), shapes, file.name, prefix)
+    fields = {**(settings if config is None else config.to_dict()), "inference_mode": True}
+    return SavedAdapter(source, file.parent, config_from(fields, os.fspath(file)), shapes, file.name, prefix)
 
 
 def _without_prefix(entries: Mapping[str, _Value], prefix: str) -> dict[str, _Value]:
@@ -192,7 +212,7 @@ def fetch(
         local_files_only (`bool`, *optional*, defaults to `False`): take it from the cache, without asking the Hub.
 
     Raises:
-        FileNotFoundError: no such folder, repository or revision, or none in the cache.
+        FileNotFoundError: no such folder, repository or revision, or none in the cache; or almost the name of a folder.
         ValueError: a name that leads out of the repository, or a revision of a folder.
     """
     name = os.fspath(source)
@@ -200,6 +220,15 @@ def fetch(
         if revision is not None:
             raise ValueError(f"`revision` is {revision!r}, but {name!r} is a folder, which has none: leave it out.")
         return Path(name)
+    if not local_files_only:
+        check_not_mistyped(repr(name), name, revision=revision)
+    return fetch_repository(name, files, revision=revision, local_files_only=local_files_only)
+
+
+def fetch_repository(
+    name: str, files: Sequence[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """As `fetch`, of a name that is a repository's, whatever folders there are."""
     if not is_repository_name(name):
         raise FileNotFoundError(
             f"{name!r} is neither a folder that is there nor the name of a repository, 'user/repo'."

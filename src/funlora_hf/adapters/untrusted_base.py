@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..utils.checks import check_class_label, check_class_name, one_form, shortened
 from ..utils.files import read_mapping
-from .untrusted_adapter import fetch
+from .untrusted_adapter import fetch_repository
 
 
 UNET_FOLDER = "unet"
@@ -145,9 +145,11 @@ def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DMo
         raise ValueError(
             "`base_model_name_or_path` is None: the adapter's config names no base. Pass `model`, its U-Net."
         )
-    revision = None if os.path.isdir(name) else config.revision
     try:
-        return read_unet(fetch(name, _UNET_FILES, revision=revision, local_files_only=local_files_only))
+        if os.path.isdir(name):
+            return read_unet(Path(name))
+        how: dict[str, Any] = {"revision": config.revision, "local_files_only": local_files_only}
+        return read_unet(fetch_repository(name, _UNET_FILES, **how))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`base_model_name_or_path` is {name!r}, from which no UNet2DModel could be loaded: {error} Pass `model`, the base's "

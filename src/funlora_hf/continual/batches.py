@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from ..data.image_data import ImageClassificationData, to_model_range
+from ..data.image_data import ImageClassificationData
+from ..data.pixels import to_model_range
 from ..flow_matching import sample_sigmas
 from ..utils.seeds import derive_seed, generator_for
 from .devices import on_device

@@ -93,6 +93,10 @@ class TrainingState:
         if value.dim() == 0:
             # Adam keeps its step counter on the CPU, but beside the parameter if it is fused.
             return value.clone().to(parameter.device if self.optimizer.defaults.get("fused") else "cpu")
+        if value.shape != parameter.shape:
+            return value.clone().to(
+                parameter.device
+            )  # 8-bit optimisers keep scales of blocks, and the map of their numbers
         # With the parameter's strides: a fused optimiser takes all tensors of a parameter entry by entry.
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 

@@ -19,7 +19,7 @@ from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
 from ..sampling.solvers import SOLVERS
 from ..tuner import FunLoraConfig
-from ..utils.checks import check_at_least_one, check_choice, check_class_label, shortened
+from ..utils.checks import check_at_least_one, check_choice, check_class_label, expanded, shortened
 from ..utils.field_types import check_field_types
 
 
@@ -78,6 +78,7 @@ class DataArguments:
             # YAML reads ids as numbers.
             self.class_order = [str(entry) if type(entry) is int else entry for entry in self.class_order]
         check_field_types(self)
+        self.dataset_name = expanded("dataset_name", self.dataset_name)
         if self.class_order is not None and self.class_order_seed is not None:
             raise ValueError(
                 f"`class_order` and `class_order_seed` {self.class_order_seed} are both given, expected one of them: leave one out."
@@ -132,6 +133,8 @@ class ModelArguments:
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
         check_field_types(self)
+        if self.base_model is not None:
+            self.base_model = expanded("base_model", self.base_model)
         if self.unet_config is not None:
             if "num_class_embeds" in self.unet_config:
                 raise ValueError(
@@ -243,6 +246,7 @@ class ContinualTrainingArguments:
         # HfArgumentParser has no annotation for a list on the command line and a mapping in a recipe.
         self.strategy_options = parse_options(self.strategy_options)  # type: ignore[assignment]
         check_field_types(self, leave_out=["strategy_options"])
+        self.output_dir = expanded("output_dir", self.output_dir)
         check_choice("class_batches", self.class_batches, ("homogeneous", "mixed"))
         check_choice("update_mode", self.update_mode, UPDATE_MODES)
         check_choice("timestep_density", self.timestep_density, TIMESTEP_DENSITIES)
@@ -353,6 +357,8 @@ class EvaluationArguments:
 
     def __post_init__(self) -> None:
         check_field_types(self)
+        if self.joint_results is not None:
+            self.joint_results = expanded("joint_results", self.joint_results)
         check_choice("solver", self.solver, SOLVERS)
         if not self.solver_tolerance > 0:
             raise ValueError(f"`solver_tolerance` is {self.solver_tolerance}, expected a number above 0.")

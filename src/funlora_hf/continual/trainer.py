@@ -93,6 +93,7 @@ class ContinualTrainer:
         scaler, on_cpu = self.accelerator.scaler, self.accelerator.device.type == "cpu"
         self._fresh_scale = None if scaler is None else scaler.state_dict()
         self._read_every = self.steps_between_reads or (1 if on_cpu else STEPS_BETWEEN_READS)
+        self._told: set[PhaseSettings] = set()  # of what this process has warned
 
     def train(self) -> None:
         """Run every phase that is not finished yet, and the evaluation after every task.
@@ -291,6 +292,17 @@ class ContinualTrainer:
         """Returns the steps of the phase, how many were skipped, the decay of the average in the last one, and means of the loss."""
         accelerator, training = self.accelerator, self.training
         steps = phase_steps(phase.settings, len(batches.images), training)
+        reached = learning_rate(phase.settings, steps - 1)
+        if reached < phase.settings.learning_rate and self._writes(phase) and phase.settings not in self._told:
+            self._told.add(phase.settings)
+            logger.warning(
+                "phase %s: its %d steps end in the warm-up of %d, in which the learning rate reaches %.2g instead of %.2g",
+                phase.name,
+                steps,
+                phase.settings.warmup_steps,
+                reached,
+                phase.settings.learning_rate,
+            )
         state = self._training_state(trainable, phase.settings, steps)
         resumes = training.resume_from_checkpoint is not None
         done = load_newest(self.folder.checkpoints / phase.name, state) if resumes else 0

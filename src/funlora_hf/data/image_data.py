@@ -4,43 +4,32 @@
 learner must not hold the images of earlier tasks, so nothing here keeps decoded images.
 """
 
-import glob
 import hashlib
 import logging
-import os
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, config, load_dataset, load_dataset_builder
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
-from datasets.exceptions import DatasetGenerationError, DatasetsError
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-from datasets.packaged_modules.webdataset.webdataset import WebDataset
-from huggingface_hub import constants
-from PIL import Image, ImageOps
 
-from ..utils.checks import check_not_mistyped, is_repository_name, one_form, shortened
+from ..utils.checks import one_form, shortened
 from .class_ids import check_unique
+from .open_dataset import HOLD_OUT_SEED, open_splits
+from .pixels import to_array
 from .untrusted_images import check_inside, decode_image
 
 
 logger = logging.getLogger(__name__)
 
-# Every held-out split is drawn with this seed, not the run's: all runs must be tested on the same images.
-HOLD_OUT_SEED = 0
 TEST_SPLIT_NAMES = ("test", "validation", "valid", "val")
 LABEL_COLUMN_NAMES = ("label", "labels", "class", "class_label", "category", "target", "fine_label", "y")
 _COLUMN_TYPES = {
     "image_column": "Image, binary or a struct with 'bytes'",
     "label_column": "ClassLabel, integers or strings",
 }
-METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 @dataclass(frozen=True)
@@ -259,7 +248,7 @@ def load_image_data(
     for name, fraction in (("test_fraction", test_fraction), ("validation_fraction", held)):
         if not 0 < fraction < 1:
             raise ValueError(f"{name}={fraction!r} must be between 0 and 1, both excluded: set --{name} to e.g. 0.2.")
-    name, splits, roots = _open_splits(
+    name, splits, roots = open_splits(
         dataset_name,
         config_name=dataset_config_name,
         revision=revision,
@@ -314,235 +303,6 @@ def load_image_data(
         image_column=image_column,
         parts=parts,
     )
-
-
-def to_model_range(images: torch.Tensor) -> torch.Tensor:
-    """Convert uint8 0..255 of any shape to float32 in [-1, 1], the range of generator and classifier."""
-    return images.float() / 127.5 - 1
-
-
-def _open_splits(
-    dataset_name: str,
-    *,
-    config_name: str | None,
-    revision: str | None,
-    digits_test_fraction: float,
-    one_class: bool,
-) -> tuple[str, DatasetDict, tuple[str, ...]]:
-    """Name for results, all splits of the dataset, and the folders in which its rows may name files."""
-    path = Path(dataset_name).expanduser()
-    is_digits = dataset_name == "digits"
-    is_local = not is_digits and (path.exists() or path.suffix == ".parquet" or not is_repository_name(dataset_name))
-    if not is_digits:
-        check_not_mistyped(f"dataset_name={dataset_name!r}", dataset_name)
-    if is_local and not path.exists():
-        raise FileNotFoundError(
-            f"dataset_name={dataset_name!r} looks like a local path, but there is no such file or folder: expected a "
-            "folder of images or parquet files, or a .parquet file. Correct --dataset_name, or give an id on the Hub "
-            "(owner/name)."
-        )
-    parquet = [*path.glob("*.parquet"), *path.glob("*/*.parquet")] if is_local and path.is_dir() else []
-    is_parquet_folder = any(file.name not in METADATA_FILES for file in parquet)
-    if revision is not None and (is_digits or is_local):
-        raise ValueError(
-            f"revision={revision!r} is only for datasets on the Hub, but dataset_name={dataset_name!r} is not one: "
-            "leave --dataset_revision out."
-        )
-    if config_name is not None and (is_digits or (is_local and not is_parquet_folder)):
-        raise ValueError(
-            f"dataset_config_name={config_name!r} has no meaning for dataset_name={dataset_name!r}, expected None: "
-            "leave --dataset_config_name out."
-        )
-    if is_digits:
-        return "digits", _load_digits(digits_test_fraction), ()
-    roots = [path if path.is_dir() else path.parent, config.EXTRACTED_DATASETS_PATH]
-    if not is_local:
-        roots = [constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH]
-        name, arguments = dataset_name, {"path": dataset_name, "name": config_name, "revision": revision}
-    elif is_parquet_folder:
-        name, arguments = path.resolve().name, {"path": str(path), "name": config_name}
-    elif path.is_dir():
-        files = _image_folder_files(path, dataset_name, one_class=one_class)
-        name, arguments = path.resolve().name, {"path": "imagefolder", **files}
-    elif path.suffix == ".parquet":
-        name, arguments = path.stem, {"path": "parquet", "data_files": glob.escape(str(path))}
-    else:
-        raise ValueError(
-            f"dataset_name={dataset_name!r} is a file of type {path.suffix!r}, expected .parquet: convert it to "
-            "parquet, or give a folder of class subfolders with images."
-        )
-    try:
-        with _without_unpickling():
-            splits = load_dataset(**arguments)
-            if config_name is None and is_local and "data_files" not in arguments:
-                _warn_of_files_in_no_split(path, load_dataset_builder(**arguments).config.data_files)
-            return name, splits, tuple(map(str, roots))
-    except Exception as error:
-        # For damaged files `datasets` raises many types. Errors of the network and of permissions pass unchanged.
-        here = "" if is_local else ", which is no file or folder here,"
-        of_files = (FileNotFoundError, ValueError, DatasetsError)
-        if isinstance(error, (ImportError, OSError)) and not isinstance(error, of_files):
-            if is_local or isinstance(error, ImportError):
-                raise
-            raise OSError(
-                f"dataset_name={dataset_name!r}{here} could not be loaded from the Hub, where names look like owner/name: {error}"
-            ) from error
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        # A DatasetGenerationError only wraps the error that names the cause.
-        told = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        raise kind(
-            f"dataset_name={dataset_name!r}{here} could not be loaded ({type(told).__name__}: {shortened(str(told), 1000)}). "
-            "Expected a folder of class subfolders with images, a folder of parquet files, a .parquet file or a hub id (owner/name); "
-            "check --dataset_name, --dataset_config_name and --dataset_revision."
-        ) from error
-
-
-@contextmanager
-def _without_unpickling() -> Iterator[None]:
-    """Refuse entries `.pth` of tar archives, for which `datasets` would call torch's (restricted) unpickler."""
-
-    def refuse(_: bytes) -> None:
-        raise ValueError("an archive has an entry .pth, which is a pickle, expected images and labels as text or JSON")
-
-    before = WebDataset.DECODERS
-    WebDataset.DECODERS = {**before, "pth": refuse}
-    try:
-        yield
-    finally:
-        WebDataset.DECODERS = before
-
-
-def _load_digits(test_fraction: float) -> DatasetDict:
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError(
-            "dataset_name='digits' needs scikit-learn, which is not installed: run "
-            'pip install "funlora-hf[demo]", or choose another --dataset_name.'
-        ) from error
-    digits = load_digits()
-    pixels = np.round(digits.images * 255 / 16).astype(np.uint8)
-    train, test = train_test_split(
-        np.arange(len(pixels)), test_size=test_fraction, stratify=digits.target, random_state=HOLD_OUT_SEED
-    )
-    rows = {"image": [Image.fromarray(image) for image in pixels], "label": digits.target}
-    dataset = Dataset.from_dict(
-        rows, features=Features({"image": ImageFeature(), "label": ClassLabel(num_classes=10)})
-    )
-    return DatasetDict(train=dataset.select(train), test=dataset.select(test))
-
-
-def _image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> dict:
-    """Arguments of `load_dataset` for class subfolders, for split folders that hold class subfolders, or for one class.
-
-    Left to itself, `datasets` finds splits by words in any part of a path: a class called "train" or "bullet_train"
-    would become the training split and the other classes would be lost. It also gives a single class no label.
-    """
-    top = _subfolders(folder)
-    has_metadata = any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES)
-    is_flat = not (top or has_metadata) and any(_is_image(file) and file.is_file() for file in folder.iterdir())
-    if is_flat and not one_class:
-        raise ValueError(
-            f"dataset_name={dataset_name!r}: give the folder above it, {os.path.normpath(folder / os.pardir)!r}, if that has one "
-            f"subfolder for each class. {dataset_name!r} itself has images and no subfolders, expected one for each class."
-        )
-    is_class = one_class and is_flat
-    if has_metadata or not (top or is_class):
-        # Labels in a metadata file, or archives: datasets knows these.
-        return {"data_dir": str(folder)}
-    split_folders = [place for place in top if _subfolders(place)]
-    class_folders = [place for split in split_folders for place in _subfolders(split)] if split_folders else top
-    class_folders = [folder] if is_class else class_folders
-    deeper = [place for place in class_folders if _subfolders(place)]
-    if deeper or len(split_folders) not in (0, len(top)):
-        odd = deeper or [place for place in top if place not in split_folders]
-        raise ValueError(
-            f"dataset_name={dataset_name!r} mixes folder depths (see {odd[0].relative_to(folder)}): expected "
-            "<class>/<image> for every image, or <split>/<class>/<image> for every image. Move the images or remove "
-            "the odd folders."
-        )
-    _warn_of_other_files(class_folders, folder)
-    # Links to files outside of the folder are read as images: somebody else may have packed them.
-    root = folder.resolve()
-    places = [one for place in class_folders for one in (place, *place.iterdir()) if one.is_symlink()]
-    leading = [(one, target) for one in places if not (target := one.resolve()).is_relative_to(root)]
-    if leading:
-        link, target = leading[0]
-        warnings.warn(
-            f"dataset {root.name!r}: {len(leading)} links lead out of the folder and are followed, such as "
-            f"{shortened(str(link.relative_to(folder)), 300)!r} to {shortened(str(target), 300)!r}.",
-            stacklevel=4,
-        )
-    # A pattern for each class, since those with several * leave linked folders out.
-    patterns: dict[str, list[str]] = {}
-    for place in class_folders:
-        if place.is_symlink() and glob.has_magic(str(place)):
-            raise ValueError(
-                f"dataset_name={dataset_name!r} has the linked folder {str(place.relative_to(folder))!r}, which `datasets` cannot "
-                "follow for one of the characters *?[ in its path: rename it, or put the images themselves there."
-            )
-        split = place.parent.name if split_folders else "train"
-        patterns.setdefault(split, []).append(f"{glob.escape(str(place))}/*")
-    return {"data_files": patterns, "drop_labels": False}
-
-
-def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
-    """Warn of what is left out: visible files without the extension of an image, images beside the folders of the classes,
-    folders whose name begins with "__", and folders without images."""
-    left_out: Counter[tuple[str, str]] = Counter()
-    beside, empty = [], []
-    # A folder of images that is one class has nothing above it.
-    for above in sorted({folder, *(place.parent for place in class_folders if place != folder)} - {*class_folders}):
-        beside += [one for one in above.iterdir() if one.name.startswith("__") or (_is_image(one) and one.is_file())]
-    for place in class_folders:
-        files = list(place.iterdir())
-        if not any(map(_is_image, files)):
-            empty.append(place)
-        for file in files:
-            if not _is_image(file) and not file.name.startswith((".", "__")):
-                left_out[place.relative_to(folder).as_posix(), file.suffix or "none"] += 1
-    counted = [f"{count} in {place!r} (extension {suffix})" for (place, suffix), count in left_out.items()]
-    for problem, found in (
-        ("these files do not have the extension of an image", counted),
-        ("these are outside of the folders of the classes, or are folders with names that begin with '__',", beside),
-        ("these folders have no image", empty),
-    ):
-        if found:
-            names = ", ".join(one if isinstance(one, str) else repr(str(one.relative_to(folder))) for one in found)
-            warnings.warn(
-                f"dataset {folder.resolve().name!r}: {problem} and are left out: {shortened(names, 1000)}.",
-                stacklevel=5,
-            )
-
-
-def _is_image(file: Path) -> bool:
-    # datasets skips names that start with "." or "__".
-    return file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith((".", "__"))
-
-
-def _warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]]) -> None:
-    """Warn of files like those of the splits that `datasets`, which finds splits by words such as "test" in names, takes for none."""
-    taken = {Path(os.path.abspath(file)) for files in splits.values() for file in files}
-    suffixes = {file.suffix for file in taken}
-    found = (Path(os.path.abspath(file)) for file in folder.rglob("*") if file.suffix in suffixes)
-    others = sorted(
-        os.path.relpath(file, folder)
-        for file in found
-        if file not in taken
-        and not any(part.startswith((".", "__")) for part in file.relative_to(os.path.abspath(folder)).parts)
-    )
-    if others:
-        warnings.warn(
-            f"dataset {folder.resolve().name!r}: {len(others)} of {len(taken) + len(others)} files are in no split and are left out, since "
-            f"others have the name of one, such as 'test', in theirs: {shortened(', '.join(others), 1000)}.",
-            stacklevel=4,
-        )
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    # datasets skips names that start with "." or "__", too.
-    return sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith((".", "__")))
 
 
 def _find_splits(splits: DatasetDict, *, train_split: str, test_split: str | None) -> str | None:
@@ -670,36 +430,3 @@ def _hold_out(rows: Mapping[int, np.ndarray], fraction: float) -> tuple[dict[int
         held[class_id] = class_rows[np.sort(order[:held_count])]
         kept[class_id] = class_rows[np.sort(order[held_count:])]
     return kept, held
-
-
-def to_array(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
-    """One image as uint8 (channels, size, size), values 0..255."""
-    image = _to_eight_bits(image)
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        # Dropping the alpha channel instead would show the colours under transparent pixels.
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image = image.convert("L" if channels == 1 else "RGB")
-    # Scales the shorter side to size and keeps the centre; an image that fits is copied unchanged.
-    image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale a grey image of more than 8 bits to 0..255; convert("L") would clip it at 255.
-
-    The scale must not depend on the single image, so it follows from the mode alone: "I;16" and "I" (in which Pillow
-    may open a 16-bit file) hold 0..65535, "F" holds 0..1.
-    """
-    if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
-        return image
-    values = np.array(image, dtype=np.float64)
-    limit = 1 if image.mode == "F" else 65535
-    if not (values.min() >= 0 and values.max() <= limit):
-        raise ValueError(
-            f"its values are in {values.min()}..{values.max()}, but an image of mode {image.mode!r} must hold "
-            f"0..{limit}"
-        )
-    # In place: a large image takes 8 bytes per pixel here.
-    values *= 255 / limit
-    return Image.fromarray(np.round(values, out=values).astype(np.uint8))

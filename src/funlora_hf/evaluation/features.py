@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..classifier import check_images
-from ..data.image_data import to_model_range
+from ..data.pixels import to_model_range
 
 
 _FID_EXTRA = 'pip install "funlora-hf[fid]"'

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.class_folder import adapter_folders, class_in_name, class_of
-from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch, read_config
+from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch_repository, read_config
 from ..cards.model_cards import ClassRow, repository_card
 from ..utils.files import read_mapping
 
@@ -148,7 +148,7 @@ def known_contents(repo_id: str, present: set[str]) -> HubIndex:
     folders = {name.rpartition("/")[0] for name in present if name.endswith(f"/{ADAPTER_FILES[1]}")}
     if not folders and INDEX not in present:
         return HubIndex()
-    root = fetch(repo_id, [INDEX, f"class_*/{ADAPTER_FILES[0]}"])
+    root = fetch_repository(repo_id, [INDEX, f"class_*/{ADAPTER_FILES[0]}"])
     index = read_index(root / INDEX) if INDEX in present else HubIndex()
     classes = {folder: row for folder, row in index.classes.items() if folder in folders}
     for path in adapter_folders(root):

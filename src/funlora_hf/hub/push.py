@@ -36,7 +36,7 @@ def push_base(
     commit_message: str = "Base",
 ) -> CommitInfo | None:
     """
-    Push a base, without adapters, in one commit with the tag `base-<start of its fingerprint>`.
+    Push a base, without adapters, in one commit with the tag `base-<start of its fingerprint>-<hash of settings and classes>`.
 
     Args:
         pipeline ([`FunLoraPipeline`], `str` or `os.PathLike`): the base, or its folder.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -17,6 +18,7 @@ from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_fold
 from ..adapters.untrusted_adapter import SavedAdapter, read_adapter
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
 from ..cards.model_cards import ClassRow, Place, adapter_card, repository
+from ..utils.checks import CONFIG_FINGERPRINT, check_not_mistyped
 from ..utils.files import read_json, read_mapping
 from .classes_json import CARD, results_without
 
@@ -36,8 +38,9 @@ class BaseFolder:
 
     @property
     def tag(self) -> str:
-        """Name of the tag for exactly these weights."""
-        return f"base-{self.fingerprints['float32'][:12]}"
+        """Name of the tag for exactly these weights, settings and classes."""
+        about = json.dumps([self.fingerprints.get(CONFIG_FINGERPRINT), list(self.classes.items())])
+        return f"base-{self.fingerprints['float32'][:12]}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
     def files(self) -> dict[str, Path | bytes]:
         """Files for the repository: JSON and safetensors, without adapters."""
@@ -162,6 +165,7 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
         FileNotFoundError: no folder of a run.
         ValueError: a damaged adapter.
     """
+    check_not_mistyped(f"`output_dir` is {os.fspath(folder)!r}", os.fspath(folder))
     file = folder / "results.json"
     results = read_mapping(file, keys=["tasks"]) if file.is_file() else None
     trained = next((folder / name for name in GENERATOR_FOLDERS if (folder / name).is_dir()), None)

@@ -6,7 +6,7 @@ Source: GUIDE (arXiv 2403.03938) has it for DDIM [code]; the form for flow match
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,24 +83,3 @@ class Guidance:
         # At sigma = 1 the quotient is infinite, which `clamp` handles.
         weight = (sigma / (1 - sigma)).clamp(max=self.most)
         return unguided.detach() - self.scale * weight * gradient
-
-
-def expand_adapter_names(
-    adapter_names: Sequence[str], *, num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = True
-) -> list[str]:
-    """
-    Names for `mixed_batch` around a diffusers pipeline, from the adapter of each prompt.
-
-    The pipeline repeats each prompt `num_images_per_prompt` times, and with classifier-free guidance runs the whole batch
-    twice, without and with the prompts.
-
-    Args:
-        adapter_names: the adapter of each prompt.
-        num_images_per_prompt: as given to the pipeline.
-        do_classifier_free_guidance: whether its `guidance_scale` is above 1.
-
-    Returns:
-        One name for each sample that the model sees.
-    """
-    names = [name for name in adapter_names for _ in range(num_images_per_prompt)]
-    return names * 2 if do_classifier_free_guidance else names

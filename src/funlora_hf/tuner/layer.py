@@ -134,6 +134,10 @@ class FunLoraLinear(FunLoraFactorLayer):
 
     base_function = staticmethod(nn.functional.linear)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """For PEFT's `convert_to_lora`, which takes `get_delta_weight` of Linear layers."""
+        return True
+
 
 class FunLoraClassVector(FunLoraLayer):
     """An Embedding whose output an adapter replaces by its own vector, for every label.

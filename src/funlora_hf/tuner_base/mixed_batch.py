@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .layer import BASE, AdapterGroups, adapter_layers
 from .weights import cached_weights
@@ -27,30 +28,41 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None
     Args:
         model: a PeftModel, a tuner or any module with adapter layers in it.
         adapter_names: the adapter of each sample, `"__base__"` for none. Sorted by adapter they run fastest. Around a
-            pipeline with classifier-free guidance, see `expand_adapter_names`.
+            pipeline of diffusers, use `mixed_prompts`.
 
     Raises:
         ValueError: an adapter that the model does not have, or a batch of another length.
 
     Source: [ours].
     """
-    layers = adapter_layers(model)
-    unknown = sorted(set(adapter_names) - {name for layer in layers for name in layer.settings} - {BASE})
-    if unknown:
-        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-    give_groups = _giving(AdapterGroups(adapter_names))
-    handles = [layer.register_forward_pre_hook(give_groups, with_kwargs=True) for layer in layers]
-    for wrapper in (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)):
-        # PEFT's own wrapper around `modules_to_save` takes names; to an adapter without such it is the base's.
-        own = wrapper._get_available_adapters()
-        names = [name if name in own else BASE for name in adapter_names]
-        handles.append(wrapper.register_forward_pre_hook(_giving(names), with_kwargs=True))
+    check_adapter_names(model, adapter_names)
+    handles = give_names(model, adapter_names)
     try:
         with cached_weights(model):
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def check_adapter_names(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Raise a ValueError for adapters that the model does not have."""
+    known = {name for layer in adapter_layers(model) for name in layer.settings}
+    unknown = sorted(set(adapter_names) - known - {BASE})
+    if unknown:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+
+def give_names(model: nn.Module, adapter_names: Sequence[str]) -> list[RemovableHandle]:
+    """Hooks by which each layer gets the adapter of each sample, in this thread, until they are removed."""
+    give_groups = _giving(AdapterGroups(adapter_names))
+    handles = [layer.register_forward_pre_hook(give_groups, with_kwargs=True) for layer in adapter_layers(model)]
+    for wrapper in (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)):
+        # PEFT's own wrapper around `modules_to_save` takes names; to an adapter without such it is the base's.
+        own = wrapper._get_available_adapters()
+        names = [name if name in own else BASE for name in adapter_names]
+        handles.append(wrapper.register_forward_pre_hook(_giving(names), with_kwargs=True))
+    return handles
 
 
 def _giving(adapter_names: AdapterGroups | list[str]) -> Callable[..., Any]:

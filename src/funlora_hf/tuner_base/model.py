@@ -105,6 +105,13 @@ class AdapterModel(BaseTuner):
                         layer.merge(adapter_names=names)
             raise
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises a NotImplementedError, as PEFT's mixed model does: the adapters of these methods have no weighted sum."""
+        raise NotImplementedError(
+            f"Weighted adapters are not supported for {type(self).__name__}: activate several adapters by `set_adapter`, and "
+            "weigh each by `set_block_weights`, or by `set_adapters(names, weights)` of a pipeline."
+        )
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,

@@ -20,7 +20,7 @@ def remember_place(module: nn.Module, model: nn.Module, path: str) -> None:
     _places[module] = ref(model), path
 
 
-def group_hook(module: nn.Module) -> Any:
+def group_hook(module: nn.Module | None) -> Any:
     """The hook by which diffusers offloads a module; None if it does not."""
     registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook("group_offloading")

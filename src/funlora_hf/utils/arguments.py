@@ -42,9 +42,13 @@ def as_options(values: Mapping[str, Any]) -> str:
     return ", ".join([shlex.join(words)] * bool(words) + absent)
 
 
-def explain_switches(parser: argparse.ArgumentParser) -> None:
-    """Say what each `--no_<name>` does. HfArgumentParser gives it the help and the default of the option that it switches off."""
+def tidy_help(parser: argparse.ArgumentParser) -> None:
+    """
+    List each option of an `HfArgumentParser` in one spelling, --one_form, and say what each `--no_<name>` does: it gives each two
+    spellings, and a switch the help and the default of the option that it switches off.
+    """
     for action in parser._actions:
+        action.option_strings = [one for one in action.option_strings if "-" not in one.lstrip("-")]
         if isinstance(action, argparse._StoreFalseAction):
             action.help, action.default = f"Switch off --{action.dest}.", argparse.SUPPRESS
 
@@ -52,8 +56,7 @@ def explain_switches(parser: argparse.ArgumentParser) -> None:
 def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
     """End the process as argparse does, with 2, if there are arguments that a parser does not know; suggest the nearest options."""
     if unknown:
-        # Of the two forms that HfArgumentParser gives each, --one_form.
-        options = [one for action in parser._actions for one in action.option_strings if "-" not in one.lstrip("-")]
+        options = [one for action in parser._actions for one in action.option_strings]
         hints = {did_you_mean(text.partition("=")[0], options): None for text in unknown if text.startswith("-")}
         # Some commands take the folder as an argument of its own, others by this option.
         folders = [text for text in unknown if "--output_dir" in options and os.path.isdir(text)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -80,14 +81,32 @@ def is_repository_name(name: str) -> bool:
     return True
 
 
-def check_not_mistyped(field: str, name: str) -> None:
-    """Raise a FileNotFoundError if there is no `name` here but a folder of almost that name: the Hub is not asked for it then."""
-    place = Path(name).expanduser()
-    folders = [] if place.exists() else [one.name for one in place.parent.glob("*") if one.is_dir()]
-    if near := get_close_matches(place.name, folders, n=1, cutoff=0.8):
+def check_not_mistyped(field: str, name: str, *, revision: str | None = None) -> None:
+    """
+    Raise a FileNotFoundError if there is no `name` here but a folder, or a file of the same type, of almost that name: the Hub is not
+    asked for it then, unless a revision says that it is a repository.
+    """
+    place = Path(name)
+    known = [] if revision or place.exists() else place.parent.glob("*")
+    near = [one.name for one in known if one.is_dir() or one.suffix == place.suffix != ""]
+    if nearest := get_close_matches(place.name, near, n=1, cutoff=0.8):
         raise FileNotFoundError(
-            f"{field}: no folder {name!r} here; did you mean {str(place.parent / near[0])!r}? (What is on the Hub: owner/name.)"
+            f"{field}: nothing of this name is here; did you mean {str(place.parent / nearest[0])!r}? (If it is on the Hub, name its "
+            "revision, too, such as 'main'.)"
         )
+
+
+def expanded(field: str, path: str) -> str:
+    """
+    The path with the user's folder for a ~ at its start, which a shell leaves in --option=~/path.
+
+    Raises:
+        ValueError: ~ and the name of no user.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError(f"`{field}` is {path!r}, but there is no such user: write the path out.")
+    return found
 
 
 def check_type(name: str, value: object, expected: type | UnionType, text: str) -> None:

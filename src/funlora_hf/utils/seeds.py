@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import torch
 
@@ -18,9 +17,3 @@ def derive_seed(seed: int, *keys: str | int) -> int:
 def generator_for(seed: int, *keys: str | int) -> torch.Generator:
     """A CPU generator with that seed; noise drawn on the CPU is the same on every device."""
     return torch.Generator().manual_seed(derive_seed(seed, *keys))
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise a ValueError unless the `seeds` of several runs differ, and there is at least one."""
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"`seeds` is {list(seeds)}, expected different numbers, at least one.")

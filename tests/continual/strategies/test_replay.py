@@ -15,7 +15,7 @@ from funlora_hf.continual.strategies.generated_images import GeneratedImages, Re
 from funlora_hf.continual.strategies.guide import likeliest
 from funlora_hf.continual.strategies.replay import is_classifier
 from funlora_hf.continual.strategy import Batch
-from funlora_hf.data.image_data import to_model_range
+from funlora_hf.data.pixels import to_model_range
 from funlora_hf.sampling.drawing import draw_samples, to_uint8
 from funlora_hf.sampling.guidance import Guidance
 

@@ -6,7 +6,7 @@ import pytest
 from runs import digests, short_run
 
 from comparison import bases, jobs
-from comparison.bases import run_on_shared_bases
+from comparison.bases import check_seeds, run_on_shared_bases
 from comparison.jobs import Job, Outcome
 from funlora_hf.run import run
 from funlora_hf.utils.files import read_json
@@ -83,6 +83,13 @@ def test_what_is_learned_on_a_shared_base_is_the_same_to_the_bit(here, tmp_path,
     assert {name: first[name] for name in first if name.endswith("safetensors")} == {
         name: second[name] for name in second if name.endswith("safetensors")
     }
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1], (2, 0, 2)])
+def test_seeds_of_several_runs_differ(seeds):
+    check_seeds([3, 1, 2])
+    with pytest.raises(ValueError, match=r"`seeds` is \[.*\], expected different numbers, at least one"):
+        check_seeds(seeds)
 
 
 def test_runs_of_one_base_share_it_and_count_its_cost(asked, tmp_path):

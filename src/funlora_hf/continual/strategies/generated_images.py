@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ...classifier import ARCHITECTURES
-from ...data.image_data import to_model_range
+from ...data.pixels import to_model_range
 from ...sampling.drawing import draw_samples, to_uint8
 from ...sampling.guidance import Guidance
 from ...sampling.pipeline import FunLoraPipeline

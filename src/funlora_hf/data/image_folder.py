@@ -1,0 +1,129 @@
+"""How a folder of images is read: which of its folders are splits and classes, and what in it is left out."""
+
+from __future__ import annotations
+
+import glob
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from ..utils.checks import shortened
+
+
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> dict:
+    """Arguments of `load_dataset` for class subfolders, for split folders that hold class subfolders, or for one class.
+
+    Left to itself, `datasets` finds splits by words in any part of a path: a class called "train" or "bullet_train"
+    would become the training split and the other classes would be lost. It also gives a single class no label.
+    """
+    top = _subfolders(folder)
+    has_metadata = any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES)
+    is_flat = not (top or has_metadata) and any(_is_image(file) and file.is_file() for file in folder.iterdir())
+    if is_flat and not one_class:
+        raise ValueError(
+            f"dataset_name={dataset_name!r}: give the folder above it, {os.path.normpath(folder / os.pardir)!r}, if that has one "
+            f"subfolder for each class. {dataset_name!r} itself has images and no subfolders, expected one for each class."
+        )
+    is_class = one_class and is_flat
+    if has_metadata or not (top or is_class):
+        # Labels in a metadata file, or archives: datasets knows these.
+        return {"data_dir": str(folder)}
+    split_folders = [place for place in top if _subfolders(place)]
+    class_folders = [place for split in split_folders for place in _subfolders(split)] if split_folders else top
+    class_folders = [folder] if is_class else class_folders
+    deeper = [place for place in class_folders if _subfolders(place)]
+    if deeper or len(split_folders) not in (0, len(top)):
+        odd = deeper or [place for place in top if place not in split_folders]
+        raise ValueError(
+            f"dataset_name={dataset_name!r} mixes folder depths (see {odd[0].relative_to(folder)}): expected "
+            "<class>/<image> for every image, or <split>/<class>/<image> for every image. Move the images or remove "
+            "the odd folders."
+        )
+    _warn_of_other_files(class_folders, folder)
+    # Links to files outside of the folder are read as images: somebody else may have packed them.
+    root = folder.resolve()
+    places = [one for place in class_folders for one in (place, *place.iterdir()) if one.is_symlink()]
+    leading = [(one, target) for one in places if not (target := one.resolve()).is_relative_to(root)]
+    if leading:
+        link, target = leading[0]
+        warnings.warn(
+            f"dataset {root.name!r}: {len(leading)} links lead out of the folder and are followed, such as "
+            f"{shortened(str(link.relative_to(folder)), 300)!r} to {shortened(str(target), 300)!r}.",
+            stacklevel=4,
+        )
+    # A pattern for each class, since those with several * leave linked folders out.
+    patterns: dict[str, list[str]] = {}
+    for place in class_folders:
+        if place.is_symlink() and glob.has_magic(str(place)):
+            raise ValueError(
+                f"dataset_name={dataset_name!r} has the linked folder {str(place.relative_to(folder))!r}, which `datasets` cannot "
+                "follow for one of the characters *?[ in its path: rename it, or put the images themselves there."
+            )
+        split = place.parent.name if split_folders else "train"
+        patterns.setdefault(split, []).append(f"{glob.escape(str(place))}/*")
+    return {"data_files": patterns, "drop_labels": False}
+
+
+def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
+    """Warn of what is left out: visible files without the extension of an image, images beside the folders of the classes,
+    folders whose name begins with "__", and folders without images."""
+    left_out: Counter[tuple[str, str]] = Counter()
+    beside, empty = [], []
+    # A folder of images that is one class has nothing above it.
+    for above in sorted({folder, *(place.parent for place in class_folders if place != folder)} - {*class_folders}):
+        beside += [one for one in above.iterdir() if one.name.startswith("__") or (_is_image(one) and one.is_file())]
+    for place in class_folders:
+        files = list(place.iterdir())
+        if not any(map(_is_image, files)):
+            empty.append(place)
+        for file in files:
+            if not _is_image(file) and not file.name.startswith((".", "__")):
+                left_out[place.relative_to(folder).as_posix(), file.suffix or "none"] += 1
+    counted = [f"{count} in {place!r} (extension {suffix})" for (place, suffix), count in left_out.items()]
+    for problem, found in (
+        ("these files do not have the extension of an image", counted),
+        ("these are outside of the folders of the classes, or are folders with names that begin with '__',", beside),
+        ("these folders have no image", empty),
+    ):
+        if found:
+            names = ", ".join(one if isinstance(one, str) else repr(str(one.relative_to(folder))) for one in found)
+            warnings.warn(
+                f"dataset {folder.resolve().name!r}: {problem} and are left out: {shortened(names, 1000)}.",
+                stacklevel=5,
+            )
+
+
+def _is_image(file: Path) -> bool:
+    # datasets skips names that start with "." or "__".
+    return file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith((".", "__"))
+
+
+def warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]]) -> None:
+    """Warn of files like those of the splits that `datasets`, which finds splits by words such as "test" in names, takes for none."""
+    taken = {Path(os.path.abspath(file)) for files in splits.values() for file in files}
+    suffixes = {file.suffix for file in taken}
+    found = (Path(os.path.abspath(file)) for file in folder.rglob("*") if file.suffix in suffixes)
+    others = sorted(
+        os.path.relpath(file, folder)
+        for file in found
+        if file not in taken
+        and not any(part.startswith((".", "__")) for part in file.relative_to(os.path.abspath(folder)).parts)
+    )
+    if others:
+        warnings.warn(
+            f"dataset {folder.resolve().name!r}: {len(others)} of {len(taken) + len(others)} files are in no split and are left out, since "
+            f"others have the name of one, such as 'test', in theirs: {shortened(', '.join(others), 1000)}.",
+            stacklevel=4,
+        )
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    # datasets skips names that start with "." or "__", too.
+    return sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith((".", "__")))
