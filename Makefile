@@ -7,7 +7,7 @@ ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECKED := src examples benchmarks tests docs
 
-.PHONY: demo space test test-fast test-slow soak test-oldest-peft test-space bench docs style quality clean
+.PHONY: demo space test test-fast test-slow soak test-oldest-peft test-quantization test-space bench docs style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -51,13 +51,18 @@ test-oldest-peft: .oldest-peft
 	  tests/tuner tests/tuner_base tests/sampling/test_pipeline.py tests/test_layer_selection.py tests/adapters/test_loaded_adapters.py \
 	  tests/adapters/test_untrusted_adapter.py tests/hub/test_push.py
 
+# The tests of quantized bases, with the libraries that have wheels here; those of others are skipped.
+test-quantization: .quantization
+	PYTHONPATH="$(CURDIR)/.quantization" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k quantized \
+	  tests/tuner/test_quantized.py tests/docs/test_text_to_image_memory.py
+
 # The page in a browser: needs Chromium and its driver.
 test-space: .space/installed
 	PYTHONPATH="$(CURDIR)/.space" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/examples/test_space.py
 
 # Ratios of every claim about speed, into benchmarks/results; about 20 minutes on a machine that does nothing else.
 bench: .venv/installed
-	@set -e; for script in functional_matrix training_step evaluation adapter_bank rivals processes scaling soak; do \
+	@set -e; for script in functional_matrix training_step linear evaluation adapter_bank rivals processes scaling soak; do \
 	  $(BIN)/python benchmarks/$$script.py; \
 	done
 	$(BIN)/python benchmarks/interleaved.py > /dev/null
@@ -88,6 +93,16 @@ style: .venv/installed
 	  "peft==$$(sed -n 's/.*"peft>=\([0-9.]*\)".*/\1/p' pyproject.toml)"
 	touch $@
 
+# Without what they depend on, in a folder that comes before .venv's packages: nothing else changes.
+.quantization: .venv/installed
+	rm -rf $@
+	for package in $$(sed -n 's/^quantization = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",'); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --target $@ \
+	    --constraint constraints.txt "$$package" || echo "No wheel of $$package here."; \
+	done
+	mkdir -p $@
+	touch $@
+
 # Gradio wants another pillow than constraints.txt has: a folder that comes before .venv's packages.
 .space/installed: .venv/installed
 	rm -rf .space
@@ -96,4 +111,4 @@ style: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .space .oldest-peft outputs site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .space .oldest-peft .quantization outputs site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -34,6 +34,7 @@ def smaller(script):
             "measure": partial(script.measure, 12),
         },
         "processes": lambda: {"measure": partial(script.measure, 2)},
+        "linear": lambda: {"SIZES": (8, 16), "TOKENS": (2, 4)},
     }
     return changes.get(script.__name__, dict)()
 
@@ -59,6 +60,7 @@ def interleaved(monkeypatch):
         ("evaluation", 3),
         ("functional_matrix", 6),
         ("training_step", 5),
+        ("linear", 8),
         ("rivals", 7),
         ("scaling", 12),
         pytest.param("soak", 10, marks=pytest.mark.slow),

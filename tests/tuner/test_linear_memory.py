@@ -22,7 +22,7 @@ ARGUMENTS = {
     "identity, r = 4": {"function": "identity", "r": 4},
 }
 # Besides the matrix: A, B and, of "cosine", the coefficients of its interpolation, which are small in larger layers.
-MATRICES = {**dict.fromkeys(ARGUMENTS, 1.3), "identity": 0.1}
+MATRICES = {**dict.fromkeys(ARGUMENTS, 1.4), "identity": 0.1}
 
 
 def make(**config):
