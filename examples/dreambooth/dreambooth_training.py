@@ -37,7 +37,7 @@ from funlora_hf.hub.repository import HubRepository
 from funlora_hf.run import make_accelerator
 from funlora_hf.train import ERRORS, set_up_logging
 from funlora_hf.utils.arguments import refuse_unknown, tidy_help, warnings_as_lines
-from funlora_hf.utils.checks import check_at_least_one, check_choice, check_not_mistyped
+from funlora_hf.utils.checks import check_at_least_one, check_choice, check_not_mistyped, expanded
 from funlora_hf.utils.field_types import check_field_types
 from funlora_hf.utils.files import read_mapping, recover_folder, whole_file, write_json
 from funlora_hf.utils.locks import folder_lock
@@ -122,7 +122,10 @@ class DreamBoothArguments:
 
     def __post_init__(self) -> None:
         check_field_types(self)
-        check_not_mistyped("pretrained_model_name_or_path", self.pretrained_model_name_or_path)
+        for name in ("pretrained_model_name_or_path", "instance_data_dir", "class_data_dir", "output_dir"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, expanded(name, path))
+        check_not_mistyped("pretrained_model_name_or_path", self.pretrained_model_name_or_path, revision=self.revision)
         check_choice("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16"))
         if self.resume_from_checkpoint not in (None, "latest"):
             raise ValueError(f"`resume_from_checkpoint` is {self.resume_from_checkpoint!r}, expected 'latest'.")
@@ -243,7 +246,7 @@ class DreamBooth:
                 recover_folder(self.folder)
                 write_json(self.folder / "settings.json", self.settings)
             accelerator.wait_for_everyone()
-            accelerator.init_trackers("dreambooth", config=asdict(self.arguments))
+            accelerator.init_trackers("logs")
             self._train(termination)
             self.state.ema.copy_to(self.state.parameters.values())
             if accelerator.is_main_process:

@@ -483,8 +483,12 @@ def _check_launcher(training: ContinualTrainingArguments) -> None:
 
 
 def make_accelerator(training: Any) -> Accelerator:
-    """The accelerator of a process, from `ContinualTrainingArguments` or what has the same names: mixed_precision,
-    gradient_accumulation_steps, report_to, output_dir.
+    """
+    Make the accelerator of a process.
+
+    Args:
+        training ([`ContinualTrainingArguments`]):
+            Has `mixed_precision`, `gradient_accumulation_steps`, `report_to` and `output_dir`, as do the arguments of other scripts.
 
     Raises:
         ValueError: one of them is not available here, or the launcher has set something else.

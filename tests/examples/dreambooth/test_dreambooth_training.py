@@ -306,6 +306,7 @@ def test_a_push_that_fails(make, hub, monkeypatch):
         ({**PRIOR, "class_data_dir": "./dog"}, "`class_data_dir` is `instance_data_dir`"),
         ({"validation_steps": 2}, "`validation_steps` is 2 but there is no `validation_prompt`"),
         ({"hub_model_id": "me/dog"}, "`hub_model_id` is 'me/dog' but there is no `push_to_hub`"),
+        ({"output_dir": "~no-such-user/out"}, "`output_dir` is .* no such user"),
         ({"instance_prompt": ""}, "`instance_prompt` is ''"),
         ({"function": "sine"}, "`function` is 'sine', expected one of"),
         ({"rank": 0}, "`rank` should be a positive integer"),
