@@ -141,7 +141,7 @@ def select_layers(
         if not knows_order(model):
             raise ValueError(
                 f"`preset` is {preset!r}, a part of a UNet2DModel or UNet2DConditionModel in its standard form, but the "
-                f"model is a {type(without_peft(model)).__name__}. Give a range of indices of `conv_layers`."
+                f"model is a {type(without_peft(model)).__name__}. Give a range of indices of `conv_layers`, or 'attention'."
             )
         return decoder(model) if preset == "decoder" else decoder_middle(model)
     if preset in ("attention", "cross-attention"):
