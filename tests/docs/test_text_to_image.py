@@ -418,7 +418,7 @@ def test_on_a_layer_with_a_lora(method, name):
 
 @two_pipelines
 def test_a_lora_around_it(name, tmp_path):
-    """What the page says of a LoRA that is put on a layer with FunLoRA: PEFT asks nobody, so it cannot be refused."""
+    """What the page says of a LoRA that is put on a layer with FunLoRA: PEFT asks nobody, so only what is wrong then is refused."""
     save_lora(adapted(name, LORA.random()), tmp_path)
     pipe = adapted(name, FUNLORA.random())
     pipe.load_lora_weights(tmp_path, adapter_name="lora")
@@ -431,8 +431,21 @@ def test_a_lora_around_it(name, tmp_path):
     close(sample(pipe), both)
     pipe.unfuse_lora()
     close(sample(pipe), both)
-    pipe.fuse_lora(adapter_names=["lora"])  # the page warns of it: F multiplies what LoRA has added
+    pipe.fuse_lora(adapter_names=["mine"])
+    close(sample(pipe), both)
+    pipe.fuse_lora(adapter_names=["lora"])
+    close(sample(pipe), both)
+    pipe.unfuse_lora()
+    pipe.fuse_lora(adapter_names=["lora"])  # F would multiply what LoRA has added
+    with pytest.raises(RuntimeError, match=r"^lora was fused into .* before the adapters of FunLora"):
+        sample(pipe)
+    with pytest.raises(RuntimeError, match=r"^lora was fused into .*: call `unfuse_lora"):
+        pipe.fuse_lora(adapter_names=["mine"])
+    pipe.set_adapters("lora")
     far(sample(pipe), both)
+    pipe.set_adapters(["mine", "lora"])
+    pipe.unfuse_lora()
+    close(sample(pipe), both)
 
 
 BLOCKS = {"target_modules": ["conv1", "to_v"]}

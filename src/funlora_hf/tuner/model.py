@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..tuner_base.model import AdapterModel, check_no_other_method
-from ..tuner_base.offloading import remember_place
+from ..tuner_base.places import remember_place
 from .config import FunLoraConfig
 from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear
 from .targets import (

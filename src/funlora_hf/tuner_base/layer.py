@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..utils.tensors import check_before_loading
 from .offloading import group_hook, group_of, keep_in_memory, read_from
+from .places import around
 from .weights import cached, forget
 from .wrappers import evaluation_mode, has_class
 
@@ -260,10 +261,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: a weight that is not finite, is computed from others (weight_norm and the like), or is offloaded.
+            RuntimeError: an adapter of another method around this layer is merged already.
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
         if not adapter_names:
             return
+        self._check_not_fused_around()
         base = self.get_base_layer()
         self._check_whole()
         parameter = self._own_weight(base)
@@ -328,6 +331,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.settings]
         if self.disable_adapters or (adapter_names is None and (self.merged or not active)):
             return self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self._check_not_fused_around()
         if adapter_names is not None and len(x) != len(adapter_names.names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -450,6 +455,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         else:
             return parameter
         raise ValueError(f"Cannot merge into {self.path or base}: {problem}")
+
+    def _check_not_fused_around(self) -> None:
+        """Raise a RuntimeError if an adapter of another method around this layer is merged, and those of this layer are not: PEFT has
+        added it to the weight that they multiply."""
+        for layer in around(self.get_base_layer()):
+            if isinstance(layer, BaseTunerLayer) and layer is not self and layer.merged:
+                raise RuntimeError(
+                    f"{', '.join(layer.merged_adapters)} was fused into {self.path or self.base_layer} before the adapters of "
+                    f"{type(self).__name__} in it: call `unfuse_lora()`, and fuse all at once by `fuse_lora()`."
+                )
 
     def _group(self) -> Any:
         """The group in which diffusers offloads the base's weight; None if it does not."""

@@ -16,7 +16,8 @@ from torch import nn
 from ..utils.tensors import check_before_loading
 from .layer import AdapterLayer, adapter_layers
 from .mixed_batch import mixed_batch
-from .offloading import check_takes_parameters, remember_place
+from .offloading import check_takes_parameters
+from .places import remember_place
 from .wrappers import remove_adapters
 
 

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import nn
 
-
-class _Place:
-    """The model that a module is in, and its name there. A copy or a pickle of the module is in no model."""
-
-    def __init__(self, model: nn.Module | None = None, path: str = "") -> None:
-        self.model, self.path = (lambda: None) if model is None else ref(model), path
-
-    def __reduce__(self) -> tuple[type[_Place], tuple[()]]:
-        return _Place, ()
+from .places import around
 
 
-def remember_place(module: nn.Module, model: nn.Module, path: str) -> None:
-    """Let `group_of` find what is around a module: diffusers may offload it with that."""
-    module.__dict__["_funlora_place"] = _Place(model, path)
-
-
-def group_hook(module: nn.Module | None) -> Any:
+def group_hook(module: nn.Module) -> Any:
     """The hook by which diffusers offloads a module; None if it does not."""
     registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook("group_offloading")
@@ -33,11 +19,7 @@ def group_hook(module: nn.Module | None) -> Any:
 
 def group_of(module: nn.Module) -> Any:
     """The group in which diffusers offloads a module, by itself or with what is around it; None if it does not."""
-    place = module.__dict__.get("_funlora_place", _Place())
-    around = [place.model()]
-    for name in place.path.split("."):
-        around.append(getattr(around[-1], name, None))  # None if the model has changed since
-    hooks = (group_hook(each) for each in (module, *reversed(around)))
+    hooks = map(group_hook, (module, *around(module)))
     return next((hook.group for hook in hooks if hook is not None), None)
 
 
