@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import math
 
@@ -12,6 +13,7 @@ from backbones import CIFAR, build, executed, inputs
 from diffusers import UNet2DModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
+from text_to_image import make_model
 from torch import nn
 
 from funlora_hf import FunLoraConfig, FunLoraModel, conv_layers, layer_importance, parameters_per_class, select_layers
@@ -35,6 +37,13 @@ class Other(nn.Module):
 
 
 X = torch.ones(1, 2, 3, 3)
+MODELS = [
+    "UNet2DConditionModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+]
 IN_ORDER = ["twice", "middle.0", "last"]
 
 
@@ -153,7 +162,7 @@ def test_presets_are_target_modules():
     [
         (
             "middle",
-            r"`preset` is 'middle', expected one of: all, decoder, decoder-middle, a range as '40-54', a budget",
+            r"`preset` is 'middle', expected one of: all, decoder, decoder-middle, attention, cross-attention, a range as '40-54', a budget",
         ),
         ("5", "expected one of"),
         ("5-4", r"`preset` is '5-4', expected two rising indices between 0 and \d+: the model has \d+ conv"),
@@ -176,6 +185,46 @@ def test_a_model_without_decoder_is_named(preset):
 def test_a_model_without_convolutions_is_named():
     with pytest.raises(ValueError, match="but Sequential has no Conv2d that runs"):
         select_layers(nn.Sequential(nn.Linear(2, 2)), "all", example_inputs=torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_presets(name):
+    """Against all Linear layers in modules that diffusers calls attn, attn1 or attn2."""
+    model = make_model(name)
+    chosen = select_layers(model, "attention")
+    config = FunLoraConfig(target_modules=chosen)
+    assert parameters_per_class(model, config).without_vector > 0
+    in_attention = [key for key, module in model.named_modules() if isinstance(module, nn.Linear) and ".attn" in key]
+    assert chosen == in_attention
+    prompts = [key for key in in_attention if ".attn2." in key]
+    if name in ("UNet2DConditionModel", "PixArtTransformer2DModel"):
+        assert prompts
+        assert select_layers(model, "cross-attention") == prompts
+    else:
+        with pytest.raises(ValueError, match=f"`preset` is 'cross-attention', but {name} has no such attention"):
+            select_layers(model, "cross-attention")
+
+
+def test_the_attention_preset_takes_what_is_called():
+    model = make_model("FluxTransformer2DModel")
+    expected = select_layers(model, "attention")
+    model.fuse_qkv_projections()
+    fused = select_layers(model, "attention")
+    adapted = get_peft_model(model, FunLoraConfig(target_modules=fused))
+    assert {name.rpartition(".")[2] for name in fused} == {"to_qkv", "to_added_qkv", "0", "to_add_out"}
+    assert select_layers(adapted, "attention") == fused
+    model = make_model("FluxTransformer2DModel")
+    assert select_layers(get_peft_model(model, FunLoraConfig(target_modules=expected)), "attention") == expected
+
+
+@pytest.mark.parametrize("name", MODELS[1:])
+def test_no_targets_on_a_transformer_names_sensible_ones(name):
+    model = make_model(name)
+    with pytest.raises(ValueError, match=rf"the model is a {name}\. Try those of its attention: \[") as raised:
+        get_peft_model(model, FunLoraConfig())
+    targets = ast.literal_eval(str(raised.value).rpartition("attention: ")[2].rstrip("."))
+    adapted = get_peft_model(model, FunLoraConfig(target_modules=targets))
+    assert adapted.targeted_module_names == select_layers(model, "attention")
 
 
 class Sizes(nn.Module):
@@ -237,6 +286,23 @@ def test_a_budget_counts_with_the_configuration():
     assert chosen(function="identity", target_modules=["a"]) == ["b", "c"]
     lora = select_layers(Sizes(), "<= 20", example_inputs=X, importance=IMPORTANCE, config=LoraConfig(r=1))
     assert lora == ["b", "c"]
+
+
+def test_a_budget_takes_linear_layers_by_importance():
+    model = make_model("SD3Transformer2DModel")
+    adapter = get_peft_model(make_model("SD3Transformer2DModel"), FunLoraConfig(target_modules=["to_q", "to_out.0"]))
+    with torch.no_grad():
+        adapter.base_model.model.transformer_blocks[0].attn.to_out[0].funlora_A["default"].add_(1)
+    importance = layer_importance(adapter)
+    cost = parameters_per_class(model, FunLoraConfig(target_modules=["to_out.0"])).without_vector
+    chosen = select_layers(model, f"<= {cost}", importance=importance)
+    assert chosen == ["transformer_blocks.0.attn.to_out.0"]
+    # Beside convolutions, whose order must be known.
+    both = {"transformer_blocks.0.attn.to_q": 1.0, "pos_embed.proj": 2.0}
+    with pytest.raises(ValueError, match="`example_inputs` is None"):
+        select_layers(model, "<= 1K", importance=both)
+    importance = {"linear": 1.0, "last": 2.0}
+    assert select_layers(Other(), "<= 1K", example_inputs=X, importance=importance) == ["last", "linear"]
 
 
 def test_layers_without_importance_are_not_taken():

@@ -19,7 +19,16 @@ from torch import nn
 from .tuner import FunLoraConfig
 from .tuner.hotswap import SAVED_PREFIX
 from .tuner.layer import FunLoraFactorLayer
-from .tuner.targets import conv_names, decoder, decoder_middle, knows_order, unet_conv_names
+from .tuner.targets import (
+    attentions,
+    conv_names,
+    decoder,
+    decoder_middle,
+    knows_order,
+    linear_names,
+    projection_names,
+    unet_conv_names,
+)
 from .tuner_base.meta_shapes import adapted_shape
 from .tuner_base.wrappers import evaluation_mode, plain_modules, without_peft
 from .utils.files import read_tensors
@@ -30,7 +39,7 @@ _CLASS_VECTOR = re.compile(r"\.(funlora_class_vector|trainable_tokens_delta)\.")
 _Adapter = Path | str | Mapping[str, torch.Tensor]
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _BUDGET = re.compile(r"<=\s*(\d+(?:\.\d+)?)\s*([kK]?)(?:\s*per class)?")
-_NAMED = ("all", "decoder", "decoder-middle")
+_NAMED = ("all", "decoder", "decoder-middle", "attention", "cross-attention")
 
 
 class LayerImportance(NamedTuple):
@@ -95,7 +104,7 @@ def select_layers(
     importance: Mapping[str, float | tuple[float, float]] | None = None,
     config: PeftConfig | None = None,
 ) -> list[str]:
-    """Names of the convolutions to adapt, for `target_modules`.
+    """Names of the layers to adapt, for `target_modules`.
 
     | preset            | layers                                                                                  |
     |-------------------|-----------------------------------------------------------------------------------------|
@@ -103,7 +112,9 @@ def select_layers(
     | "decoder"         | those of the up blocks of a U-Net                                                         |
     | "decoder-middle"  | the paper's choice: 40-54 on its CIFAR backbone, 40-56 on its ImageNet-100 backbone; on other U-Nets the rule of `docs/method.md` |
     | "40-54"           | those with these indices of `conv_layers`, both included                                  |
-    | "<= 5K per class" | as many as the budget pays for: see below. "K" is 1000, "per class" may be left out       |
+    | "attention"       | the projections of all attentions of a diffusers model, which are Linear                  |
+    | "cross-attention" | those of the attentions to a prompt (SD, SDXL, PixArt; SD3 and Flux have one attention for both) |
+    | "<= 5K per class" | as many as the budget pays for, also Linear: see below. "K" is 1000, "per class" may be left out |
 
     A budget is filled in falling order of importance; a layer that no longer fits is skipped, and less important ones
     that still fit are taken. The class vector does not count. Layers of equal importance are taken in order of execution.
@@ -118,7 +129,7 @@ def select_layers(
             means `FunLoraConfig()`.
 
     Returns:
-        Names in order of execution; at least one.
+        Names; at least one. Convolutions are in order of execution, Linear layers after them in that of `named_modules`.
 
     Raises:
         ValueError: an unknown preset, indices that the model does not have, a part that the model does not have, a
@@ -133,10 +144,17 @@ def select_layers(
                 f"model is a {type(without_peft(model)).__name__}. Give a range of indices of `conv_layers`."
             )
         return decoder(model) if preset == "decoder" else decoder_middle(model)
+    if preset in ("attention", "cross-attention"):
+        return _of_attentions(model, preset)
     if not is_preset(preset):
         raise ValueError(
             f"`preset` is {preset!r}, expected one of: {', '.join(_NAMED)}, a range as '40-54', a budget as '<= 5K per class'."
         )
+    if budget := _BUDGET.fullmatch(preset):
+        layers = linear_names(model)
+        if not set(importance or ()) <= set(layers):
+            layers = conv_layers(model, example_inputs) + layers
+        return _fill_budget(model, layers, budget, importance, config or FunLoraConfig())
     layers = conv_layers(model, example_inputs)
     if not layers:
         raise ValueError(f"`preset` is {preset!r}, but {type(without_peft(model)).__name__} has no Conv2d that runs.")
@@ -148,9 +166,21 @@ def select_layers(
                 f"{len(layers)} convolutions."
             )
         return layers[first : last + 1]
-    if budget := _BUDGET.fullmatch(preset):
-        return _fill_budget(model, layers, budget, importance, config or FunLoraConfig())
     return layers
+
+
+def _of_attentions(model: nn.Module, preset: str) -> list[str]:
+    chosen = {
+        path: attention
+        for path, attention in attentions(model).items()
+        if preset == "attention" or getattr(attention, "is_cross_attention", False)
+    }
+    if not chosen:
+        raise ValueError(
+            f"`preset` is {preset!r}, but {type(without_peft(model)).__name__} has no such attention of diffusers: give another preset, "
+            "or names of modules."
+        )
+    return [f"{path}.{name}" for path, attention in chosen.items() for name in projection_names(attention)]
 
 
 def is_preset(text: str) -> bool:
@@ -308,8 +338,8 @@ def _fill_budget(
     unknown = [layer for layer in importance if layer not in layers]
     if unknown:
         raise ValueError(
-            f"`importance` has {', '.join(unknown)}, which the model does not run as a Conv2d: pass that of adapters "
-            "of this model."
+            f"`importance` has {', '.join(unknown)}, which the model does not run as a Conv2d or have as a Linear: pass that of "
+            "adapters of this model."
         )
     costs = {layer: 0 for layer in layers if layer in importance}
     config = copy.deepcopy(config)

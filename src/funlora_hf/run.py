@@ -184,7 +184,7 @@ class Run:
         self.limit = TimeLimit(self.training.time_limit_minutes)
         self.termination = termination
         self.strategy_class = strategy_class(self.training.strategy)
-        self.accelerator = _accelerator(self.training)
+        self.accelerator = make_accelerator(self.training)
         self.folder = RunFolder(Path(self.training.output_dir))
 
     def learn(self) -> dict[str, Any] | None:
@@ -475,7 +475,13 @@ def _check_launcher(training: ContinualTrainingArguments) -> None:
             )
 
 
-def _accelerator(training: ContinualTrainingArguments) -> Accelerator:
+def make_accelerator(training: Any) -> Accelerator:
+    """The accelerator of a process, from `ContinualTrainingArguments` or what has the same names: mixed_precision,
+    gradient_accumulation_steps, report_to, output_dir.
+
+    Raises:
+        ValueError: one of them is not available here, or the launcher has set something else.
+    """
     _check_launcher(training)
     # Processes that train independent adapters wait for the slowest one, which may take days.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from runs import digests, make_tiny_unet
 
 from funlora_hf import BaseMismatchError, FunLoraConfig, FunLoraPipeline, base_fingerprints, load_adapter, save_adapter
-from funlora_hf.adapters.class_folder import adapter_folders
+from funlora_hf.adapters.class_folder import adapter_class, adapter_folders
 from funlora_hf.hub.verify import verify
 
 
@@ -157,6 +158,29 @@ def test_what_peft_saved_loads_with_one_warning(config, tiny_pipe, tmp_path, rec
     # Under another id it is saved as such.
     tiny_pipe.save_pretrained(tmp_path / "again")
     assert sorted(FunLoraPipeline.from_pretrained(tmp_path / "again").classes) == [3, 5, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("card", "name", "error"),
+    [
+        ("---\nlicense: mit\nclass_name: cat\n---\n# title\n---\nclass_name: dog\n---\n", "cat", None),
+        ("\n---  \r\nclass_name: 'c\u00e4t '\r\n---", "c\u00e4t ", None),
+        ("---\nlicense: mit\n---\n" + "text\n" * 50_000, None, None),
+        ("# title\n---\nclass_name: dog\n---\n", None, None),
+        ("---\na rule\n", None, None),
+        ("---\n- class_name\n---\n", None, None),
+        ("", None, None),
+        ("---\n" + "key: 1\n" * 200_000 + "---\n", None, "does not end in 65536 bytes"),
+        ("---\nclass_name: [\n---\n", None, "no valid front matter"),
+        ("---\nclass_name: &a [x]\nb: [*a, *a]\n---\n", None, "it has an alias"),
+        ("---\nclass_name: !!python/object/apply:os.getpid []\n---\n", None, "could not determine a constructor"),
+    ],
+)
+def test_a_name_is_read_from_a_card_that_anybody_may_have_written(card, name, error, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"class_label": 7}')
+    (tmp_path / "README.md").write_bytes(card.encode())
+    with nullcontext() if error is None else pytest.raises(ValueError, match=error):
+        assert adapter_class(tmp_path) == {"class_label": 7, "class_name": name}
 
 
 def test_other_methods_have_no_fingerprint_and_no_warning(tiny_pipe, tmp_path, recwarn):

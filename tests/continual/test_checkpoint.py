@@ -59,6 +59,17 @@ def test_what_the_optimizer_keeps_lies_as_its_parameter_does(tmp_path):
             assert key == "step" or value.stride() == parameter.stride(), (name, key)
 
 
+def test_what_has_another_shape_than_its_parameter(tmp_path):
+    """As 8-bit optimisers keep scales of blocks."""
+    first, resumed = start(), start()
+    train(first, range(1))
+    scales = torch.arange(7.0)
+    first.optimizer.state[first.parameters["a"]]["scales"] = scales
+    save_checkpoint(tmp_path, 1, first, total_limit=2)
+    load_newest(tmp_path, resumed)
+    assert torch.equal(resumed.optimizer.state[resumed.parameters["a"]]["scales"], scales)
+
+
 @pytest.mark.parametrize(
     ("limit", "kept"), [(1, ["step_100"]), (2, ["step_10", "step_100"]), (None, ["step_10", "step_100", "step_5"])]
 )

@@ -126,6 +126,22 @@ def test_a_folder_without_settings_has_none_to_lose(tmp_path):
     folder.check_there()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tasks": 5},
+        {"classes": []},
+        {"classes": {"class x": {"name": "a"}}},
+        {"classes": {"class 1": {}}},
+        {"classes": {"class 1": 2}},
+    ],
+)
+def test_damaged_settings_are_named(change, run):
+    write_json(run.checkpoints / "run.json", {**SETTINGS, **change})
+    with pytest.raises(ValueError, match=r"run\.json is damaged: "):
+        run.classes() if "classes" in change else run.unfinished()
+
+
 def test_an_update_needs_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="`update_class` has nothing to update"):
         RunFolder(tmp_path).check_update()
@@ -156,6 +172,33 @@ def test_overwriting_deletes_nothing_where_one_thing_is_a_link(run, tmp_path):
     with pytest.raises(ValueError, match="model is a link"):
         run.open(SETTINGS, overwrite=True, resume=False)
     assert run.base.is_dir()
+
+
+@pytest.mark.parametrize("name", ["base/unet", "model/mine.txt", "figures/mine.png", "logs/today", "checkpoints/best"])
+def test_overwriting_deletes_nothing_where_no_run_was(name, tmp_path):
+    """Other projects have folders of these names."""
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=rf"would delete {name.partition('/')[0]} in .*unknown whether a run has made"
+    ):
+        RunFolder(tmp_path).open(SETTINGS, overwrite=True, resume=False)
+    assert (tmp_path / name).is_dir()
+    with pytest.raises(FileExistsError, match=r"Pass another folder\.$"):
+        RunFolder(tmp_path).open(SETTINGS, overwrite=False, resume=False)
+
+
+def test_overwriting_deletes_no_adapters_that_the_run_has_not_learned(tmp_path):
+    folder = RunFolder(tmp_path)
+    classes = {"classes": {"class 4": {"name": "four"}}}
+    folder.open({**SETTINGS, **classes}, overwrite=False, resume=False)
+    for name in ("class_4", "class_8", "mine"):
+        (folder.adapters / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"would delete class_8, mine in .*funlora delete"):
+        folder.open(SETTINGS, overwrite=True, resume=False)
+    for name in ("class_8", "mine"):
+        (folder.adapters / name).rename(tmp_path / name)
+    folder.open(SETTINGS, overwrite=True, resume=False)
+    assert not folder.adapters.exists()
 
 
 @pytest.mark.parametrize(

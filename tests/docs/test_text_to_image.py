@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
-from diffusers.utils import scale_lora_layers, unscale_lora_layers
+from both_methods import (
+    ATTENTION,
+    FUNLORA,
+    LORA,
+    Rows,
+    adapted,
+    close,
+    far,
+    save_lora,
+    two_pipelines,
+)
+from diffusers.utils import logging, scale_lora_layers, unscale_lora_layers
 from huggingface_hub import HfApi
 from peft import (
     LoHaConfig,
-    LoraConfig,
-    PeftConfig,
     PeftMixedModel,
     PeftModel,
     convert_to_lora,
@@ -26,7 +31,6 @@ from peft import (
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import hotswap
-from runs import REPOSITORY
 from safetensors.torch import load_file, save_file
 from text_to_image import arguments, component, make_model, make_pipeline, sample
 from torch.nn.functional import mse_loss
@@ -34,7 +38,6 @@ from torch.nn.functional import mse_loss
 from funlora_hf import (
     AdapterBank,
     BaseMismatchError,
-    FunLoraConfig,
     hotswap_adapter,
     load_adapter,
     mixed_prompts,
@@ -44,68 +47,15 @@ from funlora_hf import (
 )
 
 
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 PARTS = ["unet", "text_encoder"]
-ROWS: list[str] = []
-
-
-@dataclass(frozen=True)
-class Method:
-    """How one saves and loads a pipeline's adapter."""
-
-    name: str
-    config: Callable[..., PeftConfig]
-    save: Callable[[Any, Any], None]
-    load: Callable[[Any, Any], None]
-
-    def random(self, **config: Any) -> PeftConfig:
-        """Of an adapter that is not the identity."""
-        start = "init_weights" if self.name == "FunLoRA" else "init_lora_weights"
-        return self.config(**{"target_modules": ATTENTION, start: False, **config})
-
-
-def save_lora(pipe, folder):
-    part = "transformer" if hasattr(pipe, "transformer") else "unet"
-    layers = {f"{part}_lora_layers": get_peft_model_state_dict(component(pipe), adapter_name="mine")}
-    type(pipe).save_lora_weights(folder, **layers)
-
-
-LORA = Method("LoRA", LoraConfig, save_lora, lambda pipe, folder: pipe.load_lora_weights(folder, adapter_name="mine"))
-FUNLORA = Method(
-    "FunLoRA",
-    FunLoraConfig,
-    lambda pipe, folder: save_adapter(component(pipe), folder, "mine"),
-    lambda pipe, folder: load_adapter(component(pipe), folder, adapter_name="mine"),
-)
-methods = pytest.mark.parametrize("method", [LORA, FUNLORA], ids=lambda method: method.name)
+row = Rows()
 pipelines = pytest.mark.parametrize("name", ["SD", "SDXL", "SD3", "Flux"])
-two_pipelines = pytest.mark.parametrize("name", ["SDXL", "SD3"])  # a U-Net and a transformer
-
-
-def row(capability: str) -> Callable:
-    """Mark a test as that of a row in the table."""
-    ROWS.append(capability)
-    return methods
 
 
 @pytest.fixture(scope="session")
 def plain() -> dict[str, torch.Tensor]:
     """What each pipeline draws without adapters."""
     return {name: sample(make_pipeline(name)) for name in ("SD", "SDXL", "SD3", "Flux")}
-
-
-def adapted(name: str, config: PeftConfig, adapter_name: str = "mine") -> Any:
-    pipe = make_pipeline(name)
-    component(pipe).add_adapter(config, adapter_name)
-    return pipe
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-
-def far(actual, expected):
-    assert (actual - expected).abs().max() > 1e-2
 
 
 @row("`add_adapter`: a new adapter changes nothing")
@@ -538,6 +488,34 @@ def test_prompts_with_adapters_of_their_own(method, name):
             pass
 
 
+@row("diffusers' `load_lora_weights` and `load_lora_adapter` of what was saved")
+@pipelines
+def test_diffusers_own_loaders(method, name, plain, tmp_path, caplog):
+    pipe = adapted(name, method.random())
+    method.save(pipe, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    part = "transformer" if hasattr(pipe, "transformer") else "unet"
+    for load in (
+        lambda other: other.load_lora_weights(tmp_path, weight_name=file.name),
+        lambda other: component(other).load_lora_adapter(tmp_path, weight_name=file.name, prefix=part),
+    ):
+        other = make_pipeline(name)
+        caplog.clear()
+        logger = logging.get_logger("diffusers.loaders")
+        logger.addHandler(caplog.handler)
+        try:
+            load(other)
+        except (KeyError, ValueError):
+            assert method is FUNLORA
+        else:
+            missed = f"No LoRA keys associated to {type(component(other)).__name__}" in caplog.text
+            assert missed == (method is FUNLORA)
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert bool(other.get_list_adapters()) == (method is LORA)
+        close(sample(other), sample(pipe) if method is LORA else plain[name])
+
+
 @row("a text encoder's adapter in the file of `save_lora_weights`")
 def test_a_text_encoder_in_a_file_of_a_pipeline(method, tmp_path):
     pipe, other = make_pipeline("SD"), make_pipeline("SD")
@@ -792,9 +770,4 @@ def test_optimizers_of_lora(method):
 
 
 def test_the_page_has_these_rows():
-    text = (REPOSITORY / "docs" / "guides" / "text_to_image.md").read_text(encoding="utf-8")
-    _, header, rows = text.partition("| capability | LoRA | FunLoRA |\n|---|---|---|\n")
-    assert header
-    cells = [line.strip("|").split(" | ") for line in rows.partition("\n\n")[0].splitlines()]
-    assert [row[0].strip() for row in cells] == ROWS
-    assert {len(row) for row in cells} == {3}
+    row.check_table("## What works")

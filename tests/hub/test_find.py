@@ -43,6 +43,17 @@ def test_layouts(tmp_path, files, expected):
     assert found(find_contents(tmp_path)) == expected
 
 
+def test_adapters_in_folders_of_other_names_are_named(tmp_path, recwarn):
+    touch(
+        tmp_path, f"adapters/class_7/{ADAPTER}", f"adapters/.writing-1-class_8/{ADAPTER}", "adapters/notes/adapter.txt"
+    )
+    assert found(find_contents(tmp_path)) == ["adapters/class_7"]
+    assert not recwarn.list
+    touch(tmp_path, f"adapters/Class_5/{ADAPTER}", f"cat/{ADAPTER}")
+    with pytest.warns(UserWarning, match=r"not named class_<id> and are left out: Class_5, cat\.$"):
+        assert found(find_contents(tmp_path)) == ["adapters/class_7"]
+
+
 def test_a_repository_is_fetched_no_further_than_asked(hub, tmp_path):
     files = [
         *("model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors", "classes.json"),

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from text_to_image import component, make_pipeline
 
-from funlora_hf import FunLoraConfig, mixed_prompts
+from funlora_hf import FunLoraConfig, expand_adapter_names, mixed_prompts
 
 
 NAMES = ["one", "__base__", "two"]
@@ -25,6 +25,15 @@ def two_adapters(name):
     for adapter in ("one", "two"):
         component(pipe).add_adapter(config(), adapter)
     return pipe
+
+
+def two_in_a_peft_model(name):
+    """A pipeline whose model has no `add_adapter`, and the PeftModel around that model."""
+    pipe = make_pipeline(name)
+    torch.manual_seed(0)
+    model = get_peft_model(pipe.transformer, config(), "one")
+    model.add_adapter("two", config())
+    return pipe, model
 
 
 def draw(pipe, numbers, **kwargs):
@@ -85,10 +94,7 @@ def test_each_prompt_has_its_own_adapter(name, kwargs):
 
 
 def test_labels_in_place_of_prompts():
-    pipe = make_pipeline("DiT")
-    torch.manual_seed(0)
-    model = get_peft_model(pipe.transformer, config(), "one")
-    model.add_adapter("two", config())
+    pipe, model = two_in_a_peft_model("DiT")
 
     def images(labels):
         generators = [torch.Generator().manual_seed(label) for label in labels]
@@ -100,6 +106,29 @@ def test_labels_in_place_of_prompts():
         expected.append(images([label]))
     with mixed_prompts(pipe, ["one", "two"]):
         torch.testing.assert_close(images([0, 1]), torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_a_pipeline_that_does_not_say_whether_it_is_guided():
+    pipe, model = two_in_a_peft_model("PixArt")
+
+    def images(numbers, images=2):
+        embeds = torch.cat([torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(n)) for n in numbers])
+        prompts = {"prompt_embeds": embeds, "prompt_attention_mask": torch.ones(len(numbers), 4)}
+        prompts |= {f"negative_{key}": torch.zeros_like(value) for key, value in prompts.items()}
+        noise = [torch.Generator().manual_seed(10 * n + i) for n in numbers for i in range(images)]
+        settings = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "latent", "generator": noise}
+        settings |= {"use_resolution_binning": False, "num_images_per_prompt": images}
+        return pipe(prompt=None, negative_prompt=None, **prompts, **settings).images
+
+    expected = []
+    for number, name in enumerate(("one", "two")):
+        model.set_adapter(name)
+        expected.append(images([number]))
+    with mixed_prompts(pipe, ["one", "two"], num_images_per_prompt=2):
+        torch.testing.assert_close(images([0, 1]), torch.cat(expected), rtol=0, atol=1e-5)
+        # Of this call, two names with two images each are as many as the doubled batch.
+        with pytest.raises(ValueError, match="got a batch of 4 samples, expected 4, all different"):
+            images([0, 1], images=1)
 
 
 def test_adapters_of_the_text_encoder():
@@ -206,3 +235,9 @@ def test_compiled(how):
     with mixed_prompts(pipe, NAMES[::-1]):
         assert (draw(pipe, range(3)) - expected).abs().max() > 1e-3
     torch._dynamo.reset()
+
+
+def test_names_around_a_pipeline_with_guidance():
+    assert expand_adapter_names(["x", "y"]) == ["x", "y", "x", "y"]
+    assert expand_adapter_names(["x", "y"], num_images_per_prompt=2) == ["x", "x", "y", "y"] * 2
+    assert expand_adapter_names(["x", "y"], do_classifier_free_guidance=False) == ["x", "y"]

@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -103,7 +104,7 @@ def _tokenizer() -> CLIPTokenizer:
 
 
 def make_pipeline(name: str) -> Any:
-    """A pipeline "SD", which takes prompts, or "SDXL", "SD3", "Flux" or "DiT", which take what a text encoder gives or labels."""
+    """A pipeline "SD", which takes prompts, or "SDXL", "SD3", "Flux", "PixArt" or "DiT", which take what a text encoder gives or labels."""
     torch.manual_seed(0)
     noise = DDIMScheduler(clip_sample=False, steps_offset=1)
     if name == "SD":
@@ -129,6 +130,9 @@ def make_pipeline(name: str) -> Any:
         )
     elif name == "DiT":
         pipe = DiTPipeline(make_model("DiTTransformer2DModel"), _vae(), noise)
+    elif name == "PixArt":
+        models = {"transformer": make_model("PixArtTransformer2DModel"), "vae": _vae()}
+        pipe = PixArtAlphaPipeline(tokenizer=None, text_encoder=None, scheduler=noise, **models)
     elif name == "SD3":
         pipe = StableDiffusion3Pipeline(
             transformer=make_model("SD3Transformer2DModel"),

@@ -21,17 +21,20 @@ from peft_models import (
 )
 from runs import make_tiny_unet, write_adapters
 
-from funlora_hf import FunLoraPipeline, hotswap_adapter
+from funlora_hf import FunLoraPipeline, hotswap_adapter, save_adapter
 
 
 CPU = torch.device("cpu")
 
 
-def in_groups(model, folder=None):
+def in_groups(model, folder=None, **options):
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    apply_group_offloading(
-        model, onload_device=CPU, offload_device=CPU, offload_type="leaf_level", offload_to_disk_path=folder
-    )
+    options = {"offload_type": "leaf_level", "offload_to_disk_path": folder, **options}
+    apply_group_offloading(model, onload_device=CPU, offload_device=CPU, **options)
+
+
+def in_blocks(model, folder):
+    in_groups(model, str(folder), offload_type="block_level", num_blocks_per_group=1)
 
 
 OFFLOADS = {
@@ -152,8 +155,7 @@ def gradients(model):
     return {name: p.grad for name, p in adapter_parameters(model).items()}
 
 
-# diffusers writes other values into weights that autograd needs, so that nothing trains with groups on disk.
-@pytest.mark.parametrize("offload", ["cpu", "disk", "groups"])
+@offloads
 @orders
 def test_training_an_offloaded_model_gives_the_gradients_or_an_error(offload, order, tmp_path):
     expected = gradients(PLAIN.model())
@@ -175,6 +177,38 @@ def test_delta_weight_of_an_offloaded_layer(offload, order, tmp_path):
         assert delta.requires_grad
         close(delta.detach(), expected.get_delta_weight("default").detach())
     close(PLAIN.run(model), PLAIN.run(plain))
+
+
+@orders
+def test_blocks_on_disk(order, tmp_path):
+    """What is offloaded with the block around it works, or says so before it is wrong."""
+    base, other = PLAIN.base(), PLAIN.model(seed=9)
+    if order == "after":
+        in_blocks(base, tmp_path)
+    model = PLAIN.model(base=base)
+    if order == "before":
+        in_blocks(model, tmp_path)
+    expected = PLAIN.run(PLAIN.model())
+    for refused, error in (
+        (model.merge_adapter, ValueError),
+        (lambda: model.delete_adapter("default"), ValueError),
+        (lambda: gradients(model), RuntimeError),
+        (lambda: save_adapter(model, tmp_path / "adapter"), ValueError),
+    ):
+        assert is_refused(refused, error)
+        close(PLAIN.run(model.eval()), expected)
+    assert not (tmp_path / "adapter").exists()
+    hotswap_adapter(model, adapter_state(other))
+    for _ in range(2):
+        close(PLAIN.run(model), PLAIN.run(other))
+    for each in (model, other):
+        torch.manual_seed(7)
+        each.add_adapter("y", PLAIN.config())
+        each.set_adapter("y")
+    close(PLAIN.run(model), PLAIN.run(other))
+    for layer, plain in zip(funlora_layers(model), funlora_layers(other), strict=True):
+        close(layer.get_delta_weight("default"), plain.get_delta_weight("default"))
+    close(PLAIN.run(model), PLAIN.run(other))
 
 
 # The pipeline
@@ -237,6 +271,12 @@ def test_offloaded_pipeline_draws_the_images_of_one_that_is_not(offload, order, 
     check(pipe, images)
     pipe.unload_adapter(9)
     pipe.load_adapter(adapters[9], class_label=9)
+    check(pipe, images)
+
+
+def test_a_pipeline_offloaded_in_blocks_on_disk(pipe, adapters, images, tmp_path):
+    load(pipe, adapters)
+    in_blocks(pipe.unet, tmp_path / "offload")
     check(pipe, images)
 
 

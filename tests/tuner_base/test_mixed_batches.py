@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft_models import PLAIN, UNET, adapter_parameters, close, funlora_layers, hooks, kinds, output
 from torch import nn
 
-from funlora_hf import FunLoraConfig, expand_adapter_names, mixed_batch
+from funlora_hf import FunLoraConfig, mixed_batch
 from funlora_hf.tuner import FunLoraClassVector, FunLoraConv2d, FunLoraLinear
 
 
@@ -203,9 +203,3 @@ def test_each_part_equals_the_layer_alone_to_the_bit(kind, names, gradients):
             layer.enable_adapters(name != "__base__")
             layer.set_adapter([name] if name != "__base__" else ["x"])
             assert torch.equal(found[rows], layer(x[rows]))
-
-
-def test_names_around_a_pipeline_with_guidance():
-    assert expand_adapter_names(["x", "y"]) == ["x", "y", "x", "y"]
-    assert expand_adapter_names(["x", "y"], num_images_per_prompt=2) == ["x", "x", "y", "y"] * 2
-    assert expand_adapter_names(["x", "y"], do_classifier_free_guidance=False) == ["x", "y"]

@@ -15,6 +15,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..tuner.targets import FUSED_PROJECTIONS
+from ..tuner_base.offloading import is_offloaded
 from ..tuner_base.wrappers import base_module, is_wrapper, uncompiled, without_peft
 from ..utils.checks import CONFIG_FINGERPRINT, FINGERPRINT_DTYPES
 
@@ -65,7 +66,7 @@ def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> s
     Source: [ours].
     """
     tensors = base_tensors(model)
-    if _is_offloaded(model, tensors):
+    if is_offloaded(model, tensors.values()):
         raise ValueError("The base's weights are offloaded, so it has no fingerprint: take it before you offload.")
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -182,7 +183,7 @@ class FingerprintCheck:
         if _differs(config_fingerprint(self._model), fingerprints):
             return False
         by_name = base_tensors(self._model)
-        if _is_offloaded(self._model, by_name):
+        if is_offloaded(self._model, by_name.values()):
             return fingerprints.get(self._dtype) == self._fingerprint if self._state else None
         tensors = by_name.values()
         state = [_state(tensor) for tensor in tensors]
@@ -232,14 +233,6 @@ def _is_fused(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
     parts = [tensors.get(f"{attention}.{part}.{kind}") for part in FUSED_PROJECTIONS.get(layer, ())]
     found = [part for part in parts if part is not None]
     return bool(found) and len(found) == len(parts) and torch.equal(tensors[name], torch.cat(found))
-
-
-def _is_offloaded(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether the weights cannot be read: accelerate leaves none in the model, diffusers' groups on disk leave other values."""
-    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
-    hooks = (registry.get_hook("group_offloading") for registry in registries if registry is not None)
-    on_disk = (hook is not None and hook.group.offload_to_disk_path is not None for hook in hooks)
-    return any(tensor.is_meta for tensor in tensors.values()) or any(on_disk)
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int, torch.dtype]:

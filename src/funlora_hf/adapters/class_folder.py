@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from huggingface_hub import ModelCard
 from peft import PeftConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
 from ..cards.model_cards import adapter_card
+from ..recipes.reading import MOST_BYTES, load_yaml
 from ..tuner import FunLoraConfig
 from ..tuner.hotswap import SAVED_PREFIX, plain_key
+from ..tuner_base.offloading import is_offloaded
 from ..tuner_base.wrappers import has_class, without_peft
 from ..utils.checks import check_choice, check_class_label, check_class_name, listed, shortened
 from ..utils.files import read_mapping, whole_folder
@@ -96,11 +97,19 @@ def adapter_class(folder: Path) -> dict[str, Any]:
 
 
 def _name_in_card(card: Path) -> Any:
+    """`class_name` in the card's front matter, which is YAML between two lines of "---"."""
+    with open(card, "rb") as file:
+        start = file.read(MOST_BYTES + 1)
+    lines = [line.rstrip() for line in start.lstrip().splitlines()]
+    if lines[:1] != [b"---"] or (len(start) <= MOST_BYTES and b"---" not in lines[1:]):
+        return None
     try:
-        return ModelCard.load(card).data.to_dict().get("class_name")
-    # PyYAML and huggingface_hub raise many types for YAML of unknown origin.
-    except Exception as error:
-        raise ValueError(f"{os.fspath(card)!r} has no valid front matter: {shortened(str(error), 300)}") from error
+        if b"---" not in lines[1:]:
+            raise ValueError(f"it does not end in {MOST_BYTES} bytes")
+        metadata = load_yaml(b"\n".join(lines[1 : lines.index(b"---", 1)]))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(card)!r} has no valid front matter: {error}") from error
+    return metadata.get("class_name") if isinstance(metadata, dict) else None
 
 
 def save_adapter(
@@ -127,8 +136,8 @@ def save_adapter(
         class_name (`str`, *optional*): its name; None: the one in the config.
 
     Raises:
-        ValueError: a model without adapters, no such adapter, one that is merged into the base or has numbers that are not
-            finite, an invalid id or name, the id of a class of the base (if that was loaded from a folder), or a folder with
+        ValueError: a model without adapters, no such adapter, one that is merged into the base, is offloaded or has numbers that
+            are not finite, an invalid id or name, the id of a class of the base (if that was loaded from a folder), or a folder with
             other content. Nothing is written.
         WriteError: the folder cannot be written (an OSError).
     """
@@ -145,6 +154,8 @@ def save_adapter(
     folder = Path(folder)
     _check_replaceable(folder)
     parts = {key: parameter for key, parameter in model.named_parameters() if f".{adapter_name}." in f"{key}."}
+    if is_offloaded(model, parts.values()):
+        raise ValueError(f"The adapter {adapter_name!r} is offloaded with the model: save it before you offload.")
     if problems := not_finite(parts):
         raise ValueError(f"The adapter {adapter_name!r} cannot be saved:\n{listed(problems)}")
     label = class_of(configs[adapter_name], adapter_name)[0] if class_label is None else class_label

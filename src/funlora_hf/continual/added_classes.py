@@ -26,7 +26,11 @@ class AddedClasses:
     def begun(self) -> dict[int, dict[str, Any]]:
         """Return the records that `begin` was given, by id."""
         found = {class_in_name(path.stem): path for path in self.folder.checkpoints.glob("class_*.json")}
-        return {class_id: read_mapping(path) for class_id, path in found.items() if class_id is not None}
+        return {
+            class_id: read_mapping(path, keys=["class_name"])
+            for class_id, path in found.items()
+            if class_id is not None
+        }
 
     def unfinished(self) -> dict[int, str]:
         """Return id -> name of the classes that have begun and have no adapter yet."""

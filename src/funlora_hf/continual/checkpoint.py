@@ -93,6 +93,9 @@ class TrainingState:
         if value.dim() == 0:
             # Adam keeps its step counter on the CPU; fused Adam keeps it on the device of the parameter.
             return value.clone().to(parameter.device if self.optimizer.defaults.get("fused") else "cpu")
+        if value.shape != parameter.shape:
+            # 8-bit optimizers keep scales of blocks, and the map of their numbers.
+            return value.clone().to(parameter.device)
         # With the parameter's strides, since a fused optimizer reads all tensors of a parameter in the order of memory.
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 

@@ -106,7 +106,7 @@ class ModelArguments:
     ratio: int = _argument(1, "One entry of A and B for this many neighbouring channels.")
     target_modules: list[str] | None = _argument(
         None,
-        "Modules to adapt: names; one regex; 'all', 'decoder', 'decoder-middle', or a range of convolutions "
+        "Modules to adapt: names; one regex; 'all', 'decoder', 'decoder-middle', 'attention', or a range of convolutions "
         "in order of execution as '40-54'; None: the decoder's middle.",
     )
 

@@ -61,8 +61,18 @@ class RunFolder:
 
     def classes(self) -> dict[int, str]:
         """Return id -> name of all classes that the run in the folder has learned or will learn; empty without a run."""
-        classes = read_mapping(self._settings).get(_CLASSES, {}) if self._settings.is_file() else {}
-        return {int(key.removeprefix("class ")): one["name"] for key, one in classes.items()}
+        classes = self._written().get(_CLASSES, {}) if self._settings.is_file() else {}
+        try:
+            return {int(key.removeprefix("class ")): str(one["name"]) for key, one in classes.items()}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self._settings} is damaged: `{_CLASSES}` has {error!r}.") from error
+
+    def _written(self) -> dict[str, dict[str, Any]]:
+        """Return the settings in the file, which exists."""
+        written = read_mapping(self._settings)
+        if odd := [part for part, values in written.items() if not isinstance(values, dict)]:
+            raise ValueError(f"{self._settings} is damaged: {', '.join(map(repr, odd))}: expected mappings.")
+        return written
 
     def class_figure(self, class_id: int) -> Path:
         """Return the path of the picture of a class's samples."""
@@ -86,7 +96,8 @@ class RunFolder:
 
         Raises:
             FileExistsError: the folder has a run, and neither `overwrite` nor `resume` is set.
-            ValueError: `resume`, but the run there has other settings; `overwrite`, but what would be deleted is needed or a link.
+            ValueError: `resume`, but the run there has other settings; `overwrite`, but what would be deleted is needed, a link, or not
+                the run's.
         """
         present = [name for name in CONTENTS if (self.path / name).exists()]
         if present and overwrite:
@@ -104,7 +115,7 @@ class RunFolder:
         if present and not self._settings.is_file():
             raise ValueError(
                 f"`output_dir` {self.path} holds {', '.join(present)} but no {self._settings.relative_to(self.path)}, "
-                "so its settings are unknown. Pass --overwrite_output_dir, or another folder."
+                "so its settings are unknown. Move them, or pass another folder."
             )
         if present:
             self.check_settings(settings)
@@ -127,7 +138,7 @@ class RunFolder:
                 else "there is no such folder"
             )
             raise FileNotFoundError(f"{self.path} holds no run: {there}.")
-        written = read_mapping(self._settings)
+        written = self._written()
         for part in ARGUMENTS:
             defaults = {one.name: one.default for one in fields(part)}
             written[part.__name__] = {**defaults, **written.get(part.__name__, {})}
@@ -150,7 +161,7 @@ class RunFolder:
             return None
         learned = len(list(self.checkpoints.glob("strategy/task_*.safetensors")))
         # Runs of earlier versions do not list their tasks.
-        return f"{learned} of {len(read_mapping(self._settings).get(_TASKS, ())) or 'its'} tasks are learned"
+        return f"{learned} of {len(self._written().get(_TASKS, ())) or 'its'} tasks are learned"
 
     def forget_samples(self) -> None:
         """Delete the synthetic images, which only an unfinished run needs."""
@@ -212,7 +223,8 @@ class RunFolder:
             what = f"this run, unfinished: {state}"
         else:
             what, go_on = f"this run, which is finished (see `funlora info {self.path}`)", ""
-        ways = [way for way in (go_on, "--overwrite_output_dir to delete it", "or another folder") if way]
+        delete = "--overwrite_output_dir to delete it" if known else ""
+        ways = [way for way in (go_on, delete, "or another folder" if go_on or delete else "another folder") if way]
         return f"`output_dir` {self.path} holds {what}. Pass {', '.join(ways)}."
 
     def _warn_if_fresh(self, resume: bool, present: list[str]) -> None:
@@ -234,6 +246,20 @@ class RunFolder:
                         f"`overwrite_output_dir` would delete {path}, which contains `{field}` {place!r}: choose another "
                         "`output_dir`."
                     )
+        found = [name for name in present if (self.path / name).is_file() or any((self.path / name).iterdir())]
+        if found and not self._settings.is_file():
+            raise ValueError(
+                f"`overwrite_output_dir` would delete {', '.join(found)} in {self.path}, but without a "
+                f"{self._settings.relative_to(self.path)} it is unknown whether a run has made them: move them, or choose another "
+                "`output_dir`."
+            )
+        own = {adapter_name(class_id) for class_id in self.classes()}
+        others = sorted(one.name for one in self.adapters.glob("[!.]*") if one.name not in own)
+        if others:
+            raise ValueError(
+                f"`overwrite_output_dir` would delete {', '.join(others)} in {self.adapters}, which the run there has not learned: move "
+                "them, delete them by `funlora delete`, or choose another `output_dir`."
+            )
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

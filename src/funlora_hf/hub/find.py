@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_fold
 from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch
 from ..adapters.untrusted_bank import read_bank
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, UNET_FOLDER
+from ..utils.checks import shortened
 from .classes_json import CARD, INDEX
 from .what_to_push import SAMPLES
 
@@ -98,6 +100,7 @@ def find_contents(
     base = next((place for place in places for file in _BASE_MARKS if (place / file).is_file()), None)
     own = [root] if any((root / file).is_file() for file in ADAPTER_FILES) else []
     below = [*adapter_folders(root), *adapter_folders(root / ADAPTERS_FOLDER)]
+    _warn_of_other_folders({root, root / ADAPTERS_FOLDER}, below)
     wanted = [folder for folder in below if classes is None or folder.name in names]
     banks = [file for file in sorted(root.glob("*.safetensors")) if not file.name.startswith(_OTHER_WEIGHTS)]
     found = Contents(name, root, base, (*own, *wanted), tuple(banks))
@@ -113,3 +116,14 @@ def find_contents(
             "adapter as PEFT saves it."
         )
     return found
+
+
+def _warn_of_other_folders(places: Collection[Path], found: Collection[Path]) -> None:
+    """Warn of folders with an adapter's configuration whose name is not that of a class."""
+    configs = (file for place in places for file in place.glob(f"[!.]*/{ADAPTER_FILES[0]}"))
+    others = sorted(file.parent.name for file in configs if file.parent not in found)
+    if others:
+        named = shortened(", ".join(others), 1000)
+        warnings.warn(
+            f"These folders have adapters, but are not named class_<id> and are left out: {named}.", stacklevel=3
+        )

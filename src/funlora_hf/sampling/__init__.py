@@ -1,4 +1,4 @@
-"""Sample images: pipeline, solvers, guidance, drawing in batches, merging a class into a plain U-Net."""
+"""Sample images: pipeline, solvers, guidance, adapters by prompt, drawing in batches, merging a class into a plain U-Net."""
 
 from .drawing import Samples, draw_samples, tensor_sha256, to_uint8
 

@@ -31,8 +31,8 @@ def mixed_prompts(
     Under classifier-free guidance, most pipelines run all prompts twice in one batch, without and with the text. The samples of such
     a batch are two equal halves, by which it is recognized. Effective weights are kept as in `cached_weights`.
 
-    `scale` of a call (`cross_attention_kwargs={"scale": 0.5}`) reaches active adapters only, so make these active before:
-    `pipe.set_adapters(adapter_names)`.
+    Other adapters that are active, such as a LoRA's, act on all prompts. `scale` of a call (`cross_attention_kwargs={"scale": 0.5}`)
+    reaches active adapters only: activate these before, by `pipe.set_adapters(["dog", "cat"])`.
 
     Args:
         pipe ([`DiffusionPipeline`]): of diffusers, with FunLoRA adapters in its models.

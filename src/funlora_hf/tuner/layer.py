@@ -63,8 +63,9 @@ class FunLoraFactorLayer(FunLoraLayer):
 
         At scale s, F as a factor is 1 + s (F - 1), and a term is multiplied by s. Source: [ours].
         """
-        # torch cannot compute in the types of one byte, in which layerwise casting stores weights.
-        adapted = weight.float() if weight.dtype.itemsize == 1 else weight
+        # torch cannot compute in the types of one byte, in which layerwise casting stores weights. A view, since hooks give the
+        # weight other values or another type before the backward pass needs it (layerwise casting, group offloading).
+        adapted = weight.float() if weight.dtype.itemsize == 1 else weight.view_as(weight)
         operations = [(name, self.settings[name].operation) for name in adapter_names]
         # An adapter that was added to an offloaded layer is not on the device where the layer runs.
         for name, operation in operations:
@@ -84,7 +85,8 @@ class FunLoraFactorLayer(FunLoraLayer):
         factors = zip((self.funlora_A, self.funlora_B), self.weight_shape[:2], strict=True)
         shape = (-1, *(1 for _ in self.weight_shape[2:]))
         ratio = self.settings[name].ratio
-        a, b = (_widened(factor(name), ratio, size).reshape(shape) for factor, size in factors)
+        # To the device of the weight, as in `adapted_weight`.
+        a, b = (_widened(factor(name).to(call.weight.device), ratio, size).reshape(shape) for factor, size in factors)
         output = call.run((b * call.x).to(call.x.dtype), call.weight, None)
         adapted = a * output if call.rest[0] is None else a * output + call.rest[0].reshape(shape)
         return adapted.to(output.dtype)

@@ -10,9 +10,18 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..tuner_base.model import AdapterModel, check_no_other_method
+from ..tuner_base.offloading import remember_place
 from .config import FunLoraConfig
 from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear
-from .targets import ALL_CONV, check_is_called, conv_names, decoder_middle, knows_order
+from .targets import (
+    ALL_CONV,
+    attentions,
+    check_is_called,
+    conv_names,
+    decoder_middle,
+    knows_order,
+    projection_names,
+)
 
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
@@ -50,10 +59,14 @@ class FunLoraModel(AdapterModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.target_modules is None:
             if not knows_order(model):
+                found = {
+                    name: None for attention in attentions(model).values() for name in projection_names(attention)
+                }
+                targets = f" Try those of its attention: {list(found)}." if found else ""
                 raise ValueError(
                     "Please specify `target_modules` in `peft_config`: None is the middle of the decoder of a "
                     "UNet2DModel or UNet2DConditionModel in its standard form, and the model is a "
-                    f"{type(model).__name__}."
+                    f"{type(model).__name__}.{targets}"
                 )
             peft_config.target_modules = set(decoder_middle(model))
         elif peft_config.target_modules == ALL_CONV:
@@ -110,6 +123,7 @@ def _check_class_embedding(config: FunLoraConfig, model: nn.Module) -> None:
                 f"`class_embedding` is {config.class_embedding!r}, but {key} is a {type(base).__name__}, expected an "
                 "nn.Embedding. Name another module, or leave it None."
             )
+        remember_place(base, model, key)  # the class vector starts at the mean of its rows
         _check_plain(key, base, nn.Embedding)
 
 

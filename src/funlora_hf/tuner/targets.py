@@ -31,18 +31,40 @@ def check_is_called(name: str, attention: nn.Module) -> None:
         name: of the projection in the model.
         attention: the module that has it.
     """
+    called, uncalled, calls_fused = _projections(attention)
+    if name.rpartition(".")[2] in uncalled:
+        raise ValueError(
+            f"Target module {name} is not called, since the projections of its attention are {'' if calls_fused else 'not '}"
+            f"fused: target {', '.join(called)} instead, or call "
+            f"`{'un' if calls_fused else ''}fuse_qkv_projections` before."
+        )
+
+
+def _projections(attention: Any) -> tuple[list[str], list[str], bool]:
+    """Of the projections of an attention that are fused and their parts: those called, those not, and whether it is the fused ones."""
     fused = [layer for layer in FUSED_PROJECTIONS if layer in attention._modules]
     parts = [part for layer in fused for part in FUSED_PROJECTIONS[layer]]
     # Of the class `Attention`, the processor decides: a model that is unfused again keeps the fused layers.
     calls_fused = getattr(attention, "fused_projections", False) and (
         not has_class(attention, "Attention") or "Fused" in type(attention.processor).__name__
     )
-    if name.rpartition(".")[2] in (parts if calls_fused else fused):
-        raise ValueError(
-            f"Target module {name} is not called, since the projections of its attention are {'' if calls_fused else 'not '}"
-            f"fused: target {', '.join(fused if calls_fused else parts)} instead, or call "
-            f"`{'un' if calls_fused else ''}fuse_qkv_projections` before."
-        )
+    return (fused, parts, True) if calls_fused else (parts, fused, False)
+
+
+def attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The attentions by diffusers in a model, by name."""
+    return {name: module for name, module in plain_modules(model) if hasattr(module, "fused_projections")}
+
+
+def projection_names(attention: nn.Module) -> list[str]:
+    """Names in an attention by diffusers of the Linear layers that it calls, such as "to_q" and "to_out.0"."""
+    _, uncalled, _ = _projections(attention)
+    return [name for name in linear_names(attention) if name not in uncalled]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of all Linear layers of a model in the order of `named_modules`, also where adapters have wrapped them."""
+    return list(dict.fromkeys(name for name, module in plain_modules(model) if isinstance(module, nn.Linear)))
 
 
 def conv_names(model: nn.Module) -> list[str]:

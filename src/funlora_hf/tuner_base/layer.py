@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..utils.tensors import check_before_loading
+from .offloading import group_hook, group_of, keep_in_memory, read_from
 from .weights import cached, forget
 from .wrappers import evaluation_mode, has_class
 
@@ -72,22 +73,23 @@ class AdapterParameters(nn.ParameterDict):
         """Keep the parameters on their device from now on: writes to offloaded ones are lost."""
         if hasattr(self, "_hf_hook"):
             remove_hook_from_module(self)
-        hook = _group_offloading(self)
+        hook = group_hook(self)
         if hook is not None:
             hook.group.onload_()
             self._diffusers_hook.remove_hook("group_offloading", recurse=False)
-
-
-def _group_offloading(module: nn.Module) -> Any:
-    """The hook by which diffusers offloads a module; None if it does not."""
-    registry = getattr(module, "_diffusers_hook", None)
-    return None if registry is None else registry.get_hook("group_offloading")
 
 
 def _refuse_gradient(gradient: torch.Tensor) -> None:
     raise RuntimeError(
         "The adapter is offloaded, and its gradient would be lost. Add the adapter after the model is offloaded, or train "
         "without offloading."
+    )
+
+
+def _refuse_gradient_on_disk(gradient: torch.Tensor) -> None:
+    raise RuntimeError(
+        "The base is offloaded to disk, and diffusers puts other values into its weights before the backward pass needs them. "
+        "Train without `offload_to_disk_path`."
     )
 
 
@@ -186,6 +188,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Keep the parameters of adapters on their device from now on; the base stays offloaded."""
         for parameters in self._dictionaries().values():
             parameters.stop_offloading()
+        if self._is_on_disk():
+            keep_in_memory(self._group(), self.adapter_tensors().values())
 
     @abstractmethod
     def initial_parameters(self, config: Any) -> dict[str, torch.Tensor]:
@@ -240,6 +244,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Effective minus base weight at the adapter's scale, in the weight's shape and dtype; differentiable."""
         self._check_whole()
+        if self._is_on_disk():
+            self.stop_offloading_adapters()
         weight = self._base_weight()
         return self.adapted_weight([adapter], weight) - weight
 
@@ -297,7 +303,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter from the layer, as PEFT does."""
+        """Delete an adapter from the layer, as PEFT does, after `check_deletes`."""
+        self.check_deletes(adapter_name)
+        self.drop_adapter(adapter_name)
+
+    def check_deletes(self, adapter_name: str) -> None:
+        """Raise a ValueError if diffusers has offloaded the base to disk: its `delete_adapters` then loses weights."""
+        if adapter_name in self.settings and self._is_on_disk():
+            raise ValueError(
+                f"Cannot delete the adapter {adapter_name!r} of {self.path or self.base_layer}: its weight is offloaded to disk. Disable "
+                "the adapter instead, or delete it before offloading."
+            )
+
+    def drop_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from the layer, also if the base is offloaded."""
         forget(self)
         super().delete_adapter(adapter_name)
 
@@ -337,6 +356,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         with InsteadOf(self.base_function, run):
             output = self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling() and output.requires_grad and self._is_on_disk():
+            output.register_hook(_refuse_gradient_on_disk)
         if len(calls) != 1:
             raise RuntimeError(
                 f"{self.path or self.base_layer} called {self.base_function.__name__} with a weight of its shape {len(calls)} times, "
@@ -374,6 +395,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         found: list[torch.Tensor] = []
         parameter = base._parameters.get("weight")
+        if parameter is not None and self._is_on_disk() and group_hook(base) is None:
+            return read_from(self._group(), parameter)
         # accelerate, FSDP and diffusers bring, unshard or cast a weight in a call only.
         hooked = base._forward_pre_hooks or hasattr(base, "_diffusers_hook")
         if parameter is not None and not parameter.is_meta and not hooked:
@@ -407,7 +430,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _own_weight(self, base: nn.Module) -> nn.Parameter:
         """The parameter that a merged weight replaces."""
-        parameter, hook = base._parameters.get("weight"), _group_offloading(base)
+        parameter, group = base._parameters.get("weight"), self._group()
         if has_class(base, "FSDPModule") or hasattr(parameter, "placements"):
             problem = "it is sharded by FSDP. Merge before sharding."
         elif parameter is None:
@@ -420,11 +443,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 "its weight is offloaded. Remove the hooks first, for example by "
                 "`accelerate.hooks.remove_hook_from_module(model, recurse=True)`."
             )
-        elif hook is not None and hook.config.offload_to_disk_path is not None:
+        elif self._is_on_disk():
             problem = "its weight is offloaded to disk. Merge before offloading."
+        elif group is not None and group.stream is not None:
+            problem = "its weight is offloaded with a stream. Merge before offloading."
         else:
             return parameter
         raise ValueError(f"Cannot merge into {self.path or base}: {problem}")
+
+    def _group(self) -> Any:
+        """The group in which diffusers offloads the base's weight; None if it does not."""
+        return group_of(self.get_base_layer())
+
+    def _is_on_disk(self) -> bool:
+        group = self._group()
+        return group is not None and group.offload_to_disk_path is not None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Unlike PEFT's, this leaves the dtype alone: rounded to bfloat16, alpha would no longer start as the identity.

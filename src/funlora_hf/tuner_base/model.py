@@ -16,6 +16,7 @@ from torch import nn
 from ..utils.tensors import check_before_loading
 from .layer import AdapterLayer, adapter_layers
 from .mixed_batch import mixed_batch
+from .offloading import check_takes_parameters, remember_place
 from .wrappers import remove_adapters
 
 
@@ -41,6 +42,7 @@ class AdapterModel(BaseTuner):
                 raise ValueError(
                     f"`adapter_name` is {adapter_name!r}, expected a name without dots: torch takes no other."
                 )
+            check_takes_parameters(model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             if is_new:
@@ -82,6 +84,12 @@ class AdapterModel(BaseTuner):
         # PEFT's also moves adapters to the base's device, which of an offloaded layer is "meta", and writes to `weight`,
         # which of a parametrized layer is computed.
         setattr(parent, child_name, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, as PEFT does; if one layer refuses, nothing has changed."""
+        for layer in adapter_layers(self):
+            layer.check_deletes(adapter_name)
+        super().delete_adapter(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters, the active ones by default, as PEFT does; if one layer refuses, none stays merged."""
@@ -170,6 +178,7 @@ def _find_shared(model: nn.Module) -> None:
         if isinstance(layer, AdapterLayer):
             layer.path, layer.shared_with = name, []
             layers[layer.get_base_layer()] = layer
+            remember_place(layer.get_base_layer(), model, name)
     users: dict[nn.Parameter, dict[nn.Module, str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         parent, _, child = name.rpartition(".")

@@ -62,7 +62,7 @@ def remove_adapters(model: nn.Module, names: Collection[str], *, keep_configs: b
             for name in names:
                 if name in module._get_available_adapters():
                     others = {} if isinstance(module, BaseTunerLayer) else {"new_active_adapters": None}
-                    module.delete_adapter(name, **others)
+                    getattr(module, "drop_adapter", module.delete_adapter)(name, **others)
         if not module._get_available_adapters():
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, base_module(module))

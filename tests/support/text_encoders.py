@@ -1,0 +1,50 @@
+"""Text encoders with random weights, for pipelines of text_to_image.py that have none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from text_to_image import make_pipeline
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+
+
+_SIZES = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+
+
+def make_prompted(name: str) -> Any:
+    """As `make_pipeline`, with all that `encode_prompt` needs; equal at each call."""
+    pipe = make_pipeline(name)
+    torch.manual_seed(1)
+    parts: dict[str, Any] = {}
+    if name == "SDXL":
+        parts = {"text_encoder": _clip(CLIPTextModel, 8), "text_encoder_2": _clip(CLIPTextModelWithProjection, 8)}
+    elif name == "SD3":
+        encoders = [_clip(CLIPTextModelWithProjection, 8, 8) for _ in range(2)]
+        parts = {"text_encoder": encoders[0], "text_encoder_2": encoders[1], "text_encoder_3": _t5()}
+        parts["tokenizer_3"] = ByT5Tokenizer(model_max_length=8)
+    elif name == "Flux":
+        parts = {"text_encoder": _clip(CLIPTextModel, 16), "text_encoder_2": _t5()}
+        parts["tokenizer_2"] = ByT5Tokenizer(model_max_length=8)
+    for encoder in [part for part in parts if part.startswith("text_encoder")]:
+        parts.setdefault(encoder.replace("text_encoder", "tokenizer"), make_pipeline("SD").tokenizer)
+    if hasattr(pipe, "transformer"):
+        pipe.vae.register_to_config(shift_factor=0.1)  # the pipelines need one
+    pipe.register_modules(**parts)
+    return pipe
+
+
+def _clip(kind: Any, hidden: int, projected: int = 16) -> Any:
+    config = CLIPTextConfig(**_SIZES, hidden_size=hidden, projection_dim=projected, max_position_embeddings=8)
+    return kind(config).eval()
+
+
+def _t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
