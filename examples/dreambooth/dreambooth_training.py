@@ -80,7 +80,8 @@ class DreamBoothArguments:
     resolution: int = argument(512, "Height and width to which images are scaled and cropped, around the centre.")
 
     target_modules: list[str] | None = argument(  # noqa: RUF009 - makes a field
-        None, "Names of layers to adapt, or all-conv; None: to_q, to_k, to_v and to_out.0 of each attention."
+        None,
+        "Names of layers to adapt, or all-conv or all-linear; None: to_q, to_k, to_v and to_out.0 of each attention.",
     )
     function: str = argument("cosine", "'cosine', 'power', 'shift' or 'identity'.")
     num_functions: int = argument(10, "The number of functions summed up.")
@@ -157,7 +158,7 @@ class DreamBoothArguments:
         return FunLoraConfig(
             **{name: getattr(self, name) for name in names},
             r=self.rank,
-            target_modules="all-conv" if targets == ["all-conv"] else targets,
+            target_modules=targets[0] if targets in (["all-conv"], ["all-linear"]) else targets,
             base_model_name_or_path=self.pretrained_model_name_or_path,
         )
 

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from runs import write_adapters
-from text_to_image import component, make_pipeline
+from text_to_image import make_pipeline
 
 from funlora_hf import FunLoraConfig, FunLoraPipeline, save_adapter
 from funlora_hf.baselines import ConvLoraConfig
@@ -456,6 +456,9 @@ def of_base(name, library="diffusers.models.unets.unet_2d_condition"):
         ("SD3Transformer2DModel", "transformer", "text-to-image"),
         ("FluxTransformer2DModel", "transformer", "text-to-image"),
         ("DiTTransformer2DModel", "transformer", "unconditional-image-generation"),
+        ("CLIPTextModelWithProjection", "text_encoder", "text-to-image"),
+        ("T5EncoderModel", "text_encoder", "text-to-image"),
+        ("AutoencoderKL", "vae", "text-to-image"),
     ],
 )
 def test_a_card_names_the_class_of_the_base(name, part, task):
@@ -495,15 +498,23 @@ def test_other_bases_have_the_usual_card(name, library):
     assert str(adapter(config)) == str(adapter(FunLoraConfig()))
 
 
-@pytest.mark.parametrize("name", ["SD", "DiT"])
-def test_the_code_in_a_card_of_a_pipeline_s_adapter_runs(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "part", "target"),
+    [
+        ("SD", "unet", "to_q"),
+        ("SD", "text_encoder", "q_proj"),
+        ("SD", "vae", "conv1"),
+        ("DiT", "transformer", "to_q"),
+    ],
+)
+def test_the_code_in_a_card_of_a_pipeline_s_adapter_runs(name, part, target, tmp_path):
     pipe = make_pipeline(name)
-    config = FunLoraConfig(target_modules=["to_q"], init_weights=False)
-    save_adapter(inject_adapter_in_model(config, component(pipe)), tmp_path / "mine")
+    config = FunLoraConfig(target_modules=[target], init_weights=False)
+    save_adapter(inject_adapter_in_model(config, getattr(pipe, part)), tmp_path / "mine")
     make_pipeline(name).save_pretrained(tmp_path / "base")
     (code,) = snippets(ModelCard.load(tmp_path / "mine" / "README.md"))
     names = execute(code, {"path/to/base": tmp_path / "base", "path/to/this/folder": tmp_path / "mine"})
     assert names["image"].size == (8, 8)
-    found = get_peft_model_state_dict(component(names["pipe"]))
-    expected = get_peft_model_state_dict(component(pipe))
+    found = get_peft_model_state_dict(getattr(names["pipe"], part), adapter_name="default")
+    expected = get_peft_model_state_dict(getattr(pipe, part))
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())

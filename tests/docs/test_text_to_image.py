@@ -322,6 +322,7 @@ def test_on_the_hub(method, hub, tmp_path):
     else:
         push_adapter(pipe.unet, "mine", "me/subject", subfolder=None, base_model="me/base")
         load_adapter(other.unet, "me/subject")
+        assert "\n# subject\n" in hub.files("me/subject")["README.md"].decode()
     close(sample(other), sample(pipe))
 
 

@@ -26,6 +26,9 @@ _TAGS = ("continual-learning", "flow-matching", "class-conditional-image-generat
 _MARKUP = str.maketrans({character: f"\\{character}" for character in "`*_[]<>|~&#$"})
 # The Hub reads two backslashes before a bracket as mathematics.
 _MARKUP[ord("\\")] = "&#92;"
+# Parts of diffusers' pipelines, by a word in the names of their classes.
+_PARTS = {"UNet": "unet", "Transformer": "transformer", "Autoencoder": "vae", "Text": "text_encoder"}
+_PARTS |= {"EncoderModel": "text_encoder"}
 _YAML_BREAKS = str.maketrans("\x85\u2028\u2029", "   ")  # PyYAML does not read them as it writes them
 _JOINERS = "\u200c\u200d"  # not printable, yet parts of words and of emoji
 
@@ -99,7 +102,7 @@ def adapter_card(
         config: of the adapter. A FunLoRA adapter's `base_fingerprint` is shown if it has one. What the card says of use depends on
             the class of the base in its `auto_mapping`.
         class_label: id of the class; None: not set.
-        class_name: its name, any text.
+        class_name: its name, any text; empty: that of the repository, or of the method.
         parameters: numbers in the adapter, class vector included.
         num_bytes: of its file.
         place: where the adapter and its base are.
@@ -111,9 +114,9 @@ def adapter_card(
         `ModelCard`, its metadata that of a PEFT adapter.
     """
     source = repository(place.source)
-    class_name = class_name.translate(_YAML_BREAKS)
     method = PeftType(config.peft_type).value
-    base_class = denoiser(config)
+    class_name = class_name.translate(_YAML_BREAKS) or (source or method).split("/")[-1]
+    base_class = component_class(config)
     of_class = {"class_label": class_label, "class_name": class_name}
     return _card(
         "model_card_template.md",
@@ -223,12 +226,12 @@ def _task(base_class: str | None) -> str:
     return _TASK if base_class is None or base_class.startswith("DiT") else "text-to-image"
 
 
-def denoiser(config: PeftConfig) -> str | None:
-    """The class of the base if it is that of a model in a pipeline of diffusers, and no `UNet2DModel`."""
+def component_class(config: PeftConfig) -> str | None:
+    """The class of the base if it is that of a part of diffusers' pipelines, and no `UNet2DModel`."""
     base = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
     name, library = str(base.get("base_model_class")), str(base.get("parent_library"))
-    is_denoiser = re.fullmatch("[A-Za-z0-9]*(UNet|Transformer)[A-Za-z0-9]*", name) and name != "UNet2DModel"
-    return name if is_denoiser and library.startswith("diffusers.") else None
+    is_part = re.fullmatch(f"[A-Za-z0-9]*({'|'.join(_PARTS)})[A-Za-z0-9]*", name) and name != "UNet2DModel"
+    return name if is_part and library.startswith(("diffusers.", "transformers.")) else None
 
 
 def _card(
@@ -270,6 +273,7 @@ def _card(
         kind=kind,
         base=base,
         base_revision=base_revision,
+        part=next((part for word, part in _PARTS.items() if word in (parts["base_class"] or "")), None),
         base_link=_base_link(base, base_revision),
         accuracy=accuracy,
         is_synthetic=is_synthetic,

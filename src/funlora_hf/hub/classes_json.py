@@ -31,7 +31,7 @@ class HubIndex:
         base_model: repository of the base, "user/repo"; None: unknown.
         base_revision: branch, tag or commit of it.
         base_is_unet: whether its repository is the U-Net itself, not a pipeline; None: unknown.
-        base_class: the diffusers class of a base that is no `UNet2DModel`.
+        base_class: the class of a base in a pipeline of diffusers that is no `UNet2DModel`.
         base_classes: id -> name, if the base is in this repository; else None.
         base_fingerprint: of the base in this repository, by precision.
         classes: folder -> row of each class that an adapter makes.

@@ -17,7 +17,7 @@ from torch import nn
 from ..adapters.class_folder import adapter_configs, adapter_name, class_of, save_adapter
 from ..adapters.untrusted_adapter import ADAPTER_FILES
 from ..adapters.untrusted_base import PIPELINE
-from ..cards.model_cards import Place, denoiser
+from ..cards.model_cards import Place, component_class
 from ..sampling.pipeline import FunLoraPipeline
 from .classes_json import HubIndex, root_files, shown_results
 from .repository import HubRepository
@@ -132,7 +132,7 @@ def push_adapter(
             base_model=base.base,
             base_revision=base.base_revision,
             base_is_unet=_is_unet(base),
-            base_class=denoiser(adapter.adapter.config),
+            base_class=component_class(adapter.adapter.config),
             classes={} if where is None else {where: adapter.row(None, where)},
             license=license,
         )

@@ -134,8 +134,9 @@ def read_adapter_folder(folder: Path, *, samples: Path | None = None) -> Adapter
     adapter = read_adapter(folder)
     adapter.tensors()
     found = adapter_class(folder)
-    name = found["class_name"] or str(found["class_label"])
-    return AdapterFolder(adapter, found["class_label"], name, samples if samples and samples.is_file() else None)
+    label = found["class_label"]
+    name = found["class_name"] or ("" if label is None else str(label))
+    return AdapterFolder(adapter, label, name, samples if samples and samples.is_file() else None)
 
 
 @dataclass(frozen=True)

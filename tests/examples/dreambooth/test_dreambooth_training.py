@@ -17,6 +17,7 @@ import train_dreambooth_funlora as diffusion
 import train_dreambooth_funlora_sd3 as flow
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from runs import REPOSITORY
 from text_encoders import make_prompted
 from text_to_image import component, make_pipeline, sample
@@ -194,6 +195,15 @@ def test_8_bit_adam_without_its_package(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ImportError, match=r"`use_8bit_adam` needs bitsandbytes .*leave this out"):
         make(use_8bit_adam=True)
+
+
+@pytest.mark.parametrize("targets", ["all-conv", "all-linear"])
+def test_all_layers_of_a_kind(make, targets):
+    """As `FunLoraConfig` takes them, which knows them as words and not as names in a list."""
+    kind = torch.nn.Conv2d if targets == "all-conv" else torch.nn.Linear
+    model = make(target_modules=[targets]).model
+    wrapped = [module.base_layer for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert wrapped == [module for module in model.modules() if isinstance(module, kind)]
 
 
 @pytest.mark.parametrize("name", ["SD3", "Flux"])
