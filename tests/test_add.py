@@ -366,7 +366,7 @@ def test_a_locked_run_is_left_alone(inside):
         (
             {"images": "cros"},
             FileNotFoundError,
-            "`images` is 'cros': nothing of this name is here; did you mean 'cross'",
+            "`images` is 'cros': nothing here has this name; did you mean 'cross'",
         ),
         ({"images": "owls"}, FileNotFoundError, "`images` is 'owls', which is no file or folder here.*owner/name"),
         ({"to": "out/bas"}, FileNotFoundError, "`to` is 'out/bas': nothing .*; did you mean 'out/base'"),

@@ -422,7 +422,7 @@ def test_a_mistyped_folder_never_asks_the_hub(fails, hub, run_folder, tmp_path, 
     before = len(hub.requests)
     error = fails(*arguments)
     assert len(hub.requests) == before
-    assert f"nothing of this name is here; did you mean '{arguments[1].replace('digts', 'digits')}'?" in error
+    assert f"nothing here has this name; did you mean '{arguments[1].replace('digts', 'digits')}'?" in error
     assert not (tmp_path / "there").exists()
 
 
@@ -457,7 +457,7 @@ def test_a_path_of_no_user_is_refused(command, tmp_path, monkeypatch, arguments)
     code, out, err = command(*arguments)
     assert out == ""
     assert "~nobody-here/" in (text := code if isinstance(code, str) else err)
-    assert "but there is no such user: write the path out." in text.splitlines()[-1]
+    assert "but there is no such user: write the full path." in text.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 

@@ -220,7 +220,9 @@ def test_the_attention_preset_takes_what_is_called():
 @pytest.mark.parametrize("name", MODELS[1:])
 def test_no_targets_on_a_transformer_names_sensible_ones(name):
     model = make_model(name)
-    with pytest.raises(ValueError, match=rf"the model is a {name}\. Try the projections of its attention: \[") as raised:
+    with pytest.raises(
+        ValueError, match=rf"the model is a {name}\. Try the projections of its attention: \["
+    ) as raised:
         get_peft_model(model, FunLoraConfig())
     targets = ast.literal_eval(str(raised.value).rpartition("attention: ")[2].rstrip("."))
     adapted = get_peft_model(model, FunLoraConfig(target_modules=targets))

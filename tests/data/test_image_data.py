@@ -243,7 +243,7 @@ def test_a_name_that_is_almost_a_folder_s_never_asks_the_hub(name, folder, tmp_p
         (tmp_path / other).mkdir(parents=True)
     asked = []
     monkeypatch.setattr(open_dataset, "load_dataset", lambda **given: asked.append(given["path"]) or 1 / 0)
-    text = "'mnist', which is no file" if folder is None else f"nothing of this name is here; did you mean '{folder}'"
+    text = "'mnist', which is no file" if folder is None else f"nothing here has this name; did you mean '{folder}'"
     with pytest.raises((FileNotFoundError, ValueError), match=re.escape(text)):
         load(name)
     assert asked == ([name] if folder is None else [])
