@@ -162,7 +162,7 @@ def test_presets_are_target_modules():
     [
         (
             "middle",
-            r"`preset` is 'middle', expected one of: all, decoder, decoder-middle, attention, cross-attention, a range as '40-54', a budget",
+            r"`preset` is 'middle', expected one of: all, decoder, decoder-middle, attention, cross-attention, a range like '40-54', a budget",
         ),
         ("5", "expected one of"),
         ("5-4", r"`preset` is '5-4', expected two rising indices between 0 and \d+: the model has \d+ conv"),
@@ -319,7 +319,7 @@ def test_layers_without_importance_are_not_taken():
         ({}, "<= 5", "`importance` is {}, but the budget"),
         ({"a": 1.0, "c": math.nan}, "<= 50", "`importance` of 'c' is nan, expected a finite number"),
         ({"a": 1.0, "z": 2.0}, "<= 50", "`importance` has z, which the model does not run as a Conv2d"),
-        (IMPORTANCE, "<= 3", "the cheapest layer costs 4 numbers a class: raise the budget"),
+        (IMPORTANCE, "<= 3", "the cheapest layer costs 4 parameters per class: raise the budget"),
     ],
 )
 def test_budgets_that_cannot_be_filled_are_named(importance, preset, message):
