@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
         take_recipe(parser, given.config)
     tidy_help(parser)
     try:
-        # The last but one holds --config, which belongs to no dataclass.
+        # The second to last contains --config, which belongs to no dataclass.
         data, model, training, evaluation, *others, _, unknown = parser.parse_args_into_dataclasses(
             rest, return_remaining_strings=True, look_for_args_file=False
         )

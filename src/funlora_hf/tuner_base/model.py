@@ -167,7 +167,7 @@ def check_no_other_method(name: str, module: nn.Module, layer_cls: type) -> None
     if isinstance(module, BaseTunerLayer) and not isinstance(module, layer_cls):
         raise ValueError(
             f"Target module {name} has an adapter of another method, whose effect would be lost. Merge or "
-            "unload that adapter first (in a pipeline, fuse the LoRA: `fuse_lora()`, then `unload_lora_weights()`), or "
+            "unload that adapter first (in a pipeline, fuse the LoRA first: `fuse_lora()`, then `unload_lora_weights()`), or "
             "target other modules."
         )
 
