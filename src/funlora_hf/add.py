@@ -261,7 +261,7 @@ def _find(to: str, output_dir: Path | None, revision: str | None) -> _Target:
     folder = _folder(to, run, output_dir)
     known = {**base.classes, **base.taken}
     present = [] if run is None else _contents(run.path)
-    for contents in present if given is not None else ():  # a base in the run itself counts them as taken
+    for contents in present if given is not None else ():  # if the base is in the run, `base.taken` has them
         known |= contents.classes()
     if folder is not run:
         present += _contents(folder.path)
@@ -433,8 +433,8 @@ class _Addition(Run):
         if clashing:
             raise ValueError(
                 f"`images` {self.arguments.data.dataset_name!r} has classes that already exist, or that the run has yet to "
-                f"learn: {', '.join(f'{c} ({data.class_names[c]})' for c in clashing)}. Nothing was trained. If this is another "
-                f"class, give it another name: --class_name.{self._update(clashing)} The classes of the base are frozen."
+                f"learn: {', '.join(f'{c} ({data.class_names[c]})' for c in clashing)}. Nothing was trained. A different "
+                f"class needs another name: --class_name.{self._update(clashing)} The classes of the base are frozen."
             )
         return data, {c: record for c, record in records.items() if c not in same}, same & known.keys()
 
