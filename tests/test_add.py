@@ -134,7 +134,7 @@ def test_several_classes_and_the_same_again(inside):
     assert add_classes("images", "out", adapter_train_steps=1).trained == (10,)
     with pytest.raises(
         ValueError,
-        match=r"classes that are there already.* 10 \(0th\), 8 \(a\), 9 \(b\).*train --output_dir out --update_class 10 --dataset_name images "
+        match=r"classes that already exist.* 10 \(0th\), 8 \(a\), 9 \(b\).*train --output_dir out --update_class 10 --dataset_name images "
         r".*--adapter_train_steps 2\b",
     ):
         add_classes("images", "out", adapter_train_steps=2)
@@ -146,7 +146,7 @@ def test_what_is_there_is_not_trained_again(inside):
     draw(inside / "images" / "new")
     before = digests(inside / "out")
     with pytest.raises(
-        ValueError, match=r"`images` 'images' has classes that are there already.*: 2 \(2\), 7 \(7\)\. Nothing"
+        ValueError, match=r"`images` 'images' has classes that already exist.*: 2 \(2\), 7 \(7\)\. Nothing"
     ):
         add_classes("images", "out")
     assert digests(inside / "out") == before
@@ -256,7 +256,7 @@ def test_an_unfinished_run_keeps_its_ids_and_goes_on(inside):
     expected, results = digests(inside / "out" / "adapters"), read_json(inside / "out" / "results.json")
     unfinish(inside / "out")
     draw(inside / "images" / "7")
-    with pytest.raises(ValueError, match=r"has still to learn: 7 \(7\)"):
+    with pytest.raises(ValueError, match=r"has yet to learn: 7 \(7\)"):
         add_classes("images", "out")
     # 8 and 9 are ids of the data set, though of no task.
     assert add_classes("cross", "out").trained == (10,)
@@ -299,7 +299,7 @@ def test_ids_are_free_beside_banks_and_the_classes_of_an_output_dir(inside, fini
     draw(inside / "star")
     assert add_classes("star", "out/base", output_dir="mine", adapter_train_steps=1).trained == (22,)
     draw(inside / "in a bank")
-    with pytest.raises(ValueError, match=r"there already.*20 \(in a bank\)"):
+    with pytest.raises(ValueError, match=r"already exist.*20 \(in a bank\)"):
         add_classes("in a bank", "out")
     assert all(verdict.ok for verdict in verify("mine", base="out"))
 
@@ -323,7 +323,7 @@ def test_training_on_a_run_counts_its_adapters(inside):
 
 def test_a_repository_counts_what_is_pushed(inside, hub):
     push_all("out", REPO)
-    with pytest.raises(ValueError, match=r"`output_dir` is None, but `to` 'me/mine' is no run"):
+    with pytest.raises(ValueError, match=r"`output_dir` is None, but `to` 'me/mine' is not a run"):
         add_classes("cross", REPO)
     added = add_classes("cross", REPO, output_dir="mine", adapter_train_steps=1)
     assert (added.base, added.trained) == (REPO, (8,))
@@ -332,7 +332,7 @@ def test_a_repository_counts_what_is_pushed(inside, hub):
     config = read_json(inside / "mine" / "adapters" / "class_8" / "adapter_config.json")
     assert config["base_model_name_or_path"] == REPO
     draw(inside / "7")
-    with pytest.raises(ValueError, match=r"there already.*7 \(7\)"):
+    with pytest.raises(ValueError, match=r"already exist.*7 \(7\)"):
         add_classes("7", REPO, output_dir="mine")
 
 
@@ -366,7 +366,7 @@ def test_a_locked_run_is_left_alone(inside):
         (
             {"images": "cros"},
             FileNotFoundError,
-            "`images` is 'cros': nothing of this name is here; did you mean 'cross'",
+            "`images` is 'cros': nothing here has this name; did you mean 'cross'",
         ),
         ({"images": "owls"}, FileNotFoundError, "`images` is 'owls', which is no file or folder here.*owner/name"),
         ({"to": "out/bas"}, FileNotFoundError, "`to` is 'out/bas': nothing .*; did you mean 'out/base'"),
@@ -389,11 +389,11 @@ def test_a_locked_run_is_left_alone(inside):
             FileNotFoundError,
             "`to` './nowhere' is neither a folder that is there nor the name of a repository",
         ),
-        ({"to": "out/base"}, ValueError, "`output_dir` is None, but `to` 'out/base' is no run: name a folder"),
+        ({"to": "out/base"}, ValueError, "`output_dir` is None, but `to` 'out/base' is not a run: give a folder"),
         (
             {"to": "out/base", "output_dir": "out"},
             ValueError,
-            "`output_dir` 'out' has a base of its own: name it by `to`",
+            "`output_dir` 'out' contains a base: name it by `to`",
         ),
         (
             {"peft_method": "lora_conv_v1"},
@@ -440,16 +440,16 @@ def test_from_the_command_line_to_a_picture(inside, capsys, caplog):
     assert main([*recipe, "--time_limit_minutes", "1e-9"]) == 75
     assert capsys.readouterr().err.endswith("What is learned is kept; the same command goes on.\n")
     assert main(recipe) == 0
-    assert "recipe.yaml: left out, for `funlora train` alone: base_train_steps, output_dir" in caplog.text
+    assert "recipe.yaml: left out, only for `funlora train`: base_train_steps, output_dir" in caplog.text
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("class 8 (7th): learned from 5 images in ")
     assert said[1] == "To see them: funlora sample out --class_label 8"
     assert main([*said[1].partition("funlora ")[2].split(), "--num_images", "1", "--num_inference_steps", "1"]) == 0
     assert "row 1: 8 (7th)" in capsys.readouterr().out
     assert main(["add", "cross", "--to", "out", "--class_name", "7th", "--adapter_train_steps", "2"]) == 0
-    assert "class 8 (7th): is there already, learned from 5 images" in capsys.readouterr().out
+    assert "class 8 (7th): already exists, learned from 5 images" in capsys.readouterr().out
     assert main(["add", "cross", "--to", "out", "--class_name", "7"]) == 1
-    assert "error: `images` 'cross' has classes that are there already" in capsys.readouterr().err
+    assert "error: `images` 'cross' has classes that already exist" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main(["add", "cross", "--to", "out", "--base_train_steps", "2"])
     assert stopped.value.code == 2

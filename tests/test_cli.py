@@ -422,7 +422,7 @@ def test_a_mistyped_folder_never_asks_the_hub(fails, hub, run_folder, tmp_path, 
     before = len(hub.requests)
     error = fails(*arguments)
     assert len(hub.requests) == before
-    assert f"nothing of this name is here; did you mean '{arguments[1].replace('digts', 'digits')}'?" in error
+    assert f"nothing here has this name; did you mean '{arguments[1].replace('digts', 'digits')}'?" in error
     assert not (tmp_path / "there").exists()
 
 
@@ -432,7 +432,7 @@ def test_a_repository_with_a_name_almost_like_a_folder_s(command, hub, run_folde
     assert command("push", run_folder, REPO)[0] == 0
     # The repository alone is looked at, though there is a folder of its name now.
     shutil.copytree(run_folder / "adapters", "user/digits")
-    assert "has all of it already" in command("push", run_folder, REPO)[1]
+    assert "already has everything" in command("push", run_folder, REPO)[1]
     shutil.rmtree("user/digits")
     assert command("info", REPO)[0] == 1
     assert "class 8 (name 8)" in command("info", REPO, "--revision", "main")[1]
@@ -457,7 +457,7 @@ def test_a_path_of_no_user_is_refused(command, tmp_path, monkeypatch, arguments)
     code, out, err = command(*arguments)
     assert out == ""
     assert "~nobody-here/" in (text := code if isinstance(code, str) else err)
-    assert "but there is no such user: write the path out." in text.splitlines()[-1]
+    assert "but there is no such user: write the full path." in text.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 
@@ -516,7 +516,7 @@ def test_push_and_pull_give_the_run_back(command, hub, run_folder, tmp_path):
     assert all(f"{REPO}" in line and "/commit/" in line for line in out.splitlines())
     assert "license: mit" in hub.files(REPO)["README.md"].decode()
     code, out, _ = command("push", run_folder, REPO, "--license", "mit")
-    assert (code, out) == (0, f"{REPO} has all of it already: no commit was made.\n")
+    assert (code, out) == (0, f"{REPO} already has everything: no commit was made.\n")
     there = tmp_path / "there"
     assert command("pull", REPO, there)[0] == 0
     assert command("pull", REPO, there, "--with_base")[0] == 0
@@ -551,7 +551,7 @@ def test_pull_takes_the_classes_asked_for_and_nothing_else(command, hub, run_fol
     command("pull", REPO, there, "--with_base")
     assert not [name for name in digests(there) if name.endswith((".py", ".bin"))]
     before = digests(there)
-    assert command("pull", REPO, there)[:2] == (0, f"{there} has all of it already: nothing was written.\n")
+    assert command("pull", REPO, there)[:2] == (0, f"{there} already has everything: nothing was written.\n")
     assert digests(there) == before
 
 
@@ -626,7 +626,7 @@ def test_delete_takes_a_class_out_of_folder_and_repository(command, fails, hub, 
     command("push", str(run_folder), "user/digits")
     places = ("--output_dir", str(run_folder), "--repo_id", "user/digits")
     assert "`CLASS` has 'cat', expected ids or names of: 7 (name 7), 8 (name 8)" in fails("delete", "cat", *places)
-    assert "expected where to delete the class" in fails("delete", "name 7")
+    assert "expected a place to delete the class from" in fails("delete", "name 7")
     assert f"Did you mean --output_dir {run_folder}?" in command("delete", "7", run_folder)[2]
     code, output, _ = command("delete", "name 7", *places)
     assert (code, output.splitlines()[0]) == (0, "deleted class 7 (name 7) from user/digits")

@@ -162,7 +162,7 @@ def test_presets_are_target_modules():
     [
         (
             "middle",
-            r"`preset` is 'middle', expected one of: all, decoder, decoder-middle, attention, cross-attention, a range as '40-54', a budget",
+            r"`preset` is 'middle', expected one of: all, decoder, decoder-middle, attention, cross-attention, a range like '40-54', a budget",
         ),
         ("5", "expected one of"),
         ("5-4", r"`preset` is '5-4', expected two rising indices between 0 and \d+: the model has \d+ conv"),
@@ -220,7 +220,9 @@ def test_the_attention_preset_takes_what_is_called():
 @pytest.mark.parametrize("name", MODELS[1:])
 def test_no_targets_on_a_transformer_names_sensible_ones(name):
     model = make_model(name)
-    with pytest.raises(ValueError, match=rf"the model is a {name}\. Try those of its attention: \[") as raised:
+    with pytest.raises(
+        ValueError, match=rf"the model is a {name}\. Try the projections of its attention: \["
+    ) as raised:
         get_peft_model(model, FunLoraConfig())
     targets = ast.literal_eval(str(raised.value).rpartition("attention: ")[2].rstrip("."))
     adapted = get_peft_model(model, FunLoraConfig(target_modules=targets))
@@ -317,7 +319,7 @@ def test_layers_without_importance_are_not_taken():
         ({}, "<= 5", "`importance` is {}, but the budget"),
         ({"a": 1.0, "c": math.nan}, "<= 50", "`importance` of 'c' is nan, expected a finite number"),
         ({"a": 1.0, "z": 2.0}, "<= 50", "`importance` has z, which the model does not run as a Conv2d"),
-        (IMPORTANCE, "<= 3", "the cheapest layer costs 4 numbers a class: raise the budget"),
+        (IMPORTANCE, "<= 3", "the cheapest layer costs 4 parameters per class: raise the budget"),
     ],
 )
 def test_budgets_that_cannot_be_filled_are_named(importance, preset, message):

@@ -666,7 +666,7 @@ def test_classes_are_added_to_an_existing_base(finished, inside):
 
 def test_a_base_that_knows_all_classes_is_named(finished, inside):
     run(short_run(strategy="joint"))
-    with pytest.raises(ValueError, match="`dataset_name` 'digits' has no class that `base_model` does not know"):
+    with pytest.raises(ValueError, match="`dataset_name` 'digits' has only classes that `base_model` already has"):
         run(short_run(base_model="out/model", output_dir="more"))
 
 

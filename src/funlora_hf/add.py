@@ -1,4 +1,4 @@
-"""Add classes to what exists: a run, a base, or a repository on the Hub. The command `funlora add`."""
+"""Add classes to a run, a base, or a repository on the Hub: the command `funlora add`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from .utils.files import read_mapping, recover_folder, write_json
 
 logger = logging.getLogger(__name__)
 
-# What decides which adapter the images give, of the arguments of a run.
+# Arguments of a run that change the trained adapter.
 _RECIPE: dict[type, tuple[str, ...]] = {
     DataArguments: ("random_flip",),
     ModelArguments: (
@@ -74,11 +74,11 @@ _RECIPE: dict[type, tuple[str, ...]] = {
         *(one.name for one in fields(ContinualTrainingArguments) if one.name.startswith("adapter_")),
     ),
 }
-# How it is trained, with the same result.
+# Arguments that change the training but not its result.
 _HOW = ("deterministic", "max_nonfinite_steps", "checkpointing_steps", "checkpoints_total_limit")
-# The same, of this call alone.
+# The same, but for this call only.
 _NOW = ("time_limit_minutes",)
-# Which images, of a dataset.
+# Arguments that select the images of a dataset.
 _IMAGES = (
     "dataset_config_name",
     "dataset_revision",
@@ -88,8 +88,8 @@ _IMAGES = (
     "max_images_per_class",
 )
 EXIT_CODES = (
-    "exit codes: 0 done; 75 (EX_TEMPFAIL) --time_limit_minutes is over, 143 SIGTERM has come, 130 Ctrl-C: the same command goes on; 1 an "
-    "error; 2 an argument that is not known"
+    "exit codes: 0 done; 75 (EX_TEMPFAIL) --time_limit_minutes is over, 143 SIGTERM, 130 Ctrl-C: the same command goes on; 1 an error; "
+    "2 an unknown argument"
 )
 SETTINGS = tuple(
     name
@@ -100,38 +100,40 @@ SETTINGS = tuple(
 
 
 def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
-    """The arguments of `add_classes` that a command line gives. Ends the process with 2 for one that is not known."""
+    """Parse a command line into arguments of `add_classes`. An unknown argument ends the process with 2."""
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument(
         "images",
         metavar="IMAGES",
-        help="folder of images, which is one class named after it; folder of class folders; parquet file or dataset on the Hub",
+        help="folder of images (one class with the folder's name); folder of class folders; parquet file; or dataset on the Hub",
     )
     own.add_argument("--to", required=True, help="folder of a run or of a pipeline, or repository of a base")
-    own.add_argument("--class_name", help="name of the class, if IMAGES has one (default: that of its folder)")
-    own.add_argument("--output_dir", help="folder for the adapters (default: the run; a base needs one)")
+    own.add_argument(
+        "--class_name", help="name of the class, if IMAGES has only one (default: the name of its folder)"
+    )
+    own.add_argument("--output_dir", help="folder for the adapters (default: the run; required for a base)")
     own.add_argument("--revision", help="branch, tag or commit of the repository")
-    own.add_argument("--config", help="recipe of `funlora train`, for what it says of adapters and images")
+    own.add_argument("--config", help="recipe of `funlora train`; only its settings of adapters and images are used")
     parser = HfArgumentParser(
         [some_fields(kind, SETTINGS) for kind in _RECIPE],
         prog=prog,
         usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
-        description="Add classes to a run, a base or a repository: train an adapter for each, beside all that is there. What is not "
-        "given is as in the run, or else as `funlora train` has it without a recipe.",
+        description="Add classes to a run, a base or a repository: train an adapter for each class, and change nothing else. The "
+        "defaults are the run's settings, or without a run the defaults of `funlora train`.",
         epilog=EXIT_CODES,
         parents=[own],
         formatter_class=argparse.HelpFormatter,
         allow_abbrev=False,
     )
     for action in parser._actions:
-        action.default = argparse.SUPPRESS  # what is not given is that of the run
+        action.default = argparse.SUPPRESS  # the defaults are the run's
     tidy_help(parser)
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
     if "config" in given:
         left_out = take_recipe(parser, given.config, SETTINGS)
         if left_out:
-            logger.info("%s: left out, for `funlora train` alone: %s", given.config, ", ".join(left_out))
+            logger.info("%s: left out, only for `funlora train`: %s", given.config, ", ".join(left_out))
         given = parser.parse_args(arguments)
         del given.config
     return vars(given)
@@ -140,13 +142,13 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Added:
     """
-    What `add_classes` has done.
+    The result of `add_classes`.
 
     Args:
         base: run, pipeline or repository that has the base.
-        output_dir: has the adapters, in `adapters/class_<id>/`.
-        classes: of each class by its id, what results.json says under `added`.
-        trained: ids of those that are new; the others were there already, of the same images and by the same recipe.
+        output_dir: folder with the adapters, in `adapters/class_<id>/`.
+        classes: class id -> the entry of the class in results.json under `added`.
+        trained: ids of the new classes; the others already existed, from the same images and by the same recipe.
     """
 
     base: str
@@ -166,35 +168,36 @@ def add_classes(
     **settings: Any,
 ) -> Added:
     """
-    Train an adapter for each class of a dataset, beside all that is there: nothing else changes.
+    Train an adapter for each class of a dataset; change nothing else.
 
-    The classes get ids above those of the base, of adapters and banks beside it and of classes that a run has still to learn. All
-    images without a test split are trained on, and nothing is evaluated. If it is killed, the same call goes on, to the same bytes.
+    The classes get ids above those of the base, of adapters and banks beside it and of classes that a run has yet to learn. All
+    images are used for training, except those of a test split, and nothing is evaluated. If the process is killed, the same call
+    continues, and writes the same bytes.
 
     Args:
         images (`str` or `os.PathLike`):
-            Folder of images, which is one class named after the folder; of class subfolders; or any dataset that `dataset_name` of a
-            run may name, on the Hub with its owner.
+            Folder of images, which is one class with the folder's name; folder of class subfolders; or any dataset that `dataset_name`
+            of a run accepts, on the Hub with its owner.
         to (`str` or `os.PathLike`): folder of a run or of a pipeline, or repository of a base.
-        class_name (`str`, *optional*): name of the class, if there is one only.
+        class_name (`str`, *optional*): name of the class, if there is only one.
         output_dir (`str` or `os.PathLike`, *optional*):
-            Folder for `adapters/class_<id>/`. None: the run itself; a pipeline and a repository need one.
+            Folder for `adapters/class_<id>/`. None: the run itself; required for a pipeline and a repository.
         revision (`str`, *optional*): branch, tag or commit of the repository.
-        termination ([`Termination`], *optional*): an entered one, to stop at a checkpoint at SIGTERM and SIGINT.
+        termination ([`Termination`], *optional*): an entered context, to stop at a checkpoint at SIGTERM and SIGINT.
         **settings:
-            Arguments of a run that are in `SETTINGS`, such as `adapter_train_steps`. By default those of the run, or else those of
-            [`ModelArguments`] and [`ContinualTrainingArguments`].
+            Arguments of a run that are in `SETTINGS`, such as `adapter_train_steps`. The defaults are the run's settings, or without
+            a run the defaults of [`ModelArguments`] and [`ContinualTrainingArguments`].
 
     Returns:
         [`Added`].
 
     Raises:
-        ValueError: arguments or images that cannot be used, a class whose name is there already, or adapters there that were trained
+        ValueError: arguments or images that cannot be used, a class whose name already exists, or existing adapters that were trained
             for another base; nothing is written then.
         FileNotFoundError: no such images, base or run.
-        FolderInUseError: a run is at work in the folder.
+        FolderInUseError: a run uses the folder.
         HfHubHTTPError: the repository cannot be read.
-        NonFiniteLossError, WriteError, TimeLimitReached, Terminated: as of a run; finished classes are safe.
+        NonFiniteLossError, WriteError, TimeLimitReached, Terminated: as for a run; finished classes are safe.
     """
     images, to = expanded("images", os.fspath(images)), expanded("to", os.fspath(to))
     for field, name, fixed in (("images", images, settings.get("dataset_revision")), ("to", to, revision)):
@@ -216,13 +219,13 @@ class _Target:
     Where classes are added.
 
     Args:
-        name: of what has the base.
-        revision: of `name`, if that is a repository.
-        base: to train on.
-        folder: for the adapters.
-        present: what there is beside the base.
-        known: names by ids of the classes there and of those that a run has still to learn.
-        settings: of the run; empty if there is none.
+        name: run, pipeline or repository that has the base.
+        revision: revision of `name`, if it is a repository.
+        base: the base to train on.
+        folder: folder for the adapters.
+        present: adapters and banks beside the base and in the folder.
+        known: id -> name of the existing classes and of those that a run has yet to learn.
+        settings: settings of the run; empty if there is none.
     """
 
     name: str
@@ -244,7 +247,7 @@ def _find(to: str, output_dir: Path | None, revision: str | None) -> _Target:
     try:
         settings = {} if run is None else run.settings()
     except FileNotFoundError:
-        settings = {}  # pulled from a repository
+        settings = {}  # the folder was pulled from a repository
     given = settings.get("ModelArguments", {}).get("base_model")
     try:
         name, revision = (
@@ -258,7 +261,7 @@ def _find(to: str, output_dir: Path | None, revision: str | None) -> _Target:
     folder = _folder(to, run, output_dir)
     known = {**base.classes, **base.taken}
     present = [] if run is None else _contents(run.path)
-    for contents in present if given is not None else ():  # beside a base of its own, they are those taken
+    for contents in present if given is not None else ():  # if the base is in the run, `base.taken` has them
         known |= contents.classes()
     if folder is not run:
         present += _contents(folder.path)
@@ -271,7 +274,7 @@ def _folder(to: str, run: RunFolder | None, output_dir: Path | None) -> RunFolde
     if output_dir is None:
         if run is None:
             raise ValueError(
-                f"`output_dir` is None, but `to` {to!r} is no run: name a folder for the adapters, or the run that the base is of."
+                f"`output_dir` is None, but `to` {to!r} is not a run: give a folder for the adapters, or name the run of the base by `to`."
             )
         return run
     if run is not None and output_dir.resolve() == run.path.resolve():
@@ -279,13 +282,13 @@ def _folder(to: str, run: RunFolder | None, output_dir: Path | None) -> RunFolde
     folder = RunFolder(output_dir)
     if folder.classes() or any((output_dir / one).exists() for one in ("base", "model", PIPELINE)):
         raise ValueError(
-            f"`output_dir` {os.fspath(output_dir)!r} has a base of its own: name it by `to`, or give another folder."
+            f"`output_dir` {os.fspath(output_dir)!r} contains a base: name it by `to`, or give another folder."
         )
     return folder
 
 
 def _contents(folder: Path) -> list[Contents]:
-    """What is in a folder, if there is anything."""
+    """Return the contents of a folder as a list, which is empty if there are none."""
     try:
         return [find_contents(folder)] if folder.is_dir() else []
     except FileNotFoundError:
@@ -299,13 +302,13 @@ def _arguments(images: str, target: _Target, given: Mapping[str, Any]) -> RunArg
     strategy = target.settings.get("ContinualTrainingArguments", {}).get("strategy", FunLora.name)
     if not issubclass(strategy_class(strategy), FunLora):
         raise ValueError(
-            f"`to` is a run of `strategy` {strategy!r}, which has no adapters that a class could be added to: name its generator, "
-            f"{os.fspath(target.base.folder)}, and an `output_dir`."
+            f"`to` is a run of `strategy` {strategy!r}, which has no adapters that a class could be added to: pass its generator, "
+            f"{os.fspath(target.base.folder)}, as `to`, and give an `output_dir`."
         )
-    # Each of the two takes the place of the other in the run's recipe.
+    # Each of the two replaces the other in the run's recipe.
     for one, other in (("adapter_train_steps", "adapter_epochs"), ("adapter_epochs", "adapter_train_steps")):
         if one in given and other not in given:
-            # The run's cap would cut them short.
+            # The run's limit would shorten the training.
             given = {"max_train_steps": None, **given, other: None}
             break
 
@@ -320,7 +323,7 @@ def _arguments(images: str, target: _Target, given: Mapping[str, Any]) -> RunArg
         part(
             ContinualTrainingArguments,
             output_dir=os.fspath(target.folder.path),
-            # Each class is a phase of its own, whatever else is added with it.
+            # Each class is trained in a separate phase, so that classes that are added with it do not matter.
             class_batches="homogeneous",
             resume_from_checkpoint=LATEST,
         ),
@@ -339,16 +342,16 @@ class _Addition(Run):
         try:
             images = self._images(target.base, hold_out=False, one_class=True)
         except (ValueError, OSError) as error:
-            if len(error.args) == 1:  # by the names of the arguments here
+            if len(error.args) == 1:  # use the names of the arguments here
                 error.args = (str(error).replace("--dataset_name", "IMAGES").replace("dataset_name=", "images="),)
             raise
         self.images = self._renamed(images, class_name)
-        # By which `update_class` finds the class, whose name is that of the folder.
+        # `update_class` finds the class by the name of the folder.
         self.dataset_name = arguments.data.dataset_name if class_name is None else os.path.join("FOLDER", class_name)
         self.digests = self.images.digests()
 
     def add(self) -> Added:
-        """Train what is not there yet, with the folder locked."""
+        """Lock the folder, and train the classes that do not exist yet."""
         is_main = self.accelerator.is_main_process
         self._check()
         with self._held(), self._ends():
@@ -385,7 +388,7 @@ class _Addition(Run):
         return replace(data, class_names=dict.fromkeys(data.class_names, class_name))
 
     def _check(self) -> None:
-        """Raise an error for all that can be known before anything is written."""
+        """Raise all errors that can be found before anything is written."""
         strategy = cast(FunLora, self._strategy(self.base, self.images, []))
         strategy.check()
         own = method(strategy.adapter_config(next(iter(self.images.class_names))))
@@ -396,8 +399,8 @@ class _Addition(Run):
         others = {method(config) for config in configs.values()} - {own}
         if others:
             raise ValueError(
-                f"`peft_method` {self.model.peft_method!r} makes adapters of type {own}, expected {', '.join(sorted(others))}, as "
-                "those that are there: a generator has adapters of one method."
+                f"`peft_method` {self.model.peft_method!r} makes adapters of type {own}, expected {', '.join(sorted(others))} like the "
+                "existing adapters: a generator has adapters of one method."
             )
         if configs:
             check = FingerprintCheck(read_unet(self.base.folder))
@@ -405,10 +408,10 @@ class _Addition(Run):
                 check.check(config, os.fspath(place))
         self._choose()
         for class_id in self.images.class_names:
-            self.images.images(class_id)  # all can be read
+            self.images.images(class_id)  # raises if one cannot be read
 
     def _choose(self) -> tuple[ImageClassificationData, dict[int, dict[str, Any]], set[int]]:
-        """The images by the ids that their classes get; what to begin, by id; and the ids of the classes that are finished."""
+        """Return the images under the ids of their classes, records of the classes to begin, by id, and ids of finished classes."""
         known = {
             **self.target.known,
             **{c: name for one in _contents(self.folder.path) for c, name in one.classes().items()},
@@ -429,14 +432,14 @@ class _Addition(Run):
         clashing = [c for c in data.class_names if c in known and c not in same]
         if clashing:
             raise ValueError(
-                f"`images` {self.arguments.data.dataset_name!r} has classes that are there already, or that the run has still "
-                f"to learn: {', '.join(f'{c} ({data.class_names[c]})' for c in clashing)}. Nothing was trained. Give another "
-                f"class another name: --class_name.{self._update(clashing)} The classes of the base are frozen."
+                f"`images` {self.arguments.data.dataset_name!r} has classes that already exist, or that the run has yet to "
+                f"learn: {', '.join(f'{c} ({data.class_names[c]})' for c in clashing)}. Nothing was trained. A different "
+                f"class needs another name: --class_name.{self._update(clashing)} The classes of the base are frozen."
             )
         return data, {c: record for c, record in records.items() if c not in same}, same & known.keys()
 
     def _update(self, class_ids: Sequence[int]) -> str:
-        """A sentence with the command that trains the first of these that has an adapter again; empty if none has."""
+        """Return a sentence with the command that trains again the first of these classes with an adapter; empty if none has."""
         class_id = next((c for c in class_ids if (self.folder.adapters / adapter_name(c)).is_dir()), None)
         if class_id is None:
             return ""
@@ -447,7 +450,7 @@ class _Addition(Run):
             for one in fields(part)
             if one.name in (*_IMAGES, *_RECIPE[type(part)]) and getattr(part, one.name) not in (None, one.default)
         }
-        if options.pop("adapter_epochs", None) is not None:  # without a recipe, steps alone can be given
+        if options.pop("adapter_epochs", None) is not None:  # without a recipe, only steps can be given
             settings, count = (
                 PhaseSettings.of(given.training, "adapter"),
                 self.images.count(next(iter(self.images.class_names))),
@@ -479,7 +482,7 @@ class _Addition(Run):
 
 
 def _warn_of_dropped_steps(record: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Say what a class that was begun is begun again for."""
+    """Warn that the steps of a class are dropped, and name the settings that have changed since it was begun."""
     if before.get("class_name") == record["class_name"]:
         parts = record["recipe"].items()
         changed = [one for part, now in parts for one in told(differences(before["recipe"].get(part, {}), now))]

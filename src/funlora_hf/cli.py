@@ -1,4 +1,7 @@
-"""The command `funlora`: trains, and looks at, samples, shares and checks what runs have made. Results go to stdout, everything else to stderr."""
+"""The command `funlora`: train, and inspect, sample, share and check the results of runs.
+
+Results go to stdout, everything else to stderr.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +41,14 @@ from .utils.arguments import refuse_unknown, warnings_as_lines
 from .utils.checks import did_you_mean, expanded, one_form
 
 
-EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an argument that is not known; 130 Ctrl-C, 143 SIGTERM"
-# Images of one class that are sampled at once.
+EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an unknown argument; 130 Ctrl-C, 143 SIGTERM"
+# Number of images of one class that are sampled at once.
 _BATCH = 64
-# Longer errors, such as those with a page of HTML, are cut off.
+# Longer errors, such as an error with a page of HTML, are cut off.
 _ERROR_LINES = 4
-_HELP_SOURCE = "folder of a run or a pipeline, of adapters class_<id> or of one adapter; a bank's file; or a repository on the Hub"
+_HELP_SOURCE = (
+    "folder of a run, a pipeline, adapters class_<id> or one adapter; file of a bank; or repository on the Hub"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Run the command.
 
     Args:
-        arguments (sequence of `str`, *optional*): None: those of the process.
+        arguments (sequence of `str`, *optional*): arguments of the command; None: the arguments of the process.
 
     Returns:
         `int`: the exit code.
 
     Raises:
-        SystemExit: with 2 for arguments that are not known, with 0 after `--help` and `--version`; from `train`, for all but success.
+        SystemExit: with 2 for unknown arguments, with 0 after `--help` and `--version`, and from `train` unless it succeeds.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     given: dict[str, Any] = {"arguments": arguments[1:]}
@@ -91,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes no abbreviations, and suggests the nearest choice, as argparse itself does from Python 3.14 on if it is asked to."""
+    """Accepts no abbreviations, and suggests the nearest choice, as argparse can do itself from Python 3.14 on."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
@@ -107,42 +112,42 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     hub = _Parser(add_help=False)
     hub.add_argument("--revision", help="branch, tag or commit of a repository")
-    hub.add_argument("--local_files_only", action="store_true", help="take a repository from the cache")
+    hub.add_argument("--local_files_only", action="store_true", help="read a repository only from the cache")
     look = _Parser(add_help=False, parents=[hub])
     look.add_argument("source", type=_path, metavar="SOURCE", help=_HELP_SOURCE)
-    look.add_argument("--subfolder", help="where in SOURCE")
+    look.add_argument("--subfolder", help="folder in SOURCE")
     look.add_argument("--json", action="store_true", dest="as_json", help="print JSON, for scripts")
 
-    description = "Trains, looks at, samples, shares and checks bases, FunLoRA adapters and banks of them."
+    description = "Train, inspect, sample, share and check bases, FunLoRA adapters and banks of adapters."
     parser = _Parser(prog="funlora", description=description, epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(run: Callable[..., int], text: str, *parents: _Parser) -> _Parser:
-        """The parser of the command that the function `_<command>` runs, with the arguments of others."""
+        """Add the parser of the command that the function `_<command>` runs, with the arguments of `parents`."""
         command = subparsers.add_parser(
             run.__name__.removeprefix("_"), help=text, description=f"{text}.", epilog=EXIT_CODES, parents=parents
         )
         command.set_defaults(run=run, command=command)
         return command
 
-    # These have parsers of their own, see `main`; here they are listed.
-    subparsers.add_parser("train", help="Train a generator class after class, or go on with a run", add_help=False)
+    # These three have separate parsers, see `main`; here they are only listed.
+    subparsers.add_parser("train", help="Train a generator class after class, or continue a run", add_help=False)
     subparsers.add_parser("add", help="Add classes to a run, a base or a repository", add_help=False)
     subparsers.add_parser("evaluate", help="Evaluate a finished run, later or again", add_help=False)
-    add(_recipes, "List the recipes that `funlora train --config` knows by name, one a line")
+    add(_recipes, "List the recipes that `funlora train --config` knows by name, one per line")
 
-    add(_info, "Say what lies in a folder, a file or a repository", look)
+    add(_info, "Print what is in a folder, a file or a repository", look)
 
-    sample = add(_sample, "Draw images of classes, a row for each, into a PNG")
-    sample.add_argument("base", type=_path, metavar="BASE", help="run, pipeline or repository; brings its adapters")
+    sample = add(_sample, "Draw images of classes into a PNG, one row per class")
+    sample.add_argument("base", type=_path, metavar="BASE", help="run, pipeline or repository, with its adapters")
     more = f"more classes: {_HELP_SOURCE}"
     sample.add_argument("--adapters", nargs="+", type=_path, default=[], metavar="SOURCE", help=more)
-    sample.add_argument("--classes", nargs="+", metavar="CLASS", help="ids or names, a row for each (default: all)")
-    sample.add_argument("--class_label", nargs="+", default=[], type=int, metavar="ID", help="the same, by id alone")
-    sample.add_argument("--class_name", nargs="+", default=[], metavar="NAME", help="the same, by name alone")
-    sample.add_argument("--num_images", type=_at_least_one, default=4, help="of each class (default: %(default)s)")
-    sample.add_argument("--num_inference_steps", type=_at_least_one, help="(default: 10; 'dopri5' chooses its own)")
+    sample.add_argument("--classes", nargs="+", metavar="CLASS", help="classes by id or name (default: all)")
+    sample.add_argument("--class_label", nargs="+", default=[], type=int, metavar="ID", help="classes by id only")
+    sample.add_argument("--class_name", nargs="+", default=[], metavar="NAME", help="classes by name only")
+    sample.add_argument("--num_images", type=_at_least_one, default=4, help="images per class (default: %(default)s)")
+    sample.add_argument("--num_inference_steps", type=_at_least_one, help="(default: 10; 'dopri5' chooses its steps)")
     sample.add_argument("--solver", choices=SOLVERS, default="heun", help="(default: %(default)s)")
     sample.add_argument("--seed", type=int, default=0, help="equal seeds give equal images (default: %(default)s)")
     sample.add_argument("--output", type=_path, default="samples.png", help="PNG to write (default: %(default)s)")
@@ -150,8 +155,8 @@ def _parser() -> argparse.ArgumentParser:
 
     push = add(_push, "Push a run to the Hub: its base and a folder for each class")
     push.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="folder of a run")
-    push.add_argument("repo_id", metavar="REPO_ID", help='"user/repo", made if it is not there')
-    push.add_argument("--base_model", metavar="REPO", help="repository of the base, if it is another one")
+    push.add_argument("repo_id", metavar="REPO_ID", help='"user/repo", created if it does not exist')
+    push.add_argument("--base_model", metavar="REPO", help="repository of the base, if it is not REPO_ID")
     push.add_argument("--private", action="store_const", const=True, help="make a new repository private")
     push.add_argument("--license", help="identifier of a licence, for the cards")
 
@@ -160,37 +165,42 @@ def _parser() -> argparse.ArgumentParser:
         "source", type=_path, metavar="SOURCE", help="repository with folders class_<id>, or with one adapter"
     )
     fetch.add_argument(
-        "output_dir", type=_path, metavar="OUTPUT_DIR", help="gets adapters/class_<id>/, and base/ --with_base"
+        "output_dir",
+        type=_path,
+        metavar="OUTPUT_DIR",
+        help="folder for adapters/class_<id>/, and for base/ --with_base",
     )
-    fetch.add_argument("--classes", nargs="+", type=int, metavar="ID", help="ids of the classes wanted (default: all)")
-    fetch.add_argument("--with_base", action="store_true", help="take the base, too")
+    fetch.add_argument(
+        "--classes", nargs="+", type=int, metavar="ID", help="ids of the classes to fetch (default: all)"
+    )
+    fetch.add_argument("--with_base", action="store_true", help="also fetch the base")
     fetch.add_argument("--overwrite", action="store_true", help="replace folders that have other content")
 
     delete = add(_delete, "Delete a class from a folder and from a repository")
     delete.add_argument("class_label", metavar="CLASS", help="id or name of the class")
     delete.add_argument(
-        "--output_dir", type=_path, help="folder of a run or of a saved pipeline that it is deleted from"
+        "--output_dir", type=_path, help="folder of a run or of a saved pipeline to delete the class from"
     )
-    delete.add_argument("--repo_id", help="repository that it is deleted from")
+    delete.add_argument("--repo_id", help="repository to delete the class from")
     delete.add_argument(
         "--history",
         choices=("keep", "squash"),
         default="keep",
-        help="whether earlier commits of the repository keep it (default: %(default)s)",
+        help="whether earlier commits of the repository keep the class (default: %(default)s)",
     )
 
-    check = add(_verify, "Check files, numbers and fingerprints, a line for each thing", look)
+    check = add(_verify, "Check files, numbers and fingerprints, and print one line for each", look)
     check.epilog = EXIT_CODES.replace("done", "everything is valid").replace(
         "an error", "something is not valid, or an error"
     )
     check.add_argument(
-        "--base", type=_path, help="run, pipeline or U-Net to compare adapters with (default: the base in SOURCE)"
+        "--base", type=_path, help="run, pipeline or U-Net for which to check adapters (default: the base in SOURCE)"
     )
     return parser
 
 
 def _train(arguments: Sequence[str]) -> int:
-    from .train import main as train  # takes a second, and no other command needs it
+    from .train import main as train  # this takes a second, and no other command needs it
 
     train(arguments, prog="funlora train")
     return 0
@@ -215,7 +225,7 @@ def _add(arguments: Sequence[str]) -> int:
     for class_id, one in added.classes.items():
         what = f"class {_class_text(class_id, one['class_name'])}"
         how = f"learned from {one['images']} images in {one['seconds']:.0f} s"
-        _say(f"{what}: {how}" if class_id in added.trained else f"{what}: is there already, {how}")
+        _say(f"{what}: {how}" if class_id in added.trained else f"{what}: already exists, {how}")
     _say(how_to_see(added.base, added.output_dir, added.classes))
     return 0
 
@@ -236,7 +246,7 @@ def _recipes() -> int:
 
 
 def _info(as_json: bool, **source: Any) -> int:
-    # It imports datasets, for which other commands need not wait.
+    # These import `datasets`; other commands should not wait for it.
     from .continual.added_classes import AddedClasses
     from .continual.run_folder import RunFolder
 
@@ -315,7 +325,7 @@ def _sample(
     class_ids += [_class_id(pipe.classes, text, "--class_name") for text in class_name]
     class_ids = class_ids or list(pipe.classes)
     pipe.to(place)
-    pipe.set_progress_bar_config(disable=None)  # None: only on a terminal
+    pipe.set_progress_bar_config(disable=None)  # None: show it only on a terminal
     images = [
         draw_samples(pipe, class_id, num_images, purpose="funlora sample", batch_size=_BATCH, **how).images
         for class_id in class_ids
@@ -333,13 +343,15 @@ def _push(repo_id: str, **options: Any) -> int:
     for commit in commits:
         _say(commit.commit_url)
     if not commits:
-        _say(f"{repo_id} has all of it already: no commit was made.")
+        _say(f"{repo_id} already has everything: no commit was made.")
     return 0
 
 
 def _delete(class_label: str, history: str, **places: Any) -> int:
     if not any(places.values()):
-        raise ValueError("`output_dir` and `repo_id` are None, expected where to delete the class: give one or both.")
+        raise ValueError(
+            "`output_dir` and `repo_id` are None, expected a place to delete the class from: give one or both."
+        )
     classes: dict[int, str] = {}
     try:
         if (folder := places["output_dir"]) is not None and Path(folder).is_dir():
@@ -349,7 +361,7 @@ def _delete(class_label: str, history: str, **places: Any) -> int:
             classes |= {row.class_label: row.class_name for row in rows}
         class_id = _class_id(classes, class_label, "CLASS")
     except (ValueError, FileNotFoundError):
-        # What is damaged or not listed can be deleted by its id.
+        # A class that is damaged or not listed can be deleted by its id.
         if not class_label.isdecimal() or class_label in classes.values():
             raise
         class_id = int(class_label)
@@ -363,7 +375,7 @@ def _pull(output_dir: str, **options: Any) -> int:
     for folder in written:
         _say(str(folder))
     if not written:
-        _say(f"{output_dir} has all of it already: nothing was written.")
+        _say(f"{output_dir} already has everything: nothing was written.")
     return 0
 
 
@@ -389,7 +401,7 @@ def _device(name: str) -> torch.device:
 
 
 def _load(base: str, adapters: Sequence[str]) -> FunLoraPipeline:
-    """A pipeline with the adapters that lie beside its base, and more of them."""
+    """Load a pipeline with the adapters beside its base, and with more adapters."""
     found = find_contents(base)
     if found.base is None or not (found.base / PIPELINE).is_file():
         raise FileNotFoundError(f"{base!r} holds no pipeline ({PIPELINE}), expected a run or a pipeline.")
@@ -397,7 +409,7 @@ def _load(base: str, adapters: Sequence[str]) -> FunLoraPipeline:
     more = [find_contents(source, with_base=False) for source in adapters]
     for contents in (found, *more):
         for folder in contents.adapters:
-            # Those the pipeline has loaded by itself.
+            # The pipeline has already loaded the others itself.
             if folder.parent != found.base / ADAPTERS_FOLDER:
                 pipe.load_adapter(folder, **_free_class(pipe.classes, contents.source, **adapter_class(folder)))
         for file in contents.banks:
@@ -408,7 +420,7 @@ def _load(base: str, adapters: Sequence[str]) -> FunLoraPipeline:
 def _free_class(
     classes: Mapping[int, str], source: str, class_label: int | None, class_name: str | None
 ) -> dict[str, Any]:
-    """Id and name of an adapter; where a class that is loaded already has one of them, another one, which is said."""
+    """Return the id and name of an adapter; if another class has one of them, print and return a free id and a new name."""
     name, names = class_name or str(class_label), set(map(one_form, classes.values()))
     if class_label is None or (class_label not in classes and one_form(name) not in names):
         return {"class_label": class_label, "class_name": class_name}
@@ -419,7 +431,7 @@ def _free_class(
 
 
 def _class_id(classes: Mapping[int, str], text: str, option: str = "--classes") -> int:
-    """The class that a word of an option means."""
+    """Return the id of the class that a value of an option means."""
     ids = {str(class_id): class_id for class_id in classes if option != "--class_name"}
     names = {one_form(name): class_id for class_id, name in classes.items() if option != "--class_label"}
     found = {known[one_form(text)] for known in (ids, names) if one_form(text) in known}
@@ -455,7 +467,7 @@ def _on_base(adapter: AdapterDescription | BankDescription) -> str:
 
 
 def _say(line: str, *, file: TextIO | None = None) -> None:
-    """Print a line that may have names of others in it, which could move the cursor or fake lines of their own."""
+    """Print a line without control characters: names from others in it could move the cursor or fake other lines."""
     file = sys.stdout if file is None else file
     line = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
     encoding = file.encoding or "utf-8"
@@ -464,7 +476,7 @@ def _say(line: str, *, file: TextIO | None = None) -> None:
 
 @contextmanager
 def _progress_only_on_a_terminal() -> Iterator[None]:
-    """No progress bars of the libraries where stderr is a file; as it was before, afterwards."""
+    """Hide the progress bars of libraries until the context ends, if stderr is not a terminal."""
     with ExitStack() as after:
         if not sys.stderr.isatty():
             if not are_progress_bars_disabled():

@@ -1,4 +1,4 @@
-"""Which layers to adapt, what that costs, and which layers mattered."""
+"""Select the layers to adapt, count their parameters, and measure which layers mattered."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .tuner_base.wrappers import evaluation_mode, plain_modules, without_peft
 from .utils.files import read_tensors
 
 
-# FunLoRA's own, or a row of the class embedding that PEFT trains as a token.
+# FunLoRA's class vector, or a row of the class embedding that PEFT trains as a token.
 _CLASS_VECTOR = re.compile(r"\.(funlora_class_vector|trainable_tokens_delta)\.")
 _Adapter = Path | str | Mapping[str, torch.Tensor]
 _RANGE = re.compile(r"(\d+)-(\d+)")
@@ -46,7 +46,7 @@ class LayerImportance(NamedTuple):
     """Importance of one layer over the classes.
 
     Args:
-        mean: over the classes, >= 0.
+        mean: mean over the classes, >= 0.
         std: standard deviation over the classes (of the population, so 0 for one class).
     """
 
@@ -55,11 +55,11 @@ class LayerImportance(NamedTuple):
 
 
 class ParametersPerClass(NamedTuple):
-    """How many numbers one adapter holds, "PPC".
+    """Parameters of one adapter, the paper's "PPC".
 
     Args:
-        without_vector: all but the class vector, as the paper counts.
-        with_vector: all.
+        without_vector: count without the class vector, as in the paper.
+        with_vector: count of all parameters.
     """
 
     without_vector: int
@@ -67,14 +67,14 @@ class ParametersPerClass(NamedTuple):
 
 
 def conv_layers(model: nn.Module, example_inputs: Any = None) -> list[str]:
-    """Names of all Conv2d in order of execution. On the paper's backbone the index is the paper's number of a layer.
+    """Return the names of all Conv2d in order of execution: on the paper's backbone, the paper's numbering.
 
     For a `UNet2DModel` or a `UNet2DConditionModel` the order is known and the model does not run. Any other model (and
-    these, if example inputs are given) makes one forward, in evaluation mode and without gradients. Then a convolution
-    that runs twice counts where it runs first, and one that does not run is left out.
+    these, if example inputs are given) runs once, in evaluation mode and without gradients. Then a convolution that runs
+    twice has the place of its first call, and a convolution that does not run is left out.
 
     Args:
-        model: with or without adapters of PEFT; the names are those without.
+        model: a model with or without adapters of PEFT; the returned names are the names without adapters.
         example_inputs: arguments of one forward: a tuple, a dict of keyword arguments, or a single tensor.
 
     Returns:
@@ -90,7 +90,7 @@ def conv_layers(model: nn.Module, example_inputs: Any = None) -> list[str]:
     if knows_order(model):
         return unet_conv_names(model)
     raise ValueError(
-        "`example_inputs` is None, but the order of execution is only known for a UNet2DModel or UNet2DConditionModel in "
+        "`example_inputs` is None, but the order of execution is known only for a UNet2DModel or UNet2DConditionModel in "
         f"its standard form, and the model is a {type(without_peft(model)).__name__}. Pass the arguments of one forward, "
         "as a tuple or a dict."
     )
@@ -104,36 +104,38 @@ def select_layers(
     importance: Mapping[str, float | tuple[float, float]] | None = None,
     config: PeftConfig | None = None,
 ) -> list[str]:
-    """Names of the layers to adapt, for `target_modules`.
+    """Return the names of the layers to adapt, for `target_modules`.
 
     | preset            | layers                                                                                  |
     |-------------------|-----------------------------------------------------------------------------------------|
     | "all"             | every Conv2d                                                                              |
-    | "decoder"         | those of the up blocks of a U-Net                                                         |
-    | "decoder-middle"  | the paper's choice: 40-54 on its CIFAR backbone, 40-56 on its ImageNet-100 backbone; on other U-Nets the rule of `docs/method.md` |
-    | "40-54"           | those with these indices of `conv_layers`, both included                                  |
-    | "attention"       | the projections of all attentions of a diffusers model, which are Linear                  |
-    | "cross-attention" | those of the attentions to a prompt (SD, SDXL, PixArt; SD3 and Flux have one attention for both) |
-    | "<= 5K per class" | as many as the budget pays for, also Linear: see below. "K" is 1000, "per class" may be left out |
+    | "decoder"         | every Conv2d in the up blocks of a U-Net                                                  |
+    | "decoder-middle"  | the paper's choice: 40-54 on its CIFAR backbone, 40-56 on its ImageNet-100 backbone;      |
+    |                   | on other U-Nets the rule of `docs/method.md`                                              |
+    | "40-54"           | every Conv2d whose index in `conv_layers` is in this range, both ends included            |
+    | "attention"       | the projections (Linear) of all attentions of a diffusers model                           |
+    | "cross-attention" | the projections of all attentions to a prompt (SD, SDXL, PixArt; SD3 and Flux have joint attention) |
+    | "<= 5K per class" | as many layers as the budget allows, also Linear: see below. "K" is 1000, "per class" is optional |
 
-    A budget is filled in falling order of importance; a layer that no longer fits is skipped, and less important ones
-    that still fit are taken. The class vector does not count. Layers of equal importance are taken in order of execution.
+    For a budget, layers are taken in falling order of importance; a layer that exceeds the rest of the budget is skipped,
+    and less important layers that fit are taken. The class vector does not count. Layers of equal importance are taken in
+    order of execution.
 
     Args:
-        model: with or without adapters.
+        model: a model with or without adapters.
         preset: see above.
         example_inputs: see `conv_layers`.
         importance: for a budget: layer name -> importance, as a number or as `layer_importance` returns it. Layers
-            without one are not taken.
-        config: for a budget: what an adapter is made of, to count its numbers; its own targets do not matter. None
+            without importance are not taken.
+        config: for a budget: the configuration of an adapter, to count its parameters; its targets are ignored. None
             means `FunLoraConfig()`.
 
     Returns:
-        Names; at least one. Convolutions are in order of execution, Linear layers after them in that of `named_modules`.
+        At least one name: convolutions in order of execution, then Linear layers in the order of `named_modules`.
 
     Raises:
-        ValueError: an unknown preset, indices that the model does not have, a part that the model does not have, a
-            budget without importance or below the cost of every layer, importance of layers that the model does not have.
+        ValueError: an unknown preset, indices or a part that the model does not have, a budget without importance or
+            below the cost of every layer, or importance of layers that the model does not have.
 
     Source: "40-54" and its importance, arXiv 2510.02631, Tables I and V [exact]; the presets and the rule of the budget [ours].
     """
@@ -148,7 +150,7 @@ def select_layers(
         return _of_attentions(model, preset)
     if not is_preset(preset):
         raise ValueError(
-            f"`preset` is {preset!r}, expected one of: {', '.join(_NAMED)}, a range as '40-54', a budget as '<= 5K per class'."
+            f"`preset` is {preset!r}, expected one of: {', '.join(_NAMED)}, a range like '40-54', a budget like '<= 5K per class'."
         )
     if budget := _BUDGET.fullmatch(preset):
         layers = linear_names(model)
@@ -177,8 +179,8 @@ def _of_attentions(model: nn.Module, preset: str) -> list[str]:
     }
     if not chosen:
         raise ValueError(
-            f"`preset` is {preset!r}, but {type(without_peft(model)).__name__} has no such attention of diffusers: give another preset, "
-            "or names of modules."
+            f"`preset` is {preset!r}, but {type(without_peft(model)).__name__} has no such attention of diffusers: choose another preset, "
+            "or give names of modules."
         )
     return [f"{path}.{name}" for path, attention in chosen.items() for name in projection_names(attention)]
 
@@ -189,20 +191,20 @@ def is_preset(text: str) -> bool:
 
 
 def parameters_per_class(model: nn.Module, config: PeftConfig) -> ParametersPerClass:
-    """How many numbers an adapter with this configuration would add to the model.
+    """Count the parameters that an adapter with this configuration would add to the model.
 
-    Counted on a copy without values: neither the model nor the configuration is changed, and no weight is copied.
+    They are counted on a copy without values: the model and the configuration do not change, and no weight is copied.
 
     Args:
-        model: with adapters or without; existing ones do not count.
+        model: a model with or without adapters; existing adapters do not count.
         config: a `FunLoraConfig` or any other configuration of PEFT.
 
     Returns:
-        The count without and with the class vector: FunLoRA's own, or the embedding's rows that
-        `trainable_token_indices` names. Both are the same where the adapter has none.
+        The count without and with the class vector: FunLoRA's class vector, or the embedding's rows that
+        `trainable_token_indices` names. Both counts are the same if the adapter has no class vector.
 
     Raises:
-        ValueError: what PEFT raises for targets that the model does not have.
+        ValueError: PEFT raises it for targets that the model does not have.
 
     Source: arXiv 2510.02631, Tables I, II, IV and V [exact].
     """
@@ -217,16 +219,16 @@ def layer_importance(
     *,
     order: Sequence[str] | None = None,
 ) -> dict[str, LayerImportance]:
-    """Importance of each adapted layer over the classes: how far its A and B have moved from their start.
+    """Compute the importance of each adapted layer over the classes: how far its A and B have moved from their start.
 
     `I_y^l = (||vec(A) - 1||_1 + ||vec(B) - 1||_1) / (|vec(A)| + |vec(B)|)` for class y, where A and B started at 1;
     `I^l` is its mean over the classes. For r > 1, B starts at 1/r, which then replaces 1 [ours].
 
     Args:
-        model_or_adapters: a model with FunLoRA layers (a PeftModel or any other), of which every adapter counts as a
+        model_or_adapters: a model with FunLoRA layers (a PeftModel or any other), where every adapter counts as a
             class; or adapters, each a folder or a state dict as PEFT saves them.
-        order: layer names in the order wanted; adapted layers that are not in it come last. None: order of execution
-            for a model where it is known (see `conv_layers`), otherwise as they come.
+        order: layer names in the order of the result; other adapted layers follow them. None: order of execution for a
+            model whose order is known (see `conv_layers`), otherwise the order of the model or the adapters.
 
     Returns:
         Layer name -> mean and standard deviation over the classes that adapt it. Empty if no layer has factors.
@@ -235,9 +237,9 @@ def layer_importance(
         FileNotFoundError: a folder without an adapter.
         ValueError: factors that are not finite.
 
-    Source: arXiv 2510.02631, equations 20 and 21 and Figure 3 [text]. The paper takes it from adapters with `identity` and `mul`; that
-    of other functions is measured alike [ours] and is not comparable in size. It means nothing for vanilla add
-    (`identity` and `add`), which starts elsewhere.
+    Source: arXiv 2510.02631, equations 20 and 21 and Figure 3 [text]. The paper measures adapters with `identity` and `mul`. For
+    other functions it is computed in the same way [ours], but its size is not comparable. For vanilla add (`identity` and `add`) it
+    has no meaning, since A and B start at other values.
     """
     if isinstance(model_or_adapters, nn.Module):
         by_adapter: dict[str, dict[str, float]] = {}
@@ -265,14 +267,14 @@ def layer_importance(
 
 
 def layers_of_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The layers with factors of one adapter.
+    """Return the layers of one adapter that have factors.
 
     Args:
-        state_dict: as PEFT saves an adapter.
+        state_dict: an adapter's tensors as PEFT saves them.
 
     Returns:
-        Layer name -> its tensors by their name without `funlora_`: "A" and "B" and, where it has them, "alpha",
-        "omega" and those of "mul-add", which begin with "add_".
+        Layer name -> its tensors by their name without `funlora_`: "A" and "B" and, if it has them, "alpha", "omega"
+        and the second set of "mul-add", whose names begin with "add_".
     """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
@@ -283,7 +285,7 @@ def layers_of_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, di
 
 
 def _moved(A: torch.Tensor, B: torch.Tensor) -> float:
-    """Mean absolute change of the entries of A `(C_out, r)` and B `(r, C_in)` since their start, >= 0."""
+    """Compute the mean absolute change of the entries of A `(C_out, r)` and B `(r, C_in)` since their start, >= 0."""
     starts = torch.ones_like(A), torch.full_like(B, 1 / A.shape[1])
     moved = [(now.detach().double() - start.double()).flatten() for now, start in zip((A, B), starts, strict=True)]
     return torch.cat(moved).abs().mean().item()
@@ -291,7 +293,7 @@ def _moved(A: torch.Tensor, B: torch.Tensor) -> float:
 
 def _saved_importance(adapter: _Adapter) -> dict[str, float]:
     if not isinstance(adapter, Mapping):
-        adapter = read_tensors(Path(adapter) / "adapter_model.safetensors", remedy="take it from where it came from")
+        adapter = read_tensors(Path(adapter) / "adapter_model.safetensors", remedy="get it again from its source")
     layers = layers_of_state_dict(adapter)
     return {layer: _moved(tensors["A"], tensors["B"]) for layer, tensors in layers.items()}
 
@@ -308,7 +310,7 @@ def _traced_conv_names(model: nn.Module, example_inputs: Any) -> list[str]:
         )
     convolutions = set(conv_names(model))
     ran: dict[str, None] = {}
-    # Both the wrapper of a convolution and the convolution itself: it depends on the adapter which of them is called.
+    # Hooks on both the wrapper of a convolution and the convolution: the adapter decides which of them is called.
     handles = [
         module.register_forward_pre_hook(partial(lambda name, *_: ran.setdefault(name), name))
         for name, module in plain_modules(model)
@@ -338,8 +340,8 @@ def _fill_budget(
     unknown = [layer for layer in importance if layer not in layers]
     if unknown:
         raise ValueError(
-            f"`importance` has {', '.join(unknown)}, which the model does not run as a Conv2d or have as a Linear: pass that of "
-            "adapters of this model."
+            f"`importance` has {', '.join(unknown)}, which the model does not run as a Conv2d or have as a Linear: pass the importance "
+            "of adapters of this model."
         )
     costs = {layer: 0 for layer in layers if layer in importance}
     config = copy.deepcopy(config)
@@ -363,7 +365,7 @@ def _fill_budget(
             left -= costs[layer]
     if not chosen:
         raise ValueError(
-            f"`preset` is {budget[0]!r}, but the cheapest layer costs {min(costs.values())} numbers a class: raise the "
-            "budget, or count with a larger `ratio`."
+            f"`preset` is {budget[0]!r}, but the cheapest layer costs {min(costs.values())} parameters per class: raise the "
+            "budget, or use a larger `ratio` in `config`."
         )
     return [layer for layer in layers if layer in chosen]

@@ -1,4 +1,4 @@
-"""A whole run from its arguments: data, tasks, strategy, training, evaluation, report."""
+"""Do a whole run from its arguments: data, tasks, strategy, training, evaluation, report."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RunArguments:
     """All arguments of a run, checked against each other.
 
     Raises:
-        ValueError: `unet_config` is missing for other images than digits, or the strategy does not fit other arguments.
+        ValueError: `unet_config` is missing for images other than digits, or the strategy does not fit other arguments.
     """
 
     data: DataArguments
@@ -75,17 +75,17 @@ class RunArguments:
             here = ", which is no file or folder here (a dataset on the Hub is 'owner/name')"
             raise ValueError(
                 f"`dataset_name` is {name!r}{'' if os.path.exists(name) else here}, and `unet_config` is None, "
-                "which is the U-Net for 8x8 digits: give the arguments of a UNet2DModel, take a recipe by --config, or name an "
+                "which is the U-Net for 8x8 digits: give the arguments of a UNet2DModel, use a recipe by --config, or name an "
                 "existing generator by --base_model."
             )
         self.model.unet_config = dict(DIGITS_UNET)
 
     @classmethod
     def of(cls, folder: str | os.PathLike) -> RunArguments:
-        """The arguments of the run in a folder, which may have been moved.
+        """Return the arguments of the run in a folder; the folder may have been moved.
 
         Raises:
-            FileNotFoundError: the folder holds no run.
+            FileNotFoundError: there is no run in the folder.
         """
         written = RunFolder(Path(folder)).settings()
         given = ({one.name: written[part.__name__][one.name] for one in fields(part)} for part in ARGUMENTS)
@@ -99,20 +99,20 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
     Train, evaluate and report, or resume a run that was stopped.
 
     Args:
-        arguments ([`RunArguments`]): what to do.
-        termination ([`Termination`], *optional*): an entered one, for a run that SIGTERM and SIGINT have to end at a checkpoint.
+        arguments ([`RunArguments`]): the arguments of the run.
+        termination ([`Termination`], *optional*): an entered context, for a run that SIGTERM and SIGINT should stop at a checkpoint.
 
     Returns:
-        `dict`: the contents of results.json; None after `update_class`, and on all processes but the main one.
+        `dict`: the contents of results.json; None after `update_class`, and on all processes except the main one.
 
     Raises:
         ImportError, OSError: `image_quality` is "inception", which is not available here; nothing is written.
-        PushError: `push_to_hub`, but the finished run could not be pushed.
+        PushError: `push_to_hub` is set, but the finished run could not be pushed.
         ForgettingError: the samples of an earlier class, or the base, have changed; results.json is still written.
         TimeLimitReached: `time_limit_minutes` is over; the run can be resumed.
-        Terminated: SIGTERM or SIGINT has come; likewise.
+        Terminated: the process received SIGTERM or SIGINT; the run can be resumed.
         FolderInUseError: another run uses `output_dir`.
-        WriteError: a file could not be written; what is finished is safe.
+        WriteError: a file could not be written; finished parts are safe.
         ValueError, FileExistsError, FileNotFoundError: arguments that do not fit each other, the data or the folder.
     """
     joined, class_id = Run(arguments, termination), arguments.training.update_class
@@ -124,27 +124,27 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
 
 def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None = None) -> dict[str, Any] | None:
     """
-    Evaluate a finished run, later or again: rewrites what evaluation gives in results.json and in figures/.
+    Evaluate a finished run, later or again: rewrite the results of evaluation in results.json and in figures/.
 
-    Of strategies whose generator changes, only its last state is there to be evaluated.
+    If the strategy changes its generator, only its last state can be evaluated.
 
     Args:
-        folder (`str` or `os.PathLike`): of the run.
-        evaluation ([`EvaluationArguments`], *optional*): how; None: as the run says.
+        folder (`str` or `os.PathLike`): folder of the run.
+        evaluation ([`EvaluationArguments`], *optional*): settings of the evaluation; None: the run's settings.
 
     Returns:
-        `dict`: the contents of results.json; None on all processes but the main one.
+        `dict`: the contents of results.json; None on all processes except the main one.
 
     Raises:
-        FileNotFoundError: the folder holds no finished run.
+        FileNotFoundError: there is no finished run in the folder.
         FolderInUseError: another run uses the folder.
-        ValueError: `evaluation` without evaluation; the data or the classes are not those of the run.
+        ValueError: `evaluation.evaluation` is False, or the data or the classes differ from those of the run.
     """
     arguments = RunArguments.of(folder)
     training, given = arguments.training, evaluation or replace(arguments.evaluation, evaluation=True)
     if not given.evaluation:
         raise ValueError("`evaluation` is False, expected True: leave --no_evaluation out.")
-    # What would end it before its time, or send it elsewhere.
+    # These would stop the evaluation early, or send results elsewhere.
     training.time_limit_minutes, training.report_to = None, "none"
     training.push_to_hub, training.hub_model_id = False, None
     return Run(replace(arguments, evaluation=given), None).evaluate()
@@ -152,24 +152,24 @@ def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None =
 
 def dry_run(arguments: RunArguments) -> str:
     """
-    Say what a run would cost on this machine, by a few steps in a temporary folder.
+    Measure what a run would cost on this machine, by a few steps in a temporary folder.
 
     Args:
-        arguments ([`RunArguments`]): of the run.
+        arguments ([`RunArguments`]): the arguments of the run.
 
     Returns:
-        `str`: a table, and what it assumes.
+        `str`: a table, and its assumptions.
 
     Raises:
-        ValueError, FileNotFoundError: `update_class` is given, or arguments that do not fit each other or the data.
+        ValueError, FileNotFoundError: `update_class` is given, or arguments do not fit each other or the data.
     """
     training, evaluation = arguments.training, arguments.evaluation
     if training.update_class is not None:
         raise ValueError(
-            "`dry_run` is set and `update_class` given, expected one of them: a dry run counts a whole run."
+            "`dry_run` and `update_class` are both given, expected one of them: a dry run measures a whole run."
         )
     if evaluation.image_quality == "inception":
-        evaluation = replace(evaluation, image_quality="none")  # would be downloaded
+        evaluation = replace(evaluation, image_quality="none")  # its weights would be downloaded
     with TemporaryDirectory() as folder:
         # Compiling would take minutes.
         training = replace(training, output_dir=folder, torch_compile=False)
@@ -177,7 +177,7 @@ def dry_run(arguments: RunArguments) -> str:
 
 
 class Run:
-    """The parts of a run, which are made and joined here; its time limit counts from now."""
+    """Creates and joins the parts of a run; its time limit starts when it is created."""
 
     def __init__(self, arguments: RunArguments, termination: Termination | None) -> None:
         self.arguments = arguments
@@ -189,7 +189,7 @@ class Run:
         self.folder = RunFolder(Path(self.training.output_dir))
 
     def learn(self) -> dict[str, Any] | None:
-        """Train, evaluate and report; resume where a run stopped."""
+        """Train, evaluate and report; resume a run where it stopped."""
         strategy, data = self._prepared()
         with self._held():
             if self.accelerator.is_main_process:
@@ -207,11 +207,11 @@ class Run:
                 return self._learn(strategy, data)
 
     def evaluate(self) -> dict[str, Any] | None:
-        """Evaluate the run, which is finished."""
+        """Evaluate a finished run."""
         if not self.folder.results.is_file():
             raise FileNotFoundError(
-                f"{self.folder.path} has no {self.folder.results.name}, expected a finished run: --resume_from_checkpoint latest "
-                "goes on with one that is not."
+                f"{self.folder.path} has no {self.folder.results.name}, expected a finished run: to continue an unfinished one, pass "
+                "--resume_from_checkpoint latest to `funlora train`."
             )
         strategy, data = self._prepared()
         evaluator = self._evaluator(strategy, data)
@@ -233,26 +233,26 @@ class Run:
                 return report_evaluation(evaluator) if self.accelerator.is_main_process else None
 
     def costs(self) -> str:
-        """What the run costs; its folder is used up."""
+        """Measure what the run costs. Its folder cannot be used for a run afterwards."""
         given, evaluation = self.arguments.data, self.arguments.evaluation
         known = None if self.model.base_model else KnownCounts.of(given.dataset_name, given.max_images_per_class)
         strategy, data = self._prepared(known)
         parts = count_parts(strategy, data, evaluation)
         measure_parts(parts, strategy, self.accelerator, evaluation)
-        notes = [] if known is None else [f"{given.dataset_name} was not opened: {known} are assumed."]
+        notes = [] if known is None else [f"{given.dataset_name} was not opened; assumed: {known}."]
         solvers = {evaluation.solver, (parse_options(self.training.strategy_options) or {}).get("solver")}
         if "dopri5" in solvers:
             notes.append(
-                f"dopri5 chooses its steps: {DOPRI5_EVALUATIONS} evaluations an image are assumed, as digits took."
+                f"dopri5 chooses its steps; assumed: {DOPRI5_EVALUATIONS} evaluations per image, as measured on digits."
             )
         return "\n".join([costs_table(parts), *notes])
 
     def update(self, class_id: int) -> None:
-        """Train one adapter of a finished run again, on the images that its class has now."""
+        """Train one adapter of a finished run again, on the current images of its class."""
         self.folder.check_update()
         with self._held():
             if self.accelerator.is_main_process:
-                recover_folder(self.folder.adapters)  # what a killed process has left
+                recover_folder(self.folder.adapters)  # after a killed process
             self.accelerator.wait_for_everyone()
             self._start_trackers()
             with self._ends():
@@ -264,7 +264,7 @@ class Run:
             print(how_to_see(self.model.base_model or os.fspath(self.folder.path), self.folder.path, [class_id]))
 
     def _learn(self, strategy: Strategy, data: ImageClassificationData) -> dict[str, Any] | None:
-        """`learn`, in the folder, which is opened."""
+        """Do the work of `learn` after the folder has been opened."""
         accelerator, folder, training = self.accelerator, self.folder, self.training
         is_main = accelerator.is_main_process
         publisher = Publisher(training, strategy.setting.tasks) if training.push_to_hub and is_main else None
@@ -291,7 +291,7 @@ class Run:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """The folder's lock, which the main process holds for all, and the kernels that the run asks for."""
+        """Hold the folder's lock, in the main process for all processes, and use the kernels that the run requests."""
         device, is_main = self.accelerator.device, self.accelerator.is_main_process
         lock = folder_lock(self.folder.path) if is_main else nullcontext()
         with lock, deterministic_kernels(device, wanted=self.training.deterministic):
@@ -303,14 +303,14 @@ class Run:
         try:
             yield
         except TimeLimitReached as reached:
-            # Its frames hold a model that is wrapped for the group.
+            # Its frames refer to a model that is wrapped for the group.
             traceback.clear_frames(reached.__traceback__)
             self.accelerator.end_training()
             raise
         self.accelerator.end_training()
 
     def _prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any]:
-        """What a run needs, checked; nothing is written. With `counts`, the data is not opened."""
+        """Return a run's strategy and data after all checks; write nothing. With `counts`, do not open the data."""
         name, unet = self.model.base_model, None if self.model.unet_config is None else self.model.unet
         revision = self.model.base_model_revision
         base = None if name is None else find_base(name, revision=revision, unet_config=unet)
@@ -319,26 +319,26 @@ class Run:
         strategy.check()
         evaluation = self.arguments.evaluation
         if evaluation.evaluation and evaluation.image_quality == "inception" and self.accelerator.is_main_process:
-            InceptionFeatures()  # downloads its weights, or fails now, not after days
+            InceptionFeatures()  # it downloads its weights, or fails now instead of after days
         return strategy, data
 
     def _settings(self) -> dict[str, Any]:
         return run_settings(self.arguments.data, self.model, self.training, self.arguments.evaluation)
 
     def _data(self, base: ExistingBase | None, **how: bool) -> ImageClassificationData:
-        """The images; beside a base, under the ids that it has for them or that are free."""
+        """Return the images; with an existing base, under the base's ids for their classes or under free ids."""
         data = self._images(base, **how)
         if base is None:
             return data
-        # A run that goes on keeps its ids, whatever has been added beside its base since.
+        # A resumed run keeps its ids, even if classes have been added beside its base since.
         own = {} if self.training.overwrite_output_dir else self.folder.classes()
-        # A class that was added may have the name of one that the run never learned.
+        # A class that was added may have the name of a class that the run never learned.
         learned = set(base.classes.values())
         known = {**{c: name for c, name in own.items() if name not in learned}, **base.classes}
         return data.with_class_ids(assign_class_ids(list(data.class_names.values()), known, taken=base.taken))
 
     def _images(self, base: ExistingBase | None, **how: bool) -> ImageClassificationData:
-        """The images under the dataset's own ids; `how`: flags of `load_image_data`."""
+        """Return the images under the dataset's ids; `how`: flags of `load_image_data`."""
         given, unet = self.arguments.data, self.model.unet
         data = load_image_data(
             given.dataset_name,
@@ -355,7 +355,7 @@ class Run:
             **how,
         )
         for name in data.class_names.values():
-            # Now, not when its adapter has been trained.
+            # Check now, not after its adapter has been trained.
             check_class_name(name)
         return data
 
@@ -371,13 +371,13 @@ class Run:
         )
         if base is not None and len(tasks) == 1:
             raise ValueError(
-                f"`dataset_name` {given.dataset_name!r} has no class that `base_model` does not know already: "
-                f"{', '.join(base.classes.values())}."
+                f"`dataset_name` {given.dataset_name!r} has only classes that `base_model` already has: "
+                f"{', '.join(base.classes.values())}. Give a dataset with new classes."
             )
         if len(tasks) == 1 and given.num_tasks != 1:
             warnings.warn(
-                f"`classes_per_task` is {given.classes_per_task}, and there are {len(tasks[0].class_ids)} classes: task 1 has all of them, and "
-                "nothing is learned after it.",
+                f"`classes_per_task` is {given.classes_per_task}, and there are {len(tasks[0].class_ids)} classes: task 1 has all of "
+                "them, and nothing is learned after it.",
                 stacklevel=2,
             )
         return tasks[: given.num_tasks]
@@ -446,12 +446,12 @@ def _check_strategy(arguments: RunArguments) -> None:
         )
 
 
-# What `accelerate launch` and its config may set for the whole process, by the argument that says the same here.
+# Variables that `accelerate launch` and its config may set for the whole process -> the argument of a run with the same meaning.
 _LAUNCHER = {
     "ACCELERATE_MIXED_PRECISION": "mixed_precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
 }
-# What it may set and a run does not do.
+# Variables of features that it may switch on and a run does not support.
 _UNUSED_BY_RUNS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -461,7 +461,7 @@ _UNUSED_BY_RUNS = {
 
 
 def _check_launcher(training: ContinualTrainingArguments) -> None:
-    """Refuse settings of the launcher that differ from the run's, or that the run does not act on."""
+    """Refuse settings of the launcher that differ from the run's, or that the run would ignore."""
     for variable, field in _LAUNCHER.items():
         launched, own = os.environ.get(variable), getattr(training, field)
         if launched is not None and launched.lower() != str(own):
@@ -488,10 +488,10 @@ def make_accelerator(training: Any) -> Accelerator:
 
     Args:
         training ([`ContinualTrainingArguments`]):
-            Has `mixed_precision`, `gradient_accumulation_steps`, `report_to` and `output_dir`, as do the arguments of other scripts.
+            Arguments with `mixed_precision`, `gradient_accumulation_steps`, `report_to` and `output_dir`; other scripts pass theirs.
 
     Raises:
-        ValueError: one of them is not available here, or the launcher has set something else.
+        ValueError: one of these settings is not available here, or differs from the launcher's.
     """
     _check_launcher(training)
     # Processes that train independent adapters wait for the slowest one, which may take days.
@@ -505,7 +505,7 @@ def make_accelerator(training: Any) -> Accelerator:
             kwargs_handlers=[patience],
         )
         if training.report_to != "none" and not accelerator.log_with:
-            # accelerate leaves it out without a word.
+            # accelerate ignores such a tracker without a message.
             raise ImportError("its package is not installed")
         return accelerator
     except (ValueError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""The command `funlora train`: a run from the command line. Also a module that launchers start:
+"""The command `funlora train`: a run from the command line. Launchers can also start this module:
 
 accelerate launch -m funlora_hf.train --config cifar10_2-2 --seed 1
 """
@@ -28,13 +28,13 @@ from .utils.arguments import refuse_unknown, some_fields, tidy_help, warnings_as
 from .utils.locks import FolderInUseError
 
 
-DESCRIPTION = "Train a generator class after class. Without arguments: scikit-learn's digits, two classes a task."
+DESCRIPTION = "Train a generator class after class. Without arguments: scikit-learn's digits, two classes per task."
 EXIT_CODES = (
-    "exit codes: 0 finished; 75 (EX_TEMPFAIL) --time_limit_minutes is over, 143 SIGTERM has come, 130 Ctrl-C: after these three, "
-    "--resume_from_checkpoint latest goes on; 1 an error; 2 an argument that is not known. Of a process that a launcher "
-    "(torchrun, accelerate launch) has started, the launcher itself returns 1 for each but 0"
+    "exit codes: 0 finished; 75 (EX_TEMPFAIL) --time_limit_minutes is over, 143 SIGTERM, 130 Ctrl-C: after these three, "
+    "--resume_from_checkpoint latest resumes the run; 1 an error; 2 an unknown argument. If a launcher (torchrun, "
+    "accelerate launch) has started the process, the launcher returns 1 for all of these except 0"
 )
-# Errors whose message says all that there is to say.
+# Errors whose message is enough, without a traceback.
 ERRORS = (
     ValueError,
     OSError,
@@ -45,45 +45,45 @@ ERRORS = (
     ForgettingError,
     PushError,
 )
-# Of sysexits.h, EX_TEMPFAIL: try again later.
+# EX_TEMPFAIL in sysexits.h: try again later.
 EXIT_TIME_LIMIT = 75
 
 
 @dataclass
 class DryRunArguments:
-    """Whether to run at all."""
+    """Argument of `funlora train` that replaces the run by a dry run."""
 
     dry_run: bool = field(
         default=False,
         metadata={
-            "help": "Train nothing: say what the run takes, and how long on this machine, after some ten seconds."
+            "help": "Train nothing: print what the run costs, and how long it takes on this machine, after about ten seconds."
         },
     )
 
 
 def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, prog: str | None = None) -> Any:
-    """The arguments of the command line over those of `--config`.
+    """Parse the command line; its arguments take precedence over those of `--config`.
 
     Args:
-        arguments: of the command line.
+        arguments: arguments of the command line.
         *more: further dataclasses of arguments.
-        description: for `--help`.
-        prog: what the command is called; None: as the process.
+        description: description for `--help`.
+        prog: name of the command; None: the name of the process.
 
     Returns:
-        `RunArguments`; with `more`, a tuple of them and one of each further dataclass.
+        `RunArguments`; with `more`, a tuple of `RunArguments` and an instance of each further dataclass.
     """
     recipe_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     recipe_parser.add_argument(
         "--config",
-        help="A recipe: YAML with the arguments below as keys; a file, or a name that `funlora recipes` lists.",
+        help="A recipe (YAML with the arguments below as keys): a file, or a name that `funlora recipes` lists.",
     )
     given, rest = recipe_parser.parse_known_args(arguments)
     parts: Any = (*ARGUMENTS, *more)
     parser = HfArgumentParser(
         parts,
         prog=prog,
-        # Not all options again at each error.
+        # Do not print all options at each error.
         usage="%(prog)s [-h] [--config RECIPE] [--OPTION VALUE ...]",
         description=description,
         epilog=EXIT_CODES,
@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
         take_recipe(parser, given.config)
     tidy_help(parser)
     try:
-        # The last but one holds --config, which belongs to no dataclass.
+        # The second to last contains --config, which belongs to no dataclass.
         data, model, training, evaluation, *others, _, unknown = parser.parse_args_into_dataclasses(
             rest, return_remaining_strings=True, look_for_args_file=False
         )
@@ -104,9 +104,9 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
     except ValueError as error:
         if given.config is None:
             raise
-        raise ValueError(f"{error} (the arguments are those of {given.config!r} and of the command line)") from error
+        raise ValueError(f"{error} (the arguments come from {given.config!r} and the command line)") from error
     name = parser.get_default("dataset_name")
-    # The other recipes have "digits" and datasets on the Hub, with an owner.
+    # The other recipes have "digits" or a dataset on the Hub, with an owner.
     is_folder = given.config in recipe_names() and name == data.dataset_name != "digits" and "/" not in name
     if is_folder and not os.path.exists(name):
         raise ValueError(f"the recipe {given.config} needs --dataset_name FOLDER: there is no folder {name!r} here.")
@@ -114,17 +114,18 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
 
 
 def take_recipe(parser: HfArgumentParser, path: str, names: Collection[str] | None = None) -> list[str]:
-    """Give the parser a recipe's values as defaults; it ends as for an argument that is not known, with 2.
+    """Make a recipe's values the defaults of a parser. An invalid recipe ends the process with 2, like an unknown argument.
 
     Args:
-        parser: that takes them.
-        path: of the recipe, or its name.
-        names: of the arguments to take; others of a run are left out. None: all that the parser knows, and no others.
+        parser: the parser.
+        path: path or name of the recipe.
+        names: names of the arguments to take; other arguments of a run are left out. None: all arguments of the parser, and any
+            other key is an error.
 
     Returns:
-        The keys left out.
+        The keys that were left out.
     """
-    # The first of each: the one behind it, --no_<name>, takes no value.
+    # The first action of each name: the second one, --no_<name>, takes no value.
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("config", "help")}
     try:
         of_run = {one.name for part in ARGUMENTS for one in fields(part)}
@@ -132,27 +133,27 @@ def take_recipe(parser: HfArgumentParser, path: str, names: Collection[str] | No
         left_out = [key for key in recipe if names is not None and key not in names]
         recipe = {key: value for key, value in recipe.items() if key not in left_out}
         for key, value in recipe.items():
-            # argparse itself reads a default that is text, as of 2e-3, and then names no file.
+            # argparse itself would convert a default that is text, such as 2e-3, and its error would not name the file.
             if isinstance(value, str):
                 parser._get_value(actions[key], value)
     except (ValueError, argparse.ArgumentError) as error:
-        # A value may be text that cannot be printed.
+        # A value may contain characters that cannot be printed.
         parser.error(f"{path}: {error}".encode(errors="backslashreplace").decode())
     parser.set_defaults(**recipe)
     return left_out
 
 
 def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tuple[str, EvaluationArguments]:
-    """The folder of a run, and how to evaluate it: as the run says, but for what the command line has."""
+    """Return the folder of a run and the settings of its evaluation: the command line's, otherwise the run's."""
     of_run = {one.name for one in fields(EvaluationArguments)} - {"evaluation"}
     parts = some_fields(EvaluationArguments, of_run)
     parser = HfArgumentParser(
         parts,
         prog=prog,
         usage="%(prog)s [-h] RUN [--OPTION VALUE ...]",
-        description="Evaluate a finished run, later or again: rewrites that part of its results.json, and its figures. "
-        "The defaults are the run's. Of strategies whose generator changes, only its last state is evaluated.",
-        epilog="exit codes: 0 done; 1 an error; 2 an argument that is not known",
+        description="Evaluate a finished run, later or again: rewrite the evaluation in its results.json, and its figures. "
+        "The defaults are the run's settings. If the strategy changes its generator, only its last state is evaluated.",
+        epilog="exit codes: 0 done; 1 an error; 2 an unknown argument",
         allow_abbrev=False,
     )
     tidy_help(parser)
@@ -170,11 +171,11 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
     Run the command.
 
     Args:
-        arguments (sequence of `str`, *optional*): None: those of the process.
-        prog (`str`, *optional*): what it is called; None: as the process.
+        arguments (sequence of `str`, *optional*): arguments of the command; None: the arguments of the process.
+        prog (`str`, *optional*): name of the command; None: the name of the process.
 
     Raises:
-        SystemExit: for all but success, with a code of `EXIT_CODES` or the text of an error.
+        SystemExit: the command did not succeed; it has a code of `EXIT_CODES` or the text of an error.
     """
     set_up_logging()
     try:
@@ -197,10 +198,10 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
 
 
 def set_up_logging() -> None:
-    """Messages of a run on stderr, without those of libraries that say much."""
+    """Log the messages of a run to stderr, without the messages of libraries that log a lot."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for library in ("huggingface_hub", "datasets"):
-        logging.getLogger(library).handlers.clear()  # its messages reach the handler above, too
+        logging.getLogger(library).handlers.clear()  # its messages also reach the handler above
     for noisy in ("httpx", "httpx2", "fsspec", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

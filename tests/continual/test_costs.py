@@ -122,5 +122,5 @@ def layer_flops(unet: UNet2DModel) -> int:
 
 
 def test_an_update_is_refused():
-    with pytest.raises(ValueError, match="`dry_run` is set and `update_class` given"):
+    with pytest.raises(ValueError, match="`dry_run` and `update_class` are both given"):
         dry_run(short_run(update_class=7))

@@ -243,7 +243,7 @@ def test_a_name_that_is_almost_a_folder_s_never_asks_the_hub(name, folder, tmp_p
         (tmp_path / other).mkdir(parents=True)
     asked = []
     monkeypatch.setattr(open_dataset, "load_dataset", lambda **given: asked.append(given["path"]) or 1 / 0)
-    text = "'mnist', which is no file" if folder is None else f"nothing of this name is here; did you mean '{folder}'"
+    text = "'mnist', which is no file" if folder is None else f"nothing here has this name; did you mean '{folder}'"
     with pytest.raises((FileNotFoundError, ValueError), match=re.escape(text)):
         load(name)
     assert asked == ([name] if folder is None else [])
@@ -287,7 +287,7 @@ def test_archives_are_read_but_not_their_pickles(last, tmp_path, monkeypatch):
     found = load("sound.tar", label_column="cls")
     assert found.count(0) + found.count(0, split="test") == 15
     decoders = WebDataset.DECODERS
-    with pytest.raises(ValueError, match=r"'spoiled\.tar'.* could not be loaded.*an entry \.pth, which is a pickle"):
+    with pytest.raises(ValueError, match=r"'spoiled\.tar'.* could not be loaded.*a \.pth entry, which is a pickle"):
         load("spoiled.tar", label_column="cls")
     assert WebDataset.DECODERS is decoders
     assert "pth" in decoders

@@ -1,4 +1,4 @@
-"""The paper's comparison methods that PEFT does not have; importing it registers them with PEFT."""
+"""The paper's comparison methods that PEFT does not have; importing this package registers them with PEFT."""
 
 from ..tuner_base.registration import register
 from .conv_lora import ConvLoraConfig, ConvLoraConv2d, ConvLoraModel

@@ -1,6 +1,6 @@
-"""The LoRA for convolutions of loralib, in two sizes, as a PEFT method.
+"""loralib's LoRA for convolutions, in two sizes, as a PEFT method.
 
-PEFT's own LoRA factorises a convolution in another way and has another number of parameters.
+PEFT's LoRA factorizes a convolution differently and has a different number of parameters.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class ConvLoraConfig(ConvAdapterConfig):
         target_modules, exclude_modules, modules_to_save, trainable_token_indices: see [`ConvAdapterConfig`].
 
     Raises:
-        ValueError: numbers or choices out of range, naming the field.
+        ValueError: a number out of range or an unknown choice; it names the field.
 
-    Source: arXiv 2510.02631, Table V [exact] for the counts of both; the scale is [ours], and the layout of "kernel"
-    that of loralib's ConvLoRA.
+    Source: arXiv 2510.02631, Table V [exact] for the counts of both; the scale is [ours]; loralib's ConvLoRA has the layout
+    of "kernel".
     """
 
     r: int = 1
@@ -55,19 +55,19 @@ class ConvLoraConfig(ConvAdapterConfig):
 
 
 class ConvLoraConv2d(AdapterLayer):
-    """A Conv2d whose weight has a product of two factors added: `W + (lora_alpha / r) reshape(B A)`."""
+    """A Conv2d that adds a product of two factors to its weight: `W + (lora_alpha / r) reshape(B A)`."""
 
     conv_lora_A: AdapterParameters
     conv_lora_B: AdapterParameters
     adapter_layer_names = ("conv_lora_A", "conv_lora_B")
 
     def initial_parameters(self, config: ConvLoraConfig) -> dict[str, torch.Tensor]:
-        """A `(width, C_in k)`, Kaiming-uniform, and B `(C_out k, width)`, zero, so that the layer starts unchanged."""
+        """Return A `(width, C_in k)`, Kaiming-uniform, and B `(C_out k, width)`, zero: the layer starts unchanged."""
         rows, columns, kernel, other = self.weight_shape
         if kernel != other:
             raise ValueError(
                 f"The convolution {self.get_base_layer()} has a kernel of {kernel} x {other}, expected a square one for "
-                "this factorisation: target other modules."
+                "this factorization: target other modules."
             )
         width = config.r * kernel if config.bottleneck == "kernel" else config.r
         A, B = torch.empty(width, columns * kernel), torch.zeros(rows * kernel, width)
@@ -77,7 +77,7 @@ class ConvLoraConv2d(AdapterLayer):
         return {"conv_lora_A": A, "conv_lora_B": B}
 
     def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
-        """The weight with the terms of all adapters added, in its own dtype; computed in float32 at least."""
+        """Add the terms of all adapters to the weight, in at least float32; return it in its dtype."""
         adapted = weight
         for name in adapter_names:
             config = self.settings[name]

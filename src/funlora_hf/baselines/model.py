@@ -1,4 +1,4 @@
-"""What the comparison methods for convolutions share: their configuration, and how they are added to a model."""
+"""Base classes of the comparison methods for convolutions: their configuration and their tuner."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ..utils.checks import check_names, check_type
 @dataclass
 class ConvAdapterConfig(PeftConfig):
     """
-    What every method here takes.
+    The arguments that every method here takes.
 
     Args:
         target_modules (`Union[list[str], str]`): Names of Conv2d modules to adapt, or a regex.
-        exclude_modules (`Union[list[str], str]`, *optional*): Names of modules, or a regex, not to adapt.
-        modules_to_save (`list[str]`, *optional*): Modules besides the adapter that are trained and saved whole.
+        exclude_modules (`Union[list[str], str]`, *optional*): Names of modules not to adapt, or a regex.
+        modules_to_save (`list[str]`, *optional*): Modules besides the adapter that are trained and saved completely.
         trainable_token_indices (`dict[str, list[int]]`, *optional*):
-            Rows of embeddings that the adapter brings along, as in PEFT's `LoraConfig`: `{"class_embedding": [0]}`
+            Rows of embeddings that the adapter trains and saves, as in PEFT's `LoraConfig`: `{"class_embedding": [0]}`
             makes row 0 of a U-Net's class embedding the adapter's class vector.
-        init_weights (`bool`): True: the adapter starts as the identity. False: at random, for tests.
+        init_weights (`bool`): True: the adapter starts as the identity. False: it starts at random values, for tests.
 
     Raises:
-        ValueError: a field of another type, naming it.
+        ValueError: a value of the wrong type; it names the field.
     """
 
     target_modules: list[str] | str | None = None
@@ -49,7 +49,7 @@ class ConvAdapterConfig(PeftConfig):
         _check_rows(self.trainable_token_indices)
 
     def to_dict(self) -> dict:
-        """The configuration as a dictionary; sets come sorted, so that equal adapters give equal files."""
+        """Return the configuration as a dictionary, with sets as sorted lists: equal adapters give equal files."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
 
@@ -62,12 +62,12 @@ def _check_rows(value: object) -> None:
         and all(type(index) is int and index >= 0 for indices in rows.values() for index in indices)
     ):
         raise ValueError(
-            f"`trainable_token_indices` is {value!r}, expected a list of rows for each name of an embedding, or None."
+            f"`trainable_token_indices` is {value!r}, expected a mapping of embedding names to lists of rows, or None."
         )
 
 
 class ConvAdapterModel(AdapterModel):
-    """A tuner whose layers wrap Conv2d; subclasses name `prefix` and `tuner_layer_cls`."""
+    """A tuner whose layers wrap Conv2d; subclasses set `prefix` and `tuner_layer_cls`."""
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if not peft_config.target_modules:

@@ -18,7 +18,7 @@ class ScaleShiftConfig(ConvAdapterConfig):
     """
     The configuration of a [`ScaleShiftModel`]; see [`ConvAdapterConfig`] for its arguments.
 
-    Source: arXiv 2510.02631, Table V [exact]: 2 C_in numbers a convolution.
+    Source: arXiv 2510.02631, Table V [exact]: 2 C_in numbers per convolution.
     """
 
     def __post_init__(self) -> None:
@@ -27,15 +27,15 @@ class ScaleShiftConfig(ConvAdapterConfig):
 
 
 class ScaleShiftConv2d(AdapterLayer):
-    """A Conv2d that gets `scale * x + shift`, one scale and one shift for every input channel.
+    """A Conv2d with the input `scale * x + shift`, one scale and one shift for every input channel.
 
-    Several active adapters act one after another [ours].
+    Several active adapters are applied one after another [ours].
     """
 
     adapter_layer_names = ("scale_shift_scale", "scale_shift_shift")
 
     def initial_parameters(self, config: ScaleShiftConfig) -> dict[str, torch.Tensor]:
-        """scale, ones, and shift, zeros, each `(C_in,)`."""
+        """Return scale, ones, and shift, zeros, each `(C_in,)`."""
         channels: Any = self.get_base_layer().in_channels
         scale, shift = torch.ones(channels), torch.zeros(channels)
         if not config.init_weights:
@@ -43,14 +43,14 @@ class ScaleShiftConv2d(AdapterLayer):
         return {"scale_shift_scale": scale, "scale_shift_shift": shift}
 
     def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
-        """Raises: a shift before a padded convolution does not equal a change of its weight and bias."""
+        """Raise a ValueError: no change of weight and bias equals a shift before a padded convolution."""
         raise ValueError(
-            f"Adapters of scale and shift ({', '.join(adapter_names)}) cannot be merged: after the zero padding, a shift "
-            "of the input does not equal a change of the weight. Keep the adapter, or unload it."
+            f"Adapters of scale and shift ({', '.join(adapter_names)}) cannot be merged: with zero padding, no change of the "
+            "weight equals a shift of the input. Keep the adapter, or unload it."
         )
 
     def adapted_call(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
-        """The convolution of `scale * x + shift`, x `(batch, C_in, height, width)`."""
+        """Convolve `scale * x + shift`, x `(batch, C_in, height, width)`."""
         adapted = call.x
         for name in adapter_names:
             scale, shift = (getattr(self, part)(name)[:, None, None] for part in self.adapter_layer_names)

@@ -1,4 +1,4 @@
-"""How a folder of images is read: which of its folders are splits and classes, and what in it is left out."""
+"""Find the splits and classes in a folder of images, and warn about files that are left out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> dict:
-    """Arguments of `load_dataset` for class subfolders, for split folders that hold class subfolders, or for one class.
+    """Return the arguments of `load_dataset` for class subfolders, for split folders with class subfolders, or for one class.
 
-    Left to itself, `datasets` finds splits by words in any part of a path: a class called "train" or "bullet_train"
-    would become the training split and the other classes would be lost. It also gives a single class no label.
+    By default, `datasets` finds splits by words in any part of a path: a class called "train" or "bullet_train" would
+    become the training split and the other classes would be lost. It also gives a single class no label.
     """
     top = _subfolders(folder)
     has_metadata = any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES)
@@ -29,11 +29,11 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
     if is_flat and not one_class:
         raise ValueError(
             f"dataset_name={dataset_name!r}: give the folder above it, {os.path.normpath(folder / os.pardir)!r}, if that has one "
-            f"subfolder for each class. {dataset_name!r} itself has images and no subfolders, expected one for each class."
+            f"subfolder for each class. {dataset_name!r} itself has images and no subfolders, expected one subfolder for each class."
         )
     is_class = one_class and is_flat
     if has_metadata or not (top or is_class):
-        # Labels in a metadata file, or archives: datasets knows these.
+        # Labels in a metadata file, or archives: `datasets` reads these itself.
         return {"data_dir": str(folder)}
     split_folders = [place for place in top if _subfolders(place)]
     class_folders = [place for split in split_folders for place in _subfolders(split)] if split_folders else top
@@ -47,7 +47,7 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
             "the odd folders."
         )
     _warn_of_other_files(class_folders, folder)
-    # Links to files outside of the folder are read as images: somebody else may have packed them.
+    # Links to files outside of the folder are read as images, and another person may have created them.
     root = folder.resolve()
     places = [one for place in class_folders for one in (place, *place.iterdir()) if one.is_symlink()]
     leading = [(one, target) for one in places if not (target := one.resolve()).is_relative_to(root)]
@@ -58,13 +58,13 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
             f"{shortened(str(link.relative_to(folder)), 300)!r} to {shortened(str(target), 300)!r}.",
             stacklevel=4,
         )
-    # A pattern for each class, since those with several * leave linked folders out.
+    # One pattern for each class, since a pattern with several * leaves linked folders out.
     patterns: dict[str, list[str]] = {}
     for place in class_folders:
         if place.is_symlink() and glob.has_magic(str(place)):
             raise ValueError(
                 f"dataset_name={dataset_name!r} has the linked folder {str(place.relative_to(folder))!r}, which `datasets` cannot "
-                "follow for one of the characters *?[ in its path: rename it, or put the images themselves there."
+                "follow because of a character *, ? or [ in its path: rename it, or put the images themselves there."
             )
         split = place.parent.name if split_folders else "train"
         patterns.setdefault(split, []).append(f"{glob.escape(str(place))}/*")
@@ -72,11 +72,14 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
 
 
 def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
-    """Warn of what is left out: visible files without the extension of an image, images beside the folders of the classes,
-    folders whose name begins with "__", and folders without images."""
+    """Warn about files and folders that are left out.
+
+    These are visible files without the extension of an image, images outside of the folders of the classes, folders whose
+    name begins with "__", and folders without images.
+    """
     left_out: Counter[tuple[str, str]] = Counter()
     beside, empty = [], []
-    # A folder of images that is one class has nothing above it.
+    # If the folder itself is the one class, no folder above it is read.
     for above in sorted({folder, *(place.parent for place in class_folders if place != folder)} - {*class_folders}):
         beside += [one for one in above.iterdir() if one.name.startswith("__") or (_is_image(one) and one.is_file())]
     for place in class_folders:
@@ -101,12 +104,12 @@ def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
 
 
 def _is_image(file: Path) -> bool:
-    # datasets skips names that start with "." or "__".
+    # `datasets` skips names that start with "." or "__".
     return file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith((".", "__"))
 
 
 def warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]]) -> None:
-    """Warn of files like those of the splits that `datasets`, which finds splits by words such as "test" in names, takes for none."""
+    """Warn about files of the same types that are in no split: `datasets` finds splits by words such as "test" in names."""
     taken = {Path(os.path.abspath(file)) for files in splits.values() for file in files}
     suffixes = {file.suffix for file in taken}
     found = (Path(os.path.abspath(file)) for file in folder.rglob("*") if file.suffix in suffixes)
@@ -119,11 +122,11 @@ def warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]])
     if others:
         warnings.warn(
             f"dataset {folder.resolve().name!r}: {len(others)} of {len(taken) + len(others)} files are in no split and are left out, since "
-            f"others have the name of one, such as 'test', in theirs: {shortened(', '.join(others), 1000)}.",
+            f"the names of other files contain the name of a split, such as 'test': {shortened(', '.join(others), 1000)}.",
             stacklevel=4,
         )
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    # datasets skips names that start with "." or "__", too.
+    # `datasets` also skips names that start with "." or "__".
     return sorted(place for place in folder.iterdir() if place.is_dir() and not place.name.startswith((".", "__")))

@@ -1,4 +1,4 @@
-"""Opens a dataset by its name, with `datasets`: the digits, a folder, a parquet file or a dataset on the Hub."""
+"""Open a dataset by its name, with `datasets`: the digits, a folder, a parquet file or a dataset on the Hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def open_splits(
     digits_test_fraction: float,
     one_class: bool,
 ) -> tuple[str, DatasetDict, tuple[str, ...]]:
-    """Name for results, all splits of the dataset, and the folders in which its rows may name files."""
+    """Return the dataset's name for results, all its splits, and the folders in which its rows may name files."""
     path = Path(os.path.expanduser(dataset_name))
     is_digits = dataset_name == "digits"
     is_local = not is_digits and (path.exists() or path.suffix == ".parquet" or not is_repository_name(dataset_name))
@@ -57,7 +57,7 @@ def open_splits(
     is_parquet_folder = any(file.name not in METADATA_FILES for file in parquet)
     if revision is not None and (is_digits or is_local):
         raise ValueError(
-            f"revision={revision!r} is only for datasets on the Hub, but dataset_name={dataset_name!r} is not one: "
+            f"revision={revision!r} is only for datasets on the Hub, but dataset_name={dataset_name!r} is not on the Hub: "
             "leave --dataset_revision out."
         )
     if config_name is not None and (is_digits or (is_local and not is_parquet_folder)):
@@ -84,7 +84,7 @@ def open_splits(
             "parquet, or give a folder of class subfolders with images."
         )
     if is_local:
-        # By default, its bar says that it downloads them.
+        # By default, the progress bar says that it downloads them.
         arguments["download_config"] = DownloadConfig(download_desc="Finding images")
     try:
         with _without_unpickling():
@@ -93,7 +93,7 @@ def open_splits(
                 warn_of_files_in_no_split(path, load_dataset_builder(**arguments).config.data_files)
             return name, splits, tuple(map(str, roots))
     except Exception as error:
-        # For damaged files `datasets` raises many types. Errors of the network and of permissions pass unchanged.
+        # For damaged files `datasets` raises many types of errors. Network and permission errors pass unchanged.
         here = "" if is_local else ", which is no file or folder here,"
         of_files = (FileNotFoundError, ValueError, DatasetsError)
         if isinstance(error, (ImportError, OSError)) and not isinstance(error, of_files):
@@ -107,17 +107,17 @@ def open_splits(
         told = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise kind(
             f"dataset_name={dataset_name!r}{here} could not be loaded ({type(told).__name__}: {shortened(str(told), 1000)}). "
-            "Expected a folder of class subfolders with images, a folder of parquet files, a .parquet file or a hub id (owner/name); "
-            "check --dataset_name, --dataset_config_name and --dataset_revision."
+            "Expected a folder of class subfolders with images, a folder of parquet files, a .parquet file or an id on the Hub "
+            "(owner/name); check --dataset_name, --dataset_config_name and --dataset_revision."
         ) from error
 
 
 @contextmanager
 def _without_unpickling() -> Iterator[None]:
-    """Refuse entries `.pth` of tar archives, for which `datasets` would call torch's (restricted) unpickler."""
+    """Refuse `.pth` entries of tar archives, for which `datasets` would call torch's (restricted) unpickler."""
 
     def refuse(_: bytes) -> None:
-        raise ValueError("an archive has an entry .pth, which is a pickle, expected images and labels as text or JSON")
+        raise ValueError("an archive has a .pth entry, which is a pickle, expected images and labels as text or JSON")
 
     before = WebDataset.DECODERS
     WebDataset.DECODERS = {**before, "pth": refuse}

@@ -1,4 +1,4 @@
-"""Pixels of a decoded image as the models take them."""
+"""Convert the pixels of a decoded image for the models."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from PIL import Image, ImageOps
 
 
 def to_array(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
-    """One image as uint8 (channels, size, size), values 0..255."""
+    """Convert one image to uint8 (channels, size, size), values 0..255."""
     image = _to_eight_bits(image)
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        # Dropping the alpha channel instead would show the colours under transparent pixels.
+        # If the alpha channel were dropped instead, the colours under transparent pixels would show.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     image = image.convert("L" if channels == 1 else "RGB")
-    # Scales the shorter side to size and keeps the centre; an image that fits is copied unchanged.
+    # Scale the shorter side to `size` and keep the centre; an image of this size is copied unchanged.
     image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
@@ -23,8 +23,8 @@ def to_array(image: Image.Image, *, size: int, channels: int) -> np.ndarray:
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Scale a grey image of more than 8 bits to 0..255; convert("L") would clip it at 255.
 
-    The scale must not depend on the single image, so it follows from the mode alone: "I;16" and "I" (in which Pillow
-    may open a 16-bit file) hold 0..65535, "F" holds 0..1.
+    The scale must be the same for all images, so only the mode decides it: "I;16" and "I" (in which Pillow may open a
+    16-bit file) have 0..65535, "F" has 0..1.
     """
     if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
         return image

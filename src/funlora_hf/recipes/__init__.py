@@ -1,1 +1,1 @@
-"""Recipes, YAML that gives arguments of a run, and their reading."""
+"""Recipes (YAML files with arguments of a run) and their reader."""

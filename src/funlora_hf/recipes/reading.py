@@ -13,14 +13,14 @@ import yaml
 from ..utils.checks import did_you_mean, shortened
 
 
-# Where the package's own recipes lie.
+# The folder of the package's recipes.
 _FOLDER = Path(__file__).parent
-# A recipe has some 2 kB; PyYAML's time grows with the length.
+# A recipe has about 2 kB; PyYAML's time grows with the length.
 MOST_BYTES = 2**16
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what a recipe does not need: aliases, which can make gigabytes of a few lines, and duplicate keys."""
+    """Loads YAML, but refuses aliases, which can make gigabytes out of a few lines, and duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -42,10 +42,10 @@ class _Loader(yaml.SafeLoader):
 
 def load_yaml(text: str | bytes) -> Any:
     """
-    The value of plain YAML: numbers, text, lists and mappings. No code in it runs, and no other objects are made.
+    Return the value of plain YAML: numbers, text, lists and mappings. It runs no code and creates no other objects.
 
     Raises:
-        ValueError: it is not plain YAML, has an alias or a key twice, or is longer than `MOST_BYTES`.
+        ValueError: the text is not plain YAML, has an alias or a duplicate key, or is longer than `MOST_BYTES`.
     """
     if len(text) > MOST_BYTES:
         raise ValueError(f"it has {len(text)} bytes, expected {MOST_BYTES} at most")
@@ -53,22 +53,22 @@ def load_yaml(text: str | bytes) -> Any:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    # PyYAML lets through whatever int(), float(), dates and base64 raise.
+    # PyYAML does not catch the errors of int(), float(), dates and base64.
     except Exception as error:
         raise ValueError(shortened(" ".join(str(error).split()), 300)) from error
 
 
 def recipe_names() -> list[str]:
-    """Names of the package's own recipes, sorted."""
+    """Return the names of the package's recipes, sorted."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
 def find_recipe(given: str | os.PathLike) -> Path:
     """
-    The file of a recipe: a path if there is such a file, else the name of one of the package's own.
+    Return the file of a recipe: `given` if there is such a file, otherwise the package's recipe with this name.
 
     Raises:
-        FileNotFoundError: neither; it lists the names.
+        FileNotFoundError: there is no such file or recipe; the error lists the names.
     """
     given, names = os.fspath(given), recipe_names()
     if given in names and not Path(given).is_file():
@@ -76,22 +76,22 @@ def find_recipe(given: str | os.PathLike) -> Path:
     if not Path(given).exists():
         raise FileNotFoundError(
             f"`config` is {given!r}, but there is no such file, and no such recipe.{did_you_mean(Path(given).stem, names)} "
-            f"Name a YAML file, or one of the recipes {', '.join(names)}."
+            f"Give a YAML file, or one of the recipes {', '.join(names)}."
         )
     return Path(given)
 
 
 def read_recipe(path: str | os.PathLike, known: Collection[str]) -> dict[str, Any]:
     """
-    The arguments in a recipe, a YAML file with a mapping or a name of `recipe_names`; none if it is empty.
+    Return the arguments in a recipe, which is a YAML file with a mapping or a name of `recipe_names`; an empty file has none.
 
     Raises:
         FileNotFoundError: no such file or name.
-        ValueError: a file that cannot be read, not YAML, not a mapping, or a key that is not in `known`; it names the file.
+        ValueError: the file cannot be read, is not YAML or not a mapping, or has a key that is not in `known`; it names the file.
     """
     path, found = os.fspath(path), find_recipe(path)
     try:
-        # One byte more shows that a file is too long, without reading all of it.
+        # One more byte shows that a file is too long, without reading all of it.
         with open(found, "rb") as file:
             recipe = load_yaml(file.read(MOST_BYTES + 1))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Give each prompt of a pipeline's call an adapter of its own."""
+"""Run each prompt of a pipeline's call through a separate adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..tuner_base.weights import cached_weights
 from ..utils.checks import check_at_least_one
 
 
-# Names in pipelines of the models that denoise, which get each prompt once for each of its images.
+# Names of the models in pipelines that denoise: they get each prompt once for each of its images.
 _DENOISERS = ("unet", "transformer")
 
 
@@ -26,21 +26,21 @@ def mixed_prompts(
     pipe: DiffusionPipeline, adapter_names: Sequence[str], *, num_images_per_prompt: int = 1
 ) -> Iterator[None]:
     """
-    Run each prompt of a pipeline's call through an adapter of its own, in its U-Net or transformer and in its text encoders.
+    Run each prompt of a pipeline's call through a separate adapter, in its U-Net or transformer and in its text encoders.
 
-    Under classifier-free guidance, most pipelines run all prompts twice in one batch, without and with the text. The samples of such
-    a batch are two equal halves, by which it is recognized. Effective weights are kept as in `cached_weights`.
+    With classifier-free guidance, most pipelines run all prompts twice in one batch, without and with the text. Such a batch is
+    recognized by its samples, which are two equal halves. Effective weights are kept as in `cached_weights`.
 
-    Other adapters that are active, such as a LoRA's, act on all prompts. `scale` of a call (`cross_attention_kwargs={"scale": 0.5}`)
-    reaches active adapters only: activate these before, by `pipe.set_adapters(["dog", "cat"])`.
+    Other active adapters, such as a LoRA, act on all prompts. `scale` of a call (`cross_attention_kwargs={"scale": 0.5}`) reaches
+    only active adapters: activate the adapters of the prompts first, by `pipe.set_adapters(["dog", "cat"])`.
 
     Args:
-        pipe ([`DiffusionPipeline`]): of diffusers, with FunLoRA adapters in its models.
-        adapter_names (`Sequence[str]`): the adapter of each prompt, `"__base__"` for none.
-        num_images_per_prompt (`int`, *optional*, defaults to 1): as given to the pipeline.
+        pipe ([`DiffusionPipeline`]): a pipeline of diffusers with FunLoRA adapters in its models.
+        adapter_names (`Sequence[str]`): the adapter of each prompt; `"__base__"`: no adapter.
+        num_images_per_prompt (`int`, *optional*, defaults to 1): the value that the pipeline gets.
 
     Raises:
-        ValueError: a name that no model of the pipeline has; inside, a call with another number of prompts or of images for each.
+        ValueError: an adapter that no model of the pipeline has; inside, a call with another number of prompts or images per prompt.
 
     Source: [ours].
 
@@ -68,7 +68,7 @@ def mixed_prompts(
 
 @contextmanager
 def _in_copies(pipe: Any, model: nn.Module, adapter_names: Sequence[str], images: int) -> Iterator[None]:
-    """Run a model's batches with these names for so many images each, repeated as often as the batch repeats its samples."""
+    """Run a model's batches with these names, each for `images` samples, repeated as often as a batch repeats its samples."""
     names = expand_adapter_names(adapter_names, num_images_per_prompt=images, do_classifier_free_guidance=False)
     thread = threading.get_ident()
     handles: list[Any] = []
@@ -84,12 +84,12 @@ def _in_copies(pipe: Any, model: nn.Module, adapter_names: Sequence[str], images
         is_valid = found * len(names) == len(batch) and all(torch.equal(first, other) for other in others)
         # Some pipelines do not say whether they double the batch.
         is_guided = getattr(pipe, "do_classifier_free_guidance", found > 1 or images > 1)
-        # Two equal halves are half as many prompts, run twice.
+        # Two equal halves mean that half as many prompts run twice.
         is_doubled = found == 1 and is_guided and len(batch) % 2 == 0 and torch.equal(*batch.chunk(2))
         if not is_valid or is_doubled or (found > 1 and not is_guided):
             raise ValueError(
                 f"`adapter_names` has {len(adapter_names)} names and `num_images_per_prompt` is {images}, but {type(module).__name__} "
-                f"got a batch of {len(batch)} samples, expected {len(names)}, all different, or under guidance copies of them: pass "
+                f"got a batch of {len(batch)} samples, expected {len(names)}, all different, or with guidance copies of them: pass "
                 "one name for each prompt, and the `num_images_per_prompt` of the call."
             )
         if found != copies:
@@ -113,18 +113,18 @@ def expand_adapter_names(
     adapter_names: Sequence[str], *, num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = True
 ) -> list[str]:
     """
-    Names for `mixed_batch` in your own sampling loop, from the adapter of each prompt. For a pipeline's call, use `mixed_prompts`.
+    Expand the adapter of each prompt to the names for `mixed_batch`, in your own sampling loop.
 
-    As pipelines do, it repeats each prompt `num_images_per_prompt` times, and with classifier-free guidance the whole batch twice,
-    without and with the prompts.
+    For a pipeline's call, use `mixed_prompts`. Like pipelines, it repeats each prompt `num_images_per_prompt` times, and with
+    classifier-free guidance the whole batch twice, without and with the prompts.
 
     Args:
         adapter_names: the adapter of each prompt.
-        num_images_per_prompt: as given to the pipeline.
-        do_classifier_free_guidance: whether its `guidance_scale` is above 1.
+        num_images_per_prompt: images for each prompt.
+        do_classifier_free_guidance: whether `guidance_scale` is above 1.
 
     Returns:
-        One name for each sample that the model sees.
+        One name for each sample in the model's batch.
     """
     names = [name for name in adapter_names for _ in range(num_images_per_prompt)]
     return names * 2 if do_classifier_free_guidance else names

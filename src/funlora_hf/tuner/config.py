@@ -1,4 +1,4 @@
-"""FunLoraConfig: what a FunLoRA adapter is made of."""
+"""FunLoraConfig: the configuration of a FunLoRA adapter."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ class FunLoraConfig(PeftConfig):
     The configuration of a [`FunLoraModel`].
 
     Args:
-        r (`int`): Rank of the product A B before the functions are applied. The paper uses 1 throughout.
+        r (`int`): Rank of the product A B before the functions are applied. The paper always uses 1.
         function (`str`): "cosine", "power", "shift" or "identity" (plain A B, the vanilla baseline).
-        num_functions (`int`): p, the number of functions summed up; "identity" ignores it.
-        train_omega (`bool`): Whether the frequencies of "cosine" or the exponents of "power" are learned; else they stay at 1..p and
-            are not stored.
+        num_functions (`int`): p, the number of functions in the sum; "identity" ignores it.
+        train_omega (`bool`): Whether the frequencies of "cosine" or the exponents of "power" are learned; otherwise they stay at 1..p
+            and are not stored.
         operation (`str`): How the functional matrix F acts on the weight: "mul" (`W * F`), "add" (`W + F`) or "mul-add"
-            (`W * F + G` with a second functional matrix G of its own factors).
-        ratio (`int`): rho: A and B keep one entry for `ratio` neighbouring channels.
-        init_weights (`bool`): True: the adapter starts as the identity. False: a random start that is not the identity, for tests.
-        target_modules (`Union[list[str], str]`, *optional*): Names of modules to adapt, or a regex. Conv2d and Linear are supported. "all-conv" means every Conv2d.
-            None means the paper's selection, the middle of the decoder, on a `UNet2DModel` or `UNet2DConditionModel`;
-            `select_layers` gives others.
+            (`W * F + G`, where G is a second functional matrix with separate factors).
+        ratio (`int`): rho: A and B have one entry for every `ratio` neighbouring channels.
+        init_weights (`bool`): True: the adapter starts as the identity. False: it starts at random values that are not the identity,
+            for tests.
+        target_modules (`Union[list[str], str]`, *optional*): Names of modules to adapt, or a regex. Conv2d and Linear are supported.
+            "all-conv" means every Conv2d. None means the paper's selection, the middle of the decoder, on a `UNet2DModel` or
+            `UNet2DConditionModel`; `select_layers` returns other selections.
         exclude_modules (`Union[list[str], str]`, *optional*): Names of modules not to adapt, or a regex.
-        modules_to_save (`list[str]`, *optional*): Modules besides the adapter that are trained and saved whole.
+        modules_to_save (`list[str]`, *optional*): Modules besides the adapter that are trained and saved completely.
         layers_to_transform (`Union[list[int], int]`, *optional*): Layer indexes to adapt, if `target_modules` is a list.
-        layers_pattern (`Union[list[str], str]`, *optional*): Name of the `nn.ModuleList` that the indexes count, if `layers_to_transform` is given.
-        class_embedding (`str`, *optional*): Name of an `nn.Embedding` whose output the adapter replaces by a learned vector of its own, for every
-            label, so that a base with two classes can serve a thousand. On a `UNet2DModel`: "class_embedding".
+        layers_pattern (`Union[list[str], str]`, *optional*): Name of the `nn.ModuleList` that the indexes refer to, if
+            `layers_to_transform` is given.
+        class_embedding (`str`, *optional*): Name of an `nn.Embedding`. The adapter replaces its output by one learned vector, for
+            every label, so that a base with two classes can serve a thousand. On a `UNet2DModel`: "class_embedding".
         class_label (`int`, *optional*): Id of the class that the adapter generates.
-        class_name (`str`, *optional*): Its name.
-        base_fingerprint (`dict[str, str]`, *optional*): SHA-256 of the base that the adapter was trained for, by the precision that it is loaded in: what
-            `base_fingerprints` returns. An adapter that has it loads onto no other base. Source: [ours].
+        class_name (`str`, *optional*): Name of this class.
+        base_fingerprint (`dict[str, str]`, *optional*): Precision in which the base is loaded -> SHA-256 of the base that the adapter
+            was trained for, as `base_fingerprints` returns it. An adapter with a fingerprint loads onto no other base. Source: [ours].
 
     Raises:
-        ValueError: for an unknown function or operation, for numbers out of range and for fields of another type, naming
-            the field.
+        ValueError: an unknown function or operation, a number out of range or a value of the wrong type; it names the field.
 
     Source: arXiv 2510.02631 for r, function, num_functions, operation and ratio [text].
     """
@@ -102,9 +103,9 @@ class FunLoraConfig(PeftConfig):
 
     @property
     def learns_omega(self) -> bool:
-        """Whether the adapter has an omega of its own."""
+        """Whether the adapter learns and stores omega."""
         return self.train_omega and self.function in FUNCTIONS_WITH_OMEGA
 
     def to_dict(self) -> dict:
-        """The configuration as a dictionary; sets come sorted, so that equal adapters give equal files."""
+        """Return the configuration as a dictionary, with sets as sorted lists: equal adapters give equal files."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}

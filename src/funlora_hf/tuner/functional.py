@@ -1,4 +1,4 @@
-"""The maths of FunLoRA: the functional matrix F, its initial values, and how it is expanded to a weight.
+"""Compute the functional matrix F and its initial values, and expand it to the shape of a weight.
 
 Marks: [exact] matches the paper's numbers (arXiv 2510.02631), [text] its prose, [ours] is our choice.
 """
@@ -22,11 +22,11 @@ OPERATIONS = ("mul", "add", "mul-add")
 # Below this magnitude |x|^omega continues linearly, so that its gradient is finite at x = 0 for every omega.
 SMALLEST_BASE = 1e-6
 
-# Entries of F from which interpolation is faster than the plain formula, and from which the terms of the plain formula
-# are computed again in the backward pass instead of kept. Measured on a CPU (benchmarks/functional_matrix.py).
+# From this many entries of F on, interpolation is faster than the plain formula; from the second number on, the backward pass
+# computes the terms of the plain formula again instead of keeping them. Measured on a CPU (benchmarks/functional_matrix.py).
 INTERPOLATED_SIZE = 128 * 256
 RECOMPUTED_SIZE = 256 * 256
-# The largest omega A B from which on interpolation has accurate gradients.
+# Interpolation has accurate gradients if the largest omega A B is at least this.
 SMALLEST_ARGUMENT = 0.1
 
 
@@ -38,7 +38,7 @@ def functional_matrix(
     *,
     function: str = "cosine",
 ) -> torch.Tensor:
-    """F = (1/p) * sum_i alpha_i * f_i(A, B); `identity` is F = A B without alpha and sum.
+    """Compute F = (1/p) * sum_i alpha_i * f_i(A, B); `identity` is F = A B without alpha and sum.
 
     | function   | f_i(A, B)                                                        |
     |------------|------------------------------------------------------------------|
@@ -47,22 +47,21 @@ def functional_matrix(
     | `shift`    | roll(A, i, dims=0) roll(B, i, dims=1), i = 0..p-1                  |
     | `identity` | A B                                                              |
 
-    Computed in float32 at least, also under autocast: the cosine of a large argument loses all digits in bfloat16.
-    float64 stays float64.
+    F is computed in float32 or float64, also under autocast: the cosine of a large argument loses all digits in bfloat16.
 
     Args:
         A: `(C_out, r)`, real.
         B: `(r, C_in)`, real.
-        alpha: `(p,)`, weights of the p functions. Required, except for `identity`, which has none.
+        alpha: `(p,)`, weights of the p functions. Required, except for `identity`, which takes no alpha.
         omega: `(p,)`, frequencies of `cosine` or exponents of `power`; None means 1..p (for `power` the plain integer
-            powers). `shift` and `identity` have none.
+            powers). `shift` and `identity` take no omega.
         function: "cosine", "power", "shift" or "identity".
 
     Returns:
         F, `(C_out, C_in)`, float32 or float64.
 
     Raises:
-        ValueError: unknown function, an argument that the function lacks or does not take, or shapes that do not fit.
+        ValueError: an unknown function, an argument that is missing or that the function does not take, or shapes that do not match.
 
     Source: arXiv 2510.02631, the functional matrix [text]; the range of the shift and omega = 1..p are [ours].
     """
@@ -70,7 +69,7 @@ def functional_matrix(
     _check_arguments(A, B, alpha, omega, function)
     with without_autocast(A.device.type):
         A, B = _at_least_float32(A), _at_least_float32(B)
-        if alpha is None:  # only `identity` has none
+        if alpha is None:  # only for `identity`
             return _product(A, B)
         alpha = _at_least_float32(alpha)
         omega = None if omega is None else _at_least_float32(omega)
@@ -89,11 +88,11 @@ def functional_matrix(
 def initial_alpha(
     function: str, num_functions: int, operation: str = "mul", omega: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """The alpha with which an adapter whose A B is 1 everywhere starts as the identity.
+    """Return the alpha for which an adapter with A B = 1 everywhere starts as the identity.
 
-    `alpha_0 = p * e * v / ||v||^2` with `v_i = f_i(1, 1)`; e = 1 for "mul" and the factor of "mul-add", e = 0 for "add":
-    the alpha of least norm that gives F = e. It is 1 for `shift` and `power`, as in the paper. For the term of "mul-add",
-    call it with "add".
+    `alpha_0 = p * e * v / ||v||^2` with `v_i = f_i(1, 1)` is the alpha of least norm that gives F = e, where e = 1 for "mul"
+    and the factor of "mul-add", and e = 0 for "add". It is 1 for `shift` and `power`, as in the paper. For the term of
+    "mul-add", pass "add".
 
     Args:
         function: "cosine", "power", "shift" or "identity".
@@ -105,10 +104,10 @@ def initial_alpha(
         alpha, `(p,)`, float32 (float64 for a float64 omega); None for `identity`, which has no alpha.
 
     Raises:
-        ValueError: unknown function or operation, p < 1, an omega of another length, or an omega for which every
+        ValueError: an unknown function or operation, p < 1, an omega whose length is not p, or an omega for which every
             f_i(1, 1) is zero, so that no alpha gives the identity.
 
-    Source: [ours]; the paper starts A and B at one and says that this preserves the identity, which for `cosine` with
+    Source: [ours]; the paper starts A and B at one and says that this preserves the identity, but for `cosine` with
     alpha = 1 it does not (F = -0.14).
     """
     check_choice("function", function, FUNCTIONS)
@@ -117,11 +116,13 @@ def initial_alpha(
     if function == "identity":
         return None
     if omega is not None and omega.shape != (num_functions,):
-        raise ValueError(f"`omega` has shape {tuple(omega.shape)}, expected ({num_functions},): one entry a function.")
+        raise ValueError(
+            f"`omega` has shape {tuple(omega.shape)}, expected ({num_functions},): one entry for each function."
+        )
     dtype = torch.float32 if omega is None else torch.promote_types(omega.dtype, torch.float32)
     if operation == "add":
         return torch.zeros(num_functions, dtype=dtype)
-    # In Python's floats, since under `with torch.device("meta")` a tensor holds no values.
+    # In Python's floats, since under `with torch.device("meta")` a tensor has no values.
     values = [1.0] * num_functions
     if function == "cosine":
         frequencies = range(1, num_functions + 1) if omega is None else omega.tolist()
@@ -133,14 +134,17 @@ def initial_alpha(
 
 
 def default_omega(num_functions: int, like: torch.Tensor | None = None) -> torch.Tensor:
-    """omega = 1..p, `(p,)`, float32, or dtype and device of `like`. Source: [text] for `power`, [ours] for `cosine`."""
+    """Return omega = 1..p, `(p,)`, in float32 or with dtype and device of `like`.
+
+    Source: [text] for `power`, [ours] for `cosine`.
+    """
     made = {"dtype": torch.float32} if like is None else {"dtype": like.dtype, "device": like.device}
     return torch.arange(1, num_functions + 1, **made)
 
 
 def reduced_size(channels: int, ratio: int) -> int:
-    """Entries that a factor keeps for `channels` at the reduction `ratio`: rounded up. Source: Table IV [exact]."""
-    # In integers: a ratio may be larger than any float.
+    """Return the number of entries of a factor for `channels` at this `ratio`, rounded up. Source: Table IV [exact]."""
+    # With integers only: a ratio may be larger than any float.
     return -(-channels // ratio)
 
 
@@ -150,22 +154,22 @@ def expand(F: torch.Tensor, ratio: int, shape: torch.Size) -> torch.Tensor:
     Args:
         F: `(ceil(C_out / ratio), ceil(C_in / ratio))`.
         ratio: >= 1.
-        shape: of the weight, `(C_out, C_in, ...)`.
+        shape: shape of the weight, `(C_out, C_in, ...)`.
 
     Returns:
-        `(C_out, C_in, 1, ...)`, with as many trailing ones as the weight has kernel dimensions.
+        `(C_out, C_in, 1, ...)`, with a trailing one for each kernel dimension of the weight.
 
     Source: Table IV [exact] for the counts; which channels share an entry is [ours].
     """
     if ratio > 1:
-        # No more copies of an entry than there are channels, however large the ratio is.
+        # At most one copy of an entry for each channel, even if the ratio is larger.
         rows, columns = (min(ratio, size) for size in shape[:2])
         F = F.repeat_interleave(rows, dim=0)[: shape[0]].repeat_interleave(columns, dim=1)[:, : shape[1]]
     return F.reshape(*F.shape, *(1 for _ in shape[2:]))
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Switch autocast off; on the meta device, which infers shapes, there is none."""
+    """Switch autocast off, on devices that have it; the meta device, which infers shapes, does not."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
@@ -194,20 +198,20 @@ def _power(A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor, omega: torch.T
 
 
 def _weighted(alpha: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
-    """(1/p) sum_i alpha_i terms_i: alpha `(p,)`, terms `(p, m, n)` -> `(m, n)`."""
+    """Compute (1/p) sum_i alpha_i terms_i: alpha `(p,)`, terms `(p, m, n)` -> `(m, n)`."""
     return torch.tensordot(alpha, terms, dims=1) / alpha.numel()
 
 
 def _recomputed(function: Callable, entries: int, *tensors: torch.Tensor | None) -> torch.Tensor:
-    """`function(*tensors)`; for a large F, autograd keeps only the arguments."""
-    # Under torch.func `_Recomputed`, which calls autograd itself, has no rule.
+    """Call `function(*tensors)`; for a large F, autograd keeps only the arguments."""
+    # `_Recomputed` calls autograd itself, so torch.func has no rule for it.
     if entries < RECOMPUTED_SIZE or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function(*tensors)
     return _Recomputed.apply(function, *tensors)
 
 
 class _Recomputed(torch.autograd.Function):
-    """`function(*tensors)`, computed again in the backward pass; torch's `checkpoint` takes 0.3 ms more a call."""
+    """Compute `function(*tensors)` again in the backward pass; torch's `checkpoint` takes 0.3 ms more per call."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable, *tensors: torch.Tensor | None) -> torch.Tensor:
@@ -233,12 +237,12 @@ class _Interval(NamedTuple):
     half: float
 
     def chebyshev(self, x: torch.Tensor) -> torch.Tensor:
-        """The polynomials T_0 .. T_(size - 1) at the entries of x, `(x.numel(), size)`, float64."""
+        """Compute the polynomials T_0 .. T_(size - 1) at the entries of x, `(x.numel(), size)`, float64."""
         orders = torch.arange(self.size, dtype=torch.float64, device=x.device)
         return torch.cos(torch.arccos((x.double().reshape(-1, 1) - self.center) / self.half) * orders)
 
     def nodes_and_transform(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The nodes, `(size,)`, and the matrix `(size, size)` from values there to coefficients of the polynomials."""
+        """Return the nodes, `(size,)`, and the matrix `(size, size)` from values at the nodes to Chebyshev coefficients."""
         orders = torch.arange(self.size, dtype=torch.float64, device=device)
         angles = (orders + 0.5) * (math.pi / self.size)
         transform = torch.cos(orders[:, None] * angles) * (2 / self.size)
@@ -247,10 +251,10 @@ class _Interval(NamedTuple):
 
 
 def _intervals(A: torch.Tensor, B: torch.Tensor, omega: torch.Tensor) -> tuple[_Interval, _Interval] | None:
-    """How to interpolate cos(omega a b) over the entries of A and of B.
+    """Choose the intervals in which to interpolate cos(omega a b) over the entries of A and of B.
 
-    None where that is not faster, where omega a b is so small that the coefficients' rounding would be visible in gradients,
-    where values cannot be read (under vmap), or without float64 (MPS).
+    Return None if interpolation is not faster, if omega a b is so small that the rounding of coefficients would show in
+    gradients, if values cannot be read (under vmap), or if the device has no float64 (MPS).
     """
     if A.device.type == "mps":
         return None
@@ -264,13 +268,13 @@ def _intervals(A: torch.Tensor, B: torch.Tensor, omega: torch.Tensor) -> tuple[_
         return None
     found = []
     for (low, high), (other_low, other_high), size in ((of_a, of_b, A.numel()), (of_b, of_a, B.numel())):
-        # A margin, and a least width for equal entries, keep the derivative of arccos finite.
+        # A margin, and a minimum width for equal entries, keep the derivative of arccos finite.
         center, half = (low + high) / 2, max(1.1 * (high - low) / 2, 1e-2)
         other_half = max(1.1 * (other_high - other_low) / 2, 1e-2)
         c = half * fastest * (abs(other_low + other_high) / 2 + other_half)
         if not math.isfinite(c):
             return None
-        # The coefficients of cos(c t) are 2 J_k(c), which from this k on are below 1e-16 (in float32 1e-8).
+        # The coefficients of cos(c t) are 2 J_k(c); from this k on they are below 1e-16 (in float32 1e-8).
         spread, more = (7, 8) if A.dtype == torch.float64 else (5, 6)
         count = int(c + spread * c ** (1 / 3) + more)
         if 3 * count > size:
@@ -282,15 +286,15 @@ def _intervals(A: torch.Tensor, B: torch.Tensor, omega: torch.Tensor) -> tuple[_
 def _cosine_factors(
     along_a: _Interval, along_b: _Interval, A: torch.Tensor, B: torch.Tensor, alpha: torch.Tensor, omega: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two matrices, `(C_out, K)` and `(K, C_in)`, of which `_cosine` at r = 1 is the product, by Chebyshev interpolation.
+    """Factorize `_cosine` at r = 1 into two matrices, `(C_out, K)` and `(K, C_in)`, by Chebyshev interpolation.
 
-    F_ij = g(a_i b_j) with a smooth g, so some 40 nodes replace all rows: F = T(a) C T(b)^T, where C `(K_a, K_b)` holds the
-    coefficients of g over both intervals. In float64 up to here, which keeps gradients accurate.
+    F_ij = g(a_i b_j) with a smooth g, so about 40 nodes replace all rows: F = T(a) C T(b)^T, where C `(K_a, K_b)` has the
+    coefficients of g over both intervals. The computation is in float64, which keeps gradients accurate; the result is cast.
 
     Source: [ours]; equal to the plain formula up to rounding.
     """
     (a, to_a), (b, to_b) = (interval.nodes_and_transform(A.device) for interval in (along_a, along_b))
-    # Keeping the terms at the nodes, in float64, takes more memory than F only where F is small.
+    # The terms at the nodes, in float64, take more memory than F only if F is small.
     kept, entries = 12 * omega.numel() * a.numel() * b.numel(), A.numel() * B.numel()
     alpha, omega = alpha.double(), omega.double()
     at_nodes = _recomputed(_cosine, entries if kept > entries else 0, a[:, None], b[None], alpha, omega)
@@ -307,7 +311,7 @@ def _check_arguments(
 ) -> None:
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] != B.shape[0]:
         raise ValueError(
-            f"`A` has shape {tuple(A.shape)} and `B` {tuple(B.shape)}, expected (C_out, r) and (r, C_in) with one r."
+            f"`A` has shape {tuple(A.shape)} and `B` {tuple(B.shape)}, expected (C_out, r) and (r, C_in) with the same r."
         )
     if (alpha is None) != (function == "identity"):
         remedy = "leave it out" if function == "identity" else "pass a tensor of shape (p,), see `initial_alpha`"
@@ -315,6 +319,8 @@ def _check_arguments(
     if alpha is not None and (alpha.dim() != 1 or alpha.numel() == 0):
         raise ValueError(f"`alpha` has shape {tuple(alpha.shape)}, expected (p,) with p >= 1.")
     if omega is not None and function not in FUNCTIONS_WITH_OMEGA:
-        raise ValueError(f"`omega` is given, but function={function!r} has none: leave it out.")
+        raise ValueError(f"`omega` is given, but function={function!r} takes no omega: leave it out.")
     if omega is not None and alpha is not None and omega.shape != alpha.shape:
-        raise ValueError(f"`omega` has shape {tuple(omega.shape)}, expected that of `alpha`, {tuple(alpha.shape)}.")
+        raise ValueError(
+            f"`omega` has shape {tuple(omega.shape)}, expected the shape of `alpha`, {tuple(alpha.shape)}."
+        )

@@ -1,4 +1,4 @@
-"""Copy the values of another adapter into one that is in a model, without compiling again."""
+"""Copy the values of another adapter into an adapter of a model, without compiling again."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _COMPILED = "_orig_mod"
 
 def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default") -> None:
     """
-    Copy the values of another adapter into one that is in the model.
+    Copy the values of another adapter into an adapter that is in the model.
 
     The parameters stay the same objects, so that a compiled model needs one compilation for any number of classes;
-    `set_adapter` compiles again for each. If this raises, nothing has changed.
+    with `set_adapter`, torch compiles again for each class. If this raises, nothing has changed.
 
     Args:
         model (`torch.nn.Module`): a PeftModel, a tuner, or a module with adapter layers in it, also compiled or under DDP.
-        state_dict (`Mapping[str, torch.Tensor]`): the other adapter as PEFT saves it: what `safetensors.torch.load_file` gives
-            for its `adapter_model.safetensors`, or `get_peft_model_state_dict`. It must have the same config; its tensors
-            show only in part whether it has (`cosine` and `power` look alike).
+        state_dict (`Mapping[str, torch.Tensor]`): the other adapter as PEFT saves it: what `safetensors.torch.load_file` returns
+            for its `adapter_model.safetensors`, or what `get_peft_model_state_dict` returns. It must have the same config; the
+            tensors show only in part whether it does (`cosine` and `power` have the same shapes).
         adapter_name (`str`, *optional*, defaults to `"default"`): the adapter in the model whose values are replaced.
 
     Raises:
-        ValueError: the model has no such adapter, it is merged, or tensors are missing, unexpected, of another shape
+        ValueError: the model has no such adapter, the adapter is merged, or tensors are missing, unexpected, of another shape
             or not finite; the error names them.
 
     Source: [ours].
@@ -66,12 +66,12 @@ def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], ad
 
 
 def wrapped_model(model: nn.Module) -> nn.Module:
-    """The model that the adapters were added to, without its wrappers."""
+    """Return the model that the adapters were added to, without its wrappers."""
     return without_peft(extract_model_from_parallel(model, keep_torch_compile=False))
 
 
 def saved_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The live tensors of an adapter by the key that PEFT saves them under, less PEFT's prefix."""
+    """Yield the tensors of an adapter in the model, with the keys under which PEFT saves them, without PEFT's prefix."""
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer):
             for part in module.adapter_layer_names:
@@ -84,5 +84,5 @@ def saved_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, to
 
 
 def plain_key(key: str) -> str:
-    """The key of a saved tensor without the prefixes of PEFT and `torch.compile`."""
+    """Return the key of a saved tensor without the prefixes of PEFT and `torch.compile`."""
     return ".".join(part for part in key.split(".") if part != _COMPILED).removeprefix(SAVED_PREFIX)

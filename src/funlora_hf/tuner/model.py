@@ -62,9 +62,9 @@ class FunLoraModel(AdapterModel):
                 found = {
                     name: None for attention in attentions(model).values() for name in projection_names(attention)
                 }
-                targets = f" Try those of its attention: {list(found)}." if found else ""
+                targets = f" Try the projections of its attention: {list(found)}." if found else ""
                 raise ValueError(
-                    "Please specify `target_modules` in `peft_config`: None is the middle of the decoder of a "
+                    "Please specify `target_modules` in `peft_config`: None means the middle of the decoder of a "
                     "UNet2DModel or UNet2DConditionModel in its standard form, and the model is a "
                     f"{type(model).__name__}.{targets}"
                 )
@@ -113,7 +113,7 @@ def _check_class_embedding(config: FunLoraConfig, model: nn.Module) -> None:
     if not matches:
         raise ValueError(
             f"`class_embedding` is {config.class_embedding!r}, but {type(model).__name__} has no such module. Name its "
-            "class embedding (a UNet2DModel has one if it is built with `num_class_embeds`), or leave it None."
+            "class embedding (a UNet2DModel has one if it is built with `num_class_embeds`), or pass None."
         )
     for key, module in matches.items():
         check_no_other_method(key, module, FunLoraLayer)
@@ -121,18 +121,18 @@ def _check_class_embedding(config: FunLoraConfig, model: nn.Module) -> None:
         if not isinstance(base, nn.Embedding):
             raise ValueError(
                 f"`class_embedding` is {config.class_embedding!r}, but {key} is a {type(base).__name__}, expected an "
-                "nn.Embedding. Name another module, or leave it None."
+                "nn.Embedding. Name another module, or pass None."
             )
         remember_place(base, model, key)  # the class vector starts at the mean of its rows
         _check_plain(key, base, nn.Embedding)
 
 
 def _check_plain(name: str, module: nn.Module, module_cls: type[nn.Module]) -> None:
-    """Refuse a subclass with its own forward, and a weight that a quantizer has replaced (torchao, bitsandbytes)."""
-    # None is a weight that a parametrization computes from plain tensors.
+    """Refuse a subclass that overrides forward, and a weight that a quantizer has replaced (torchao, bitsandbytes)."""
+    # A weight that a parametrization computes from plain tensors is None here.
     weight = module._parameters.get("weight")
     if type(module).forward is not module_cls.forward:
-        problem = f"does not compute as torch's {module_cls.__name__}, for example since it is quantized"
+        problem = f"does not compute as torch's {module_cls.__name__}, for example because it is quantized"
     elif weight is not None and not (
         isinstance(weight, _PLAIN_TENSORS) and type(weight.data) in _PLAIN_TENSORS and weight.is_floating_point()
     ):

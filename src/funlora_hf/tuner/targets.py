@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter may target, and does by default, by the names and structure of modules."""
+"""Find the layers of a model that an adapter may target, and its default targets, by names and structure of modules."""
 
 from __future__ import annotations
 
@@ -12,39 +12,42 @@ from ..tuner_base.wrappers import has_class, plain_modules, without_peft
 ALL_CONV = "all-conv"
 UNETS = {"UNet2DModel", "UNet2DConditionModel"}
 
-# Projections of an attention by diffusers that are made of others by `fuse_qkv_projections`, and of which.
+# Projections that `fuse_qkv_projections` adds to an attention of diffusers, and the projections that each one replaces.
 FUSED_PROJECTIONS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
 
-# In order of execution; of those, only some U-Nets have `add_embedding` (with convolutions if it embeds an image hint).
+# In order of execution; only some U-Nets have `add_embedding` (with convolutions if it embeds an image hint).
 _PARTS = ("add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
 
 
 def check_is_called(name: str, attention: nn.Module) -> None:
     """
-    Raise a ValueError if an attention by diffusers does not call a projection, where an adapter would have no effect.
+    Raise a ValueError if an attention of diffusers does not call a projection: an adapter there would have no effect.
 
     Args:
-        name: of the projection in the model.
-        attention: the module that has it.
+        name: name of the projection in the model.
+        attention: the attention that has this projection.
     """
     called, uncalled, calls_fused = _projections(attention)
     if name.rpartition(".")[2] in uncalled:
         raise ValueError(
             f"Target module {name} is not called, since the projections of its attention are {'' if calls_fused else 'not '}"
             f"fused: target {', '.join(called)} instead, or call "
-            f"`{'un' if calls_fused else ''}fuse_qkv_projections` before."
+            f"`{'un' if calls_fused else ''}fuse_qkv_projections` first."
         )
 
 
 def _projections(attention: Any) -> tuple[list[str], list[str], bool]:
-    """Of the projections of an attention that are fused and their parts: those called, those not, and whether it is the fused ones."""
+    """Return the projections that an attention calls, those that it does not, and whether it calls the fused ones.
+
+    Only fused projections and the projections that they replace are listed.
+    """
     fused = [layer for layer in FUSED_PROJECTIONS if layer in attention._modules]
     parts = [part for layer in fused for part in FUSED_PROJECTIONS[layer]]
-    # Of the class `Attention`, the processor decides: a model that is unfused again keeps the fused layers.
+    # In the class `Attention`, the processor decides: the fused layers stay in a model after it is unfused.
     calls_fused = getattr(attention, "fused_projections", False) and (
         not has_class(attention, "Attention") or "Fused" in type(attention.processor).__name__
     )
@@ -52,30 +55,30 @@ def _projections(attention: Any) -> tuple[list[str], list[str], bool]:
 
 
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The attentions by diffusers in a model, by name."""
+    """Return the attentions of diffusers in a model, by name."""
     return {name: module for name, module in plain_modules(model) if hasattr(module, "fused_projections")}
 
 
 def projection_names(attention: nn.Module) -> list[str]:
-    """Names in an attention by diffusers of the Linear layers that it calls, such as "to_q" and "to_out.0"."""
+    """Return the names of the Linear layers that an attention of diffusers calls, such as "to_q" and "to_out.0"."""
     _, uncalled, _ = _projections(attention)
     return [name for name in linear_names(attention) if name not in uncalled]
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """Names of all Linear layers of a model in the order of `named_modules`, also where adapters have wrapped them."""
+    """Return the names of all Linear layers of a model in the order of `named_modules`, wrapped by adapters or not."""
     return list(dict.fromkeys(name for name, module in plain_modules(model) if isinstance(module, nn.Linear)))
 
 
 def conv_names(model: nn.Module) -> list[str]:
-    """Names of all Conv2d of a model in the order of `named_modules`, also where adapters have wrapped them."""
+    """Return the names of all Conv2d of a model in the order of `named_modules`, wrapped by adapters or not."""
     return list(dict.fromkeys(name for name, module in plain_modules(model) if isinstance(module, nn.Conv2d)))
 
 
 def knows_order(model: nn.Module) -> bool:
-    """Whether `unet_conv_names` is right for this model: a diffusers U-Net of two dimensions with its standard parts.
+    """Whether `unet_conv_names` is correct for this model: a diffusers U-Net for 2D images with its standard parts.
 
-    It is not with `dual_cross_attention`, where a setting of each block decides which of two transformers runs first.
+    With `dual_cross_attention` it is not: a setting of each block decides which of two transformers runs first.
     """
     unet = without_peft(model)
     return (
@@ -86,11 +89,11 @@ def knows_order(model: nn.Module) -> bool:
 
 
 def unet_conv_names(unet: nn.Module) -> list[str]:
-    """Names of all Conv2d of a U-Net (see `knows_order`) in order of execution, which is the paper's numbering.
+    """Return the names of all Conv2d of a U-Net (see `knows_order`) in order of execution, the paper's numbering.
 
     `named_modules` lists the decoder before the middle block, and the attentions of a block before the resnets with
-    which they alternate. In a resnet the shortcut comes last, which is also where it runs; upsamplers and
-    downsamplers run after the resnets and attentions of their block.
+    which they alternate. In a resnet the shortcut is the last module and runs last; upsamplers and downsamplers run
+    after the resnets and attentions of their block.
 
     Source: Table I [exact].
     """
@@ -104,28 +107,28 @@ def unet_conv_names(unet: nn.Module) -> list[str]:
         if part != "mid_block":
             block, *rest = int(rest[0]), *rest[1:]
         if rest[0] in ("resnets", "attentions"):
-            # Also in the middle block, which begins with a resnet.
+            # The same in the middle block, which begins with a resnet.
             within = (0, int(rest[1]), rest[0] == "attentions")
         else:
-            # The up blocks with skips register `resnet_up` before `skip_conv` and run it after.
+            # Up blocks with skips register `resnet_up` before `skip_conv`, and run it after.
             within = (1, rest[0] == "resnet_up")
         return (_PARTS.index(part), block, *within)
 
-    # sorted() is stable: apart from these, the order of registration is the order of execution.
+    # sorted() is stable: in all other cases, the order of registration is the order of execution.
     return sorted(conv_names(unet), key=position)
 
 
 def decoder(unet: nn.Module) -> list[str]:
-    """Names of the Conv2d of a U-Net's up blocks, in order of execution. Source: [ours], the paper gives ranges."""
+    """Return the names of the Conv2d of a U-Net's up blocks in order of execution. Source: [ours], the paper has ranges."""
     return [name for name in unet_conv_names(unet) if name.startswith("up_blocks.")]
 
 
 def decoder_middle(unet: nn.Module) -> list[str]:
-    """The paper's layers, the middle of the decoder, carried over to any U-Net of diffusers.
+    """Return the paper's layers, the middle of the decoder, for any U-Net of diffusers.
 
     The decoder's N resnets are numbered in order of execution from 0; the rule takes resnets N//3 .. 3N//4 - 1 and the
-    upsamplers after them. On the paper's CIFAR backbone, conv1 and conv2 of the first are dropped, so that the
-    selection is its range 40..54 exactly; on its ImageNet-100 backbone the rule gives 40..56.
+    upsamplers after them. On the paper's CIFAR backbone, conv1 and conv2 of the first resnet are left out, so that the
+    selection is exactly the paper's range 40..54; on its ImageNet-100 backbone the rule gives 40..56.
 
     Returns:
         Names of Conv2d, in order of execution.

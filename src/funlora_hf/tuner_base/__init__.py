@@ -1,1 +1,1 @@
-"""What tuners for PEFT need that PEFT does not have, whatever their method: shared by `tuner` and `baselines`."""
+"""Code that tuners of any method need and PEFT does not have; `tuner` and `baselines` share it."""

@@ -15,17 +15,17 @@ def set_block_weights(model: nn.Module, weights: Mapping[str, float], adapter_na
     """
     Set how strongly adapters act in each part of a model: 0 is the base, 1 the adapter as trained.
 
-    The dictionary that `set_adapters` of diffusers takes reaches blocks with attention only, and leaves the others at 1.
+    The dictionary that `set_adapters` of diffusers takes only reaches blocks with attention, and leaves the others at 1.
 
     Args:
-        model (`torch.nn.Module`): such as `pipe.unet` or a PeftModel, with adapters of FunLoRA or LoRA.
+        model (`torch.nn.Module`): a model with adapters of FunLoRA or LoRA, such as `pipe.unet` or a PeftModel.
         weights (`Mapping[str, float]`):
-            By names of modules, such as `{"down_blocks.0": 0.5, "mid_block": 0.0, "up_blocks.1.resnets": 0.2}`. Of several names
-            that a layer is in, the longest counts; layers in none of them get 1.
-        adapter_name (`str`, *optional*): of one adapter; None: all that are active.
+            Name of a module -> weight, such as `{"down_blocks.0": 0.5, "mid_block": 0.0, "up_blocks.1.resnets": 0.2}`. If a layer
+            is in several of these modules, the longest name counts; layers in none of them get 1.
+        adapter_name (`str`, *optional*): name of one adapter; None: all active adapters.
 
     Raises:
-        ValueError: a name of a module in which no layer has the adapter. Nothing has changed then.
+        ValueError: a module in which no layer has the adapter. Nothing has changed then.
 
     Source: [ours].
     """
@@ -39,7 +39,7 @@ def set_block_weights(model: nn.Module, weights: Mapping[str, float], adapter_na
     if unknown:
         which = "an active adapter" if adapter_name is None else f"the adapter {adapter_name!r}"
         raise ValueError(
-            f"`weights` names {', '.join(unknown)}, where no layer has {which}, expected modules that hold some of: "
+            f"`weights` names {', '.join(unknown)}, where no layer has {which}, expected modules that contain some of: "
             f"{', '.join(list(holders)[:5]) or 'none'}."
         )
     for path, layer, names in found:

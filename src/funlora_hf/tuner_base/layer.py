@@ -1,4 +1,4 @@
-"""What layers with adapters share: which adapters act and how strongly, mixed batches, exact merging."""
+"""Base classes of layers with adapters: which adapters act and how strongly, mixed batches, exact merging."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ BASE = "__base__"
 
 
 class AdapterGroups:
-    """A batch in which each sample has an adapter of its own, sorted by adapter once for all layers of a forward.
+    """The adapters of a batch's samples; the batch is sorted by adapter once for all layers of a forward.
 
     Args:
-        names: adapter of each sample, `"__base__"` for none. A sorted batch is only split.
+        names: adapter of each sample; `"__base__"`: no adapter. A batch that is sorted already is only split.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -41,7 +41,7 @@ class AdapterGroups:
         self._orders = {order.device: (order, order.argsort())}
 
     def map(self, run: Callable[[str, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """`run(name, part)` for the samples of each adapter, in the order of `x`, `(batch, ...)`."""
+        """Call `run(name, part)` for the samples of each adapter; return the outputs in the order of `x`, `(batch, ...)`."""
         if len(self.sizes) == 1:
             return run(self.names[0], x)
         if x.device not in self._orders:
@@ -54,7 +54,7 @@ class AdapterGroups:
 
 
 class AdapterParameters(nn.ParameterDict):
-    """One parameter of a layer, by adapter. Layers call it, so that hooks that move its parameters run (offloading)."""
+    """One parameter of a layer for each adapter. Layers call it, so that hooks that move its parameters run (offloading)."""
 
     _diffusers_hook: Any
 
@@ -67,7 +67,7 @@ class AdapterParameters(nn.ParameterDict):
 
     def forward(self, adapter_name: str) -> torch.Tensor | None:
         parameter = self.get(adapter_name)
-        # A view, since a hook may give the parameter other values as soon as it is returned (group offloading).
+        # A view, since a hook may change the parameter's values as soon as it is returned (group offloading).
         return None if parameter is None else parameter.view_as(parameter)
 
     def stop_offloading(self) -> None:
@@ -97,8 +97,8 @@ def _refuse_gradient_on_disk(gradient: torch.Tensor) -> None:
 class InsteadOf(TorchFunctionMode):
     """While a base layer runs, replace the torch function that computes it by `replacement(*args)`.
 
-    The base layer keeps its own call, and so the hooks and parametrizations that make its weight: offloading, casting,
-    sharding, weight_norm. Inside the replacement, torch functions are not replaced.
+    The base layer is still called as a module, so the hooks and parametrizations that provide its weight run: offloading,
+    casting, sharding, weight_norm. Inside the replacement, torch functions are not replaced.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], replacement: Callable[..., torch.Tensor]) -> None:
@@ -110,9 +110,9 @@ class InsteadOf(TorchFunctionMode):
 
 
 class BaseCall(NamedTuple):
-    """What a base layer computes: `function(x, weight, *rest, **kwargs)`; of convolutions and Linear, `rest[0]` is the bias.
+    """The computation of a base layer: `function(x, weight, *rest, **kwargs)`; `rest[0]` is the bias of a convolution or Linear.
 
-    `is_own_weight` tells whether the weight is the base's parameter, not computed or brought by a hook for this call.
+    `is_own_weight` says whether the weight is the base's parameter, not computed or loaded by a hook for this call.
     """
 
     function: Callable[..., torch.Tensor]
@@ -123,17 +123,17 @@ class BaseCall(NamedTuple):
     is_own_weight: bool
 
     def run(self, x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-        """The function with these first arguments in place of its own."""
+        """Call the function with these first arguments instead of its original ones."""
         return self.function(x, weight, *rest, *self.rest[len(rest) :], **self.kwargs)
 
 
 def blend(identity: torch.Tensor | float, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """`identity + scale * (value - identity)`; at scale 1 `value` itself, to the bit, and `identity` is not used."""
+    """Compute `identity + scale * (value - identity)`; at scale 1, return exactly `value` and do not read `identity`."""
     return value if scale == 1 else identity + scale * (value - identity)
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
-    """A module around one that calls a torch function, `base_function(x, weight, ...)`, which adapters change.
+    """A module around a base layer that calls a torch function, `base_function(x, weight, ...)`; adapters change this call.
 
     Each adapter acts at its `scaling`: 0 is the base, 1 the adapter as trained (see `blend`).
     """
@@ -148,7 +148,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = _get_in_out_features(base_layer)
-        # Kept, since a parametrized layer computes its weight when asked for it.
+        # Stored, since a parametrized layer computes its weight at each access.
         self.weight_shape = self.weight.shape
         self.settings: dict[str, Any] = {}
         self.scaling: dict[str, float] = {}
@@ -158,19 +158,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.path = ""  # name in the model
-        self.shared_with: list[str] = []  # other modules that have the base's weight
+        self.shared_with: list[str] = []  # names of other modules that have the base's weight
         self._shapes: dict[str, torch.Size] = {}
-        # The base's parameter while another one is merged; in a list, since a module would register it.
+        # The base's original parameter while adapters are merged; in a list, since the module would register it otherwise.
         self._parameter_before_merge: list[nn.Parameter] = []
         self.cast_input_dtype_enabled = True
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    # Parameters made in inference mode could not be changed or trained outside of it.
+    # Parameters that are created in inference mode could not be changed or trained outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def update_layer(self, adapter_name: str, config: Any) -> None:
-        """Add the parameters of an adapter, or start them again, on the device of the base's weight."""
+        """Add the parameters of an adapter, or reset them, on the device of the base's weight."""
         forget(self)
         self.stop_offloading_adapters()
         initial = self.initial_parameters(config)
@@ -194,20 +194,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     @abstractmethod
     def initial_parameters(self, config: Any) -> dict[str, torch.Tensor]:
-        """The tensors of a new adapter, by the name of their dictionary."""
+        """Return the tensors of a new adapter, by the name of their dictionary."""
 
     @abstractmethod
     def adapted_weight(self, adapter_names: Sequence[str], weight: torch.Tensor) -> torch.Tensor:
-        """The base's `weight` as the adapters change it together, in its dtype."""
+        """Return the base's `weight` with the changes of all these adapters, in its dtype."""
 
     def adapted_call(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
-        """What `call` gives with these adapters acting on all of its input."""
+        """Return the output of `call` with these adapters on all of its input."""
         return call.run(call.x, self.effective_weight(adapter_names, call))
 
     def effective_weight(self, adapter_names: Sequence[str], call: BaseCall) -> torch.Tensor:
-        """`adapted_weight`, which inside `cached_weights` is computed once. It must not be changed."""
+        """Return `adapted_weight`, computed once inside `cached_weights`. Do not change it in place."""
         tensors = [call.weight, *(p for name in adapter_names for p in self.tensors_of(name))]
-        # Reentrant checkpoints train without gradients in the forward.
+        # With reentrant checkpoints, the forward pass of training runs without gradients.
         may_train = torch.is_grad_enabled() or self.get_base_layer().training
         if not call.is_own_weight or (may_train and any(tensor.requires_grad for tensor in tensors)):
             return self.adapted_weight(adapter_names, call.weight)
@@ -216,9 +216,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set how strongly an adapter acts: 0 is the base, 1 the adapter as trained. Not saved with the adapter.
 
-        The weight with this adapter alone is `base + scale * (adapted - base)`; merged weights follow. A layer without the
-        adapter ignores the call. Raises a ValueError for a scale that is not finite. Source: [ours]; the calls are those of PEFT's
-        LoRA layers.
+        The weight with this adapter alone is `base + scale * (adapted - base)`; a merged weight is updated. A layer without the
+        adapter ignores the call. Raises a ValueError for a scale that is not finite. Source: [ours]; PEFT's LoRA layers have the
+        same method.
         """
         if adapter not in self.scaling:
             return
@@ -243,7 +243,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.set_scale(name, 1.0 if scale is None else self.scaling.get(name, 1.0) / scale)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """Effective minus base weight at the adapter's scale, in the weight's shape and dtype; differentiable."""
+        """Return effective minus base weight at the adapter's scale, in the weight's shape and dtype; differentiable."""
         self._check_whole()
         if self._is_on_disk():
             self.stop_offloading_adapters()
@@ -253,15 +253,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     @torch.inference_mode(False)
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
-        Merge adapters into the base's weight, which until `unmerge` is another parameter.
+        Merge adapters into the base's weight. Until `unmerge`, the base has a new parameter.
 
         Args:
-            safe_merge (`bool`, *optional*): refuse, and change nothing, if the merged weight is not finite.
-            adapter_names (`list[str]`, *optional*): the adapters to merge; None means the active ones.
+            safe_merge (`bool`, *optional*): whether to refuse, and change nothing, if the merged weight is not finite.
+            adapter_names (`list[str]`, *optional*): the adapters to merge; None: the active ones.
 
         Raises:
-            ValueError: a weight that is not finite, is computed from others (weight_norm and the like), or is offloaded.
-            RuntimeError: an adapter of another method around this layer is merged already.
+            ValueError: a weight that is not finite, is computed from other tensors (such as by weight_norm), or is offloaded.
+            RuntimeError: an adapter of another method around this layer is already merged.
         """
         adapter_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.settings]
         if not adapter_names:
@@ -283,8 +283,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self._parameter_before_merge = [parameter]
             if self.shared_with:
                 warnings.warn(
-                    f"The weight of {self.path or base} is shared with {', '.join(self.shared_with)}. Merged, this layer has its own "
-                    "weight; the others keep theirs.",
+                    f"The weight of {self.path or base} is shared with {', '.join(self.shared_with)}. After the merge, this layer has a "
+                    "separate weight; the others keep the shared one.",
                     stacklevel=2,
                 )
             else:
@@ -295,7 +295,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     @torch.inference_mode(False)
     def unmerge(self) -> None:
-        """Put the base's own parameter back, with exactly its values from before the merge."""
+        """Restore the base's original parameter, with exactly the values from before the merge."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -311,11 +311,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.drop_adapter(adapter_name)
 
     def check_deletes(self, adapter_name: str) -> None:
-        """Raise a ValueError if diffusers has offloaded the base to disk: its `delete_adapters` then loses weights."""
+        """Raise a ValueError if diffusers has offloaded the base to disk: its `delete_adapters` would lose weights."""
         if adapter_name in self.settings and self._is_on_disk():
             raise ValueError(
                 f"Cannot delete the adapter {adapter_name!r} of {self.path or self.base_layer}: its weight is offloaded to disk. Disable "
-                "the adapter instead, or delete it before offloading."
+                "the adapter instead, or delete it before you offload the model."
             )
 
     def drop_adapter(self, adapter_name: str) -> None:
@@ -347,7 +347,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         def run(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
             if weight.shape != self.weight_shape:
-                return self.base_function(x, weight, *rest, **kwargs)  # of a hook or a parametrization
+                return self.base_function(x, weight, *rest, **kwargs)  # a hook or a parametrization calls it
             calls.append(None)
             call = BaseCall(self.base_function, x, weight, rest, kwargs, is_own_weight=weight is own_weight)
             if adapter_names is None:
@@ -366,12 +366,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if len(calls) != 1:
             raise RuntimeError(
                 f"{self.path or self.base_layer} called {self.base_function.__name__} with a weight of its shape {len(calls)} times, "
-                "expected once: the adapter cannot act in it."
+                "expected once: an adapter cannot act in it. Target other modules."
             )
         return output
 
     def adapter_tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        """The parameters of all adapters, by `prefix` and their key in the layer's `state_dict`."""
+        """Return the parameters of all adapters, by `prefix` and their key in the layer's `state_dict`."""
         return {
             f"{prefix}{part}.{name}": parameter
             for part, parameters in self._dictionaries().items()
@@ -379,14 +379,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         }
 
     def tensors_of(self, adapter_name: str) -> list[torch.Tensor]:
-        """The parameters of one adapter."""
+        """Return the parameters of one adapter."""
         return [entries[adapter_name] for entries in self._dictionaries().values() if adapter_name in entries]
 
     def _dictionaries(self) -> dict[str, AdapterParameters]:
         return {name: getattr(self, name) for name in self.adapter_layer_names}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The tuner checks all its layers before it loads any; this is for a model without a tuner around it.
+        # The tuner checks all layers before it loads any; this check is for a model without a tuner around it.
         own = (key for key in state_dict if key.startswith(prefix))
         adapters = [key for key in own if key.removeprefix(prefix).partition(".")[0] in self.adapter_layer_names]
         check_before_loading(self.adapter_tensors(prefix), {key: state_dict[key] for key in adapters})
@@ -394,7 +394,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _base_weight(self) -> torch.Tensor:
-        """The weight that the base uses now, without merged adapters."""
+        """Return the weight that the base uses now, without merged adapters."""
         if self.merged:
             return self._parameter_before_merge[0]
         base = self.get_base_layer()
@@ -402,7 +402,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         parameter = base._parameters.get("weight")
         if parameter is not None and self._is_on_disk() and group_hook(base) is None:
             return read_from(self._group(), parameter)
-        # accelerate, FSDP and diffusers bring, unshard or cast a weight in a call only.
+        # accelerate, FSDP and diffusers load, unshard or cast a weight only during a call.
         hooked = base._forward_pre_hooks or hasattr(base, "_diffusers_hook")
         if parameter is not None and not parameter.is_meta and not hooked:
             return parameter
@@ -420,7 +420,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return found[0]
 
     def _check_whole(self) -> None:
-        """Raise a ValueError for parts of parameters, which FSDP leaves in a layer outside of a forward."""
+        """Raise a ValueError if a layer has only parts of parameters, as under FSDP outside of a forward."""
         base = self.get_base_layer()
         weight = base._parameters.get("weight")
         shapes = {"weight": self.weight_shape, **self._shapes}
@@ -434,13 +434,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"{self.path or base} is sharded by FSDP: gather its parameters first.")
 
     def _own_weight(self, base: nn.Module) -> nn.Parameter:
-        """The parameter that a merged weight replaces."""
+        """Return the parameter that a merged weight replaces."""
         parameter, group = base._parameters.get("weight"), self._group()
         if has_class(base, "FSDPModule") or hasattr(parameter, "placements"):
             problem = "it is sharded by FSDP. Merge before sharding."
         elif parameter is None:
             problem = (
-                "its weight is computed from other tensors (a parametrization, weight_norm or pruning). Remove that first, for "
+                "its weight is computed from other tensors (a parametrization, weight_norm or pruning). Remove this first, for "
                 "example by `torch.nn.utils.parametrize.remove_parametrizations`."
             )
         elif parameter.is_meta:
@@ -457,8 +457,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         raise ValueError(f"Cannot merge into {self.path or base}: {problem}")
 
     def _check_not_fused_around(self) -> None:
-        """Raise a RuntimeError if an adapter of another method around this layer is merged, and those of this layer are not: PEFT has
-        added it to the weight that they multiply."""
+        """Raise a RuntimeError if an adapter of another method around this layer is merged, and this layer's are not.
+
+        PEFT has then added the other adapter to the weight that this layer's adapters multiply.
+        """
         for layer in around(self.get_base_layer()):
             if isinstance(layer, BaseTunerLayer) and layer is not self and layer.merged:
                 raise RuntimeError(
@@ -467,7 +469,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 )
 
     def _group(self) -> Any:
-        """The group in which diffusers offloads the base's weight; None if it does not."""
+        """Return the group in which diffusers offloads the base's weight; None if it does not."""
         return group_of(self.get_base_layer())
 
     def _is_on_disk(self) -> bool:
@@ -475,7 +477,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return group is not None and group.offload_to_disk_path is not None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Unlike PEFT's, this leaves the dtype alone: rounded to bfloat16, alpha would no longer start as the identity.
+        # Unlike PEFT's method, this does not change the dtype: if alpha were rounded to bfloat16, F would not start as the identity.
         device = self.weight.device if device is None else device
         for parameters in self._dictionaries().values():
             if adapter_name in parameters and "meta" not in (device.type, parameters[adapter_name].device.type):
@@ -483,5 +485,5 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
 
 def adapter_layers(model: nn.Module) -> list[AdapterLayer]:
-    """The adapter layers in a model, in the order of its modules."""
+    """Return the adapter layers in a model, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, AdapterLayer)]

@@ -1,4 +1,4 @@
-"""What tuners of adapter layers share: adding the layers to a model, and merging all of them or none."""
+"""Base class of tuners with adapter layers: add the layers to a model, and merge all of them or none."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from .wrappers import remove_adapters
 
 
 class AdapterModel(BaseTuner):
-    """A tuner that wraps modules by subclasses of [`AdapterLayer`]; subclasses say which."""
+    """A tuner that wraps modules in subclasses of [`AdapterLayer`]; its subclasses choose the layer classes."""
 
     tuner_layer_cls: type[AdapterLayer]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads a class attribute of this name
 
     @abstractmethod
     def _layer_class(self, peft_config: Any, name: str, target: nn.Module) -> type[AdapterLayer]:
-        """The layer for the module `target`; raises a ValueError for a module that cannot be adapted."""
+        """Return the layer class for the module `target`; raise a ValueError if it cannot be adapted."""
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
-        # PEFT looks up the model type here, which a UNet does not have; `_prepare_model` sees the model itself.
+        # PEFT looks up the model type here, which a UNet does not have; `_prepare_model` gets the model itself.
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter's layers into a model, as PEFT does. If that fails, no layer knows the adapter afterwards."""
+        """Put an adapter's layers into a model, as PEFT does. If this fails, no layer has the adapter afterwards."""
         is_new = all(adapter_name not in layer.settings for layer in adapter_layers(model))
         try:
             if "." in adapter_name or not adapter_name:
                 raise ValueError(
-                    f"`adapter_name` is {adapter_name!r}, expected a name without dots: torch takes no other."
+                    f"`adapter_name` is {adapter_name!r}, expected a name without dots: torch accepts no other name."
                 )
             check_takes_parameters(model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -76,14 +76,14 @@ class AdapterModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
-        # The layers keep adapters in float32; without `autocast_adapter_dtype` they get the dtype of the base.
+        # The layers create adapters in float32; without `autocast_adapter_dtype` they get the dtype of the base.
         for layer in adapter_layers(self):
             for tensor in layer.tensors_of(adapter_name):
                 tensor.data = tensor.data.to(layer.weight.dtype)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's also moves adapters to the base's device, which of an offloaded layer is "meta", and writes to `weight`,
-        # which of a parametrized layer is computed.
+        # PEFT's method also moves adapters to the base's device, which is "meta" for an offloaded layer, and writes to `weight`,
+        # which a parametrized layer computes.
         setattr(parent, child_name, new_module)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -107,7 +107,7 @@ class AdapterModel(BaseTuner):
             raise
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Raises a NotImplementedError, as PEFT's mixed model does: the adapters of these methods have no weighted sum."""
+        """Raise a NotImplementedError, as PEFT's mixed model does: the adapters of these methods have no weighted sum."""
         raise NotImplementedError(
             f"Weighted adapters are not supported for {type(self).__name__}: activate several adapters by `set_adapter`, and "
             "weigh each by `set_block_weights`, or by `set_adapters(names, weights)` of a pipeline."
@@ -127,18 +127,18 @@ class AdapterModel(BaseTuner):
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Of a `PeftModel`, torch passes on the keys that begin with the prefix only, and PEFT warns where none does.
+        # From a `PeftModel`, torch passes on only the keys that begin with the prefix; if there are none, PEFT only warns.
         if prefix and not state_dict:
             raise ValueError(
-                f"No tensor to load has a name that begins with {prefix!r}, so that the adapter would stay as it was "
-                "initialized. Save it by `save_pretrained`, or rename its tensors to `base_model.model.<layer>.<parameter>`."
+                f"No tensor to load has a name that begins with {prefix!r}, so the adapter would keep its initial values. "
+                "Save it by `save_pretrained`, or rename its tensors to `base_model.model.<layer>.<parameter>`."
             )
         own = self.state_dict(prefix=prefix)
         live: dict[str, torch.Tensor] = {}
         for name, layer in self.named_modules():
             if isinstance(layer, self.tuner_layer_cls):
                 live |= layer.adapter_tensors(f"{prefix}{name}.")
-        # The base may have a module whose name begins like those of an adapter's tensors.
+        # The base may have a module whose name begins like the names of an adapter's tensors.
         others = [key for key in state_dict if key not in own and f".{self.prefix}" in f".{key}"]
         check_before_loading(
             live,
@@ -163,17 +163,17 @@ class AdapterModel(BaseTuner):
 
 
 def check_no_other_method(name: str, module: nn.Module, layer_cls: type) -> None:
-    """Raise a ValueError if `module` carries an adapter of another method than that of `layer_cls`."""
+    """Raise a ValueError if `module` has an adapter of a method other than that of `layer_cls`."""
     if isinstance(module, BaseTunerLayer) and not isinstance(module, layer_cls):
         raise ValueError(
-            f"Target module {name} carries an adapter of another method, whose effect would be dropped. Merge or "
-            "unload that adapter first (of a pipeline, fuse the LoRA first: `fuse_lora()`, then `unload_lora_weights()`), or "
+            f"Target module {name} has an adapter of another method, whose effect would be lost. Merge or "
+            "unload that adapter first (in a pipeline, fuse the LoRA first: `fuse_lora()`, then `unload_lora_weights()`), or "
             "target other modules."
         )
 
 
 def _find_shared(model: nn.Module) -> None:
-    """Tell adapter layers which other modules have their weight, and warn of layers that other parts of the model share."""
+    """Tell adapter layers which other modules have their weight, and warn about layers that are in the model twice."""
     layers: dict[nn.Module, AdapterLayer] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, AdapterLayer):
@@ -188,7 +188,7 @@ def _find_shared(model: nn.Module) -> None:
             users.setdefault(parameter, {}).setdefault(module, parent if wrapped else name)
         if module in layers and not wrapped:
             warnings.warn(
-                f"{layers[module].path} and {name} are one module that is shared. The adapter acts in the former only; merged, "
+                f"{layers[module].path} and {name} are one shared module. The adapter acts only in the former; after a merge, "
                 "in both.",
                 stacklevel=2,
             )

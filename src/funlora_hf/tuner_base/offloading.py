@@ -1,4 +1,4 @@
-"""Tensors that diffusers' group offloading and accelerate keep elsewhere: which they are, and how to keep them here."""
+"""Find tensors that accelerate or diffusers' group offloading keep elsewhere, and keep them in memory."""
 
 from __future__ import annotations
 
@@ -12,26 +12,31 @@ from .places import around
 
 
 def group_hook(module: nn.Module) -> Any:
-    """The hook by which diffusers offloads a module; None if it does not."""
+    """Return the hook by which diffusers offloads a module; None if it does not."""
     registry = getattr(module, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook("group_offloading")
 
 
 def group_of(module: nn.Module) -> Any:
-    """The group in which diffusers offloads a module, by itself or with what is around it; None if it does not."""
+    """Return the group in which diffusers offloads a module, alone or with a module around it; None if it does not."""
     hooks = map(group_hook, (module, *around(module)))
     return next((hook.group for hook in hooks if hook is not None), None)
 
 
 def is_offloaded(model: nn.Module, tensors: Collection[torch.Tensor]) -> bool:
-    """Whether any of these tensors of a model are where they cannot be read: accelerate leaves none in the model, diffusers' groups on
-    disk other values."""
+    """Whether any of these tensors of a model cannot be read.
+
+    accelerate leaves no tensor in the model; diffusers' groups on disk leave other values in it.
+    """
     on_disk = [hook.group for hook in _group_hooks(model) if hook.group.offload_to_disk_path is not None]
     return any(tensor.is_meta or any(tensor in group.tensor_to_key for group in on_disk) for tensor in tensors)
 
 
 def check_takes_parameters(model: nn.Module) -> None:
-    """Raise a ValueError if a new parameter would break the offloading of a model: diffusers copies those that a block had only."""
+    """Raise a ValueError if a new parameter would break the offloading of a model.
+
+    When diffusers offloads blocks with a stream, it only copies the parameters that a block had at the start.
+    """
     if any(
         hook.config.offload_type == "block_level" and hook.config.stream is not None for hook in _group_hooks(model)
     ):
@@ -46,7 +51,7 @@ def _group_hooks(model: nn.Module) -> Iterator[Any]:
 
 
 def keep_in_memory(group: Any, tensors: Collection[torch.Tensor]) -> None:
-    """Take tensors out of a group on disk, with the values that they have there."""
+    """Take tensors out of a group on disk, and give them their values from there."""
     held = [tensor for tensor in tensors if tensor in group.tensor_to_key]
     if held:
         group.onload_()
@@ -56,7 +61,7 @@ def keep_in_memory(group: Any, tensors: Collection[torch.Tensor]) -> None:
 
 
 def read_from(group: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a tensor that is in a group on disk."""
+    """Return a copy of a tensor that is in a group on disk."""
     group.onload_()
     value = tensor.detach().clone()
     group.offload_()

@@ -1,4 +1,4 @@
-"""Where a module with adapters is in its model, to find the modules around it."""
+"""Remember where a module with adapters is in its model, to find the modules around it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class _Place:
-    """The model that a module is in, and its name there. In a copy or a pickle of the module it is None."""
+    """The model that contains a module, and the module's name there. A copy or a pickle of the module has None instead."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
         self.model, self.path = ref(model), path
@@ -18,12 +18,12 @@ class _Place:
 
 
 def remember_place(module: nn.Module, model: nn.Module, path: str) -> None:
-    """Let `around` find what is around a module."""
+    """Store a module's place in a model, for `around`."""
     module.__dict__["_funlora_place"] = _Place(model, path)
 
 
 def around(module: nn.Module) -> list[nn.Module]:
-    """What is on the way to a module, from the innermost to its model, as `remember_place` was told and as it is now."""
+    """Return the modules that now contain a module, innermost first, up to its model, at the place of `remember_place`."""
     place = module.__dict__.get("_funlora_place")
     if place is None:
         return []

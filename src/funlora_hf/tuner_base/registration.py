@@ -1,4 +1,4 @@
-"""Register methods with PEFT that it does not have."""
+"""Register new methods with PEFT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peft.utils.peft_types import register_peft_method
 
 
 def extend_peft_type(name: str) -> PeftType:
-    """The member of PEFT's closed enum of methods with this name, in upper case, and value; added if it is missing."""
+    """Return the member of PEFT's closed enum of methods with this name (upper case) and value; add it if it is missing."""
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
@@ -25,14 +25,14 @@ def register(name: str, *, config_cls: type, model_cls: type) -> None:
     """Register a method with PEFT, once.
 
     Raises:
-        RuntimeError: PEFT, or another package, has a method of this name already.
+        RuntimeError: PEFT, or another package, already has a method of this name.
     """
     present = PEFT_TYPE_TO_CONFIG_MAPPING.get(extend_peft_type(name.upper()))
     if present is config_cls:
         return
     if present is not None:
         raise RuntimeError(
-            f"PEFT has a method {name!r} already, {present.__module__}.{present.__qualname__}. Use that one, or install a "
+            f"PEFT already has a method {name!r}, {present.__module__}.{present.__qualname__}. Use that one, or install a "
             "release of peft without it."
         )
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)

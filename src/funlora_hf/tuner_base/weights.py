@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
-# The weights kept now, by layer. A context variable, since each thread needs its own: the only state of this package.
+# The weights that are kept now, by layer. A context variable, one for each thread: the only global state of this package.
 _kept: ContextVar[Mapping[nn.Module, dict[Hashable, tuple[Sequence[torch.Tensor], torch.Tensor]]]] = ContextVar(
     "funlora_cached_weights"
 )
@@ -22,16 +22,16 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     """
     Compute the effective weight of each adapter in a model once, and keep it until the context ends.
 
-    For sampling and evaluation, where a model runs many times and its adapters stay as they are. Inside, change adapters
+    Use it for sampling and evaluation, where a model runs many times and its adapters do not change. Inside, change adapters
     only by `hotswap_adapter`, `set_scale`, `merge_adapter`, `add_adapter`, `delete_adapter` or an [`AdapterBank`]; other
-    writes to their parameters, their config or the base's weights take effect after the context. Weights are kept for this
-    thread. None are kept where gradients of them are wanted, while torch compiles, or where the base's weight is computed
-    or moved by a hook (parametrizations, offloading, FSDP).
+    writes to their parameters, their config or the base's weights take effect after the context. Weights are kept only for
+    this thread. A layer keeps no weight if gradients of it are needed, while torch compiles, or if a hook or parametrization
+    computes or moves the base's weight (offloading, FSDP).
 
-    Contexts nest: an inner one uses what an outer one keeps, and leaves there what it adds.
+    Contexts nest: an inner context uses the weights of an outer one, and adds its weights to them.
 
     Args:
-        model (`torch.nn.Module`): with adapter layers in it; without any, nothing happens.
+        model (`torch.nn.Module`): a model with adapter layers in it; without any, nothing happens.
 
     Source: [ours].
     """
@@ -47,7 +47,7 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
 def cached(
     layer: nn.Module, key: Hashable, sources: Sequence[torch.Tensor], compute: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
-    """`compute()`, or what it returned before for this key and these very tensors inside a `cached_weights`."""
+    """Return `compute()`, or its earlier result for this key and exactly these tensors inside a `cached_weights`."""
     if torch.compiler.is_compiling():
         return compute()
     weights = _kept.get({}).get(layer)
@@ -55,12 +55,12 @@ def cached(
         return compute()
     # A tensor made in inference mode cannot be used in autograd later.
     key = (key, torch.is_inference_mode_enabled())
-    # `torch.func.functional_call` puts others in place of a module's parameters.
+    # `torch.func.functional_call` replaces a module's parameters by other tensors.
     if key not in weights or any(one is not other for one, other in zip(weights[key][0], sources, strict=True)):
         weights[key] = sources, compute()
     return weights[key][1]
 
 
 def forget(layer: nn.Module) -> None:
-    """Drop the weights that are kept of a layer, since one of its adapters changes."""
+    """Drop the weights that are kept for a layer, because one of its adapters changes."""
     _kept.get({}).get(layer, {}).clear()

@@ -14,21 +14,21 @@ from torch import nn
 
 
 def without_peft(model: nn.Module) -> nn.Module:
-    """The model that a PeftModel or a tuner is wrapped around; its layers keep their adapters."""
+    """Return the model inside a PeftModel or a tuner; its layers keep their adapters."""
     while isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
         model = model.model if isinstance(model, BaseTuner) else model.base_model
     return model
 
 
 def uncompiled(module: Any) -> Any:
-    """The module that `torch.compile` has wrapped, or the module itself."""
+    """Return the module that `torch.compile` has wrapped, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Like `named_modules`, but by the names that modules have without adapters.
+    """Yield modules like `named_modules`, but with the names that they have without adapters.
 
-    A layer with adapters comes several times under its name: the wrapper, the wrapped module, and its copies in
+    A layer with adapters is yielded several times under its name: the wrapper, the wrapped module, and its copies in
     `modules_to_save`. Modules of adapters, such as LoRA's factors, are left out.
     """
     seen: set[nn.Module] = set()
@@ -53,11 +53,11 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def remove_adapters(model: nn.Module, names: Collection[str], *, keep_configs: bool = False) -> None:
     """Remove adapters from a model, even if they were added only in part; unknown names are ignored.
 
-    A module without any adapter left is replaced by the base's own. With `keep_configs`, `model.peft_config` stays as it is.
+    The base's module replaces a wrapper without adapters. With `keep_configs`, `model.peft_config` does not change.
     """
     for path, module in adapted_modules(model).items():
         with warnings.catch_warnings():
-            # PEFT warns that it makes another adapter active.
+            # PEFT warns that it activates another adapter.
             warnings.simplefilter("ignore", UserWarning)
             for name in names:
                 if name in module._get_available_adapters():
@@ -76,7 +76,7 @@ def remove_adapters(model: nn.Module, names: Collection[str], *, keep_configs: b
 
 
 def adapted_modules(model: nn.Module) -> dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper]:
-    """The wrappers around modules with adapters, by name, without wrappers inside of others."""
+    """Return the wrappers around modules with adapters, by name, without wrappers inside of other wrappers."""
     found: dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper] = {}
     for path, module in model.named_modules():
         if is_wrapper(module) and not any(path.startswith(f"{outer}.") for outer in found):
@@ -85,14 +85,14 @@ def adapted_modules(model: nn.Module) -> dict[str, BaseTunerLayer | AuxiliaryTra
 
 
 def adapter_names_in(model: nn.Module) -> set[str]:
-    """Names of all adapters in a model's layers, of whatever method."""
+    """Return the names of all adapters in a model's layers, of any method."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return {name for layer in layers for part in layer.adapter_layer_names for name in getattr(layer, part, ())}
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for the time of a context; afterwards each module has the mode that it had."""
+    """Put a model into evaluation mode during a context; restore the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -103,15 +103,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def has_class(module: nn.Module, *names: str) -> bool:
-    """Whether a module is of a class with one of these names, or of a subclass; for classes that are not imported."""
+    """Whether a module is an instance of a class with one of these names; for classes that are not imported."""
     return any(cls.__name__ in names for cls in type(module).__mro__)
 
 
 def is_wrapper(module: nn.Module) -> TypeGuard[BaseTunerLayer | AuxiliaryTrainingWrapper]:
-    """Whether PEFT has put this module around one of the model's own."""
+    """Whether this module is a wrapper that PEFT has put around a module of the model."""
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
 def base_module(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> nn.Module:
-    """The module that a wrapper of PEFT's is around."""
+    """Return the module inside a wrapper of PEFT."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module

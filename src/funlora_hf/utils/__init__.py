@@ -1,1 +1,1 @@
-"""Helpers that depend on no other part of the package."""
+"""Helpers that import no other part of the package."""

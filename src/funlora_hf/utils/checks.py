@@ -1,4 +1,4 @@
-"""Checks of single arguments, and short texts for error messages."""
+"""Check single arguments, and make short texts for error messages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
-# Precisions that bases are loaded in.
+# Precisions in which bases are loaded.
 FINGERPRINT_DTYPES = ("float32", "bfloat16", "float16")
-# Beside these, in the fingerprints of a base: of its config.
+# Further key in the fingerprints of a base: the hash of its config.
 CONFIG_FINGERPRINT = "config"
 _SHA256 = re.compile("[0-9a-f]{64}")
 # Longer class names are a mistake or an attack.
 MOST_NAME_CHARACTERS = 1000
-# In a list of problems: lines, and characters of a line, since names from a file may have any length.
+# Limits of a list of problems: lines, and characters per line, since names from a file may have any length.
 _MOST_LINES = 10
 _MOST_CHARACTERS = 300
 
@@ -41,14 +41,14 @@ def check_at_least_one(field: str, value: object) -> None:
 
 
 def check_class_label(value: object, *, field: str = "class_label") -> None:
-    """Raise a ValueError unless `value` is None or a class id: an integer from 0 that torch can hold."""
+    """Raise a ValueError unless `value` is None or a class id: an integer from 0 to torch's largest integer."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63):
         shown = shortened(repr(value), 100)
         raise ValueError(f"`{field}` is {shown}, expected an id from 0 to 2**63 - 1, or None.")
 
 
 def check_class_name(value: object) -> None:
-    """Raise a ValueError unless `value` is None or the name of a class: text that can be written, not blank and not too long."""
+    """Raise a ValueError unless `value` is None or the name of a class: text that can be encoded, not blank, not too long."""
     if value is None:
         return
     if not isinstance(value, str):
@@ -68,12 +68,12 @@ def check_class_name(value: object) -> None:
 
 
 def one_form(name: str) -> str:
-    """A class's name as names are compared: letters with marks have several forms in Unicode that look alike."""
+    """Return the form of a class's name for comparisons: letters with marks have several Unicode forms that look alike."""
     return unicodedata.normalize("NFC", name)
 
 
 def is_repository_name(name: str) -> bool:
-    """Whether a repository on the Hub may have this name: a path of another form is never asked of the Hub."""
+    """Whether a repository on the Hub may have this name; other names are never requested from the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -83,40 +83,41 @@ def is_repository_name(name: str) -> bool:
 
 def check_not_mistyped(field: str, name: str, *, revision: str | None = None) -> None:
     """
-    Raise a FileNotFoundError if there is no `name` here but a folder, or a file of the same type, of almost that name: the Hub is not
-    asked for it then, unless a revision says that it is a repository.
+    Raise a FileNotFoundError if `name` does not exist here but a folder, or a file of the same type, with a similar name does.
+
+    Such a name is probably mistyped, and is not requested from the Hub, unless a revision says that it is a repository.
     """
     place = Path(name)
     known = [] if revision or place.exists() else place.parent.glob("*")
     near = [one.name for one in known if one.is_dir() or one.suffix == place.suffix != ""]
     if nearest := get_close_matches(place.name, near, n=1, cutoff=0.8):
         raise FileNotFoundError(
-            f"{field}: nothing of this name is here; did you mean {str(place.parent / nearest[0])!r}? (If it is on the Hub, name its "
-            "revision, too, such as 'main'.)"
+            f"{field}: nothing here has this name; did you mean {str(place.parent / nearest[0])!r}? (If it is on the Hub, also give its "
+            "revision, such as 'main'.)"
         )
 
 
 def expanded(field: str, path: str) -> str:
     """
-    The path with the user's folder for a ~ at its start, which a shell leaves in --option=~/path.
+    Replace a ~ at the start of a path, which a shell leaves in --option=~/path, by the user's folder.
 
     Raises:
-        ValueError: ~ and the name of no user.
+        ValueError: ~ is followed by a name that no user has.
     """
     found = os.path.expanduser(path)
     if found.startswith("~"):
-        raise ValueError(f"`{field}` is {path!r}, but there is no such user: write the path out.")
+        raise ValueError(f"`{field}` is {path!r}, but there is no such user: write the full path.")
     return found
 
 
 def check_type(name: str, value: object, expected: type | UnionType, text: str) -> None:
-    """Raise a ValueError unless `value` is of the type `expected`, which is called `text`."""
+    """Raise a ValueError unless `value` has the type `expected`, which the error calls `text`."""
     if not isinstance(value, expected):
         raise ValueError(f"`{name}` is {value!r}, expected {text}.")
 
 
 def check_names(name: str, value: object, *, single: bool) -> None:
-    """Raise a ValueError unless `value` is a list of texts, None or, with `single`, one text."""
+    """Raise a ValueError unless `value` is a list of strings, None or, with `single`, one string."""
     if value is None or (single and isinstance(value, str)):
         return
     if not _is_several(value) or not all(isinstance(entry, str) for entry in value):
@@ -124,10 +125,10 @@ def check_names(name: str, value: object, *, single: bool) -> None:
 
 
 def check_layer_indexes(value: object) -> None:
-    """Raise a ValueError unless `value` is an integer, a list of them, or None."""
+    """Raise a ValueError unless `value` is an integer, a list of integers, or None."""
     entries = value if _is_several(value) else [value]
     if value is not None and not all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries):
-        raise ValueError(f"`layers_to_transform` is {value!r}, expected an index, a list of them, or None.")
+        raise ValueError(f"`layers_to_transform` is {value!r}, expected an index, a list of indexes, or None.")
 
 
 def check_fingerprint(value: object) -> None:
@@ -149,13 +150,15 @@ def _is_several(value: object) -> TypeGuard[Sequence[object] | Set[object]]:
 
 
 def shortened(text: str, length: int) -> str:
-    """The text, with its middle left out if it is longer than `length`."""
+    """Return the text, without its middle if it is longer than `length`."""
     return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest of the known words, first of those that contain the text, to go after another one; empty if none
-    is near."""
+    """Return " Did you mean ...?" with the known words that are nearest to a text; empty if none is near.
+
+    Known words that contain the text come before similar ones.
+    """
     known, part = list(known), text.strip("-")
     containing = [one for one in known if len(part) > 2 and part in one]
     nearest = get_close_matches(text, containing, n=4, cutoff=0) or get_close_matches(text, known, n=1)
@@ -163,7 +166,7 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
 
 
 def listed(problems: Iterable[str]) -> str:
-    """The problems as a sorted list without duplicates, at most ten lines."""
+    """Return the problems as a sorted list without duplicates, at most ten lines."""
     lines = [f"- {shortened(problem, _MOST_CHARACTERS)}" for problem in sorted(set(problems))]
     more = len(lines) - _MOST_LINES
     return "\n".join(lines if more <= 0 else [*lines[:_MOST_LINES], f"- and {more} more"])

@@ -1,4 +1,4 @@
-"""Check the values of a dataclass, which may come from a file, against its annotations."""
+"""Check the values of a dataclass, which may come from a file, by its annotations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .checks import check_at_least_one, check_choice, shortened
 
 @dataclass(frozen=True)
 class Range:
-    """A check that `check_field_types` finds in the `Annotated` type of a field: a number from `low`, or above it, to `high`."""
+    """A check in the `Annotated` type of a field, for `check_field_types`: a number from `low`, or above it, to `high`."""
 
     low: float
     high: float = math.inf
@@ -31,7 +31,7 @@ class Range:
 
 
 def one_of(*choices: str) -> Callable[[str, object], None]:
-    """Make a check for `Annotated`: the text is one of these."""
+    """Return a check for `Annotated`: the text is one of these."""
     return partial(check_choice, choices=choices)
 
 
@@ -41,7 +41,7 @@ Positive = Annotated[float, Range(0, above=True)]
 Share = Annotated[float, Range(0, 1)]
 LearningRate = Annotated[float, Range(0, 1000, above=True)]
 
-# The first integer that torch cannot hold.
+# The first integer that is too large for torch.
 _MOST = 2**63
 _NAMES = {
     int: "a whole number",
@@ -55,12 +55,12 @@ _NAMES = {
 
 def check_field_types(arguments: Any, *, leave_out: Collection[str] = ()) -> None:
     """
-    Raise a ValueError that names a field, its value and what was expected, unless every value of a dataclass is of its field's type:
-    int, float, bool, str or dict, a list of one, or None, and passes the checks of its `Annotated`. Fields in `leave_out` have a check
-    of their own.
+    Raise a ValueError unless every value of a dataclass has its field's type and passes the checks of its `Annotated`.
 
-    A whole number is valid for a float. No number may be NaN or infinite, or of 64 bits or more; no text may be empty, as a shell
-    variable that is not set is, or have a NUL character or half a surrogate pair in it, which neither paths nor files can have.
+    The error names the field, its value and what was expected. Types are int, float, bool, str, dict, lists of one type, and None.
+    Fields in `leave_out` are checked elsewhere. A whole number is valid for a float. A number must be finite and fit into 64 bits.
+    A text must not be empty, as from a shell variable that is not set, and must not contain a NUL character or half a surrogate
+    pair, which no path or file can contain.
     """
     for name, hint in typing.get_type_hints(type(arguments), include_extras=True).items():
         value = getattr(arguments, name)
@@ -96,5 +96,5 @@ def _words(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_words(one) for one in typing.get_args(hint))
     if typing.get_origin(hint) is list:
-        return f"a list, each of it {_words(typing.get_args(hint)[0])}"
+        return f"a list, each entry {_words(typing.get_args(hint)[0])}"
     return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and hashes of folders."""
+"""Write files that appear whole or not at all, read JSON and tensors, and hash folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .checks import shortened
 
 _TEMPORARY = ".writing-"
 _REPLACED = ".replaced-"
-# The largest of ours, results.json, has a few numbers for each pair of a class and a task.
+# Our largest file, results.json, has a few numbers for each pair of a class and a task.
 MOST_JSON = 2**27
 
 
@@ -33,10 +33,10 @@ class WriteError(OSError):
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; renamed to `path` when the block ends well, removed when it does not.
+    """Give a temporary path to write to; rename it to `path` if the block succeeds, remove it if the block raises.
 
     Raises:
-        WriteError: it cannot be written.
+        WriteError: the file cannot be written.
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,19 +47,19 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
             _sync(path.parent)
         finally:
-            # It stays on a disk that cannot be written to; `recover_folder` removes it.
+            # If the disk is read-only now, it stays; `recover_folder` removes it later.
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; replaces `path` when the block ends well, is removed when it does not.
+    """Give a temporary folder to fill; let it replace `path` if the block succeeds, remove it if the block raises.
 
     A folder at `path` has another name during the exchange; `recover_folder` restores it if the process is killed then.
 
     Raises:
-        WriteError: it cannot be written.
+        WriteError: the folder cannot be written.
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
                 _sync(entry)
             replaced = path.with_name(f"{_REPLACED}{path.name}")
             if path.exists():
-                shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed after the exchange
+                shutil.rmtree(replaced, ignore_errors=True)  # from a process that was killed after the exchange
                 os.replace(path, replaced)
             os.replace(temporary, path)
             _sync(path.parent)
@@ -81,7 +81,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder that exists; a kill leaves all of it, or what `recover_folder` removes."""
+    """Delete a folder that exists; a kill leaves the whole folder, or a part that `recover_folder` removes."""
     leaving = _temporary(path)
     with contextlib.suppress(OSError):
         os.replace(path, leaving)
@@ -94,13 +94,13 @@ def _temporary(path: Path) -> Path:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Raise a WriteError that names the file for any error that keeps it from being written."""
+    """Raise a WriteError that names the file for any error that prevents writing it."""
     try:
         yield
     except WriteError:
         raise
     except (OSError, SafetensorError) as error:
-        # safetensors has an error of its own for a full disk, without the number.
+        # safetensors raises its own error if the disk is full, without the number.
         code = error.errno if isinstance(error, OSError) else None
         raise WriteError(
             code,
@@ -110,11 +110,11 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk, before anything that relies on it is written."""
+    """Flush a file, or the names in a folder, to the disk, before anything that depends on it is written."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
-        return  # folders cannot be opened on Windows, which keeps names by itself
+        return  # Windows cannot open folders, and saves names itself
     try:
         os.fsync(descriptor)
     finally:
@@ -137,17 +137,17 @@ def recover_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON. NaN and infinities are refused: JSON has none."""
+    """Write `value` as indented JSON. Refuse NaN and infinities, which JSON does not have."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
-    """The value of a JSON file.
+    """Return the value of a JSON file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not valid JSON, NaN and infinities included, more than `most_bytes`, or unreadable; it names the file.
+        ValueError: invalid JSON, such as NaN and infinities, more than `most_bytes`, or an unreadable file; it names the file.
     """
     try:
         size = path.stat().st_size
@@ -161,7 +161,7 @@ def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """The value of JSON as the standard has it. Raises a ValueError for anything else, NaN and infinities too."""
+    """Return the value of standard JSON. Raise a ValueError for anything else, also for NaN and infinities."""
     try:
         return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError as error:
@@ -175,19 +175,19 @@ def _refuse_constant(name: str) -> Any:
 def _finite(number: str) -> float:
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{shortened(number, 50)} is too large a number")
+        raise ValueError(f"the number {shortened(number, 50)} is too large")
     return value
 
 
 def read_mapping(path: Path, *, keys: Iterable[str] = (), most_bytes: int = MOST_JSON) -> dict[str, Any]:
-    """As `read_json`, of a file that holds a mapping with these `keys`; raises a ValueError for another one, too."""
+    """Read a JSON file like `read_json`; also raise a ValueError unless it contains a mapping with these `keys`."""
     value = read_json(path, most_bytes=most_bytes)
     if not isinstance(value, dict):
         raise ValueError(f"{os.fspath(path)!r} holds a {type(value).__name__}, expected a mapping.")
     missing = [key for key in keys if key not in value]
     if missing:
         raise ValueError(
-            f"{os.fspath(path)!r} has no {', '.join(map(repr, missing))}: it is damaged, or another file."
+            f"{os.fspath(path)!r} has no {', '.join(map(repr, missing))}: it is damaged, or it is the wrong file."
         )
     return value
 
@@ -199,11 +199,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], *, metadata: dic
 
 
 def read_tensors(path: Path, *, remedy: str, keys: Iterable[str] = ()) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, on the CPU.
+    """Return all tensors of a safetensors file, on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is damaged, or lacks some of `keys`; it names the file and the remedy, a clause.
+        ValueError: the file is damaged, or some of `keys` are missing; the error names the file and ends with `remedy`.
     """
     try:
         tensors = load_file(path)
@@ -218,9 +218,9 @@ def read_tensors(path: Path, *, remedy: str, keys: Iterable[str] = ()) -> dict[s
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with open(path, "rb") as file:
-        # hashlib.file_digest is of Python 3.11.
+        # hashlib.file_digest needs Python 3.11.
         digest = hashlib.sha256()
         while block := file.read(2**20):
             digest.update(block)
@@ -228,9 +228,9 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_sha256(folder: Path, *, leave_out: Iterable[str] = ()) -> str:
-    """SHA-256 over names and bytes of all files below a folder, 64 hexadecimal digits.
+    """Return the SHA-256 over names and bytes of all files below a folder, 64 hexadecimal digits.
 
-    Hidden files, and the subfolders or files directly in the folder that `leave_out` names, do not count.
+    Hidden files are left out, and so are subfolders and files directly in the folder that `leave_out` names.
     """
     leave_out = set(leave_out)
     digest = hashlib.sha256()

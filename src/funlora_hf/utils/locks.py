@@ -1,4 +1,4 @@
-"""Lock a folder for one process, which the error of every other process names."""
+"""Lock a folder for one process; the errors of other processes name it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-# The system releases the lock when its process ends, even if that is killed; then this file and the owner's file stay.
+# The system releases the lock when its process ends, even after a kill; after a kill, this file and the owner's file stay.
 LOCK_FILE = ".funlora.lock"
 OWNER_FILE = ".funlora.owner.json"
 
@@ -30,13 +30,13 @@ class FolderInUseError(RuntimeError):
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """
-    Lock a folder, which is created if it is missing, until the block or the process ends.
+    Lock a folder until the block or the process ends; create it if it is missing.
 
-    The lock of an owner that was killed is taken over, with a warning that names the owner. On a filesystem without locks,
-    filelock uses a marker file instead, and tells by the owner's host and process whether it is stale.
+    If the owner of a lock was killed, this process takes the lock over, with a warning that names the owner. On a filesystem
+    without locks, filelock uses a marker file instead, and checks by the owner's host and process whether it is stale.
 
     Raises:
-        FolderInUseError: another process holds it; says which, where and for how long.
+        FolderInUseError: another process has the lock; the error says which process, where and for how long.
         OSError: the folder cannot be created or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise FolderInUseError(
-            f"{folder} is in use by {_describe(owner)}. Wait for it or stop it, or use another folder; two at once would "
+            f"{folder} is in use by {_describe(owner)}. Wait for it or stop it, or use another folder: two processes at once would "
             "overwrite each other's files."
         ) from None
     try:
@@ -54,7 +54,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         write_json(owner, {"host": platform.node(), "process": os.getpid(), "since": time.time()})
         yield
     finally:
-        # Deleted while it is held: a process that waits for this file sees that it is gone, and makes another.
+        # Deleted before the release: a process that waits for this file sees that it is gone, and creates a new one.
         for path in (owner, folder / LOCK_FILE):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -67,5 +67,5 @@ def _describe(owner: Path) -> str:
         age = max(0.0, time.time() - record["since"])
         return f"process {record['process']} on {record['host']}, for {age / 60:.1f} minutes"
     except (OSError, ValueError, TypeError, KeyError):
-        # Written a moment after the lock is taken.
-        return "a process that has not said which it is"
+        # The owner writes its file a moment after it takes the lock.
+        return "an unknown process"

@@ -1,4 +1,4 @@
-"""Progress of long loops: a bar on a terminal, else a line in the log every so often."""
+"""Show the progress of long loops: a bar on a terminal, otherwise a line in the log every 30 seconds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress(tqdm):
-    """A bar of tqdm. Where stderr is no terminal, whose log would be one endless line, it logs its state every 30 seconds instead."""
+    """A bar of tqdm. If stderr is not a terminal, it logs its state every 30 seconds, since a bar would be one endless line."""
 
     def __init__(self, total: int, description: str, **options: Any) -> None:
-        # A notebook has no terminal, but draws bars.
+        # A notebook has no terminal, but shows bars.
         self._logs = not sys.stderr.isatty() and "ipykernel" not in sys.modules
         every: dict[str, Any] = {"mininterval": 1.0}
         if self._logs:
@@ -36,7 +36,7 @@ class Progress(tqdm):
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that suits it, for people: 45 s, 12 min, 3.4 h."""
+    """Return a time as text in a suitable unit: 45 s, 12 min, 3.4 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

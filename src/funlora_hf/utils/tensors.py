@@ -1,4 +1,4 @@
-"""Check the names, shapes and values of tensors, and compute the rank of one."""
+"""Check the names, shapes and values of tensors, and compute the rank of a matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .checks import listed
 
 
 def misnamed(live: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
-    """One line for each tensor of `live` that `given` lacks, and for each that only `given` has."""
+    """Return one line for each tensor that only `live` or only `given` has."""
     missing = [
         f"{key}: missing, expected a tensor of shape {tuple(live[key].shape)}" for key in live.keys() - given.keys()
     ]
@@ -22,7 +22,7 @@ def misnamed(live: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
 
 
 def misshapen(live: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
-    """One line for each tensor whose shape in `given` differs from that in `live`."""
+    """Return one line for each tensor that has different shapes in `given` and in `live`."""
     return [
         f"{key}: found shape {tuple(given[key].shape)}, expected {tuple(live[key].shape)}"
         for key in live.keys() & given.keys()
@@ -31,7 +31,7 @@ def misshapen(live: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor
 
 
 def not_finite(given: Mapping[str, torch.Tensor]) -> list[str]:
-    """One line for each tensor that contains NaN or infinity."""
+    """Return one line for each tensor that contains NaN or infinity."""
     return [
         f"{key}: found NaN or infinity, expected finite values"
         for key, value in given.items()
@@ -45,18 +45,17 @@ def check_before_loading(
     saved_modules: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """
-    Refuse tensors of adapters that `load_state_dict` would load in part. Other shapes are left to torch.
+    Refuse tensors of adapters that `load_state_dict` would load only in part. torch itself refuses wrong shapes.
 
-    PEFT only warns of missing tensors, ignores unexpected ones, and does not check values.
+    PEFT only warns about missing tensors, ignores unexpected ones, and does not check values.
 
     Args:
-        live: all tensors of adapters that can be loaded, by a key that ends in the adapter's name.
-        tensors: those about to be loaded.
-        saved_modules: tensors of `modules_to_save` about to be loaded; PEFT checks their names itself.
+        live: all tensors of adapters in the model, by a key that ends in the adapter's name.
+        tensors: the tensors to load.
+        saved_modules: tensors of `modules_to_save` to load; PEFT checks their names itself.
 
     Raises:
-        ValueError: an adapter of which only some tensors are given, a tensor that is not in `live`, or a value that is not
-            finite.
+        ValueError: some tensors of an adapter are missing, a tensor is not in `live`, or a value is not finite.
     """
     loaded = {key.rpartition(".")[2] for key in tensors if key in live}
     wanted = {key: value for key, value in live.items() if key.rpartition(".")[2] in loaded}
@@ -70,12 +69,12 @@ def check_before_loading(
 
 
 def numerical_rank(F: torch.Tensor, tol: float | None = None) -> int:
-    """The number of singular values of a matrix above a tolerance, computed in float64 on the CPU.
+    """Count the singular values of a matrix above a tolerance, in float64 on the CPU.
 
     Args:
-        F: `(m, n)`, of a floating dtype, finite.
-        tol: absolute, >= 0. None means `max(m, n) * eps * sigma_max` with the machine epsilon of F's own dtype, as in NumPy
-            and torch. Cast a float32 F to float64 first, and its rounding errors count as rank.
+        F: `(m, n)`, with a floating dtype, finite.
+        tol: absolute, >= 0. None means `max(m, n) * eps * sigma_max` with the machine epsilon of F's dtype, as in NumPy
+            and torch. If you cast a float32 F to float64 first, its rounding errors count as rank.
 
     Returns:
         The rank, between 0 and min(m, n).
@@ -90,9 +89,11 @@ def numerical_rank(F: torch.Tensor, tol: float | None = None) -> int:
             f"`F` is {F.dtype} of shape {tuple(F.shape)}, expected a floating matrix: pass what `functional_matrix` returns."
         )
     if tol is not None and not tol >= 0:
-        raise ValueError(f"`tol` is {tol!r}, expected a number >= 0, or None for that of F's dtype.")
+        raise ValueError(f"`tol` is {tol!r}, expected a number >= 0, or None for the tolerance of F's dtype.")
     if not torch.isfinite(F).all():
-        raise ValueError("`F` has entries that are not finite, so it has no rank: check the adapter it comes from.")
+        raise ValueError(
+            "`F` has entries that are not finite, so it has no rank: check the adapter that it belongs to."
+        )
     relative = max(F.shape) * torch.finfo(F.dtype).eps if tol is None else 0.0
     # Not every device has float64.
     matrix = F.detach().to("cpu", torch.float64)
