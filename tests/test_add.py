@@ -403,7 +403,7 @@ def test_a_locked_run_is_left_alone(inside):
         (
             {"to": "joint"},
             ValueError,
-            "`to` is a run of `strategy` 'joint', which has no adapters.*joint/model, and an `output_dir`",
+            "`to` is a run of `strategy` 'joint', which has no adapters.*joint/model, as `to`, and give an `output_dir`",
         ),
     ],
 )
