@@ -91,9 +91,7 @@ class DreamBoothArguments:
     ratio: int = argument(1, "One entry of A and B for this many neighbouring channels.")
 
     with_prior_preservation: bool = argument(False, "Also train on images of the class.")
-    class_data_dir: str | None = argument(
-        None, "Folder with these images; missing ones are drawn into it by the base."
-    )
+    class_data_dir: str | None = argument(None, "Folder with these images; the base draws missing ones into it.")
     class_prompt: str | None = argument(None, "Their prompt, as 'a photo of a dog'.")
     num_class_images: int = argument(100, "How many of them.")
     sample_batch_size: int = argument(4, "How many to draw at once.")
@@ -293,7 +291,8 @@ class DreamBooth:
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
                 accelerator.log({"loss": loss, "lr": rate}, step=step)
-                stops = step < steps and self._any(termination.requested)
+                requested = torch.tensor(int(termination.requested), device=accelerator.device)
+                stops = step < steps and bool(accelerator.reduce(requested))  # of any process
                 saves = stops or step == steps or step % arguments.checkpointing_steps == 0
                 if saves and accelerator.is_main_process:
                     save_checkpoint(checkpoints, step, state, total_limit=arguments.checkpoints_total_limit)
@@ -320,12 +319,6 @@ class DreamBooth:
             remedy = "lower --learning_rate or change --mixed_precision, and start again with another --output_dir"
             raise NonFiniteLossError(f"In step {step}, {found}, so the run has ended: {remedy}.")
         return value
-
-    def _any(self, stop: bool) -> bool:
-        """Whether any process has to stop; all of them call this."""
-        if self.accelerator.num_processes == 1:
-            return stop
-        return bool(self.accelerator.gather(torch.tensor([int(stop)], device=self.accelerator.device)).any())
 
     def _validate(self, step: int) -> None:
         ema, trained, seed = self.state.ema, list(self.state.parameters.values()), self.arguments.seed

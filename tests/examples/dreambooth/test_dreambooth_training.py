@@ -24,7 +24,7 @@ from text_to_image import component, make_pipeline, sample
 
 import dreambooth_training
 from dreambooth_training import DreamBooth, DreamBoothArguments
-from funlora_hf import load_adapter
+from funlora_hf import BaseMismatchError, load_adapter
 from funlora_hf.continual.publishing import PushError
 from funlora_hf.continual.termination import Terminated, Termination
 from funlora_hf.continual.trainer import NonFiniteLossError
@@ -246,12 +246,13 @@ def test_checkpointed_gradients_and_half_precision(make):
     assert {one.dtype for one in run.state.parameters.values()} == {torch.float32}
     assert run.model.conv_in.weight.dtype == run.pipe.vae.dtype == torch.bfloat16
     run.train(Termination())
-    load_adapter(
-        component(
-            DiffusionPipeline.from_pretrained(run.arguments.pretrained_model_name_or_path, torch_dtype=torch.bfloat16)
-        ),
-        "half/adapter",
-    )
+    path = run.arguments.pretrained_model_name_or_path
+    load_adapter(DiffusionPipeline.from_pretrained(path, torch_dtype=torch.bfloat16).unet, "half/adapter")
+    # As docs/guides/dreambooth.md says.
+    whole = DiffusionPipeline.from_pretrained(path).unet
+    with pytest.raises(BaseMismatchError):
+        load_adapter(whole, "half/adapter")
+    load_adapter(whole, "half/adapter", ignore_base_fingerprint=True)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
