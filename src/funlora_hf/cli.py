@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
@@ -87,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + stopped.signal
     except (HfHubHTTPError, NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        if isinstance(error, NO_ANSWER) and not isinstance(error, HfHubHTTPError):
+            lines[0] = f"the Hub at {constants.ENDPOINT} does not answer ({lines[0]}): check the network, or HF_ENDPOINT."
         for line in [f"error: {lines[0]}", *lines[1:_ERROR_LINES]]:
             _say(line, file=sys.stderr)
         return 1

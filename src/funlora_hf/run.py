@@ -380,6 +380,11 @@ class Run:
                 "them, and nothing is learned after it.",
                 stacklevel=2,
             )
+        if given.num_tasks is not None and given.num_tasks > len(tasks):
+            raise ValueError(
+                f"`num_tasks` is {given.num_tasks}, but there are {len(tasks)} tasks of `classes_per_task` {given.classes_per_task}: "
+                f"expected at most {len(tasks)}, or None for all."
+            )
         return tasks[: given.num_tasks]
 
     def _strategy(

@@ -7,6 +7,7 @@ and the position in the data.
 from __future__ import annotations
 
 import json
+import time
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class TrainingState:
         skipped: how many steps were skipped because loss or gradient was not finite: "total" in the phase, including those by
             which fp16 finds its scale; "in_row" since the last completed step, without those; "rescaled_in_row" only those.
         scaler: the scaler of the loss under fp16, whose scale decides which steps are skipped; None: there is none.
+        started: when the phase began in this process, by `time.perf_counter`.
+        earlier_seconds: how long it took in earlier processes, up to the checkpoint that this one continues from.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -51,11 +54,18 @@ class TrainingState:
     skipped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("total", "in_row", "rescaled_in_row"), 0))
     losses: LossCurve = field(default_factory=lambda: LossCurve(1))
     scaler: torch.amp.GradScaler | None = None
+    started: float = field(default_factory=time.perf_counter)
+    earlier_seconds: float = 0.0
+
+    def seconds(self) -> float:
+        """Return how long the phase has taken until now, in all processes that worked on it one after another."""
+        return self.earlier_seconds + time.perf_counter() - self.started
 
     def numbers(self) -> dict[str, str]:
         """Return the rest of the state, as the metadata of a file."""
         skipped = {f"skipped_{name}": str(count) for name, count in self.skipped.items()}
         numbers = {"ema_step": str(self.ema.optimization_step), "losses": self.losses.state(), **skipped}
+        numbers["seconds"] = str(self.seconds())
         return numbers if self.scaler is None else {**numbers, "scaler": json.dumps(self.scaler.state_dict())}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -81,7 +91,8 @@ class TrainingState:
         for name, buffer in self.buffers.items():
             buffer.copy_(tensors[f"buffer/{name}"])
         self.ema.optimization_step = int(numbers["ema_step"])
-        # Checkpoints of earlier versions may lack the counts, the losses and the scaler.
+        # Checkpoints of earlier versions may lack the seconds, the counts, the losses and the scaler.
+        self.earlier_seconds = float(numbers.get("seconds", 0.0))
         self.skipped = {name: int(numbers.get(f"skipped_{name}", 0)) for name in self.skipped}
         if "losses" in numbers:
             self.losses.load(numbers["losses"])

@@ -268,24 +268,27 @@ class ContinualTrainer:
         try:
             with self._termination.deferred():
                 with compilation_errors():
-                    record = self._train(phase, trainable, batches)
+                    record = self._train(phase, trainable, batches, started)
                 if self._writes(phase):
                     self.folder.check_there()
                     # Before the phase ends, since a finished phase is not run again.
-                    seconds = time.perf_counter() - started
-                    self._record_seconds(phase, {"seconds": seconds, **record})
+                    self._record_seconds(phase, record)
                     self.strategy.end_phase(phase, trainable)
                     loss = next((mean for mean in reversed(record["losses"]) if mean is not None), math.nan)
                     logger.info(
-                        "phase %s: %d steps in %s, loss %.4f", phase.name, record["steps"], duration(seconds), loss
+                        "phase %s: %d steps in %s, loss %.4f",
+                        phase.name,
+                        record["steps"],
+                        duration(record["seconds"]),
+                        loss,
                     )
         finally:
             self.strategy.release_phase(phase, trainable)
             self.accelerator.free_memory()
         self._drop_checkpoints(phase)
 
-    def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches) -> dict[str, Any]:
-        """Return the phase's steps, how many of them were skipped, the average's decay in the last one, and means of the loss."""
+    def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches, started: float) -> dict[str, Any]:
+        """Return the phase's seconds and steps, how many of them were skipped, the average's decay in the last one, and means of the loss."""
         accelerator, training = self.accelerator, self.training
         steps = phase_steps(phase.settings, len(batches.images), training)
         reached = learning_rate(phase.settings, steps - 1)
@@ -300,6 +303,7 @@ class ContinualTrainer:
                 phase.settings.learning_rate,
             )
         state = self._training_state(trainable, phase.settings, steps)
+        state.started = started
         resumes = training.resume_from_checkpoint is not None
         done = load_newest(self.folder.checkpoints / phase.name, state) if resumes else 0
         guard = GuardedSteps(state, accelerator, shared=not phase.independent, max_grad_norm=training.max_grad_norm)
@@ -350,7 +354,13 @@ class ContinualTrainer:
                 phase.name,
             )
         decay = state.ema.get_decay(state.ema.optimization_step)
-        return {"steps": steps, "skipped_steps": skipped, "ema_decay": decay, "losses": state.losses.means()}
+        return {
+            "seconds": state.seconds(),
+            "steps": steps,
+            "skipped_steps": skipped,
+            "ema_decay": decay,
+            "losses": state.losses.means(),
+        }
 
     def _training_state(self, trainable: Trainable, settings: PhaseSettings, steps: int) -> TrainingState:
         parameters = list(trainable.parameters.values())

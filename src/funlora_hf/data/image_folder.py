@@ -14,6 +14,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from ..utils.checks import shortened
 
 
+ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst", ".lz4"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
@@ -32,6 +33,13 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
             f"subfolder for each class. {dataset_name!r} itself has images and no subfolders, expected one subfolder for each class."
         )
     is_class = one_class and is_flat
+    files = Counter(file.suffix or "none" for file in folder.iterdir() if file.is_file())
+    if not (top or is_class or has_metadata or ARCHIVES.intersection(files)):
+        found = ", ".join(f"{count} (extension {suffix})" for suffix, count in files.items())
+        raise ValueError(
+            f"dataset_name={dataset_name!r} has no image and no subfolder{f', but {found}' if found else ''}: expected "
+            f"{'images of one class, or ' if one_class else ''}one subfolder with images for each class."
+        )
     if has_metadata or not (top or is_class):
         # Labels in a metadata file, or archives: `datasets` reads these itself.
         return {"data_dir": str(folder)}
