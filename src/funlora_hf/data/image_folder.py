@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from datasets import DatasetDict
+from datasets import Image as ImageFeature
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..utils.checks import shortened
 
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_ARCHIVES = tuple(suffix for _, suffixes, _ in shutil.get_unpack_formats() for suffix in suffixes)
 
 
 def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> dict:
@@ -67,18 +71,25 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
                 "follow for one of the characters *?[ in its path: rename it, or put the images themselves there."
             )
         split = place.parent.name if split_folders else "train"
-        patterns.setdefault(split, []).append(f"{glob.escape(str(place))}/*")
+        # Not of other files: `datasets` would unpack an archive among the images, into classes by the folders in it.
+        suffixes = sorted({file.suffix for file in place.iterdir() if _is_image(file)})
+        patterns.setdefault(split, []).extend(f"{glob.escape(str(place))}/*{glob.escape(one)}" for one in suffixes)
     return {"data_files": patterns, "drop_labels": False}
 
 
 def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
-    """Warn of what is left out: visible files without the extension of an image, images beside the folders of the classes,
-    folders whose name begins with "__", and folders without images."""
+    """Warn of what is left out: visible files without the extension of an image, images and archives beside the folders of the
+    classes, folders whose name begins with "__", and folders without images."""
     left_out: Counter[tuple[str, str]] = Counter()
     beside, empty = [], []
     # A folder of images that is one class has nothing above it.
     for above in sorted({folder, *(place.parent for place in class_folders if place != folder)} - {*class_folders}):
-        beside += [one for one in above.iterdir() if one.name.startswith("__") or (_is_image(one) and one.is_file())]
+        beside += [
+            one
+            for one in above.iterdir()
+            if one.name.startswith("__")
+            or (one.is_file() and (_is_image(one) or one.name.lower().endswith(_ARCHIVES)))
+        ]
     for place in class_folders:
         files = list(place.iterdir())
         if not any(map(_is_image, files)):
@@ -106,9 +117,10 @@ def _is_image(file: Path) -> bool:
 
 
 def warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]]) -> None:
-    """Warn of files like those of the splits that `datasets`, which finds splits by words such as "test" in names, takes for none."""
+    """Warn of images, parquet files and files like those of the splits that `datasets`, which finds splits by words such as "test" in
+    names and reads files of one type only, takes for none."""
     taken = {Path(os.path.abspath(file)) for files in splits.values() for file in files}
-    suffixes = {file.suffix for file in taken}
+    suffixes = {file.suffix for file in taken} | {".parquet", *ImageFolder.EXTENSIONS}
     found = (Path(os.path.abspath(file)) for file in folder.rglob("*") if file.suffix in suffixes)
     others = sorted(
         os.path.relpath(file, folder)
@@ -119,7 +131,23 @@ def warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]])
     if others:
         warnings.warn(
             f"dataset {folder.resolve().name!r}: {len(others)} of {len(taken) + len(others)} files are in no split and are left out, since "
-            f"others have the name of one, such as 'test', in theirs: {shortened(', '.join(others), 1000)}.",
+            f"others have the name of one, such as 'test', in theirs, or are of another type: {shortened(', '.join(others), 1000)}.",
+            stacklevel=4,
+        )
+
+
+def warn_of_images_in_no_row(folder: Path, splits: DatasetDict, files: Mapping[str, Sequence[str]]) -> None:
+    """Warn of images among the files of the splits that no row names, since a metadata file does not list them."""
+    images = {os.path.abspath(file) for several in files.values() for file in several if _is_image(Path(file))}
+    for split in splits.values() if images else ():
+        for column in [name for name, kind in split.features.items() if isinstance(kind, ImageFeature)]:
+            rows = split.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+            images -= {os.path.abspath(row[column]["path"]) for row in rows if row[column] and row[column]["path"]}
+    if images:
+        names = ", ".join(sorted(os.path.relpath(file, folder) for file in images))
+        warnings.warn(
+            f"dataset {folder.resolve().name!r}: {len(images)} images are not in the metadata file and are left out: "
+            f"{shortened(names, 1000)}.",
             stacklevel=4,
         )
 
