@@ -643,7 +643,7 @@ def test_a_hub_that_does_not_answer(run_folder, hub, tmp_path):
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
     done = run_module("push", str(run_folder), REPO, HF_ENDPOINT=endpoint, **home(hub, tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
-    assert "error: " in done.stderr
+    assert f"error: the Hub at {endpoint} does not answer (" in done.stderr
     assert "Traceback" not in done.stderr
 
 

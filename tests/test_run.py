@@ -1104,3 +1104,9 @@ def test_new_classes_avoid_the_ids_of_adapters_beside_the_base(finished, inside)
     assert assign_class_ids(["new"], base.classes, taken=base.taken) == [10]
     shutil.copytree(finished / "base", inside / "elsewhere" / "base")
     assert find_base(str(inside / "elsewhere" / "base")).taken == {}
+
+
+def test_more_tasks_than_there_are_are_refused(short_run):
+    with pytest.raises(ValueError, match="`num_tasks` is 6, but there are 5 tasks of `classes_per_task` 2: expected at most 5"):
+        run(short_run(num_tasks=6))
+    assert not Path("out").exists()

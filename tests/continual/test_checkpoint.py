@@ -59,6 +59,15 @@ def test_what_the_optimizer_keeps_lies_as_its_parameter_does(tmp_path):
             assert key == "step" or value.stride() == parameter.stride(), (name, key)
 
 
+def test_the_seconds_of_earlier_processes_count(tmp_path):
+    first, resumed = start(), start()
+    first.started -= 100
+    save_checkpoint(tmp_path, 1, first, total_limit=2)
+    load_newest(tmp_path, resumed)
+    resumed.started -= 1000
+    assert 1100 <= resumed.seconds() < 1200
+
+
 def test_what_has_another_shape_than_its_parameter(tmp_path):
     """As 8-bit optimisers keep scales of blocks."""
     first, resumed = start(), start()

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import sys
 import tarfile
 import warnings
@@ -203,6 +204,8 @@ def test_image_folder_with_metadata(tmp_path):
         (["cat/a.png", "dog/x/b.png"], "mixes folder depths"),
         (["train/cat/images/a.png"], "mixes folder depths"),
         (["a.png"], "one subfolder for each class"),
+        (["a.txt", "b.txt", "c"], r"no image and no subfolder, but 2 \(extension .txt\), 1 \(extension none\): expected one"),
+        ([".hidden/a.png"], "has no image and no subfolder: expected one"),
     ],
 )
 def test_image_folder_of_an_odd_layout(tmp_path, files, message):
@@ -918,6 +921,31 @@ def test_files_without_the_extension_of_an_image_are_counted_and_named(suffix, t
     said = next(str(one.message) for one in caught if "extension" in str(one.message))
     assert f"3 in 'only others' (extension {suffix or 'none'})" in said
     assert f"1 in 'b' (extension {suffix or 'none'})" in said
+
+
+@pytest.mark.parametrize(("place", "said"), [(".", "outside of the folders"), ("a", "extension .zip")])
+def test_archives_among_folders_of_classes_are_named_and_not_read(place, said, tmp_path):
+    for name in ("images/a", "images/b", "store/c"):
+        write_images(tmp_path / name)
+    shutil.make_archive(str(tmp_path / "images" / place / "more"), "zip", tmp_path / "store")
+    with pytest.warns(UserWarning, match=said):
+        assert counts(tmp_path / "images") == {"a": 3, "b": 3}
+
+
+def test_images_that_the_metadata_does_not_list_are_named(tmp_path):
+    write_images(tmp_path / "images")
+    (tmp_path / "images" / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,b\n")
+    with pytest.warns(UserWarning, match="1 images are not in the metadata file and are left out: 2.png"):
+        assert counts(tmp_path / "images") == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize("place", [".", "a"])
+def test_parquet_files_among_images_are_named(place, tmp_path):
+    write_images(tmp_path / "images" / "a")
+    write_images(tmp_path / "images" / "b")
+    pq.write_table(table([0, 1], datasets.Value("int64")).data.table, tmp_path / "images" / place / "x.parquet")
+    with pytest.warns(UserWarning, match="in no split and are left out, .*x.parquet"):
+        assert counts(tmp_path / "images") == {"a": 3, "b": 3}
 
 
 def parquet_that_names(path, folder):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from datasets import DatasetDict
+from datasets import Image as ImageFeature
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..utils.checks import shortened
 
 
-ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst", ".lz4"}
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_ARCHIVES = tuple(suffix for _, suffixes, _ in shutil.get_unpack_formats() for suffix in suffixes)
 
 
 def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> dict:
@@ -33,8 +36,9 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
             f"subfolder for each class. {dataset_name!r} itself has images and no subfolders, expected one subfolder for each class."
         )
     is_class = one_class and is_flat
-    files = Counter(file.suffix or "none" for file in folder.iterdir() if file.is_file())
-    if not (top or is_class or has_metadata or ARCHIVES.intersection(files)):
+    has_archive = any(file.name.lower().endswith(_ARCHIVES) for file in folder.iterdir())
+    if not (top or is_class or has_metadata or has_archive):
+        files = Counter(file.suffix or "none" for file in folder.iterdir() if file.is_file())
         found = ", ".join(f"{count} (extension {suffix})" for suffix, count in files.items())
         raise ValueError(
             f"dataset_name={dataset_name!r} has no image and no subfolder{f', but {found}' if found else ''}: expected "
@@ -75,21 +79,28 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
                 "follow because of a character *, ? or [ in its path: rename it, or put the images themselves there."
             )
         split = place.parent.name if split_folders else "train"
-        patterns.setdefault(split, []).append(f"{glob.escape(str(place))}/*")
+        # Not of other files: `datasets` would unpack an archive among the images, into classes by the folders in it.
+        suffixes = sorted({file.suffix for file in place.iterdir() if _is_image(file)})
+        patterns.setdefault(split, []).extend(f"{glob.escape(str(place))}/*{glob.escape(one)}" for one in suffixes)
     return {"data_files": patterns, "drop_labels": False}
 
 
 def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
     """Warn about files and folders that are left out.
 
-    These are visible files without the extension of an image, images outside of the folders of the classes, folders whose
-    name begins with "__", and folders without images.
+    These are visible files without the extension of an image, images and archives outside of the folders of the classes, folders
+    whose name begins with "__", and folders without images.
     """
     left_out: Counter[tuple[str, str]] = Counter()
     beside, empty = [], []
     # If the folder itself is the one class, no folder above it is read.
     for above in sorted({folder, *(place.parent for place in class_folders if place != folder)} - {*class_folders}):
-        beside += [one for one in above.iterdir() if one.name.startswith("__") or (_is_image(one) and one.is_file())]
+        beside += [
+            one
+            for one in above.iterdir()
+            if one.name.startswith("__")
+            or (one.is_file() and (_is_image(one) or one.name.lower().endswith(_ARCHIVES)))
+        ]
     for place in class_folders:
         files = list(place.iterdir())
         if not any(map(_is_image, files)):
@@ -117,9 +128,12 @@ def _is_image(file: Path) -> bool:
 
 
 def warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]]) -> None:
-    """Warn about files of the same types that are in no split: `datasets` finds splits by words such as "test" in names."""
+    """Warn about images, parquet files and files of the types that were read which are in no split.
+
+    `datasets` finds splits by words such as "test" in names, and reads files of one type only.
+    """
     taken = {Path(os.path.abspath(file)) for files in splits.values() for file in files}
-    suffixes = {file.suffix for file in taken}
+    suffixes = {file.suffix for file in taken} | {".parquet", *ImageFolder.EXTENSIONS}
     found = (Path(os.path.abspath(file)) for file in folder.rglob("*") if file.suffix in suffixes)
     others = sorted(
         os.path.relpath(file, folder)
@@ -130,7 +144,24 @@ def warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]])
     if others:
         warnings.warn(
             f"dataset {folder.resolve().name!r}: {len(others)} of {len(taken) + len(others)} files are in no split and are left out, since "
-            f"the names of other files contain the name of a split, such as 'test': {shortened(', '.join(others), 1000)}.",
+            f"the names of other files contain the name of a split, such as 'test', or they are of another type: "
+            f"{shortened(', '.join(others), 1000)}.",
+            stacklevel=4,
+        )
+
+
+def warn_of_images_in_no_row(folder: Path, splits: DatasetDict, files: Mapping[str, Sequence[str]]) -> None:
+    """Warn about images among the files of the splits that are in no row, since a metadata file does not list them."""
+    images = {os.path.abspath(file) for several in files.values() for file in several if _is_image(Path(file))}
+    for split in splits.values() if images else ():
+        for column in [name for name, kind in split.features.items() if isinstance(kind, ImageFeature)]:
+            rows = split.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+            images -= {os.path.abspath(row[column]["path"]) for row in rows if row[column] and row[column]["path"]}
+    if images:
+        names = ", ".join(sorted(os.path.relpath(file, folder) for file in images))
+        warnings.warn(
+            f"dataset {folder.resolve().name!r}: {len(images)} images are not in the metadata file and are left out: "
+            f"{shortened(names, 1000)}.",
             stacklevel=4,
         )
 

@@ -26,7 +26,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from ..utils.checks import check_not_mistyped, is_repository_name, shortened
-from .image_folder import METADATA_FILES, image_folder_files, warn_of_files_in_no_split
+from .image_folder import METADATA_FILES, image_folder_files, warn_of_files_in_no_split, warn_of_images_in_no_row
 
 
 # Every held-out split is drawn with this seed, not the run's: all runs must be tested on the same images.
@@ -90,7 +90,9 @@ def open_splits(
         with _without_unpickling():
             splits = load_dataset(**arguments)
             if config_name is None and is_local and "data_files" not in arguments:
-                warn_of_files_in_no_split(path, load_dataset_builder(**arguments).config.data_files)
+                files = load_dataset_builder(**arguments).config.data_files
+                warn_of_files_in_no_split(path, files)
+                warn_of_images_in_no_row(path, splits, files)
             return name, splits, tuple(map(str, roots))
     except Exception as error:
         # For damaged files `datasets` raises many types of errors. Network and permission errors pass unchanged.
