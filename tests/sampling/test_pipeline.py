@@ -221,6 +221,15 @@ def test_saving_leaves_the_base_plain_and_loading_brings_all_back(pipe, tmp_path
     assert torch.equal(again([3, 7, 9], generator=generator(), output_type="pt").images, expected)
 
 
+def test_saving_over_a_class_folder_with_other_files_changes_nothing(pipe, tmp_path):
+    notes = tmp_path / "saved" / "adapters" / "class_7" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("x")
+    with pytest.raises(ValueError, match="class_7', which has other contents than an adapter"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert [path for path in (tmp_path / "saved").rglob("*") if path.is_file()] == [notes]
+
+
 def test_saving_with_merged_adapters_is_refused(pipe, tmp_path):
     for module in pipe.unet.modules():
         if isinstance(module, FunLoraLayer):

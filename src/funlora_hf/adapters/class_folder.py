@@ -152,7 +152,7 @@ def save_adapter(
     check_class_label(class_label)
     check_class_name(class_name)
     folder = Path(folder)
-    _check_replaceable(folder)
+    check_replaceable(folder)
     parts = {key: parameter for key, parameter in model.named_parameters() if f".{adapter_name}." in f"{key}."}
     if is_offloaded(model, parts.values()):
         raise ValueError(f"The adapter {adapter_name!r} is offloaded with the model: save it before you offload.")
@@ -202,7 +202,7 @@ def _check_no_class_of_the_base(label: int | None, base: Any) -> None:
             )
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Raise a ValueError if the folder exists and has other files than an adapter's and hidden ones."""
     files = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md"}
     entries = folder.iterdir() if folder.exists() else ()

@@ -23,7 +23,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from tqdm.auto import tqdm
 
 from ..adapters.base_fingerprint import base_tensors
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name, known_class
+from ..adapters.class_folder import (
+    ADAPTERS_FOLDER,
+    adapter_class,
+    adapter_folders,
+    adapter_name,
+    check_replaceable,
+    known_class,
+)
 from ..adapters.loaded_adapters import ClassAdapters
 from ..adapters.untrusted_adapter import read_adapter
 from ..adapters.untrusted_bank import read_bank
@@ -416,7 +423,8 @@ class FunLoraPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save the base as [`DiffusionPipeline.save_pretrained`] does, untouched by adapters, and every adapter in
-        `adapters/class_<id>/` beside it. Raises a ValueError if adapters are merged into the base's weights."""
+        `adapters/class_<id>/` beside it. Raises a ValueError if adapters are merged into the base's weights, or if such a folder is
+        there with other contents than an adapter, which would be lost."""
         if (args[0] if args else kwargs.get("safe_serialization")) is False:
             raise ValueError("`safe_serialization` is False, expected True: this package reads only safetensors.")
         if kwargs.get("push_to_hub") and self._adapters.classes:
@@ -424,6 +432,9 @@ class FunLoraPipeline(DiffusionPipeline):
                 "`push_to_hub` would push the base without its adapters: save first, then `funlora_hf.push_all` the folder."
             )
         self._follow_unet()
+        adapters = Path(save_directory) / ADAPTERS_FOLDER
+        for class_id in self._adapters.classes:
+            check_replaceable(adapters / adapter_name(class_id))
         unet = uncompiled(self.unet)
         if adapted_modules(unet):
             with torch.device("meta"):
@@ -432,7 +443,6 @@ class FunLoraPipeline(DiffusionPipeline):
             unet = plain
         base = FunLoraPipeline(unet, self.scheduler, self.base_classes, self.config["id2label"])
         super(FunLoraPipeline, base).save_pretrained(save_directory, *args, **kwargs)
-        adapters = Path(save_directory) / ADAPTERS_FOLDER
         for class_id in self._adapters.classes:
             self._adapters.save(class_id, adapters / adapter_name(class_id))
         others = {folder.name for folder in adapter_folders(adapters)} - set(map(adapter_name, self._adapters.classes))
