@@ -106,7 +106,9 @@ class DreamBoothArguments:
     lr_warmup_steps: int = argument(0, "Steps of linear warm-up; the rate is constant after them.")
     use_8bit_adam: bool = argument(False, "Adam of bitsandbytes.")
     max_grad_norm: float = argument(1.0, "Clip the gradient's norm to this.")
-    ema_decay: float = argument(0.98, "Decay of the moving average, which is what is saved; 0: the last step.")
+    ema_decay: float = argument(
+        0.98, "Decay of the moving average, which is saved; in step s, at most (1 + s) / (10 + s). 0: the last step."
+    )
     checkpointing_steps: int = argument(500, "Steps between checkpoints.")
     checkpoints_total_limit: int | None = argument(2, "How many to keep.")
     report_to: str = argument("none", "Tracker of accelerate: 'tensorboard', 'wandb', ...")
@@ -137,12 +139,16 @@ class DreamBoothArguments:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected a number above 0.")
-        prior = "with_prior_preservation"
+        if self.revision is not None and Path(self.pretrained_model_name_or_path).is_dir():
+            raise ValueError(f"`revision` is {self.revision!r}, but a folder has none: leave it out.")
+        prior, defaults = "with_prior_preservation", {one.name: one.default for one in fields(self)}
         for name, needed in (
             *(("class_data_dir", prior), ("class_prompt", prior), (prior, "class_data_dir"), (prior, "class_prompt")),
-            *(("validation_steps", "validation_prompt"), ("hub_model_id", "push_to_hub")),
+            *(("num_class_images", prior), ("sample_batch_size", prior), ("prior_loss_weight", prior)),
+            *(("validation_steps", "validation_prompt"), ("num_validation_images", "validation_prompt")),
+            ("hub_model_id", "push_to_hub"),
         ):
-            if (value := getattr(self, name)) and not getattr(self, needed):
+            if (value := getattr(self, name)) != defaults[name] and not getattr(self, needed):
                 raise ValueError(f"`{name}` is {value!r} but there is no `{needed}`: pass --{needed}, too.")
         if self.class_data_dir and Path(self.class_data_dir).resolve() == Path(self.instance_data_dir).resolve():
             raise ValueError(f"`class_data_dir` is `instance_data_dir`, {self.class_data_dir!r}: pass another folder.")

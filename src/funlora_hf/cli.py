@@ -89,7 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HfHubHTTPError, NO_ANSWER, SafetensorError, ValueError, OSError, ImportError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         if isinstance(error, NO_ANSWER) and not isinstance(error, HfHubHTTPError):
-            lines[0] = f"the Hub at {constants.ENDPOINT} does not answer ({lines[0]}): check the network, or HF_ENDPOINT."
+            lines[0] = (
+                f"the Hub at {constants.ENDPOINT} does not answer ({lines[0]}): check the network, or HF_ENDPOINT."
+            )
         for line in [f"error: {lines[0]}", *lines[1:_ERROR_LINES]]:
             _say(line, file=sys.stderr)
         return 1

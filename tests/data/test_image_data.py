@@ -204,13 +204,21 @@ def test_image_folder_with_metadata(tmp_path):
         (["cat/a.png", "dog/x/b.png"], "mixes folder depths"),
         (["train/cat/images/a.png"], "mixes folder depths"),
         (["a.png"], "one subfolder for each class"),
-        (["a.txt", "b.txt", "c"], r"no image and no subfolder, but 2 \(extension .txt\), 1 \(extension none\): expected one"),
         ([".hidden/a.png"], "has no image and no subfolder: expected one"),
     ],
 )
 def test_image_folder_of_an_odd_layout(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         load(image_folder(tmp_path / "odd", *files))
+
+
+@pytest.mark.parametrize("one_class", [False, True])
+def test_a_folder_without_images_names_what_it_has(tmp_path, one_class):
+    for name in ("a.txt", "b.txt", "c"):
+        (tmp_path / name).write_text("no image")
+    found = r"no image and no subfolder, but 2 \(extension .txt\), 1 \(extension none\): expected "
+    with pytest.raises(ValueError, match=found + ("images of one class, or one" if one_class else "one subfolder")):
+        load_image_data(str(tmp_path), image_size=8, channels=1, one_class=one_class)
 
 
 def test_the_bar_over_local_files_does_not_say_that_it_downloads_them(tmp_path, capsys):

@@ -501,6 +501,7 @@ BAD_CALLS = [
     # A set has no order in which images could come.
     ({"class_labels": {"three", "5"}}, "expected a list: images come in the order asked"),
     ({"class_labels": {3: "three"}}, "expected a list: images come in the order asked"),
+    ({"class_labels": torch.eye(2)}, r"`class_labels` has the shape \(2, 2\), expected one dimension"),
     ({"num_inference_steps": 2.5}, "`num_inference_steps`"),
     ({"num_inference_steps": True}, "`num_inference_steps`"),
     ({"num_inference_steps": 0}, "`num_inference_steps`"),

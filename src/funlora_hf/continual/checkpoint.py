@@ -7,8 +7,8 @@ and the position in the data.
 from __future__ import annotations
 
 import json
-import time
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

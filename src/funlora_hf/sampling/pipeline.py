@@ -498,6 +498,7 @@ class FunLoraPipeline(DiffusionPipeline):
 
     def _class_ids(self, class_labels: ClassLabels) -> list[int]:
         if isinstance(class_labels, torch.Tensor):
+            _check_flat("class_labels", class_labels)
             class_labels = class_labels.reshape(-1).tolist()
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
@@ -628,6 +629,13 @@ def _check_scheduler(scheduler: Any) -> None:
     check_velocity_scheduler(scheduler.config, field="scheduler.config")
 
 
+def _check_flat(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dim() > 1:
+        raise ValueError(
+            f"`{name}` has the shape {tuple(tensor.shape)}, expected one dimension: one entry for every image."
+        )
+
+
 def _check_sampling(solver: str, num_inference_steps: int, output_type: str) -> None:
     check_choice("solver", solver, SOLVERS)
     if output_type not in ("pil", "np", "pt"):
@@ -643,7 +651,9 @@ def _interpolation_weights(weights: Weights) -> torch.Tensor:
                 f"`weights` is {weights}, expected at least 2 images, or a sequence of weights in [0, 1]."
             )
         return torch.linspace(0, 1, weights)
-    tensor = torch.as_tensor(weights, dtype=torch.float32).reshape(-1)
+    tensor = torch.as_tensor(weights, dtype=torch.float32)
+    _check_flat("weights", tensor)
+    tensor = tensor.reshape(-1)
     # In this form it also refuses NaN.
     if not len(tensor) or not ((tensor >= 0) & (tensor <= 1)).all():
         raise ValueError(f"`weights` is {weights}, expected numbers in [0, 1], one for every image.")
