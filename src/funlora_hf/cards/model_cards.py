@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,15 @@ class Place:
     base: str | None = None
     base_revision: str | None = None
     base_is_unet: bool = False
+
+
+def place_of_base(config: PeftConfig) -> Place:
+    """Return the base that an adapter's config names, if it is a repository; a local path does not help others."""
+    named = repository(config.base_model_name_or_path)
+    # A folder may have the form of a repository's name.
+    if named is None or os.path.exists(named):
+        return Place()
+    return Place(base=named, base_revision=config.revision)
 
 
 @dataclass(frozen=True)

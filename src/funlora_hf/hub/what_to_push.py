@@ -17,7 +17,7 @@ from ..adapters.base_fingerprint import base_fingerprints
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from ..adapters.untrusted_adapter import SavedAdapter, read_adapter
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
-from ..cards.model_cards import ClassRow, Place, adapter_card, repository
+from ..cards.model_cards import ClassRow, Place, adapter_card, place_of_base
 from ..utils.checks import CONFIG_FINGERPRINT, check_not_mistyped
 from ..utils.files import read_json, read_mapping
 from .classes_json import CARD, results_without
@@ -81,12 +81,8 @@ class AdapterFolder:
 
     @property
     def base_on_hub(self) -> Place:
-        """The base that its config names, if it is a repository; a local path is of no use to others."""
-        named = repository(self.adapter.config.base_model_name_or_path)
-        # A folder may have the form of a repository's name.
-        if named is None or os.path.exists(named):
-            return Place()
-        return Place(base=named, base_revision=self.adapter.config.revision)
+        """The base that its config names, if it is a repository."""
+        return place_of_base(self.adapter.config)
 
     def row(self, results: Mapping[str, Any] | None, link: str) -> ClassRow:
         """Its row in the table of classes."""
