@@ -33,7 +33,9 @@ def test_a_folder_has_config_weights_and_card(tiny_unet, tmp_path):
 
 @pytest.mark.parametrize(("base", "named"), [("user/base", True), ("/home/somebody/base", False), (None, False)])
 def test_a_base_on_the_hub_stands_in_the_card(tiny_unet, tmp_path, base, named):
-    save_adapter(get_peft_model(tiny_unet, FunLoraConfig(base_model_name_or_path=base)), tmp_path / "a")
+    model = get_peft_model(tiny_unet, FunLoraConfig())
+    model.peft_config["default"].base_model_name_or_path = base
+    save_adapter(model, tmp_path / "a")
     card = ModelCard.load(tmp_path / "a" / "README.md")
     assert (card.data.base_model == "user/base") == ("user/base" in card.text) == named
     assert "somebody" not in str(card)
