@@ -42,7 +42,7 @@ from .utils.arguments import refuse_unknown, warnings_as_lines
 from .utils.checks import did_you_mean, expanded, one_form
 
 
-EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an unknown argument; 130 Ctrl-C, 143 SIGTERM"
+EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an argument that cannot be parsed; 75 the time limit (train, add); 130 Ctrl-C; 143 SIGTERM"
 # Number of images of one class that are sampled at once.
 _BATCH = 64
 # Longer errors, such as an error with a page of HTML, are cut off.
@@ -229,7 +229,7 @@ def _add(arguments: Sequence[str]) -> int:
         return EXIT_TIME_LIMIT
     for class_id, one in added.classes.items():
         what = f"class {_class_text(class_id, one['class_name'])}"
-        how = f"learned from {one['images']} images in {one['seconds']:.0f} s"
+        how = f"learned from {one['images']} image{'s' * (one['images'] != 1)} in {one['seconds']:.0f} s"
         _say(f"{what}: {how}" if class_id in added.trained else f"{what}: already exists, {how}")
     _say(how_to_see(added.base, added.output_dir, added.classes))
     return 0

@@ -89,7 +89,7 @@ def attempt(one_image, content: bytes) -> str | None:
         return None
     assert "dataset 'pets', split 'train', row 0: the image of class 'cat' in column 'image'" in text
     assert "Expected an image" in text
-    assert "remove this row" in text
+    assert "remove this row" in text or "remove this file" in text
     assert len(text) < 1000
     return text
 

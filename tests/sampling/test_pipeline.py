@@ -22,7 +22,7 @@ from runs import TINY_UNET, make_tiny_unet
 from safetensors.torch import load_file, save_file
 from scipy.integrate import solve_ivp
 
-from funlora_hf import FunLoraConfig, FunLoraPipeline, FunLoraPipelineOutput
+from funlora_hf import FunLoraConfig, FunLoraPipeline, FunLoraPipelineOutput, merge_class
 from funlora_hf.adapters.untrusted_base import read_unet
 from funlora_hf.continual.base import find_base
 from funlora_hf.continual.config import ModelArguments
@@ -662,3 +662,15 @@ def test_adapters_of_an_earlier_save_are_named(pipe, tmp_path):
     pipe.unload_adapter(9)
     with pytest.warns(UserWarning, match=r"adapters' also has class_9, which this pipeline does not have"):
         pipe.save_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_merged(tiny_pipe, tmp_path):
+    with torch.no_grad():
+        tiny_pipe.unet.conv_out.weight[0, 0, 0, 0] = torch.inf
+    problem = "- conv_out.weight: found NaN or infinity"
+    with pytest.raises(ValueError, match=f"The base cannot be saved:\n{problem}"):
+        tiny_pipe.save_pretrained(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+    label = tiny_pipe.base_classes[0]
+    with pytest.raises(ValueError, match=f"Class {label} cannot be merged:\n{problem}"):
+        merge_class(tiny_pipe, label)

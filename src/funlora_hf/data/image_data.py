@@ -111,7 +111,7 @@ class ImageClassificationData:
                     f"dataset {self.name!r}, split {part.source!r}, row {row}: the image of class "
                     f"{name} in column {self.image_column!r}{file} cannot be read "
                     f"({type(error).__name__}: {shortened(str(error), 300)}). Expected an image that "
-                    "Pillow can open and convert to 8 bits; remove this row from the dataset or replace its image."
+                    f"Pillow can open and convert to 8 bits; remove this {'file' if path else 'row from the dataset'} or replace its image."
                 ) from error
             self._warn_of_conversion(mode)
         if several and "frames" not in self._warned:

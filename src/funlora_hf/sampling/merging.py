@@ -10,6 +10,8 @@ from diffusers.models.embeddings import TimestepEmbedding
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..utils.checks import listed
+from ..utils.tensors import not_finite
 from .pipeline import FunLoraPipeline
 
 
@@ -35,8 +37,8 @@ def merge_class(pipe: FunLoraPipeline, class_label: int | str) -> UNet2DModel:
             Its outputs equal the pipeline's up to rounding in that dtype.
 
     Raises:
-        ValueError: unknown class, adapters that are merged into the base already, a method that cannot be merged, or a
-            U-Net that does not match its config.
+        ValueError: unknown class, adapters that are merged into the base already, a method that cannot be merged, weights that are
+            not finite, or a U-Net that does not match its config.
 
     Source: [ours].
 
@@ -58,6 +60,8 @@ def merge_class(pipe: FunLoraPipeline, class_label: int | str) -> UNet2DModel:
             wide = torch.promote_types(bias.dtype, torch.float32)
             tensors[_BIAS] = (bias.to(wide) + vector.to(wide)).to(bias.dtype)  # rounded once
     tensors |= _unfused(merged)
+    if problems := not_finite(tensors):
+        raise ValueError(f"Class {class_label!r} cannot be merged:\n{listed(problems)}")
     config = {name: value for name, value in merged.config.items() if not name.startswith("_")}
     unet = _plain_unet({**config, "num_class_embeds": None}, tensors)
     return unet.to(merged.device)  # type: ignore[arg-type]  # diffusers' decorator hides the signature

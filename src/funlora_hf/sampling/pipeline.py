@@ -43,7 +43,8 @@ from ..adapters.untrusted_base import (
 )
 from ..flow_matching import sigma_to_timestep
 from ..tuner_base.wrappers import adapted_modules, evaluation_mode, uncompiled
-from ..utils.checks import check_at_least_one, check_choice, is_repository_name, one_form, shortened
+from ..utils.checks import check_at_least_one, check_choice, is_repository_name, listed, one_form, shortened
+from ..utils.tensors import not_finite
 from .guidance import Guidance, Velocity
 from .solvers import SOLVERS, SolverOutput, solve
 
@@ -423,8 +424,8 @@ class FunLoraPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save the base as [`DiffusionPipeline.save_pretrained`] does, untouched by adapters, and every adapter in
-        `adapters/class_<id>/` beside it. Raises a ValueError if adapters are merged into the base's weights, or if such a folder is
-        there with other contents than an adapter, which would be lost."""
+        `adapters/class_<id>/` beside it. Raises a ValueError if adapters are merged into the base's weights, if these are not finite, or
+        if such a folder is there with other contents than an adapter, which would be lost."""
         if (args[0] if args else kwargs.get("safe_serialization")) is False:
             raise ValueError("`safe_serialization` is False, expected True: this package reads only safetensors.")
         if kwargs.get("push_to_hub") and self._adapters.classes:
@@ -441,6 +442,8 @@ class FunLoraPipeline(DiffusionPipeline):
                 plain = UNet2DModel.from_config(unet.config)
             plain.load_state_dict(base_tensors(unet), assign=True)  # they are the base's own
             unet = plain
+        if problems := not_finite(unet.state_dict()):
+            raise ValueError(f"The base cannot be saved:\n{listed(problems)}")
         base = FunLoraPipeline(unet, self.scheduler, self.base_classes, self.config["id2label"])
         super(FunLoraPipeline, base).save_pretrained(save_directory, *args, **kwargs)
         for class_id in self._adapters.classes:
