@@ -373,7 +373,7 @@ def test_a_locked_run_is_left_alone(inside):
         (
             {"images": "empty"},
             FileNotFoundError,
-            "^images='empty' could not be loaded .*check IMAGES, --dataset_config",
+            "^images='empty' has no image and no subfolder: expected images of one class, or one subfolder",
         ),
         ({"images": "broken"}, ValueError, "'broken', split 'train', row 1: the image of class 'broken'"),
         (

@@ -234,7 +234,8 @@ def load_image_data(
         string among the sorted names, or an integer itself.
 
     Raises:
-        FileNotFoundError: dataset_name is a local path that does not exist, or almost the name of a folder that does.
+        FileNotFoundError: dataset_name is a local path that does not exist, almost the name of a folder that does, or a folder
+            without images.
         ImportError: "digits" without scikit-learn.
         ValueError: an argument does not fit the dataset, or rows are unlabelled.
     """

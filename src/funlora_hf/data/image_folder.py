@@ -40,7 +40,7 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
     if not (top or is_class or has_metadata or has_archive):
         files = Counter(file.suffix or "none" for file in folder.iterdir() if file.is_file())
         found = ", ".join(f"{count} (extension {suffix})" for suffix, count in files.items())
-        raise ValueError(
+        raise FileNotFoundError(
             f"dataset_name={dataset_name!r} has no image and no subfolder{f', but {found}' if found else ''}: expected "
             f"{'images of one class, or ' if one_class else ''}one subfolder with images for each class."
         )
