@@ -481,6 +481,18 @@ def test_a_card_names_the_class_of_the_base(name, part, task):
     assert f'{name}.from_pretrained("me/unet")' in code
 
 
+@pytest.mark.parametrize("pipeline", ["os", "NoSuchPipeline", "DiffusionPipeline; import os", 7, ["SD"], None])
+def test_a_pipeline_that_diffusers_does_not_have_is_not_named(pipeline):
+    config = of_base("UNet2DConditionModel")
+    usual = str(adapter(config))
+    config.auto_mapping["pipeline_class"] = pipeline
+    assert str(adapter(config)) == usual
+    config.auto_mapping["pipeline_class"] = "StableDiffusionXLPipeline"
+    assert "of a [diffusers](https://github.com/huggingface/diffusers) StableDiffusionXLPipeline computes" in str(
+        adapter(config)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "library"),
     [
@@ -507,12 +519,18 @@ def test_other_bases_have_the_usual_card(name, library):
         ("DiT", "transformer", "to_q"),
     ],
 )
-def test_the_code_in_a_card_of_a_pipeline_s_adapter_runs(name, part, target, tmp_path):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_code_in_a_card_of_a_pipeline_s_adapter_runs(name, part, target, loaded, tmp_path):
     pipe = make_pipeline(name)
+    pipe.save_pretrained(tmp_path / "base")
+    if loaded:
+        pipe = type(pipe).from_pretrained(tmp_path / "base")
     config = FunLoraConfig(target_modules=[target], init_weights=False)
     save_adapter(inject_adapter_in_model(config, getattr(pipe, part)), tmp_path / "mine")
-    make_pipeline(name).save_pretrained(tmp_path / "base")
-    (code,) = snippets(ModelCard.load(tmp_path / "mine" / "README.md"))
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    (code,) = snippets(card)
+    assert (f"{type(pipe).__name__} computes" in card.text) == (f"= {type(pipe).__name__}.from" in code) == loaded
+    assert ("= DiffusionPipeline.from" in code) == (not loaded)
     names = execute(code, {"path/to/base": tmp_path / "base", "path/to/this/folder": tmp_path / "mine"})
     assert names["image"].size == (8, 8)
     found = get_peft_model_state_dict(getattr(names["pipe"], part), adapter_name="default")

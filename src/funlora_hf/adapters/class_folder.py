@@ -171,6 +171,7 @@ def save_adapter(
         config.base_model_name_or_path = vars(base).get("name_or_path") or None
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        config.auto_mapping |= _pipeline_class(base)
     if isinstance(config, FunLoraConfig):
         config.class_label = config.class_label if class_label is None else class_label
         config.class_name = class_name or config.class_name
@@ -181,6 +182,14 @@ def save_adapter(
     saved = {f"{SAVED_PREFIX}{plain_key(key)}": tensor.clone() for key, tensor in tensors.items()}
     name = adapter_name if class_label is None else f"{_PREFIX}{class_label}"
     save_adapter_tensors(config, saved, folder, name=name, class_name=class_name)
+
+
+def _pipeline_class(base: Any) -> dict[str, str]:
+    """Return the class of the pipeline that a model was loaded with, for its card; nothing if that is unknown."""
+    folder = Path(getattr(getattr(base, "config", None), "_name_or_path", None) or "").parent
+    if has_class(base, "UNet2DModel") or not (folder / PIPELINE).is_file():
+        return {}
+    return {"pipeline_class": str(read_mapping(folder / PIPELINE).get("_class_name"))}
 
 
 def adapter_configs(model: Any) -> dict[str, PeftConfig]:

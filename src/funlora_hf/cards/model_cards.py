@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import diffusers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig, PeftType
@@ -147,6 +148,7 @@ def adapter_card(
             **({} if base_class and class_label is None else of_class),
         },
         base_class=base_class,
+        pipeline_class=_pipeline_class(config),
         takes_labels=_task(base_class) == _TASK,
         config=config,
         is_funlora=isinstance(config, FunLoraConfig),
@@ -242,6 +244,13 @@ def component_class(config: PeftConfig) -> str | None:
     name, library = str(base.get("base_model_class")), str(base.get("parent_library"))
     is_part = re.fullmatch(f"[A-Za-z0-9]*({'|'.join(_PARTS)})[A-Za-z0-9]*", name) and name != "UNet2DModel"
     return name if is_part and library.startswith(("diffusers.", "transformers.")) else None
+
+
+def _pipeline_class(config: PeftConfig) -> str | None:
+    """Return the class of the pipeline that the base is a part of, if `save_adapter` knew it and diffusers has it."""
+    base = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    name = base.get("pipeline_class")
+    return name if isinstance(name, str) and name.endswith("Pipeline") and name in dir(diffusers) else None
 
 
 def _card(
