@@ -22,6 +22,7 @@ import huggingface_hub.file_download
 import huggingface_hub.utils._http
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from runs import REPOSITORY, make_tiny_unet, write_adapters
 
@@ -51,6 +52,22 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps the precision of a process's first Accelerator."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def nan_in_empty_tensors():
+    """Weights that are read while they are offloaded are NaN, not by chance the right ones."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from accelerate.state import AcceleratorState
 from runs import digests, run_in, short_run
 from write_events import on_write
 
@@ -28,6 +27,7 @@ from funlora_hf.utils.files import read_json, write_json
 from funlora_hf.utils.locks import FolderInUseError, folder_lock
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 REPO = "me/mine"
 
 
@@ -45,14 +45,6 @@ def inside(finished, tmp_path, monkeypatch):
     draw(tmp_path / "cross")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """accelerate keeps the precision of a process's first Accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def draw(folder: Path, count: int = 5) -> Path:

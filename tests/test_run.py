@@ -47,6 +47,9 @@ from funlora_hf.utils.files import read_json, write_json
 from funlora_hf.utils.locks import FolderInUseError, folder_lock
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run, not to be changed."""
@@ -59,14 +62,6 @@ def copy(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "out"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """accelerate keeps the precision of a process's first Accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from funlora_hf.continual import time_limit
@@ -29,6 +28,7 @@ from funlora_hf.continual.trainer import (
 from funlora_hf.data.tasks import Task
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TASKS = [Task(0, (0,)), Task(1, (1,)), Task(2, (2,))]
 
 
@@ -101,13 +101,6 @@ class RunningSum(Strategy):
 
     def memory_report(self):
         return {"persistent": 4, "transient": 0}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train(

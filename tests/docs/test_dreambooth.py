@@ -24,6 +24,7 @@ from text_to_image import make_pipeline, sample
 from funlora_hf import BaseMismatchError, save_adapter
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TEXT = (REPOSITORY / "docs" / "guides" / "dreambooth.md").read_text(encoding="utf-8")
 OF_OUR_SCRIPT, *FUNLORA = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 # What they do for LoRA at the places of the page's blocks: import, add, hooks, save, load.
@@ -59,13 +60,6 @@ CALLS = (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

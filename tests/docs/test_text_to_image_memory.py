@@ -17,19 +17,13 @@ from both_methods import FUNLORA, LORA, Rows, adapted, close, far, two_pipelines
 from text_to_image import arguments, component, make_pipeline, sample
 
 
+pytestmark = pytest.mark.usefixtures("nan_in_empty_tensors")
 CPU = torch.device("cpu")
 FLOAT8 = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
 row = Rows()
 # A U-Net and a transformer, one for each order.
 orders = pytest.mark.parametrize(("name", "order"), [("SDXL", "adapter first"), ("SD3", "adapter last")])
 levels = pytest.mark.parametrize("level", ["leaf_level", "block_level"])
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_empty_tensors():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from runs import make_tiny_unet, write_adapters
 from funlora_hf import FunLoraPipeline, hotswap_adapter, save_adapter
 
 
+pytestmark = pytest.mark.usefixtures("nan_in_empty_tensors")
 CPU = torch.device("cpu")
 
 
@@ -45,14 +46,6 @@ OFFLOADS = {
 }
 offloads = pytest.mark.parametrize("offload", OFFLOADS)
 orders = pytest.mark.parametrize("order", ["before", "after"])
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_empty_tensors():
-    """Weights that are read while they are offloaded are NaN, not by chance the right ones."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def offloaded(kind, offload, order, folder, *adapters, **config):

@@ -238,9 +238,14 @@ def _task(base_class: str | None) -> str:
     return _TASK if base_class is None or base_class.startswith("DiT") else "text-to-image"
 
 
+def _base_mapping(config: PeftConfig) -> dict[str, Any]:
+    """Return what the config says of the base's class; empty if it says nothing, or something else than a mapping."""
+    return config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+
+
 def component_class(config: PeftConfig) -> str | None:
     """The class of the base if it is that of a part of diffusers' pipelines, and no `UNet2DModel`."""
-    base = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    base = _base_mapping(config)
     name, library = str(base.get("base_model_class")), str(base.get("parent_library"))
     is_part = re.fullmatch(f"[A-Za-z0-9]*({'|'.join(_PARTS)})[A-Za-z0-9]*", name) and name != "UNet2DModel"
     return name if is_part and library.startswith(("diffusers.", "transformers.")) else None
@@ -248,8 +253,7 @@ def component_class(config: PeftConfig) -> str | None:
 
 def _pipeline_class(config: PeftConfig) -> str | None:
     """Return the class of the pipeline that the base is a part of, if `save_adapter` knew it and diffusers has it."""
-    base = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
-    name = base.get("pipeline_class")
+    name = _base_mapping(config).get("pipeline_class")
     return name if isinstance(name, str) and name.endswith("Pipeline") and name in dir(diffusers) else None
 
 

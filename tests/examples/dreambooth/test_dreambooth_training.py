@@ -30,16 +30,9 @@ from funlora_hf.continual.termination import Terminated, Termination
 from funlora_hf.continual.trainer import NonFiniteLossError
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 PHOTOS = Path(os.environ.get("FUNLORA_TEST_DATA", REPOSITORY.parent / "shared" / "data")) / "dreambooth" / "dog"
 PIPELINES = ("SD", "SDXL", "SD3", "Flux")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """accelerate keeps the precision of a process's first Accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
