@@ -615,7 +615,9 @@ def replayed(name: str) -> Callable[[Bench, dict[str, Any]], Any]:
         asked = []
 
         def draw(pipe, class_id, count, *, guidance, **named):
-            asked.append((count, {key: named[key] for key in SAMPLING}, guidance and (guidance.scale, guidance.most)))
+            asked.append(
+                (count, {key: named[key] for key in SAMPLING}, guidance and (guidance.scale, guidance.largest_weight))
+            )
             return Samples(torch.zeros(count, 1, 8, 8), 1.0)
 
         bench.patch.setattr(generated_images, "draw_samples", draw)
