@@ -131,6 +131,7 @@ def losses_at(
     noise: torch.Tensor,
     sigma: torch.Tensor,
     class_labels: torch.Tensor | None,
+    target: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the loss of a U-Net for every sample, with given noise and times.
 
@@ -138,6 +139,7 @@ def losses_at(
         unet: a `UNet2DModel`, maybe with adapters or wrapped for several processes.
         sample, noise, sigma: as for `interpolate`, on the device of `unet`.
         class_labels: rows of its class embedding, `(batch,)`, int64, on that device; None for a U-Net without classes.
+        target: velocity to learn, of the shape of `sample`; None: `velocity_target`.
 
     Returns:
         `(batch,)`, with its graph for the backward pass.
@@ -147,7 +149,7 @@ def losses_at(
     # Without the checks of ranges, which would wait for the GPU.
     noisy = interpolate(sample, noise, sigma, check_range=False)
     model_output = unet(noisy, sigma_to_timestep(sigma, check_range=False), class_labels, return_dict=False)[0]
-    return flow_matching_loss(model_output, velocity_target(sample, noise))
+    return flow_matching_loss(model_output, velocity_target(sample, noise) if target is None else target)
 
 
 def training_loss(

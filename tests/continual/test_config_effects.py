@@ -609,14 +609,18 @@ CLASSIFIER = {
 
 
 def replayed(name: str) -> Callable[[Bench, dict[str, Any]], Any]:
-    """What `replay` or `guide` asks of the sampler, and how it trains its classifier."""
+    """What `replay`, `ddgr` or `guide` asks of the sampler, and how it trains its classifier."""
 
     def seen(bench: Bench, given: dict[str, Any]) -> Any:
         asked = []
 
         def draw(pipe, class_id, count, *, guidance, **named):
             asked.append(
-                (count, {key: named[key] for key in SAMPLING}, guidance and (guidance.scale, guidance.largest_weight))
+                (
+                    count,
+                    {key: named[key] for key in SAMPLING},
+                    guidance and (guidance.scale, guidance.largest_weight, guidance.at),
+                )
             )
             return Samples(torch.zeros(count, 1, 8, 8), 1.0)
 
@@ -625,6 +629,7 @@ def replayed(name: str) -> Callable[[Bench, dict[str, Any]], Any]:
         strategy = bench.strategy(name, strategy_options=given)
         setting = strategy.setting
         base_module.save_base(make_tiny_unet(), setting.base_dir, TASKS[0].class_ids, setting.class_names)
+        strategy.classifiers.save(TASKS[0], strategy._untrained(len(TASKS[0].class_ids)).state_dict())
         strategy.begin_task(TASKS[1])
         classifying = strategy.phases(TASKS[1])[1]
         module = strategy.build(classifying).module
@@ -633,6 +638,20 @@ def replayed(name: str) -> Callable[[Bench, dict[str, Any]], Any]:
         return asked, classifying.settings, [p.shape for p in module.parameters()]
 
     return seen
+
+
+def distilled(bench: Bench, given: dict[str, Any]) -> Any:
+    """The loss of an image of a past class, of a U-Net that has moved away from the previous one."""
+    strategy = bench.strategy("replay", strategy_options=given)
+    setting = strategy.setting
+    base_module.save_base(make_tiny_unet(), setting.base_dir, TASKS[0].class_ids, setting.class_names)
+    phase = strategy.phases(TASKS[1])[0]
+    module = strategy.build(phase).module
+    with torch.no_grad():
+        module.conv_out.bias += 1.0
+    image = torch.zeros(1, 1, 8, 8)
+    batch = Batch(image, torch.tensor(TASKS[0].class_ids[:1]), image, torch.full((1,), 0.5))
+    return strategy.training_step(phase, batch, module).item()
 
 
 SAMPLING = ("solver", "num_inference_steps", "batch_size")
@@ -672,6 +691,7 @@ REPLAY = {
     "classifier_batch_size": Case(0, (3, 4), replayed("replay")),
     "classifier_learning_rate": Case(0.0, (1e-3, 1e-2), replayed("replay")),
     "classifier_architecture": Case("vit", ("cnn", "resnet18"), replayed("replay")),
+    "distillation": Case(-1.0, (1.0, 3.0), distilled),
 }
 GUIDE = {
     **REPLAY,

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from strategies import TASKS, Drawn, learn, make_strategy
+from strategies import OPTIONS, TASKS, Drawn, learn, make_strategy, stop_at
 from torch import nn
 
+from funlora_hf import FunLoraPipeline
 from funlora_hf.continual.strategies.generated_images import GeneratedImages, ReplayOptions, joined, mix, share_of
 from funlora_hf.continual.strategies.guide import likeliest
 from funlora_hf.continual.strategies.replay import is_classifier
-from funlora_hf.continual.strategy import Batch
+from funlora_hf.continual.strategy import Batch, velocity_losses
 from funlora_hf.data.pixels import to_model_range
 from funlora_hf.sampling.drawing import draw_samples, to_uint8
 from funlora_hf.sampling.guidance import Guidance
@@ -153,6 +154,75 @@ def test_replayed_images_come_from_the_previous_generator(tmp_path):
     assert list(drawn[2][0]) == [5, 1, 0, 7]
     assert drawn[1][1] is None
     assert drawn[2][1] == TASKS[1]
+
+
+@pytest.fixture
+def distilling(tmp_path):
+    """A strategy in task 2 with the weight 3, whose base is trained; a batch of past and new classes; and what builds the phase."""
+    strategy = make_strategy("replay", tmp_path, strategy_options={**OPTIONS["replay"], "distillation": 3.0})
+    stop_at(strategy, "task_2", 1)
+    with pytest.raises(KeyboardInterrupt):
+        learn(strategy)
+    phase = strategy.phases(TASKS[1])[0]
+    torch.manual_seed(0)
+    sample, noise = torch.randn(2, 4, 1, 8, 8)
+    return strategy, phase, Batch(sample, torch.tensor([0, 5, 7, 1]), noise, torch.rand(4))
+
+
+def without_dropout(module):
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+
+
+def test_distillation_is_zero_at_the_start_and_leaves_new_classes_their_loss(distilling):
+    strategy, phase, batch = distilling
+    trainable = strategy.build(phase)
+    assert trainable.module.training
+    without_dropout(trainable.module)
+    losses = strategy.training_step(phase, batch, trainable.module)
+    data = velocity_losses(trainable.module, batch, torch.tensor([2, 0, 3, 1]))
+    assert (losses[[1, 3]] == 0).all()
+    assert torch.equal(losses[[0, 2]], data[[0, 2]])
+    strategy.release_phase(phase, trainable)
+    assert torch.equal(strategy.training_step(phase, batch, trainable.module), data)
+
+
+def test_distillation_is_the_distance_to_the_previous_generator_s_velocity(distilling):
+    strategy, phase, batch = distilling
+    trainable = strategy.build(phase)
+    without_dropout(trainable.module)
+    with torch.no_grad():
+        for parameter in trainable.parameters.values():
+            parameter += 0.01 * torch.randn_like(parameter)
+    losses = strategy.training_step(phase, batch, trainable.module)
+    losses.sum().backward()
+    assert strategy._teacher is strategy.sampler(None).unet
+    assert all(parameter.grad is None for parameter in strategy._teacher.parameters())
+    sigma = batch.sigma[:, None, None, None]
+    noisy = (1 - sigma) * batch.sample + sigma * batch.noise
+    for place, row in ((1, 0), (3, 1)):
+        one = noisy[[place]], 1000 * batch.sigma[[place]], torch.tensor([row])
+        with torch.no_grad():
+            distance = (
+                trainable.module(*one).sample
+                - FunLoraPipeline.from_pretrained(strategy.setting.base_dir).unet(*one).sample
+            )
+        np.testing.assert_allclose(losses[place].item(), 3.0 * distance.square().mean().item(), rtol=1e-4)
+    assert (
+        strategy.memory_report()["transient"]
+        > make_strategy("replay", strategy.setting.output_dir).memory_report()["transient"]
+    )
+
+
+def test_a_restart_with_distillation_changes_nothing(distilling, learned, tmp_path_factory):
+    strategy, *_ = distilling
+    options = {"strategy_options": strategy.setting.training.strategy_options}
+    resumed = learn(make_strategy("replay", strategy.setting.output_dir, resume_from_checkpoint="latest", **options))
+    whole = learn(make_strategy("replay", tmp_path_factory.mktemp("whole"), **options))
+    first, second, third = (one.kept.load(TASKS[2]) for one in (resumed, whole, learned[0]))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], third[key]) for key in first)
 
 
 @pytest.fixture(scope="module")

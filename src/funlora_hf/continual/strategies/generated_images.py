@@ -34,6 +34,8 @@ class ReplayOptions:
         classifier_batch_size: its batch size.
         classifier_learning_rate: learning rate of Adam.
         classifier_architecture: "resnet18", "cnn" (small), or "auto": by the size of the images.
+        distillation: weight of the distance to the previous generator's velocity, which takes the place of the data's loss on
+            generated images; 0: no distillation.
     """
 
     images_per_class: Count | None = None
@@ -44,6 +46,7 @@ class ReplayOptions:
     classifier_batch_size: Count = 100
     classifier_learning_rate: Annotated[float, Range(0, 1, above=True)] = 1e-3
     classifier_architecture: Annotated[str, one_of(*ARCHITECTURES)] = "auto"
+    distillation: Annotated[float, Range(0)] = 0.0
 
     def __post_init__(self) -> None:
         check_field_types(self)

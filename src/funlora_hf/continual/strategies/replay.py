@@ -1,6 +1,7 @@
 """Generative replay: training on real images of new classes and on the previous generator's images of past classes.
 
-Source: deep generative replay (Shin et al. 2017, arXiv 1705.08690) [text], with a flow model [ours].
+Source: deep generative replay (Shin et al. 2017, arXiv 1705.08690) [text], with a flow model [ours]; distillation as in Masip et al.
+2024 (arXiv 2311.14028) [code].
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch.nn import functional
 
 from ...classifier import build_classifier
 from ...data.tasks import Task
+from ...flow_matching import interpolate, losses_at, sigma_to_timestep, velocity_target
 from ...sampling.solvers import expected_evaluations
 from ..base import BASE_PHASE, label_rows
-from ..strategy import Batch, Phase, PhaseSettings, Setting, Trainable, tensor_bytes
+from ..devices import on_device
+from ..strategy import Batch, Phase, PhaseSettings, Setting, Trainable, folder_bytes, tensor_bytes
 from .finetune import Finetune
 from .generated_images import GeneratedImages, ReplayOptions, mix
 from .sequential import KeptFile
@@ -42,6 +45,7 @@ class Replay(Finetune):
             setting.output_dir / "checkpoints" / "replay", self.options, setting.training.seed
         )
         self._generated: dict[int, torch.Tensor] = {}
+        self._teacher: UNet2DModel | None = None
 
     def begin_task(self, task: Task) -> None:
         if task.index > 0 and not all(self.is_finished(phase) for phase in self.phases(task)):
@@ -93,9 +97,11 @@ class Replay(Finetune):
         return self.classifiers.newest(self.setting.tasks[self.task_of(phase).index :]) is not None
 
     def build(self, phase: Phase) -> Trainable:
-        if not is_classifier(phase):
-            return super().build(phase)
         task = self.task_of(phase)
+        if not is_classifier(phase):
+            if self.options.distillation and phase.name != BASE_PHASE:
+                self._teacher = self.sampler(self.before(task)).unet
+            return super().build(phase)
         module = self._classifier(task, self.classifiers.newest(self.setting.tasks[: task.index])).train()
         return Trainable(module, dict(module.named_parameters()), dict(module.named_buffers()))
 
@@ -109,16 +115,30 @@ class Replay(Finetune):
         return self._generated
 
     def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> torch.Tensor:
-        if not is_classifier(phase):
+        rows = on_device(label_rows(self.setting.seen(self.task_of(phase)), batch.class_ids), batch.sample.device)
+        if is_classifier(phase):
+            return functional.cross_entropy(module(batch.sample), rows, reduction="none")
+        if self._teacher is None:
             return super().training_step(phase, batch, module)
-        rows = label_rows(self.setting.seen(self.task_of(phase)), batch.class_ids).to(batch.sample.device)
-        return functional.cross_entropy(module(batch.sample), rows, reduction="none")
+        noisy = interpolate(batch.sample, batch.noise, batch.sigma, check_range=False)
+        times, known = sigma_to_timestep(batch.sigma, check_range=False), self._teacher.config.num_class_embeds
+        with torch.no_grad():
+            # Of the whole batch, since a size that varies is slow on a GPU: the answers for new classes are not used.
+            taught = self._teacher(noisy, times, rows.clamp(max=known - 1), return_dict=False)[0]
+        is_past = rows < known
+        target = torch.where(is_past[:, None, None, None], taught, velocity_target(batch.sample, batch.noise))
+        losses = losses_at(module, batch.sample, batch.noise, batch.sigma, rows, target)
+        return torch.where(is_past, self.options.distillation, 1.0) * losses
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         if is_classifier(phase):
             self.classifiers.save(self.task_of(phase), trainable.module.state_dict())
         else:
             super().end_phase(phase, trainable)
+
+    def release_phase(self, phase: Phase, trainable: Trainable) -> None:
+        super().release_phase(phase, trainable)
+        self._teacher = None
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
@@ -136,6 +156,8 @@ class Replay(Finetune):
             report["persistent"] += tensor_bytes(self.classifiers.path(newest))
             report["per_class"] += self._head_bytes(newest)
         report["transient"] += self._replay_bytes()
+        if self.options.distillation:
+            report["transient"] += folder_bytes([self.setting.base_dir])  # the previous generator
         return report
 
     def _classifier(self, task: Task, kept: Task | None) -> nn.Module:
