@@ -156,8 +156,9 @@ def _job(candidate: Candidate, rate: float, folder: Path) -> Job:
     changes: dict[str, Any] = {**_CHEAP_EVALUATION, "output_dir": str(path)}
     changes["num_tasks"] = _num_tasks(candidate)
     changes["validation_fraction"] = arguments.data.validation_fraction or VALIDATION_FRACTION
-    if "classifier_train_steps" in strategy_class(arguments.training.strategy).known_options():
-        # Its own classifier has no part in the generator.
+    strategy = arguments.training.strategy
+    # The strategy's own classifier has no part in the generator, except where it guides the drawing.
+    if strategy != "ddgr" and "classifier_train_steps" in strategy_class(strategy).known_options():
         changes["strategy_options"] = {**(arguments.training.strategy_options or {}), "classifier_train_steps": 1}
     label, own = f"{candidate.label}, learning rate {rate:g}", {candidate.argument: rate}
     return Job(with_changes(arguments, changes), path, label, after_base=own)

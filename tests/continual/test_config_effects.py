@@ -693,6 +693,12 @@ REPLAY = {
     "classifier_architecture": Case("vit", ("cnn", "resnet18"), replayed("replay")),
     "distillation": Case(-1.0, (1.0, 3.0), distilled),
 }
+DDGR = {
+    **REPLAY,
+    "guidance_scale": Case(-1.0, (0.0, 0.5), replayed("ddgr")),
+    "guided_at": Case("noise", ("estimate", "state"), replayed("ddgr")),
+    "largest_weight": Case(0.0, (1.0, 10.0), replayed("ddgr")),
+}
 GUIDE = {
     **REPLAY,
     "guidance_scale": Case(-1.0, (0.0, 0.5), replayed("guide")),
@@ -720,6 +726,7 @@ CLASSES: dict[type, dict[str, Case]] = {
         STRATEGIES[name].options_class: cases
         for name, cases in {
             "replay": REPLAY,
+            "ddgr": DDGR,
             "guide": GUIDE,
             "naive_lora": LOW_RANK,
             "merge_orthogonal": MERGE_ORTHOGONAL,

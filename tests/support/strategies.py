@@ -21,6 +21,7 @@ TASKS = (Task(0, (5, 1)), Task(1, (0, 7)), Task(2, (3,)))
 NAMES = {class_id: f"class {class_id}" for task in TASKS for class_id in task.class_ids}
 OPTIONS = {
     "replay": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6},
+    "ddgr": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6},
     "guide": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6, "refreshes": 2},
 }
 # Of strategies that have one.

@@ -21,8 +21,8 @@ from funlora_hf.continual.strategy_state import (
 )
 
 
-SEQUENTIAL = ("finetune", "naive_lora", "merge_init", "merge_orthogonal", "magmax", "replay", "guide")
-CLASSIFYING = ("replay", "guide")
+SEQUENTIAL = ("finetune", "naive_lora", "merge_init", "merge_orthogonal", "magmax", "replay", "ddgr", "guide")
+CLASSIFYING = ("replay", "ddgr", "guide")
 # Classes that the runs of `whole` have read, by strategy.
 READ: dict[str, list[int]] = {}
 slow = pytest.mark.slow
@@ -194,7 +194,7 @@ def test_the_memory_report_counts_what_lies_on_disk(name, whole):
     files = [folder / "checkpoints" / kind / "task_3.safetensors" for kind in ("generator", "classifier")]
     tensors = sum(t.nbytes for path in files if path.is_file() for t in load_file(path).values())
     # What the next task would start from: the joint run's model, the newest generator, or the base and what is beside it.
-    patterns = {"joint": ["model/unet/*"], "finetune": [], "replay": [], "guide": []}
+    patterns = {"joint": ["model/unet/*"], "finetune": [], "replay": [], "ddgr": [], "guide": []}
     others = patterns.get(name, ["base/unet/*", "adapters/*/*"])
     whole_files = sum(path.stat().st_size for other in others for path in folder.glob(f"{other}.safetensors"))
     assert report["persistent"] == tensors + whole_files
@@ -274,6 +274,10 @@ def test_an_unknown_strategy_names_the_known_ones():
         ("replay", {"classifier_learning_rate": 0}, "`classifier_learning_rate` is 0, expected a number above 0"),
         ("replay", {"classifier_architecture": "vit"}, "`classifier_architecture` is 'vit', expected one of: 'auto'"),
         ("magmax", {"compared": "cumulative", "scaling": "much"}, "`scaling` is 'much', expected a number"),
+        ("replay", {"distillation": -0.5}, "`distillation` is -0.5, expected a number of at least 0"),
+        ("ddgr", {"guidance_scale": -1}, "`guidance_scale` is -1, expected a number of at least 0"),
+        ("ddgr", {"largest_weight": 0}, "`largest_weight` is 0, expected a number above 0"),
+        ("ddgr", {"guided_at": "noise"}, "`guided_at` is 'noise', expected one of: 'estimate', 'state'"),
         ("guide", {"guidance_scale": -1}, "`guidance_scale` is -1, expected a number of at least 0"),
         ("guide", {"refreshes": 0}, "`refreshes` should be a positive integer value but the value passed is 0"),
         ("guide", {"largest_weight": 0}, "`largest_weight` is 0, expected a number above 0"),

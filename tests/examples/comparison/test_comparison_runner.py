@@ -82,11 +82,18 @@ def test_every_seed_runs_with_the_chosen_rate(jobs, tmp_path, monkeypatch):
         return {candidate.key: 0.2 for candidate in candidates}
 
     monkeypatch.setattr(runner, "choose_learning_rates", choose)
-    strategies = ["replay", "guide:guidance_scale=0.5", "magmax", "magmax:adapter_learning_rate=0.3", "finetune"]
+    strategies = [
+        "replay",
+        "guide:guidance_scale=0.5",
+        "ddgr",
+        "magmax",
+        "magmax:adapter_learning_rate=0.3",
+        "finetune",
+    ]
     comparison = ComparisonArguments(strategies=strategies, seeds=[3, 4], learning_rates=[0.1, 0.2])
     run_comparison(comparison, short_run(output_dir=str(tmp_path)))
-    # guide's generator is replay's; one names its rate.
-    assert [candidate.key for candidate in asked] == ["replay", "magmax", "finetune"]
+    # guide's generator is replay's, ddgr's is its own; one names its rate.
+    assert [candidate.key for candidate in asked] == ["replay", "ddgr", "magmax", "finetune"]
     assert {candidate.arguments.training.seed for candidate in asked} == {3}
     runs = [job for job in jobs if not job.label.startswith("base")]
     assert len(jobs) - len(runs) == 2

@@ -116,9 +116,15 @@ def test_runs_of_the_grid_test_on_training_images_only(losses, tmp_path):
     assert all(job.folder.is_relative_to(tmp_path / "learning_rates") for job in losses.jobs)
 
 
+def test_a_classifier_that_guides_the_drawing_is_trained_as_in_the_run(losses, tmp_path):
+    losses |= {"ddgr": abs}
+    choose(tmp_path, candidate("ddgr", strategy_options={"guidance_scale": 2}), rates=(0.1, 1))
+    assert losses.jobs[0].arguments.training.strategy_options == {"guidance_scale": 2}
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_rate_is_the_one_that_later_tasks_are_trained_with(strategy):
-    whole_generator = strategy in ("joint", "finetune", "replay", "guide")
+    whole_generator = strategy in ("joint", "finetune", "replay", "ddgr", "guide")
     assert rate_argument(strategy) == ("base_learning_rate" if whole_generator else "adapter_learning_rate")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...utils.checks import check_choice
 from ..strategy import Strategy
+from .ddgr import Ddgr
 from .finetune import Finetune
 from .funlora import Frozen, FunLora
 from .guide import Guide
@@ -22,6 +23,7 @@ _CLASSES: tuple[type[Strategy], ...] = (
     MergeOrthogonal,
     MagMax,
     Replay,
+    Ddgr,
     Guide,
 )
 STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _CLASSES}

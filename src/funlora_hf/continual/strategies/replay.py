@@ -17,6 +17,7 @@ from torch.nn import functional
 from ...classifier import build_classifier
 from ...data.tasks import Task
 from ...flow_matching import interpolate, losses_at, sigma_to_timestep, velocity_target
+from ...sampling.pipeline import FunLoraPipeline
 from ...sampling.solvers import expected_evaluations
 from ..base import BASE_PHASE, label_rows
 from ..devices import on_device
@@ -49,8 +50,11 @@ class Replay(Finetune):
 
     def begin_task(self, task: Task) -> None:
         if task.index > 0 and not all(self.is_finished(phase) for phase in self.phases(task)):
-            pipe = self.sampler(self.before(task))
-            self._generated = self.images.draw(pipe, self.past(task), f"replay_{task.index + 1}")
+            self._generated = self.draw_past(self.sampler(self.before(task)), task)
+
+    def draw_past(self, pipe: FunLoraPipeline, task: Task) -> dict[int, torch.Tensor]:
+        """Return images of each past class, uint8, drawn by the generator of the previous task."""
+        return self.images.draw(pipe, self.past(task), f"replay_{task.index + 1}")
 
     def past(self, task: Task) -> dict[int, int]:
         """Return the number of images to generate of each class of earlier tasks."""
