@@ -27,7 +27,7 @@ from strategies import RANKS
 from torch import distributed
 
 from funlora_hf import BaseMismatchError, FunLoraPipeline
-from funlora_hf.classifier import ClassifierConfig, train_classifier
+from funlora_hf.classifier import ClassifierConfig, predict, train_classifier
 from funlora_hf.continual import time_limit
 from funlora_hf.continual import trainer as trainer_module
 from funlora_hf.continual.base import find_base
@@ -88,6 +88,7 @@ def test_the_folder_keeps_the_contract(finished):
     figures = {path.name for path in (finished / "figures").iterdir()}
     assert figures == {
         "accuracy.png",
+        "drift.png",
         "layer_importance.png",
         "samples.safetensors",
         "training_loss.png",
@@ -122,8 +123,8 @@ def test_results_have_the_contract_s_keys(finished):
     assert results["seconds"]["total"] > 0
 
 
-def test_image_quality_compares_the_samples_with_the_test_images(finished, inside):
-    """Those of the last task, class by class, in features of a classifier that nothing in the run has touched."""
+def test_image_quality_and_drift_compare_the_samples_with_the_test_images(finished, inside):
+    """Class by class, in features of a classifier that nothing in the run has touched."""
     shutil.copytree(finished, inside / "out")
     (inside / "out" / "results.json").unlink()
     restore_samples(inside / "out")
@@ -154,6 +155,20 @@ def test_image_quality_compares_the_samples_with_the_test_images(finished, insid
     assert 0 <= quality["recall"] <= 1
     counts = {"extractor": "classifier", "neighbours": 5, "num_real": 60, "num_generated": 60}
     assert {name: quality[name] for name in counts} == counts
+    drift, before = results["drift"], read_json(finished / "results.json")["drift"]
+    assert drift == before
+    for class_id, images in enumerate(drawn):
+        rows = [row[str(class_id)] for row in drift["by_task"] if str(class_id) in row]
+        assert len(rows) == 3 - [4, 8, 10].index(next(end for end in (4, 8, 10) if class_id < end))
+        assert all(row == rows[0] for row in rows)  # a class that never changes
+        assert rows[0]["accuracy"] == pytest.approx(
+            100 * (predict(classifier, images) == class_id).double().mean().item()
+        )
+        tests = data.images(class_id, split="test")
+        of_real, of_drawn = (classifier[:-1](to_model_range(part)).double().detach() for part in (tests, images))
+        moved = (of_real.mean(dim=0) - of_drawn.mean(dim=0)).norm() / of_real.var(dim=0).sum().sqrt()
+        assert rows[0]["mean"] == pytest.approx(moved.item(), rel=1e-4)
+        assert drift["real"][str(class_id)]["mean"] > 0
 
 
 def test_nothing_else_depends_on_image_quality(finished, copy, monkeypatch):
@@ -165,7 +180,8 @@ def test_nothing_else_depends_on_image_quality(finished, copy, monkeypatch):
     results = run(short_run(resume_from_checkpoint="latest", image_quality="none"))
     assert not measured
     assert results["image_quality"] is None
-    own = {"image_quality", "seconds", "settings"}
+    assert results["drift"] is None
+    own = {"image_quality", "drift", "seconds", "settings"}
     assert {k: v for k, v in results.items() if k not in own} == {k: v for k, v in expected.items() if k not in own}
 
 
@@ -204,6 +220,7 @@ def test_a_failing_measure_loses_no_results(failure, text, copy, caplog, monkeyp
         monkeypatch.setattr(evaluator_module, "reference_features", diverge)
     results = run(short_run(resume_from_checkpoint="latest"))
     assert results["image_quality"] is None
+    assert results["drift"] == (expected["drift"] if failure == "torchmetrics" else None)
     assert results["LA"] == expected["LA"]
     assert read_json(copy / "results.json") == results
     assert "No image quality: " in caplog.text
@@ -387,6 +404,7 @@ EVALUATED = (
     "forgetting",
     "class_accuracy",
     "image_quality",
+    "drift",
     "nfe",
     "own_classifier",
 )
@@ -551,9 +569,11 @@ def test_other_strategies_run_to_the_end(strategy, inside):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["replay", "finetune", "merge_orthogonal", "guide"])
+@pytest.mark.parametrize("strategy", ["replay", "finetune", "merge_orthogonal", "ddgr", "guide"])
 def test_strategies_that_change_past_classes_run_to_the_end(strategy, inside, capsys):
-    options = {"num_inference_steps": 1, "classifier_train_steps": 2} if strategy in ("replay", "guide") else {}
+    options = (
+        {"num_inference_steps": 1, "classifier_train_steps": 2} if strategy in ("replay", "ddgr", "guide") else {}
+    )
     results = run(short_run(strategy=strategy, strategy_options=options, **RANKS.get(strategy, {})))
     assert results["strategy_options"] == options
     assert results["zero_forgetting"] is None
@@ -571,9 +591,14 @@ def test_strategies_that_change_past_classes_run_to_the_end(strategy, inside, ca
     assert results["skipped_steps"] == sum(phase["skipped_steps"] for phase in phases) == 0
     assert results["memory_per_task"][-1] == {**results["memory"], "state": 0}
     own = results["own_classifier"]
-    assert (own is not None) == (strategy in ("replay", "guide"))
+    assert (own is not None) == (strategy in ("replay", "ddgr", "guide"))
     assert own is None or [len(row) for row in own["accuracy_matrix"]] == [1, 2, 3]
     assert ("own classifier" in capsys.readouterr().out) == (own is not None)
+    rows = results["drift"]["by_task"]
+    assert [list(row) for row in rows] == [[str(c) for c in range(n)] for n in (4, 8, 10)]
+    assert rows[0]["0"] != rows[1]["0"]
+    evaluated = evaluate("out")  # samples of earlier tasks are gone, what they measured stays
+    assert evaluated["drift"] == results["drift"]
     samples = load_file("out/figures/samples.safetensors")
     assert set(samples) == {f"task_{t}/class_{c}" for t, n in ((1, 4), (2, 8), (3, 10)) for c in range(n)}
     assert {(tensor.dtype, tuple(tensor.shape)) for tensor in samples.values()} == {(torch.uint8, (6, 1, 8, 8))}

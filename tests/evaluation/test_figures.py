@@ -1,6 +1,7 @@
 """Figures: that they are PNG files, whole, with the right content and no trace beside them."""
 
 import itertools
+import math
 import sys
 
 import matplotlib.figure
@@ -12,6 +13,7 @@ from PIL import Image
 
 from funlora_hf.evaluation.figures import (
     accuracy_curve,
+    drift_curves,
     image_grid,
     layer_importance,
     loss_curves,
@@ -204,6 +206,29 @@ def test_curve_reaches_the_last_class_with_many_tasks(tmp_path, saved_figures):
     shown = ticks(saved_figures[0].axes[0].xaxis)
     assert "100" in shown
     assert len(shown) <= 12
+
+
+def test_drift_has_a_line_for_the_classes_of_each_task(tmp_path, saved_figures):
+    """A task that was not measured, and a class without a measure, leave gaps."""
+
+    def row(*values):
+        return {
+            c: {"mean": value, "covariance": value and 2 * value, "accuracy": 90.0}
+            for c, value in zip("513", values, strict=False)
+        }
+
+    drift_curves(
+        [row(0.25, 0.75), None, row(0.5, None, 1.5)], row(0.125, 0.125), tmp_path / "drift.png", tasks=[(5, 1), (3,)]
+    )
+    check(tmp_path / "drift.png")
+    for axes, factor, name in zip(saved_figures[0].axes, (1, 2), ("means", "covariances"), strict=False):
+        assert name in axes.get_ylabel()
+        lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+        assert lines["real images"] == [0.125 * factor] * 2
+        assert np.array_equal(lines["task 1"], [0.5 * factor, math.nan, 0.5 * factor], equal_nan=True)
+        assert np.array_equal(lines["task 2"], [math.nan, math.nan, 1.5 * factor], equal_nan=True)
+    (legend,) = saved_figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["real images", "task 1", "task 2"]
 
 
 @pytest.mark.parametrize("count", [1, 15, 70])

@@ -33,7 +33,8 @@ from ..sampling.pipeline import FunLoraPipeline
 from ..utils.files import folder_sha256, read_mapping, read_tensors, write_json, write_tensors
 from ..utils.progress import Progress
 from ..utils.seeds import derive_seed
-from .features import FeatureExtractor, InceptionFeatures
+from .drift import class_drift
+from .features import ClassifierFeatures, FeatureExtractor, InceptionFeatures, extract_features
 from .figures import image_grid
 from .image_quality import compare_images, match_classes, reference_features
 
@@ -63,6 +64,7 @@ class RunEvaluator:
         self._classifier = self.config.classifier(setting.training.max_train_steps)
         # Decoded once, since each task is also tested on the images of all earlier ones.
         self._tests: dict[int, torch.Tensor] = {}
+        self._reference: ClassifierFeatures | None = None
 
     def end_task(self, task: Task) -> None:
         """Sample and measure after a task, once. Without `evaluation`, keep only what `zero_forgetting` compares with.
@@ -198,14 +200,49 @@ class RunEvaluator:
         if len(real) < 2:
             logger.warning("No image quality: there is only one pair of a real and a sampled image to compare.")
             return None
-        device = self.accelerator.device
         extractor: FeatureExtractor
         if self.config.image_quality == "inception":
-            extractor = InceptionFeatures().to(device)
+            extractor = InceptionFeatures().to(self.accelerator.device)
         else:
-            images = {class_id: self.data.images(class_id) for class_id in trained}
-            extractor = reference_features(images, config=self._classifier, device=device)
+            extractor = self._reference_features(trained)
         return asdict(compare_images(real, generated, extractor, neighbours=self.config.image_quality_neighbours))
+
+    def drift(self) -> dict[str, Any] | None:
+        """Measure how far each class's samples after each task are from its test images, in features of the reference classifier.
+
+        Returns:
+            "by_task": what `class_drift` measures, by class id, for each task, or None for a task whose samples are gone; "real": the
+            same for one half of a class's test images against the other. None if `image_quality` is not 'classifier', or if there are
+            too few real images.
+
+        Raises:
+            RuntimeError: the reference classifier's loss is not finite.
+        """
+        trained = sorted(class_id for class_id in self._classes if self._count(class_id, "train"))
+        labels = {c: row for row, c in enumerate(trained) if self._count(c, "test")}
+        if self.config.image_quality != "classifier" or not labels or len(trained) < 2:
+            return None
+        extractor = self._reference_features(trained)
+        real = {c: extract_features(extractor, self._test_images(c)) for c in labels}
+        measured: dict[Path, dict[str, float | None]] = {}
+
+        def of_class(class_id: int, task: Task) -> dict[str, float | None]:
+            path = self._sample_path(class_id, task)
+            if path not in measured:  # a class that never changes has one file
+                drawn = extract_features(extractor, self.synthetic_images(class_id, task))
+                measured[path] = class_drift(real[class_id], drawn, extractor.head, labels[class_id])
+            return measured[path]
+
+        rows, sampled = [], self.sampled()
+        for task, record in zip(self.tasks, self.records(), strict=True):
+            if record is not None and task in sampled:
+                seen = self.strategy.setting.seen(task)
+                record["drift"] = {str(c): of_class(c, task) for c in seen if c in labels}
+                write_json(self._record(task), record)  # its samples may be gone when the run is evaluated again
+            rows.append(record and record.get("drift"))
+        halves = {c: (one[::2], one[1::2]) for c, one in real.items() if len(one) > 1}
+        chance = {str(c): class_drift(*both, extractor.head, labels[c]) for c, both in halves.items()}
+        return {"by_task": rows, "real": chance}
 
     def zero_forgetting(self) -> dict[str, Any] | None:
         """Compare each class's first samples and the base's folder, bit for bit, with what they were when they were new.
@@ -238,6 +275,13 @@ class RunEvaluator:
             "base_sha256_before": read_mapping(self.folder.evaluation / "base.json", keys=["sha256"])["sha256"],
             "base_sha256_after": self._base_sha256(),
         }
+
+    def _reference_features(self, trained: Sequence[int]) -> ClassifierFeatures:
+        """Return the features of a classifier of all real training images, which is trained once."""
+        if self._reference is None:
+            images = {class_id: self.data.images(class_id) for class_id in trained}
+            self._reference = reference_features(images, config=self._classifier, device=self.accelerator.device)
+        return self._reference
 
     def _samples(self, class_id: int, task: Task) -> dict[str, torch.Tensor]:
         # If tasks change the generator, its state after an earlier task is gone.

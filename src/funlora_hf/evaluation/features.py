@@ -25,7 +25,7 @@ class ClassifierFeatures(FeatureExtractor):
 
     Distances in these features tell which of two generators is nearer to the real images as this classifier sees them.
     They have no unit and cannot be compared with those of another classifier or with FID. [ours] The classifier, from
-    `build_classifier`, is copied.
+    `build_classifier`, is copied; `head` is its last layer, from features to logits.
     """
 
     name = "classifier"
@@ -34,6 +34,7 @@ class ClassifierFeatures(FeatureExtractor):
         super().__init__()
         linear = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
         self.network = copy.deepcopy(classifier).eval()
+        self.head = self.network.get_submodule(linear[-1])
         self.network.set_submodule(linear[-1], nn.Identity())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

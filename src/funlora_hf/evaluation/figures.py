@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -153,6 +154,46 @@ def loss_curves(losses: Mapping[str, Sequence[float | None]], path: str | os.Pat
             axes.legend(ncols=2, fontsize=8)
 
 
+def drift_curves(
+    by_task: Sequence[Mapping[str, Mapping[str, float | None]] | None],
+    real: Mapping[str, Mapping[str, float | None]],
+    path: str | os.PathLike[str],
+    *,
+    tasks: Sequence[Sequence[int]],
+) -> None:
+    """Draw how far the samples of each task's classes are from their real images after each task; all as `RunEvaluator.drift`.
+
+    Each line is the mean over the classes of one task; the dashed line is that of real images against real ones. `tasks` has the class
+    ids of each.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    panels = {
+        "mean": "distance of means (spreads)",
+        "covariance": "distance of covariances (relative)",
+        "accuracy": "found to be of the class (%)",
+    }
+    with new_figure(path, (10.5, 3.4)) as figure:
+        import matplotlib
+
+        colours = matplotlib.colormaps["viridis"].resampled(len(tasks) + 1)
+        for place, (key, label) in enumerate(panels.items(), start=1):
+            axes = figure.add_subplot(1, len(panels), place, xlabel="after task", ylabel=label)
+            axes.grid(axis="y")
+            chance = _mean_of(real, list(real), key)
+            axes.axhline(chance, color=GREY, linestyle="--", label="real images")
+            for learned, classes in enumerate(tasks):
+                means = [math.nan if row is None else _mean_of(row, map(str, classes), key) for row in by_task]
+                places = range(1, len(means) + 1)
+                style = {"color": colours(learned), "markersize": 4, "clip_on": False}
+                axes.plot(places, means, "o-", label=f"task {learned + 1}", **style)
+            mark_places(axes, range(1, len(by_task) + 1))
+            axes.set_ylim(0, 100 if key == "accuracy" else None)
+        if len(tasks) <= MOST_IN_LEGEND:
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", title="classes of")
+
+
 def layer_importance(
     importance: Mapping[str, tuple[float, float]], path: str | os.PathLike[str], *, title: str | None = None
 ) -> None:
@@ -287,6 +328,12 @@ def name_layers(axes: Any, layers: list[str]) -> str:
     # The long label needs the height of several rows.
     axes.set_ylabel("layer, in order of execution" if len(names) >= 10 else "layer")
     return f"\nlayers: {shared}" if shared else ""
+
+
+def _mean_of(rows: Mapping[str, Mapping[str, float | None]], classes: Iterable[str], key: str) -> float:
+    """Return the mean of a measure over the classes that have it; NaN if none has."""
+    values = [value for c in classes if c in rows and (value := rows[c][key]) is not None]
+    return fmean(values) if values else math.nan
 
 
 def _png_path(path: str | os.PathLike[str]) -> Path:

@@ -29,7 +29,7 @@ from ..data.tasks import Task
 from ..layer_selection import LayerImportance, conv_layers, layer_importance
 from ..utils.files import read_mapping, write_json
 from .evaluator import RunEvaluator
-from .figures import accuracy_curve, loss_curves, sample_grid
+from .figures import accuracy_curve, drift_curves, loss_curves, sample_grid
 from .figures import layer_importance as layer_importance_figure
 from .metrics import continual_scores
 from .tables import summary_table, what_next
@@ -201,14 +201,20 @@ def _evaluated(evaluator: RunEvaluator) -> dict[str, Any]:
     accuracies = accuracy_results([None if record is None else record["accuracies"] for record in records])
     own = accuracy_results([None if record is None else record.get("own_classifier") for record in records])
     losses = evaluator.held_out_losses() if sampled else {}
-    image_quality = None
+    measures = {"image quality": evaluator.image_quality, "drift": evaluator.drift} if sampled else {}
+    measured: dict[str, Any] = {}
+    for name, measure in measures.items():
+        try:
+            measured[name] = measure()
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            # A missing extra or a failed download or training must not lose the results of days.
+            logger.warning("No %s: %s", name, error)
+    drift = measured.get("drift")
     with _figures_if_possible():
         _figures(evaluator, accuracies)
-    try:
-        image_quality = evaluator.image_quality() if sampled else None
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        # A missing extra or a failed download or training must not lose the results of days.
-        logger.warning("No image quality: %s", error)
+        if drift is not None:
+            classes = [task.class_ids for task in tasks]
+            drift_curves(drift["by_task"], drift["real"], evaluator.folder.figures / "drift.png", tasks=classes)
     return {
         **accuracies,
         # Records of earlier versions have none.
@@ -224,7 +230,8 @@ def _evaluated(evaluator: RunEvaluator) -> dict[str, Any]:
             for task, record in zip(tasks, records, strict=True)
         ],
         "own_classifier": None if own["A"] is None else own,
-        "image_quality": image_quality,
+        "image_quality": measured.get("image quality"),
+        "drift": drift,
         "nfe": evaluator.nfe() if sampled else None,
     }
 
