@@ -47,7 +47,8 @@ class Guide(Replay):
     options_class = GuideOptions
 
     def replay_evaluations(self, task: Task) -> int:
-        return 2 * super().replay_evaluations(task)  # images for the generator, and guided ones for the classifier
+        # Images for the generator, and guided ones for the classifier, whose backward passes cost about as much as evaluations.
+        return 3 * super().replay_evaluations(task)
 
     def build(self, phase: Phase) -> Trainable:
         trainable = super().build(phase)
