@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, str_to_bool
 
 from .continual.base import ExistingBase, find_base, local_source
+from .continual.batches import RealImages
 from .continual.config import (
     ARGUMENTS,
     DIGITS_UNET,
@@ -418,10 +419,9 @@ class Run:
     ) -> ContinualTrainer:
         return ContinualTrainer(
             strategy,
-            data,
+            RealImages(data, self.training, self.accelerator.device, random_flip=self.arguments.data.random_flip),
             folder=folder or self.folder,
             accelerator=self.accelerator,
-            random_flip=self.arguments.data.random_flip,
             listeners=listeners,
             limit=self.limit,
             termination=self.termination,
