@@ -33,6 +33,7 @@ from torch import nn
 
 from funlora_hf import AdapterBank, cached_weights, functional_matrix, mixed_batch
 from funlora_hf.continual.base import BASE_PHASE
+from funlora_hf.continual.batches import RealImages
 from funlora_hf.continual.compilation import compile_blocks
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies.funlora import FunLora
@@ -289,10 +290,9 @@ class Benchmark:
         strategy.check()
         ContinualTrainer(
             strategy,
-            data,
+            RealImages(data, arguments.training, accelerator.device, random_flip=arguments.data.random_flip),
             folder=RunFolder(folder),
             accelerator=accelerator,
-            random_flip=arguments.data.random_flip,
         ).train()
         return strategy
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER
 from funlora_hf.continual.base import find_base, save_base
+from funlora_hf.continual.batches import RealImages
 from funlora_hf.continual.config import ContinualTrainingArguments, ModelArguments, run_settings
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies.funlora import FunLora
@@ -124,7 +125,9 @@ def work(base_folder: Path, output: Path) -> None:
         device=accelerator.device,
     )
     strategy = FunLora(setting)
-    trainer = ContinualTrainer(strategy, data, folder=folder, accelerator=accelerator)
+    trainer = ContinualTrainer(
+        strategy, RealImages(data, training, accelerator.device), folder=folder, accelerator=accelerator
+    )
     if accelerator.is_main_process:
         folder.open(run_settings(training), overwrite=False, resume=False)
     warm_up(strategy, tasks[1], data)

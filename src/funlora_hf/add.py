@@ -39,7 +39,7 @@ from .data.class_ids import assign_class_ids
 from .data.image_data import ImageClassificationData
 from .data.tasks import Task
 from .hub.find import Contents, find_contents
-from .run import Run, RunArguments
+from .run import Run, RunArguments, ended, held
 from .train import take_recipe
 from .utils.arguments import as_options, refuse_unknown, some_fields, tidy_help
 from .utils.checks import check_class_name, check_not_mistyped, expanded
@@ -354,7 +354,7 @@ class _Addition(Run):
         """Lock the folder, and train the classes that do not exist yet."""
         is_main = self.accelerator.is_main_process
         self._check()
-        with self._held(), self._ends():
+        with held(self.folder.path, self.accelerator, self.training), ended(self.accelerator):
             if is_main:
                 recover_folder(self.folder.adapters)
                 recover_folder(self.added.folder.checkpoints)

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, str_to_bool
 
 from .continual.base import ExistingBase, find_base, local_source
+from .continual.batches import RealImages
 from .continual.config import (
     ARGUMENTS,
     DIGITS_UNET,
@@ -24,6 +25,7 @@ from .continual.config import (
     ContinualTrainingArguments,
     DataArguments,
     EvaluationArguments,
+    LoopArguments,
     ModelArguments,
     parse_options,
     run_settings,
@@ -191,7 +193,7 @@ class Run:
     def learn(self) -> dict[str, Any] | None:
         """Train, evaluate and report; resume a run where it stopped."""
         strategy, data = self._prepared()
-        with self._held():
+        with held(self.folder.path, self.accelerator, self.training):
             if self.accelerator.is_main_process:
                 overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
                 of_tasks = {f"task {task.index + 1}": list(task.class_ids) for task in strategy.setting.tasks}
@@ -202,7 +204,7 @@ class Run:
                 needed = {field: place for field, place in read.items() if Path(place).exists()}
                 self.folder.open(settings, overwrite=overwrite, resume=resume, needed=needed)
             self.accelerator.wait_for_everyone()
-            self._start_trackers()
+            start_trackers(self.accelerator, self.training)
             with self.folder.staying():
                 return self._learn(strategy, data)
 
@@ -215,14 +217,14 @@ class Run:
             )
         strategy, data = self._prepared()
         evaluator = self._evaluator(strategy, data)
-        with self._held():
+        with held(self.folder.path, self.accelerator, self.training):
             if self.accelerator.is_main_process:
                 of_run = {name: part for name, part in self._settings().items() if name != EVALUATION}
                 self.folder.check_settings({**of_run, "classes": data.digests()})
                 recover_folder(self.folder.path)
             self.accelerator.wait_for_everyone()
             with self.folder.staying():
-                with self._ends():
+                with ended(self.accelerator):
                     self._trainer(strategy, data).restore()
                     if self.accelerator.is_main_process:
                         evaluator.forget()
@@ -250,12 +252,12 @@ class Run:
     def update(self, class_id: int) -> None:
         """Train one adapter of a finished run again, on the current images of its class."""
         self.folder.check_update()
-        with self._held():
+        with held(self.folder.path, self.accelerator, self.training):
             if self.accelerator.is_main_process:
                 recover_folder(self.folder.adapters)  # after a killed process
             self.accelerator.wait_for_everyone()
-            self._start_trackers()
-            with self._ends():
+            start_trackers(self.accelerator, self.training)
+            with ended(self.accelerator):
                 name = self.model.base_model or os.fspath(self.folder.base)
                 base = find_base(name, revision=self.model.base_model_revision).with_adapters(self.folder.adapters)
                 data = self._data(base, one_class=True)
@@ -275,7 +277,7 @@ class Run:
             evaluator = self._evaluator(strategy, data)
             listeners: list[Listener] = [evaluator, TaskLog(evaluator)]
             listeners += [] if publisher is None else [publisher]
-            with self._ends():
+            with ended(self.accelerator):
                 self._trainer(strategy, data, listeners).train()
             if not is_main:
                 return None
@@ -284,30 +286,6 @@ class Run:
         if publisher is not None:
             publisher.end_run()
         return results
-
-    def _start_trackers(self) -> None:
-        if self.training.report_to != "none":
-            self.accelerator.init_trackers("logs")
-
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        """Hold the folder's lock, in the main process for all processes, and use the kernels that the run requests."""
-        device, is_main = self.accelerator.device, self.accelerator.is_main_process
-        lock = folder_lock(self.folder.path) if is_main else nullcontext()
-        with lock, deterministic_kernels(device, wanted=self.training.deterministic):
-            yield
-
-    @contextmanager
-    def _ends(self) -> Iterator[None]:
-        """End trackers and the process group after training, also at the time limit: gloo could abort on exit otherwise."""
-        try:
-            yield
-        except TimeLimitReached as reached:
-            # Its frames refer to a model that is wrapped for the group.
-            traceback.clear_frames(reached.__traceback__)
-            self.accelerator.end_training()
-            raise
-        self.accelerator.end_training()
 
     def _prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any]:
         """Return a run's strategy and data after all checks; write nothing. With `counts`, do not open the data."""
@@ -418,14 +396,40 @@ class Run:
     ) -> ContinualTrainer:
         return ContinualTrainer(
             strategy,
-            data,
+            RealImages(data, self.training, self.accelerator.device, random_flip=self.arguments.data.random_flip),
             folder=folder or self.folder,
             accelerator=self.accelerator,
-            random_flip=self.arguments.data.random_flip,
             listeners=listeners,
             limit=self.limit,
             termination=self.termination,
         )
+
+
+def start_trackers(accelerator: Accelerator, training: LoopArguments) -> None:
+    """Start the trackers that the run requests."""
+    if training.report_to != "none":
+        accelerator.init_trackers("logs")
+
+
+@contextmanager
+def held(folder: Path, accelerator: Accelerator, training: LoopArguments) -> Iterator[None]:
+    """Hold the folder's lock, in the main process for all processes, and use the kernels that the run requests."""
+    lock = folder_lock(folder) if accelerator.is_main_process else nullcontext()
+    with lock, deterministic_kernels(accelerator.device, wanted=training.deterministic):
+        yield
+
+
+@contextmanager
+def ended(accelerator: Accelerator) -> Iterator[None]:
+    """End trackers and the process group after training, also at the time limit: gloo could abort on exit otherwise."""
+    try:
+        yield
+    except TimeLimitReached as reached:
+        # Its frames refer to a model that is wrapped for the group.
+        traceback.clear_frames(reached.__traceback__)
+        accelerator.end_training()
+        raise
+    accelerator.end_training()
 
 
 def _check_strategy(arguments: RunArguments) -> None:
@@ -465,7 +469,7 @@ _UNUSED_BY_RUNS = {
 }
 
 
-def _check_launcher(training: ContinualTrainingArguments) -> None:
+def _check_launcher(training: LoopArguments) -> None:
     """Refuse settings of the launcher that differ from the run's, or that the run would ignore."""
     for variable, field in _LAUNCHER.items():
         launched, own = os.environ.get(variable), getattr(training, field)

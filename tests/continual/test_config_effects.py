@@ -218,7 +218,7 @@ def begun(read: Callable[[ContinualTrainer], Any]) -> Callable[[Bench, dict[str,
     return seen
 
 
-images = begun(lambda trainer: trainer.data.digests())
+images = begun(lambda trainer: trainer.batches.data.digests())
 tasks = begun(lambda trainer: trainer.tasks)
 config = begun(lambda trainer: trainer.strategy.adapter_config(0).to_dict())
 
@@ -416,7 +416,7 @@ DATA = {
     "test_split": Case("", (None, "validation"), images),
     "validation_fraction": Case(1.0, (None, 0.5), images),
     "max_images_per_class": Case(0, (None, 2), images, {"dataset_name": "user/one"}),
-    "random_flip": Case("yes", (False, True), begun(lambda trainer: trainer.random_flip)),
+    "random_flip": Case("yes", (False, True), begun(lambda trainer: trainer.batches.random_flip)),
     "classes_per_task": Case(0, (1, 2), tasks),
     "num_tasks": Case(0, (1, None), tasks),
     "class_order_seed": Case(-1, (None, 2), tasks, {"classes_per_task": 1}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,10 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
 from torch import nn
 
 from funlora_hf.continual import time_limit
+from funlora_hf.continual.batches import RealImages
 from funlora_hf.continual.config import ContinualTrainingArguments
+from funlora_hf.continual.learning import LR_SCHEDULERS
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategy import Phase, PhaseSettings, Strategy, Trainable
 from funlora_hf.continual.time_limit import TimeLimit, TimeLimitReached
@@ -119,10 +123,10 @@ def train(
         checkpointing_steps=checkpointing_steps,
         max_nonfinite_steps=max_nonfinite_steps,
     )
-    strategy.setting = SimpleNamespace(tasks=TASKS, training=training)
+    strategy.setting = SimpleNamespace(tasks=TASKS, training=training, class_names=Images.class_names)
     trainer = ContinualTrainer(
         strategy,
-        Images(),
+        RealImages(Images(), training, torch.device("cpu")),
         folder=RunFolder(path),
         accelerator=accelerator or Accelerator(cpu=True),
         listeners=[] if evaluator is None else [evaluator],
@@ -462,7 +466,82 @@ def test_more_processes_than_images_in_a_batch_are_refused(tmp_path, monkeypatch
 
 def test_the_warm_up_is_linear_then_constant():
     settings = PhaseSettings(10, None, 2, 0.4, 4, 0.5, 0.0)
-    assert [learning_rate(settings, step) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+    assert [learning_rate(settings, step, 10) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_after_the_warm_up_the_rate_decays_as_in_diffusers(name, warmup):
+    settings = PhaseSettings(10, None, 2, 0.4, warmup, 0.5, 0.0, lr_scheduler=name)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.4)
+    of_diffusers = get_scheduler(
+        f"{name}_with_warmup" if name == "constant" else name,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=10,
+    )
+    expected = []
+    for _ in range(10):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        of_diffusers.step()
+    assert [learning_rate(settings, step, 10) for step in range(warmup, 10)] == pytest.approx(expected[warmup:])
+
+
+class OfFactors(RunningSum):
+    """Its bias has a rate of its own."""
+
+    factors: Mapping[str, float] = {}
+    decay = 0.0
+
+    def build(self, phase):
+        return replace(super().build(phase), factors=self.factors)
+
+    def phases(self, task):
+        return [replace(one, settings=replace(one.settings, weight_decay=self.decay)) for one in super().phases(task)]
+
+    def end_phase(self, phase, trainable):
+        super().end_phase(phase, trainable)
+        self.found = {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_each_parameter_has_a_rate_of_its_own_and_the_decay_of_adamw(decay, tmp_path):
+    strategy = OfFactors(tmp_path)
+    strategy.factors, strategy.decay = {"bias": 5.0}, decay
+    train(strategy, tmp_path)
+    torch.manual_seed(0)
+    module = nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(
+        [{"params": module.weight}, {"params": module.bias, "lr": 0.5}], lr=0.1, weight_decay=decay
+    )
+    average = [p.detach().clone() for p in module.parameters()]
+    for step in range(4):
+        x = torch.full((2, 1), 80 / 127.5 - 1)
+        (module(x) - x).square().mean().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        kept = 0.0 if step == 0 else min(0.5, (1 + step) / (10 + step))
+        average = [kept * a + (1 - kept) * p.detach() for a, p in zip(average, module.parameters(), strict=True)]
+    for own, expected in zip(strategy.found.values(), average, strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+def test_a_phase_of_two_rates_goes_on_where_it_was_cut(tmp_path):
+    found = []
+    for place, cut in (("whole", False), ("cut", True)):
+        strategy = OfFactors(tmp_path / place)
+        strategy.factors, strategy.decay = {"weight": 0.25}, 0.1
+        (tmp_path / place).mkdir()
+        if cut:
+            strategy.fail_at = "task_2"
+            with pytest.raises(KeyboardInterrupt):
+                train(strategy, tmp_path / place)
+            strategy.fail_at = None
+        train(strategy, tmp_path / place, resume="latest" if cut else None)
+        found.append(strategy.total)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(("warmup", "reached"), [(4, None), (5, "0.08"), (12, "0.033")])

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from runs import TINY_UNET
 
+from funlora_hf.continual.batches import RealImages
 from funlora_hf.continual.config import ContinualTrainingArguments, ModelArguments
 from funlora_hf.continual.run_folder import RunFolder
 from funlora_hf.continual.strategies.registry import strategy_class
@@ -83,7 +84,7 @@ def learn(strategy: Strategy, *, data=None, evaluator=None) -> Strategy:
     training = strategy.setting.training
     trainer = ContinualTrainer(
         strategy,
-        data or Drawn(),
+        RealImages(data or Drawn(), training, torch.device("cpu")),
         folder=RunFolder(strategy.setting.output_dir),
         accelerator=Accelerator(cpu=True, gradient_accumulation_steps=training.gradient_accumulation_steps),
         listeners=[] if evaluator is None else [evaluator],

@@ -13,8 +13,10 @@ from ..data.image_data import ImageClassificationData
 from ..data.pixels import to_model_range
 from ..flow_matching import sample_sigmas
 from ..utils.seeds import derive_seed, generator_for
+from .config import ContinualTrainingArguments
 from .devices import on_device
-from .strategy import Batch, Phase
+from .learning import Phase
+from .strategy import Batch
 
 
 # A GPU keeps all images of a phase if they take at most so many bytes: 50,000 of 32x32 pixels take 0.15 GB.
@@ -62,6 +64,11 @@ class PhaseBatches:
         self.class_ids = torch.tensor(phase.class_ids).repeat_interleave(torch.tensor([len(x) for x in per_class]))
         self._permutation: tuple[int, torch.Tensor] = (-1, torch.empty(0))
 
+    @property
+    def num_images(self) -> int:
+        """The number of images of all classes of the phase."""
+        return len(self.images)
+
     def batch(self, number: int, *, share: int = 0, num_shares: int = 1) -> Batch:
         """Return batch `number`, from 0, of the phase, or the share of it for one of several processes."""
         size = self.phase.settings.batch_size
@@ -103,3 +110,25 @@ class PhaseBatches:
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return torch.cat(parts)
+
+
+@dataclass(eq=False, repr=False)
+class RealImages:
+    """Makes the batches of each phase of a run, for a trainer."""
+
+    data: ImageClassificationData
+    training: ContinualTrainingArguments
+    device: torch.device
+    _: KW_ONLY
+    random_flip: bool = False
+
+    def __call__(self, phase: Phase) -> PhaseBatches:
+        return PhaseBatches(
+            self.data,
+            phase,
+            seed=self.training.seed,
+            timestep_density=self.training.timestep_density,
+            random_flip=self.random_flip,
+            device=self.device,
+            memory_format=torch.channels_last if self.training.channels_last else torch.preserve_format,
+        )

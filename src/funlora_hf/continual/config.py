@@ -159,8 +159,8 @@ class ModelArguments:
 
 
 @dataclass
-class ContinualTrainingArguments:
-    """How each phase is trained, and where the run is written."""
+class LoopArguments:
+    """The arguments of the loop, whatever a run learns."""
 
     _argument_group_name = "training"
 
@@ -174,8 +174,6 @@ class ContinualTrainingArguments:
     seed: int = _argument(0, "Seed of everything: weights, order, noise, samples, classifier.")
     deterministic: bool = _argument(True, "Use deterministic kernels on a GPU, too (slower).")
     mixed_precision: Annotated[str, one_of("no", "fp16", "bf16")] = _argument("no", "'no', 'fp16' or 'bf16'.")
-    channels_last: bool = _argument(False, "U-Net and images in torch.channels_last: faster on GPUs in fp16 and bf16.")
-    torch_compile: bool = _argument(False, "Compile the U-Net's blocks for training, once for all classes.")
     gradient_accumulation_steps: Count = _argument(1, "Batches summed up for one step.")
     max_grad_norm: Annotated[float, Range(0, above=True, why="None does not clip")] | None = _argument(
         1.0, "Clip the gradient's norm to this, above 0; None does not."
@@ -186,9 +184,6 @@ class ContinualTrainingArguments:
     )
     timestep_density: Annotated[str, one_of(*TIMESTEP_DENSITIES)] = _argument(
         "uniform", "'uniform' or 'logit_normal'."
-    )
-    class_batches: Annotated[str, one_of("homogeneous", "mixed")] = _argument(
-        "homogeneous", "'homogeneous': one class after another, one effective weight a step. 'mixed': together."
     )
     max_train_steps: Count | None = _argument(None, "Cap on the steps of every phase: base, each class, classifier.")
     checkpointing_steps: Count = _argument(500, "Steps between checkpoints inside a phase.")
@@ -202,7 +197,6 @@ class ContinualTrainingArguments:
         "checkpoint and stops, with the exit code 75. None: no limit.",
     )
     report_to: str = _argument("none", "Tracker of accelerate: 'tensorboard', 'wandb', ...")
-
     push_to_hub: bool = _argument(False, "Push base and adapters to the Hub: a tagged commit after each task.")
     hub_model_id: str | None = _argument(
         None, "Repository to push to, 'user/repo'; None: yours, named like output_dir."
@@ -211,33 +205,6 @@ class ContinualTrainingArguments:
         None, "Whether a new repository is private; None: as your account is set."
     )
     hub_license: str | None = _argument(None, "Identifier of a licence for the cards: 'mit', ...")
-
-    base_train_steps: Count | None = _argument(700, "Steps of task 1; None: base_epochs counts.")
-    base_epochs: Count | None = _argument(None, "Epochs of task 1, if base_train_steps is None.")
-    base_batch_size: Count = _argument(32, "Batch of task 1, over all processes.")
-    base_learning_rate: LearningRate = _argument(1e-3, "Peak learning rate of task 1.")
-    base_warmup_steps: Natural = _argument(20, "Steps of linear warm-up in task 1.")
-    base_ema_decay: Share = _argument(0.99, "Decay of the moving average in task 1.")
-    base_ema_warmup: bool = _argument(
-        True, "After s averaged steps of task 1, the decay is at most (1 + s) / (10 + s)."
-    )
-    base_ema_start: Share = _argument(0.0, "Share of task 1 after which averaging starts.")
-
-    adapter_train_steps: Count | None = _argument(150, "Steps of a class; None: epochs count.")
-    adapter_epochs: Count | None = _argument(None, "Epochs of a class, if the steps are None.")
-    adapter_batch_size: Count = _argument(32, "Batch of an adapter phase.")
-    adapter_learning_rate: LearningRate = _argument(2e-2, "Peak learning rate of a class.")
-    adapter_warmup_steps: Natural = _argument(20, "Steps of linear warm-up of a class.")
-    adapter_ema_decay: Share = _argument(0.98, "Decay of the moving average of a class.")
-    adapter_ema_warmup: bool = _argument(
-        True, "After s averaged steps of a class, the decay is at most (1 + s) / (10 + s)."
-    )
-    adapter_ema_start: Share = _argument(0.0, "Share of a class after which averaging starts.")
-
-    update_class: int | None = _argument(None, "Train the adapter of this one class again; nothing else changes.")
-    update_mode: Annotated[str, one_of(*UPDATE_MODES)] = _argument(
-        "continue", "'continue' from the adapter there is, or 'retrain' from the start."
-    )
 
     def __post_init__(self) -> None:
         # HfArgumentParser has no type for what is a list on the command line and a mapping in a recipe.
@@ -252,9 +219,6 @@ class ContinualTrainingArguments:
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise ValueError("`overwrite_output_dir` and `resume_from_checkpoint` exclude each other: pass one.")
         self._check_hub()
-        self._check_update()
-        for phase in ("base", "adapter"):
-            self._check_phase(phase)
 
     def _check_hub(self) -> None:
         for name in ("hub_model_id", "hub_private_repo", "hub_license"):
@@ -265,6 +229,59 @@ class ContinualTrainingArguments:
                 validate_repo_id(self.hub_model_id)
             except ValueError as error:
                 raise ValueError(f"`hub_model_id` is {self.hub_model_id!r}, expected 'user/repo': {error}") from error
+
+    def _check_phase(self, phase: str) -> None:
+        steps, epochs = getattr(self, f"{phase}_train_steps"), getattr(self, f"{phase}_epochs")
+        if (steps is None) == (epochs is None):
+            raise ValueError(
+                f"`{phase}_train_steps` is {steps} and `{phase}_epochs` is {epochs}, expected exactly one of them: set "
+                "the other to null."
+            )
+        if getattr(self, f"{phase}_ema_decay") == 1 and not getattr(self, f"{phase}_ema_warmup"):
+            raise ValueError(
+                f"`{phase}_ema_decay` is 1 without `{phase}_ema_warmup`, so that the average never changes, expected less."
+            )
+
+
+@dataclass
+class ContinualTrainingArguments(LoopArguments):
+    """How each phase of a run of classes is trained, and where the run is written."""
+
+    channels_last: bool = _argument(False, "U-Net and images in torch.channels_last: faster on GPUs in fp16 and bf16.")
+    torch_compile: bool = _argument(False, "Compile the U-Net's blocks for training, once for all classes.")
+    class_batches: Annotated[str, one_of("homogeneous", "mixed")] = _argument(
+        "homogeneous", "'homogeneous': one class after another, one effective weight a step. 'mixed': together."
+    )
+    base_train_steps: Count | None = _argument(700, "Steps of task 1; None: base_epochs counts.")
+    base_epochs: Count | None = _argument(None, "Epochs of task 1, if base_train_steps is None.")
+    base_batch_size: Count = _argument(32, "Batch of task 1, over all processes.")
+    base_learning_rate: LearningRate = _argument(1e-3, "Peak learning rate of task 1.")
+    base_warmup_steps: Natural = _argument(20, "Steps of linear warm-up in task 1.")
+    base_ema_decay: Share = _argument(0.99, "Decay of the moving average in task 1.")
+    base_ema_warmup: bool = _argument(
+        True, "After s averaged steps of task 1, the decay is at most (1 + s) / (10 + s)."
+    )
+    base_ema_start: Share = _argument(0.0, "Share of task 1 after which averaging starts.")
+    adapter_train_steps: Count | None = _argument(150, "Steps of a class; None: epochs count.")
+    adapter_epochs: Count | None = _argument(None, "Epochs of a class, if the steps are None.")
+    adapter_batch_size: Count = _argument(32, "Batch of an adapter phase.")
+    adapter_learning_rate: LearningRate = _argument(2e-2, "Peak learning rate of a class.")
+    adapter_warmup_steps: Natural = _argument(20, "Steps of linear warm-up of a class.")
+    adapter_ema_decay: Share = _argument(0.98, "Decay of the moving average of a class.")
+    adapter_ema_warmup: bool = _argument(
+        True, "After s averaged steps of a class, the decay is at most (1 + s) / (10 + s)."
+    )
+    adapter_ema_start: Share = _argument(0.0, "Share of a class after which averaging starts.")
+    update_class: int | None = _argument(None, "Train the adapter of this one class again; nothing else changes.")
+    update_mode: Annotated[str, one_of(*UPDATE_MODES)] = _argument(
+        "continue", "'continue' from the adapter there is, or 'retrain' from the start."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_update()
+        for phase in ("base", "adapter"):
+            self._check_phase(phase)
 
     def _check_update(self) -> None:
         if self.update_class is None:
@@ -280,18 +297,6 @@ class ContinualTrainingArguments:
         ):
             if getattr(self, name):
                 raise ValueError(f"`{name}` is set and `update_class` given, expected one of them: {instead}.")
-
-    def _check_phase(self, phase: str) -> None:
-        steps, epochs = getattr(self, f"{phase}_train_steps"), getattr(self, f"{phase}_epochs")
-        if (steps is None) == (epochs is None):
-            raise ValueError(
-                f"`{phase}_train_steps` is {steps} and `{phase}_epochs` is {epochs}, expected exactly one of them: set "
-                "the other to null."
-            )
-        if getattr(self, f"{phase}_ema_decay") == 1 and not getattr(self, f"{phase}_ema_warmup"):
-            raise ValueError(
-                f"`{phase}_ema_decay` is 1 without `{phase}_ema_warmup`, so that the average never changes, expected less."
-            )
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
 from ..utils.arguments import as_options
@@ -19,7 +19,6 @@ from .config import ARGUMENTS, EvaluationArguments, measuring_settings
 
 logger = logging.getLogger(__name__)
 
-CONTENTS = ("base", "adapters", "model", "results.json", "figures", "checkpoints", "logs")
 EVALUATION = EvaluationArguments.__name__
 # Parts of the settings that follow from the arguments and the data.
 _CLASSES, _TASKS = "classes", "tasks"
@@ -46,6 +45,11 @@ _FREE = {
 class RunFolder:
     """Paths of a run in its output folder, and checks before anything is written there."""
 
+    arguments: ClassVar[Sequence[Any]] = ARGUMENTS
+    """Dataclasses of the settings of such a run; the last one is that of the evaluation."""
+    learned: ClassVar[tuple[str, ...]] = ("base", "adapters", "model")
+    """What training writes, beside its checkpoints."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.base = path / "base"
@@ -58,6 +62,14 @@ class RunFolder:
         self.evaluation = self.checkpoints / "evaluation"
         self._settings = self.checkpoints / "run.json"
         self._was_there: bool | None = None
+
+    @property
+    def _contents(self) -> tuple[str, ...]:
+        return (*self.learned, self.results.name, self.figures.name, self.checkpoints.name, "logs")
+
+    @property
+    def _evaluation(self) -> str:
+        return str(self.arguments[-1].__name__)
 
     def classes(self) -> dict[int, str]:
         """Return id -> name of all classes that the run in the folder has learned or will learn; empty without a run."""
@@ -99,7 +111,7 @@ class RunFolder:
             ValueError: `resume`, but the run there has other settings; `overwrite`, but what would be deleted is needed, a link, or not
                 the run's.
         """
-        present = [name for name in CONTENTS if (self.path / name).exists()]
+        present = [name for name in self._contents if (self.path / name).exists()]
         if present and overwrite:
             self._check_deletion(present, needed or {})
             for path in [self.path / name for name in present]:
@@ -110,7 +122,7 @@ class RunFolder:
             present = []
         if present and not resume:
             raise FileExistsError(self._there(present, settings))
-        if not self._settings.is_file() and not {"base", "adapters", "model", "results.json"} & set(present):
+        if not self._settings.is_file() and not {*self.learned, self.results.name} & set(present):
             present = []  # left by a run that was killed before it began
         if present and not self._settings.is_file():
             raise ValueError(
@@ -120,7 +132,8 @@ class RunFolder:
         if present:
             self.check_settings(settings)
             recover_folder(self.path)
-            if measuring_settings(self.settings()[EVALUATION]) != measuring_settings(settings.get(EVALUATION, {})):
+            part = self._evaluation
+            if measuring_settings(self.settings()[part]) != measuring_settings(settings.get(part, {})):
                 self.forget_samples()
         self._warn_if_fresh(resume, present)
         write_json(self._settings, settings)
@@ -139,7 +152,7 @@ class RunFolder:
             )
             raise FileNotFoundError(f"{self.path} holds no run: {there}.")
         written = self._written()
-        for part in ARGUMENTS:
+        for part in self.arguments:
             defaults = {one.name: one.default for one in fields(part)}
             written[part.__name__] = {**defaults, **written.get(part.__name__, {})}
         return written
@@ -202,7 +215,7 @@ class RunFolder:
         Classes and tasks count only if no argument differs, since they follow from the arguments.
         """
         written = self.settings()
-        parts = [part for part in settings if part in written and (evaluation or part != EVALUATION)]
+        parts = [part for part in settings if part in written and (evaluation or part != self._evaluation)]
         changed = {part: found for part in parts if (found := differences(written[part], settings[part]))}
         of_arguments = {part: found for part, found in changed.items() if part not in (_CLASSES, _TASKS)}
         return {name: pair for found in (of_arguments or changed).values() for name, pair in found.items()}
@@ -228,7 +241,7 @@ class RunFolder:
         return f"`output_dir` {self.path} holds {what}. Pass {', '.join(ways)}."
 
     def _warn_if_fresh(self, resume: bool, present: list[str]) -> None:
-        started = any((self.path / name).exists() for name in ("base", "adapters", "model"))
+        started = any((self.path / name).exists() for name in self.learned)
         if resume and not started and not list(self.checkpoints.glob("*/step_*")):
             place = "holds a run without one" if present else "holds no run"
             logger.warning("No checkpoint to resume from: %s %s. Starting from the beginning.", self.path, place)

@@ -8,20 +8,20 @@ from safetensors import safe_open
 
 from ..data.tasks import Task
 from ..utils.files import read_mapping, read_tensors, write_json, write_tensors
+from .learning import LearningStrategy
 from .run_folder import RunFolder
-from .strategy import Strategy
 
 
 class GrowingStateError(RuntimeError):
     """A strategy that promises a constant state keeps more than before."""
 
 
-def save_task_state(path: Path, strategy: Strategy) -> None:
+def save_task_state(path: Path, strategy: LearningStrategy) -> None:
     """Write `strategy.state_dict()` and the strategy's name."""
     write_tensors(path, strategy.state_dict(), metadata={"strategy": strategy.name})
 
 
-def load_task_state(path: Path, strategy: Strategy) -> None:
+def load_task_state(path: Path, strategy: LearningStrategy) -> None:
     """Load what `save_task_state` wrote.
 
     Raises:
@@ -38,7 +38,7 @@ def load_task_state(path: Path, strategy: Strategy) -> None:
     strategy.load_state_dict(state)
 
 
-def keep_memory_report(folder: RunFolder, task: Task, strategy: Strategy) -> None:
+def keep_memory_report(folder: RunFolder, task: Task, strategy: LearningStrategy) -> None:
     """Write how much is kept after a task, and compare it with what was kept after the second task.
 
     The first task may make what later ones start from. What counts is the strategy's report, without what each class needs

@@ -15,19 +15,17 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 
 from ..adapters.class_folder import adapter_name
-from ..data.image_data import ImageClassificationData
 from ..data.tasks import Task
 from ..utils.files import read_json, remove_folder, write_json
 from ..utils.progress import Progress, duration
 from ..utils.seeds import derive_seed
-from .batches import PhaseBatches
 from .checkpoint import TrainingState, latest_checkpoint, load_newest, save_checkpoint
 from .compilation import compilation_errors
-from .config import ContinualTrainingArguments
+from .config import LoopArguments
 from .guarded_steps import GuardedSteps, Outcome
+from .learning import BatchSource, LearningStrategy, Phase, PhaseSettings, Trainable
 from .loss_curve import LossCurve
 from .run_folder import RunFolder
-from .strategy import Phase, PhaseSettings, Strategy, Trainable
 from .strategy_state import keep_memory_report, load_task_state, save_task_state
 from .termination import Termination
 from .time_limit import TimeLimit, TimeLimitReached
@@ -41,8 +39,8 @@ PREPARATION = "preparation"
 STEPS_BETWEEN_READS = 25
 # Reasons to stop: if processes have several, all take the largest. 0: none.
 _TIME, _SIGNAL = 1, 2
-# What is still to be read of a step: its number, the loss of each of its batches and its outcome, all scalars.
-Pending = tuple[int, list[torch.Tensor], torch.Tensor]
+# What is still to be read of a step: its number, its learning rate, the loss of each of its batches and its outcome, all scalars.
+Pending = tuple[int, float, list[torch.Tensor], torch.Tensor]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -62,20 +60,19 @@ class ContinualTrainer:
     Runs a strategy over tasks.
 
     Args:
-        strategy ([`Strategy`]): what is trained, and how; its setting has the tasks.
+        strategy ([`LearningStrategy`]): what is trained, and how; its setting has the tasks.
+        batches (`Callable`): makes the [`BatchSource`] of a phase at its start.
         folder ([`RunFolder`]): the folder of the run, opened already.
-        random_flip (`bool`): flip training images at random.
         listeners (sequence of [`Listener`], *optional*): called after every task, one after the other.
         limit ([`TimeLimit`], *optional*): when to stop; None: never.
         termination ([`Termination`], *optional*): whether SIGTERM or SIGINT has come; None: signals are not handled.
     """
 
-    strategy: Strategy
-    data: ImageClassificationData
+    strategy: LearningStrategy
+    batches: Callable[[Phase], BatchSource]
     _: KW_ONLY
     folder: RunFolder
     accelerator: Accelerator
-    random_flip: bool = False
     listeners: Sequence[Listener] = ()
     limit: TimeLimit | None = None
     termination: Termination | None = None
@@ -254,15 +251,7 @@ class ContinualTrainer:
 
     def _run_phase(self, phase: Phase, build: Callable[[Phase], Trainable]) -> None:
         started = time.perf_counter()
-        batches = PhaseBatches(
-            self.data,
-            phase,
-            seed=self.training.seed,
-            timestep_density=self.training.timestep_density,
-            random_flip=self.random_flip,
-            device=self.accelerator.device,
-            memory_format=torch.channels_last if self.training.channels_last else torch.preserve_format,
-        )
+        batches = self.batches(phase)
         torch.manual_seed(derive_seed(self.training.seed, phase.name, "start"))
         trainable = build(phase)
         try:
@@ -287,19 +276,18 @@ class ContinualTrainer:
             self.accelerator.free_memory()
         self._drop_checkpoints(phase)
 
-    def _train(self, phase: Phase, trainable: Trainable, batches: PhaseBatches, started: float) -> dict[str, Any]:
+    def _train(self, phase: Phase, trainable: Trainable, batches: BatchSource, started: float) -> dict[str, Any]:
         """Return the phase's seconds and steps, how many of them were skipped, the average's decay in the last one, and means of the loss."""
         accelerator, training = self.accelerator, self.training
-        steps = phase_steps(phase.settings, len(batches.images), training)
-        reached = learning_rate(phase.settings, steps - 1)
-        if reached < phase.settings.learning_rate and self._writes(phase) and phase.settings not in self._told:
+        steps = phase_steps(phase.settings, batches.num_images, training)
+        if steps < phase.settings.warmup_steps and self._writes(phase) and phase.settings not in self._told:
             self._told.add(phase.settings)
             logger.warning(
                 "phase %s: its %d steps end in the warm-up of %d, in which the learning rate reaches %.2g instead of %.2g",
                 phase.name,
                 steps,
                 phase.settings.warmup_steps,
-                reached,
+                learning_rate(phase.settings, steps - 1, steps),
                 phase.settings.learning_rate,
             )
         state = self._training_state(trainable, phase.settings, steps)
@@ -325,9 +313,10 @@ class ContinualTrainer:
                     self._read(phase, pending, guard, bar)
                     self._checkpoint(phase, step, state)
                     self._stop_if(reason, f"after step {step} of {steps} of phase {phase.name!r}")
+                rate = learning_rate(phase.settings, step, steps)
                 for group in state.optimizer.param_groups:
-                    group["lr"] = learning_rate(phase.settings, step)
-                pending.append((step, *self._step(phase, module, batches, step, guard)))
+                    group["lr"] = group["factor"] * rate
+                pending.append((step, rate, *self._step(phase, module, batches, step, guard)))
                 if len(pending) >= self._read_every:
                     self._read(phase, pending, guard, bar)
                 self.strategy.after_step(phase)
@@ -368,7 +357,9 @@ class ContinualTrainer:
         # skip a step without waiting.
         on_gpu = self.accelerator.device.type == "cuda"
         fused = True if on_gpu or self._read_every > 1 else None
-        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, fused=fused)
+        optimizer = torch.optim.AdamW(
+            trainable.groups(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
+        )
         ema = moving_average(parameters, settings, steps, foreach=on_gpu)
         scaler = self.accelerator.scaler
         if scaler is not None:
@@ -379,7 +370,7 @@ class ContinualTrainer:
         )
 
     def _step(
-        self, phase: Phase, module: Any, batches: PhaseBatches, step: int, guard: GuardedSteps
+        self, phase: Phase, module: Any, batches: BatchSource, step: int, guard: GuardedSteps
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Do one optimizer step; return the losses of its `gradient_accumulation_steps` batches on this process, and its
         outcome."""
@@ -408,9 +399,9 @@ class ContinualTrainer:
 
     def _read(self, phase: Phase, pending: list[Pending], guard: GuardedSteps, bar: Progress) -> None:
         """Read the losses from the device, all at once, log them, and count the skipped steps."""
-        scalars = [scalar for _, losses, outcome in pending for scalar in (*losses, outcome)]
+        scalars = [scalar for *_, losses, outcome in pending for scalar in (*losses, outcome)]
         values = iter(torch.stack(scalars).tolist() if scalars else ())
-        for step, waiting, _ in pending:
+        for step, rate, waiting, _ in pending:
             losses, outcome = [next(values) for _ in waiting], Outcome(int(next(values)))
             guard.count(outcome)
             if guard.exceed(self.training.max_nonfinite_steps):
@@ -420,7 +411,6 @@ class ContinualTrainer:
             mean = sum(loss / len(losses) for loss in losses)
             guard.state.losses.add(step, mean)
             bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-            rate = learning_rate(phase.settings, step)
             self.accelerator.log({f"{phase.name}/loss": mean, f"{phase.name}/lr": rate}, step=step)
         pending.clear()
 
@@ -458,7 +448,7 @@ class ContinualTrainer:
         write_json(self.folder.checkpoints / "seconds" / f"{phase.name}.json", record)
 
     def _non_finite(self, phase: Phase, step: int, found: str, in_row: int = 0) -> NonFiniteLossError:
-        classes = ", ".join(f"{c} ({self.data.class_names[c]})" for c in phase.class_ids)
+        classes = ", ".join(f"{c} ({self.strategy.setting.class_names[c]})" for c in phase.class_ids)
         path = latest_checkpoint(self.folder.checkpoints / phase.name)
         kept = "There is no checkpoint of this phase yet" if path is None else f"The last good checkpoint is {path}"
         row = f", after {in_row} such steps in a row that changed nothing" if in_row > 1 else ""
@@ -469,7 +459,7 @@ class ContinualTrainer:
         )
 
 
-def phase_steps(settings: PhaseSettings, num_images: int, training: ContinualTrainingArguments) -> int:
+def phase_steps(settings: PhaseSettings, num_images: int, training: LoopArguments) -> int:
     """Return the optimizer steps of a phase with so many images."""
     # Number of batches in which every image is seen once, rounded up.
     per_epoch = -(-num_images // settings.batch_size)
@@ -479,7 +469,7 @@ def phase_steps(settings: PhaseSettings, num_images: int, training: ContinualTra
     return min(count for count in counts if count is not None)
 
 
-def phase_images(phase: Phase, num_images: Mapping[int, int], training: ContinualTrainingArguments) -> int:
+def phase_images(phase: Phase, num_images: Mapping[int, int], training: LoopArguments) -> int:
     """Count the images that a phase will train on, each as often as it is seen; `num_images` has the number of each class's images."""
     count = sum(num_images.get(class_id, 0) for class_id in phase.class_ids)
     return phase_steps(phase.settings, count, training) * images_per_step(phase.settings, training)
@@ -495,17 +485,23 @@ def moving_average(
     return EMAModel(parameters, decay=decay, min_decay=least, update_after_step=start, foreach=foreach)
 
 
-def images_per_step(settings: PhaseSettings, training: ContinualTrainingArguments) -> int:
+def images_per_step(settings: PhaseSettings, training: LoopArguments) -> int:
     """Return the number of images in one step of the optimizer."""
     return settings.batch_size * training.gradient_accumulation_steps
 
 
-def learning_rate(settings: PhaseSettings, step: int) -> float:
-    """Return the learning rate of a step, from 0: linear warm-up, then constant. So a resumed phase needs no state for it.
+def learning_rate(settings: PhaseSettings, step: int, steps: int) -> float:
+    """Return the learning rate of a step, from 0, of a phase of so many. It needs no state, so a resumed phase has the same.
 
-    Source: arXiv 2510.02631, training recipe: warm-up [text], its shape [ours].
+    Source: arXiv 2510.02631, training recipe: warm-up, then constant [text], the shape of the warm-up [ours]. The decays after it are
+    those of diffusers' schedulers of the same names.
     """
-    return settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return settings.learning_rate * decay[settings.lr_scheduler]
 
 
 def phase_seconds(folder: RunFolder) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,9 @@ from peft import get_peft_model
 from runs import make_tiny_unet
 from strategies import make_strategy
 
-from funlora_hf.continual.strategies.low_rank import Pair, add_deltas, get_pairs, pack, set_pairs, unpack
+from funlora_hf.continual.strategies.low_rank import add_deltas, get_pairs, set_pairs
+from funlora_hf.continual.strategies.merging_rules import pack, unpack
+from funlora_hf.continual.strategies.weight_changes import Pair
 
 
 STARTING_FRESH = [
@@ -49,9 +51,9 @@ def output(module):
 @pytest.mark.parametrize(("name", "options"), STARTING_FRESH)
 def test_a_fresh_pair_changes_no_output_by_a_bit(name, options, targets, tmp_path):
     strategy = make_strategy(name, tmp_path, strategy_options={"targets": targets, **options})
-    kept = strategy.merge({}, learned_pairs(strategy, 1))
+    kept = strategy.rule.merge({}, learned_pairs(strategy, 1))
     expected = make_tiny_unet()
-    add_deltas(expected, strategy.training_deltas(kept))
+    add_deltas(expected, strategy.rule.training_deltas(kept))
     assert not torch.equal(output(expected), output(make_tiny_unet()))
     trainable = strategy.trainable(make_tiny_unet(), kept)
     pairs = get_pairs(trainable.module)
@@ -62,7 +64,7 @@ def test_a_fresh_pair_changes_no_output_by_a_bit(name, options, targets, tmp_pat
 def test_naive_lora_goes_on_with_its_pair_on_the_base(tmp_path):
     strategy = make_strategy("naive_lora", tmp_path)
     learned = learned_pairs(strategy, 1)
-    kept = strategy.merge({}, learned)
+    kept = strategy.rule.merge({}, learned)
     trainable = strategy.trainable(make_tiny_unet(), kept)
     for layer, pair in get_pairs(trainable.module).items():
         assert torch.equal(pair.A, learned[layer].A)
@@ -131,8 +133,8 @@ def products(pairs):
 def test_merge_init_adds_products(tmp_path):
     strategy = make_strategy("merge_init", tmp_path)
     first, second = learned_pairs(strategy, 1), learned_pairs(strategy, 2)
-    kept = strategy.merge(strategy.merge({}, first), second)
-    for layer, delta in strategy.deltas(kept).items():
+    kept = strategy.rule.merge(strategy.rule.merge({}, first), second)
+    for layer, delta in strategy.rule.deltas(kept).items():
         torch.testing.assert_close(delta, products(first)[layer] + products(second)[layer])
 
 
@@ -140,9 +142,9 @@ def test_merge_init_adds_products(tmp_path):
 def test_merge_orthogonal_keeps_the_sum_in_the_form_asked_for(merge, tmp_path):
     strategy = make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge})
     first, second = learned_pairs(strategy, 1), learned_pairs(strategy, 2)
-    kept = strategy.merge(strategy.merge({}, first), second)
+    kept = strategy.rule.merge(strategy.rule.merge({}, first), second)
     rank = {"concat": 4, "svd": 2, "factor_sum": 2}.get(merge)
-    for layer, delta in strategy.deltas(kept).items():
+    for layer, delta in strategy.rule.deltas(kept).items():
         total = products(first)[layer] + products(second)[layer]
         if merge == "factor_sum":
             cross = first[layer].B @ second[layer].A + second[layer].B @ first[layer].A
@@ -158,9 +160,9 @@ def test_merge_orthogonal_keeps_the_sum_in_the_form_asked_for(merge, tmp_path):
 @pytest.mark.parametrize("merge", ["concat", "dense", "svd"])
 def test_a_task_starts_where_earlier_ones_react_to_nothing(merge, tmp_path):
     strategy = make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge})
-    kept = strategy.merge(strategy.merge({}, learned_pairs(strategy, 1)), learned_pairs(strategy, 2))
+    kept = strategy.rule.merge(strategy.rule.merge({}, learned_pairs(strategy, 1)), learned_pairs(strategy, 2))
     start = get_pairs(strategy.trainable(make_tiny_unet(), kept).module)
-    for layer, delta in strategy.deltas(kept).items():
+    for layer, delta in strategy.rule.deltas(kept).items():
         assert (delta @ start[layer].A.T).norm() < 1e-5 * delta.norm() * start[layer].A.norm()
 
 
@@ -181,16 +183,16 @@ def test_magmax_compares_a_task_s_own_change_or_all_changes(tmp_path):
     pairs = [learned_pairs(running, seed) for seed in (1, 2, 3)]
     kept, kept_all = {}, {}
     for learned in pairs:
-        kept, kept_all = running.merge(kept, learned), cumulative.merge(kept_all, learned)
+        kept, kept_all = running.rule.merge(kept, learned), cumulative.rule.merge(kept_all, learned)
     layer = next(iter(pairs[0]))
     changes = torch.stack([products(learned)[layer] for learned in pairs])
     sums = changes.cumsum(dim=0)
     for strategy, state, candidates, scale in ((running, kept, changes, 1), (cumulative, kept_all, sums, 0.5)):
         largest = candidates.abs().argmax(dim=0, keepdim=True)
         expected = candidates.gather(0, largest)[0] * scale
-        torch.testing.assert_close(strategy.deltas(state)[layer], expected)
-    torch.testing.assert_close(running.training_deltas(kept)[layer], running.deltas(kept)[layer])
-    torch.testing.assert_close(cumulative.training_deltas(kept_all)[layer], sums[-1])
+        torch.testing.assert_close(strategy.rule.deltas(state)[layer], expected)
+    torch.testing.assert_close(running.rule.training_deltas(kept)[layer], running.rule.deltas(kept)[layer])
+    torch.testing.assert_close(cumulative.rule.training_deltas(kept_all)[layer], sums[-1])
 
 
 def test_pairs_survive_the_file_and_the_model(tmp_path):
