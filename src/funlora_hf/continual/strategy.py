@@ -155,6 +155,8 @@ class Strategy(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     """What it needs from the setting, checked before the start: "all_tasks" (images of every task at once). Anything else
     ("text", "past_adapters") is refused, since no setting provides it."""
+    trains_own_base: ClassVar[bool] = False
+    """True: task 1 trains another base than that of other strategies, so the run cannot start from a given one."""
     grows_with_tasks: bool = False
     """True: what is kept grows. Otherwise the trainer checks that the amount stays constant from the second task on, without
     what `memory_report` counts as "per_class"."""

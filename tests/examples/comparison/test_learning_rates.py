@@ -118,7 +118,7 @@ def test_runs_of_the_grid_test_on_training_images_only(losses, tmp_path):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_rate_is_the_one_that_later_tasks_are_trained_with(strategy):
-    whole_generator = strategy in ("joint", "finetune", "replay", "guide")
+    whole_generator = strategy in ("joint", "finetune", "replay", "guide", "jdcl")
     assert rate_argument(strategy) == ("base_learning_rate" if whole_generator else "adapter_learning_rate")
 
 

@@ -7,6 +7,7 @@ from ..strategy import Strategy
 from .finetune import Finetune
 from .funlora import Frozen, FunLora
 from .guide import Guide
+from .jdcl import Jdcl
 from .joint import Joint
 from .low_rank import MagMax, MergeInit, MergeOrthogonal, NaiveLora
 from .replay import Replay
@@ -23,6 +24,7 @@ _CLASSES: tuple[type[Strategy], ...] = (
     MagMax,
     Replay,
     Guide,
+    Jdcl,
 )
 STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _CLASSES}
 
