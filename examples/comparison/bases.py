@@ -79,7 +79,8 @@ def run_on_shared_bases(
 def trains_base(arguments: RunArguments) -> bool:
     """Whether a run trains a base that others can start from."""
     free = arguments.model.base_model is None and not has_own_order(arguments)
-    return free and "all_tasks" not in strategy_class(arguments.training.strategy).requires
+    strategy = strategy_class(arguments.training.strategy)
+    return free and not strategy.trains_own_base and "all_tasks" not in strategy.requires
 
 
 def has_own_order(arguments: RunArguments) -> bool:

@@ -437,9 +437,11 @@ def _check_strategy(arguments: RunArguments) -> None:
     peft_method(arguments.model.peft_method)
     strategy_cls.make_options(arguments.training.strategy_options or {})
     base_model = arguments.model.base_model
-    if "all_tasks" in strategy_cls.requires and base_model is not None:
+    at_once = "all_tasks" in strategy_cls.requires
+    if (at_once or strategy_cls.trains_own_base) and base_model is not None:
+        trains = "on all tasks at once" if at_once else "a base of its own"
         raise ValueError(
-            f"`strategy` {strategy_cls.name!r} trains on all tasks at once, so it cannot add classes to `base_model` "
+            f"`strategy` {strategy_cls.name!r} trains {trains}, so it cannot add classes to `base_model` "
             f"{base_model!r}: leave one of the two out."
         )
     unmet = sorted(strategy_cls.requires - {"all_tasks"})

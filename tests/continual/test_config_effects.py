@@ -654,6 +654,30 @@ def distilled(bench: Bench, given: dict[str, Any]) -> Any:
     return strategy.training_step(phase, batch, module).item()
 
 
+def joined(bench: Bench, given: dict[str, Any]) -> Any:
+    """What `jdcl` asks of the sampler, and the settings, losses and a gradient of each phase in its middle."""
+    asked, found = [], []
+
+    def draw(pipe, class_id, count, *, guidance, **named):
+        asked.append((count, {key: named[key] for key in SAMPLING}))
+        return Samples(torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(class_id)), 1.0)
+
+    bench.patch.setattr(generated_images, "draw_samples", draw)
+    strategy = bench.strategy("jdcl", strategy_options={"head_hidden": 4, **given})
+    for phase in (phase for task in TASKS for phase in strategy.phases(task)):
+        torch.manual_seed(0)
+        trainable = strategy.build(phase)
+        sample, noise = torch.randn(2, 8, 1, 8, 8)
+        labels = torch.tensor(phase.class_ids).repeat(8)[:8]
+        real = Batch(sample, labels, noise, torch.rand(8), number=phase.settings.train_steps // 2)
+        losses = strategy.training_step(phase, strategy.make_batch(phase, real), trainable.module)
+        losses.sum().backward()
+        found.append((phase.settings, losses.tolist(), trainable.module.unet.conv_in.weight.grad.sum().item()))
+        strategy.end_phase(phase, trainable)
+        strategy.release_phase(phase, trainable)
+    return asked, found
+
+
 SAMPLING = ("solver", "num_inference_steps", "batch_size")
 
 
@@ -705,6 +729,25 @@ GUIDE = {
     "refreshes": Case(0, (1, 2), replayed("guide")),
     "largest_weight": Case(0.0, (1.0, 10.0), replayed("guide")),
 }
+JDCL = {
+    "images_per_class": Case(0, (2, None), joined),
+    "solver": Case("rk5", ("euler", "heun"), joined),
+    "num_inference_steps": Case(0, (1, 2), joined),
+    "sampling_batch_size": Case(0, (2, 5), joined),
+    "classification_weight": Case(-1.0, (0.0, 0.1), joined),
+    "simple_weight": Case(-1.0, (0.0, 0.1), joined),
+    "distillation_weight": Case(-1.0, (0.0, 0.1), joined),
+    "global_classification_weight": Case(-1.0, (0.0, 0.1), joined),
+    "classification_distillation_weight": Case(-1.0, (0.0, 0.1), joined),
+    "wait": Case(1.5, (0.4, 0.6), joined, {"global_classification_weight": 1.0}),
+    "head_hidden": Case(0, (4, 5), joined),
+    "head_dropout": Case(1.5, (0.0, 0.5), joined, {"classification_weight": 1.0}),
+    "joint": Case("yes", (True, False), joined),
+    "local_start": Case("base", ("global", "scratch"), joined),
+    "local_train_steps": Case(0, (1, 2), joined),
+    "new_images": Case("both", ("local", "real"), joined),
+    "agree": Case("yes", (False, True), joined, {"images_per_class": 30}),
+}
 LOW_RANK = {"targets": Case("all", ("attention", "both"), merged("naive_lora"))}
 MERGE_ORTHOGONAL = {
     **LOW_RANK,
@@ -728,6 +771,7 @@ CLASSES: dict[type, dict[str, Case]] = {
             "replay": REPLAY,
             "ddgr": DDGR,
             "guide": GUIDE,
+            "jdcl": JDCL,
             "naive_lora": LOW_RANK,
             "merge_orthogonal": MERGE_ORTHOGONAL,
             "magmax": MAGMAX,

@@ -86,6 +86,8 @@ class Batch:
 class Strategy(LearningStrategy):
     """How to learn one task of classes after another."""
 
+    trains_own_base: ClassVar[bool] = False
+    """True: task 1 trains another base than that of other strategies, so the run cannot start from a given one."""
     has_frozen_base: ClassVar[bool] = False
     """True: the base never changes after task 1, nor a class after its own task; both are checked at the end."""
     prefix: ClassVar[str] = "adapter"

@@ -124,7 +124,7 @@ def test_a_classifier_that_guides_the_drawing_is_trained_as_in_the_run(losses, t
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_rate_is_the_one_that_later_tasks_are_trained_with(strategy):
-    whole_generator = strategy in ("joint", "finetune", "replay", "ddgr", "guide")
+    whole_generator = strategy in ("joint", "finetune", "replay", "ddgr", "guide", "jdcl")
     assert rate_argument(strategy) == ("base_learning_rate" if whole_generator else "adapter_learning_rate")
 
 

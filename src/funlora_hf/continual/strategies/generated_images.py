@@ -23,13 +23,28 @@ from ..strategy import Batch
 
 
 @dataclass
-class ReplayOptions:
+class DrawingOptions:
     """
     Args:
         images_per_class: images generated of every past class before a task; None: as many as the class has real images.
         solver: of the sampling, as in the pipeline.
         num_inference_steps: as in the pipeline.
         sampling_batch_size: images at once.
+    """
+
+    images_per_class: Count | None = None
+    solver: Annotated[str, one_of(*SOLVERS)] = "heun"
+    num_inference_steps: Count = 10
+    sampling_batch_size: Count = 250
+
+    def __post_init__(self) -> None:
+        check_field_types(self)
+
+
+@dataclass
+class ReplayOptions(DrawingOptions):
+    """
+    Args:
         classifier_train_steps: steps of the classifier for each class seen.
         classifier_batch_size: its batch size.
         classifier_learning_rate: learning rate of Adam.
@@ -38,18 +53,11 @@ class ReplayOptions:
             generated images; 0: no distillation.
     """
 
-    images_per_class: Count | None = None
-    solver: Annotated[str, one_of(*SOLVERS)] = "heun"
-    num_inference_steps: Count = 10
-    sampling_batch_size: Count = 250
     classifier_train_steps: Count = 50
     classifier_batch_size: Count = 100
     classifier_learning_rate: Annotated[float, Range(0, 1, above=True)] = 1e-3
     classifier_architecture: Annotated[str, one_of(*ARCHITECTURES)] = "auto"
     distillation: Annotated[float, Range(0)] = 0.0
-
-    def __post_init__(self) -> None:
-        check_field_types(self)
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class GeneratedImages:
     """Draws images by class and keeps them in a folder until `delete`; the next time they are read from there."""
 
     folder: Path
-    options: ReplayOptions
+    options: DrawingOptions
     seed: int
 
     def draw(

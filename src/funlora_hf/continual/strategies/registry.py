@@ -8,6 +8,7 @@ from .ddgr import Ddgr
 from .finetune import Finetune
 from .funlora import Frozen, FunLora
 from .guide import Guide
+from .jdcl import Jdcl
 from .joint import Joint
 from .low_rank import MagMax, MergeInit, MergeOrthogonal, NaiveLora
 from .replay import Replay
@@ -25,6 +26,7 @@ _CLASSES: tuple[type[Strategy], ...] = (
     Replay,
     Ddgr,
     Guide,
+    Jdcl,
 )
 STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _CLASSES}
 
