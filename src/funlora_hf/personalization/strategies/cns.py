@@ -1,0 +1,213 @@
+"""
+CNS, reconstructed: only those entries of the text's projections are trained that respond to a concept and not to everything.
+
+No code is public, and only abstract, project page and third parties' summaries were read: what is trained, that neurons of the concept
+are "base minus general", and that a term ties them to earlier and pretrained weights is [text]; every formula, threshold and
+rate here is [ours]. Source: arXiv 2510.02296.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ...continual.learning import Phase, Trainable
+from ...continual.strategies.merging_rules import Kept, RuleOptions, only
+from ...utils.field_types import Range, one_of
+from ..usual_captions import usual_captions
+from .base import ConceptSetting, Rates
+from .one_model import OneModel
+
+
+Masks = dict[str, torch.Tensor]
+
+
+@dataclass
+class CnsOptions(RuleOptions):
+    """
+    Args:
+        base_fraction: share of each matrix's entries, those of the highest scores, that respond to a concept or a caption.
+        general_share: share of the calibration captions to which a general entry responds; above 1, no entry is general.
+        overlap: entries that earlier concepts have trained are "regularised", or "excluded" from training.
+        penalty: lambda of the term that ties entries to their values before the task, if an earlier concept trained them, or
+            else, times `gamma`, to those of the base.
+        gamma: see there.
+    """
+
+    base_fraction: Annotated[float, Range(0, 1, above=True)] = 0.1
+    general_share: Annotated[float, Range(0, 2)] = 0.5
+    overlap: Annotated[str, one_of("regularised", "excluded")] = "regularised"
+    penalty: Annotated[float, Range(0, 1e12)] = 1.0
+    gamma: Annotated[float, Range(0, 1e6)] = 1.0
+
+
+class Cns(OneModel):
+    """
+    Trains chosen entries of `to_k` and `to_v` of cross-attention, and the row of the token.
+
+    The score of an entry is |W0_ij| times the root mean square of the j-th state over a prompt's words: masks depend on the
+    base and the noun only, so two concepts of one noun share all their entries.
+    """
+
+    name, takes = "cns", ("target_modules",)
+    options_class = CnsOptions
+    rates = Rates(5e-3, 1e-5)
+    default_layers = "kv"
+
+    def __init__(self, setting: ConceptSetting) -> None:
+        super().__init__(setting)
+        self._general: Masks | None = None
+        self._masks: Masks = {}
+        self._before: Mapping[str, torch.Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def check(self) -> None:
+        super().check()
+        if self.model.family == "sd3":
+            raise ValueError(
+                "`strategy` 'cns' scores layers that read the text's states; those of SD3 read others: choose another."
+            )
+        if decay := self.setting.training.concept_weight_decay:
+            raise ValueError(
+                f"`concept_weight_decay` is {decay}, but `strategy` 'cns' trains single entries: leave it out."
+            )
+        for task in self.setting.tasks:
+            self.masks(task.class_ids[0], {})
+
+    def deltas(self, kept: Kept) -> dict[str, torch.Tensor]:
+        values = only(kept, "values")
+        found = {}
+        for name, indices in only(kept, "indices").items():
+            delta = torch.zeros_like(self._originals[name], device=indices.device)
+            delta.view(-1)[indices.long()] = values[name]
+            found[name] = delta
+        return found
+
+    def adapted(self, kept: Kept) -> dict[str, nn.Parameter]:
+        (class_id,) = self._now.class_ids
+        self._before = self.deltas(kept)
+        self._masks = self.masks(class_id, kept)
+        parameters = {}
+        for name, mask in self._masks.items():
+            weight = self.model.denoiser.get_parameter(f"{name}.weight").requires_grad_()
+            # With a gradient of 0, Adam without decay and its average change nothing.
+            self._hooks.append(weight.register_hook(lambda gradient, mask=mask: gradient * mask))
+            parameters[f"{name}.weight"] = weight
+        return parameters
+
+    def build(self, phase: Phase) -> Trainable:
+        self._now = phase
+        return super().build(phase)
+
+    def penalty(self) -> torch.Tensor | float:
+        """Return lambda times the sum over the entries that are trained, of their squared change since the task before or the base."""
+        if not self.options.penalty:
+            return 0.0
+        total = torch.zeros((), device=self.setting.device)
+        for name, mask in self._masks.items():
+            change = (
+                self.model.denoiser.get_parameter(f"{name}.weight").float() - self._originals[name].to(total).float()
+            )
+            earlier = self._before.get(name)
+            used = mask & (earlier != 0) if earlier is not None else torch.zeros_like(mask)
+            tied = change if earlier is None else torch.where(used, change - earlier, change)
+            weights = torch.where(used, 1.0, self.options.gamma) * mask
+            total = total + (weights * tied.square()).sum()
+        return self.options.penalty * total
+
+    def learned(self, kept: Kept) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        support = self.support(kept)
+        for name, mask in self._masks.items():
+            weight = self.model.denoiser.get_parameter(f"{name}.weight").detach()
+            union = (mask | support[name]).flatten().nonzero()[:, 0]
+            found[f"{name}/indices"] = union.int()
+            found[f"{name}/values"] = (weight - self._originals[name].to(weight)).flatten()[union]
+        shares = torch.tensor([sum(int(mask.sum()) for mask in self._masks.values()) / self.trained_numbers()])
+        overlap = sum(int((mask & support[name]).sum()) for name, mask in self._masks.items())
+        overlaps = torch.tensor([overlap / max(1, sum(int(mask.sum()) for mask in self._masks.values()))])
+        before = [kept.get(name, shares.new_empty(0)).cpu() for name in ("shares", "overlaps")]
+        return {**found, "shares": torch.cat([before[0], shares]), "overlaps": torch.cat([before[1], overlaps])}
+
+    def release_phase(self, phase: Phase, trainable: Trainable) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        self.model.denoiser.requires_grad_(False)
+        super().release_phase(phase, trainable)
+
+    def trained_numbers(self) -> int:
+        return sum(weight.numel() for weight in self._originals.values())
+
+    def numbers_per_concept(self) -> int:
+        return (
+            sum(int(mask.sum()) for mask in self.masks(self.setting.tasks[0].class_ids[0], {}).values())
+            + self.row_numbers()
+        )
+
+    def details(self) -> dict[str, Any]:
+        """Return each concept's share of the entries of all layers, and the share of these that an earlier concept had trained."""
+        kept = self.kept.load(self.kept.newest(self.setting.tasks))
+        return {"mask_shares": kept["shares"].tolist(), "mask_overlaps": kept["overlaps"].tolist()}
+
+    def masks(self, class_id: int, kept: Kept) -> Masks:
+        """Return the entries to train for a concept, bool in the shape of each weight: base minus general (minus earlier) ones."""
+        base, support = self.base_masks(class_id), self.support(kept)
+        masks = {name: mask & ~self.general_masks()[name] for name, mask in base.items()}
+        if self.options.overlap == "excluded":
+            masks = {name: mask & ~support[name] for name, mask in masks.items()}
+        self._check_masks(masks, "no earlier concept's" if self.options.overlap == "excluded" else "not general")
+        return masks
+
+    def support(self, kept: Kept) -> Masks:
+        """Return the entries that earlier concepts have trained."""
+        indices = only(kept, "indices")
+        found = {}
+        for name, weight in self._originals.items():
+            mask = torch.zeros(weight.numel(), dtype=torch.bool, device=self.setting.device)
+            if name in indices:
+                mask[indices[name].long()] = True
+            found[name] = mask.view(weight.shape)
+        return found
+
+    def base_masks(self, class_id: int) -> Masks:
+        """Return the entries that respond to a concept's noun: the token's row starts as the noun's."""
+        concept = self.setting.concepts[class_id]
+        return self._top([f"a photo of a {concept.noun}", concept.noun])
+
+    def general_masks(self) -> Masks:
+        """Return the entries that respond to many of the calibration captions, one by one."""
+        if self._general is None:
+            nouns = {concept.noun for concept in self.setting.concepts.values()}
+            captions = [text for text in usual_captions(tiny=self.setting.is_tiny) if not nouns & set(text.split())]
+            votes = {name: torch.zeros_like(weight, dtype=torch.int32) for name, weight in self._originals.items()}
+            for text in captions:
+                for name, mask in self._top([text]).items():
+                    votes[name] += mask.cpu()
+            least = self.options.general_share * len(captions)
+            self._general = {name: (count >= least).to(self.setting.device) for name, count in votes.items()}
+        return self._general
+
+    def _top(self, texts: Sequence[str]) -> Masks:
+        """Return the entries of the highest scores for some texts; of equal scores, the first ones."""
+        states = torch.cat([self.states(text) for text in texts])
+        rms = states.square().mean(dim=0).sqrt().cpu()
+        masks = {}
+        for name, weight in self._originals.items():
+            scores = (weight.double().abs() * rms).flatten()
+            count = max(1, round(self.options.base_fraction * len(scores)))
+            mask = torch.zeros(len(scores), dtype=torch.bool)
+            mask[scores.sort(descending=True, stable=True).indices[:count]] = True
+            masks[name] = mask.view(weight.shape).to(self.setting.device)
+        return masks
+
+    def _check_masks(self, masks: Masks, which: str) -> None:
+        if not any(mask.any() for mask in masks.values()):
+            raise ValueError(
+                f"`strategy` 'cns' finds no entry that responds to the concept and is {which}, with base_fraction={self.options.base_fraction} "
+                f"and general_share={self.options.general_share}: raise one of them."
+            )

@@ -1,0 +1,253 @@
+"""Strategies with one model for all concepts, whose weights change with every task; only the newest changes are kept.
+
+The denoiser's own weights are put back before each change, so no error of rounding adds up.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import nn
+
+from ...continual.learning import Phase, Trainable
+from ...continual.strategies.low_rank import get_pairs, set_pairs
+from ...continual.strategies.merging_rules import (
+    Kept,
+    MagMaxRule,
+    MagMaxRuleOptions,
+    MergeInitRule,
+    MergeOrthogonalRule,
+    MergeOrthogonalRuleOptions,
+    MergingRule,
+    NaiveLoraRule,
+    RuleOptions,
+    only,
+)
+from ...continual.strategies.sequential import KeptFile
+from ...data.tasks import Task
+from ...tuner_base.wrappers import remove_adapters
+from .base import ConceptSetting, ConceptStrategy, Rates, scaled
+
+
+_ADAPTER = "default"
+
+
+class OneModel(ConceptStrategy):
+    """The base plus changes of some layers, which every task continues."""
+
+    def __init__(self, setting: ConceptSetting) -> None:
+        super().__init__(setting)
+        self.kept = KeptFile(setting.output_dir / "checkpoints" / "model_changes")
+        self.model_dir = setting.output_dir / "model"
+        denoiser, names = self.model.denoiser, self.target_modules()
+        self._originals = {name: denoiser.get_parameter(f"{name}.weight").detach().cpu().clone() for name in names}
+        self._pipe: DiffusionPipeline | None = None
+
+    @abstractmethod
+    def adapted(self, kept: Kept) -> dict[str, nn.Parameter]:
+        """Build the parameters that a task trains, on the model with `training_deltas`; `kept`: of the task before."""
+
+    @abstractmethod
+    def learned(self, kept: Kept) -> dict[str, torch.Tensor]:
+        """Return what to keep of the task that the denoiser has just been trained on."""
+
+    def deltas(self, kept: Kept) -> Mapping[str, torch.Tensor]:
+        """Return the changes of the base's weights, `(out, in)` by layer, with which concepts are sampled."""
+        return only(kept, "delta")
+
+    def training_deltas(self, kept: Kept) -> Mapping[str, torch.Tensor]:
+        """Return those with which the next task is trained."""
+        return self.deltas(kept)
+
+    def is_finished(self, phase: Phase) -> bool:
+        return self.kept.newest(self.setting.tasks[self._task_of(phase).index :]) is not None
+
+    def build(self, phase: Phase) -> Trainable:
+        kept = self._load(self._before(self._task_of(phase)))
+        self.put(self.training_deltas(kept))
+        return self.trainable(phase, self.adapted(kept))
+
+    def end_phase(self, phase: Phase, trainable: Trainable) -> None:
+        task = self._task_of(phase)
+        kept = self.learned(self._load(self._before(task)))
+        for class_id in phase.class_ids:
+            with self.keeping(class_id):
+                pass
+        if task == self.setting.tasks[-1]:
+            self._remove_adapters()
+            self.put(self.deltas(kept))
+            self.model.pipeline().save_pretrained(self.model_dir)
+        # Last, since it says that the phase is finished.
+        self.kept.save(task, kept)
+
+    def release_phase(self, phase: Phase, trainable: Trainable) -> None:
+        self._remove_adapters()
+        self.put({})
+        super().release_phase(phase, trainable)
+
+    def end_task(self, task: Task) -> None:
+        self.kept.drop_before(task, self.setting.tasks)
+
+    @contextmanager
+    def sampling(self, class_id: int | None) -> Iterator[DiffusionPipeline]:
+        newest = self.kept.newest(self.setting.tasks)
+        self.load_rows(list(self.setting.concepts))
+        self.put(self.deltas(self._load(newest)))
+        self._pipe = self._pipe or self.model.pipeline()
+        try:
+            yield self._pipe
+        finally:
+            self.put({})
+
+    @torch.no_grad()
+    def put(self, deltas: Mapping[str, torch.Tensor]) -> None:
+        """Set the weights of the layers to the base's plus these changes."""
+        for name, original in self._originals.items():
+            weight = self.model.denoiser.get_parameter(f"{name}.weight")
+            weight.copy_(original)
+            if name in deltas:
+                weight.add_(deltas[name].to(weight).view_as(weight))
+
+    def numbers_per_concept(self) -> int:
+        return self.trained_numbers() + self.row_numbers()
+
+    @abstractmethod
+    def trained_numbers(self) -> int:
+        """Count the numbers of the denoiser that a task trains."""
+
+    @torch.no_grad()
+    def states(self, text: str) -> torch.Tensor:
+        """Return the states of a text without its start and what comes after its end, `(n, width)`, float64."""
+        tokenizer = next(iter(self.model.tokenizers.values()))
+        end = len(tokenizer(text, truncation=True).input_ids)
+        return self.model.encode([text])["prompt_embeds"][0, 1:end].double()
+
+    def memory_report(self) -> dict[str, int]:
+        newest = self.kept.newest(self.setting.tasks)
+        rows = self.bytes_of([class_id for class_id in self.setting.concepts if self.is_kept(class_id)])
+        changes = 0 if newest is None else sum(tensor.nbytes for tensor in self.kept.load(newest).values())
+        return {"persistent": changes + rows, "per_class": rows, "transient": 4 * 4 * self.numbers_per_concept()}
+
+    def _task_of(self, phase: Phase) -> Task:
+        return next(task for task in self.setting.tasks if set(phase.class_ids) & set(task.class_ids))
+
+    def _before(self, task: Task) -> Task | None:
+        return self.kept.newest(self.setting.tasks[: task.index])
+
+    def _load(self, task: Task | None) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(self.setting.device) for name, tensor in self.kept.load(task).items()}
+
+    def _remove_adapters(self) -> None:
+        remove_adapters(self.model.denoiser, [_ADAPTER])
+
+
+class LowRank(OneModel):
+    """A LoRA for each task, joined with those before by a rule. `lora_alpha` is the rank; A starts from N(0, 1/r^2), B at 0 [code]."""
+
+    options_class = RuleOptions
+    rule_class: ClassVar[type[MergingRule]]
+    rates = Rates(5e-3, 1e-5)
+    default_layers = "attention"
+
+    def __init__(self, setting: ConceptSetting) -> None:
+        super().__init__(setting)
+        self.rule = self.rule_class(self.rank, self.options)
+        self.grows_with_tasks = self.rule.grows
+
+    def check(self) -> None:
+        super().check()
+        self.rule.check(self._shapes(), len(self.setting.tasks))
+
+    def deltas(self, kept: Kept) -> Mapping[str, torch.Tensor]:
+        return self.rule.deltas(kept)
+
+    def training_deltas(self, kept: Kept) -> Mapping[str, torch.Tensor]:
+        return self.rule.training_deltas(kept)
+
+    def adapted(self, kept: Kept) -> dict[str, nn.Parameter]:
+        denoiser = self.model.denoiser
+        config = LoraConfig(
+            r=self.rank, lora_alpha=self.rank, target_modules=self.target_modules(), init_lora_weights="gaussian"
+        )
+        denoiser.add_adapter(config, adapter_name=_ADAPTER)
+        if kept:
+            set_pairs(denoiser, self.rule.start(get_pairs(denoiser), kept))
+        return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+
+    def learned(self, kept: Kept) -> dict[str, torch.Tensor]:
+        return self.rule.merge(kept, get_pairs(self.model.denoiser))
+
+    @torch.no_grad()
+    def put(self, deltas: Mapping[str, torch.Tensor]) -> None:
+        self._remove_adapters()
+        super().put(deltas)
+
+    def trained_numbers(self) -> int:
+        return self.rank * sum(outputs + inputs for outputs, inputs in self._shapes().values())
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return {name: (len(weight), weight[0].numel()) for name, weight in self._originals.items()}
+
+
+class NaiveLora(LowRank):
+    """One pair of matrices for each layer, which every task trains further."""
+
+    name, rule_class = NaiveLoraRule.name, NaiveLoraRule
+
+
+class MergeInit(LowRank):
+    """Adds every task's product to the weights; the next task starts a new pair."""
+
+    name, rule_class = MergeInitRule.name, MergeInitRule
+
+
+class MergeOrthogonal(LowRank):
+    """Like merge_init, but new pairs start orthogonal to what was learned, and there are four forms of the sum."""
+
+    name, rule_class = MergeOrthogonalRule.name, MergeOrthogonalRule
+    options_class = MergeOrthogonalRuleOptions
+
+
+class MagMax(LowRank):
+    """Keeps the larger of the old and the new change of each weight, by magnitude."""
+
+    name, rule_class = MagMaxRule.name, MagMaxRule
+    options_class = MagMaxRuleOptions
+
+
+class Joint(LowRank):
+    """The upper bound: one LoRA and all rows, trained on the images of all concepts at once, with as many steps in all."""
+
+    name, rule_class = "joint", NaiveLoraRule
+    requires = frozenset({"all_tasks"})
+    learning_changes_past_classes = False
+    rates = Rates(8e-3, 1e-4)
+    default_layers = "cross"
+
+    def phases(self, task: Task) -> list[Phase]:
+        if task.index > 0:
+            return []
+        class_ids = tuple(self.setting.concepts)
+        return [Phase("joint", class_ids, scaled(self.phase_settings(), len(class_ids)), independent=False)]
+
+    def is_finished(self, phase: Phase) -> bool:
+        return self.kept.path(self.setting.tasks[0]).is_file()
+
+    def end_phase(self, phase: Phase, trainable: Trainable) -> None:
+        kept = self.learned({})
+        for class_id in phase.class_ids:
+            with self.keeping(class_id):
+                pass
+        self._remove_adapters()
+        self.put(self.deltas(kept))
+        self.model.pipeline().save_pretrained(self.model_dir)
+        self.kept.save(self.setting.tasks[0], kept)
+
+    def end_task(self, task: Task) -> None:
+        pass
