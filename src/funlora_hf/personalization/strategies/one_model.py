@@ -31,7 +31,6 @@ from ...continual.strategies.merging_rules import (
 )
 from ...continual.strategies.sequential import KeptFile
 from ...data.tasks import Task
-from ...tuner_base.wrappers import remove_adapters
 from .base import ConceptSetting, ConceptStrategy, Rates, scaled
 
 
@@ -144,7 +143,7 @@ class OneModel(ConceptStrategy):
         return {name: tensor.to(self.setting.device) for name, tensor in self.kept.load(task).items()}
 
     def _remove_adapters(self) -> None:
-        remove_adapters(self.model.denoiser, [_ADAPTER])
+        self.remove_adapters([_ADAPTER])
 
 
 class LowRank(OneModel):

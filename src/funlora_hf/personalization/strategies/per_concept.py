@@ -18,7 +18,6 @@ from ...adapters.class_folder import save_adapter
 from ...adapters.put_into_model import load_adapter
 from ...continual.learning import Phase, Trainable
 from ...tuner import FunLoraConfig
-from ...tuner_base.wrappers import remove_adapters
 from .base import ConceptSetting, ConceptStrategy, Rates
 
 
@@ -105,7 +104,7 @@ class PerConcept(ConceptStrategy):
         return {"persistent": kept, "per_class": kept, "transient": 4 * 4 * self.numbers_per_concept()}
 
     def _remove(self, names: list[str]) -> None:
-        remove_adapters(self.model.denoiser, names)
+        self.remove_adapters(names)
         self._adapters -= set(names)
 
     def _base_fingerprint(self) -> dict[str, str]:
