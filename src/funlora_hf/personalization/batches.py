@@ -13,7 +13,7 @@ import torch
 
 from ..continual.batches import EndlessOrder
 from ..continual.devices import on_device
-from ..continual.strategy import Phase
+from ..continual.learning import Phase
 from ..utils.seeds import generator_for
 from .concepts import Concept
 from .pictures import load_images
@@ -49,6 +49,7 @@ class ConceptBatch:
         concept_ids: `(batch,)`, int64, on the CPU; a picture of a class has the id of the concept of this class.
         weights: `(batch,)`, float32, of the losses.
         number: number of the batch in its phase, from 0.
+        total: pictures of the batch in all processes.
     """
 
     latents: torch.Tensor
@@ -58,6 +59,7 @@ class ConceptBatch:
     concept_ids: torch.Tensor
     weights: torch.Tensor
     number: int = 0
+    total: int = 0
 
 
 class ConceptBatches:
@@ -118,7 +120,9 @@ class ConceptBatches:
 
     def batch(self, number: int, *, share: int = 0, num_shares: int = 1) -> ConceptBatch:
         """Return batch `number`, from 0, of the phase, or the share of it for one of several processes."""
-        places, weights, mine = [], [], []
+        places: list[torch.Tensor] = []
+        weights: list[float] = []
+        mine: list[int] = []
         for first, order, count, weight in self._parts:
             mine += range(len(weights), len(weights) + count)[share::num_shares]
             places.append(first + order.entries(number * count, count))
@@ -138,4 +142,5 @@ class ConceptBatches:
             concept_ids=self._ids[rows],
             weights=on_device(torch.tensor(weights)[mine], self.device),
             number=number,
+            total=total,
         )

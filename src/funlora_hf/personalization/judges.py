@@ -12,13 +12,19 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from ..evaluation.features import FeatureExtractor
+from .arguments import ConceptEvaluationArguments
 from .concepts import Concept
 from .pictures import load_images
+from .scores import ClipFeatures, DinoFeatures, clip_score, image_similarity, text_similarity
+from .tiny import tiny_dual_encoder
 from .tiny.reader import VALUES, features, read
 from .tiny.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES
 
 
 Scores = dict[str, torch.Tensor]
+# Images whose features are computed at once.
+_BATCH = 64
 
 
 class Judge(Protocol):
@@ -79,3 +85,61 @@ class TinyJudge:
         names = list(BACKGROUNDS)
         wanted = torch.tensor([names.index(one[1]) if one and one[1] in names else -1 for one in told])
         return {"background": (found["background"] == wanted).float()}
+
+
+class ClipJudge:
+    """
+    Scores of a concept: "clip_i", the mean cosine to the references; "clip_t", the cosine to the prompt without the token; "clip_score",
+    of which papers print 100 times: 2.5 max(clip_t, 0). Of base prompts: "clip_t".
+    """
+
+    def __init__(self, features: ClipFeatures) -> None:
+        self.features = features
+
+    def concept(self, images: torch.Tensor, concept: Concept, prompts: Sequence[str]) -> Scores:
+        found = _features(self.features, images)
+        references = _features(self.features, load_images(concept.references, size=images.shape[-1]))
+        cosines = text_similarity(found, self._texts(prompts))
+        return {"clip_i": image_similarity(found, references), "clip_t": cosines, "clip_score": clip_score(cosines)}
+
+    def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
+        return {"clip_t": text_similarity(_features(self.features, images), self._texts(prompts))}
+
+    def similarity(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return functional.cosine_similarity(_features(self.features, images), _features(self.features, others))
+
+    def _texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        texts = list(dict.fromkeys(prompts))
+        return self.features.texts(texts)[[texts.index(prompt) for prompt in prompts]].cpu()
+
+
+class DinoJudge:
+    """Score of a concept: "dino_i", the mean cosine to the references."""
+
+    def __init__(self, features: DinoFeatures) -> None:
+        self.features = features
+
+    def concept(self, images: torch.Tensor, concept: Concept, prompts: Sequence[str]) -> Scores:
+        references = _features(self.features, load_images(concept.references, size=images.shape[-1]))
+        return {"dino_i": image_similarity(_features(self.features, images), references)}
+
+    def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
+        return {}
+
+    def similarity(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return functional.cosine_similarity(_features(self.features, images), _features(self.features, others))
+
+
+def judges(config: ConceptEvaluationArguments, *, tiny: bool, device: torch.device) -> list[Judge]:
+    """Load the judges that a run asks for; the first one's features say how far base prompts have changed."""
+    clip = config.clip_model or (tiny_dual_encoder() if tiny else None)
+    found: list[Judge] = [TinyJudge()] if tiny else []
+    found += [] if clip is None else [ClipJudge(ClipFeatures(str(clip), device=device))]
+    found += [] if config.dino_model is None else [DinoJudge(DinoFeatures(config.dino_model, device=device))]
+    return found
+
+
+@torch.no_grad()
+def _features(extractor: FeatureExtractor, images: torch.Tensor) -> torch.Tensor:
+    device = next(extractor.parameters()).device
+    return torch.cat([extractor(part.to(device)).cpu() for part in images.split(_BATCH)])

@@ -14,7 +14,7 @@ from .strategies.base import CONCEPT_FILE
 from .token_rows import ROW_FILES, load_token_rows
 
 
-CONCEPT_CONTENTS = (CONCEPT_FILE, *ADAPTER_FILES, *ROW_FILES)
+CONCEPT_CONTENTS = (CONCEPT_FILE, *ADAPTER_FILES, *ROW_FILES.values())
 
 
 def load_concept(

@@ -15,7 +15,7 @@ from ..evaluation.report import ForgettingError, environment, figures_if_possibl
 from ..utils.files import read_mapping, write_json
 from .evaluator import ConceptEvaluator
 from .run_folder import ConceptFolder
-from .scores import summarize
+from .scores import scores_over_time
 
 
 logger = logging.getLogger(__name__)
@@ -125,10 +125,8 @@ def _print(results: Mapping[str, Any], folder: ConceptFolder) -> None:
 def _scores(records: Sequence[Sequence[Mapping[str, Any] | None]]) -> dict[str, Any]:
     """Return by score its matrix, `[t][i]` of concept i after task t, and what follows from it; empty without an evaluation."""
     names = [] if records[-1][-1] is None else list(records[-1][-1]["scores"])
-    matrices = {
-        name: [[None if one is None else one["scores"][name] for one in row] for row in records] for name in names
-    }
-    return {name: {"matrix": matrix, **summarize(matrix)} for name, matrix in matrices.items()}
+    matrices = {name: [[one["scores"][name] for one in row if one is not None] for row in records] for name in names}
+    return {name: scores_over_time(matrix) for name, matrix in matrices.items()}
 
 
 def _grids(evaluator: ConceptEvaluator, order: Sequence[int]) -> None:

@@ -30,7 +30,7 @@ from ..utils.tensors import not_finite
 
 # In the order of a pipeline. T5, the third of SD3, gets no rows: it reads prompts without the tokens.
 CLIP_ENCODERS = ("text_encoder", "text_encoder_2")
-_FILES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": "learned_embeds_2.safetensors"}
+ROW_FILES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": "learned_embeds_2.safetensors"}
 _REMEDY = "save the rows again, or take them from another folder"
 
 
@@ -111,7 +111,7 @@ class TokenRows(nn.Module):
         if problems := not_finite(rows):
             raise ValueError(f"The rows of {token!r} are not saved: {'; '.join(problems)}.")
         for key, row in rows.items():
-            write_tensors(Path(folder) / _FILES[key], {token: row})
+            write_tensors(Path(folder) / ROW_FILES[key], {token: row})
 
     @torch.no_grad()
     def load(self, token: str, folder: str | os.PathLike) -> None:
@@ -126,7 +126,7 @@ class TokenRows(nn.Module):
         for key, row in rows.items():
             if loaded[key].shape != row.shape:
                 raise ValueError(
-                    f"{os.fspath(Path(folder) / _FILES[key])!r} has rows of the shape {tuple(loaded[key].shape)}, expected "
+                    f"{os.fspath(Path(folder) / ROW_FILES[key])!r} has rows of the shape {tuple(loaded[key].shape)}, expected "
                     f"{tuple(row.shape)}: {_REMEDY}."
                 )
         for key, row in rows.items():
@@ -177,7 +177,7 @@ def load_token_rows(pipe: Any, folder: str | os.PathLike) -> str:
     tokenizers = {key: getattr(pipe, key.replace("text_encoder", "tokenizer")) for key in encoders}
     for key, encoder in encoders.items():
         weight = encoder.get_input_embeddings().weight
-        name = os.fspath(Path(folder) / _FILES[key])
+        name = os.fspath(Path(folder) / ROW_FILES[key])
         if rows[key].shape[1] != weight.shape[1]:
             raise ValueError(
                 f"{name!r} has rows of width {rows[key].shape[1]}, expected {weight.shape[1]}, that of `{key}`: {_REMEDY}."
@@ -275,14 +275,14 @@ def _add(tokenizer: Any, encoder: Any, tokens: Sequence[str], rows: torch.Tensor
 def _read(folder: Path, encoders: Iterable[str]) -> tuple[str, dict[str, torch.Tensor]]:
     """The token of a folder and its rows, by text encoder."""
     encoders = list(encoders)
-    if more := [name for key, name in _FILES.items() if key not in encoders and (folder / name).exists()]:
+    if more := [name for key, name in ROW_FILES.items() if key not in encoders and (folder / name).exists()]:
         raise ValueError(
             f"{os.fspath(folder)!r} has {', '.join(more)}, for which there is no text encoder: {_REMEDY}."
         )
     rows: dict[str, torch.Tensor] = {}
     tokens: set[str] = set()
     for key in encoders:
-        path = folder / _FILES[key]
+        path = folder / ROW_FILES[key]
         tensors = read_tensors(path, remedy=_REMEDY)
         tokens |= tensors.keys()
         row = next(iter(tensors.values()), torch.empty(0))

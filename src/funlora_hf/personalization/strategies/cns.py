@@ -63,7 +63,7 @@ class Cns(OneModel):
         super().__init__(setting)
         self._general: Masks | None = None
         self._masks: Masks = {}
-        self._before: Mapping[str, torch.Tensor] = {}
+        self._earlier: Mapping[str, torch.Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
     def check(self) -> None:
@@ -90,7 +90,7 @@ class Cns(OneModel):
 
     def adapted(self, kept: Kept) -> dict[str, nn.Parameter]:
         (class_id,) = self._now.class_ids
-        self._before = self.deltas(kept)
+        self._earlier = self.deltas(kept)
         self._masks = self.masks(class_id, kept)
         parameters = {}
         for name, mask in self._masks.items():
@@ -113,7 +113,7 @@ class Cns(OneModel):
             change = (
                 self.model.denoiser.get_parameter(f"{name}.weight").float() - self._originals[name].to(total).float()
             )
-            earlier = self._before.get(name)
+            earlier = self._earlier.get(name)
             used = mask & (earlier != 0) if earlier is not None else torch.zeros_like(mask)
             tied = change if earlier is None else torch.where(used, change - earlier, change)
             weights = torch.where(used, 1.0, self.options.gamma) * mask
