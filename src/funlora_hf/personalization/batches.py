@@ -118,7 +118,9 @@ class ConceptBatches:
 
     def batch(self, number: int, *, share: int = 0, num_shares: int = 1) -> ConceptBatch:
         """Return batch `number`, from 0, of the phase, or the share of it for one of several processes."""
-        places, weights, mine = [], [], []
+        places: list[torch.Tensor] = []
+        weights: list[float] = []
+        mine: list[int] = []
         for first, order, count, weight in self._parts:
             mine += range(len(weights), len(weights) + count)[share::num_shares]
             places.append(first + order.entries(number * count, count))

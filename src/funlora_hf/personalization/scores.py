@@ -17,7 +17,11 @@ from ..utils.checks import check_not_mistyped
 # Source: CLIPScore, arXiv 2104.08718 [text]: w.
 CLIP_SCORE_WEIGHT = 2.5
 # Source: the evaluation of DINO, arXiv 2104.14294 [text]. The processor that is published with it squeezes to 224 x 224 instead.
-_DINO_SIZE = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "resample": 3}  # 3: bicubic
+_DINO_SIZE: dict[str, Any] = {
+    "size": {"shortest_edge": 256},
+    "crop_size": {"height": 224, "width": 224},
+    "resample": 3,
+}  # 3: bicubic
 
 # Types of transformers in which the class token comes first.
 _DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
