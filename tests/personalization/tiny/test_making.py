@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors import safe_open
 
-from funlora_hf.personalization.tiny import making, scenes, tiny_base
+from funlora_hf.personalization.tiny import making, scenes, tiny_base, tiny_dual_encoder
 from funlora_hf.personalization.tiny.making import Effort
 from funlora_hf.personalization.tiny.reader import FILE, as_tensor, shares_right
 from funlora_hf.tuner.targets import decoder_middle
@@ -69,7 +69,9 @@ def test_a_made_folder_is_complete_and_in_float16(made):
     pipeline = StableDiffusionPipeline.from_pretrained(made / "base")
     assert {part.dtype for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet)} == {torch.float32}
     assert pipeline.tokenizer.model_max_length == pipeline.text_encoder.config.max_position_embeddings
-    # Transformers 4 reads these.
+    # As transformers 4 reads them.
+    with safe_open(made / "base" / "text_encoder" / "model.safetensors", "pt") as tensors:
+        assert all(name.startswith("text_model.") for name in tensors.keys())  # noqa: SIM118
     for folder in (made / "base" / "tokenizer", made / "dual_encoder"):
         assert {"vocab.json", "merges.txt"} <= {path.name for path in folder.iterdir()}
 
@@ -79,6 +81,7 @@ def test_made_and_shipped_folders_have_the_same_parts(made):
         return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.parent.name != "vae"}
 
     assert names(made / "base") == names(tiny_base())
+    assert names(made / "dual_encoder") == names(tiny_dual_encoder())
 
 
 def test_making_goes_on_where_it_stopped(made):

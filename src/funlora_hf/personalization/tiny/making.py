@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ...utils.files import read_json, whole_file, whole_folder, write_json, write_tensors
+from ...utils.files import read_json, read_tensors, whole_file, whole_folder, write_json, write_tensors
 from ...utils.seeds import derive_seed
 from . import scenes
 from .dual_encoder import ranks_first, train_dual_encoder
@@ -87,6 +87,13 @@ def _write_vocabulary(folder: Path, vocabulary: dict[str, int], merges: Sequence
 def _load_in_float32(folder: Path) -> None:
     """Without that, transformers 5 computes in the dtype of the file."""
     write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": "float32"})
+
+
+def _name_tensors_as_transformers_4(file: Path) -> None:
+    """Put "text_model." before the names of a `CLIPTextModel`, as on the Hub; transformers 5 writes them without it."""
+    tensors = read_tensors(file, remedy="make it again")
+    named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+    write_tensors(file, named, metadata={"format": "pt"})
 
 
 def _add_vocabulary(folder: Path) -> None:
@@ -272,6 +279,7 @@ def make(folder: Path, effort: Effort | None = None, *, seed: int = 0) -> None:
         )
         pipeline.to(dtype=torch.float16).save_pretrained(path)
         _load_in_float32(path / "text_encoder")
+        _name_tensors_as_transformers_4(path / "text_encoder" / "model.safetensors")
         _add_vocabulary(path / "tokenizer")
 
     parts: dict[str, Callable[[Path], None]] = {
