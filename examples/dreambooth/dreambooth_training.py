@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from funlora_hf import FunLoraConfig, push_adapter, save_adapter
+from funlora_hf.continual.batches import EndlessOrder
 from funlora_hf.continual.checkpoint import TrainingState, load_newest, save_checkpoint
 from funlora_hf.continual.guarded_steps import GuardedSteps, Outcome
 from funlora_hf.continual.publishing import PushError
@@ -34,6 +34,7 @@ from funlora_hf.continual.termination import Terminated, Termination
 from funlora_hf.continual.trainer import NonFiniteLossError
 from funlora_hf.data import load_image_data
 from funlora_hf.hub.repository import HubRepository
+from funlora_hf.personalization.prior import draw_missing
 from funlora_hf.run import make_accelerator
 from funlora_hf.train import ERRORS, set_up_logging
 from funlora_hf.utils.arguments import refuse_unknown, tidy_help, warnings_as_lines
@@ -189,13 +190,11 @@ class Images:
             found = vae.encode(image[None].to(vae.device, torch.float32) / 127.5 - 1).latent_dist
             parts.append([((found.mean - shift) * scale).cpu(), (found.std * scale).cpu()])
         self.mean, self.std = (torch.cat(part) for part in zip(*parts, strict=True))
+        self._order = EndlessOrder(len(parts), self.seed, self.field)
 
     def latents(self, start: int, count: int, generator: torch.Generator) -> torch.Tensor:
         """Those from `start` on in an endless sequence, in which each round has an order of its own."""
-        total = len(self.mean)
-        rounds = range(start // total, (start + count - 1) // total + 1)
-        orders = [torch.randperm(total, generator=generator_for(self.seed, self.field, number)) for number in rounds]
-        rows = torch.cat(orders)[start % total :][:count]
+        rows = self._order.entries(start, count)
         return self.mean[rows] + self.std[rows] * torch.randn(self.mean[rows].shape, generator=generator)
 
 
@@ -386,7 +385,23 @@ class DreamBooth:
                 setattr(pipe, name, None)
         pipe.to(self.accelerator.device)
         if arguments.class_data_dir is not None:
-            self._draw_missing(Path(arguments.class_data_dir))
+            names = (
+                "pretrained_model_name_or_path",
+                "revision",
+                "class_prompt",
+                "resolution",
+                "num_inference_steps",
+                "seed",
+            )
+            draw_missing(
+                Path(arguments.class_data_dir),
+                arguments.num_class_images,
+                lambda generators: self._draw(self.prompts[1], generators),
+                origin={name: getattr(arguments, name) for name in names},
+                sample_batch_size=arguments.sample_batch_size,
+                seed=arguments.seed,
+                accelerator=self.accelerator,
+            )
             self.images.append(Images(arguments, "class_data_dir", arguments.num_class_images))
         dtype = pipe.vae.dtype
         pipe.vae.float()  # some overflow in float16
@@ -403,38 +418,6 @@ class DreamBooth:
             others["do_classifier_free_guidance"] = True
         found = self.pipe.encode_prompt(prompt, device=self.accelerator.device, num_images_per_prompt=1, **others)
         return dict(zip(_EMBEDDINGS if guided else _EMBEDDINGS[::2], found, strict=False))
-
-    def _draw_missing(self, folder: Path) -> None:
-        """Draw images of the class until there are enough, each from a seed of its own."""
-        arguments, accelerator = self.arguments, self.accelerator
-        names = (
-            "pretrained_model_name_or_path",
-            "revision",
-            "class_prompt",
-            "resolution",
-            "num_inference_steps",
-            "seed",
-        )
-        origin, file = {name: getattr(arguments, name) for name in names}, folder / ".drawn.json"
-        if file.is_file() and (changed := "; ".join(told(differences(read_mapping(file), origin)))):
-            raise ValueError(
-                f"`class_data_dir` {str(folder)!r} has images drawn otherwise ({changed}): pass another one."
-            )
-        there = {path.name for path in folder.glob("[!.]*") if path.suffix.lower() in ImageFolder.EXTENSIONS}
-        free = sorted({f"drawn_{index:04}.png" for index in range(arguments.num_class_images)} - there)
-        missing = free[: max(0, arguments.num_class_images - len(there))]
-        accelerator.wait_for_everyone()
-        if missing and accelerator.is_main_process:
-            logger.info("Drawing %d images of %r", len(missing), arguments.class_prompt)
-            write_json(file, origin)
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-        for start in range(0, len(mine), arguments.sample_batch_size):
-            batch = mine[start : start + arguments.sample_batch_size]
-            images = self._draw(self.prompts[1], [generator_for(arguments.seed, "class", name) for name in batch])
-            for name, image in zip(batch, images, strict=True):
-                with whole_file(folder / name) as temporary:
-                    image.save(temporary, format="PNG")
-        accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def _draw(self, prompt: Prompt, generators: list[torch.Generator]) -> list[Any]:

@@ -42,7 +42,7 @@ from .utils.arguments import refuse_unknown, warnings_as_lines
 from .utils.checks import did_you_mean, expanded, one_form
 
 
-EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an argument that cannot be parsed; 75 the time limit (train, add); 130 Ctrl-C; 143 SIGTERM"
+EXIT_CODES = "exit codes: 0 done; 1 an error, on stderr; 2 an argument that cannot be parsed; 75 the time limit (train, personalize, add); 130 Ctrl-C; 143 SIGTERM"
 # Number of images of one class that are sampled at once.
 _BATCH = 64
 # Longer errors, such as an error with a page of HTML, are cut off.
@@ -67,21 +67,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     given: dict[str, Any] = {"arguments": arguments[1:]}
-    run: Callable[..., int] | None = {"train": _train, "add": _add, "evaluate": _evaluate}.get(
-        arguments[0] if arguments else ""
-    )
+    run: Callable[..., int] | None = {
+        "train": _train,
+        "personalize": _personalize,
+        "add": _add,
+        "evaluate": _evaluate,
+    }.get(arguments[0] if arguments else "")
     if run is None:
         known, unknown = _parser().parse_known_args(arguments)
         given = vars(known)
         run = given.pop("run")
         refuse_unknown(given.pop("command"), unknown)
-    # These two stop at a checkpoint.
-    listening = nullcontext() if run in (_train, _add) else Termination()
+    # These stop at a checkpoint.
+    resumable = (_train, _personalize, _add)
+    listening = nullcontext() if run in resumable else Termination()
     try:
         with listening, _progress_only_on_a_terminal(), warnings_as_lines():
             return run(**given)
     except Terminated as stopped:
-        if run in (_train, _add):
+        if run in resumable:
             raise
         name = {signal.SIGINT: "Ctrl-C"}.get(stopped.signal, stopped.signal.name)
         _say(f"stopped by {name}{'; the same command goes on' * (run in (_push, _pull))}", file=sys.stderr)
@@ -136,8 +140,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, command=command)
         return command
 
-    # These three have separate parsers, see `main`; here they are only listed.
+    # These four have separate parsers, see `main`; here they are only listed.
     subparsers.add_parser("train", help="Train a generator class after class, or continue a run", add_help=False)
+    text = "Teach a text-to-image model concept after concept, or continue a run"
+    subparsers.add_parser("personalize", help=text, add_help=False)
     subparsers.add_parser("add", help="Add classes to a run, a base or a repository", add_help=False)
     subparsers.add_parser("evaluate", help="Evaluate a finished run, later or again", add_help=False)
     add(_recipes, "List the recipes that `funlora train --config` knows by name, one per line")
@@ -208,6 +214,13 @@ def _train(arguments: Sequence[str]) -> int:
     from .train import main as train  # this takes a second, and no other command needs it
 
     train(arguments, prog="funlora train")
+    return 0
+
+
+def _personalize(arguments: Sequence[str]) -> int:
+    from .personalization.command import main as personalize
+
+    personalize(arguments, prog="funlora personalize")
     return 0
 
 

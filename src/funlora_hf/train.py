@@ -9,7 +9,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
         SystemExit: the command did not succeed; it has a code of `EXIT_CODES` or the text of an error.
     """
     set_up_logging()
-    try:
+    with exit_codes():
         given = sys.argv[1:] if arguments is None else arguments
         run_arguments, dry = parse(given, DryRunArguments, prog=prog)
         if dry.dry_run:
@@ -186,6 +187,13 @@ def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> 
             return
         with Termination() as termination:
             run(run_arguments, termination=termination)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process with a code of `EXIT_CODES`, or with the text of an error, if the block raises one that its text explains."""
+    try:
+        yield
     except Terminated as terminated:
         print(terminated, file=sys.stderr)
         raise

@@ -75,7 +75,7 @@ def check_base_folder(folder: Path) -> None:
             except SafetensorError as error:
                 raise ValueError(f"{os.fspath(path)!r} is not a valid safetensors file: {error}.") from error
         for path in sorted(place.glob("*.index*.json")):
-            _check_shards(path)
+            check_shards(path)
 
 
 def _refuse(folder: Path, index: Mapping[str, Any], name: str, expected: str) -> NoReturn:
@@ -242,7 +242,7 @@ def read_unet(folder: Path) -> UNet2DModel:
     return unet.eval()
 
 
-def _check_shards(index: Path) -> None:
+def check_shards(index: Path) -> None:
     """Refuse an index that names other files than safetensors in its folder: diffusers would unpickle a `.bin`."""
     shards = read_mapping(index, most_bytes=MOST_CONFIG).get("weight_map")
     names = shards.values() if isinstance(shards, dict) else [shards]

@@ -23,6 +23,27 @@ from .strategy import Batch
 MOST_BYTES_ON_DEVICE = 2 * 1024**3
 
 
+class EndlessOrder:
+    """An endless sequence of permutations of `total` rows; the seed of each derives from `seed`, `keys` and its number."""
+
+    def __init__(self, total: int, seed: int, *keys: str | int) -> None:
+        self.total, self.seed, self.keys = total, seed, keys
+        self._permutation: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+
+    def entries(self, start: int, count: int) -> torch.Tensor:
+        """Return the entries start .. start + count - 1, int64 `(count,)`."""
+        parts = []
+        while count > 0:
+            epoch, offset = divmod(start, self.total)
+            if self._permutation[0] != epoch:
+                generator = generator_for(self.seed, *self.keys, epoch)
+                self._permutation = (epoch, torch.randperm(self.total, generator=generator))
+            part = self._permutation[1][offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return torch.cat(parts)
+
+
 @dataclass(eq=False, repr=False)
 class PhaseBatches:
     """Batches of one phase's real images.
@@ -62,7 +83,7 @@ class PhaseBatches:
         images = torch.cat(per_class)
         self.images = images.to(self.device) if images.nbytes <= MOST_BYTES_ON_DEVICE else images
         self.class_ids = torch.tensor(phase.class_ids).repeat_interleave(torch.tensor([len(x) for x in per_class]))
-        self._permutation: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+        self._order = EndlessOrder(len(images), self.seed, phase.name, "order")
 
     @property
     def num_images(self) -> int:
@@ -72,7 +93,7 @@ class PhaseBatches:
     def batch(self, number: int, *, share: int = 0, num_shares: int = 1) -> Batch:
         """Return batch `number`, from 0, of the phase, or the share of it for one of several processes."""
         size = self.phase.settings.batch_size
-        indices = self._indices(number * size, size)
+        indices = self._order.entries(number * size, size)
         mine = slice(share, None, num_shares)
         # On the CPU for every device; flips, sigma, noise in this order: results depend on it.
         generator = generator_for(self.seed, self.phase.name, "batch", number)
@@ -97,19 +118,6 @@ class PhaseBatches:
             seed = derive_seed(self.seed, self.phase.name, "noise", number)
             generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device)
-
-    def _indices(self, start: int, count: int) -> torch.Tensor:
-        """Return the entries start .. start + count - 1 of an endless sequence of permutations."""
-        parts, total = [], len(self.images)
-        while count > 0:
-            epoch, offset = divmod(start, total)
-            if self._permutation[0] != epoch:
-                generator = generator_for(self.seed, self.phase.name, "order", epoch)
-                self._permutation = (epoch, torch.randperm(total, generator=generator))
-            part = self._permutation[1][offset : offset + count]
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return torch.cat(parts)
 
 
 @dataclass(eq=False, repr=False)

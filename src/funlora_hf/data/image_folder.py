@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datasets import DatasetDict
@@ -29,7 +29,7 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
     """
     top = _subfolders(folder)
     has_metadata = any((place / file).exists() for place in (folder, *top) for file in METADATA_FILES)
-    is_flat = not (top or has_metadata) and any(_is_image(file) and file.is_file() for file in folder.iterdir())
+    is_flat = not (top or has_metadata) and any(is_image(file) and file.is_file() for file in folder.iterdir())
     if is_flat and not one_class:
         raise ValueError(
             f"dataset_name={dataset_name!r}: give the folder above it, {os.path.normpath(folder / os.pardir)!r}, if that has one "
@@ -59,17 +59,7 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
             "the odd folders."
         )
     _warn_of_other_files(class_folders, folder)
-    # Links to files outside of the folder are read as images, and another person may have created them.
-    root = folder.resolve()
-    places = [one for place in class_folders for one in (place, *place.iterdir()) if one.is_symlink()]
-    leading = [(one, target) for one in places if not (target := one.resolve()).is_relative_to(root)]
-    if leading:
-        link, target = leading[0]
-        warnings.warn(
-            f"dataset {root.name!r}: {len(leading)} links lead out of the folder and are followed, such as "
-            f"{shortened(str(link.relative_to(folder)), 300)!r} to {shortened(str(target), 300)!r}.",
-            stacklevel=4,
-        )
+    warn_of_links(folder, [one for place in class_folders for one in (place, *place.iterdir())])
     # One pattern for each class, since a pattern with several * leaves linked folders out.
     patterns: dict[str, list[str]] = {}
     for place in class_folders:
@@ -80,7 +70,7 @@ def image_folder_files(folder: Path, dataset_name: str, *, one_class: bool) -> d
             )
         split = place.parent.name if split_folders else "train"
         # Not of other files: `datasets` would unpack an archive among the images, into classes by the folders in it.
-        suffixes = sorted({file.suffix for file in place.iterdir() if _is_image(file)})
+        suffixes = sorted({file.suffix for file in place.iterdir() if is_image(file)})
         patterns.setdefault(split, []).extend(f"{glob.escape(str(place))}/*{glob.escape(one)}" for one in suffixes)
     return {"data_files": patterns, "drop_labels": False}
 
@@ -98,15 +88,14 @@ def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
         beside += [
             one
             for one in above.iterdir()
-            if one.name.startswith("__")
-            or (one.is_file() and (_is_image(one) or one.name.lower().endswith(_ARCHIVES)))
+            if one.name.startswith("__") or (one.is_file() and (is_image(one) or one.name.lower().endswith(_ARCHIVES)))
         ]
     for place in class_folders:
         files = list(place.iterdir())
-        if not any(map(_is_image, files)):
+        if not any(map(is_image, files)):
             empty.append(place)
         for file in files:
-            if not _is_image(file) and not file.name.startswith((".", "__")):
+            if not is_image(file) and not file.name.startswith((".", "__")):
                 left_out[place.relative_to(folder).as_posix(), file.suffix or "none"] += 1
     counted = [f"{count} in {place!r} (extension {suffix})" for (place, suffix), count in left_out.items()]
     for problem, found in (
@@ -122,9 +111,24 @@ def _warn_of_other_files(class_folders: Sequence[Path], folder: Path) -> None:
             )
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
+    """Return whether a file has the name of an image."""
     # `datasets` skips names that start with "." or "__".
     return file.suffix.lower() in ImageFolder.EXTENSIONS and not file.name.startswith((".", "__"))
+
+
+def warn_of_links(folder: Path, places: Iterable[Path]) -> None:
+    """Warn about links among files and folders, which are read, that lead out of a folder: another person may have made them."""
+    root = folder.resolve()
+    links = [one for one in places if one.is_symlink()]
+    leading = [(one, target) for one in links if not (target := one.resolve()).is_relative_to(root)]
+    if leading:
+        link, target = leading[0]
+        warnings.warn(
+            f"dataset {root.name!r}: {len(leading)} links lead out of the folder and are followed, such as "
+            f"{shortened(str(link.relative_to(folder)), 300)!r} to {shortened(str(target), 300)!r}.",
+            stacklevel=5,
+        )
 
 
 def warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]]) -> None:
@@ -152,7 +156,7 @@ def warn_of_files_in_no_split(folder: Path, splits: Mapping[str, Sequence[str]])
 
 def warn_of_images_in_no_row(folder: Path, splits: DatasetDict, files: Mapping[str, Sequence[str]]) -> None:
     """Warn about images among the files of the splits that are in no row, since a metadata file does not list them."""
-    images = {os.path.abspath(file) for several in files.values() for file in several if _is_image(Path(file))}
+    images = {os.path.abspath(file) for several in files.values() for file in several if is_image(Path(file))}
     for split in splits.values() if images else ():
         for column in [name for name, kind in split.features.items() if isinstance(kind, ImageFeature)]:
             rows = split.select_columns([column]).cast_column(column, ImageFeature(decode=False))

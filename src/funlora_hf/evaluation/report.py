@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, class_in_name
@@ -102,7 +103,7 @@ def report_run(evaluator: RunEvaluator, *, settings: Mapping[str, Mapping[str, A
     phases = phase_seconds(folder)
     losses = {name: record["losses"] for name, record in phases.items() if "losses" in record}
     evaluated = _evaluated(evaluator)
-    with _figures_if_possible():
+    with figures_if_possible():
         if importance:
             layer_importance_figure(importance, folder.figures / "layer_importance.png")
         if losses:
@@ -130,13 +131,8 @@ def report_run(evaluator: RunEvaluator, *, settings: Mapping[str, Mapping[str, A
         "zero_forgetting": zero_forgetting,
         "added": AddedClasses(folder).finished(),
         "settings": settings,
-        "versions": {name: version(name) for name in _PACKAGES},
-        "environment": {
-            "python": sys.version.split()[0],
-            "device": strategy.setting.device.type,
-            "num_processes": evaluator.accelerator.num_processes,
-            "num_threads": torch.get_num_threads(),
-        },
+        "versions": versions(),
+        "environment": environment(evaluator.accelerator),
     }
     _write(results, evaluator)
     _check_zero_forgetting(zero_forgetting, folder)
@@ -210,7 +206,7 @@ def _evaluated(evaluator: RunEvaluator) -> dict[str, Any]:
             # A missing extra or a failed download or training must not lose the results of days.
             logger.warning("No %s: %s", name, error)
     drift = measured.get("drift")
-    with _figures_if_possible():
+    with figures_if_possible():
         _figures(evaluator, accuracies)
         if drift is not None:
             classes = [task.class_ids for task in tasks]
@@ -244,8 +240,23 @@ def _write(results: dict[str, Any], evaluator: RunEvaluator) -> None:
     print(f"{summary_table(results)}\n\n{what_next(results, folder.path)}")
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that results may depend on."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Return on what a run has run."""
+    return {
+        "python": sys.version.split()[0],
+        "device": accelerator.device.type,
+        "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
 @contextmanager
-def _figures_if_possible() -> Iterator[None]:
+def figures_if_possible() -> Iterator[None]:
     """Warn if the block cannot draw: matplotlib is an extra, and must not lose the results of days."""
     try:
         yield

@@ -176,18 +176,20 @@ def add_deltas(model: nn.Module, deltas: Mapping[str, torch.Tensor]) -> None:
 
 def get_pairs(model: nn.Module) -> Pairs:
     """Return copies of a LoRA's matrices by layer; those of a convolution are flattened."""
-    return {name: Pair(*(own.detach().flatten(1).clone() for own in pair)) for name, pair in _own_pairs(model).items()}
+    return {
+        name: Pair(*(own.detach().flatten(1).clone() for own in pair)) for name, pair in pair_parameters(model).items()
+    }
 
 
 def set_pairs(model: nn.Module, pairs: Mapping[str, Pair]) -> None:
     """Set the matrices that `get_pairs` returns, in place."""
     with torch.no_grad():
-        for name, pair in _own_pairs(model).items():
+        for name, pair in pair_parameters(model).items():
             for own, given in zip(pair, pairs[name], strict=True):
                 own.copy_(given.view_as(own))
 
 
-def _own_pairs(model: nn.Module) -> Pairs:
+def pair_parameters(model: nn.Module) -> Pairs:
     """Return the matrices themselves, of a `PeftModel` or of a model into which diffusers has put a LoRA."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}

@@ -1,0 +1,145 @@
+"""Judges of images of concepts, and of base prompts: of each image, by the name of the score.
+
+Every judge also has features, by which it says how alike images are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from ..evaluation.features import FeatureExtractor
+from .arguments import ConceptEvaluationArguments
+from .concepts import Concept
+from .pictures import load_images
+from .scores import ClipFeatures, DinoFeatures, clip_score, image_similarity, text_similarity
+from .tiny import tiny_dual_encoder
+from .tiny.reader import VALUES, features, read
+from .tiny.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES
+
+
+Scores = dict[str, torch.Tensor]
+# Images whose features are computed at once.
+_BATCH = 64
+
+
+class Judge(Protocol):
+    """Gives scores of images, uint8 `(n, 3, h, w)`."""
+
+    def concept(self, images: torch.Tensor, concept: Concept, prompts: Sequence[str]) -> Scores:
+        """Score images of a concept: `(n,)` by name. `prompts`: n, as the base knows them."""
+
+    def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
+        """Score how images follow prompts without a new token: `(n,)` by name."""
+
+    def similarity(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Return the cosine of the features of each pair of images, `(n,)`."""
+
+
+class TinyJudge:
+    """
+    The reader of the tiny base: what a concept is, it reads from the reference pictures.
+
+    Scores of a concept: "attr", the share of its attributes that are right; "whole", 1 if all are; "background", 1 if it is that of
+    the prompt; "sim", the mean cosine of features to the references. Of base prompts: 1 for each word that is right.
+    """
+
+    _WORDS: Mapping[str, Sequence[str]] = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
+
+    def concept(self, images: torch.Tensor, concept: Concept, prompts: Sequence[str]) -> Scores:
+        references = load_images(concept.references, size=images.shape[-1])
+        wanted = {name: found.mode().values for name, found in read(references).items()}
+        found = read(images)
+        # A toy has no size, and only a toy has a second shape.
+        absent = {"size", "background"} | (set() if concept.noun == "toy" else {"second_shape"})
+        if concept.noun in SHAPES:
+            absent = {"background", "sign", "second_shape", "second_colour"}
+        right = torch.stack([found[name] == wanted[name] for name in VALUES if name not in absent]).float()
+        sims = functional.cosine_similarity(features(images)[:, None], features(references)[None], dim=-1)
+        scores = {"attr": right.mean(dim=0), "whole": right.amin(dim=0), "sim": sims.mean(dim=1)}
+        return {**scores, **self._background(found, prompts)}
+
+    def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
+        found = read(images)
+        scores = {}
+        for name, words in self._WORDS.items():
+            read_as = found["noun" if name == "shape" else name]
+            told = torch.tensor(
+                [next((i for i, word in enumerate(words) if word in text.split()), -1) for text in prompts]
+            )
+            scores[name] = (read_as == told).float()
+        return {**scores, **self._background(found, prompts)}
+
+    def similarity(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return functional.cosine_similarity(features(images), features(others))
+
+    @staticmethod
+    def _background(found: Mapping[str, torch.Tensor], prompts: Sequence[str]) -> Scores:
+        told = [re.search(r"on a (\w+) background", prompt) for prompt in prompts]
+        if not all(told):
+            return {}
+        names = list(BACKGROUNDS)
+        wanted = torch.tensor([names.index(one[1]) if one and one[1] in names else -1 for one in told])
+        return {"background": (found["background"] == wanted).float()}
+
+
+class ClipJudge:
+    """
+    Scores of a concept: "clip_i", the mean cosine to the references; "clip_t", the cosine to the prompt without the token; "clip_score",
+    of which papers print 100 times: 2.5 max(clip_t, 0). Of base prompts: "clip_t".
+    """
+
+    def __init__(self, features: ClipFeatures) -> None:
+        self.features = features
+
+    def concept(self, images: torch.Tensor, concept: Concept, prompts: Sequence[str]) -> Scores:
+        found = _features(self.features, images)
+        references = _features(self.features, load_images(concept.references, size=images.shape[-1]))
+        cosines = text_similarity(found, self._texts(prompts))
+        return {"clip_i": image_similarity(found, references), "clip_t": cosines, "clip_score": clip_score(cosines)}
+
+    def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
+        return {"clip_t": text_similarity(_features(self.features, images), self._texts(prompts))}
+
+    def similarity(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return functional.cosine_similarity(_features(self.features, images), _features(self.features, others))
+
+    def _texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        texts = list(dict.fromkeys(prompts))
+        return self.features.texts(texts)[[texts.index(prompt) for prompt in prompts]].cpu()
+
+
+class DinoJudge:
+    """Score of a concept: "dino_i", the mean cosine to the references."""
+
+    def __init__(self, features: DinoFeatures) -> None:
+        self.features = features
+
+    def concept(self, images: torch.Tensor, concept: Concept, prompts: Sequence[str]) -> Scores:
+        references = _features(self.features, load_images(concept.references, size=images.shape[-1]))
+        return {"dino_i": image_similarity(_features(self.features, images), references)}
+
+    def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
+        return {}
+
+    def similarity(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return functional.cosine_similarity(_features(self.features, images), _features(self.features, others))
+
+
+def judges(config: ConceptEvaluationArguments, *, tiny: bool, device: torch.device) -> list[Judge]:
+    """Load the judges that a run asks for; the first one's features say how far base prompts have changed."""
+    clip = config.clip_model or (tiny_dual_encoder() if tiny else None)
+    found: list[Judge] = [TinyJudge()] if tiny else []
+    found += [] if clip is None else [ClipJudge(ClipFeatures(str(clip), device=device))]
+    found += [] if config.dino_model is None else [DinoJudge(DinoFeatures(config.dino_model, device=device))]
+    return found
+
+
+@torch.no_grad()
+def _features(extractor: FeatureExtractor, images: torch.Tensor) -> torch.Tensor:
+    device = next(extractor.parameters()).device
+    return torch.cat([extractor(part.to(device)).cpu() for part in images.split(_BATCH)])

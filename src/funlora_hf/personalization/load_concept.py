@@ -1,0 +1,76 @@
+"""Load a learned concept, its token and its adapter, into a stock pipeline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ..adapters.put_into_model import load_adapter
+from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch
+from ..tuner_base.wrappers import remove_adapters
+from ..utils.files import read_mapping
+from .strategies.base import CONCEPT_FILE
+from .token_rows import ROW_FILES, load_token_rows
+
+
+CONCEPT_CONTENTS = (CONCEPT_FILE, *ADAPTER_FILES, *ROW_FILES.values())
+
+
+def load_concept(
+    pipe: Any,
+    source: str | os.PathLike,
+    *,
+    name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> str:
+    """
+    Load a concept that a run has learned into a stock pipeline of diffusers.
+
+    Its adapter, if its strategy trains one, is active afterwards, as after `load_lora_weights`: `pipe.set_adapters`, `disable_lora`
+    and `delete_adapters` know it.
+
+    Args:
+        pipe (`DiffusionPipeline`): a pipeline of Stable Diffusion, SDXL or SD3 with the run's base.
+        source (`str` or `os.PathLike`): folder of the concept, `concepts/<name>` in that of the run, or a repository on the Hub.
+        name (`str`, *optional*): name of the adapter in the pipeline; None: the concept's.
+        subfolder (`str`, *optional*): the concept's folder in the source.
+        revision (`str`, *optional*): branch, tag or commit of a repository.
+        local_files_only (`bool`, *optional*, defaults to `False`): use the cached repository, without asking the Hub.
+
+    Returns:
+        `str`: the token to use in prompts, before the noun.
+
+    Raises:
+        BaseMismatchError: the adapter was trained for another base.
+        ValueError: the files do not fit the pipeline or are damaged, or the token or the adapter's name is taken. The pipeline is
+            unchanged.
+        FileNotFoundError: no such folder or repository, or no concept in it.
+
+    Example:
+        ```py
+        >>> token = load_concept(pipe, "outputs/concepts/concepts/toy1")
+        >>> pipe(f"a photo of a {token} toy on a black background").images[0]
+        ```
+    """
+    files = [f"{subfolder}/{file}" if subfolder else file for file in CONCEPT_CONTENTS]
+    folder = fetch(source, files, revision=revision, local_files_only=local_files_only) / (subfolder or "")
+    if not (folder / CONCEPT_FILE).is_file():
+        raise FileNotFoundError(
+            f"{os.fspath(source)!r} has no {Path(subfolder or '') / CONCEPT_FILE}, expected the folder of a concept, such as "
+            "concepts/<name> in the folder of a run."
+        )
+    about = read_mapping(folder / CONCEPT_FILE, keys=["name", "token"])
+    denoiser = pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet
+    has_adapter = (folder / ADAPTER_FILES[0]).is_file()
+    name = str(about["name"]) if name is None else name
+    if has_adapter:
+        load_adapter(denoiser, folder, adapter_name=name)
+    try:
+        return load_token_rows(pipe, folder)
+    except Exception:
+        if has_adapter:
+            remove_adapters(denoiser, [name])
+        raise

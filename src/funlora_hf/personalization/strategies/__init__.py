@@ -1,0 +1,1 @@
+"""One file for each way to learn one concept after another."""

@@ -1,0 +1,26 @@
+"""The strategies of concepts that `--strategy` names."""
+
+from __future__ import annotations
+
+from ...utils.checks import check_choice
+from .base import ConceptStrategy
+from .c_lora import CLora
+from .cns import Cns
+from .custom_diffusion import CustomDiffusion
+from .one_model import Joint, MagMax, MergeInit, MergeOrthogonal, NaiveLora
+from .orthogonal_adaptation import OrthogonalAdaptation
+from .per_concept import FunLora, Lora, TextualInversion
+
+
+_CLASSES: tuple[type[ConceptStrategy], ...] = (
+    *(FunLora, Lora, TextualInversion),
+    *(NaiveLora, MergeInit, MergeOrthogonal, MagMax, Joint),
+    *(CustomDiffusion, CLora, OrthogonalAdaptation, Cns),
+)
+CONCEPT_STRATEGIES: dict[str, type[ConceptStrategy]] = {strategy.name: strategy for strategy in _CLASSES}
+
+
+def concept_strategy(name: str) -> type[ConceptStrategy]:
+    """Return the strategy of a name. Raises a ValueError that lists the known names."""
+    check_choice("strategy", name, tuple(CONCEPT_STRATEGIES))
+    return CONCEPT_STRATEGIES[name]
