@@ -286,7 +286,8 @@ class TextToImageModel(nn.Module):
             with torch.autocast(self._device.type, enabled=False):
                 found = [self.vae.encode(one[None].to(self._device).float() / 127.5 - 1).latent_dist for one in images]
         finally:
-            self.vae.to(dtype)
+            if dtype != torch.float32:
+                self.vae.to(dtype)
         mean, std = torch.cat([one.mean for one in found]), torch.cat([one.std for one in found])
         shift = getattr(config, "shift_factor", None) or 0.0
         return (mean - shift) * config.scaling_factor, std * config.scaling_factor
