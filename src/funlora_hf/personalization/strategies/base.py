@@ -16,16 +16,14 @@ from torch import nn
 from ...continual.learning import LearningSetting, LearningStrategy, Phase, PhaseSettings, Trainable
 from ...data.tasks import Task
 from ...tuner_base.wrappers import remove_adapters
-from ...utils.files import read_mapping, whole_folder, write_json
+from ...utils.files import read_mapping, whole_folder
 from ..arguments import TINY, ConceptArguments, ConceptTrainingArguments
 from ..batches import ConceptBatch
+from ..concept_folder import CONCEPT_FILE, write_concept
 from ..concepts import Concept
 from ..objective import Objective
 from ..text_to_image import LAYERS, TextToImageModel
 from ..token_rows import TokenRows
-
-
-CONCEPT_FILE = "concept.json"
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,8 @@ class ConceptStrategy(LearningStrategy):
     rates: ClassVar[Rates | None]
     """Of the adapted layers; None: there are none."""
     token_rates = Rates(2e-2, 5e-4)
+    in_model: ClassVar[bool] = False
+    """Whether what it learns of a concept, but the token's rows, is in `model/`, not in the concept's folder."""
     default_layers: ClassVar[str] = "cross"
     """The layers that are adapted if `target_modules` is None, a kind of `TextToImageModel.layers`."""
     setting: ConceptSetting
@@ -223,16 +223,13 @@ class ConceptStrategy(LearningStrategy):
 
     @contextmanager
     def keeping(self, class_id: int) -> Iterator[Path]:
-        """Write the folder of a concept, whole or not at all: its rows and `concept.json`; the caller adds what else it has."""
+        """Write the folder of a concept, whole or not at all: its rows, `concept.json` and card; the caller adds what else it has."""
         concept = self.setting.concepts[class_id]
         with whole_folder(self.folder(class_id)) as temporary:
             yield temporary
             self.rows.save(concept.token, temporary)
-            about: dict[str, Any] = {
-                name: getattr(concept, name) for name in ("name", "token", "noun", "instance_prompt")
-            }
-            about["base_model_name_or_path"] = self.setting.arguments.pretrained_model_name_or_path
-            write_json(temporary / CONCEPT_FILE, {**about, "strategy": self.name})
+            how = {"family": self.model.family, "resolution": self.model.resolution, "in_model": self.in_model}
+            write_concept(temporary, concept, self.setting.arguments, strategy=self.name, **how)
 
     def load_rows(self, class_ids: Sequence[int]) -> None:
         """Load the rows of concepts that are learned, once."""

@@ -40,6 +40,8 @@ _ADAPTER = "default"
 class OneModel(ConceptStrategy):
     """The base plus changes of some layers, which every task continues."""
 
+    in_model = True
+
     def __init__(self, setting: ConceptSetting) -> None:
         super().__init__(setting)
         self.kept = KeptFile(setting.output_dir / "checkpoints" / "model_changes")
