@@ -237,8 +237,7 @@ class ConceptStrategy(LearningStrategy):
         with whole_folder(self.folder(class_id)) as temporary:
             yield temporary
             self.rows.save(concept.token, temporary)
-            how = {"family": self.model.family, "in_model": self.in_model}
-            how["resolution"] = self.setting.arguments.resolution or self.model.resolution
+            how = {"family": self.model.family, "resolution": self.model.resolution, "in_model": self.in_model}
             write_concept(temporary, concept, self.setting.arguments, strategy=self.name, **how)
 
     def load_rows(self, class_ids: Sequence[int]) -> None:
