@@ -41,13 +41,13 @@ OPTIONS = {"cns": {"base_fraction": 0.4, "general_share": 1.0}, "clora": {"penal
 
 
 def make_pipe(family: str = "sd"):
-    """A pipeline; that of SD reads prompts of up to 30 letters, one token each."""
+    """A pipeline; that of SD reads prompts of up to 46 letters, one token each."""
     pipe = make_prompted(PIPELINES[family])
     if family == "sd":
         torch.manual_seed(1)
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config = CLIPTextConfig(**sizes, vocab_size=64, max_position_embeddings=32)
-        pipe.tokenizer.model_max_length = 32
+        config = CLIPTextConfig(**sizes, vocab_size=64, max_position_embeddings=48)
+        pipe.tokenizer.model_max_length = 48
         pipe.register_modules(text_encoder=CLIPTextModel(config).eval())
     return pipe
 

@@ -23,6 +23,8 @@ from ..utils.checks import FINGERPRINT_DTYPES
 
 _HUB = "https://huggingface.co"
 _TASK = "unconditional-image-generation"  # the Hub has no name for class-conditional generation
+# Strategies of concepts whose authors have published no code: ours are written from the paper.
+RECONSTRUCTED = ("cns",)
 _TAGS = ("continual-learning", "flow-matching", "class-conditional-image-generation")
 # Characters with a meaning in Markdown, whether in a line, in a table cell or in a link.
 _MARKUP = str.maketrans({character: f"\\{character}" for character in "`*_[]<>|~&#$"})
@@ -59,11 +61,16 @@ class Place:
 
 def place_of_base(config: PeftConfig) -> Place:
     """Return the base that an adapter's config names, if it is a repository; a local path does not help others."""
-    named = repository(config.base_model_name_or_path)
+    return place_of(config.base_model_name_or_path, config.revision)
+
+
+def place_of(base: str | None, revision: str | None) -> Place:
+    """Return a base, if it is a repository; a local path does not help others."""
+    named = repository(base)
     # A folder may have the form of a repository's name.
     if named is None or os.path.exists(named):
         return Place()
-    return Place(base=named, base_revision=config.revision)
+    return Place(base=named, base_revision=revision)
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,65 @@ def repository_card(
         example=next((row for row in classes if row.kind == "adapter" and row.link), None),
         table=_class_table(classes, repo_id),
         is_measured=any(row.accuracy is not None for row in classes),
+    )
+
+
+def concept_card(
+    about: Mapping[str, Any],
+    *,
+    parameters: int,
+    num_bytes: int,
+    config: PeftConfig | None = None,
+    is_tiny: bool = False,
+    place: Place = Place(),
+    license: str | None = None,
+) -> ModelCard:
+    """
+    The card of a concept that a text-to-image pipeline has learned.
+
+    Args:
+        about: contents of its `concept.json`: name, token, noun, instance_prompt, strategy, family, resolution, in_model.
+        parameters: numbers of its rows and its adapter.
+        num_bytes: of its weight files.
+        config: of its adapter, if it has one.
+        is_tiny: whether its base is the package's own.
+        place: where the concept and its base are.
+        license: identifier of a licence, as the Hub has them.
+    """
+    source = repository(place.source)
+    name = about["name"] if source is None else "/".join([source.split("/")[1], place.subfolder or ""]).rstrip("/")
+    data = ModelCardData(
+        base_model=place.base,
+        base_model_relation=None if place.base is None else "adapter",
+        library_name="diffusers" if config is None else "peft",
+        license=license,
+        model_name=name,
+        pipeline_tag="text-to-image",
+        instance_prompt=about["instance_prompt"],
+        tags=["text-to-image", "diffusers", "funlora", about["strategy"].translate(_YAML_BREAKS)],
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_template("concept_template.md"),
+        **about,
+        text=_text,
+        arguments=_arguments,
+        in_code=json.dumps,
+        source=source,
+        subfolder=place.subfolder,
+        base=place.base,
+        base_revision=place.base_revision,
+        base_link=_base_link(place.base, place.base_revision),
+        is_tiny=is_tiny,
+        is_reconstructed=about["strategy"] in RECONSTRUCTED,
+        method=None if config is None else PeftType(config.peft_type).value,
+        config=config,
+        is_funlora=isinstance(config, FunLoraConfig),
+        parameters=parameters,
+        size=_size(num_bytes),
+        fingerprints={
+            dtype: (getattr(config, "base_fingerprint", None) or {}).get(dtype) for dtype in FINGERPRINT_DTYPES
+        },
     )
 
 

@@ -27,7 +27,7 @@ TINY = Path(__file__).parent / "tiny" / "concepts"
 MOST_CONCEPTS = 1000
 _MOST_BYTES = 2**24
 _NOUNS = "prompts_and_classes.txt"
-_NAME = re.compile(r"\w[\w-]{0,63}")
+NAME = re.compile(r"\w[\w-]{0,63}")
 _TOKEN = re.compile(r"[^\s{}]{2,64}")
 # In a template, for token and noun.
 _PLACE = re.compile(r"\{\}|<TOK>")
@@ -274,7 +274,7 @@ class _Reader:
         captions = self.entry.captions or ""
         self.images = self._images("instance_data_dir", ".txt" if captions == "txt" else Path(captions).suffix)
         self.name = self.entry.name or _safe_name(self.images[0].parent.resolve())
-        if not _NAME.fullmatch(self.name):
+        if not NAME.fullmatch(self.name):
             raise self._wrong("name", self.name, "1 to 64 letters, digits, '_' and '-'")
         self.where += f" ({self.name})"
         self.token = self._token()

@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.put_into_model import load_adapter
-from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch
+from ..adapters.untrusted_adapter import fetch
 from ..tuner_base.wrappers import remove_adapters
-from ..utils.files import read_mapping
-from .strategies.base import CONCEPT_FILE
-from .token_rows import ROW_FILES, load_token_rows
-
-
-CONCEPT_CONTENTS = (CONCEPT_FILE, *ADAPTER_FILES, *ROW_FILES.values())
+from .concept_folder import CONCEPT_CONTENTS, CONCEPT_FILE, read_record
+from .token_rows import load_token_rows
 
 
 def load_concept(
@@ -62,15 +58,25 @@ def load_concept(
             f"{os.fspath(source)!r} has no {Path(subfolder or '') / CONCEPT_FILE}, expected the folder of a concept, such as "
             "concepts/<name> in the folder of a run."
         )
-    about = read_mapping(folder / CONCEPT_FILE, keys=["name", "token"])
+    record = read_record(folder)
+    if record.in_model:
+        raise ValueError(
+            f"{os.fspath(source)!r} has only the token of {record.name!r}: its strategy {record.strategy!r} changed the model. Load the "
+            "pipeline with all concepts by `DiffusionPipeline.from_pretrained`: `model/` in the run's folder, or the run's repository."
+        )
     denoiser = pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet
-    has_adapter = (folder / ADAPTER_FILES[0]).is_file()
-    name = str(about["name"]) if name is None else name
-    if has_adapter:
-        load_adapter(denoiser, folder, adapter_name=name)
+    if not record.has_adapter:
+        if name is not None:
+            raise ValueError(f"`name` is {name!r}, expected None: {os.fspath(source)!r} has no adapter, only a token.")
+        return load_token_rows(pipe, folder)
+    name = record.name if name is None else name
+    active = denoiser.active_adapters() if getattr(denoiser, "peft_config", None) else []
+    load_adapter(denoiser, folder, adapter_name=name)
     try:
         return load_token_rows(pipe, folder)
     except Exception:
-        if has_adapter:
-            remove_adapters(denoiser, [name])
+        remove_adapters(denoiser, [name])
+        denoiser._hf_peft_config_loaded = hasattr(denoiser, "peft_config")
+        if active:
+            denoiser.set_adapter(active)
         raise

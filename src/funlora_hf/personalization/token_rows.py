@@ -122,7 +122,7 @@ class TokenRows(nn.Module):
             ValueError: unknown token, or files that do not fit these text encoders; the rows are unchanged then.
         """
         rows = self.parameters_of(token)
-        _, loaded = _read(Path(folder), rows)
+        _, loaded = read_rows(Path(folder), rows)
         for key, row in rows.items():
             if loaded[key].shape != row.shape:
                 raise ValueError(
@@ -173,7 +173,7 @@ def load_token_rows(pipe: Any, folder: str | os.PathLike) -> str:
         ValueError: files that do not fit this pipeline, or a token that it has already. It is unchanged then.
     """
     encoders = {key: encoder for key in CLIP_ENCODERS if (encoder := getattr(pipe, key, None)) is not None}
-    token, rows = _read(Path(folder), encoders)
+    token, rows = read_rows(Path(folder), encoders)
     tokenizers = {key: getattr(pipe, key.replace("text_encoder", "tokenizer")) for key in encoders}
     for key, encoder in encoders.items():
         weight = encoder.get_input_embeddings().weight
@@ -190,6 +190,36 @@ def load_token_rows(pipe: Any, folder: str | os.PathLike) -> str:
     for key, encoder in encoders.items():
         _add(tokenizers[key], encoder, [token], rows[key])
     return token
+
+
+def read_rows(folder: Path, encoders: Iterable[str]) -> tuple[str, dict[str, torch.Tensor]]:
+    """Return the token of a folder and its rows, `(num_vectors, width)`, by the name of each of these text encoders.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: a damaged file, or one of another text encoder.
+    """
+    encoders = list(encoders)
+    if more := [name for key, name in ROW_FILES.items() if key not in encoders and (folder / name).exists()]:
+        raise ValueError(
+            f"{os.fspath(folder)!r} has {', '.join(more)}, for which there is no text encoder: {_REMEDY}."
+        )
+    rows: dict[str, torch.Tensor] = {}
+    tokens: set[str] = set()
+    for key in encoders:
+        path = folder / ROW_FILES[key]
+        tensors = read_tensors(path, remedy=_REMEDY)
+        tokens |= tensors.keys()
+        row = next(iter(tensors.values()), torch.empty(0))
+        rows[key] = row.float() if row.dim() == 2 else row.float().unsqueeze(0)
+        if len(tensors) != 1 or len(tokens) != 1 or rows[key].dim() != 2 or not rows[key].numel():
+            raise ValueError(
+                f"{os.fspath(path)!r} has {', '.join(sorted(tensors)) or 'nothing'}, expected one matrix, and under the same token in each "
+                f"file: {_REMEDY}."
+            )
+        if problems := not_finite(rows):
+            raise ValueError(f"{os.fspath(path)!r} is damaged: {'; '.join(problems)}: {_REMEDY}.")
+    return tokens.pop(), rows
 
 
 def prompt_arguments(pipe: Any, prompt: str | Sequence[str]) -> dict[str, list[str]]:
@@ -271,28 +301,3 @@ def _add(tokenizer: Any, encoder: Any, tokens: Sequence[str], rows: torch.Tensor
     weight = encoder.get_input_embeddings().weight.requires_grad_(trained)
     weight[first : first + len(rows)] = rows.to(weight)
     return first
-
-
-def _read(folder: Path, encoders: Iterable[str]) -> tuple[str, dict[str, torch.Tensor]]:
-    """The token of a folder and its rows, by text encoder."""
-    encoders = list(encoders)
-    if more := [name for key, name in ROW_FILES.items() if key not in encoders and (folder / name).exists()]:
-        raise ValueError(
-            f"{os.fspath(folder)!r} has {', '.join(more)}, for which there is no text encoder: {_REMEDY}."
-        )
-    rows: dict[str, torch.Tensor] = {}
-    tokens: set[str] = set()
-    for key in encoders:
-        path = folder / ROW_FILES[key]
-        tensors = read_tensors(path, remedy=_REMEDY)
-        tokens |= tensors.keys()
-        row = next(iter(tensors.values()), torch.empty(0))
-        rows[key] = row.float() if row.dim() == 2 else row.float().unsqueeze(0)
-        if len(tensors) != 1 or len(tokens) != 1 or rows[key].dim() != 2 or not rows[key].numel():
-            raise ValueError(
-                f"{os.fspath(path)!r} has {', '.join(sorted(tensors)) or 'nothing'}, expected one matrix, and under the same token in each "
-                f"file: {_REMEDY}."
-            )
-        if problems := not_finite(rows):
-            raise ValueError(f"{os.fspath(path)!r} is damaged: {'; '.join(problems)}: {_REMEDY}.")
-    return tokens.pop(), rows

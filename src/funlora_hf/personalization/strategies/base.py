@@ -18,16 +18,14 @@ from torch import nn
 from ...continual.learning import LearningSetting, LearningStrategy, Phase, PhaseSettings, Trainable
 from ...data.tasks import Task
 from ...tuner_base.wrappers import remove_adapters
-from ...utils.files import whole_folder, write_json
+from ...utils.files import whole_folder
 from ..arguments import TINY, ConceptArguments, ConceptTrainingArguments
 from ..batches import ConceptBatch
+from ..concept_folder import CONCEPT_FILE, write_concept
 from ..concepts import Concept
 from ..objective import Objective
 from ..text_to_image import LAYERS, TextToImageModel
 from ..token_rows import TokenRows
-
-
-CONCEPT_FILE = "concept.json"
 
 
 @dataclass(frozen=True)
@@ -234,16 +232,13 @@ class ConceptStrategy(LearningStrategy):
 
     @contextmanager
     def keeping(self, class_id: int) -> Iterator[Path]:
-        """Write the folder of a concept, whole or not at all: its rows and `concept.json`; the caller adds what else it has."""
+        """Write the folder of a concept, whole or not at all: its rows, `concept.json` and card; the caller adds what else it has."""
         concept = self.setting.concepts[class_id]
         with whole_folder(self.folder(class_id)) as temporary:
             yield temporary
             self.rows.save(concept.token, temporary)
-            about: dict[str, Any] = {
-                name: getattr(concept, name) for name in ("name", "token", "noun", "instance_prompt")
-            }
-            about["base_model_name_or_path"] = self.setting.arguments.pretrained_model_name_or_path
-            write_json(temporary / CONCEPT_FILE, {**about, "strategy": self.name, "in_model": self.in_model})
+            how = {"family": self.model.family, "resolution": self.model.resolution, "in_model": self.in_model}
+            write_concept(temporary, concept, self.setting.arguments, strategy=self.name, **how)
 
     def load_rows(self, class_ids: Sequence[int]) -> None:
         """Load the rows of those concepts that are learned, once."""
