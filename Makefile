@@ -7,7 +7,7 @@ ARGS ?=
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECKED := src examples benchmarks tests docs
 
-.PHONY: demo space test test-fast test-slow soak test-oldest-peft test-quantization test-space bench docs style quality clean
+.PHONY: demo space tiny-base test test-fast test-slow soak test-oldest-peft test-quantization test-space bench docs style quality clean
 
 # The main job on scikit-learn's digits: make demo; make demo SEEDS='0 1 2'; make demo STRATEGY=joint
 demo: .venv/installed
@@ -25,6 +25,10 @@ demo: .venv/installed
 # A page to look at outputs/digits, or at what is named: make space ARGS='--base path/to/base --adapters path/to/adapters'
 space: .space/installed
 	PYTHONPATH="$(CURDIR)/.space" $(BIN)/python examples/space/app.py $(ARGS)
+
+# The tiny text-to-image base and its judges from nothing, into outputs/tiny_base; goes on where it was stopped.
+tiny-base: .venv/installed
+	$(BIN)/python -m funlora_hf.personalization.tiny.making --folder outputs/tiny_base $(ARGS)
 
 test: quality
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -51,6 +52,10 @@ def test_it_holds_what_commands_read_and_no_experiment(wheel):
     assert {path.name for path in (REPOSITORY / "src/funlora_hf/recipes").glob("*.yaml")} == {
         path.name for path in (package / "recipes").glob("*.yaml")
     }
+    tiny = Path("personalization", "tiny")
+    shipped = REPOSITORY / "src" / "funlora_hf" / tiny
+    for file in (file for part in ("files", "concepts") for file in (shipped / part).rglob("*") if file.is_file()):
+        assert (package / tiny / file.relative_to(shipped)).read_bytes() == file.read_bytes()
     assert not [name for name in ("ablation", "comparison", "examples", "tests") if (wheel / name).exists()]
     assert not (package / "jobs.py").exists()
 
