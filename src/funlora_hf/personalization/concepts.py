@@ -29,6 +29,8 @@ _MOST_BYTES = 2**24
 _NOUNS = "prompts_and_classes.txt"
 _NAME = re.compile(r"\w[\w-]{0,63}")
 _TOKEN = re.compile(r"[^\s{}]{2,64}")
+# In a template, for token and noun.
+_PLACE = re.compile(r"\{\}|<TOK>")
 _LIVE_NOUNS = ("cat", "dog")
 _SCENES = (
     "in the jungle, in the snow, on the beach, on a cobblestone street, on top of pink fabric, on top of a wooden floor, "
@@ -97,7 +99,7 @@ class Concept:
 
     def prompt(self, template: str) -> str:
         """Fill a template: "{}" or "<TOK>" becomes token and noun."""
-        return re.sub(r"\{\}|<TOK>", lambda _: f"{self.token} {self.noun}", template)
+        return _PLACE.sub(lambda _: f"{self.token} {self.noun}", template)
 
     def plain(self, prompt: str) -> str:
         """Return a prompt as the base knows it: without the token, but with the noun."""
@@ -147,6 +149,7 @@ def load_concepts(source: str | os.PathLike) -> list[Concept]:
             - a folder with a folder of pictures for each concept, as DreamBooth's data set; `prompts_and_classes.txt` in or beside it
               gives the nouns. Without it, a noun is the folder's name without digits at its end.
             - "tiny": the package's own concepts, for its tiny base.
+            Images of a class may be drawn into a `class_data_dir`: know the file before you use it.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -167,8 +170,7 @@ def load_concepts(source: str | os.PathLike) -> list[Concept]:
     if not 1 <= len(entries) <= MOST_CONCEPTS:
         raise ValueError(f"{shown} has {len(entries)} concepts, expected 1 to {MOST_CONCEPTS}.")
     concepts = [
-        _Reader(entry, place, f"{shown}, {f'entry {number}' if place.is_file() else entry['name']}").concept()
-        for number, entry in enumerate(entries, start=1)
+        _Reader(entry, place, f"{shown}, entry {number}").concept() for number, entry in enumerate(entries, start=1)
     ]
     _check_together(concepts, shown)
     for concept in concepts:
@@ -274,7 +276,7 @@ class _Reader:
         self.name = self.entry.name or _safe_name(self.images[0].parent.resolve())
         if not _NAME.fullmatch(self.name):
             raise self._wrong("name", self.name, "1 to 64 letters, digits, '_' and '-'")
-        self.where += "" if self.name in where else f" ({self.name})"
+        self.where += f" ({self.name})"
         self.token = self._token()
         self.noun = self._noun()
 
@@ -329,7 +331,7 @@ class _Reader:
                 "instance_prompt", prompt, f"one token such as <new1>; it has {len(tokens)}: set `token`"
             )
         (token,) = tokens
-        if not _TOKEN.fullmatch(token) or token in ("<TOK>",):
+        if not _TOKEN.fullmatch(token) or _PLACE.search(token):
             raise self._wrong("token", token, "one new word, such as '<new1>'")
         if not re.search(_as_word(token), prompt):
             raise self._wrong("instance_prompt", prompt, f"a prompt with the token {token!r} as a word")
@@ -342,15 +344,13 @@ class _Reader:
             after = re.split(_as_word(self.token), self.entry.instance_prompt, maxsplit=1)[1]
             words = re.findall(r"\w[\w'-]*", re.split(r"[^\w\s'-]", after, maxsplit=1)[0])
             starts = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
-            ends = [
-                one
-                for one in starts
-                if re.search(rf"(?<!\w){re.escape(one)}\W*$", self.entry.class_prompt or "", re.IGNORECASE)
-            ]
+            of_class = self.entry.class_prompt or ""
+            ends = [one for one in starts if re.search(rf"(?i)(?<!\w){re.escape(one)}\W*$", of_class)]
             found = (ends or words or [""])[0]
         for key, value in (("noun", found), ("initializer", self.entry.initializer or found)):
             if not re.search(r"\w", value) or len(value) > 100:
-                raise self._wrong(key, value, "a word or a few, since no word follows the token")
+                hint = "" if value else ", since no word follows the token"
+                raise self._wrong(key, value, f"a word or a few{hint}")
         return found
 
     def _captions(self) -> dict[str, str]:
@@ -391,11 +391,10 @@ class _Reader:
             given = [line for line in map(str.strip, _text(self._file("eval_prompts")).splitlines()) if line]
         if not given:
             raise self._wrong("eval_prompts", self.entry.eval_prompts, "at least one prompt")
-        templates = tuple(template.replace("<TOK>", "{}") for template in given)
-        for template in templates:
-            if "{}" not in template:
+        for template in given:
+            if not _PLACE.search(template):
                 raise self._wrong("eval_prompts", template, "a place for token and noun, '{}' or '<TOK>', in each")
-        return templates
+        return tuple(_PLACE.sub("{}", template) for template in given)
 
 
 def _check_together(concepts: Sequence[Concept], where: str) -> None:

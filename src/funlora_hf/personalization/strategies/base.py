@@ -11,12 +11,14 @@ from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from peft import PeftConfig
 from torch import nn
 
 from ...continual.learning import LearningSetting, LearningStrategy, Phase, PhaseSettings, Trainable
 from ...data.tasks import Task
 from ...tuner_base.wrappers import remove_adapters
-from ...utils.files import read_mapping, whole_folder, write_json
+from ...utils.files import whole_folder, write_json
 from ..arguments import TINY, ConceptArguments, ConceptTrainingArguments
 from ..batches import ConceptBatch
 from ..concepts import Concept
@@ -72,6 +74,8 @@ class ConceptStrategy(LearningStrategy):
     rates: ClassVar[Rates | None]
     """Of the adapted layers; None: there are none."""
     token_rates = Rates(2e-2, 5e-4)
+    in_model: ClassVar[bool] = False
+    """Whether what it learns of a concept, but the token's rows, is in `model/`, not in the concept's folder."""
     default_layers: ClassVar[str] = "cross"
     """The layers that are adapted if `target_modules` is None, a kind of `TextToImageModel.layers`."""
     setting: ConceptSetting
@@ -154,7 +158,7 @@ class ConceptStrategy(LearningStrategy):
             for name, row in self.rows.named_parameters():
                 row.copy_(self._starts[name])
         self._loaded.clear()
-        self.load_rows(self.learned_before(phase))
+        self.load_rows([one for one in self.setting.seen(self.task_of(phase)) if one not in phase.class_ids])
         rows: dict[str, nn.Parameter] = {}
         if self.setting.arguments.train_token:
             self.rows.train_only(tokens)
@@ -165,24 +169,31 @@ class ConceptStrategy(LearningStrategy):
         self.model.train()
         return Trainable(self.model, {**adapted, **rows}, factors=dict.fromkeys(rows, factor))
 
-    def learned_before(self, phase: Phase) -> list[int]:
-        """Return the ids of the concepts of earlier tasks."""
-        seen = self.setting.seen(
-            next(task for task in self.setting.tasks if set(phase.class_ids) & set(task.class_ids))
-        )
-        return [class_id for class_id in seen if class_id not in phase.class_ids]
+    def task_of(self, phase: Phase) -> Task:
+        """Return the first task of a phase's concepts."""
+        return next(task for task in self.setting.tasks if set(phase.class_ids) & set(task.class_ids))
 
     def training_step(self, phase: Phase, batch: ConceptBatch, module: nn.Module) -> torch.Tensor:
         objective = self.setting.objective
         noisy = objective.noisy(batch.latents, batch.noise, batch.times)
         prediction = module(noisy, batch.times, batch.captions)
         losses = objective.losses(prediction, batch.latents, batch.noise, batch.times)
+        # Squares of small numbers would be 0 in half precision.
+        with torch.autocast(self.setting.device.type, enabled=False):
+            penalty = self.penalty()
         # The trainer divides the sum over all processes by the batch size.
-        return losses * batch.weights + self.penalty() * phase.settings.batch_size / batch.total
+        return losses * batch.weights + penalty * phase.settings.batch_size / batch.total
 
     def penalty(self) -> torch.Tensor | float:
         """Return what is added to the mean loss."""
         return 0.0
+
+    def add_adapter(self, config: PeftConfig, name: str) -> dict[str, nn.Parameter]:
+        """Put a new adapter into the denoiser, in float32 whatever the base's precision, and return its parameters."""
+        denoiser = self.model.denoiser
+        denoiser.add_adapter(config, adapter_name=name)
+        cast_training_params(denoiser, dtype=torch.float32)
+        return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
 
     def release_phase(self, phase: Phase, trainable: Trainable) -> None:
         self.rows.train_only([])
@@ -232,14 +243,13 @@ class ConceptStrategy(LearningStrategy):
                 name: getattr(concept, name) for name in ("name", "token", "noun", "instance_prompt")
             }
             about["base_model_name_or_path"] = self.setting.arguments.pretrained_model_name_or_path
-            write_json(temporary / CONCEPT_FILE, {**about, "strategy": self.name})
+            write_json(temporary / CONCEPT_FILE, {**about, "strategy": self.name, "in_model": self.in_model})
 
     def load_rows(self, class_ids: Sequence[int]) -> None:
-        """Load the rows of concepts that are learned, once."""
+        """Load the rows of those concepts that are learned, once."""
         for class_id in class_ids:
             token = self.setting.concepts[class_id].token
             if token not in self._loaded and self.is_kept(class_id):
-                read_mapping(self.folder(class_id) / CONCEPT_FILE, keys=["token"])
                 self.rows.load(token, self.folder(class_id))
                 self._loaded.add(token)
 
