@@ -16,6 +16,7 @@ import pytest
 from runs import REPOSITORY, short_run
 from text_to_image import make_pipeline
 
+from funlora_hf.personalization.command import main as personalize
 from funlora_hf.run import run
 
 
@@ -26,6 +27,7 @@ PYTHON_PAGES = [
     "docs/getting_started.md",
     "docs/guides/many_classes.md",
     "docs/guides/own_loop.md",
+    "docs/guides/personalization.md",
     "docs/guides/text_to_image.md",
     "docs/method.md",
     "docs/tuner.md",
@@ -49,7 +51,7 @@ def test_every_page_with_python_is_run():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the pages assume: the repository's root after `make demo` and a run of `finetune`, and Stable Diffusion."""
+    """What the pages assume: the repository's root after `make demo` and runs of other strategies, and Stable Diffusion."""
     folder = tmp_path_factory.mktemp("pages")
     make_pipeline("SD").save_pretrained(folder / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
     (folder / "examples").symlink_to(REPOSITORY / "examples")
@@ -62,6 +64,9 @@ def folder(tmp_path_factory):
             "unet_config": None,
         }
         run(short_run(output_dir=str(folder / "outputs" / output), strategy=strategy, **arguments))
+    for output, strategy in (("concepts", "funlora"), ("naive_lora", "naive_lora")):
+        given = ["--output_dir", str(folder / "outputs" / output), "--strategy", strategy]
+        personalize([*given, "--concept_order", "toy1", "--max_train_steps", "2", "--no_evaluation"])
     return folder
 
 

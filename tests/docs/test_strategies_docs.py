@@ -7,14 +7,19 @@ import re
 import shlex
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from runs import REPOSITORY, short_run
 from safetensors.torch import load_file
+from transformers import HfArgumentParser
 
+from funlora_hf.continual.config import parse_value
 from funlora_hf.continual.strategies.registry import STRATEGIES
+from funlora_hf.personalization.arguments import CONCEPT_ARGUMENTS, ConceptArguments
+from funlora_hf.personalization.run import ConceptRunArguments
+from funlora_hf.personalization.strategies.registry import CONCEPT_STRATEGIES
 from funlora_hf.run import run
 from funlora_hf.train import parse
 
@@ -28,20 +33,60 @@ def page(name: str) -> str:
     return (PAGES / f"{name}.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+STRATEGIES_BY_PAGE = {**STRATEGIES, **{f"concepts/{name}": one for name, one in CONCEPT_STRATEGIES.items()}}
+
+
+@pytest.mark.parametrize("name", STRATEGIES_BY_PAGE)
 def test_a_page_has_every_option_with_its_default(name):
     rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", page(name).partition("\n## Options\n")[2], re.MULTILINE)
-    options_class = STRATEGIES[name].options_class
+    options_class = STRATEGIES_BY_PAGE[name].options_class
     defaults = {} if options_class is None else {option.name: option.default for option in fields(options_class)}
     # A default is written as it would be given: it is read as the command line reads it.
-    assert {option: yaml.safe_load(text) for option, text in rows} == defaults
+    assert {option: parse_value(text) for option, text in rows} == defaults
     assert len(rows) == len(defaults)
     assert defaults or "**Options:** none." in page(name)
 
 
 def test_the_index_has_every_strategy_and_no_other():
     assert re.findall(r"^\| \[`(\w+)`\]\((\w+)\.md\)", page("README"), re.MULTILINE) == [(n, n) for n in STRATEGIES]
-    assert {path.stem for path in PAGES.iterdir()} == {*STRATEGIES, "README", "writing_your_own"}
+    assert {path.stem for path in PAGES.glob("*.md")} == {*STRATEGIES, "README", "writing_your_own"}
+
+
+def test_the_index_of_concepts_has_every_strategy_and_no_other():
+    rows = re.findall(
+        r"^\| \[`(\w+)`\]\((\w+)\.md\) \|(?:[^|]*\|){2} ([^|]*) \| ([^|]*) \|", page("concepts/README"), re.MULTILINE
+    )
+    assert [row[:2] for row in rows] == [(n, n) for n in CONCEPT_STRATEGIES]
+    assert {path.stem for path in (PAGES / "concepts").iterdir()} == {*CONCEPT_STRATEGIES, "README"}
+    for name, _, _, changes in rows:
+        assert changes == ("yes" if CONCEPT_STRATEGIES[name].learning_changes_past_classes else "no"), name
+
+
+@pytest.mark.parametrize("name", CONCEPT_STRATEGIES)
+def test_a_page_of_concepts_has_what_a_run_takes_without_arguments(name):
+    strategy, text = CONCEPT_STRATEGIES[name], page(f"concepts/{name}").replace("\n", " ")
+    argument = "concept_learning_rate" if strategy.rates else "token_learning_rate"
+    (rates,) = re.findall(rf"`{argument}` \((\S+) on the tiny base, else (\d\S*?),? ", text)
+    given = strategy.rates or strategy.token_rates
+    assert [float(rate) for rate in rates] == [given.tiny, given.other]
+    assert re.findall(r"`target_modules` \(default `(\w+)`\)", text) == [strategy.default_layers] * bool(
+        strategy.rates
+    )
+    setting = SimpleNamespace(setting=SimpleNamespace(arguments=ConceptArguments()))
+    ranks = [str(strategy.rank.fget(setting))] * ("rank" in strategy.takes)
+    assert re.findall(r"`rank` \(default (\d+)\)", text) == ranks
+
+
+def test_a_reconstruction_says_so_first():
+    assert "reconstructed" in page("concepts/cns").splitlines()[0]
+
+
+@pytest.mark.parametrize("name", CONCEPT_STRATEGIES)
+def test_the_command_of_a_page_of_concepts_is_understood(name):
+    (command,) = re.findall(r"^    (funlora personalize (?:.*\\\n)*.*)$", page(f"concepts/{name}"), re.MULTILINE)
+    words = shlex.split(command.replace("\\\n", " "))[2:]
+    arguments = HfArgumentParser(CONCEPT_ARGUMENTS, allow_abbrev=False).parse_args_into_dataclasses(words)
+    assert ConceptRunArguments(*arguments).training.strategy == name
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
