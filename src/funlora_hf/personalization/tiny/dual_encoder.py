@@ -63,16 +63,12 @@ def train_dual_encoder(
         drawn = [scenes.random_scene(rng, composites=0.6, concepts=True) for _ in range(batch)]
         captions, told = [], []
         for scene in drawn:
-            said = attributes_of(scene)
-            full, size, background = rng.random() < 0.8, rng.random() < 0.9, rng.random() < 0.8
-            captions.append(
-                scenes.caption(scene, rng.choice(scenes.OPENINGS), full=full, size=size, background=background)
-            )
-            if not full and scene.noun in scenes.COMPOSITES:
-                said = dict.fromkeys(VALUES, -1) | {name: said[name] for name in ("noun", "background")}
-            said |= {} if size else {"size": -1}
-            said |= {} if background else {"background": -1}
-            told.append(said)
+            tells = {name: rng.random() < share for name, share in (("full", 0.8), ("size", 0.9), ("background", 0.8))}
+            captions.append(scenes.caption(scene, rng.choice(scenes.OPENINGS), **tells))
+            hidden = [name for name in ("size", "background") if not tells[name]]
+            if not tells["full"] and scene.noun in scenes.COMPOSITES:
+                hidden += ["colour", "sign", "second_shape", "second_colour"]
+            told.append(attributes_of(scene) | dict.fromkeys(hidden, -1))
         ids = tokenizer(captions, padding=True, return_tensors="pt")
         output = model(**ids, pixel_values=as_tensor(drawn).float() / 127.5 - 1)
         target = agreement(drawn, told).float()
