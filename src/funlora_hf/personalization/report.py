@@ -35,7 +35,8 @@ def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str
         ForgettingError: the strategy promises that learned concepts stay, but one has changed. The files are written first.
     """
     strategy, folder, setting = evaluator.strategy, evaluator.folder, evaluator.setting
-    phases, before, after = phase_seconds(folder), evaluator.of_run("before"), evaluator.of_run("after")
+    phases = phase_seconds(folder)
+    before, after, pairs = (evaluator.of_run(name) for name in ("before", "after", "pairs"))
     order = [class_id for task in evaluator.tasks for class_id in task.class_ids]
     losses = {name: record["losses"] for name, record in phases.items()}
     with figures_if_possible():
@@ -66,6 +67,7 @@ def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str
                 if one is not None
             },
         },
+        "pairs": pairs["pairs"] if pairs else [],
         "zero_forgetting": {"identical": after and after["identical"], "changed": after["changed"] if after else []},
         "details": strategy.details(),
         "numbers_per_concept": strategy.numbers_per_concept(),

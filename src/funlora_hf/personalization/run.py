@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -152,6 +153,7 @@ class ConceptRun:
         tokens = {one.token: one.initializer for one in concepts.values()}
         model.add_rows(tokens, num_vectors=given.num_vectors)
         model.to(self.accelerator.device)
+        self._check_resolution(model)
         objective = Objective(
             model.scheduler,
             timestep_density=training.timestep_density,
@@ -185,6 +187,18 @@ class ConceptRun:
             dtype=dtype,
             drop_t5=given.drop_t5,
         )
+
+    def _check_resolution(self, model: TextToImageModel) -> None:
+        given, steps = self.arguments.concepts, model.vae_scale_factor * model.denoiser.config.get("patch_size", 1)
+        # Pipelines take multiples of 8 only.
+        if given.resolution is not None and given.resolution % (multiple := math.lcm(8, steps)):
+            raise ValueError(f"`resolution` is {given.resolution}, expected a multiple of {multiple}.")
+        is_judged = given.pretrained_model_name_or_path == TINY and self.arguments.evaluation.evaluation
+        if is_judged and given.resolution not in (None, model.resolution):
+            raise ValueError(
+                f"`resolution` is {given.resolution}, expected {model.resolution} or None, since the judge of the package's own base "
+                "reads no other: leave it out, or pass --no_evaluation."
+            )
 
     def _order(self, concepts: list[Concept]) -> list[int]:
         """Return the indices of the concepts in the order of learning."""

@@ -19,6 +19,7 @@ from concept_strategies import (
     weights,
 )
 from diffusers import StableDiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from funlora_hf.personalization.drawing import draw
@@ -242,3 +243,17 @@ def test_joint_sees_all_concepts_once(tmp_path):
     steps = json.loads((tmp_path / "run/checkpoints/seconds/joint.json").read_text())["steps"]
     assert steps == 3 * 4
     assert [len(list(strategy.phases(task))) for task in strategy.setting.tasks] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("name", PER_CONCEPT)
+def test_two_concepts_together(name, tmp_path):
+    """Both adapters act, and none after that."""
+    strategy = learn(make_strategy(name, tmp_path / "run", nouns="bc"))
+    base, one = samples(strategy), samples(strategy, 0)
+    both = samples(strategy, 0, 1)
+    if name != "textual_inversion":
+        layer = next(m for m in strategy.model.denoiser.modules() if isinstance(m, BaseTunerLayer))
+        assert layer.active_adapters == ["b0", "c1"]
+    assert torch.equal(samples(strategy, 0), one)
+    assert torch.equal(samples(strategy, 0, 1), both)
+    assert torch.equal(samples(strategy), base)
