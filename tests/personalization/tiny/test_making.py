@@ -30,17 +30,6 @@ def shipped():
     return StableDiffusionPipeline.from_pretrained(tiny_base())
 
 
-def test_each_word_is_a_token():
-    tokenizer = making.make_tokenizer(scenes.vocabulary())
-    assert all(tokenizer.tokenize(word) == [f"{word}</w>"] for word in scenes.vocabulary())
-    assert len(tokenizer("")["input_ids"]) == 2
-    tokens = tokenizer.tokenize("A photo, of a zebra")
-    assert tokens[:2] == ["a</w>", "photo</w>"]
-    assert tokenizer.unk_token not in tokens
-    tokenizer.add_tokens("<v1>")
-    assert tokenizer.tokenize("a <v1> toy") == ["a</w>", "<v1>", "toy</w>"]
-
-
 def test_normalised_latents_decode_to_the_same():
     torch.manual_seed(0)
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(tiny_base() / "vae"))
