@@ -10,7 +10,17 @@ from funlora_hf.personalization.command import main
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-SHORT = ["--max_train_steps", "2", "--num_samples_per_prompt", "1", "--num_inference_steps", "1", "--concept_order", "toy1", "badge1"]
+SHORT = [
+    "--max_train_steps",
+    "2",
+    "--num_samples_per_prompt",
+    "1",
+    "--num_inference_steps",
+    "1",
+    "--concept_order",
+    "toy1",
+    "badge1",
+]
 
 
 def test_the_tiny_base(tmp_path, capsys):

@@ -224,12 +224,13 @@ REFUSED = {
     "`token_learning_rate` is 0.02, but `train_token` is False": {"train_token": False},
     "with base_fraction=0.1 and general_share=0": {"strategy": "cns", "strategy_options": ["general_share=0"]},
     "there is no such file or folder": {"concepts": "nowhere.json"},
+    "nowhere": {"clip_model": "/nowhere"},
 }
 
 
 @pytest.mark.parametrize("error", REFUSED)
 def test_refused_before_anything_is_written(error, inputs, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=error):
+    with pytest.raises((ValueError, OSError), match=error):
         run(inputs, tmp_path / "run", **REFUSED[error])
     assert not (tmp_path / "run").exists()
 

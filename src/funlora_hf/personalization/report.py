@@ -114,12 +114,13 @@ def _print(results: Mapping[str, Any], folder: ConceptFolder) -> None:
     identical = results["zero_forgetting"]["identical"]
     said = {True: "identical to the bit", False: "CHANGED", None: "not compared"}[identical]
     drift = results["base_drift"]
-    change = (drift and drift["after_task"][-1]) or (drift and drift["after_task"][0]) or {}
+    change = (drift["after_task"][-1] or drift["after_task"][0]) if drift else None
+    same = "not drawn" if change is None else f"{change['same']:.0%} equal to the base's"
     print(
         f"{summary_table(results)}\n\n"
         f"{results['strategy']}: {len(results['concepts'])} concepts, {results['numbers_per_concept']} numbers each, "
         f"{results['bytes_kept']} bytes kept, {results['seconds']['training']:.0f} s of training; first samples at the end: {said}; "
-        f"base prompts, images equal to the base's: {change.get('same', float('nan')):.0%}.\n"
+        f"images of base prompts: {same}.\n"
         f"Results: {folder.results}, figures: {folder.figures}"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from dataclasses import dataclass, fields
@@ -39,6 +40,8 @@ from .strategies.registry import concept_strategy
 from .text_to_image import TextToImageModel
 from .tiny import tiny_base
 
+
+logger = logging.getLogger(__name__)
 
 # Other settings of the evaluation are also those of drawn class images.
 _ONLY_TO_EVALUATE = ("num_samples_per_prompt", "clip_model", "dino_model")
@@ -120,6 +123,8 @@ class ConceptRun:
         """Train, evaluate and report; resume a run where it stopped."""
         strategy = self.strategy()
         accelerator, folder = self.accelerator, self.folder
+        # It loads its judges, or fails now.
+        evaluator = ConceptEvaluator(strategy, self.arguments.evaluation, folder=folder, accelerator=accelerator)
         with held(folder.path, accelerator, self.training):
             if accelerator.is_main_process:
                 folder.open(
@@ -134,9 +139,6 @@ class ConceptRun:
                 if folder.results.is_file():
                     accelerator.end_training()
                     return report_finished(folder) if accelerator.is_main_process else None
-                evaluator = ConceptEvaluator(
-                    strategy, self.arguments.evaluation, folder=folder, accelerator=accelerator
-                )
                 with ended(accelerator):
                     evaluator.before()
                     self._trainer(strategy, [evaluator]).train()
@@ -149,6 +151,9 @@ class ConceptRun:
         known = load_concepts(given.concepts)
         concepts = {index: known[index] for index in self._order(known)}
         model = self._model()
+        unread = [one.name for one in concepts.values() if one.class_data_dir and not given.with_prior_preservation]
+        if unread:
+            logger.info("class_data_dir of %s is not read without --with_prior_preservation", ", ".join(unread))
         check_concepts(list(concepts.values()), model.tokenizers, num_vectors=given.num_vectors)
         tokens = {one.token: one.initializer for one in concepts.values()}
         model.add_rows(tokens, num_vectors=given.num_vectors)

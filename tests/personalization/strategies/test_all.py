@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from funlora_hf.personalization.drawing import draw
+from funlora_hf.personalization.load_concept import load_concept
 from funlora_hf.personalization.text_to_image import TextToImageModel
 
 
@@ -257,3 +258,25 @@ def test_two_concepts_together(name, tmp_path):
     assert torch.equal(samples(strategy, 0), one)
     assert torch.equal(samples(strategy, 0, 1), both)
     assert torch.equal(samples(strategy), base)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["funlora", "lora", "textual_inversion", "clora", "custom_diffusion", "cns"])
+def test_families(name, family, tmp_path):
+    """A concept, or the whole model, loads into the stock pipeline and draws the run's images, to the bit."""
+    if (name, family) == ("cns", "sd3"):
+        with pytest.raises(ValueError, match=r"'cns' .* needs layers that read the states of the text"):
+            make_strategy(name, tmp_path / "run", family=family)
+        return
+    strategy = learn(make_strategy(name, tmp_path / "run", family=family, nouns="bc"))
+    expected = samples(strategy, 1)
+    base = make_pipe(family)
+    if name in PER_CONCEPT:
+        pipe = type(base)(**base.components)
+        pipe.set_progress_bar_config(disable=True)
+        assert load_concept(pipe, tmp_path / "run/concepts/c1") == "<v1>"
+    else:
+        pipe = type(base).from_pretrained(tmp_path / "run/model")
+        pipe.set_progress_bar_config(disable=True)
+    found = draw(pipe, ["a <v1> c"], 2, purpose="test", seed=0, resolution=8, config=SAMPLING)
+    assert torch.equal(found, expected)
