@@ -55,6 +55,10 @@ def test_results_of_a_strategy_that_changes_nothing(finished):
     assert drift["with_concept"]["b0"]["same"] < 1.0
     weights = [path for name in ("b0", "c1") for path in (folder / "concepts" / name).glob("*.safetensors")]
     assert len(weights) == 4
+    (pair,) = results["pairs"]
+    assert pair["prompt"] == "a photo of a <v0> b and a <v1> c"
+    assert pair["scores"].keys() == {"b0", "c1"}
+    assert pair["scores"]["b0"].keys() == {"clip_i", "clip_t", "clip_score"}
     assert results["bytes_kept"] == sum(path.stat().st_size for path in weights)
     assert results["training_losses"].keys() == {"concept_b0", "concept_c1"}
     assert {path.name for path in (folder / "figures").iterdir()} == {
@@ -211,23 +215,29 @@ REFUSED = {
     "`concept_train_steps` is 3 and `concept_epochs` is 2": {"concept_epochs": 2},
     "`mixed_precision` is 'fp8'": {"mixed_precision": "fp8"},
     "`report_to` 'nothing'": {"report_to": "nothing"},
-    "`resolution`": {"resolution": 0},
+    "`resolution` should be a positive integer value but the value passed is 0": {"resolution": 0},
+    "`resolution` is 12, expected a multiple of 8": {"resolution": 12},
+    "`resolution` is 16, expected 32 or None": {
+        **{"resolution": 16, "pretrained_model_name_or_path": "tiny"},
+        **{"concepts": "tiny", "concept_order": None},
+    },
     "`token_learning_rate` is 0.02, but `train_token` is False": {"train_token": False},
     "with base_fraction=0.1 and general_share=0": {"strategy": "cns", "strategy_options": ["general_share=0"]},
     "there is no such file or folder": {"concepts": "nowhere.json"},
+    "nowhere": {"clip_model": "/nowhere"},
 }
 
 
 @pytest.mark.parametrize("error", REFUSED)
 def test_refused_before_anything_is_written(error, inputs, tmp_path):
-    with pytest.raises((ValueError, FileNotFoundError), match=error):
+    with pytest.raises((ValueError, OSError), match=error):
         run(inputs, tmp_path / "run", **REFUSED[error])
     assert not (tmp_path / "run").exists()
 
 
 # By name of the argument: values that do not come to the same weights as those of `make_arguments`.
 ACTING = {
-    "resolution": 6,
+    "resolution": 16,
     "random_flip": True,
     "target_modules": ["attention"],
     "rank": 2,

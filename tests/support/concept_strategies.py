@@ -161,11 +161,11 @@ def learn(strategy: ConceptStrategy, **how) -> ConceptStrategy:
     return strategy
 
 
-def samples(strategy: ConceptStrategy, class_id: int | None) -> torch.Tensor:
-    """Images of a concept's first prompt; None: of a prompt of no concept."""
-    concept = None if class_id is None else strategy.setting.concepts[class_id]
-    prompt = "a b" if concept is None else concept.prompt(concept.eval_prompts[0])
-    with strategy.sampling(class_id) as pipe:
+def samples(strategy: ConceptStrategy, *class_ids: int) -> torch.Tensor:
+    """Images of a prompt of some concepts, or of none."""
+    concepts = [strategy.setting.concepts[class_id] for class_id in class_ids]
+    prompt = " d ".join(one.prompt(one.eval_prompts[0]) for one in concepts) or "a b"
+    with strategy.sampling(*class_ids) as pipe:
         return draw(pipe, [prompt], 2, purpose="test", seed=0, resolution=8, config=SAMPLING)
 
 

@@ -5,9 +5,11 @@ Its records are kept in the run's folder, so that a resumed run does not measure
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,11 @@ from .judges import Judge, Scores, judges
 from .pictures import load_images
 from .run_folder import ConceptFolder
 from .strategies.base import ConceptStrategy
+from .token_rows import CLIP_ENCODERS, with_vectors
 from .usual_captions import usual_captions
 
+
+logger = logging.getLogger(__name__)
 
 # Images of each concept and time that are kept, to look at.
 _KEPT = 8
@@ -90,17 +95,47 @@ class ConceptEvaluator:
                 bar.update()
         base = self.folder.evaluation / f"task_{task.index + 1}" / "base.json"
         if not quiet and self._read(base) is None and (changes or task.index == 0):
-            with self.strategy.sampling(None) as pipe:
+            with self.strategy.sampling() as pipe:
                 images = self._draw(pipe, self.base_prompts, "base", samples=1)
             write_json(base, {"settings": self._settings, **self._drift(images)})
         self.accelerator.wait_for_everyone()
 
     def after(self) -> None:
-        """Draw the first images of every concept again, at the end, and compare; for strategies that promise to change nothing."""
-        path = self.folder.evaluation / "after.json"
+        """At the end: measure two concepts in one prompt, and whether concepts are as they were, if the strategy promises it."""
         if not self.config.evaluation or not self.accelerator.is_main_process:
             return
-        if self.strategy.learning_changes_past_classes or self._read(path) is not None:
+        self._measure_pairs(self.folder.evaluation / "pairs.json")
+        if not self.strategy.learning_changes_past_classes:
+            self._compare(self.folder.evaluation / "after.json")
+
+    def _measure_pairs(self, path: Path) -> None:
+        """Measure neighbours in the order of learning, each by what is measured of a single concept."""
+        if self._read(path) is not None:
+            return
+        pairs = []
+        for both in pairwise(self.setting.concepts):
+            one, other = (self.setting.concepts[class_id] for class_id in both)
+            prompt = f"{one.prompt('a photo of a {}')} and {other.prompt('a {}')}"
+            if not self._fits(prompt):
+                logger.warning("%s and %s are not measured together: %r is too long", one.name, other.name, prompt)
+                continue
+            with self.strategy.sampling(*both) as pipe:
+                images = self._draw(pipe, [prompt], f"{one.name} and {other.name}")
+            plain = self._each([one.plain(other.plain(prompt))])
+            scores = {
+                self.setting.concepts[class_id].name: _means(self._scores(images, class_id, plain))
+                for class_id in both
+            }
+            pairs.append({"prompt": prompt, "scores": scores})
+        write_json(path, {"settings": self._settings, "pairs": pairs})
+
+    def _fits(self, prompt: str) -> bool:
+        tokenizers = [one for key, one in self.setting.model.tokenizers.items() if key in CLIP_ENCODERS]
+        return all(len(one(with_vectors([prompt], one)[0]).input_ids) <= one.model_max_length for one in tokenizers)
+
+    def _compare(self, path: Path) -> None:
+        """Draw the first images of every concept again, and compare."""
+        if self._read(path) is not None:
             return
         changed = []
         for class_id, concept in self.setting.concepts.items():
@@ -118,7 +153,7 @@ class ConceptEvaluator:
         return self._read(self._record(class_id, task))
 
     def of_run(self, name: str) -> dict[str, Any] | None:
-        """Return the record "before", "after" or, for a task from 1, "task_<t>/base"; None: there is none."""
+        """Return the record "before", "pairs", "after" or, for a task from 1, "task_<t>/base"; None: there is none."""
         return self._read(self.folder.evaluation / f"{name}.json")
 
     def images(self, class_id: int, task: Task) -> torch.Tensor | None:

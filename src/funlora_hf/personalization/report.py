@@ -35,7 +35,8 @@ def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str
         ForgettingError: the strategy promises that learned concepts stay, but one has changed. The files are written first.
     """
     strategy, folder, setting = evaluator.strategy, evaluator.folder, evaluator.setting
-    phases, before, after = phase_seconds(folder), evaluator.of_run("before"), evaluator.of_run("after")
+    phases = phase_seconds(folder)
+    before, after, pairs = (evaluator.of_run(name) for name in ("before", "after", "pairs"))
     order = [class_id for task in evaluator.tasks for class_id in task.class_ids]
     losses = {name: record["losses"] for name, record in phases.items()}
     with figures_if_possible():
@@ -66,6 +67,7 @@ def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str
                 if one is not None
             },
         },
+        "pairs": pairs["pairs"] if pairs else [],
         "zero_forgetting": {"identical": after and after["identical"], "changed": after["changed"] if after else []},
         "details": strategy.details(),
         "numbers_per_concept": strategy.numbers_per_concept(),
@@ -112,12 +114,13 @@ def _print(results: Mapping[str, Any], folder: ConceptFolder) -> None:
     identical = results["zero_forgetting"]["identical"]
     said = {True: "identical to the bit", False: "CHANGED", None: "not compared"}[identical]
     drift = results["base_drift"]
-    change = (drift and drift["after_task"][-1]) or (drift and drift["after_task"][0]) or {}
+    change = (drift["after_task"][-1] or drift["after_task"][0]) if drift else None
+    same = "not drawn" if change is None else f"{change['same']:.0%} equal to the base's"
     print(
         f"{summary_table(results)}\n\n"
         f"{results['strategy']}: {len(results['concepts'])} concepts, {results['numbers_per_concept']} numbers each, "
         f"{results['bytes_kept']} bytes kept, {results['seconds']['training']:.0f} s of training; first samples at the end: {said}; "
-        f"base prompts, images equal to the base's: {change.get('same', float('nan')):.0%}.\n"
+        f"images of base prompts: {same}.\n"
         f"Results: {folder.results}, figures: {folder.figures}"
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -38,6 +40,8 @@ from .strategies.registry import concept_strategy
 from .text_to_image import TextToImageModel
 from .tiny import tiny_base
 
+
+logger = logging.getLogger(__name__)
 
 # Other settings of the evaluation are also those of drawn class images.
 _ONLY_TO_EVALUATE = ("num_samples_per_prompt", "clip_model", "dino_model")
@@ -119,6 +123,8 @@ class ConceptRun:
         """Train, evaluate and report; resume a run where it stopped."""
         strategy = self.strategy()
         accelerator, folder = self.accelerator, self.folder
+        # It loads its judges, or fails now.
+        evaluator = ConceptEvaluator(strategy, self.arguments.evaluation, folder=folder, accelerator=accelerator)
         with held(folder.path, accelerator, self.training):
             if accelerator.is_main_process:
                 folder.open(
@@ -133,9 +139,6 @@ class ConceptRun:
                 if folder.results.is_file():
                     accelerator.end_training()
                     return report_finished(folder) if accelerator.is_main_process else None
-                evaluator = ConceptEvaluator(
-                    strategy, self.arguments.evaluation, folder=folder, accelerator=accelerator
-                )
                 with ended(accelerator):
                     evaluator.before()
                     self._trainer(strategy, [evaluator]).train()
@@ -148,10 +151,14 @@ class ConceptRun:
         known = load_concepts(given.concepts)
         concepts = {index: known[index] for index in self._order(known)}
         model = self._model()
+        unread = [one.name for one in concepts.values() if one.class_data_dir and not given.with_prior_preservation]
+        if unread:
+            logger.info("class_data_dir of %s is not read without --with_prior_preservation", ", ".join(unread))
         check_concepts(list(concepts.values()), model.tokenizers, num_vectors=given.num_vectors)
         tokens = {one.token: one.initializer for one in concepts.values()}
         model.add_rows(tokens, num_vectors=given.num_vectors)
         model.to(self.accelerator.device)
+        self._check_resolution(model)
         objective = Objective(
             model.scheduler,
             timestep_density=training.timestep_density,
@@ -185,6 +192,18 @@ class ConceptRun:
             dtype=dtype,
             drop_t5=given.drop_t5,
         )
+
+    def _check_resolution(self, model: TextToImageModel) -> None:
+        given, steps = self.arguments.concepts, model.vae_scale_factor * model.denoiser.config.get("patch_size", 1)
+        # Pipelines take multiples of 8 only.
+        if given.resolution is not None and given.resolution % (multiple := math.lcm(8, steps)):
+            raise ValueError(f"`resolution` is {given.resolution}, expected a multiple of {multiple}.")
+        is_judged = given.pretrained_model_name_or_path == TINY and self.arguments.evaluation.evaluation
+        if is_judged and given.resolution not in (None, model.resolution):
+            raise ValueError(
+                f"`resolution` is {given.resolution}, expected {model.resolution} or None, since the judge of the package's own base "
+                "reads no other: leave it out, or pass --no_evaluation."
+            )
 
     def _order(self, concepts: list[Concept]) -> list[int]:
         """Return the indices of the concepts in the order of learning."""

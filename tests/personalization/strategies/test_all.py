@@ -19,9 +19,11 @@ from concept_strategies import (
     weights,
 )
 from diffusers import StableDiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 from funlora_hf.personalization.drawing import draw
+from funlora_hf.personalization.load_concept import load_concept
 from funlora_hf.personalization.text_to_image import TextToImageModel
 
 
@@ -242,3 +244,39 @@ def test_joint_sees_all_concepts_once(tmp_path):
     steps = json.loads((tmp_path / "run/checkpoints/seconds/joint.json").read_text())["steps"]
     assert steps == 3 * 4
     assert [len(list(strategy.phases(task))) for task in strategy.setting.tasks] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("name", PER_CONCEPT)
+def test_two_concepts_together(name, tmp_path):
+    """Both adapters act, and none after that."""
+    strategy = learn(make_strategy(name, tmp_path / "run", nouns="bc"))
+    base, one = samples(strategy), samples(strategy, 0)
+    both = samples(strategy, 0, 1)
+    if name != "textual_inversion":
+        layer = next(m for m in strategy.model.denoiser.modules() if isinstance(m, BaseTunerLayer))
+        assert layer.active_adapters == ["b0", "c1"]
+    assert torch.equal(samples(strategy, 0), one)
+    assert torch.equal(samples(strategy, 0, 1), both)
+    assert torch.equal(samples(strategy), base)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["funlora", "lora", "textual_inversion", "clora", "custom_diffusion", "cns"])
+def test_families(name, family, tmp_path):
+    """A concept, or the whole model, loads into the stock pipeline and draws the run's images, to the bit."""
+    if (name, family) == ("cns", "sd3"):
+        with pytest.raises(ValueError, match=r"'cns' .* needs layers that read the states of the text"):
+            make_strategy(name, tmp_path / "run", family=family)
+        return
+    strategy = learn(make_strategy(name, tmp_path / "run", family=family, nouns="bc"))
+    expected = samples(strategy, 1)
+    base = make_pipe(family)
+    if name in PER_CONCEPT:
+        pipe = type(base)(**base.components)
+        pipe.set_progress_bar_config(disable=True)
+        assert load_concept(pipe, tmp_path / "run/concepts/c1") == "<v1>"
+    else:
+        pipe = type(base).from_pretrained(tmp_path / "run/model")
+        pipe.set_progress_bar_config(disable=True)
+    found = draw(pipe, ["a <v1> c"], 2, purpose="test", seed=0, resolution=8, config=SAMPLING)
+    assert torch.equal(found, expected)

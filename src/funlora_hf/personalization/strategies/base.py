@@ -200,8 +200,8 @@ class ConceptStrategy(LearningStrategy):
         self.model.eval()
 
     @abstractmethod
-    def sampling(self, class_id: int | None) -> AbstractContextManager[DiffusionPipeline]:
-        """Return a context that gives the stock pipeline with the weights for prompts of a concept; None: of no concept."""
+    def sampling(self, *class_ids: int) -> AbstractContextManager[DiffusionPipeline]:
+        """Return a context that gives the stock pipeline with the weights for prompts of these concepts, or of none."""
 
     @abstractmethod
     def numbers_per_concept(self) -> int:

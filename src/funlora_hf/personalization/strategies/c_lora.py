@@ -55,10 +55,8 @@ class CLora(LowRank):
     def learned(self, kept: Kept) -> dict[str, torch.Tensor]:
         pairs = get_pairs(self.model.denoiser)
         norm = torch.stack([product(pair).double().square().sum() for pair in pairs.values()]).sum().sqrt()
-        # Of all tasks from the start, since what is kept must not grow.
-        norms = kept.get("norms", torch.full_like(norm, torch.nan).expand(len(self.setting.tasks))).clone()
-        norms[int(norms.isfinite().sum())] = norm
-        return {**self.rule.merge(kept, pairs), "norms": norms}
+        norms = kept.get("norms", norm.new_empty(0))
+        return {**self.rule.merge(kept, pairs), "norms": torch.cat([norms, norm.reshape(1)])}
 
     def details(self) -> dict[str, Any]:
         """Return the Frobenius norm of each task's product, all layers together."""

@@ -100,7 +100,7 @@ class OneModel(ConceptStrategy):
         self.kept.drop_before(task, self.setting.tasks)
 
     @contextmanager
-    def sampling(self, class_id: int | None) -> Iterator[DiffusionPipeline]:
+    def sampling(self, *class_ids: int) -> Iterator[DiffusionPipeline]:
         self.load_rows(list(self.setting.concepts))
         self.put(self.deltas(self.load(self.setting.tasks)))
         self._pipe = self._pipe or self.model.pipeline()
@@ -172,7 +172,10 @@ class FullWeights(OneModel):
         return super().build(phase)
 
     def adapted(self, kept: Kept) -> dict[str, nn.Parameter]:
-        return {f"{name}.weight": self.weight(name).requires_grad_() for name in self._originals}
+        weights = {f"{name}.weight": self.weight(name) for name in self._originals}
+        for weight in weights.values():
+            weight.requires_grad_()
+        return weights
 
     def take_out(self) -> None:
         self.model.denoiser.requires_grad_(False)

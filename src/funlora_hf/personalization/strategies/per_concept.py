@@ -66,20 +66,19 @@ class PerConcept(ConceptStrategy):
         super().release_phase(phase, trainable)
 
     @contextmanager
-    def sampling(self, class_id: int | None) -> Iterator[DiffusionPipeline]:
-        denoiser = self.model.denoiser
-        if class_id is not None:
-            name = self.setting.concepts[class_id].name
-            self.load_rows([class_id])
-            if self.adapter_config() is not None and name not in self._adapters:
-                load_adapter(denoiser, self.folder(class_id), adapter_name=name)
-                self._adapters.add(name)
-        if self._adapters:
-            if class_id is None:
-                denoiser.disable_adapters()
-            else:
-                denoiser.enable_adapters()
-                denoiser.set_adapter(name)
+    def sampling(self, *class_ids: int) -> Iterator[DiffusionPipeline]:
+        denoiser, names = self.model.denoiser, [self.setting.concepts[class_id].name for class_id in class_ids]
+        self.load_rows(class_ids)
+        if self.adapter_config() is not None:
+            for class_id, name in zip(class_ids, names, strict=True):
+                if name not in self._adapters:
+                    load_adapter(denoiser, self.folder(class_id), adapter_name=name)
+                    self._adapters.add(name)
+        if self._adapters and names:
+            denoiser.enable_adapters()
+            denoiser.set_adapter(names)
+        elif self._adapters:
+            denoiser.disable_adapters()
         self._pipe = self._pipe or self.model.pipeline()
         yield self._pipe
 
