@@ -38,6 +38,7 @@ from .continual.trainer import phase_steps
 from .data.class_ids import assign_class_ids
 from .data.image_data import ImageClassificationData
 from .data.tasks import Task
+from .hub.concept_folders import refuse_concepts
 from .hub.find import Contents, find_contents
 from .run import Run, RunArguments, ended, held
 from .train import take_recipe
@@ -243,6 +244,7 @@ def _find(to: str, output_dir: Path | None, revision: str | None) -> _Target:
         raise ValueError(
             f"`revision` is {revision!r}, but `to` {to!r} is a folder, expected a repository: leave it out."
         )
+    refuse_concepts(to, place)
     run = RunFolder(place) if place.is_dir() and not (place / PIPELINE).is_file() else None
     try:
         settings = {} if run is None else run.settings()

@@ -27,6 +27,7 @@ from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .adapters.untrusted_base import PIPELINE
 from .continual.termination import Terminated, Termination
 from .hub.classes_json import known_contents
+from .hub.concept_folders import ConceptsError
 from .hub.delete import delete_class
 from .hub.describe import AdapterDescription, BankDescription, Description, describe
 from .hub.find import find_contents
@@ -273,6 +274,8 @@ def _info(as_json: bool, **source: Any) -> int:
     unfinished, begun = run.unfinished(), AddedClasses(run).unfinished()
     try:
         found = describe(**source)
+    except ConceptsError:
+        return _info_of_concepts(as_json, unfinished, **source)
     except FileNotFoundError as error:
         if unfinished is None:
             if runs := [str(one.parents[1]) for one in sorted(place.glob("*/checkpoints/run.json"))]:
@@ -283,10 +286,7 @@ def _info(as_json: bool, **source: Any) -> int:
         print(json.dumps({**asdict(found), "unfinished": unfinished, "unfinished_classes": begun}, indent=2))
         return 0
     if unfinished is not None:
-        _say(
-            f"unfinished run: {unfinished}. To go on: the `funlora train` command that began it, with --resume_from_checkpoint "
-            "latest"
-        )
+        _say(_unfinished_text(unfinished, "personalize" if "ConceptArguments" in run.settings() else "train"))
     for class_id, name in begun.items():
         _say(f"unfinished class {_class_text(class_id, name)}. To go on: the `funlora add` command that began it")
     if (base := found.base) is not None:
@@ -303,8 +303,37 @@ def _info(as_json: bool, **source: Any) -> int:
     return 0
 
 
-def _verify(as_json: bool, **options: Any) -> int:
-    verdicts = verify(**options)
+def _unfinished_text(unfinished: str, command: str) -> str:
+    how = f"the `funlora {command}` command that began it, with --resume_from_checkpoint latest"
+    return f"unfinished run: {unfinished}. To go on: {how}"
+
+
+def _info_of_concepts(as_json: bool, unfinished: str | None, **source: Any) -> int:
+    from .personalization.found_concepts import describe_concepts, find_concepts
+
+    concepts = describe_concepts(find_concepts(**source))
+    if as_json:
+        found = {"source": source["source"], "concepts": list(map(asdict, concepts)), "unfinished": unfinished}
+        print(json.dumps(found, indent=2))
+        return 0
+    if unfinished is not None:
+        _say(_unfinished_text(unfinished, "personalize"))
+    for one in concepts:
+        what = f"concept {one.place}: {one.token} {one.noun}, {one.strategy}{f' ({one.method})' if one.method else ''}"
+        where = (
+            ", in the run's own pipeline" if one.in_model else f", base {one.base_model_name_or_path or 'not named'}"
+        )
+        _say(f"{what}, {one.parameters:,} numbers, {one.num_bytes:,} bytes{where}; prompt: {one.instance_prompt}")
+    return 0
+
+
+def _verify(as_json: bool, base: str | None, **source: Any) -> int:
+    try:
+        verdicts = verify(base=base, **source)
+    except ConceptsError:
+        from .personalization.found_concepts import find_concepts, verify_concepts
+
+        verdicts = verify_concepts(find_concepts(**source), base=base)
     ok = all(verdict.ok for verdict in verdicts)
     if as_json:
         print(json.dumps({"ok": ok, "verdicts": [asdict(verdict) for verdict in verdicts]}, indent=2))

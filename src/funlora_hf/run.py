@@ -49,6 +49,7 @@ from .evaluation.features import InceptionFeatures
 from .evaluation.report import report_evaluation, report_finished, report_run
 from .evaluation.tables import costs_table, how_to_see
 from .evaluation.task_log import TaskLog
+from .hub.concept_folders import refuse_concepts
 from .sampling.solvers import DOPRI5_EVALUATIONS
 from .utils.checks import check_class_name
 from .utils.files import recover_folder
@@ -88,7 +89,9 @@ class RunArguments:
 
         Raises:
             FileNotFoundError: there is no run in the folder.
+            ConceptsError: a run of concepts.
         """
+        refuse_concepts(folder, Path(folder))
         written = RunFolder(Path(folder)).settings()
         given = ({one.name: written[part.__name__][one.name] for one in fields(part)} for part in ARGUMENTS)
         arguments = cls(*(part(**values) for part, values in zip(ARGUMENTS, given, strict=True)))

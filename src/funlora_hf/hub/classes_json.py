@@ -13,6 +13,7 @@ from ..adapters.class_folder import adapter_folders, class_in_name, class_of
 from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch_repository, read_config
 from ..cards.model_cards import ClassRow, repository_card
 from ..utils.files import read_mapping
+from .concept_folders import refuse_concepts_of_repository
 
 
 INDEX = "classes.json"
@@ -145,6 +146,7 @@ def root_files(repo_id: str, present: set[str], index: HubIndex) -> dict[str, by
 
 def known_contents(repo_id: str, present: set[str]) -> HubIndex:
     """Return what a repository already contains: its index, and adapters that were uploaded in other ways."""
+    refuse_concepts_of_repository(repo_id, present)
     folders = {name.rpartition("/")[0] for name in present if name.endswith(f"/{ADAPTER_FILES[1]}")}
     if not folders and INDEX not in present:
         return HubIndex()

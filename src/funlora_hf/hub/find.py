@@ -14,6 +14,7 @@ from ..adapters.untrusted_bank import read_bank
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, UNET_FOLDER
 from ..utils.checks import shortened
 from .classes_json import CARD, INDEX
+from .concept_folders import CONCEPT_FILES, refuse_concepts
 from .what_to_push import SAMPLES
 
 
@@ -82,6 +83,7 @@ def find_contents(
 
     Raises:
         FileNotFoundError: no such folder or repository, none of the things named in it, or a class that it does not have.
+        ConceptsError: concepts of a text-to-image model.
         ValueError: a name that leads out of the repository.
     """
     name = os.fspath(source)
@@ -89,13 +91,14 @@ def find_contents(
         return Contents(name, Path(name).parent, None, (), (Path(name),))
     names = ["class_*"] if classes is None else [adapter_name(label) for label in classes]
     folders = ["", *(f"{place}{name}/" for place in ("", f"{ADAPTERS_FOLDER}/") for name in names)]
-    files = [f"{folder}{file}" for folder in folders for file in ADAPTER_CONTENTS]
+    files = [*CONCEPT_FILES, *(f"{folder}{file}" for folder in folders for file in ADAPTER_CONTENTS)]
     if with_base:
         files += [INDEX, *_UNET_CONTENTS]
         files += [f"{place}{file}" for place in ("", "base/", "model/") for file in BASE_CONTENTS]
     if subfolder:
         files = [f"{subfolder}/{file}" for file in files]
     root = fetch(name, files, revision=revision, local_files_only=local_files_only) / (subfolder or "")
+    refuse_concepts(name, root)
     places = [root / place for place in _BASE_PLACES] if with_base else []
     base = next((place for place in places for file in _BASE_MARKS if (place / file).is_file()), None)
     own = [root] if any((root / file).is_file() for file in ADAPTER_FILES) else []

@@ -74,17 +74,18 @@ def verify_contents(found: Contents, base: UNet2DModel | None = None) -> list[Ve
     if found.base is not None:
         own: list[UNet2DModel] = []
         check = partial(_check_base, found.base, found.root / INDEX, own)
-        verdicts.append(_verdict("base", found.name(found.base), check))
+        verdicts.append(verdict_of("base", found.name(found.base), check))
         base = next(iter(own), None) if base is None else base
     fits = partial(_check_fits, base, None if base is None else FingerprintCheck(base))
     for folder in found.adapters:
-        verdicts.append(_verdict("adapter", found.name(folder), partial(_check_adapter, folder, fits)))
+        verdicts.append(verdict_of("adapter", found.name(folder), partial(_check_adapter, folder, fits)))
     for file in found.banks:
-        verdicts.append(_verdict("bank", found.name(file), partial(_check_bank, file, fits)))
+        verdicts.append(verdict_of("bank", found.name(file), partial(_check_bank, file, fits)))
     return verdicts
 
 
-def _verdict(kind: str, name: str, check: Callable[[], str]) -> Verdict:
+def verdict_of(kind: str, name: str, check: Callable[[], str]) -> Verdict:
+    """Return the verdict on something: `check` returns what it was compared with, or raises."""
     try:
         return Verdict(kind, name, True, check())
     except Exception as error:  # damaged files make the libraries fail in many ways, and each is a finding

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from ..cards.model_cards import ClassRow, Place, adapter_card, place_of_base
 from ..utils.checks import CONFIG_FINGERPRINT, check_not_mistyped
 from ..utils.files import read_json, read_mapping
 from .classes_json import CARD, results_without
+from .concept_folders import refuse_concepts
 
 
 SAMPLES = "samples.png"
@@ -44,18 +45,19 @@ class BaseFolder:
 
     def files(self) -> dict[str, Path | bytes]:
         """Files for the repository: JSON and safetensors, without adapters."""
-        files: dict[str, Path | bytes] = {}
-        for path in sorted({path for pattern in _BASE_FILES for path in self.folder.glob(pattern)}):
-            name = path.relative_to(self.folder).as_posix()
-            files[name] = path
-            if (
-                path.suffix == ".json"
-                and isinstance(settings := read_json(path), dict)
-                and "_name_or_path" in settings
-            ):
-                del settings["_name_or_path"]  # the folder that the model once came from
-                files[name] = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
-        return files
+        return pipeline_files(self.folder, {path for pattern in _BASE_FILES for path in self.folder.glob(pattern)})
+
+
+def pipeline_files(folder: Path, paths: Iterable[Path]) -> dict[str, Path | bytes]:
+    """Files of a pipeline's folder for the repository, by their names in it."""
+    files: dict[str, Path | bytes] = {}
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        files[name] = path
+        if path.suffix == ".json" and isinstance(settings := read_json(path), dict) and "_name_or_path" in settings:
+            del settings["_name_or_path"]  # the folder that the model once came from
+            files[name] = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+    return files
 
 
 def read_base(folder: Path) -> BaseFolder:
@@ -160,9 +162,11 @@ def read_run(folder: Path, *, own_base: bool, tasks: Sequence[Sequence[int]] | N
 
     Raises:
         FileNotFoundError: no folder of a run.
+        ConceptsError: a run of concepts.
         ValueError: a damaged adapter.
     """
     check_not_mistyped(f"`output_dir` is {os.fspath(folder)!r}", os.fspath(folder))
+    refuse_concepts(folder, folder)
     file = folder / "results.json"
     results = read_mapping(file, keys=["tasks"]) if file.is_file() else None
     trained = next((folder / name for name in GENERATOR_FOLDERS if (folder / name).is_dir()), None)

@@ -11,6 +11,7 @@ import torch
 
 from ..adapters.untrusted_adapter import ADAPTER_FILES, SavedAdapter, check_download, read_adapter
 from ..cards.model_cards import Place, concept_card, place_of
+from ..hub.concept_folders import CONCEPT_FILE
 from ..utils.field_types import Count, check_field_types
 from ..utils.files import file_sha256, read_mapping, write_json
 from .arguments import TINY, ConceptArguments
@@ -18,7 +19,6 @@ from .concepts import NAME, Concept
 from .token_rows import ROW_FILES, read_rows
 
 
-CONCEPT_FILE = "concept.json"
 CARD = "README.md"
 WEIGHTS = (ADAPTER_FILES[1], *ROW_FILES.values())
 CONCEPT_CONTENTS = (CONCEPT_FILE, *ADAPTER_FILES, *ROW_FILES.values(), CARD)
