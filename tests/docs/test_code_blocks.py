@@ -16,7 +16,12 @@ import pytest
 from runs import REPOSITORY, short_run
 from text_to_image import make_pipeline
 
-from funlora_hf.personalization.command import main as personalize
+from funlora_hf.personalization.arguments import (
+    ConceptArguments,
+    ConceptEvaluationArguments,
+    ConceptTrainingArguments,
+)
+from funlora_hf.personalization.run import ConceptRunArguments, personalize
 from funlora_hf.run import run
 
 
@@ -65,8 +70,11 @@ def folder(tmp_path_factory):
         }
         run(short_run(output_dir=str(folder / "outputs" / output), strategy=strategy, **arguments))
     for output, strategy in (("concepts", "funlora"), ("naive_lora", "naive_lora")):
-        given = ["--output_dir", str(folder / "outputs" / output), "--strategy", strategy]
-        personalize([*given, "--concept_order", "toy1", "--max_train_steps", "2", "--no_evaluation"])
+        training = ConceptTrainingArguments(
+            output_dir=str(folder / "outputs" / output), strategy=strategy, max_train_steps=2
+        )
+        evaluation = ConceptEvaluationArguments(evaluation=False)
+        personalize(ConceptRunArguments(ConceptArguments(concept_order=["toy1"]), training, evaluation))
     return folder
 
 
