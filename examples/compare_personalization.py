@@ -34,7 +34,7 @@ from transformers import HfArgumentParser
 
 from comparison.figures import COLOURS, MARKERS
 from funlora_hf.evaluation.figures import new_figure, sample_grid
-from funlora_hf.personalization.arguments import CONCEPT_ARGUMENTS
+from funlora_hf.personalization.arguments import CONCEPT_ARGUMENTS, ConceptArguments
 from funlora_hf.personalization.concepts import load_concepts
 from funlora_hf.personalization.run import ConceptRunArguments
 from funlora_hf.personalization.strategies.registry import CONCEPT_STRATEGIES, concept_strategy
@@ -112,6 +112,8 @@ def choose_rates(
     shared: Sequence[str],
     folder: Path,
     workers: int,
+    *,
+    tiny: bool,
 ) -> tuple[list[Choice], dict[str, Any]]:
     """Return the choices with their best rates, and all that was tried; a choice that names a rate keeps it."""
     jobs: dict[tuple[str, float], Job] = {}
@@ -121,7 +123,7 @@ def choose_rates(
         if argument in choice.arguments:
             continue
         for factor in factors:
-            rate = rates.tiny * factor
+            rate = (rates.tiny if tiny else rates.other) * factor
             tried = replace(choice, arguments={**choice.arguments, argument: f"{rate:g}"})
             place = folder / "rates" / choice.label / f"{rate:g}"
             jobs[choice.label, rate] = Job(
@@ -238,7 +240,7 @@ def main() -> None:
     try:
         choices = [Choice.parse(text) for text in given.strategies]
         arguments = check(choices, shared)
-        compare(given, choices, shared, [one.name for one in load_concepts(arguments.concepts.concepts)])
+        compare(given, choices, shared, arguments.concepts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -269,15 +271,17 @@ def check(choices: Sequence[Choice], shared: Sequence[str]) -> ConceptRunArgumen
 
 
 def compare(
-    given: argparse.Namespace, choices: Sequence[Choice], shared: Sequence[str], concepts: Sequence[str]
+    given: argparse.Namespace, choices: Sequence[Choice], shared: Sequence[str], arguments: ConceptArguments
 ) -> None:
     """Choose rates, run everything and write the comparison; ends the process with 1 if a run failed."""
-    folder, order = given.output_dir, orders(concepts, given.seeds)
+    names = [one.name for one in load_concepts(arguments.concepts)]
+    folder, order = given.output_dir, orders(names, given.seeds)
     rates: dict[str, Any] = {}
     if given.rate_factors:
         seed = given.seeds[0]
+        tiny = arguments.pretrained_model_name_or_path == TINY
         choices, rates = choose_rates(
-            choices, given.rate_factors, order[seed], seed, shared, folder, given.num_workers
+            choices, given.rate_factors, order[seed], seed, shared, folder, given.num_workers, tiny=tiny
         )
     jobs = {
         (choice.label, seed): Job(

@@ -29,6 +29,7 @@ from .continual.config import (
     ModelArguments,
     run_settings,
 )
+from .continual.run_context import ended, held
 from .continual.run_folder import RunFolder, differences, told
 from .continual.strategies.funlora import FunLora
 from .continual.strategies.registry import strategy_class
@@ -40,7 +41,7 @@ from .data.image_data import ImageClassificationData
 from .data.tasks import Task
 from .hub.concept_folders import refuse_concepts
 from .hub.find import Contents, find_contents
-from .run import Run, RunArguments, ended, held
+from .run import Run, RunArguments
 from .train import take_recipe
 from .utils.arguments import as_options, refuse_unknown, some_fields, tidy_help
 from .utils.checks import check_class_name, check_not_mistyped, expanded

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -31,14 +29,14 @@ from .continual.config import (
     run_settings,
 )
 from .continual.costs import count_parts, measure_parts
-from .continual.devices import deterministic_kernels
 from .continual.publishing import Publisher
+from .continual.run_context import ended, held, start_trackers
 from .continual.run_folder import EVALUATION, RunFolder
 from .continual.strategies.peft_methods import peft_method
 from .continual.strategies.registry import strategy_class
 from .continual.strategy import Setting, Strategy
 from .continual.termination import Termination
-from .continual.time_limit import TimeLimit, TimeLimitReached
+from .continual.time_limit import TimeLimit
 from .continual.trainer import ContinualTrainer, Listener
 from .data.class_ids import assign_class_ids, ordered_class_ids
 from .data.image_data import ImageClassificationData, load_image_data
@@ -53,7 +51,6 @@ from .hub.concept_folders import refuse_concepts
 from .sampling.solvers import DOPRI5_EVALUATIONS
 from .utils.checks import check_class_name
 from .utils.files import recover_folder
-from .utils.locks import folder_lock
 
 
 @dataclass
@@ -406,33 +403,6 @@ class Run:
             limit=self.limit,
             termination=self.termination,
         )
-
-
-def start_trackers(accelerator: Accelerator, training: LoopArguments) -> None:
-    """Start the trackers that the run requests."""
-    if training.report_to != "none":
-        accelerator.init_trackers("logs")
-
-
-@contextmanager
-def held(folder: Path, accelerator: Accelerator, training: LoopArguments) -> Iterator[None]:
-    """Hold the folder's lock, in the main process for all processes, and use the kernels that the run requests."""
-    lock = folder_lock(folder) if accelerator.is_main_process else nullcontext()
-    with lock, deterministic_kernels(accelerator.device, wanted=training.deterministic):
-        yield
-
-
-@contextmanager
-def ended(accelerator: Accelerator) -> Iterator[None]:
-    """End trackers and the process group after training, also at the time limit: gloo could abort on exit otherwise."""
-    try:
-        yield
-    except TimeLimitReached as reached:
-        # Its frames refer to a model that is wrapped for the group.
-        traceback.clear_frames(reached.__traceback__)
-        accelerator.end_training()
-        raise
-    accelerator.end_training()
 
 
 def _check_strategy(arguments: RunArguments) -> None:

@@ -14,11 +14,12 @@ import torch
 
 from ..continual.config import LATEST, run_settings
 from ..continual.learning import Phase
+from ..continual.run_context import ended, held, start_trackers
 from ..continual.termination import Termination
 from ..continual.time_limit import TimeLimit
 from ..continual.trainer import ContinualTrainer, Listener
 from ..data.tasks import Task
-from ..run import ended, held, make_accelerator, start_trackers
+from ..run import make_accelerator
 from ..utils.checks import did_you_mean
 from ..utils.files import file_sha256
 from .arguments import (
