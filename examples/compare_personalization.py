@@ -34,7 +34,7 @@ from transformers import HfArgumentParser
 
 from comparison.figures import COLOURS, MARKERS
 from funlora_hf.evaluation.figures import new_figure, sample_grid
-from funlora_hf.personalization.arguments import CONCEPT_ARGUMENTS, ConceptArguments
+from funlora_hf.personalization.arguments import CONCEPT_ARGUMENTS, TINY, ConceptArguments
 from funlora_hf.personalization.concepts import load_concepts
 from funlora_hf.personalization.run import ConceptRunArguments
 from funlora_hf.personalization.strategies.registry import CONCEPT_STRATEGIES, concept_strategy

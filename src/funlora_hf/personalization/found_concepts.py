@@ -226,7 +226,7 @@ def _check_concept(folder: Path, model: TextToImageModel | None, check: Fingerpr
 
 
 def _check_rows(concept: SavedConcept, model: TextToImageModel) -> None:
-    encoders = {
+    encoders: dict[str, Any] = {
         key: encoder
         for key, encoder in model.text_encoders.items()
         if key in model.tokenizers and key != "text_encoder_3"
