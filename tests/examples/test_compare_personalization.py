@@ -1,0 +1,128 @@
+"""The comparison of strategies that learn concepts: what it runs, chooses and writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import compare_personalization
+import pytest
+from compare_personalization import Choice, Job, check, choose_rates, orders, table
+
+from funlora_hf.personalization.concepts import load_concepts
+from funlora_hf.personalization.strategies.registry import concept_strategy
+from funlora_hf.utils.files import write_json
+
+
+def results(own, end, **other):
+    """Results of a run with one score, of two concepts."""
+    score = {
+        "matrix": [[own], [end, own]],
+        "own": own,
+        "end": (own + end) / 2,
+        "forgetting": own - end,
+        "drop": own - end,
+    }
+    return {
+        "scores": {"attr": score},
+        "floor": {"attr": 0.3},
+        "ceiling": {"attr": 1.0},
+        "numbers_per_concept": 1356,
+        "bytes_kept": 2000,
+        "seconds": {"training": 12.4},
+        "base_drift": {"after_task": [{"change": 0.25}, None]},
+        "zero_forgetting": {"identical": None},
+        **other,
+    }
+
+
+def test_a_choice_knows_options_of_the_strategy_from_arguments_of_the_run():
+    choice = Choice.parse("clora:penalty=10,rank=2,target_modules=kv+cross,label=weak")
+    assert (choice.name, choice.label) == ("clora", "weak")
+    expected = "--strategy clora --strategy_options penalty=10 --rank 2 --target_modules kv cross"
+    assert choice.options() == expected.split()
+    assert Choice.parse("lora") == Choice("lora", "lora")
+
+
+@pytest.mark.parametrize(
+    ("texts", "shared", "error"),
+    [
+        (["clora:penalty"], [], "'penalty' has no value"),
+        (["nothing"], [], "`strategy` is 'nothing'"),
+        (["lora", "lora"], [], "expected each label once"),
+        (["clora:penalty=much"], [], "`penalty`"),
+        (["lora"], ["--seed", "1"], "--seed is given for all runs"),
+        (["textual_inversion"], ["--concept_train_steps", "0"], "`concept_train_steps` should be a positive integer"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(texts, shared, error):
+    with pytest.raises(ValueError, match=error):
+        check([Choice.parse(text) for text in texts], shared)
+
+
+def test_each_seed_has_an_order_of_its_own():
+    names = [concept.name for concept in load_concepts("tiny")]
+    found = orders(names, [0, 1, 2])
+    assert found[0] == names
+    assert sorted(found[1]) == sorted(names) != found[1]
+    assert found == orders(names, [0, 1, 2])
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_each_strategy_gets_the_rate_with_the_best_end(tiny, tmp_path, monkeypatch):
+    rates = concept_strategy("lora").rates
+    default = rates.tiny if tiny else rates.other
+    asked = []
+
+    def run(job):
+        rate = float(job.options[job.options.index("--concept_learning_rate") + 1])
+        asked.append(job.options[-2:])
+        return results(0.5, {0.5: 0.2, 1.0: 0.9, 2.0: 0.4}[round(rate / default, 3)])
+
+    monkeypatch.setattr(Job, "run", run)
+    choices = [Choice.parse("lora"), Choice.parse("naive_lora:concept_learning_rate=0.1")]
+    chosen, record = choose_rates(choices, [0.5, 1, 2], ["a", "b", "c"], 0, [], tmp_path, 1, tiny=tiny)
+    assert chosen[0].arguments == {"concept_learning_rate": f"{default:g}"}
+    assert chosen[1] == choices[1]
+    assert record.keys() == {"lora"}
+    assert not record["lora"]["at_the_edge"]
+    assert asked == [("a", "b")] * 3
+
+
+def test_the_table_has_means_over_seeds():
+    text = table({"lora": [results(0.8, 0.4), results(0.6, 0.2)]})
+    row = text.splitlines()[2]
+    assert row == "| lora | 1,356 | 2,000 | 12 | 0.70, 0.50 | 0.40 | 0.250 | - |"
+    assert text.endswith("Floor (the base with the noun) / ceiling (real images): attr 0.30 / 1.00.")
+
+
+def test_a_failed_run_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
+    def run(job):
+        if "naive_lora" in job.options:
+            return None
+        write_json(job.folder / "results.json", results(0.8, 0.8))
+        return results(0.8, 0.8)
+
+    monkeypatch.setattr(Job, "run", run)
+    arguments = ["--strategies", "lora", "naive_lora", "--seeds", "0", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["compare_personalization.py", *arguments])
+    with pytest.raises(SystemExit, match=r"failed runs: .*naive_lora"):
+        compare_personalization.main()
+    assert "| lora |" in (tmp_path / "comparison.md").read_text()
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["results"].keys() == {"lora"}
+    assert len(written["failed"]) == 1
+    assert (tmp_path / "figures" / "scores.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_two_strategies_from_start_to_end(tmp_path, monkeypatch, capsys):
+    given = ["--strategies", "funlora", "naive_lora:rank=2", "--seeds", "1", "--output_dir", str(tmp_path)]
+    given += ["--max_train_steps", "2", "--num_samples_per_prompt", "1", "--num_inference_steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["compare_personalization.py", *given])
+    compare_personalization.main()
+    rows = [line.split(" | ")[0] for line in (tmp_path / "comparison.md").read_text().splitlines()[2:4]]
+    assert rows == ["| funlora", "| naive_lora:rank=2"]
+    assert (tmp_path / "figures" / "samples.png").stat().st_size > 0
+    folders = {path.parent.name for path in tmp_path.glob("seed_1/*/results.json")}
+    assert folders == {"funlora", "naive_lora:rank=2"}
