@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -226,7 +227,7 @@ def _check_concept(folder: Path, model: TextToImageModel | None, check: Fingerpr
 
 
 def _check_rows(concept: SavedConcept, model: TextToImageModel) -> None:
-    encoders = {
+    encoders: dict[str, Any] = {
         key: encoder
         for key, encoder in model.text_encoders.items()
         if key in model.tokenizers and key != "text_encoder_3"
