@@ -27,7 +27,7 @@ from .adapters.class_folder import ADAPTERS_FOLDER, adapter_class
 from .adapters.untrusted_base import PIPELINE
 from .continual.termination import Terminated, Termination
 from .hub.classes_json import known_contents
-from .hub.concept_folders import ConceptsError
+from .hub.concept_folders import ConceptsError, concept_folders
 from .hub.delete import delete_class
 from .hub.describe import AdapterDescription, BankDescription, Description, describe
 from .hub.find import find_contents
@@ -151,21 +151,25 @@ def _parser() -> argparse.ArgumentParser:
 
     add(_info, "Print what is in a folder, a file or a repository", look)
 
-    sample = add(_sample, "Draw images of classes into a PNG, one row per class")
+    sample = add(_sample, "Draw images of classes, or of prompts with concepts, into a PNG, one row each")
     sample.add_argument("base", type=_path, metavar="BASE", help="run, pipeline or repository, with its adapters")
     more = f"more classes: {_HELP_SOURCE}"
     sample.add_argument("--adapters", nargs="+", type=_path, default=[], metavar="SOURCE", help=more)
     sample.add_argument("--classes", nargs="+", metavar="CLASS", help="classes by id or name (default: all)")
     sample.add_argument("--class_label", nargs="+", default=[], type=int, metavar="ID", help="classes by id only")
     sample.add_argument("--class_name", nargs="+", default=[], metavar="NAME", help="classes by name only")
-    sample.add_argument("--num_images", type=_at_least_one, default=4, help="images per class (default: %(default)s)")
-    sample.add_argument("--num_inference_steps", type=_at_least_one, help="(default: 10; 'dopri5' chooses its steps)")
-    sample.add_argument("--solver", choices=SOLVERS, default="heun", help="(default: %(default)s)")
+    text = "a prompt with tokens of the concepts in BASE, whose adapters are active; repeatable"
+    sample.add_argument("--prompt", action="append", dest="prompts", default=[], metavar="TEXT", help=text)
+    sample.add_argument("--num_images", type=_at_least_one, default=4, help="images per row (default: %(default)s)")
+    text = "(default: 10, and 16 of a prompt; 'dopri5' chooses its steps)"
+    sample.add_argument("--num_inference_steps", type=_at_least_one, help=text)
+    sample.add_argument("--solver", choices=SOLVERS, help="of classes (default: heun)")
+    sample.add_argument("--guidance_scale", type=float, help="of a prompt; 1: none (default: 2.5)")
     sample.add_argument("--seed", type=int, default=0, help="equal seeds give equal images (default: %(default)s)")
     sample.add_argument("--output", type=_path, default="samples.png", help="PNG to write (default: %(default)s)")
     sample.add_argument("--device", default="cpu", help="such as cuda or mps (default: %(default)s)")
 
-    push = add(_push, "Push a run to the Hub: its base and a folder for each class")
+    push = add(_push, "Push a run to the Hub: its base and a folder for each class or concept")
     push.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="folder of a run")
     push.add_argument("repo_id", metavar="REPO_ID", help='"user/repo", created if it does not exist')
     push.add_argument("--base_model", metavar="REPO", help="repository of the base, if it is not REPO_ID")
@@ -188,8 +192,8 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--with_base", action="store_true", help="also fetch the base")
     fetch.add_argument("--overwrite", action="store_true", help="replace folders that have other content")
 
-    delete = add(_delete, "Delete a class from a folder and from a repository")
-    delete.add_argument("class_label", metavar="CLASS", help="id or name of the class")
+    delete = add(_delete, "Delete a class or a concept from a folder and from a repository")
+    delete.add_argument("class_label", metavar="CLASS", help="id or name of the class, or name of the concept")
     delete.add_argument(
         "--output_dir", type=_path, help="folder of a run or of a saved pipeline to delete the class from"
     )
@@ -352,9 +356,11 @@ def _sample(
     num_images: int,
     output: str,
     device: str,
-    solver: str,
+    solver: str | None,
     num_inference_steps: int | None,
     seed: int,
+    prompts: list[str],
+    guidance_scale: float | None,
 ) -> int:
     from .evaluation.figures import image_grid
 
@@ -364,8 +370,18 @@ def _sample(
         )
     if not output.lower().endswith(".png"):
         raise ValueError(f"`--output` is {output!r}, expected a name ending in .png; only PNG is written.")
-    how: dict[str, Any] = {"solver": solver, "num_inference_steps": num_inference_steps or 10, "seed": seed}
     place = _device(device)
+    how: dict[str, Any] = {"num_images": num_images, "seed": seed}
+    if prompts:
+        of_classes = {"adapters": adapters, "classes": classes, "class_label": class_label, "class_name": class_name}
+        for option, value in {**of_classes, "solver": solver}.items():
+            if value:
+                raise ValueError(f"`--{option}` is {value!r}, but `--prompt` draws concepts: leave one of them out.")
+        how |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "device": place}
+        return _sample_prompts(base, prompts, output, **{name: one for name, one in how.items() if one is not None})
+    if guidance_scale is not None:
+        raise ValueError(f"`--guidance_scale` is {guidance_scale}, which only `--prompt` uses: leave it out.")
+    how = {"solver": solver or "heun", "num_inference_steps": num_inference_steps or 10, "seed": seed}
     pipe = _load(base, adapters)
     class_ids = [_class_id(pipe.classes, text) for text in classes or ()]
     class_ids += [_class_id(pipe.classes, text, "--class_label") for text in map(str, class_label)]
@@ -385,8 +401,33 @@ def _sample(
     return 0
 
 
+def _sample_prompts(base: str, prompts: list[str], output: str, **how: Any) -> int:
+    from .evaluation.figures import image_grid
+    from .personalization.sampling import sample_prompts
+
+    rows = sample_prompts(base, prompts, **how)
+    image_grid(torch.cat([row.images for row in rows]), output, columns=how["num_images"], names=prompts)
+    for number, row in enumerate(rows, start=1):
+        what = (
+            f"concept{'s' * (len(row.concepts) > 1)} {', '.join(row.concepts)}"
+            if row.concepts
+            else "no concept, the base"
+        )
+        active = f", {len(row.adapters)} adapters active together" if len(row.adapters) > 1 else ""
+        _say(f"row {number}: {row.prompt}: {what}{active}")
+    _say(output)
+    return 0
+
+
 def _push(repo_id: str, **options: Any) -> int:
-    commits = push_all(repo_id=repo_id, **options)
+    try:
+        commits = push_all(repo_id=repo_id, **options)
+    except ConceptsError:
+        if not concept_folders(Path(options["output_dir"])):
+            raise  # they are in the repository
+        from .personalization.sharing import push_concepts
+
+        commits = push_concepts(repo_id=repo_id, **options)
     for commit in commits:
         _say(commit.commit_url)
     if not commits:
@@ -407,6 +448,12 @@ def _delete(class_label: str, history: str, **places: Any) -> int:
             rows = known_contents(repo_id, HubRepository(repo_id, create=False).files()).classes.values()
             classes |= {row.class_label: row.class_name for row in rows}
         class_id = _class_id(classes, class_label, "CLASS")
+    except ConceptsError:
+        from .personalization.sharing import delete_concept
+
+        for place in delete_concept(class_label, **places, history=history):
+            _say(f"deleted concept {class_label} from {places[place]}")
+        return 0
     except (ValueError, FileNotFoundError):
         # A class that is damaged or not listed can be deleted by its id.
         if not class_label.isdecimal() or class_label in classes.values():

@@ -254,17 +254,57 @@ def concept_card(
         place: where the concept and its base are.
         license: identifier of a licence, as the Hub has them.
     """
+    return _concept_card(
+        about,
+        parameters=parameters,
+        size=_size(num_bytes),
+        config=config,
+        is_tiny=is_tiny,
+        place=place,
+        license=license,
+    )
+
+
+def concepts_card(
+    abouts: Sequence[Mapping[str, Any]], *, is_tiny: bool = False, place: Place = Place(), license: str | None = None
+) -> ModelCard:
+    """
+    The card at the root of a repository with a folder for each of some concepts.
+
+    Args:
+        abouts: contents of their `concept.json`, as for `concept_card`; the first one is the example.
+        is_tiny, license: as for `concept_card`.
+        place: the repository and the base.
+    """
+    table = [[_text(one["name"]), _text(one["token"]), _text(one["noun"]), _text(one["strategy"])] for one in abouts]
+    nothing = {"name": "", "strategy": "", "instance_prompt": "", "family": "", "in_model": False}
+    about = abouts[0] if abouts else nothing
+    folder = about["name"] or None
+    return _concept_card(about, table=table, folder=folder, config=None, is_tiny=is_tiny, place=place, license=license)
+
+
+def _concept_card(
+    about: Mapping[str, Any],
+    *,
+    config: PeftConfig | None,
+    is_tiny: bool,
+    place: Place,
+    license: str | None,
+    folder: str | None = None,
+    **parts: Any,
+) -> ModelCard:
+    """The card of a concept or, with `table`, of several, of which `about` is one in the `folder`."""
     source = repository(place.source)
     name = about["name"] if source is None else "/".join([source.split("/")[1], place.subfolder or ""]).rstrip("/")
     data = ModelCardData(
-        base_model=place.base,
-        base_model_relation=None if place.base is None else "adapter",
+        base_model=repository(place.base),
+        base_model_relation=None if repository(place.base) is None else "adapter",
         library_name="diffusers" if config is None else "peft",
         license=license,
         model_name=name,
         pipeline_tag="text-to-image",
-        instance_prompt=about["instance_prompt"],
-        tags=["text-to-image", "diffusers", "funlora", about["strategy"].translate(_YAML_BREAKS)],
+        instance_prompt=about["instance_prompt"] or None,
+        tags=["text-to-image", "diffusers", "funlora"],
     )
     return ModelCard.from_template(
         data,
@@ -274,17 +314,17 @@ def concept_card(
         arguments=_arguments,
         in_code=json.dumps,
         source=source,
-        subfolder=place.subfolder,
-        base=place.base,
+        subfolder=folder or place.subfolder,
+        base=repository(place.base),
         base_revision=place.base_revision,
-        base_link=_base_link(place.base, place.base_revision),
+        base_link=_base_link(repository(place.base), place.base_revision),
         is_tiny=is_tiny,
         is_reconstructed=about["strategy"] in RECONSTRUCTED,
         method=None if config is None else PeftType(config.peft_type).value,
         config=config,
         is_funlora=isinstance(config, FunLoraConfig),
-        parameters=parameters,
-        size=_size(num_bytes),
+        title=name,
+        **parts,
         fingerprints={
             dtype: (getattr(config, "base_fingerprint", None) or {}).get(dtype) for dtype in FINGERPRINT_DTYPES
         },

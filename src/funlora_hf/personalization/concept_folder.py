@@ -73,12 +73,12 @@ class ConceptRecord:
 
     def published(self, place: Place) -> ConceptRecord:
         """Return this record for the Hub: its base as in `place`, without a local path."""
-        if self.is_tiny:
+        if self.is_tiny and place.base is None:
             return self
         return replace(self, base_model_name_or_path=place.base, revision=place.base_revision)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SavedConcept:
     """A concept's folder, its adapter without the numbers.
 
@@ -111,12 +111,13 @@ class SavedConcept:
 
     def card(self, place: Place, *, license: str | None = None) -> bytes:
         """Return its card, for the place that it will be at."""
+        record = self.record.published(place)
         card = concept_card(
-            asdict(self.record),
+            asdict(record),
             parameters=self.parameters,
             num_bytes=self.num_bytes,
             config=None if self.adapter is None else self.adapter.config,
-            is_tiny=self.record.is_tiny,
+            is_tiny=record.is_tiny,
             place=place,
             license=license,
         )
@@ -166,13 +167,7 @@ def read_record(folder: Path) -> ConceptRecord:
         FileNotFoundError: no such file, or a weight file is missing.
         ValueError: a damaged one, or a weight file that it does not name.
     """
-    file = folder / CONCEPT_FILE
-    given = read_mapping(file, keys=[one.name for one in fields(ConceptRecord) if one.default is MISSING])
-    try:
-        # A field of a later version is not needed to load the concept.
-        record = ConceptRecord(**{one.name: given[one.name] for one in fields(ConceptRecord) if one.name in given})
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(file)!r} is damaged: {error}") from error
+    record = parse_record(folder / CONCEPT_FILE)
     there = {name for name in (*ADAPTER_FILES, *WEIGHTS) if (folder / name).is_file()}
     expected = {*record.weights, *(ADAPTER_FILES[:1] if record.has_adapter else ())}
     if missing := sorted(expected - there):
@@ -184,6 +179,16 @@ def read_record(folder: Path) -> ConceptRecord:
             f"{os.fspath(folder)!r} has {', '.join(others)}, which its {CONCEPT_FILE} does not name: get the whole folder again."
         )
     return record
+
+
+def parse_record(file: Path) -> ConceptRecord:
+    """Read a `concept.json` by itself. Raises a ValueError for a damaged one."""
+    given = read_mapping(file, keys=[one.name for one in fields(ConceptRecord) if one.default is MISSING])
+    try:
+        # A field of a later version is not needed to load the concept.
+        return ConceptRecord(**{one.name: given[one.name] for one in fields(ConceptRecord) if one.name in given})
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(file)!r} is damaged: {error}") from error
 
 
 def read_concept(folder: Path) -> SavedConcept:

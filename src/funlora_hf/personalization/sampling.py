@@ -1,0 +1,141 @@
+"""Draw images of prompts with the concepts of a run: those whose tokens a prompt has."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .arguments import ConceptEvaluationArguments
+from .concept_folder import ConceptRecord, SavedConcept
+from .drawing import draw
+from .found_concepts import FoundConcepts, find_concepts, load_base
+from .load_concept import load_concept
+from .token_rows import with_vectors
+
+
+@dataclass(frozen=True)
+class PromptImages:
+    """What was drawn.
+
+    Args:
+        prompt: the prompt.
+        concepts: names of the concepts whose tokens it has, in its order.
+        adapters: names of those whose adapters were active together.
+        images: uint8, `(n, 3, h, w)`.
+    """
+
+    prompt: str
+    concepts: list[str]
+    adapters: list[str]
+    images: torch.Tensor
+
+
+def sample_prompts(
+    source: str | os.PathLike,
+    prompts: Sequence[str],
+    *,
+    num_images: int = 4,
+    num_inference_steps: int = ConceptEvaluationArguments.num_inference_steps,
+    guidance_scale: float = ConceptEvaluationArguments.guidance_scale,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> list[PromptImages]:
+    """
+    Draw images of prompts on the base of a run's concepts; the adapters of those whose tokens a prompt has are active.
+
+    Without a token, the base draws. Equal seeds give equal noise, whatever the prompt.
+
+    Args:
+        source: folder of a run or of a concept, or a repository with concepts.
+        prompts: with tokens as they were learned.
+        num_images: images of each prompt.
+        num_inference_steps: steps of the pipeline's scheduler.
+        guidance_scale: of classifier-free guidance; 1: none.
+        seed: of the noise.
+        device: where to draw.
+
+    Raises:
+        FileNotFoundError: no such folder or repository, no concept in it, or no base.
+        ValueError: a word in <> that is no token of these concepts, a prompt over the tokenizer's limit, concepts of several bases, or
+            what `load_concept` raises.
+    """
+    config = ConceptEvaluationArguments(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    found = find_concepts(source)
+    concepts = found.saved()
+    wanted = [_concepts_in(prompt, concepts) for prompt in prompts]
+    needed = [one for one in concepts if any(one in some for some in wanted)] or concepts[:1]
+    pipe = _pipeline(found, [one.record for one in needed], device)
+    record = needed[0].record
+    denoiser = pipe.transformer if record.family == "sd3" else pipe.unet
+    if not record.in_model:
+        for one in (one for some in wanted for one in some):
+            if one.record.token not in pipe.tokenizer.get_vocab():
+                load_concept(pipe, one.folder)
+    _check_length(pipe, prompts)
+    drawn = []
+    for prompt, some in zip(prompts, wanted, strict=True):
+        adapters = [one.record.name for one in some if one.record.has_adapter]
+        if adapters:
+            denoiser.enable_adapters()
+            denoiser.set_adapter(adapters)
+        elif getattr(denoiser, "peft_config", None):
+            denoiser.disable_adapters()
+        images = draw(
+            pipe,
+            [prompt],
+            num_images,
+            purpose="funlora sample",
+            seed=seed,
+            resolution=record.resolution,
+            config=config,
+        )
+        drawn.append(PromptImages(prompt, [one.record.name for one in some], adapters, images))
+    return drawn
+
+
+def _concepts_in(prompt: str, concepts: Sequence[SavedConcept]) -> list[SavedConcept]:
+    """The concepts whose tokens a prompt has, each once, in its order."""
+    by_token = {one.record.token.lower(): one for one in concepts}
+    # The tokenizer does not distinguish upper and lower case, and takes the longest token.
+    longest_first = sorted(map(re.escape, by_token), key=len, reverse=True)
+    tokens = re.findall("|".join(longest_first), prompt.lower())
+    if others := sorted(set(re.findall(r"<[^\s<>]+>", prompt.lower())) - by_token.keys()):
+        known = ", ".join(one.record.token for one in concepts)
+        raise ValueError(f"`--prompt` {prompt!r} has {', '.join(others)}, expected tokens of these concepts: {known}.")
+    return [by_token[token] for token in dict.fromkeys(tokens)]
+
+
+def _pipeline(found: FoundConcepts, records: Sequence[ConceptRecord], device: torch.device | str) -> Any:
+    """The stock pipeline of the concepts' base, or that of their run."""
+    record = records[0]
+    if record.in_model:
+        return load_base(found.model(), revision=found.revision, device=device, drop_t5=record.drop_t5).pipeline()
+    how = ("base_model_name_or_path", "revision", "variant", "drop_t5", "in_model", "resolution")
+    if len({tuple(getattr(one, name) for name in how) for one in records}) > 1:
+        raise ValueError(
+            f"{found.source!r} has concepts of several bases or sizes ({', '.join(one.name for one in records)}): draw one at a time."
+        )
+    if record.base_model_name_or_path is None:
+        raise FileNotFoundError(
+            f"{found.source!r} does not name the base of its concepts, which has not been published: load the base in Python and use "
+            "`load_concept`."
+        )
+    return load_base(
+        record.base_model_name_or_path,
+        revision=record.revision,
+        variant=record.variant,
+        drop_t5=record.drop_t5,
+        device=device,
+    ).pipeline()
+
+
+def _check_length(pipe: Any, prompts: Sequence[str]) -> None:
+    most = pipe.tokenizer.model_max_length
+    for prompt, text in zip(prompts, with_vectors(prompts, pipe.tokenizer), strict=True):
+        if (length := len(pipe.tokenizer(text).input_ids)) > most:
+            raise ValueError(f"`--prompt` {prompt!r} has {length} tokens, expected at most {most}: shorten it.")
