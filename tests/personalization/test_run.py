@@ -84,14 +84,7 @@ def test_results_of_a_strategy_that_changes_the_past(inputs, tmp_path):
 def test_concepts_have_the_same_results_in_any_order(inputs, finished, tmp_path):
     """Of a strategy that learns each for itself, to the bit."""
     folder, _ = finished
-    run(
-        inputs,
-        tmp_path / "run",
-        concept_order=["b2", "c1", "b0"],
-        evaluation=False,
-        num_samples_per_prompt=4,
-        clip_model=None,
-    )
+    run(inputs, tmp_path / "run", concept_order=["b2", "c1", "b0"], evaluation=False)
     found, expected = contents(tmp_path / "run"), contents(folder)
     for name in ("b0", "c1"):
         assert (
@@ -124,7 +117,7 @@ def test_a_run_that_failed_in_its_evaluation_goes_on(strategy, inputs, tmp_path,
 
 
 def test_without_an_evaluation(inputs, tmp_path):
-    how = {"evaluation": False, "num_samples_per_prompt": 4, "clip_model": None}
+    how = {"evaluation": False}
     results = run(inputs, tmp_path / "run", **how)
     assert results["scores"] == {}
     assert results["floor"] is results["ceiling"] is results["base_drift"] is None
@@ -159,7 +152,7 @@ def test_the_folder_of_a_finished_run(finished, inputs, tmp_path, capsys):
 
 def test_settings_of_the_evaluation_may_not_change(inputs, tmp_path):
     """The model after an earlier task is gone."""
-    how = {"strategy": "naive_lora", "evaluation": False, "num_samples_per_prompt": 4, "clip_model": None}
+    how = {"strategy": "naive_lora", "evaluation": False}
     run(inputs, tmp_path / "run", **how)
     (tmp_path / "run/results.json").unlink()
     with pytest.raises(ValueError, match="evaluation was False and is True") as error:
@@ -168,7 +161,7 @@ def test_settings_of_the_evaluation_may_not_change(inputs, tmp_path):
 
 
 def test_pictures_in_the_folder_are_not_deleted(inputs, tmp_path):
-    how = {"evaluation": False, "num_samples_per_prompt": 4, "clip_model": None, "concept_train_steps": 1}
+    how = {"evaluation": False, "concept_train_steps": 1}
     folder = tmp_path / "run"
     run(inputs, folder, **how)
     write_pictures(folder / "figures/pictures/b", 2, seed=0)
@@ -208,8 +201,12 @@ REFUSED = {
         "pretrained_model_name_or_path": "tiny",
     },
     "`drop_t5` is True, expected False": {"drop_t5": True},
-    "`clip_model` is .*, but `evaluation` is False": {"evaluation": False, "num_samples_per_prompt": 4},
-    "`num_samples_per_prompt` is 2, but `evaluation` is False": {"evaluation": False, "clip_model": None},
+    "`clip_model` is .*, but `evaluation` is False": {"evaluation": False, "clip_model": "clip"},
+    "`num_samples_per_prompt` is 2, but `evaluation` is False": {
+        **{"evaluation": False, "num_samples_per_prompt": 2},
+        **{"with_prior_preservation": True},
+    },
+    "`guidance_scale` is 3.0, but `evaluation` is False": {"evaluation": False, "guidance_scale": 3.0},
     "`target_modules` is ..": {"target_modules": []},
     "`function` is 'sine'": {"function": "sine"},
     "`concept_train_steps` is 3 and `concept_epochs` is 2": {"concept_epochs": 2},
@@ -273,7 +270,7 @@ def plain(inputs, tmp_path_factory):
 
 
 def _weights(inputs, folder, given):
-    how = {"evaluation": False, "num_samples_per_prompt": 4, "clip_model": None, "concept_order": ["b0"]}
+    how = {"evaluation": False, "concept_order": ["b0"]}
     if given.get("train_token") is False:
         how["token_learning_rate"] = None
     run(inputs, folder, **how, **given)
@@ -297,7 +294,7 @@ def test_half_precision_runs(inputs, tmp_path):
 
 
 def test_prior_images_are_drawn_once_by_the_base(inputs, tmp_path):
-    how = {"evaluation": False, "num_samples_per_prompt": 4, "clip_model": None}
+    how = {"evaluation": False}
     how |= {"with_prior_preservation": True, "num_class_images": 2, "concept_order": ["b0", "b2"]}
     run(inputs, tmp_path / "run", **how)
     folder = tmp_path / "run/checkpoints/class_images"

@@ -46,6 +46,8 @@ def write_inputs(folder: Path) -> Path:
 
 def make_arguments(inputs: Path, output: Path, **given: Any) -> ConceptRunArguments:
     """Arguments of a short run, with those given."""
+    evaluated = given.get("evaluation", True)
+    drawn = evaluated or given.get("with_prior_preservation")
     given = {
         "pretrained_model_name_or_path": str(inputs / "base"),
         "concepts": str(inputs / "concepts.json"),
@@ -55,9 +57,8 @@ def make_arguments(inputs: Path, output: Path, **given: Any) -> ConceptRunArgume
         "concept_batch_size": 2,
         "concept_warmup_steps": 1,
         "token_learning_rate": 2e-2,
-        "num_samples_per_prompt": 2,
-        "num_inference_steps": 2,
-        "clip_model": str(inputs / "clip"),
+        **({"num_inference_steps": 2} if drawn else {}),
+        **({"num_samples_per_prompt": 2, "clip_model": str(inputs / "clip")} if evaluated else {}),
         **given,
     }
     if given.get("strategy") != "textual_inversion":

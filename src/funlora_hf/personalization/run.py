@@ -44,9 +44,6 @@ from .tiny import tiny_base
 
 logger = logging.getLogger(__name__)
 
-# Other settings of the evaluation are also those of drawn class images.
-_ONLY_TO_EVALUATE = ("num_samples_per_prompt", "clip_model", "dino_model")
-
 
 @dataclass
 class ConceptRunArguments:
@@ -67,9 +64,14 @@ class ConceptRunArguments:
                 "`push_to_hub` is set, expected False: concepts are pushed by `funlora push` after the run."
             )
         if not self.evaluation.evaluation:
+            # The other settings are also those with which the base draws class images.
+            draws, of_evaluation = (
+                self.concepts.with_prior_preservation,
+                ("num_samples_per_prompt", "clip_model", "dino_model"),
+            )
             for one in fields(self.evaluation):
                 value = getattr(self.evaluation, one.name)
-                if one.name in _ONLY_TO_EVALUATE and value != one.default:
+                if value not in (False, one.default) and (one.name in of_evaluation or not draws):
                     raise ValueError(
                         f"`{one.name}` is {value!r}, but `evaluation` is False: leave one of the two out."
                     )

@@ -31,6 +31,11 @@ class Stop(Exception):
     pass
 
 
+def some_fast(*names):
+    """All strategies, of which the others are left for the slow tests."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in ALL]
+
+
 def first_phase(strategy):
     return next(iter(strategy.phases(strategy.setting.tasks[0])))
 
@@ -59,7 +64,7 @@ def test_the_first_batch_sees_the_base(name, family, tmp_path):
     assert torch.equal(prediction(strategy.model), before)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some_fast("funlora", "textual_inversion", "naive_lora", "clora", "cns", "joint"))
 def test_a_run(name, tmp_path):
     """The base is equal to the bit after training and sampling, so are the files of earlier concepts; numbers and bytes are as told."""
     strategy = make_strategy(name, tmp_path / "run")
@@ -113,7 +118,7 @@ def test_what_is_counted_is_trained(name, tmp_path):
     strategy.release_phase(phase, trainable)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", some_fast("funlora", "merge_orthogonal", "cns", "joint"))
 def test_a_stopped_run_equals_one_in_one_piece(name, tmp_path):
     """Stopped within the second phase, after a checkpoint, and again between two tasks."""
     learn(make_strategy(name, tmp_path / "whole"))
@@ -193,7 +198,17 @@ def test_half_precision(name, tmp_path):
 @pytest.mark.parametrize("name", ["funlora", "custom_diffusion"])
 def test_checkpointed_gradients_change_nothing(name, tmp_path):
     for folder, value in (("plain", False), ("checkpointed", True)):
-        learn(make_strategy(name, tmp_path / folder, nouns="b", gradient_checkpointing=value))
+        strategy = make_strategy(name, tmp_path / folder, nouns="b", gradient_checkpointing=value)
+        seen, after_step = set(), strategy.after_step
+
+        def step(phase, strategy=strategy, seen=seen, after_step=after_step):
+            seen.add(strategy.model.denoiser.is_gradient_checkpointing)
+            after_step(phase)
+
+        strategy.after_step = step
+        learn(strategy)
+        assert seen == {value}
+        assert not strategy.model.denoiser.is_gradient_checkpointing
     assert contents(tmp_path / "plain") == contents(tmp_path / "checkpointed")
 
 
@@ -261,7 +276,7 @@ def test_two_concepts_together(name, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
-@pytest.mark.parametrize("name", ["funlora", "lora", "textual_inversion", "clora", "custom_diffusion", "cns"])
+@pytest.mark.parametrize("name", some_fast("funlora", "custom_diffusion", "cns"))
 def test_families(name, family, tmp_path):
     """A concept, or the whole model, loads into the stock pipeline and draws the run's images, to the bit."""
     if (name, family) == ("cns", "sd3"):
