@@ -187,8 +187,6 @@ def test_arguments_of_a_folder(finished, inputs, tmp_path):
 REFUSED = {
     "`concept_order` has 'b1', expected some of 'b0', 'c1', 'b2'": {"concept_order": ["b1"]},
     "`concept_order` is .*, expected each name once": {"concept_order": ["b0", "b0"]},
-    "`push_to_hub` is set, expected False": {"push_to_hub": True},
-    "`hub_model_id` is 'a/b' but `push_to_hub` is not set": {"hub_model_id": "a/b"},
     "`strategy` is 'replay', expected": {"strategy": "replay"},
     "`strategy_options` has 'rank', but `strategy` 'funlora' expects none": {"strategy_options": ["rank=3"]},
     "`timestep_density` is 'logit_normal', expected 'uniform': DDIMScheduler is no flow": {

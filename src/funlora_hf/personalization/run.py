@@ -59,10 +59,6 @@ class ConceptRunArguments:
 
     def __post_init__(self) -> None:
         concept_strategy(self.training.strategy).make_options(self.training.strategy_options or {})
-        if self.training.push_to_hub:
-            raise ValueError(
-                "`push_to_hub` is set, expected False: concepts are pushed by `funlora push` after the run."
-            )
         if not self.evaluation.evaluation:
             # The other settings are also those with which the base draws class images.
             draws, of_evaluation = (
