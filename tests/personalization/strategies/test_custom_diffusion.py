@@ -51,6 +51,10 @@ def test_constrained_run(tmp_path):
     )
     learn(strategy)
     kept, concept = strategy.load(strategy.setting.tasks), strategy.setting.concepts[0]
+    norms = strategy.details()["change_norms"]
+    own = torch.cat([one.flatten() for one in only(kept, "own_0").values()])
+    assert norms["own"] == [pytest.approx(own.norm().item())]
+    assert norms["merged"] != norms["own"][0]
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "run/model/unet")
     strategy.load_rows([0])
     for prompt in (f"{concept.token} b", f"a photo of {concept.token} b"):
