@@ -276,8 +276,14 @@ def concepts_card(
         is_tiny, license: as for `concept_card`.
         place: the repository and the base.
     """
-    table = [[_text(one["name"]), _text(one["token"]), _text(one["noun"]), _text(one["strategy"])] for one in abouts]
-    nothing = {"name": "", "strategy": "", "instance_prompt": "", "family": "", "in_model": False}
+    table = [
+        [
+            *(_text(one[key]) for key in ("name", "token", "noun", "strategy")),
+            " (reconstructed)" if one["strategy"] in RECONSTRUCTED else "",
+        ]
+        for one in abouts
+    ]
+    nothing: Mapping[str, Any] = {"name": "", "strategy": "", "instance_prompt": "", "family": "", "in_model": False}
     about = abouts[0] if abouts else nothing
     folder = about["name"] or None
     return _concept_card(about, table=table, folder=folder, config=None, is_tiny=is_tiny, place=place, license=license)

@@ -104,7 +104,7 @@ def find_concepts(
     folders = concept_folders(root)
     if not folders:
         raise FileNotFoundError(
-            f"{os.path.join(source, subfolder or '')!r} has no {CONCEPT_FILE} in it, expected the folder of a run of `funlora personalize`, "
+            f"{os.fspath(Path(source, subfolder or ''))!r} has no {CONCEPT_FILE} in it, expected the folder of a run of `funlora personalize`, "
             "or of one of its concepts."
         )
     return FoundConcepts(os.fspath(source), revision, root, tuple(folders))
