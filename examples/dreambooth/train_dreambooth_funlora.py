@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from dreambooth_training import DreamBoothArguments, Prompt, main
-from funlora_hf.flow_matching import flow_matching_loss
+from funlora_hf.personalization.objective import Objective
 
 
 PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline)
@@ -23,13 +23,7 @@ class Denoising:
     """The squared error of the noise, or of v, whichever the model predicts. Source: as diffusers' DreamBooth scripts."""
 
     def __init__(self, pipe: Any, arguments: DreamBoothArguments) -> None:
-        self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        self.predicts = self.scheduler.config.prediction_type
-        if self.predicts not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "add_noise"):
-            raise ValueError(
-                f"The scheduler {type(pipe.scheduler).__name__} of the pipeline has prediction_type {self.predicts!r}, expected "
-                "'epsilon' or 'v_prediction': take another model."
-            )
+        self.objective = Objective(pipe.scheduler)
         # Original size, corner of the crop, size: the images are cropped before.
         size = [arguments.resolution] * 2
         self.time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32)
@@ -38,16 +32,15 @@ class Denoising:
         self, model: Callable[..., Any], latents: torch.Tensor, prompt: Prompt, generator: torch.Generator
     ) -> torch.Tensor:
         states = prompt["prompt_embeds"]
-        times = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
-        noise, times = torch.randn(latents.shape, generator=generator).to(latents.device), times.to(latents.device)
+        times = self.objective.times(len(latents), generator).to(latents.device)
+        noise = self.objective.noise(latents.shape, generator).to(latents.device)
         added = None
         if "pooled_prompt_embeds" in prompt:  # SDXL
             ids = self.time_ids.expand(len(latents), -1).to(latents.device)
             added = {"text_embeds": prompt["pooled_prompt_embeds"], "time_ids": ids}
-        noisy = self.scheduler.add_noise(latents, noise, times).to(states.dtype)
+        noisy = self.objective.noisy(latents, noise, times).to(states.dtype)
         output = model(noisy, times, states, added_cond_kwargs=added, return_dict=False)[0]
-        is_noise = self.predicts == "epsilon"
-        return flow_matching_loss(output, noise if is_noise else self.scheduler.get_velocity(latents, noise, times))
+        return self.objective.losses(output, latents, noise, times)
 
 
 if __name__ == "__main__":

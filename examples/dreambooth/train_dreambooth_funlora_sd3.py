@@ -14,7 +14,7 @@ import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 
 from dreambooth_training import DreamBoothArguments, Prompt, argument, main
-from funlora_hf import flow_matching
+from funlora_hf.personalization.objective import Objective
 from funlora_hf.utils.checks import check_choice
 
 
@@ -37,9 +37,7 @@ class FlowMatching:
     """The squared error of the velocity. Source: as diffusers' DreamBooth scripts."""
 
     def __init__(self, pipe: Any, arguments: FlowArguments) -> None:
-        self.density = _DENSITIES[arguments.weighting_scheme]
-        scheduler = pipe.scheduler.config
-        self.shift = 1.0 if scheduler.use_dynamic_shifting else scheduler.shift
+        self.objective = Objective(pipe.scheduler, timestep_density=_DENSITIES[arguments.weighting_scheme])
         self.is_flux = isinstance(pipe, FluxPipeline)
         self.is_guided = getattr(pipe.transformer.config, "guidance_embeds", False)
 
@@ -47,24 +45,21 @@ class FlowMatching:
         self, model: Callable[..., Any], latents: torch.Tensor, prompt: Prompt, generator: torch.Generator
     ) -> torch.Tensor:
         states, device = prompt["prompt_embeds"], latents.device
-        sigma = flow_matching.sample_sigmas(len(latents), density=self.density, generator=generator).to(device)
-        # As the scheduler shifts the times of sampling.
-        sigma = self.shift * sigma / (1 + (self.shift - 1) * sigma)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        noisy = flow_matching.interpolate(latents, noise, sigma)
-        target = flow_matching.velocity_target(latents, noise)
+        times = self.objective.times(len(latents), generator).to(device)
+        noise = self.objective.noise(latents.shape, generator).to(device)
         inputs = {"encoder_hidden_states": states, "pooled_projections": prompt["pooled_prompt_embeds"]}
-        timestep = flow_matching.sigma_to_timestep(sigma)
+        timestep = times
         if self.is_flux:
             height, width = latents.shape[2] // 2, latents.shape[3] // 2
-            noisy, target = (FluxPipeline._pack_latents(one, *latents.shape) for one in (noisy, target))
+            latents, noise = (FluxPipeline._pack_latents(one, *latents.shape) for one in (latents, noise))
             inputs["img_ids"] = FluxPipeline._prepare_latent_image_ids(1, height, width, device, states.dtype)
             inputs["txt_ids"] = torch.zeros(states.shape[1], 3, device=device, dtype=states.dtype)
-            timestep = sigma  # it multiplies by 1000 itself
+            timestep = times / self.objective.num_train_timesteps  # it multiplies by them itself
             if self.is_guided:  # FLUX.1-dev; 1 as in the README of diffusers' script
-                inputs["guidance"] = torch.ones_like(sigma)
+                inputs["guidance"] = torch.ones_like(times)
+        noisy = self.objective.noisy(latents, noise, times)
         output = model(noisy.to(states.dtype), timestep=timestep, **inputs, return_dict=False)[0]
-        return flow_matching.flow_matching_loss(output, target)
+        return self.objective.losses(output, latents, noise, times)
 
 
 if __name__ == "__main__":

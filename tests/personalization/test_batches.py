@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from funlora_hf.continual.strategy import Phase, PhaseSettings
+from funlora_hf.personalization import batches as batches_module
 from funlora_hf.personalization.batches import ConceptBatch, ConceptBatches
 from funlora_hf.personalization.concepts import Concept
 from funlora_hf.personalization.pictures import load_images
@@ -81,8 +82,9 @@ def assert_equal(one: ConceptBatch, other: ConceptBatch, order=slice(None)) -> N
     assert one.captions == np.array(other.captions)[order].tolist()
 
 
-def test_a_cached_run_equals_one_that_encodes_each_batch(encoder, concepts):
+def test_a_cached_run_equals_one_that_encodes_each_batch(encoder, concepts, monkeypatch):
     """Written out once more, without a cache: which generator, and in what order it is drawn from."""
+    monkeypatch.setattr(batches_module, "_AT_ONCE", 3)
     prior, number, size = of_classes(concepts, batch_size=3), 2, 4
     source = batches(encoder, concepts, prior=prior)
     encoded = encoder.count

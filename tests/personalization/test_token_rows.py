@@ -191,7 +191,7 @@ def test_names_of_vectors_and_longer_tokens_do_not_disturb_each_other():
     ("tokens", "num_vectors", "message"),
     [
         ({"a</w>": "b"}, 1, "token 'a</w>' is in the tokenizer already"),
-        ({"<v1>": "b", "<X>": "b"}, 1, r"token '<X>' is read as \['<x>'\], expected one token"),
+        ({"<v1>": "b", "<X>": "b"}, 1, "token '<X>' is read as .*, expected one token in lower case"),
         ({"<v1>": ""}, 1, "initializer is ''"),
         ({"<v1>": "?"}, 1, r"initializer is '\?'"),
         ({"<v1>": "b"}, 7, "has 7 vectors, expected at most 6"),

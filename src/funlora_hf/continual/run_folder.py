@@ -49,6 +49,8 @@ class RunFolder:
     """Dataclasses of the settings of such a run; the last one is that of the evaluation."""
     learned: ClassVar[tuple[str, ...]] = ("base", "adapters", "model")
     """What training writes, beside its checkpoints."""
+    evaluates_again: ClassVar[bool] = True
+    """Whether past tasks can be evaluated again, so that the settings of the evaluation may change until the run is finished."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -159,9 +161,12 @@ class RunFolder:
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise a ValueError unless a run with these settings can go on here. Those of the evaluation may change until it is finished."""
-        if differences := self._differences(settings, evaluation=self.results.is_file()):
+        finished = self.results.is_file()
+        if differences := self._differences(settings, evaluation=finished or not self.evaluates_again):
             evaluate = (
-                f" `funlora evaluate {self.path}` evaluates a finished run again." if self.results.is_file() else ""
+                f" `funlora evaluate {self.path}` evaluates a finished run again."
+                if finished and self.evaluates_again
+                else ""
             )
             raise ValueError(
                 f"`resume_from_checkpoint`: the run in {self.path} has other settings: {shortened('; '.join(told(differences)), 4000)}. Resume "

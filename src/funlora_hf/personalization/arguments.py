@@ -72,6 +72,11 @@ class ConceptArguments:
             check_not_mistyped(
                 "pretrained_model_name_or_path", self.pretrained_model_name_or_path, revision=self.revision
             )
+        for name in ("revision", "variant"):
+            if (value := getattr(self, name)) is not None and self.pretrained_model_name_or_path == TINY:
+                raise ValueError(
+                    f"`{name}` is {value!r}, but the package's own base has none: leave it out, or name another base."
+                )
         if self.target_modules == []:
             raise ValueError(
                 "`target_modules` is [], expected names of layers, or None: `strategy` textual_inversion has none."

@@ -20,6 +20,10 @@ from .pictures import load_images
 from .prior import Prior
 
 
+# Pictures that are decoded and encoded at once, which bounds the memory.
+_AT_ONCE = 16
+
+
 class ImageEncoder(Protocol):
     """A model with a VAE."""
 
@@ -110,13 +114,15 @@ class ConceptBatches:
             self._parts.append((self.num_images, order, count, prior.loss_weight * size / count))
         self._ids = torch.tensor([one for one, _, _ in rows])
         self._captions = [caption for _, _, caption in rows]
-        encoded = []
-        for _, path, _ in rows:
-            image = load_images([path], size=resolution)
-            encoded.append(model.encode_images(torch.cat([image, image.flip(-1)] if random_flip else [image])))
-        self.device = encoded[0][0].device
+        paths, encoded = [path for _, path, _ in rows], []
+        for start in range(0, len(paths), _AT_ONCE):
+            images = load_images(paths[start : start + _AT_ONCE], size=resolution)
+            flips = torch.stack([images, images.flip(-1)] if random_flip else [images], dim=1)
+            found = model.encode_images(flips.flatten(0, 1))
+            encoded.append([one.cpu().unflatten(0, flips.shape[:2]) for one in found])
+        self.device = found[0].device
         # Rows, flips, channels, height, width.
-        self._mean, self._std = (torch.stack([one[part].cpu() for one in encoded]) for part in range(2))
+        self._mean, self._std = (torch.cat(parts) for parts in zip(*encoded, strict=True))
 
     def batch(self, number: int, *, share: int = 0, num_shares: int = 1) -> ConceptBatch:
         """Return batch `number`, from 0, of the phase, or the share of it for one of several processes."""

@@ -46,7 +46,9 @@ class ConceptEvaluator:
         self.setting, self.seed, self.tasks = setting, setting.training.seed, setting.tasks
         self.resolution = setting.arguments.resolution or setting.model.resolution
         self._settings = {name: value for name, value in asdict(self.config).items() if name != "evaluation"}
-        self._judges: list[Judge] = judges(self.config, tiny=setting.is_tiny, device=setting.device)
+        self._judges: list[Judge] = []
+        if self.config.evaluation:
+            self._judges = judges(self.config, tiny=setting.is_tiny, device=setting.device)
         self.base_prompts = usual_captions(tiny=setting.is_tiny)
 
     def before(self) -> None:
@@ -78,8 +80,9 @@ class ConceptEvaluator:
         seen = self.setting.seen(task) if changes else task.class_ids
         if self._is_past(task):
             return
-        todo = [class_id for class_id in seen if self._read(self._record(class_id, task)) is None]
-        mine = todo[self.accelerator.process_index :: self.accelerator.num_processes]
+        # Each process's share does not depend on what others have measured in the meantime.
+        mine = seen[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = tuple(class_id for class_id in mine if self._read(self._record(class_id, task)) is None)
         quiet = not self.accelerator.is_main_process
         with Progress(len(mine), f"samples, task {task.index + 1}", disable=quiet) as bar:
             for class_id in mine:

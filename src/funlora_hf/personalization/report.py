@@ -124,9 +124,10 @@ def _print(results: Mapping[str, Any], folder: ConceptFolder) -> None:
 
 def _scores(records: Sequence[Sequence[Mapping[str, Any] | None]]) -> dict[str, Any]:
     """Return by score its matrix, `[t][i]` of concept i after task t, and what follows from it; empty without an evaluation."""
-    names = [] if records[-1][-1] is None else list(records[-1][-1]["scores"])
-    matrices = {name: [[one["scores"][name] for one in row if one is not None] for row in records] for name in names}
-    return {name: scores_over_time(matrix) for name, matrix in matrices.items()}
+    rows = [[one["scores"] for one in row if one is not None] for row in records]
+    # Not all prompts tell a background.
+    names = [name for name in (rows[-1] or [{}])[-1] if all(name in one for row in rows for one in row)]
+    return {name: scores_over_time([[one[name] for one in row] for row in rows]) for name in names}
 
 
 def _grids(evaluator: ConceptEvaluator, order: Sequence[int]) -> None:

@@ -39,6 +39,10 @@ from .text_to_image import TextToImageModel
 from .tiny import tiny_base
 
 
+# Other settings of the evaluation are also those of drawn class images.
+_ONLY_TO_EVALUATE = ("num_samples_per_prompt", "clip_model", "dino_model")
+
+
 @dataclass
 class ConceptRunArguments:
     """All arguments of a run of concepts, checked against each other.
@@ -57,6 +61,13 @@ class ConceptRunArguments:
             raise ValueError(
                 "`push_to_hub` is set, expected False: concepts are pushed by `funlora push` after the run."
             )
+        if not self.evaluation.evaluation:
+            for one in fields(self.evaluation):
+                value = getattr(self.evaluation, one.name)
+                if one.name in _ONLY_TO_EVALUATE and value != one.default:
+                    raise ValueError(
+                        f"`{one.name}` is {value!r}, but `evaluation` is False: leave one of the two out."
+                    )
 
     @classmethod
     def of(cls, folder: str | os.PathLike) -> ConceptRunArguments:
@@ -114,7 +125,7 @@ class ConceptRun:
                     self._settings(strategy.setting),
                     overwrite=self.training.overwrite_output_dir,
                     resume=self.training.resume_from_checkpoint == LATEST,
-                    needed=self._needed(),
+                    needed=self._needed(strategy.setting),
                 )
             accelerator.wait_for_everyone()
             start_trackers(accelerator, self.training)
@@ -134,11 +145,12 @@ class ConceptRun:
     def strategy(self) -> ConceptStrategy:
         """Load the base and the concepts, check everything, and return the strategy; nothing is written."""
         given, training = self.arguments.concepts, self.training
-        concepts = load_concepts(given.concepts)
-        order = self._order(concepts)
+        known = load_concepts(given.concepts)
+        concepts = {index: known[index] for index in self._order(known)}
         model = self._model()
-        check_concepts(concepts, model.tokenizers, num_vectors=given.num_vectors)
-        model.add_rows({one.token: one.initializer for one in concepts}, num_vectors=given.num_vectors)
+        check_concepts(list(concepts.values()), model.tokenizers, num_vectors=given.num_vectors)
+        tokens = {one.token: one.initializer for one in concepts.values()}
+        model.add_rows(tokens, num_vectors=given.num_vectors)
         model.to(self.accelerator.device)
         objective = Objective(
             model.scheduler,
@@ -148,12 +160,12 @@ class ConceptRun:
         )
         setting = ConceptSetting(
             output_dir=self.folder.path,
-            class_names={index: concepts[index].name for index in order},
-            tasks=[Task(number, (index,)) for number, index in enumerate(order)],
+            class_names={index: one.name for index, one in concepts.items()},
+            tasks=[Task(number, (index,)) for number, index in enumerate(concepts)],
             training=training,
             device=self.accelerator.device,
             model=model,
-            concepts={index: concepts[index] for index in order},
+            concepts=concepts,
             arguments=given,
             objective=objective,
         )
@@ -187,10 +199,20 @@ class ConceptRun:
             raise ValueError(f"`concept_order` is {order}, expected each name once.")
         return [names.index(name) for name in order]
 
-    def _needed(self) -> dict[str, str]:
-        given = self.arguments.concepts
-        read = {"concepts": given.concepts, "pretrained_model_name_or_path": given.pretrained_model_name_or_path}
-        return {name: place for name, place in read.items() if Path(place).exists()}
+    def _needed(self, setting: ConceptSetting) -> dict[str, str]:
+        """Return the files and folders that the run reads, by what names them."""
+        given, evaluation = self.arguments.concepts, self.arguments.evaluation
+        read = {
+            "concepts": given.concepts,
+            "pretrained_model_name_or_path": given.pretrained_model_name_or_path,
+            "clip_model": evaluation.clip_model or "",
+            "dino_model": evaluation.dino_model or "",
+        }
+        for one in setting.concepts.values():
+            read[f"images of {one.name}"] = str(one.images[0].parent)
+            read[f"references of {one.name}"] = str(one.references[0].parent)
+            read[f"class_data_dir of {one.name}"] = str(one.class_data_dir or "")
+        return {name: place for name, place in read.items() if place and Path(place).exists()}
 
     def _settings(self, setting: ConceptSetting) -> dict[str, Any]:
         """Return what a resumed run has to match: arguments, concepts with their images, order."""

@@ -281,9 +281,10 @@ def _check_new(tokenizer: Any, tokens: Sequence[str], num_vectors: int) -> None:
     for name in names:
         if name in known:
             raise ValueError(f"The token {name!r} is in the tokenizer already: take another one, such as '<new1>'.")
-        if (pieces := trial.tokenize(name)) != [name]:
+        # Some versions of a tokenizer distinguish upper and lower case, others do not.
+        if (pieces := trial.tokenize(name)) != [name] or name != name.lower():
             raise ValueError(
-                f"The token {name!r} is read as {pieces}, expected one token: take another one, in lower case, such as '<new1>'."
+                f"The token {name!r} is read as {pieces}, expected one token in lower case: take another one, such as '<new1>'."
             )
 
 

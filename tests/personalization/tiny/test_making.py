@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors import safe_open
 
-from funlora_hf.personalization.tiny import making, scenes, tiny_base
+from funlora_hf.personalization.tiny import making, scenes, tiny_base, tiny_dual_encoder
 from funlora_hf.personalization.tiny.making import Effort
 from funlora_hf.personalization.tiny.reader import FILE, as_tensor, shares_right
 from funlora_hf.tuner.targets import decoder_middle
@@ -28,17 +28,6 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shipped():
     return StableDiffusionPipeline.from_pretrained(tiny_base())
-
-
-def test_each_word_is_a_token():
-    tokenizer = making.make_tokenizer(scenes.vocabulary())
-    assert all(tokenizer.tokenize(word) == [f"{word}</w>"] for word in scenes.vocabulary())
-    assert len(tokenizer("")["input_ids"]) == 2
-    tokens = tokenizer.tokenize("A photo, of a zebra")
-    assert tokens[:2] == ["a</w>", "photo</w>"]
-    assert tokenizer.unk_token not in tokens
-    tokenizer.add_tokens("<v1>")
-    assert tokenizer.tokenize("a <v1> toy") == ["a</w>", "<v1>", "toy</w>"]
 
 
 def test_normalised_latents_decode_to_the_same():
@@ -69,7 +58,9 @@ def test_a_made_folder_is_complete_and_in_float16(made):
     pipeline = StableDiffusionPipeline.from_pretrained(made / "base")
     assert {part.dtype for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet)} == {torch.float32}
     assert pipeline.tokenizer.model_max_length == pipeline.text_encoder.config.max_position_embeddings
-    # Transformers 4 reads these.
+    # As transformers 4 reads them.
+    with safe_open(made / "base" / "text_encoder" / "model.safetensors", "pt") as tensors:
+        assert all(name.startswith("text_model.") for name in tensors.keys())  # noqa: SIM118
     for folder in (made / "base" / "tokenizer", made / "dual_encoder"):
         assert {"vocab.json", "merges.txt"} <= {path.name for path in folder.iterdir()}
 
@@ -79,6 +70,7 @@ def test_made_and_shipped_folders_have_the_same_parts(made):
         return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.parent.name != "vae"}
 
     assert names(made / "base") == names(tiny_base())
+    assert names(made / "dual_encoder") == names(tiny_dual_encoder())
 
 
 def test_making_goes_on_where_it_stopped(made):

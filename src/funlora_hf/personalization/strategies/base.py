@@ -11,12 +11,14 @@ from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from peft import PeftConfig
 from torch import nn
 
 from ...continual.learning import LearningSetting, LearningStrategy, Phase, PhaseSettings, Trainable
 from ...data.tasks import Task
 from ...tuner_base.wrappers import remove_adapters
-from ...utils.files import read_mapping, whole_folder
+from ...utils.files import whole_folder
 from ..arguments import TINY, ConceptArguments, ConceptTrainingArguments
 from ..batches import ConceptBatch
 from ..concept_folder import CONCEPT_FILE, write_concept
@@ -154,7 +156,7 @@ class ConceptStrategy(LearningStrategy):
             for name, row in self.rows.named_parameters():
                 row.copy_(self._starts[name])
         self._loaded.clear()
-        self.load_rows(self.learned_before(phase))
+        self.load_rows([one for one in self.setting.seen(self.task_of(phase)) if one not in phase.class_ids])
         rows: dict[str, nn.Parameter] = {}
         if self.setting.arguments.train_token:
             self.rows.train_only(tokens)
@@ -165,24 +167,31 @@ class ConceptStrategy(LearningStrategy):
         self.model.train()
         return Trainable(self.model, {**adapted, **rows}, factors=dict.fromkeys(rows, factor))
 
-    def learned_before(self, phase: Phase) -> list[int]:
-        """Return the ids of the concepts of earlier tasks."""
-        seen = self.setting.seen(
-            next(task for task in self.setting.tasks if set(phase.class_ids) & set(task.class_ids))
-        )
-        return [class_id for class_id in seen if class_id not in phase.class_ids]
+    def task_of(self, phase: Phase) -> Task:
+        """Return the first task of a phase's concepts."""
+        return next(task for task in self.setting.tasks if set(phase.class_ids) & set(task.class_ids))
 
     def training_step(self, phase: Phase, batch: ConceptBatch, module: nn.Module) -> torch.Tensor:
         objective = self.setting.objective
         noisy = objective.noisy(batch.latents, batch.noise, batch.times)
         prediction = module(noisy, batch.times, batch.captions)
         losses = objective.losses(prediction, batch.latents, batch.noise, batch.times)
+        # Squares of small numbers would be 0 in half precision.
+        with torch.autocast(self.setting.device.type, enabled=False):
+            penalty = self.penalty()
         # The trainer divides the sum over all processes by the batch size.
-        return losses * batch.weights + self.penalty() * phase.settings.batch_size / batch.total
+        return losses * batch.weights + penalty * phase.settings.batch_size / batch.total
 
     def penalty(self) -> torch.Tensor | float:
         """Return what is added to the mean loss."""
         return 0.0
+
+    def add_adapter(self, config: PeftConfig, name: str) -> dict[str, nn.Parameter]:
+        """Put a new adapter into the denoiser, in float32 whatever the base's precision, and return its parameters."""
+        denoiser = self.model.denoiser
+        denoiser.add_adapter(config, adapter_name=name)
+        cast_training_params(denoiser, dtype=torch.float32)
+        return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
 
     def release_phase(self, phase: Phase, trainable: Trainable) -> None:
         self.rows.train_only([])
@@ -232,11 +241,10 @@ class ConceptStrategy(LearningStrategy):
             write_concept(temporary, concept, self.setting.arguments, strategy=self.name, **how)
 
     def load_rows(self, class_ids: Sequence[int]) -> None:
-        """Load the rows of concepts that are learned, once."""
+        """Load the rows of those concepts that are learned, once."""
         for class_id in class_ids:
             token = self.setting.concepts[class_id].token
             if token not in self._loaded and self.is_kept(class_id):
-                read_mapping(self.folder(class_id) / CONCEPT_FILE, keys=["token"])
                 self.rows.load(token, self.folder(class_id))
                 self._loaded.add(token)
 

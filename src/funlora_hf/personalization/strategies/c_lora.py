@@ -14,7 +14,7 @@ import torch
 from ...continual.learning import Phase, Trainable
 from ...continual.strategies.low_rank import get_pairs, pair_parameters
 from ...continual.strategies.merging_rules import Kept, MergeInitRule, RuleOptions
-from ...continual.strategies.weight_changes import product
+from ...continual.strategies.weight_changes import Pair, product
 from ...utils.field_types import Range
 from .base import Rates
 from .one_model import LowRank
@@ -42,23 +42,24 @@ class CLora(LowRank):
 
     def build(self, phase: Phase) -> Trainable:
         trainable = super().build(phase)
-        kept = self._load(self._before(self._task_of(phase)))
-        self._past = {name: delta.float() for name, delta in self.deltas(kept).items()}
+        self._past = dict(self.deltas(self.kept_before(phase)))
         return trainable
 
     def penalty(self) -> torch.Tensor | float:
         """Return lambda times the sum over layers of ||(sum of past B A) * (B A)||_F^2, in float32; 0 in the first task."""
-        pairs = pair_parameters(self.model.denoiser)
-        terms = [(past * product(pairs[name]).float()).square().sum() for name, past in self._past.items()]
+        found = pair_parameters(self.model.denoiser)
+        pairs = {name: Pair(found[name].A.flatten(1), found[name].B.flatten(1)) for name in self._past}
+        terms = [(past * product(pairs[name])).square().sum() for name, past in self._past.items()]
         return self.options.penalty * torch.stack(terms).sum() if terms else 0.0
 
     def learned(self, kept: Kept) -> dict[str, torch.Tensor]:
         pairs = get_pairs(self.model.denoiser)
         norm = torch.stack([product(pair).double().square().sum() for pair in pairs.values()]).sum().sqrt()
-        norms = kept.get("norms", norm.new_empty(0))
-        return {**self.rule.merge(kept, pairs), "norms": torch.cat([norms, norm.reshape(1)])}
+        # Of all tasks from the start, since what is kept must not grow.
+        norms = kept.get("norms", torch.full_like(norm, torch.nan).expand(len(self.setting.tasks))).clone()
+        norms[int(norms.isfinite().sum())] = norm
+        return {**self.rule.merge(kept, pairs), "norms": norms}
 
     def details(self) -> dict[str, Any]:
         """Return the Frobenius norm of each task's product, all layers together."""
-        kept = self.kept.load(self.kept.newest(self.setting.tasks))
-        return {"product_norms": kept["norms"].tolist()}
+        return {"product_norms": self.load(self.setting.tasks)["norms"].tolist()}

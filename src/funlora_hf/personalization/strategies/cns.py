@@ -8,7 +8,7 @@ rate here is [ours]. Source: arXiv 2510.02296.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -20,8 +20,8 @@ from ...continual.learning import Phase, Trainable
 from ...continual.strategies.merging_rules import Kept, RuleOptions, only
 from ...utils.field_types import Range, one_of
 from ..usual_captions import usual_captions
-from .base import ConceptSetting, Rates
-from .one_model import OneModel
+from .base import ConceptSetting
+from .one_model import FullWeights
 
 
 Masks = dict[str, torch.Tensor]
@@ -32,7 +32,7 @@ class CnsOptions(RuleOptions):
     """
     Args:
         base_fraction: share of each matrix's entries, those of the highest scores, that respond to a concept or a caption.
-        general_share: share of the calibration captions to which a general entry responds; above 1, no entry is general.
+        general_share: share of the calibration captions to which a general entry responds, one by one; above 1, no entry is general.
         overlap: entries that earlier concepts have trained are "regularised", or "excluded" from training.
         penalty: lambda of the term that ties entries to their values before the task, if an earlier concept trained them, or
             else, times `gamma`, to those of the base.
@@ -46,7 +46,7 @@ class CnsOptions(RuleOptions):
     gamma: Annotated[float, Range(0, 1e6)] = 1.0
 
 
-class Cns(OneModel):
+class Cns(FullWeights):
     """
     Trains chosen entries of `to_k` and `to_v` of cross-attention, and the row of the token.
 
@@ -54,113 +54,113 @@ class Cns(OneModel):
     base and the noun only, so two concepts of one noun share all their entries.
     """
 
-    name, takes = "cns", ("target_modules",)
-    options_class = CnsOptions
-    rates = Rates(5e-3, 1e-5)
-    default_layers = "kv"
+    name, options_class = "cns", CnsOptions
+    # Until no concept has entries of its own; at most to the size of all layers.
+    grows_with_tasks = True
 
     def __init__(self, setting: ConceptSetting) -> None:
         super().__init__(setting)
         self._general: Masks | None = None
         self._masks: Masks = {}
-        self._earlier: Mapping[str, torch.Tensor] = {}
+        # By layer: what its entries are tied to, and by which weights.
+        self._ties: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._hooks: list[RemovableHandle] = []
 
     def check(self) -> None:
         super().check()
-        if self.model.family == "sd3":
-            raise ValueError(
-                "`strategy` 'cns' scores layers that read the text's states; those of SD3 read others: choose another."
-            )
+        self.check_reads_text()
         if decay := self.setting.training.concept_weight_decay:
             raise ValueError(
                 f"`concept_weight_decay` is {decay}, but `strategy` 'cns' trains single entries: leave it out."
             )
+        taken = self.support({})
         for task in self.setting.tasks:
-            self.masks(task.class_ids[0], {})
+            for name, mask in self.masks(task.class_ids[0], taken).items():
+                taken[name] |= mask
 
     def deltas(self, kept: Kept) -> dict[str, torch.Tensor]:
         values = only(kept, "values")
         found = {}
         for name, indices in only(kept, "indices").items():
-            delta = torch.zeros_like(self._originals[name], device=indices.device)
+            delta = torch.zeros(self._originals[name].shape, device=indices.device)
             delta.view(-1)[indices.long()] = values[name]
             found[name] = delta
         return found
 
+    def build(self, phase: Phase) -> Trainable:
+        (class_id,) = phase.class_ids
+        self._masks = self.masks(class_id, self.support(self.kept_before(phase)))
+        return super().build(phase)
+
     def adapted(self, kept: Kept) -> dict[str, nn.Parameter]:
-        (class_id,) = self._now.class_ids
-        self._earlier = self.deltas(kept)
-        self._masks = self.masks(class_id, kept)
-        parameters = {}
+        support, parameters = self.support(kept), super().adapted(kept)
         for name, mask in self._masks.items():
-            weight = self.model.denoiser.get_parameter(f"{name}.weight").requires_grad_()
+            weight, used = self.weight(name), mask & support[name]
+            base = self._originals[name].to(weight)
+            self._ties[name] = (
+                torch.where(used, weight.detach(), base),
+                torch.where(used, 1.0, self.options.gamma) * mask,
+            )
             # With a gradient of 0, Adam without decay and its average change nothing.
             self._hooks.append(weight.register_hook(lambda gradient, mask=mask: gradient * mask))
-            parameters[f"{name}.weight"] = weight
         return parameters
-
-    def build(self, phase: Phase) -> Trainable:
-        self._now = phase
-        return super().build(phase)
 
     def penalty(self) -> torch.Tensor | float:
         """Return lambda times the sum over the entries that are trained, of their squared change since the task before or the base."""
         if not self.options.penalty:
             return 0.0
-        total = torch.zeros((), device=self.setting.device)
-        for name, mask in self._masks.items():
-            change = (
-                self.model.denoiser.get_parameter(f"{name}.weight").float() - self._originals[name].to(total).float()
-            )
-            earlier = self._earlier.get(name)
-            used = mask & (earlier != 0) if earlier is not None else torch.zeros_like(mask)
-            tied = change if earlier is None else torch.where(used, change - earlier, change)
-            weights = torch.where(used, 1.0, self.options.gamma) * mask
-            total = total + (weights * tied.square()).sum()
-        return self.options.penalty * total
+        terms = [(weights * (self.weight(name) - tied).square()).sum() for name, (tied, weights) in self._ties.items()]
+        return self.options.penalty * torch.stack(terms).sum()
 
     def learned(self, kept: Kept) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
-        support = self.support(kept)
+        support, earlier, changes = self.support(kept), self.deltas(kept), self.changes()
         for name, mask in self._masks.items():
-            weight = self.model.denoiser.get_parameter(f"{name}.weight").detach()
             union = (mask | support[name]).flatten().nonzero()[:, 0]
-            found[f"{name}/indices"] = union.int()
-            found[f"{name}/values"] = (weight - self._originals[name].to(weight)).flatten()[union]
-        shares = torch.tensor([sum(int(mask.sum()) for mask in self._masks.values()) / self.trained_numbers()])
+            # Weight minus base is a rounded number: what was not trained stays as it was kept.
+            values = torch.where(mask, changes[name], earlier.get(name, 0.0))
+            found |= {f"{name}/indices": union.int(), f"{name}/values": values.flatten()[union]}
+        trained = sum(int(mask.sum()) for mask in self._masks.values())
         overlap = sum(int((mask & support[name]).sum()) for name, mask in self._masks.items())
-        overlaps = torch.tensor([overlap / max(1, sum(int(mask.sum()) for mask in self._masks.values()))])
-        before = [kept.get(name, shares.new_empty(0)).cpu() for name in ("shares", "overlaps")]
-        return {**found, "shares": torch.cat([before[0], shares]), "overlaps": torch.cat([before[1], overlaps])}
+        notes = {"shares": trained / self.trained_numbers(), "overlaps": overlap / trained}
+        of_tasks = {name: [*kept.get(name, torch.empty(0)).tolist(), one] for name, one in notes.items()}
+        return {**found, **{name: torch.tensor(values) for name, values in of_tasks.items()}}
 
-    def release_phase(self, phase: Phase, trainable: Trainable) -> None:
+    def take_out(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-        self.model.denoiser.requires_grad_(False)
-        super().release_phase(phase, trainable)
-
-    def trained_numbers(self) -> int:
-        return sum(weight.numel() for weight in self._originals.values())
+        self._ties.clear()
+        super().take_out()
 
     def numbers_per_concept(self) -> int:
-        return (
-            sum(int(mask.sum()) for mask in self.masks(self.setting.tasks[0].class_ids[0], {}).values())
-            + self.row_numbers()
-        )
+        """Count the entries of the first concept's mask, and its rows; those of others differ, see `details`."""
+        first = self.masks(self.setting.tasks[0].class_ids[0], self.support({}))
+        return sum(int(mask.sum()) for mask in first.values()) + self.row_numbers()
 
     def details(self) -> dict[str, Any]:
         """Return each concept's share of the entries of all layers, and the share of these that an earlier concept had trained."""
-        kept = self.kept.load(self.kept.newest(self.setting.tasks))
+        kept = self.load(self.setting.tasks)
         return {"mask_shares": kept["shares"].tolist(), "mask_overlaps": kept["overlaps"].tolist()}
 
-    def masks(self, class_id: int, kept: Kept) -> Masks:
-        """Return the entries to train for a concept, bool in the shape of each weight: base minus general (minus earlier) ones."""
-        base, support = self.base_masks(class_id), self.support(kept)
-        masks = {name: mask & ~self.general_masks()[name] for name, mask in base.items()}
-        if self.options.overlap == "excluded":
+    def masks(self, class_id: int, support: Masks) -> Masks:
+        """Return the entries to train for a concept, bool in the shape of each weight: base minus general (minus earlier) ones.
+
+        Raises:
+            ValueError: there are none.
+        """
+        general, options = self.general_masks(), self.options
+        masks = {name: mask & ~general[name] for name, mask in self.base_masks(class_id).items()}
+        chosen = f"base_fraction={options.base_fraction} and general_share={options.general_share}"
+        remedy = "raise one of them"
+        if any(mask.any() for mask in masks.values()) and options.overlap == "excluded":
             masks = {name: mask & ~support[name] for name, mask in masks.items()}
-        self._check_masks(masks, "no earlier concept's" if self.options.overlap == "excluded" else "not general")
+            chosen += " and overlap=excluded, since earlier concepts have them all"
+            remedy = "take overlap=regularised, or concepts of other nouns"
+        if not any(mask.any() for mask in masks.values()):
+            raise ValueError(
+                f"`strategy` 'cns' finds no entry to train for the concept {self.setting.concepts[class_id].name!r}, with {chosen}: "
+                f"{remedy}."
+            )
         return masks
 
     def support(self, kept: Kept) -> Masks:
@@ -204,10 +204,3 @@ class Cns(OneModel):
             mask[scores.sort(descending=True, stable=True).indices[:count]] = True
             masks[name] = mask.view(weight.shape).to(self.setting.device)
         return masks
-
-    def _check_masks(self, masks: Masks, which: str) -> None:
-        if not any(mask.any() for mask in masks.values()):
-            raise ValueError(
-                f"`strategy` 'cns' finds no entry that responds to the concept and is {which}, with base_fraction={self.options.base_fraction} "
-                f"and general_share={self.options.general_share}: raise one of them."
-            )

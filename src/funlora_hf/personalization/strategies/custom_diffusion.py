@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from torch import nn
 
-from ...continual.learning import Phase, Trainable
 from ...continual.strategies.merging_rules import Kept, RuleOptions, only
 from ...utils.field_types import one_of
 from ..usual_captions import usual_captions
-from .base import ConceptSetting, Rates
-from .one_model import OneModel
+from .base import ConceptSetting
+from .one_model import FullWeights
 
 
 # Of the diagonal's mean, in float64: 200 short captions span less than all of the text's states.
@@ -35,13 +33,10 @@ class CustomDiffusionOptions(RuleOptions):
     merge: Annotated[str, one_of("sequential", "constrained")] = "sequential"
 
 
-class CustomDiffusion(OneModel):
+class CustomDiffusion(FullWeights):
     """Trains `to_k` and `to_v` of cross-attention, and the row of the token."""
 
-    name, takes = "custom_diffusion", ("target_modules",)
-    options_class = CustomDiffusionOptions
-    rates = Rates(5e-3, 1e-5)
-    default_layers = "kv"
+    name, options_class = "custom_diffusion", CustomDiffusionOptions
 
     def __init__(self, setting: ConceptSetting) -> None:
         super().__init__(setting)
@@ -50,36 +45,20 @@ class CustomDiffusion(OneModel):
 
     def check(self) -> None:
         super().check()
-        if self.constrained and self.model.family == "sd3":
-            raise ValueError(
-                "`merge` is 'constrained', which needs layers that read the text itself; those of SD3 do not."
-            )
-
-    def adapted(self, kept: Kept) -> dict[str, nn.Parameter]:
-        names = [f"{name}.weight" for name in self.target_modules()]
-        return {name: self.model.denoiser.get_parameter(name).requires_grad_() for name in names}
+        if self.constrained:
+            self.check_reads_text()
 
     def training_deltas(self, kept: Kept) -> Mapping[str, torch.Tensor]:
         return {} if self.constrained else self.deltas(kept)
 
     def learned(self, kept: Kept) -> dict[str, torch.Tensor]:
-        changes = {
-            name: self.model.denoiser.get_parameter(f"{name}.weight").detach() - o.to(self.setting.device)
-            for name, o in self._originals.items()
-        }
+        changes = self.changes()
         if not self.constrained:
             return {f"{name}/delta": change for name, change in changes.items()}
         number = sum(name.startswith(f"{next(iter(changes))}/own_") for name in kept)
         own = {name: one for name, one in kept.items() if "/own_" in name}
         own |= {f"{name}/own_{number}": change for name, change in changes.items()}
         return {**own, **{f"{name}/delta": one for name, one in self._merged(own, number + 1).items()}}
-
-    def release_phase(self, phase: Phase, trainable: Trainable) -> None:
-        self.model.denoiser.requires_grad_(False)
-        super().release_phase(phase, trainable)
-
-    def trained_numbers(self) -> int:
-        return sum(weight.numel() for weight in self._originals.values())
 
     @torch.no_grad()
     def _merged(self, own: Kept, tasks: int) -> dict[str, torch.Tensor]:
@@ -97,7 +76,7 @@ class CustomDiffusion(OneModel):
             base = original.to(self.setting.device).double()
             values = [(base + only(own, f"own_{i}")[name].double()) @ states.T for i, states in enumerate(targets)]
             merged = constrained_merge(base, regular, torch.cat(targets), torch.cat(values, dim=1))
-            changes[name] = (merged - base).to(original.dtype)
+            changes[name] = (merged - base).float()
         return changes
 
 

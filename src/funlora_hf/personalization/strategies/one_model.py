@@ -6,7 +6,7 @@ The denoiser's own weights are put back before each change, so no error of round
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -31,6 +31,7 @@ from ...continual.strategies.merging_rules import (
 )
 from ...continual.strategies.sequential import KeptFile
 from ...data.tasks import Task
+from ..token_rows import with_vectors
 from .base import ConceptSetting, ConceptStrategy, Rates, scaled
 
 
@@ -67,39 +68,41 @@ class OneModel(ConceptStrategy):
         return self.deltas(kept)
 
     def is_finished(self, phase: Phase) -> bool:
-        return self.kept.newest(self.setting.tasks[self._task_of(phase).index :]) is not None
+        return self.kept.newest(self.setting.tasks[self.task_of(phase).index :]) is not None
 
     def build(self, phase: Phase) -> Trainable:
-        kept = self._load(self._before(self._task_of(phase)))
+        kept = self.kept_before(phase)
         self.put(self.training_deltas(kept))
         return self.trainable(phase, self.adapted(kept))
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
-        task = self._task_of(phase)
-        kept = self.learned(self._load(self._before(task)))
+        kept = self.learned(self.kept_before(phase))
         for class_id in phase.class_ids:
             with self.keeping(class_id):
                 pass
-        if task == self.setting.tasks[-1]:
-            self._remove_adapters()
+        if phase.class_ids[-1] == self.setting.tasks[-1].class_ids[-1]:
+            self.take_out()
             self.put(self.deltas(kept))
             self.model.pipeline().save_pretrained(self.model_dir)
         # Last, since it says that the phase is finished.
-        self.kept.save(task, kept)
+        self.kept.save(self.task_of(phase), kept)
 
     def release_phase(self, phase: Phase, trainable: Trainable) -> None:
-        self._remove_adapters()
+        self.take_out()
         self.put({})
         super().release_phase(phase, trainable)
+
+    @abstractmethod
+    def take_out(self) -> None:
+        """Take out of the denoiser what `adapted` has put in; done twice, nothing more."""
 
     def end_task(self, task: Task) -> None:
         self.kept.drop_before(task, self.setting.tasks)
 
     @contextmanager
     def sampling(self, class_id: int | None) -> Iterator[DiffusionPipeline]:
-        newest = self.kept.newest(self.setting.tasks)
         self.load_rows(list(self.setting.concepts))
-        self.put(self.deltas(self._load(newest)))
+        self.put(self.deltas(self.load(self.setting.tasks)))
         self._pipe = self._pipe or self.model.pipeline()
         try:
             yield self._pipe
@@ -111,9 +114,11 @@ class OneModel(ConceptStrategy):
         """Set the weights of the layers to the base's plus these changes."""
         for name, original in self._originals.items():
             weight = self.model.denoiser.get_parameter(f"{name}.weight")
-            weight.copy_(original)
             if name in deltas:
-                weight.add_(deltas[name].to(weight).view_as(weight))
+                # In float32, rounded once.
+                weight.copy_(original.to(weight.device).float() + deltas[name].to(weight.device).view_as(weight))
+            else:
+                weight.copy_(original)
 
     def numbers_per_concept(self) -> int:
         return self.trained_numbers() + self.row_numbers()
@@ -122,30 +127,76 @@ class OneModel(ConceptStrategy):
     def trained_numbers(self) -> int:
         """Count the numbers of the denoiser that a task trains."""
 
+    def check_reads_text(self) -> None:
+        """Raise a ValueError unless all layers have the text's states as inputs."""
+        others = [name for name in self._originals if name not in self.model.layers("kv")]
+        if others or self.model.family == "sd3":
+            raise ValueError(
+                f"`strategy` {self.name!r} {self.options} needs layers that read the states of the text themselves, `target_modules` "
+                f"'kv' of Stable Diffusion and SDXL, but {next(iter(others or self._originals))} does not: choose other layers or another "
+                "strategy."
+            )
+
     @torch.no_grad()
     def states(self, text: str) -> torch.Tensor:
         """Return the states of a text without its start and what comes after its end, `(n, width)`, float64."""
         tokenizer = next(iter(self.model.tokenizers.values()))
-        end = len(tokenizer(text, truncation=True).input_ids)
+        end = len(tokenizer(with_vectors([text], tokenizer)[0], truncation=True).input_ids)
         return self.model.encode([text])["prompt_embeds"][0, 1:end].double()
 
     def memory_report(self) -> dict[str, int]:
-        newest = self.kept.newest(self.setting.tasks)
         rows = self.bytes_of([class_id for class_id in self.setting.concepts if self.is_kept(class_id)])
-        changes = 0 if newest is None else sum(tensor.nbytes for tensor in self.kept.load(newest).values())
+        # Without what `learned` notes of each task for `details`.
+        changes = sum(tensor.nbytes for name, tensor in self.load(self.setting.tasks).items() if "/" in name)
         return {"persistent": changes + rows, "per_class": rows, "transient": 4 * 4 * self.numbers_per_concept()}
 
-    def _task_of(self, phase: Phase) -> Task:
-        return next(task for task in self.setting.tasks if set(phase.class_ids) & set(task.class_ids))
+    def kept_before(self, phase: Phase) -> dict[str, torch.Tensor]:
+        """Return what is kept of the tasks before a phase."""
+        return self.load(self.setting.tasks[: self.task_of(phase).index])
 
-    def _before(self, task: Task) -> Task | None:
-        return self.kept.newest(self.setting.tasks[: task.index])
+    def load(self, tasks: Sequence[Task]) -> dict[str, torch.Tensor]:
+        """Return what is kept of the last of some tasks that is learned."""
+        newest = self.kept.newest(tasks)
+        return {name: tensor.to(self.setting.device) for name, tensor in self.kept.load(newest).items()}
 
-    def _load(self, task: Task | None) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self.setting.device) for name, tensor in self.kept.load(task).items()}
 
-    def _remove_adapters(self) -> None:
-        self.remove_adapters([_ADAPTER])
+class FullWeights(OneModel):
+    """Trains weights of layers themselves, in float32 whatever the base's precision."""
+
+    takes = ("target_modules",)
+    rates = Rates(5e-3, 1e-5)
+    default_layers = "kv"
+
+    def build(self, phase: Phase) -> Trainable:
+        self._cast(torch.float32)
+        return super().build(phase)
+
+    def adapted(self, kept: Kept) -> dict[str, nn.Parameter]:
+        return {f"{name}.weight": self.weight(name).requires_grad_() for name in self._originals}
+
+    def take_out(self) -> None:
+        self.model.denoiser.requires_grad_(False)
+        self._cast(None)
+
+    def weight(self, name: str) -> nn.Parameter:
+        """Return the weight of a layer."""
+        return self.model.denoiser.get_parameter(f"{name}.weight")
+
+    def changes(self) -> dict[str, torch.Tensor]:
+        """Return the changes of the base's weights, float32."""
+        device = self.setting.device
+        return {
+            name: self.weight(name).detach() - original.to(device).float()
+            for name, original in self._originals.items()
+        }
+
+    def trained_numbers(self) -> int:
+        return sum(weight.numel() for weight in self._originals.values())
+
+    def _cast(self, dtype: torch.dtype | None) -> None:
+        """Cast the layers; None: to their own precision."""
+        for name, original in self._originals.items():
+            self.model.denoiser.get_submodule(name).to(dtype or original.dtype)
 
 
 class LowRank(OneModel):
@@ -176,18 +227,16 @@ class LowRank(OneModel):
         config = LoraConfig(
             r=self.rank, lora_alpha=self.rank, target_modules=self.target_modules(), init_lora_weights="gaussian"
         )
-        denoiser.add_adapter(config, adapter_name=_ADAPTER)
+        parameters = self.add_adapter(config, _ADAPTER)
         if kept:
             set_pairs(denoiser, self.rule.start(get_pairs(denoiser), kept))
-        return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+        return parameters
 
     def learned(self, kept: Kept) -> dict[str, torch.Tensor]:
         return self.rule.merge(kept, get_pairs(self.model.denoiser))
 
-    @torch.no_grad()
-    def put(self, deltas: Mapping[str, torch.Tensor]) -> None:
-        self._remove_adapters()
-        super().put(deltas)
+    def take_out(self) -> None:
+        self.remove_adapters([_ADAPTER])
 
     def trained_numbers(self) -> int:
         return self.rank * sum(outputs + inputs for outputs, inputs in self._shapes().values())
@@ -237,18 +286,5 @@ class Joint(LowRank):
         class_ids = tuple(self.setting.concepts)
         return [Phase("joint", class_ids, scaled(self.phase_settings(), len(class_ids)), independent=False)]
 
-    def is_finished(self, phase: Phase) -> bool:
-        return self.kept.path(self.setting.tasks[0]).is_file()
-
-    def end_phase(self, phase: Phase, trainable: Trainable) -> None:
-        kept = self.learned({})
-        for class_id in phase.class_ids:
-            with self.keeping(class_id):
-                pass
-        self._remove_adapters()
-        self.put(self.deltas(kept))
-        self.model.pipeline().save_pretrained(self.model_dir)
-        self.kept.save(self.setting.tasks[0], kept)
-
     def end_task(self, task: Task) -> None:
-        pass
+        """Keep the file of the first task, the only one."""

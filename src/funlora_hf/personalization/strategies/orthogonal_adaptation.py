@@ -6,9 +6,9 @@ Source: arXiv 2312.02432: fixed and trained factor, two constructions of the fix
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from torch import nn
@@ -37,27 +37,25 @@ class OrthogonalAdaptationOptions(RuleOptions):
 
 
 class OrthogonalRule(MergingRule):
-    """Keeps each task's pair as it was trained on the base; the generator has their weighted sum."""
+    """Keeps B of each task, trained on the base; the generator has the weighted sum of the products."""
 
     name, grows = "orthogonal_adaptation", True
+    fixed: Callable[[str, int], torch.Tensor]
+    """Computes A of a layer and a task, from 0."""
 
     def deltas(self, kept: Kept) -> dict[str, torch.Tensor]:
         sums: dict[str, torch.Tensor] = {}
         for number in range(_tasks_in(kept)):
-            B = only(kept, f"B_{number}")
-            for layer, A in only(kept, f"A_{number}").items():
-                sums[layer] = sums.get(layer, 0) + self.options.merge_weight * product(Pair(A, B[layer]))
+            for layer, B in only(kept, f"B_{number}").items():
+                change = product(Pair(self.fixed(layer, number).to(B), B))
+                sums[layer] = sums.get(layer, 0) + self.options.merge_weight * change
         return sums
 
     def training_deltas(self, kept: Kept) -> dict[str, torch.Tensor]:
         return {}
 
     def merge(self, kept: Kept, learned: Pairs) -> dict[str, torch.Tensor]:
-        number = _tasks_in(kept)
-        own = {
-            f"{layer}/{part}_{number}": one for layer, pair in learned.items() for part, one in pair._asdict().items()
-        }
-        return {**kept, **own}
+        return {**kept, **{f"{layer}/B_{_tasks_in(kept)}": pair.B for layer, pair in learned.items()}}
 
 
 class OrthogonalAdaptation(LowRank):
@@ -70,6 +68,7 @@ class OrthogonalAdaptation(LowRank):
 
     def __init__(self, setting: ConceptSetting) -> None:
         super().__init__(setting)
+        cast("OrthogonalRule", self.rule).fixed = self.fixed
         self._bases: dict[int, torch.Tensor] = {}
 
     def check(self) -> None:
@@ -84,22 +83,22 @@ class OrthogonalAdaptation(LowRank):
                 )
 
     def build(self, phase: Phase) -> Trainable:
-        self._number = self._task_of(phase).index
+        self._number = self.task_of(phase).index
         return super().build(phase)
 
     def adapted(self, kept: Kept) -> dict[str, nn.Parameter]:
         super().adapted({})
         denoiser = self.model.denoiser
         pairs = get_pairs(denoiser)
-        set_pairs(denoiser, {layer: Pair(self.fixed(layer, A.shape[1]).to(A), B) for layer, (A, B) in pairs.items()})
+        set_pairs(denoiser, {layer: Pair(self.fixed(layer, self._number), B) for layer, (_, B) in pairs.items()})
         for name, parameter in denoiser.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
         return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
 
-    def fixed(self, layer: str, inputs: int) -> torch.Tensor:
-        """Return the A of the present task for a layer, `(rank, inputs)`; equal for all layers unless it is Gaussian."""
-        seed, number = self.setting.training.seed, self._number
+    def fixed(self, layer: str, number: int) -> torch.Tensor:
+        """Return A of a layer and a task, `(rank, inputs)`; equal for layers with as many inputs, unless it is Gaussian."""
+        seed, inputs = self.setting.training.seed, self._shapes()[layer][1]
         if self.options.basis == "gaussian":
             return (
                 torch.randn(self.rank, inputs, generator=generator_for(seed, self.name, number, layer)) / inputs**0.5
@@ -121,5 +120,5 @@ class OrthogonalAdaptation(LowRank):
 
 
 def _tasks_in(kept: Mapping[str, Any]) -> int:
-    """Return the number of tasks whose pairs are kept."""
-    return len({name.rpartition("_")[2] for name in kept if "/A_" in name})
+    """Return the number of tasks whose B are kept."""
+    return len({name.rpartition("_")[2] for name in kept if "/B_" in name})

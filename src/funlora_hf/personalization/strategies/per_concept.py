@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig
-from torch import nn
 
 from ...adapters.base_fingerprint import base_fingerprints
 from ...adapters.class_folder import save_adapter
@@ -46,12 +45,8 @@ class PerConcept(ConceptStrategy):
 
     def build(self, phase: Phase) -> Trainable:
         self._remove(list(self._adapters))
-        config, denoiser = self.adapter_config(), self.model.denoiser
-        adapted: dict[str, nn.Parameter] = {}
-        if config is not None:
-            denoiser.add_adapter(config, adapter_name=LIVE)
-            adapted = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
-        return self.trainable(phase, adapted)
+        config = self.adapter_config()
+        return self.trainable(phase, {} if config is None else self.add_adapter(config, LIVE))
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         (class_id,) = phase.class_ids
@@ -89,13 +84,11 @@ class PerConcept(ConceptStrategy):
         yield self._pipe
 
     def numbers_per_concept(self) -> int:
-        config, denoiser, numbers = self.adapter_config(), self.model.denoiser, self.row_numbers()
-        if config is None:
-            return numbers
-        self._remove(list(self._adapters))
-        denoiser.add_adapter(config, adapter_name=LIVE)
-        numbers += sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
-        self._remove([LIVE])
+        config, numbers = self.adapter_config(), self.row_numbers()
+        if config is not None:
+            self._remove(list(self._adapters))
+            numbers += sum(one.numel() for one in self.add_adapter(config, LIVE).values())
+            self._remove([LIVE])
         return numbers
 
     def memory_report(self) -> dict[str, int]:

@@ -52,13 +52,15 @@ def agreement(drawn: Sequence[Scene], told: Sequence[dict[str, int]]) -> torch.T
     return ((said == true) | (said == -1)).all(2)
 
 
-def train_dual_encoder(tokenizer: CLIPTokenizer, *, steps: int, seed: int, batch: int = 96):
+def train_dual_encoder(
+    tokenizer: CLIPTokenizer, *, steps: int, seed: int, batch: int = 96
+) -> tuple[CLIPModel, CLIPProcessor]:
     """Train on fresh renderings; the target of a caption is the mean over all images of which it is true."""
     rng = random.Random(seed)
     model, processor = make_dual_encoder(tokenizer)
 
     def loss() -> torch.Tensor:
-        drawn = [scenes.random_scene(rng, concepts=True) for _ in range(batch)]
+        drawn = [scenes.random_scene(rng, composites=0.6, concepts=True) for _ in range(batch)]
         captions, told = [], []
         for scene in drawn:
             said = attributes_of(scene)

@@ -11,12 +11,10 @@ import argparse
 import json
 import logging
 import random
-import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,18 +22,18 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ...utils.files import read_json, whole_file, whole_folder, write_json, write_tensors
+from ...utils.files import read_json, read_tensors, whole_file, whole_folder, write_json, write_tensors
 from ...utils.seeds import derive_seed
 from . import scenes
 from .dual_encoder import ranks_first, train_dual_encoder
 from .fitting import fit
 from .reader import as_tensor, load_reader, shares_right, train_reader
 from .scenes import Scene
+from .tokenizer import add_vocabulary, make_tokenizer
 
 
 logger = logging.getLogger(__name__)
 
-MAX_LENGTH = 20
 GUIDANCE_SCALE = 2.5
 _LATENT_CHANNELS = 8
 _SHIPPED = Path(__file__).parent / "files"
@@ -46,42 +44,10 @@ class Effort:
     """How long each part is trained; by default as long as the shipped files were."""
 
     scenes: int = 40_000
-    vae_steps: int = 2000
-    base_steps: int = 5000
+    vae_steps: int = 1600
+    base_steps: int = 6000
     reader_steps: int = 1500
     dual_encoder_steps: int = 2000
-
-
-def make_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
-    """Return a CLIP tokenizer in which each of the words, which are lower-case, is one token."""
-    merges = _merges(words)
-    # Each character inside a word and at its end, so that other words, too, have tokens.
-    characters = [chr(code) for code in range(33, 127)]
-    tokens = [*characters, *(f"{one}</w>" for one in characters), *("".join(merge) for merge in merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    with tempfile.TemporaryDirectory() as folder:
-        files = _write_vocabulary(Path(folder), {token: number for number, token in enumerate(tokens)}, merges)
-        return CLIPTokenizer(*files, model_max_length=MAX_LENGTH)
-
-
-def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Merge the most frequent pair until each word is one token. The trainer of `tokenizers` breaks ties by chance."""
-    split = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
-    merges = []
-    while pairs := Counter(pair for parts in split for pair in pairwise(parts)):
-        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
-        for parts in split:
-            for place in reversed(range(len(parts) - 1)):
-                if tuple(parts[place : place + 2]) == merges[-1]:
-                    parts[place : place + 2] = ["".join(merges[-1])]
-    return merges
-
-
-def _write_vocabulary(folder: Path, vocabulary: dict[str, int], merges: Sequence[Sequence[str]]) -> tuple[str, str]:
-    files = folder / "vocab.json", folder / "merges.txt"
-    files[0].write_text(json.dumps(vocabulary), encoding="utf-8")
-    files[1].write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
-    return str(files[0]), str(files[1])
 
 
 def _load_in_float32(folder: Path) -> None:
@@ -89,11 +55,11 @@ def _load_in_float32(folder: Path) -> None:
     write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": "float32"})
 
 
-def _add_vocabulary(folder: Path) -> None:
-    """Write the two files from which transformers 4 reads a tokenizer; transformers 5 writes another one only."""
-    if (folder / "tokenizer.json").exists():
-        model = read_json(folder / "tokenizer.json")["model"]
-        _write_vocabulary(folder, model["vocab"], model["merges"])
+def _name_tensors_as_transformers_4(file: Path) -> None:
+    """Put "text_model." before the names of a `CLIPTextModel`, as on the Hub; transformers 5 writes them without it."""
+    tensors = read_tensors(file, remedy="make it again")
+    named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
+    write_tensors(file, named, metadata={"format": "pt"})
 
 
 def make_vae(images: torch.Tensor, *, steps: int, batch: int = 32) -> AutoencoderKL:
@@ -164,7 +130,7 @@ def make_base(
             projection_dim=64,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=MAX_LENGTH,
+            max_position_embeddings=tokenizer.model_max_length,
             **ids,
         )
     )
@@ -235,12 +201,12 @@ def make(folder: Path, effort: Effort | None = None, *, seed: int = 0) -> None:
     Raises:
         ValueError: the folder was begun with other settings.
     """
-    settings = {"effort": asdict(effort or Effort()), "seed": seed}
+    effort = effort or Effort()
+    settings = {"effort": asdict(effort), "seed": seed}
     begun = folder / "making.json"
     if begun.exists() and read_json(begun) != settings:
         raise ValueError(f"{begun} has other settings than {settings}: remove {folder} or give another folder")
     write_json(begun, settings)
-    effort = effort or Effort()
     scenes.write_concepts(folder / "concepts")
     tokenizer = make_tokenizer(scenes.vocabulary())
     rng = random.Random(derive_seed(seed, "scenes"))
@@ -260,7 +226,7 @@ def make(folder: Path, effort: Effort | None = None, *, seed: int = 0) -> None:
         # As transformers 4 reads it.
         processor.image_processor.save_pretrained(path)
         _load_in_float32(path)
-        _add_vocabulary(path)
+        add_vocabulary(path)
 
     def vae(path: Path) -> None:
         make_vae(images, steps=effort.vae_steps).save_pretrained(path)
@@ -272,7 +238,8 @@ def make(folder: Path, effort: Effort | None = None, *, seed: int = 0) -> None:
         )
         pipeline.to(dtype=torch.float16).save_pretrained(path)
         _load_in_float32(path / "text_encoder")
-        _add_vocabulary(path / "tokenizer")
+        _name_tensors_as_transformers_4(path / "text_encoder" / "model.safetensors")
+        add_vocabulary(path / "tokenizer")
 
     parts: dict[str, Callable[[Path], None]] = {
         "vae": vae,
@@ -333,18 +300,15 @@ def check(folder: Path, *, seed: int = 1, most: int | None = None) -> dict[str, 
         converse.
     """
     rng = random.Random(derive_seed(seed, "check"))
-    reader = load_reader(folder / "reader.safetensors")
     pipeline = StableDiffusionPipeline.from_pretrained(folder / "base")
     told = scenes.all_told()
     plain = rng.sample([scene for scene in told if scene.size], most or 432)
     composites = ([scene for scene in told if not scene.size] * 6)[:most]
-    fresh = [scenes.random_scene(rng, concepts=True) for _ in range(most or 1000)]
+    fresh = [scenes.random_scene(rng, composites=0.6, concepts=True) for _ in range(most or 1000)]
     concepts = [replace(scene, background=place) for scene in scenes.CONCEPTS.values() for place in scenes.BACKGROUNDS]
     images = as_tensor(fresh)
 
-    def shares(images: torch.Tensor, drawn: Sequence[Scene]) -> dict[str, float]:
-        return shares_right(images, drawn, reader)
-
+    shares = partial(shares_right, reader=load_reader(folder / "reader.safetensors"))
     return {
         "base": shares(sample(pipeline, [scenes.caption(scene) for scene in plain], seed=seed), plain),
         "composites": shares(sample(pipeline, [scenes.caption(scene) for scene in composites], seed=seed), composites),

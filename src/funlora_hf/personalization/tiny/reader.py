@@ -85,7 +85,7 @@ def train_reader(*, steps: int, seed: int, batch: int = 64) -> Reader:
     reader = Reader()
 
     def loss() -> torch.Tensor:
-        drawn = [scenes.random_scene(rng, concepts=True) for _ in range(batch)]
+        drawn = [scenes.random_scene(rng, composites=0.6, concepts=True) for _ in range(batch)]
         logits = reader(_changed(as_tensor(drawn)))
         told = [attributes_of(scene) for scene in drawn]
         truth = {name: torch.tensor([one[name] for one in told]) for name in VALUES}

@@ -9,7 +9,6 @@ Source: [ours].
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
@@ -88,21 +87,22 @@ CONCEPTS = {
 _CONCEPT_COMBINATIONS = {scene.combination for scene in CONCEPTS.values()}
 
 
-def random_scene(rng: random.Random, *, concepts: bool = False) -> Scene:
+def random_scene(rng: random.Random, *, composites: float = 0.4, concepts: bool = False) -> Scene:
     """Draw a scene.
 
     Args:
+        composites: share of toys, badges and flags, in [0, 1].
         concepts: also draw the five concepts, as often as any other composite.
     """
     colour, second_colour = rng.sample(tuple(COLOURS), 2)
     background = rng.choice(tuple(BACKGROUNDS))
-    if rng.random() < 0.4:
+    if rng.random() >= composites:
         return _moved(Scene(rng.choice(SHAPES), colour, background, size=rng.choice(SIZES)), rng)
     noun = rng.choice(COMPOSITES)
     lower = rng.choice(SHAPES) if noun == "toy" else None
     scene = Scene(noun, colour, background, sign=rng.choice(SHAPES), second_shape=lower, second_colour=second_colour)
     if not concepts and scene.combination in _CONCEPT_COMBINATIONS:
-        return random_scene(rng)
+        return random_scene(rng, composites=composites)
     return _moved(scene, rng)
 
 
@@ -118,7 +118,7 @@ def _heart(angle: float) -> tuple[float, float]:
 
 
 # Right and down from the centre, in radii.
-_POLYGONS = {
+_POLYGONS: dict[str, list[tuple[float, float]]] = {
     "triangle": [(0, -1), (1, 0.85), (-1, 0.85)],
     "heart": [_heart(2 * math.pi * i / 48) for i in range(48)],
 }
@@ -209,8 +209,13 @@ def vocabulary() -> list[str]:
 
 def all_told() -> list[Scene]:
     """Return all that the base's captions can tell: 432 plain shapes, and 18 composites without their parts."""
-    plain = itertools.product(SHAPES, COLOURS, BACKGROUNDS)
-    sized = [Scene(*words, size=size) for words in plain for size in SIZES]
+    sized = [
+        Scene(noun, colour, place, size)
+        for noun in SHAPES
+        for colour in COLOURS
+        for place in BACKGROUNDS
+        for size in SIZES
+    ]
     return sized + [Scene(noun, "", place) for noun in COMPOSITES for place in BACKGROUNDS]
 
 

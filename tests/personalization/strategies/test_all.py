@@ -1,0 +1,244 @@
+"""What every strategy of concepts has to do: change only what it says, go on after a stop, keep what it counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from concept_strategies import (
+    ADAPTERS,
+    ALL,
+    PER_CONCEPT,
+    SAMPLING,
+    contents,
+    learn,
+    make_pipe,
+    make_strategy,
+    samples,
+    weights,
+)
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from funlora_hf.personalization.drawing import draw
+from funlora_hf.personalization.text_to_image import TextToImageModel
+
+
+class Stop(Exception):
+    pass
+
+
+def first_phase(strategy):
+    return next(iter(strategy.phases(strategy.setting.tasks[0])))
+
+
+def prediction(model):
+    noisy = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        times = torch.tensor([3, 700])
+        return model(noisy, times.float() if model.family == "sd3" else times, ["a <v0> b", "a b"])
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "sd") for name in ADAPTERS),
+        *((name, family) for name in ("lora", "funlora") for family in ("sdxl", "sd3")),
+    ],
+)
+def test_the_first_batch_sees_the_base(name, family, tmp_path):
+    strategy = make_strategy(name, tmp_path / "run", family=family)
+    before = prediction(strategy.model)
+    phase = first_phase(strategy)
+    trainable = strategy.build(phase)
+    assert torch.equal(prediction(strategy.model), before)
+    strategy.release_phase(phase, trainable)
+    assert torch.equal(prediction(strategy.model), before)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run(name, tmp_path):
+    """The base is equal to the bit after training and sampling, so are the files of earlier concepts; numbers and bytes are as told."""
+    strategy = make_strategy(name, tmp_path / "run")
+    base, seen = weights(strategy.model), []
+
+    class Listener:
+        def end_task(self, task):
+            for number, one in weights(strategy.model).items():
+                if "embed" not in number:
+                    assert torch.equal(one, base[number]), number
+            assert not any(parameter.requires_grad for parameter in strategy.model.parameters())
+            assert not strategy.model.training
+            learned = contents(tmp_path / "run")
+            concepts = {path: data for path, data in learned.items() if path.startswith("concepts")}
+            for images, files in seen:
+                assert files.items() <= concepts.items()
+                if not strategy.learning_changes_past_classes:
+                    assert torch.equal(samples(strategy, strategy.setting.tasks[0].class_ids[0]), images)
+            seen.append((samples(strategy, strategy.setting.tasks[0].class_ids[0]), concepts))
+            for number, one in weights(strategy.model).items():
+                if "embed" not in number and "lora" not in number and "base_layer" not in number:
+                    assert torch.equal(one, base[number.replace(".base_layer", "")]), number
+
+    learn(strategy, listeners=[Listener()])
+    reports = [
+        json.loads((tmp_path / f"run/checkpoints/memory/task_{n}.json").read_text())["persistent"] for n in (1, 2, 3)
+    ]
+    assert all(report > 0 for report in reports)
+    changed = not all(torch.equal(images, seen[0][0]) for images, _ in seen)
+    assert changed == strategy.learning_changes_past_classes
+    rows = sum(one.numel() for one in strategy.rows.parameters_of("<v0>").values())
+    assert rows == 16
+    if name in PER_CONCEPT:
+        saved = [load_file(path) for path in (tmp_path / "run/concepts/b0").glob("*.safetensors")]
+        assert sum(one.numel() for tensors in saved for one in tensors.values()) == strategy.numbers_per_concept()
+    strategy.details()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_counted_is_trained(name, tmp_path):
+    strategy = make_strategy(name, tmp_path / "run")
+    numbers, phase = strategy.numbers_per_concept(), first_phase(strategy)
+    trainable = strategy.build(phase)
+    concepts = len(phase.class_ids)
+    trained = sum(one.numel() for one in trainable.parameters.values()) - 16 * (concepts - 1)
+    if name == "cns":
+        trained += sum(int(mask.sum()) - mask.numel() for mask in strategy._masks.values())
+    assert trained == numbers
+    required = {id(one) for one in strategy.model.parameters() if one.requires_grad}
+    assert required == {id(one) for one in trainable.parameters.values()}
+    strategy.release_phase(phase, trainable)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_stopped_run_equals_one_in_one_piece(name, tmp_path):
+    """Stopped within the second phase, after a checkpoint, and again between two tasks."""
+    learn(make_strategy(name, tmp_path / "whole"))
+
+    class AfterStep:
+        def __init__(self, strategy, steps):
+            self.inner, self.left = strategy.after_step, steps
+
+        def __call__(self, phase):
+            self.left -= 1
+            if not self.left:
+                raise Stop
+            self.inner(phase)
+
+    class BetweenTasks:
+        def end_task(self, task):
+            if task.index == 1:
+                raise Stop
+
+    options = {"checkpointing_steps": 2, "resume_from_checkpoint": "latest"}
+    strategy = make_strategy(name, tmp_path / "parts", **options)
+    strategy.after_step = AfterStep(strategy, 7)
+    with pytest.raises(Stop):
+        learn(strategy)
+    with pytest.raises(Stop):
+        learn(make_strategy(name, tmp_path / "parts", **options), listeners=[BetweenTasks()])
+    learn(make_strategy(name, tmp_path / "parts", **options))
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert parts.keys() == whole.keys()
+    assert [path for path in whole if parts[path] != whole[path]] == []
+
+
+@pytest.mark.parametrize("name", ["naive_lora", "custom_diffusion", "cns", "orthogonal_adaptation", "joint"])
+def test_the_model_is_a_stock_pipeline(name, tmp_path):
+    """It draws what the run draws, to the bit."""
+    strategy = learn(make_strategy(name, tmp_path / "run", arguments={"num_vectors": 2}))
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "run/model")
+    pipe.set_progress_bar_config(disable=True)
+    for class_id, concept in strategy.setting.concepts.items():
+        expected = samples(strategy, class_id)
+        how = {"purpose": "test", "seed": 0, "resolution": 8}
+        found = draw(pipe, [concept.prompt(concept.eval_prompts[0])], 2, **how, config=SAMPLING)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["funlora", "lora", "clora", "custom_diffusion", "cns"])
+def test_half_precision(name, tmp_path):
+    """What is trained is in float32 and changes; the base keeps its precision."""
+    model = TextToImageModel(make_pipe()).to(torch.bfloat16)
+    strategy = make_strategy(name, tmp_path / "run", model=model, mixed_precision="bf16")
+    before = {name: (one.dtype, one.clone()) for name, one in weights(model).items()}
+    started = {}
+    build = strategy.build
+
+    def checked(phase):
+        trainable = build(phase)
+        assert {one.dtype for one in trainable.parameters.values()} == {torch.float32}
+        started.update({name: one.detach().clone() for name, one in trainable.parameters.items()})
+        return trainable
+
+    end = strategy.end_phase
+
+    def changed(phase, trainable):
+        for name, one in trainable.parameters.items():
+            assert not torch.equal(one, started[name]), name
+        end(phase, trainable)
+
+    strategy.build, strategy.end_phase = checked, changed
+    learn(strategy)
+    for name, one in weights(model).items():
+        assert one.dtype == torch.bfloat16
+        if "embed" not in name:
+            assert torch.equal(one, before[name][1])
+    assert samples(strategy, 0).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["funlora", "custom_diffusion"])
+def test_checkpointed_gradients_change_nothing(name, tmp_path):
+    for folder, value in (("plain", False), ("checkpointed", True)):
+        learn(make_strategy(name, tmp_path / folder, nouns="b", gradient_checkpointing=value))
+    assert contents(tmp_path / "plain") == contents(tmp_path / "checkpointed")
+
+
+def test_without_a_trained_token(tmp_path):
+    strategy = make_strategy("naive_lora", tmp_path / "run", nouns="b", arguments={"train_token": False})
+    start = strategy.rows.parameters_of("<v0>")["text_encoder"].clone()
+    learn(strategy)
+    assert torch.equal(load_file(tmp_path / "run/concepts/b0/learned_embeds.safetensors")["<v0>"], start)
+
+
+REFUSED = {
+    "`rank` is 3, which `strategy` 'custom_diffusion' does not use": ("custom_diffusion", {"rank": 3}),
+    "`function` is 'power', which `strategy` 'lora' does not use": ("lora", {"function": "power"}),
+    "`num_functions` is 3, which `strategy` 'clora'": ("clora", {"num_functions": 3}),
+    "`target_modules` is .'kv'., which `strategy` 'textual_inversion'": (
+        "textual_inversion",
+        {"target_modules": "kv"},
+    ),
+    "`target_modules` has 'attn3', which names no layer": ("lora", {"target_modules": ["attn3"]}),
+    "'cns' .* needs layers that read the states of the text": ("cns", {"target_modules": "cross"}),
+    "`train_token` is False, but `strategy` 'textual_inversion' trains nothing": (
+        "textual_inversion",
+        {"train_token": False},
+    ),
+    "so 3 concepts with basis=dealt need 18 orthogonal rows": ("orthogonal_adaptation", {"rank": 6}),
+}
+
+
+@pytest.mark.parametrize("error", REFUSED)
+def test_refused(error, tmp_path):
+    name, arguments = REFUSED[error]
+    with pytest.raises(ValueError, match=error):
+        make_strategy(name, tmp_path / "run", arguments=arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_refused_rates(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"`concept_learning_rate` is 0.1, but .* 'textual_inversion' trains tokens only"
+    ):
+        make_strategy("textual_inversion", tmp_path / "run", concept_learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"`token_learning_rate` is 0.1, but `train_token` is False"):
+        make_strategy("lora", tmp_path / "run", arguments={"train_token": False}, token_learning_rate=0.1)
+
+
+def test_joint_sees_all_concepts_once(tmp_path):
+    strategy = learn(make_strategy("joint", tmp_path / "run"))
+    steps = json.loads((tmp_path / "run/checkpoints/seconds/joint.json").read_text())["steps"]
+    assert steps == 3 * 4
+    assert [len(list(strategy.phases(task))) for task in strategy.setting.tasks] == [1, 0, 0]
