@@ -32,13 +32,12 @@ from runs import TINY_UNET, make_tiny_unet, short_run, write_adapters
 from strategies import NAMES, OPTIONS, Drawn, learn
 
 from funlora_hf import BaseMismatchError, FunLoraConfig, FunLoraPipeline, base_fingerprints
-from funlora_hf import run as run_module
 from funlora_hf.adapters.base_fingerprint import FingerprintCheck
 from funlora_hf.adapters.class_folder import class_of
 from funlora_hf.baselines import ConvLoraConfig, ScaleShiftConfig
 from funlora_hf.classifier import ClassifierConfig, train_classifier
 from funlora_hf.continual import base as base_module
-from funlora_hf.continual import publishing
+from funlora_hf.continual import publishing, run_context
 from funlora_hf.continual import trainer as trainer_module
 from funlora_hf.continual.base import BASE_PHASE
 from funlora_hf.continual.config import (
@@ -281,7 +280,7 @@ def built(bench: Bench, given: dict[str, Any]) -> Any:
 
 def deterministic(bench: Bench, given: dict[str, Any]) -> Any:
     asked = []
-    bench.patch.setattr(run_module, "deterministic_kernels", lambda device, wanted: nullcontext(asked.append(wanted)))
+    bench.patch.setattr(run_context, "deterministic_kernels", lambda device, wanted: nullcontext(asked.append(wanted)))
     bench.begin(**given)
     return asked
 
