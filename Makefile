@@ -43,7 +43,7 @@ test-fast: .venv/installed
 # What `make test` leaves out for its time: PEFT's own tests for all combinations of function, operation and target, of which it
 # runs some, long compilations, and more of runs that are killed or stop by themselves.
 test-slow: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow $(ARGS)
 
 # What docs/reliability.md promises, tried many times: kills, full disks, hostile files, 200 classes in one process; hours.
 soak: .venv/installed
