@@ -175,13 +175,13 @@ def test_rows_are_those_of_the_strategy_and_of_the_base(learned, base):
 
     config = ConceptEvaluationArguments(num_inference_steps=2)
 
-    def drawn(class_id, prompt):
-        with strategy.sampling(class_id) as pipe:
+    def drawn(class_ids, prompt):
+        with strategy.sampling(*class_ids) as pipe:
             return draw(pipe, [prompt], 2, purpose="funlora sample", seed=0, resolution=8, config=config)
 
-    assert torch.equal(one.images, drawn(0, "a <t1> b"))
-    assert torch.equal(none.images, drawn(None, "a b"))
-    assert not any(torch.equal(both.images, drawn(class_id, "a <t1> <t2>")) for class_id in (0, 1))
+    assert torch.equal(one.images, drawn([0], "a <t1> b"))
+    assert torch.equal(none.images, drawn([], "a b"))
+    assert not any(torch.equal(both.images, drawn([class_id], "a <t1> <t2>")) for class_id in (0, 1))
 
 
 def test_sample_from_the_pipeline_of_a_run(in_model):
