@@ -25,6 +25,7 @@ from .drawing import draw
 from .judges import Judge, Scores, judges
 from .pictures import load_images
 from .run_folder import ConceptFolder
+from .scores import mean_and_error
 from .strategies.base import ConceptStrategy
 from .token_rows import CLIP_ENCODERS, with_vectors
 from .usual_captions import usual_captions
@@ -182,7 +183,7 @@ class ConceptEvaluator:
         record = {
             "settings": self._settings,
             "scores": {**_means(scores), **leak},
-            "standard_errors": {name: _error(values) for name, values in scores.items()},
+            "standard_errors": {name: mean_and_error(values)[1] for name, values in scores.items()},
             "with_adapter": self._drift(others),
             "sha256": tensor_sha256(first),
             "seconds": time.perf_counter() - started,
@@ -247,8 +248,3 @@ class ConceptEvaluator:
 
 def _means(scores: Scores) -> dict[str, float]:
     return {name: values.mean().item() for name, values in scores.items()}
-
-
-def _error(values: torch.Tensor) -> float | None:
-    """Return the standard error of a mean; None for one value."""
-    return None if len(values) < 2 else (values.double().std() / len(values) ** 0.5).item()

@@ -76,7 +76,6 @@ def load_concept(
         return load_token_rows(pipe, folder)
     except Exception:
         remove_adapters(denoiser, [name])
-        denoiser._hf_peft_config_loaded = hasattr(denoiser, "peft_config")
         if active:
             denoiser.set_adapter(active)
         raise

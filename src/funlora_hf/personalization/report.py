@@ -51,10 +51,8 @@ def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str
         "seed": evaluator.seed,
         "concepts": [setting.concepts[class_id].name for class_id in order],
         "scores": _scores(records),
-        "floor": before
-        and {name: _mean_of(before["floor"].values(), name) for name in before["floor"][str(order[0])]},
-        "ceiling": before
-        and {name: _mean_of(before["ceiling"].values(), name) for name in before["ceiling"][str(order[0])]},
+        "floor": before and _means(before["floor"], str(order[0])),
+        "ceiling": before and _means(before["ceiling"], str(order[0])),
         "base_drift": before
         and {
             "before": before["base"],
@@ -151,9 +149,9 @@ def _own(records: Sequence[Sequence[Any]], evaluator: ConceptEvaluator) -> Seque
     return records if evaluator.strategy.learning_changes_past_classes else records[-1:]
 
 
-def _mean_of(records: Any, name: str) -> float | None:
-    values = [one[name] for one in records if name in one]
-    return fmean(values) if values else None
+def _means(records: Mapping[str, Mapping[str, float]], first: str) -> dict[str, float]:
+    """Return the mean over all concepts of each score that the first one has."""
+    return {name: fmean(one[name] for one in records.values() if name in one) for name in records[first]}
 
 
 def _without_settings(record: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ from .arguments import (
 from .batches import ConceptBatches
 from .concepts import Concept, check_concepts, load_concepts
 from .evaluator import ConceptEvaluator
+from .found_concepts import load_base
 from .objective import Objective
 from .prior import Prior, class_images
 from .report import report_finished, report_run
@@ -39,7 +40,6 @@ from .run_folder import ConceptFolder
 from .strategies.base import ConceptSetting, ConceptStrategy
 from .strategies.registry import concept_strategy
 from .text_to_image import TextToImageModel
-from .tiny import tiny_base
 
 
 logger = logging.getLogger(__name__)
@@ -181,10 +181,9 @@ class ConceptRun:
 
     def _model(self) -> TextToImageModel:
         given = self.arguments.concepts
-        name: str | Path = given.pretrained_model_name_or_path
         dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.training.mixed_precision]
-        return TextToImageModel.from_pretrained(
-            tiny_base() if name == TINY else name,
+        return load_base(
+            given.pretrained_model_name_or_path,
             revision=given.revision,
             variant=given.variant,
             device=self.accelerator.device,

@@ -73,6 +73,9 @@ def remove_adapters(model: nn.Module, names: Collection[str], *, keep_configs: b
         configs.pop(name, None)
     if not adapted_modules(model):
         del model.peft_config
+        if hasattr(model, "_hf_peft_config_loaded"):
+            # Otherwise diffusers takes it that there are adapters.
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 def adapted_modules(model: nn.Module) -> dict[str, BaseTunerLayer | AuxiliaryTrainingWrapper]:

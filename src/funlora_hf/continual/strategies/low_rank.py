@@ -109,8 +109,7 @@ class LowRank(Sequential):
         targets = self.target_modules(unet)
         arrange(unet, self.setting.training, compiled=self.setting.training.torch_compile)
         unet.requires_grad_(False)
-        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=targets, init_lora_weights="gaussian")
-        model = get_peft_model(unet, config, adapter_name=_ADAPTER)
+        model = get_peft_model(unet, gaussian_lora(self.rank, targets), adapter_name=_ADAPTER)
         if kept:
             set_pairs(model, self.rule.start(get_pairs(model), kept))
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -157,6 +156,11 @@ class MagMax(LowRank):
 
     name, rule_class = MagMaxRule.name, MagMaxRule
     options_class = MagMaxOptions
+
+
+def gaussian_lora(rank: int, target_modules: list[str]) -> LoraConfig:
+    """Return the configuration of a LoRA whose scale is 1, with A from N(0, 1/r^2) and B at 0."""
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules, init_lora_weights="gaussian")
 
 
 def _matching(unet: UNet2DModel, targets: list[str] | str | None) -> list[str]:

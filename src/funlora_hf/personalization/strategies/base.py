@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from torch import nn
 
 from ...continual.learning import LearningSetting, LearningStrategy, Phase, PhaseSettings, Trainable
 from ...data.tasks import Task
-from ...tuner_base.wrappers import remove_adapters
 from ...utils.files import whole_folder
 from ..arguments import TINY, ConceptArguments, ConceptTrainingArguments
 from ..batches import ConceptBatch
@@ -206,12 +205,6 @@ class ConceptStrategy(LearningStrategy):
     @abstractmethod
     def numbers_per_concept(self) -> int:
         """Count the numbers that are trained for a concept, its token's rows among them."""
-
-    def remove_adapters(self, names: Collection[str]) -> None:
-        """Remove adapters from the denoiser, whose layers are as they were; diffusers forgets that there were any."""
-        denoiser = self.model.denoiser
-        remove_adapters(denoiser, names)
-        denoiser._hf_peft_config_loaded = hasattr(denoiser, "peft_config")
 
     def details(self) -> dict[str, Any]:
         """Return what else results.json should say of a finished run."""

@@ -12,11 +12,10 @@ from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
 from torch import nn
 
 from ...continual.learning import Phase, Trainable
-from ...continual.strategies.low_rank import get_pairs, set_pairs
+from ...continual.strategies.low_rank import gaussian_lora, get_pairs, set_pairs
 from ...continual.strategies.merging_rules import (
     Kept,
     MagMaxRule,
@@ -31,6 +30,7 @@ from ...continual.strategies.merging_rules import (
 )
 from ...continual.strategies.sequential import KeptFile
 from ...data.tasks import Task
+from ...tuner_base.wrappers import remove_adapters
 from ..token_rows import with_vectors
 from .base import ConceptSetting, ConceptStrategy, Rates, scaled
 
@@ -227,10 +227,7 @@ class LowRank(OneModel):
 
     def adapted(self, kept: Kept) -> dict[str, nn.Parameter]:
         denoiser = self.model.denoiser
-        config = LoraConfig(
-            r=self.rank, lora_alpha=self.rank, target_modules=self.target_modules(), init_lora_weights="gaussian"
-        )
-        parameters = self.add_adapter(config, _ADAPTER)
+        parameters = self.add_adapter(gaussian_lora(self.rank, self.target_modules()), _ADAPTER)
         if kept:
             set_pairs(denoiser, self.rule.start(get_pairs(denoiser), kept))
         return parameters
@@ -239,7 +236,7 @@ class LowRank(OneModel):
         return self.rule.merge(kept, get_pairs(self.model.denoiser))
 
     def take_out(self) -> None:
-        self.remove_adapters([_ADAPTER])
+        remove_adapters(self.model.denoiser, [_ADAPTER])
 
     def trained_numbers(self) -> int:
         return self.rank * sum(outputs + inputs for outputs, inputs in self._shapes().values())

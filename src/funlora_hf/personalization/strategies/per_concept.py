@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig
@@ -16,7 +17,9 @@ from ...adapters.base_fingerprint import base_fingerprints
 from ...adapters.class_folder import save_adapter
 from ...adapters.put_into_model import load_adapter
 from ...continual.learning import Phase, Trainable
+from ...continual.strategies.low_rank import gaussian_lora
 from ...tuner import FunLoraConfig
+from ...tuner_base.wrappers import remove_adapters
 from .base import ConceptSetting, ConceptStrategy, Rates
 
 
@@ -83,11 +86,17 @@ class PerConcept(ConceptStrategy):
         yield self._pipe
 
     def numbers_per_concept(self) -> int:
-        config, numbers = self.adapter_config(), self.row_numbers()
-        if config is not None:
-            self._remove(list(self._adapters))
-            numbers += sum(one.numel() for one in self.add_adapter(config, LIVE).values())
-            self._remove([LIVE])
+        return self._adapter_numbers + self.row_numbers()
+
+    @cached_property
+    def _adapter_numbers(self) -> int:
+        """The numbers of an adapter, the same for all concepts; counted once, since the denoiser loses its adapters for it."""
+        config = self.adapter_config()
+        if config is None:
+            return 0
+        self._remove(list(self._adapters))
+        numbers = sum(one.numel() for one in self.add_adapter(config, LIVE).values())
+        self._remove([LIVE])
         return numbers
 
     def memory_report(self) -> dict[str, int]:
@@ -96,7 +105,7 @@ class PerConcept(ConceptStrategy):
         return {"persistent": kept, "per_class": kept, "transient": 4 * 4 * self.numbers_per_concept()}
 
     def _remove(self, names: list[str]) -> None:
-        self.remove_adapters(names)
+        remove_adapters(self.model.denoiser, names)
         self._adapters -= set(names)
 
     def _base_fingerprint(self) -> dict[str, str]:
@@ -120,9 +129,7 @@ class Lora(PerConcept):
     rates = Rates(8e-3, 1e-4)
 
     def adapter_config(self) -> LoraConfig:
-        return LoraConfig(
-            r=self.rank, lora_alpha=self.rank, target_modules=self.target_modules(), init_lora_weights="gaussian"
-        )
+        return gaussian_lora(self.rank, self.target_modules())
 
 
 class FunLora(PerConcept):
