@@ -7,7 +7,7 @@
 A strategy is a name, or name:key=value,key=value; a key is an option of the strategy, an argument of `funlora personalize`, or
 `label`. A seed is also an order of the concepts: seed 0 has that of the file, any other a random one. With `--rate_factors`, each
 strategy gets its own learning rate: the default times one of these, whichever has the best score at the end of the first two
-concepts with the first seed. Other arguments are those of `funlora personalize`, and hold for every run.
+concepts with the first seed; where that is the lowest or the highest, rates beyond it are tried. Other arguments are those of `funlora personalize`, and hold for every run.
 
 Each run has a folder of its own, `seed_<seed>/<label>` in `--output_dir`, beside `comparison.json`, `comparison.md` and `figures/`.
 Started again with the same arguments, it runs what is not finished. Exit codes: 0, all runs finished; 1, an error, or a run
@@ -40,6 +40,10 @@ from funlora_hf.personalization.run import ConceptRunArguments
 from funlora_hf.personalization.strategies.registry import CONCEPT_STRATEGIES, concept_strategy
 from funlora_hf.utils.arguments import refuse_unknown
 from funlora_hf.utils.files import read_json, write_json
+
+
+# So often a rate beyond the edge is tried.
+_EXTENSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -116,36 +120,58 @@ def choose_rates(
     tiny: bool,
 ) -> tuple[list[Choice], dict[str, Any]]:
     """Return the choices with their best rates, and all that was tried; a choice that names a rate keeps it."""
-    jobs: dict[tuple[str, float], Job] = {}
-    for choice in choices:
-        rates = concept_strategy(choice.name).rates or concept_strategy(choice.name).token_rates
-        argument = "concept_learning_rate" if concept_strategy(choice.name).rates else "token_learning_rate"
-        if argument in choice.arguments:
-            continue
-        for factor in factors:
-            rate = (rates.tiny if tiny else rates.other) * factor
-            tried = replace(choice, arguments={**choice.arguments, argument: f"{rate:g}"})
-            place = folder / "rates" / choice.label / f"{rate:g}"
-            jobs[choice.label, rate] = Job(
-                place, (*tried.options(), *shared, "--seed", str(seed), "--concept_order", *order[:2])
-            )
-    found = run_all(jobs, workers)
+    scores: dict[str, dict[float, float]] = {
+        choice.label: {} for choice in choices if rate_argument(choice) not in choice.arguments
+    }
+    to_try = {label: list(factors) for label in scores}
+    for _ in range(1 + _EXTENSIONS):
+        jobs: dict[tuple[str, float], Job] = {}
+        for choice in choices:
+            for factor in to_try.get(choice.label, ()):
+                rate = f"{default_rate(choice, tiny=tiny) * factor:g}"
+                tried = replace(choice, arguments={**choice.arguments, rate_argument(choice): rate})
+                options = (*tried.options(), *shared, "--seed", str(seed), "--concept_order", *order[:2])
+                jobs[choice.label, factor] = Job(folder / "rates" / choice.label / rate, options)
+        for (label, factor), results in run_all(jobs, workers).items():
+            if results is not None and results["scores"]:
+                scores[label][factor] = results["scores"][score_of(results)]["end"]
+        to_try = {label: [beyond] for label, found in scores.items() if (beyond := beyond_the_edge(found)) is not None}
     chosen, record = [], {}
     for choice in choices:
-        scores = {
-            rate: results["scores"][score_of(results)]["end"]
-            for (label, rate), results in found.items()
-            if label == choice.label and results is not None and results["scores"]
-        }
-        if not scores:
-            chosen.append(choice)
-            continue
-        best = max(scores, key=lambda rate: scores[rate])
-        argument = "concept_learning_rate" if concept_strategy(choice.name).rates else "token_learning_rate"
-        record[choice.label] = {"chosen": best, "scores": {f"{rate:g}": one for rate, one in sorted(scores.items())}}
-        record[choice.label]["at_the_edge"] = len(scores) > 1 and best in (min(scores), max(scores))
-        chosen.append(replace(choice, arguments={**choice.arguments, argument: f"{best:g}"}))
+        if found := scores.get(choice.label):
+            best, default = max(found, key=lambda factor: found[factor]), default_rate(choice, tiny=tiny)
+            record[choice.label] = {
+                "chosen": f"{default * best:g}",
+                "scores": {f"{default * factor:g}": one for factor, one in sorted(found.items())},
+                "at_the_edge": beyond_the_edge(found) is not None,
+            }
+            choice = replace(
+                choice, arguments={**choice.arguments, rate_argument(choice): record[choice.label]["chosen"]}
+            )
+        chosen.append(choice)
     return chosen, record
+
+
+def rate_argument(choice: Choice) -> str:
+    """Return which rate of a strategy is chosen: that of its layers, or of the token if it trains nothing else."""
+    return "concept_learning_rate" if concept_strategy(choice.name).rates else "token_learning_rate"
+
+
+def default_rate(choice: Choice, *, tiny: bool) -> float:
+    """Return that rate's default."""
+    strategy = concept_strategy(choice.name)
+    rates = strategy.rates or strategy.token_rates
+    return rates.tiny if tiny else rates.other
+
+
+def beyond_the_edge(scores: dict[float, float]) -> float | None:
+    """Return the next factor to try if the best is the lowest or the highest of several; else None."""
+    if len(scores) < 2:
+        return None
+    tried, best = sorted(scores), max(scores, key=lambda factor: scores[factor])
+    if best == tried[0]:
+        return tried[0] ** 2 / tried[1]
+    return tried[-1] ** 2 / tried[-2] if best == tried[-1] else None
 
 
 def run_all(jobs: dict[Any, Job], workers: int) -> dict[Any, dict[str, Any] | None]:

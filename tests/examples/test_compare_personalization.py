@@ -89,6 +89,26 @@ def test_each_strategy_gets_the_rate_with_the_best_end(tiny, tmp_path, monkeypat
     assert asked == [("a", "b")] * 3
 
 
+@pytest.mark.parametrize(
+    ("best", "found", "more", "at_the_edge"),
+    [(0.25, 0.25, [0.25, 0.125], False), (8.0, 8.0, [4, 8, 16], False), (100.0, 16.0, [4, 8, 16], True)],
+)
+def test_rates_beyond_the_edge_are_tried(best, found, more, at_the_edge, tmp_path, monkeypatch):
+    default, asked = concept_strategy("textual_inversion").token_rates.tiny, []
+
+    def run(job):
+        factor = float(job.options[job.options.index("--token_learning_rate") + 1]) / default
+        asked.append(round(factor, 4))
+        return results(0.5, 1 / (1 + abs(factor - best)))
+
+    monkeypatch.setattr(Job, "run", run)
+    choices = [Choice.parse("textual_inversion")]
+    chosen, record = choose_rates(choices, [0.5, 1, 2], ["a", "b", "c"], 0, [], tmp_path, 1, tiny=True)
+    assert chosen[0].arguments == {"token_learning_rate": f"{default * found:g}"}
+    assert asked == [0.5, 1, 2, *more]
+    assert record["textual_inversion"]["at_the_edge"] == at_the_edge
+
+
 def test_the_table_has_means_over_seeds():
     text = table({"lora": [results(0.8, 0.4), results(0.6, 0.2)]})
     row = text.splitlines()[2]
