@@ -21,7 +21,7 @@ import random
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -180,45 +180,82 @@ def run_all(jobs: dict[Any, Job], workers: int) -> dict[Any, dict[str, Any] | No
         return dict(zip(jobs, pool.map(Job.run, jobs.values()), strict=True))
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the comparison as a table in Markdown: means over seeds."""
-    names = list(next(iter(results.values()))[0]["scores"])
-    first = names[0] if names else ""
-    titles = [
-        "strategy",
-        "numbers a concept",
-        "bytes kept",
-        "seconds of training",
-        *(f"{name}: own, end" for name in names),
+Runs = Sequence[dict[str, Any]]
+
+
+def table(results: dict[str, Runs]) -> str:
+    """Return the comparison as two tables in Markdown, of scores and of the rest: means over seeds."""
+    first = next(iter(results.values()))[0]
+    names = list(first["scores"])
+    score, base_score = names[0], next(iter(first["base_drift"]["before"]))
+    scores = {
+        f"{score} at its own time": lambda runs: spread(run["scores"][score]["own"] for run in runs),
+        f"{score} at the end": lambda runs: spread(run["scores"][score]["end"] for run in runs),
+        "forgetting": lambda runs: f"{fmean(run['scores'][score]['forgetting'] for run in runs):.2f}",
+        **{
+            f"{name}, end": lambda runs, name=name: f"{fmean(run['scores'][name]['end'] for run in runs):.2f}"
+            for name in names[1:]
+        },
+        "two concepts": lambda runs: mean_or_none([of_pairs(run, score) for run in runs]),
+    }
+    rest = {
+        f"base prompts, end: {base_score}": lambda runs: mean_or_none([last_drift(run, base_score) for run in runs]),
+        "change": lambda runs: mean_or_none([last_drift(run, "change") for run in runs], digits=3),
+        f"with a concept: {base_score}": lambda runs: mean_or_none([with_concept(run, base_score) for run in runs]),
+        "its change": lambda runs: mean_or_none([with_concept(run, "change") for run in runs], digits=3),
+        "first samples identical": lambda runs: {True: "yes", False: "NO", None: "-"}[
+            runs[0]["zero_forgetting"]["identical"]
+        ],
+        "numbers a concept": lambda runs: f"{fmean(run['numbers_per_concept'] for run in runs):,.0f}",
+        "bytes kept": lambda runs: f"{fmean(run['bytes_kept'] for run in runs):,.0f}",
+        "seconds of training": lambda runs: f"{fmean(run['seconds']['training'] for run in runs):.0f}",
+    }
+    said = [
+        f"{name} {first['floor'][name]:.2f} / {first['ceiling'][name]:.2f}" for name in names if name in first["floor"]
     ]
-    titles += [f"forgetting ({first})", "base prompts: change", "identical"]
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for label, runs in results.items():
-        cells = [
-            label,
-            f"{fmean(run['numbers_per_concept'] for run in runs):,.0f}",
-            f"{fmean(run['bytes_kept'] for run in runs):,.0f}",
-        ]
-        cells.append(f"{fmean(run['seconds']['training'] for run in runs):.0f}")
-        for name in names:
-            cells.append(
-                ", ".join(f"{fmean(run['scores'][name][time] for run in runs):.2f}" for time in ("own", "end"))
-            )
-        cells.append(f"{fmean(run['scores'][first]['forgetting'] for run in runs):.2f}" if first else "")
-        drift = [one for run in runs if (one := last_drift(run)) is not None]
-        cells.append(f"{fmean(one['change'] for one in drift):.3f}" if drift else "")
-        cells.append({True: "yes", False: "NO", None: "-"}[runs[0]["zero_forgetting"]["identical"]])
-        lines.append(f"| {' | '.join(cells)} |")
-    floor = next(iter(results.values()))[0]["floor"] or {}
-    ceiling = next(iter(results.values()))[0]["ceiling"] or {}
-    said = [f"{name} {floor[name]:.2f} / {ceiling[name]:.2f}" for name in names if name in floor and name in ceiling]
-    return "\n".join([*lines, "", f"Floor (the base with the noun) / ceiling (real images): {'; '.join(said)}."])
+    floor = f"Floor (the base with the noun) / ceiling (real images): {'; '.join(said)}."
+    before = f"Base prompts before learning: {base_score} {first['base_drift']['before'][base_score]:.2f}."
+    return "\n\n".join([rows(results, scores), floor, rows(results, rest), before])
 
 
-def last_drift(run: dict[str, Any]) -> dict[str, Any] | None:
+def rows(results: dict[str, Runs], columns: Mapping[str, Callable[[Runs], str]]) -> str:
+    """Return a table with a row for each strategy."""
+    lines = [f"| strategy | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
+    lines += [
+        f"| {label} | {' | '.join(cell(runs) for cell in columns.values())} |" for label, runs in results.items()
+    ]
+    return "\n".join(lines)
+
+
+def spread(values: Iterable[float]) -> str:
+    """Return the mean, and the values of the seeds if there are several."""
+    found = list(values)
+    each = f" ({', '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
+    return f"{fmean(found):.2f}{each}"
+
+
+def mean_or_none(values: Sequence[float | None], digits: int = 2) -> str:
+    """Return the mean of what was measured; empty: nothing was."""
+    found = [one for one in values if one is not None]
+    return f"{fmean(found):.{digits}f}" if found else ""
+
+
+def of_pairs(run: dict[str, Any], score: str) -> float | None:
+    """Return the mean score of a concept in images of prompts with two."""
+    found = [one[score] for pair in run["pairs"] for one in pair["scores"].values()]
+    return fmean(found) if found else None
+
+
+def with_concept(run: dict[str, Any], name: str) -> float | None:
+    """Return how base prompts are drawn with the weights of a concept, as the mean over concepts."""
+    found = [one[name] for one in run["base_drift"]["with_concept"].values() if name in one]
+    return fmean(found) if found else None
+
+
+def last_drift(run: dict[str, Any], name: str) -> float | None:
     """Return how the model without a concept of its own draws base prompts at the end."""
-    found = [one for one in (run["base_drift"] or {}).get("after_task", []) if one is not None]
-    return found[-1] if found else None
+    found = [one for one in run["base_drift"]["after_task"] if one is not None]
+    return found[-1].get(name) if found else None
 
 
 def curves(results: dict[str, list[dict[str, Any]]], path: Path) -> None:

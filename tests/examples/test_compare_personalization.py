@@ -30,7 +30,12 @@ def results(own, end, **other):
         "numbers_per_concept": 1356,
         "bytes_kept": 2000,
         "seconds": {"training": 12.4},
-        "base_drift": {"after_task": [{"change": 0.25}, None]},
+        "base_drift": {
+            "before": {"shape": 0.99},
+            "after_task": [{"shape": 0.5, "change": 0.25}, None],
+            "with_concept": {"a": {"shape": 0.5, "change": 0.2}, "b": {"shape": 0.7, "change": 0.4}},
+        },
+        "pairs": [{"prompt": "a and b", "scores": {"a": {"attr": 0.1}, "b": {"attr": 0.3}}}],
         "zero_forgetting": {"identical": None},
         **other,
     }
@@ -111,9 +116,16 @@ def test_rates_beyond_the_edge_are_tried(best, found, more, at_the_edge, tmp_pat
 
 def test_the_table_has_means_over_seeds():
     text = table({"lora": [results(0.8, 0.4), results(0.6, 0.2)]})
-    row = text.splitlines()[2]
-    assert row == "| lora | 1,356 | 2,000 | 12 | 0.70, 0.50 | 0.40 | 0.250 | - |"
-    assert text.endswith("Floor (the base with the noun) / ceiling (real images): attr 0.30 / 1.00.")
+    lines = text.splitlines()
+    assert lines[2] == "| lora | 0.70 (0.80, 0.60) | 0.50 (0.60, 0.40) | 0.40 | 0.20 |"
+    assert lines[4] == "Floor (the base with the noun) / ceiling (real images): attr 0.30 / 1.00."
+    assert lines[8] == "| lora | 0.50 | 0.250 | 0.60 | 0.300 | - | 1,356 | 2,000 | 12 |"
+    assert lines[10] == "Base prompts before learning: shape 0.99."
+
+
+def test_what_was_not_measured_is_left_empty():
+    text = table({"lora": [results(0.8, 0.4, pairs=[])]})
+    assert text.splitlines()[2] == "| lora | 0.80 | 0.60 | 0.40 |  |"
 
 
 def test_a_failed_run_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
