@@ -186,7 +186,11 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     floor = next(iter(results.values()))[0]["floor"] or {}
     ceiling = next(iter(results.values()))[0]["ceiling"] or {}
     said = [f"{name} {floor[name]:.2f} / {ceiling[name]:.2f}" for name in names if name in floor and name in ceiling]
-    return "\n".join([*lines, "", f"Floor (the base with the noun) / ceiling (real images): {'; '.join(said)}."])
+    lines += ["", f"Floor (the base with the noun) / ceiling (real images): {'; '.join(said)}."]
+    for label, (run, *_) in results.items():
+        if norms := run["details"].get("product_norms"):
+            lines += ["", f"Norms of the products of {label}, first seed: {', '.join(f'{one:.3g}' for one in norms)}."]
+    return "\n".join(lines)
 
 
 def last_drift(run: dict[str, Any]) -> dict[str, Any] | None:

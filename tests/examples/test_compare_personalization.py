@@ -32,6 +32,7 @@ def results(own, end, **other):
         "seconds": {"training": 12.4},
         "base_drift": {"after_task": [{"change": 0.25}, None]},
         "zero_forgetting": {"identical": None},
+        "details": {},
         **other,
     }
 
@@ -94,6 +95,12 @@ def test_the_table_has_means_over_seeds():
     row = text.splitlines()[2]
     assert row == "| lora | 1,356 | 2,000 | 12 | 0.70, 0.50 | 0.40 | 0.250 | - |"
     assert text.endswith("Floor (the base with the noun) / ceiling (real images): attr 0.30 / 1.00.")
+
+
+def test_the_table_has_the_norms_of_the_products():
+    runs = [results(0.8, 0.4, details={"product_norms": norms}) for norms in ([23.14, 0.5, 1e-5], [7.0, 7.0, 7.0])]
+    text = table({"lora": [results(0.8, 0.4)] * 2, "clora:penalty=10": runs})
+    assert text.endswith("1.00.\n\nNorms of the products of clora:penalty=10, first seed: 23.1, 0.5, 1e-05.")
 
 
 def test_a_failed_run_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
