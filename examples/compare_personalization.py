@@ -215,7 +215,12 @@ def table(results: dict[str, Runs]) -> str:
     ]
     floor = f"Floor (the base with the noun) / ceiling (real images): {'; '.join(said)}."
     before = f"Base prompts before learning: {base_score} {first['base_drift']['before'][base_score]:.2f}."
-    return "\n\n".join([rows(results, scores), floor, rows(results, rest), before])
+    norms = [
+        f"Norms of the products of {label}, first seed: {', '.join(f'{one:.3g}' for one in found)}."
+        for label, (run, *_) in results.items()
+        if (found := run["details"].get("product_norms"))
+    ]
+    return "\n\n".join([rows(results, scores), floor, rows(results, rest), before, *norms])
 
 
 def rows(results: dict[str, Runs], columns: Mapping[str, Callable[[Runs], str]]) -> str:

@@ -37,6 +37,7 @@ def results(own, end, **other):
         },
         "pairs": [{"prompt": "a and b", "scores": {"a": {"attr": 0.1}, "b": {"attr": 0.3}}}],
         "zero_forgetting": {"identical": None},
+        "details": {},
         **other,
     }
 
@@ -126,6 +127,12 @@ def test_the_table_has_means_over_seeds():
 def test_what_was_not_measured_is_left_empty():
     text = table({"lora": [results(0.8, 0.4, pairs=[])]})
     assert text.splitlines()[2] == "| lora | 0.80 | 0.60 | 0.40 |  |"
+
+
+def test_the_table_has_the_norms_of_the_products():
+    runs = [results(0.8, 0.4, details={"product_norms": norms}) for norms in ([23.14, 0.5, 1e-5], [7.0, 7.0, 7.0])]
+    text = table({"lora": [results(0.8, 0.4)] * 2, "clora:penalty=10": runs})
+    assert text.endswith("0.99.\n\nNorms of the products of clora:penalty=10, first seed: 23.1, 0.5, 1e-05.")
 
 
 def test_a_failed_run_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
