@@ -184,9 +184,10 @@ class DiffClass(Replaying, NaiveLora):
         setting, vectors = self.setting, trainable.parameters[CLASS_VECTORS].detach()
         lora = get_peft_model_state_dict(trainable.module, save_embedding_layers=False)
         tensors = {f"{SAVED_PREFIX}{plain_key(key)}": tensor for key, tensor in lora.items()}
-        config = gaussian_lora(self.rank, self.target_modules(base_shape(setting)))
-        # The order of a set differs between processes.
-        config.target_modules, config.inference_mode = sorted(config.target_modules), True
+        layers = self.target_modules(base_shape(setting))
+        config = gaussian_lora(self.rank, layers)
+        # PEFT makes a set of them, whose order differs between processes.
+        config.target_modules, config.inference_mode = layers, True
         config.trainable_token_indices = {CLASS_EMBEDDING: [VECTOR_ROW]}
         config.base_model_name_or_path, config.revision = setting.base_source, setting.model.base_model_revision
         config.auto_mapping = {"base_model_class": UNet2DModel.__name__, "parent_library": UNet2DModel.__module__}
