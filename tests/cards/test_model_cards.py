@@ -290,6 +290,9 @@ def test_other_methods_have_the_facts_that_they_have():
     assert "function" not in dict(table(lora, "Adapter"))
     assert 'pipe.load_adapter("me/cifar", subfolder="class_7", class_label=7)' in lora.text
     assert lora.data.tags[0] == "lora"
+    row = adapter(LoraConfig(r=4, trainable_token_indices={"class_embedding": [0]})).text
+    assert "velocity of this class if `class_labels` are 0, the row of" in row
+    assert "velocity of this class, whichever row of" in lora.text
     conv = adapter(ConvLoraConfig(r=2, target_modules=["conv1"]))
     assert all(code.startswith("import funlora_hf.baselines\n") for code in snippets(conv))
     identity = dict(table(adapter(funlora(function="identity", operation="add")), "Adapter"))

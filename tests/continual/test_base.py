@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from funlora_hf import FunLoraPipeline
 from funlora_hf.continual.base import find_base
 from funlora_hf.data.class_ids import assign_class_ids
+from funlora_hf.personalization.tiny import tiny_base
 
 
 def test_a_base_without_a_class_embedding_is_named(tiny_pipe, tmp_path):
@@ -17,6 +18,13 @@ def test_a_base_without_a_class_embedding_is_named(tiny_pipe, tmp_path):
     text = f"`base_model` '{tmp_path}' has a U-Net without a class embedding"
     with pytest.raises(ValueError, match=re.escape(text)):
         find_base(str(tmp_path))
+
+
+def test_a_text_to_image_pipeline_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"`base_model` is '.*', a StableDiffusionPipeline, which reads prompts, expected"
+    ):
+        find_base(str(tiny_base()))
 
 
 def repository(pipe, tmp_path, hub) -> str:

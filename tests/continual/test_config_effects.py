@@ -677,6 +677,33 @@ def joined(bench: Bench, given: dict[str, Any]) -> Any:
     return asked, found
 
 
+def in_two_heads(bench: Bench, given: dict[str, Any]) -> Any:
+    """What `diffclass` asks of the sampler, and the batch and the loss of both phases of a task in their middle."""
+    asked, found = [], []
+
+    def draw(pipe, class_id, count, *, guidance, **named):
+        asked.append((count, {key: named[key] for key in SAMPLING}))
+        return Samples(torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(class_id)), 1.0)
+
+    bench.patch.setattr(generated_images, "draw_samples", draw)
+    strategy = bench.strategy("diffclass", strategy_options=given)
+    setting = strategy.setting
+    base_module.save_base(attending_unet(2), setting.base_dir, TASKS[0].class_ids, setting.class_names)
+    strategy.begin_task(TASKS[1])
+    for phase in strategy.phases(TASKS[1]):
+        torch.manual_seed(0)
+        trainable = strategy.build(phase)
+        sample, noise = torch.randn(2, 40, 1, 8, 8)
+        labels = torch.tensor(phase.class_ids).repeat(40)
+        real = Batch(sample, labels, noise, torch.rand(40), number=phase.settings.train_steps // 2)
+        batch = strategy.make_batch(phase, real)
+        strategy.training_step(phase, batch, trainable.module).sum().backward()
+        gradients = {name: p.grad.double().abs().sum().item() for name, p in trainable.parameters.items()}
+        found.append((phase.settings, batch.class_ids.tolist(), batch.sample.sum().item(), gradients))
+        strategy.end_phase(phase, trainable)
+    return asked, found
+
+
 SAMPLING = ("solver", "num_inference_steps", "batch_size")
 
 
@@ -700,9 +727,9 @@ def merged(name: str) -> Callable[[Bench, dict[str, Any]], Any]:
     return seen
 
 
-def attending_unet() -> UNet2DModel:
+def attending_unet(num_classes: int = 3) -> UNet2DModel:
     torch.manual_seed(0)
-    return UNet2DModel(**ATTENTION, num_class_embeds=3)
+    return UNet2DModel(**ATTENTION, num_class_embeds=num_classes)
 
 
 REPLAY = {
@@ -747,6 +774,21 @@ JDCL = {
     "new_images": Case("both", ("local", "real"), joined),
     "agree": Case("yes", (False, True), joined, {"images_per_class": 30}),
 }
+DIFFCLASS = {
+    "images_per_class": Case(0, (2, None), in_two_heads),
+    "solver": Case("rk5", ("euler", "heun"), in_two_heads),
+    "num_inference_steps": Case(0, (1, 2), in_two_heads),
+    "sampling_batch_size": Case(0, (2, 5), in_two_heads),
+    "classifier_train_steps": Case(0, (1, 2), in_two_heads),
+    "classifier_batch_size": Case(0, (3, 4), in_two_heads),
+    "classifier_learning_rate": Case(0.0, (1e-3, 1e-2), in_two_heads),
+    "classifier_architecture": Case("vit", ("cnn", "resnet18"), in_two_heads),
+    "targets": Case("all", ("attention", "both"), in_two_heads),
+    "matching_share": Case(1.0, (0.0, 0.5), in_two_heads),
+    "synthetic_share": Case(-1.0, (0.0, 0.5), in_two_heads),
+    "selection": Case("best", ("confidence", "none"), in_two_heads),
+    "domain_weight": Case(-1.0, (0.5, 1.0), in_two_heads),
+}
 LOW_RANK = {"targets": Case("all", ("attention", "both"), merged("naive_lora"))}
 MERGE_ORTHOGONAL = {
     **LOW_RANK,
@@ -771,6 +813,7 @@ CLASSES: dict[type, dict[str, Case]] = {
             "ddgr": DDGR,
             "guide": GUIDE,
             "jdcl": JDCL,
+            "diffclass": DIFFCLASS,
             "naive_lora": LOW_RANK,
             "merge_orthogonal": MERGE_ORTHOGONAL,
             "magmax": MAGMAX,

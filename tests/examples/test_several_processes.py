@@ -148,20 +148,22 @@ def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_exa
 
 
 @long
-@pytest.mark.parametrize("strategy", ["finetune", "merge_orthogonal", "replay", "guide", "jdcl"])
+@pytest.mark.parametrize("strategy", ["finetune", "merge_orthogonal", "replay", "guide", "jdcl", "diffclass"])
 def test_a_strategy_of_sequential_trains_on_two_processes(strategy, tmp_path, run_example):
     """They share every batch, so rounding differs, and no more; without dropout, whose randomness is of the process."""
     options = ["--strategy_options", "num_inference_steps=1", "classifier_train_steps=2"]
     arguments = command_line(
         strategy=strategy, **RANKS.get(strategy, {}), num_tasks=2, image_quality="none", unet_config=WITHOUT_DROPOUT
     )
-    arguments += {"replay": options, "guide": options, "jdcl": options[:2]}.get(strategy, [])
+    drawing = {"replay": options, "guide": options, "jdcl": options[:2], "diffclass": options}
+    arguments += drawing.get(strategy, [])
+    file = "adapters/class_5/adapter_model" if strategy == "diffclass" else "model/unet/diffusion_pytorch_model"
     weights = {}
     for name, launcher in (("one", ()), ("two", torchrun(2))):
         run_example(*arguments, "--output_dir", name, cwd=tmp_path, launcher=launcher)
-        weights[name] = load_file(tmp_path / name / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+        weights[name] = load_file(tmp_path / name / f"{file}.safetensors")
         assert read_json(tmp_path / name / "results.json")["environment"]["num_processes"] == (2 if launcher else 1)
-    if strategy in ("replay", "guide", "jdcl"):
+    if strategy in drawing:
         return  # each process draws its share of the mixture by its own seed
     for key, value in weights["one"].items():
         torch.testing.assert_close(

@@ -25,9 +25,12 @@ OPTIONS = {
     "ddgr": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6},
     "guide": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6, "refreshes": 2},
     "jdcl": {"num_inference_steps": 2, "head_hidden": 16},
+    "diffclass": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6},
 }
 # Of strategies that have one.
-RANKS = {name: {"rank": 2} for name in ("funlora", "naive_lora", "merge_init", "merge_orthogonal", "magmax")}
+RANKS = {
+    name: {"rank": 2} for name in ("funlora", "naive_lora", "merge_init", "merge_orthogonal", "magmax", "diffclass")
+}
 
 
 class Drawn:

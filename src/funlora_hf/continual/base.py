@@ -22,7 +22,7 @@ from ..hub.find import BASE_CONTENTS, find_contents
 from ..hub.repository import NO_ANSWER, HubRepository
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
-from ..utils.files import whole_folder
+from ..utils.files import read_mapping, whole_folder
 from ..utils.quiet import quiet_loading
 from ..utils.seeds import derive_seed
 from .compilation import compile_blocks
@@ -228,6 +228,11 @@ def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[st
         raise FileNotFoundError(
             f"`base_model` is {name!r}, expected a pipeline folder with a {PIPELINE}, such as the base/ folder of a run, or "
             "the run itself."
+        )
+    if "text_encoder" in (index := read_mapping(folder / PIPELINE)):
+        raise ValueError(
+            f"`base_model` is {name!r}, a {index.get('_class_name')}, which reads prompts, expected a generator of classes: train one, or "
+            "teach this one concepts by `funlora personalize`."
         )
     check_velocity_base(folder, field="base_model")
     config = UNet2DModel.load_config(folder, subfolder="unet")

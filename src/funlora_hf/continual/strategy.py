@@ -68,6 +68,7 @@ class Batch:
         noise: standard normal, same shape as `sample`.
         sigma: `(batch,)`, float32 in [0, 1].
         number: number of the batch in its phase, from 0; a strategy must distinguish batches only by this.
+        drawn: which samples a generator has drawn, `(batch,)`, bool, on the CPU; None: all are real.
     """
 
     sample: torch.Tensor
@@ -75,12 +76,14 @@ class Batch:
     noise: torch.Tensor
     sigma: torch.Tensor
     number: int = 0
+    drawn: torch.Tensor | None = None
 
     def reordered(self, order: torch.Tensor) -> Batch:
         """Return the same samples in another order, `(batch,)`, int64, on the CPU."""
         moved = on_device(order, self.sample.device)
         on_the_device = {name: getattr(self, name)[moved] for name in ("sample", "noise", "sigma")}
-        return replace(self, class_ids=self.class_ids[order], **on_the_device)
+        drawn = None if self.drawn is None else self.drawn[order]
+        return replace(self, class_ids=self.class_ids[order], drawn=drawn, **on_the_device)
 
 
 class Strategy(LearningStrategy):

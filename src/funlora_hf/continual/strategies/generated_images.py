@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -42,21 +42,33 @@ class DrawingOptions:
 
 
 @dataclass
-class ReplayOptions(DrawingOptions):
+class ReplayedClassifierOptions(DrawingOptions):
     """
     Args:
         classifier_train_steps: steps of the classifier for each class seen.
         classifier_batch_size: its batch size.
         classifier_learning_rate: learning rate of Adam.
         classifier_architecture: "resnet18", "cnn" (small), or "auto": by the size of the images.
-        distillation: weight of the distance to the previous generator's velocity, which takes the place of the data's loss on
-            generated images; 0: no distillation.
+
+    The other options say how images are drawn.
     """
 
     classifier_train_steps: Count = 50
     classifier_batch_size: Count = 100
     classifier_learning_rate: Annotated[float, Range(0, 1, above=True)] = 1e-3
     classifier_architecture: Annotated[str, one_of(*ARCHITECTURES)] = "auto"
+
+
+@dataclass
+class ReplayOptions(ReplayedClassifierOptions):
+    """
+    Args:
+        distillation: weight of the distance to the previous generator's velocity, which takes the place of the data's loss on
+            generated images; 0: no distillation.
+
+    The other options are those of the classifier.
+    """
+
     distillation: Annotated[float, Range(0)] = 0.0
 
 
@@ -99,8 +111,8 @@ class GeneratedImages:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int) -> Batch:
-    """Return a batch in which the shares of past and new classes are in proportion to their number.
+def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int = 0, *, share: float | None = None) -> Batch:
+    """Return a batch in which the shares of past and new classes are in proportion to their number, or as given.
 
     Images of past classes are generated, drawn uniformly over the classes and over the images of each; those of new classes are
     the real images of `real`.
@@ -111,6 +123,7 @@ def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int) -> Bat
         real: a batch of new classes.
         generated: class id -> images of a past class, uint8, at least one each; without any, `real` is returned.
         num_new: how many classes are new.
+        share: of generated images; None: that of past classes among all.
 
     Source: Shin et al. 2017 (arXiv 1705.08690), as the ratio of importance 1 / tasks there [text]; by classes [ours].
     """
@@ -118,7 +131,7 @@ def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int) -> Bat
         return real
     past = list(generated)
     size = len(real.class_ids)
-    replaced = torch.rand(size) < len(past) / (len(past) + num_new)
+    replaced = torch.rand(size) < (len(past) / (len(past) + num_new) if share is None else share)
     chosen = torch.randint(len(past), (size,)).tolist()
     positions = torch.rand(size).tolist()
     images = [generated[past[row]] for row in chosen]
@@ -126,7 +139,7 @@ def mix(real: Batch, generated: Mapping[int, torch.Tensor], num_new: int) -> Bat
     mask = on_device(replaced, real.sample.device)[:, None, None, None]
     sample = torch.where(mask, on_device(to_model_range(replay), real.sample.device), real.sample)
     labels = torch.where(replaced, torch.tensor([past[row] for row in chosen]), real.class_ids)
-    return Batch(sample, labels, real.noise, real.sigma, real.number)
+    return replace(real, sample=sample, class_ids=labels, drawn=replaced)
 
 
 def share_of(counts: Mapping[int, int], part: int, num_parts: int) -> dict[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...utils.checks import check_choice
 from ..strategy import Strategy
 from .ddgr import Ddgr
+from .diffclass import DiffClass
 from .finetune import Finetune
 from .funlora import Frozen, FunLora
 from .guide import Guide
@@ -27,6 +28,7 @@ _CLASSES: tuple[type[Strategy], ...] = (
     Ddgr,
     Guide,
     Jdcl,
+    DiffClass,
 )
 STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _CLASSES}
 
