@@ -67,7 +67,7 @@ class ConceptStrategy(LearningStrategy):
     """How to learn one concept after another. The row of a concept's token is trained in its own task only."""
 
     takes: ClassVar[tuple[str, ...]] = ("target_modules", "rank")
-    """Which of "target_modules", "rank", "function" and "num_functions" it uses."""
+    """Which of "target_modules", "rank", "function", "num_functions" and "ratio" it uses."""
     rates: ClassVar[Rates | None]
     """Of the adapted layers; None: there are none."""
     token_rates = Rates(2e-2, 5e-4)
@@ -91,7 +91,7 @@ class ConceptStrategy(LearningStrategy):
 
     def check(self) -> None:
         given, defaults = self.setting.arguments, {one.name: one.default for one in fields(ConceptArguments)}
-        for name in ("target_modules", "rank", "function", "num_functions"):
+        for name in ("target_modules", "rank", "function", "num_functions", "ratio"):
             if name not in self.takes and (value := getattr(given, name)) != defaults[name]:
                 raise ValueError(f"`{name}` is {value!r}, which `strategy` {self.name!r} does not use: leave it out.")
         if self.rates is None and (rate := self.setting.training.concept_learning_rate) is not None:

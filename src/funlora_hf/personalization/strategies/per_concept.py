@@ -136,7 +136,7 @@ class FunLora(PerConcept):
     """A FunLoRA adapter for each concept, by default on the convolutions of the decoder's middle."""
 
     name = "funlora"
-    takes = ("target_modules", "rank", "function", "num_functions")
+    takes = ("target_modules", "rank", "function", "num_functions", "ratio")
     rates = Rates(1.25e-2, 1e-3)
     default_layers = "convolutions"
 
@@ -150,5 +150,6 @@ class FunLora(PerConcept):
             r=self.rank,
             function=given.function,
             num_functions=given.num_functions,
+            ratio=given.ratio,
             target_modules=self.target_modules(),
         )
