@@ -193,7 +193,7 @@ def check_concepts(concepts: Sequence[Concept], tokenizers: Mapping[str, Any], *
             than a tokenizer's limit, so that its end would be cut.
     """
     for concept in concepts:
-        where = f"concept {concept.name!r}"
+        where, evaluated = f"concept {concept.name!r}", [concept.prompt(one) for one in concept.eval_prompts]
         for name, tokenizer in tokenizers.items():
             ids = _ids(tokenizer, concept.token)
             if len(ids) == 1 and ids != [tokenizer.unk_token_id]:
@@ -215,9 +215,11 @@ def check_concepts(concepts: Sequence[Concept], tokenizers: Mapping[str, Any], *
                 parts = re.split(_as_word(concept.token), prompt)
                 count = sum(len(_ids(tokenizer, part)) for part in parts) + num_vectors * (len(parts) - 1)
                 if count > most:
+                    is_default = concept.eval_prompts in DREAMBOOTH_PROMPTS.values() and prompt in evaluated
+                    remedy = "give `eval_prompts`, in place of DreamBooth's" if is_default else "shorten it"
                     raise ValueError(
                         f"{where}: the prompt {shortened(repr(prompt), 300)} has {count} tokens, expected {most} at most for {name}: "
-                        "shorten it."
+                        f"{remedy}."
                     )
 
 
