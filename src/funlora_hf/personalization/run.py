@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,11 @@ class ConceptRunArguments:
 
         Raises:
             FileNotFoundError: there is no run in the folder.
+            ValueError: a run of classes.
         """
         written = ConceptFolder(Path(folder)).settings()
+        if "ModelArguments" in written:
+            raise ValueError(f"{os.fspath(folder)!r} holds a run of classes, expected one of `funlora personalize`.")
         given = [
             part(**{one.name: written[part.__name__][one.name] for one in fields(part)}) for part in CONCEPT_ARGUMENTS
         ]
@@ -147,7 +150,7 @@ class ConceptRun:
     def strategy(self) -> ConceptStrategy:
         """Load the base and the concepts, check everything, and return the strategy; nothing is written."""
         given, training = self.arguments.concepts, self.training
-        known = load_concepts(given.concepts)
+        known = load_concepts(given.concepts, instance_prompt=given.instance_prompt)
         concepts = {index: known[index] for index in self._order(known)}
         model = self._model()
         unread = [one.name for one in concepts.values() if one.class_data_dir and not given.with_prior_preservation]
@@ -234,17 +237,10 @@ class ConceptRun:
     def _settings(self, setting: ConceptSetting) -> dict[str, Any]:
         """Return what a resumed run has to match: arguments, concepts with their images, order."""
         of_run = self.arguments
-        concepts = {
-            f"class {index}": {
-                "name": one.name,
-                "prompts": [one.token, one.initializer, *one.texts()],
-                "images": [file_sha256(path) for path in (*one.images, *one.references)],
-            }
-            for index, one in setting.concepts.items()
-        }
+        concepts = {f"class {index}": about(one) for index, one in setting.concepts.items()}
         return {
             **run_settings(of_run.concepts, of_run.training, of_run.evaluation),
-            "classes": json.loads(json.dumps(concepts)),
+            "classes": concepts,
             "tasks": {f"task {task.index + 1}": list(task.class_ids) for task in setting.tasks},
         }
 
@@ -268,7 +264,9 @@ class ConceptRun:
         )
         return Prior(images, loss_weight=given.prior_loss_weight)
 
-    def _trainer(self, strategy: ConceptStrategy, listeners: list[Listener]) -> ContinualTrainer:
+    def _trainer(
+        self, strategy: ConceptStrategy, listeners: Sequence[Listener] = (), *, folder: ConceptFolder | None = None
+    ) -> ContinualTrainer:
         setting, given = strategy.setting, self.arguments.concepts
         prior = self._prior(setting)
 
@@ -287,9 +285,18 @@ class ConceptRun:
         return ContinualTrainer(
             strategy,
             batches,
-            folder=self.folder,
+            folder=folder or self.folder,
             accelerator=self.accelerator,
             listeners=listeners,
             limit=self.limit,
             termination=self.termination,
         )
+
+
+def about(concept: Concept) -> dict[str, Any]:
+    """Return what makes a concept another one, JSON-able: its name, all its prompts, hashes of its pictures."""
+    return {
+        "name": concept.name,
+        "prompts": [concept.token, concept.initializer, *concept.texts()],
+        "images": [file_sha256(path) for path in (*concept.images, *concept.references)],
+    }

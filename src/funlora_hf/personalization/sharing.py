@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
 from peft.utils import CONFIG_NAME
@@ -22,13 +23,14 @@ from ..hub.concept_folders import CONCEPT_FILE, CONCEPT_FILES
 from ..hub.repository import HubRepository
 from ..hub.what_to_push import pipeline_files, warn_without_base
 from ..utils.checks import check_choice
-from ..utils.files import read_mapping
+from ..utils.files import read_mapping, write_json
 from ..utils.locks import folder_lock
 from .concept_folder import CARD, ConceptRecord, SavedConcept, parse_record
 from .found_concepts import check_weights, find_concepts
 
 
 Files = dict[str, Path | bytes]
+RESULTS = "results.json"
 
 
 def push_concepts(
@@ -119,7 +121,9 @@ def delete_concept(
 
     Args:
         name: of the concept.
-        output_dir: folder of a run: delete the concept's folder, its checkpoints and measurements, and the pictures that show it. results.json stays. If the run has not ended, it will learn the concept again when it is resumed.
+        output_dir: folder of a run: delete the concept's folder, its checkpoints and measurements, the pictures that show it, and its
+            entry under `added` in results.json, whose measurements stay. If the run has not ended, it will learn the concept
+            again when it is resumed, unless it was added.
         repo_id: repository with the layout of `push_concepts`.
         history: "keep": earlier commits of the repository still have the concept; "squash": a single commit replaces the history.
 
@@ -157,6 +161,9 @@ def delete_concept(
             places.append("repo_id")
         if repository is not None and history == "squash":
             repository.forget_history(keep_tags=lambda _: False)
+        if folder is not None and name in (added := _results(folder).get("added", {})) and name in own:
+            others = {key: one for key, one in added.items() if key != name}
+            write_json(folder / RESULTS, {**_results(folder), "added": others})
         for path in traces:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -213,12 +220,18 @@ def _records(repo_id: str, present: set[str]) -> dict[str, ConceptRecord]:
     return records
 
 
+def _results(folder: Path) -> dict[str, Any]:
+    """Contents of results.json in a run's folder; empty before its end."""
+    return read_mapping(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+
+
 def _traces(folder: Path, name: str) -> list[Path]:
     """Files and folders of a concept in a run's folder. Raises a ValueError if one of them is a link."""
-    results = folder / "results.json"
-    order = read_mapping(results).get("concepts", []) if results.is_file() else []
+    results = _results(folder)
+    order = results.get("concepts", [])
     first = order.index(name) + 1 if name in order else 1
-    grids = (folder / "figures").glob("samples_task_*.png")
+    # None shows a concept that was added after the run.
+    grids = [] if name in results.get("added", {}) else (folder / "figures").glob("samples_task_*.png")
     traces = [folder / "concepts" / name, *(grid for grid in grids if int(grid.stem.rpartition("_")[2]) >= first)]
     own = {name: "checkpoints/evaluation", f"concept_{name}": "checkpoints"}
     traces += [path for stem, place in own.items() for path in (folder / place).rglob(f"{stem}*") if path.stem == stem]
