@@ -172,6 +172,15 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--output", type=_path, default="samples.png", help="PNG to write (default: %(default)s)")
     sample.add_argument("--device", default="cpu", help="such as cuda or mps (default: %(default)s)")
 
+    export = add(_export, "Write concepts into a stock pipeline, for tools that know no adapters", hub)
+    export.add_argument(
+        "source", type=_path, metavar="SOURCE", help="folder of a run of concepts or of a concept, or repository"
+    )
+    export.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="new folder for the pipeline")
+    export.add_argument("--concepts", nargs="+", metavar="NAME", help="concepts whose tokens to write (default: all)")
+    text = "the one whose adapter to merge into the weights (default: the only one with an adapter)"
+    export.add_argument("--adapter", metavar="NAME", help=text)
+
     push = add(_push, "Push a run to the Hub: its base and a folder for each class or concept")
     push.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="folder of a run")
     push.add_argument("repo_id", metavar="REPO_ID", help='"user/repo", created if it does not exist')
@@ -454,6 +463,15 @@ def _sample_prompts(base: str, prompts: list[str], output: str, **how: Any) -> i
         active = f", {len(row.adapters)} adapters active together" if len(row.adapters) > 1 else ""
         _say(f"row {number}: {row.prompt}: {what}{active}")
     _say(output)
+    return 0
+
+
+def _export(source: str, output_dir: str, **options: Any) -> int:
+    from .personalization.export import export_concepts
+
+    done = export_concepts(source, output_dir, **options)
+    merged = "no adapter" if done.adapter is None else f"the adapter of {done.adapter}"
+    _say(f"{output_dir}: a {done.pipeline} with {', '.join(done.tokens)} and {merged}")
     return 0
 
 

@@ -125,8 +125,14 @@ def add_concepts(
             f"`to` {place!r} is a run of `strategy` {strategy!r}, which learns all concepts into one model, so none can be added alone: "
             f"learn all of them again in one run, or add to a run of one of: {own}."
         )
-    fixed = {"resume_from_checkpoint": LATEST, "overwrite_output_dir": False, "report_to": "none"}
-    training = replace(of_run.training, **{**fixed, **dict.fromkeys(NOW), **settings})
+    fixed = {
+        "resume_from_checkpoint": LATEST,
+        "overwrite_output_dir": False,
+        "report_to": "none",
+        "push_to_hub": False,
+    }
+    none = dict.fromkeys((*NOW, "hub_model_id", "hub_private_repo", "hub_license"))
+    training = replace(of_run.training, **{**fixed, **none, **settings})
     concepts = replace(
         of_run.concepts, concepts=os.fspath(images), concept_order=None, instance_prompt=instance_prompt
     )

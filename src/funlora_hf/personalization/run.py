@@ -37,6 +37,7 @@ from .objective import Objective
 from .prior import Prior, class_images
 from .report import report_finished, report_run
 from .run_folder import ConceptFolder
+from .sharing import ConceptPublisher
 from .strategies.base import ConceptSetting, ConceptStrategy
 from .strategies.registry import concept_strategy
 from .text_to_image import TextToImageModel
@@ -103,6 +104,7 @@ def personalize(arguments: ConceptRunArguments, *, termination: Termination | No
         The contents of results.json; None on all processes except the main one.
 
     Raises:
+        PushError: `push_to_hub` is set, but the finished run could not be pushed.
         ForgettingError: the samples of an earlier concept have changed, although the strategy promises that they stay.
         TimeLimitReached, Terminated: the run can be resumed.
         FolderInUseError: another run uses `output_dir`.
@@ -138,14 +140,20 @@ class ConceptRun:
             accelerator.wait_for_everyone()
             start_trackers(accelerator, self.training)
             with folder.staying():
+                is_main = accelerator.is_main_process
+                publishers = [ConceptPublisher(strategy)] if self.training.push_to_hub and is_main else []
                 if folder.results.is_file():
                     accelerator.end_training()
-                    return report_finished(folder) if accelerator.is_main_process else None
-                with ended(accelerator):
-                    evaluator.before()
-                    self._trainer(strategy, [evaluator]).train()
-                    evaluator.after()
-                return report_run(evaluator, vars(self.arguments).values()) if accelerator.is_main_process else None
+                    results = report_finished(folder) if is_main else None
+                else:
+                    with ended(accelerator):
+                        evaluator.before()
+                        self._trainer(strategy, [evaluator, *publishers]).train()
+                        evaluator.after()
+                    results = report_run(evaluator, vars(self.arguments).values()) if is_main else None
+                for publisher in publishers:
+                    publisher.end_run()
+                return results
 
     def strategy(self) -> ConceptStrategy:
         """Load the base and the concepts, check everything, and return the strategy; nothing is written."""

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,6 +18,8 @@ from peft.utils import CONFIG_NAME
 
 from ..adapters.untrusted_adapter import fetch_repository
 from ..cards.model_cards import Place, concepts_card
+from ..continual.publishing import Publisher
+from ..data.tasks import Task
 from ..hub.classes_json import INDEX
 from ..hub.concept_folders import CONCEPT_FILE, CONCEPT_FILES
 from ..hub.repository import HubRepository
@@ -27,6 +29,7 @@ from ..utils.files import read_mapping, write_json
 from ..utils.locks import folder_lock
 from .concept_folder import CARD, ConceptRecord, SavedConcept, parse_record
 from .found_concepts import check_weights, find_concepts
+from .strategies.base import ConceptStrategy
 
 
 Files = dict[str, Path | bytes]
@@ -39,6 +42,7 @@ def push_concepts(
     *,
     base_model: str | None = None,
     base_revision: str | None = None,
+    tasks: Sequence[Sequence[str]] | None = None,
     private: bool | None = None,
     license: str | None = None,
 ) -> list[CommitInfo]:
@@ -50,6 +54,7 @@ def push_concepts(
         repo_id: "user/repo", created if it does not exist. Other concepts in it stay.
         base_model: repository of the base; None: the one that the run was given, if it is a repository.
         base_revision: branch, tag or commit of `base_model`.
+        tasks: names of the concepts to push, by task; the commit gets the last task's tag, `task-<number>`. None: all concepts.
         private: visibility of a new repository; None: the account's default.
         license: identifier of a licence, for the cards; None: that of the card in the repository, if there is one.
 
@@ -62,7 +67,8 @@ def push_concepts(
         HfHubHTTPError: the Hub refused; nothing is visible there.
     """
     found = find_concepts(output_dir)
-    concepts = found.saved()
+    names = None if tasks is None else {name for task in tasks for name in task}
+    concepts = [one for one in found.saved() if names is None or one.record.name in names]
     for one in concepts:
         try:
             check_weights(one)
@@ -108,9 +114,28 @@ def push_concepts(
             }
         return made | _root({**records, **own}, repository.repo_id, stated)
 
-    names = ", ".join(one.record.name for one in concepts)
-    done = repository.commit(files, f"Concept{'s' * (len(concepts) > 1)} {names}")
+    shown = [one.record.name for one in concepts] if tasks is None else tasks[-1]
+    message = f"oncept{'s' * (len(shown) > 1)} {', '.join(shown)}"
+    done = repository.commit(files, f"C{message}" if tasks is None else f"Task {len(tasks)}: c{message}")
+    if tasks is not None:
+        repository.tag(f"task-{len(tasks)}")
     return [] if done is None else [done]
+
+
+class ConceptPublisher(Publisher):
+    """Pushes a run of concepts while it learns; one with a pipeline of its own at the end, when it writes that."""
+
+    def __init__(self, strategy: ConceptStrategy) -> None:
+        super().__init__(strategy.setting.training, strategy.setting.tasks)
+        self._strategy = strategy
+
+    def end_task(self, task: Task) -> None:
+        if not self._strategy.in_model:
+            super().end_task(task)
+
+    def commits(self, tasks: Sequence[Task]) -> list[CommitInfo]:
+        names = [[self._strategy.setting.class_names[class_id] for class_id in task.class_ids] for task in tasks]
+        return push_concepts(self.output_dir, self.repo_id, tasks=names, license=self.license)
 
 
 def delete_concept(
