@@ -7,7 +7,7 @@
 A strategy is a name, or name:key=value,key=value; a key is an option of the strategy, an argument of `funlora personalize`, or
 `label`. A seed is also an order of the concepts: seed 0 has that of the file, any other a random one. With `--rate_factors`, each
 strategy gets its own learning rate: the default times one of these, whichever has the best score at the end of the first two
-concepts with the first seed. Other arguments are those of `funlora personalize`, and hold for every run.
+concepts with the first seed; where that is the lowest or the highest, rates beyond it are tried. Other arguments are those of `funlora personalize`, and hold for every run.
 
 Each run has a folder of its own, `seed_<seed>/<label>` in `--output_dir`, beside `comparison.json`, `comparison.md` and `figures/`.
 Started again with the same arguments, it runs what is not finished. Exit codes: 0, all runs finished; 1, an error, or a run
@@ -21,7 +21,7 @@ import random
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +40,10 @@ from funlora_hf.personalization.run import ConceptRunArguments
 from funlora_hf.personalization.strategies.registry import CONCEPT_STRATEGIES, concept_strategy
 from funlora_hf.utils.arguments import refuse_unknown
 from funlora_hf.utils.files import read_json, write_json
+
+
+# So often a rate beyond the edge is tried.
+_EXTENSIONS = 3
 
 
 @dataclass(frozen=True)
@@ -116,36 +120,58 @@ def choose_rates(
     tiny: bool,
 ) -> tuple[list[Choice], dict[str, Any]]:
     """Return the choices with their best rates, and all that was tried; a choice that names a rate keeps it."""
-    jobs: dict[tuple[str, float], Job] = {}
-    for choice in choices:
-        rates = concept_strategy(choice.name).rates or concept_strategy(choice.name).token_rates
-        argument = "concept_learning_rate" if concept_strategy(choice.name).rates else "token_learning_rate"
-        if argument in choice.arguments:
-            continue
-        for factor in factors:
-            rate = (rates.tiny if tiny else rates.other) * factor
-            tried = replace(choice, arguments={**choice.arguments, argument: f"{rate:g}"})
-            place = folder / "rates" / choice.label / f"{rate:g}"
-            jobs[choice.label, rate] = Job(
-                place, (*tried.options(), *shared, "--seed", str(seed), "--concept_order", *order[:2])
-            )
-    found = run_all(jobs, workers)
+    scores: dict[str, dict[float, float]] = {
+        choice.label: {} for choice in choices if rate_argument(choice) not in choice.arguments
+    }
+    to_try = {label: list(factors) for label in scores}
+    for _ in range(1 + _EXTENSIONS):
+        jobs: dict[tuple[str, float], Job] = {}
+        for choice in choices:
+            for factor in to_try.get(choice.label, ()):
+                rate = f"{default_rate(choice, tiny=tiny) * factor:g}"
+                tried = replace(choice, arguments={**choice.arguments, rate_argument(choice): rate})
+                options = (*tried.options(), *shared, "--seed", str(seed), "--concept_order", *order[:2])
+                jobs[choice.label, factor] = Job(folder / "rates" / choice.label / rate, options)
+        for (label, factor), results in run_all(jobs, workers).items():
+            if results is not None and results["scores"]:
+                scores[label][factor] = results["scores"][score_of(results)]["end"]
+        to_try = {label: [beyond] for label, found in scores.items() if (beyond := beyond_the_edge(found)) is not None}
     chosen, record = [], {}
     for choice in choices:
-        scores = {
-            rate: results["scores"][score_of(results)]["end"]
-            for (label, rate), results in found.items()
-            if label == choice.label and results is not None and results["scores"]
-        }
-        if not scores:
-            chosen.append(choice)
-            continue
-        best = max(scores, key=lambda rate: scores[rate])
-        argument = "concept_learning_rate" if concept_strategy(choice.name).rates else "token_learning_rate"
-        record[choice.label] = {"chosen": best, "scores": {f"{rate:g}": one for rate, one in sorted(scores.items())}}
-        record[choice.label]["at_the_edge"] = len(scores) > 1 and best in (min(scores), max(scores))
-        chosen.append(replace(choice, arguments={**choice.arguments, argument: f"{best:g}"}))
+        if found := scores.get(choice.label):
+            best, default = max(found, key=lambda factor: found[factor]), default_rate(choice, tiny=tiny)
+            record[choice.label] = {
+                "chosen": f"{default * best:g}",
+                "scores": {f"{default * factor:g}": one for factor, one in sorted(found.items())},
+                "at_the_edge": beyond_the_edge(found) is not None,
+            }
+            choice = replace(
+                choice, arguments={**choice.arguments, rate_argument(choice): record[choice.label]["chosen"]}
+            )
+        chosen.append(choice)
     return chosen, record
+
+
+def rate_argument(choice: Choice) -> str:
+    """Return which rate of a strategy is chosen: that of its layers, or of the token if it trains nothing else."""
+    return "concept_learning_rate" if concept_strategy(choice.name).rates else "token_learning_rate"
+
+
+def default_rate(choice: Choice, *, tiny: bool) -> float:
+    """Return that rate's default."""
+    strategy = concept_strategy(choice.name)
+    rates = strategy.rates or strategy.token_rates
+    return rates.tiny if tiny else rates.other
+
+
+def beyond_the_edge(scores: dict[float, float]) -> float | None:
+    """Return the next factor to try if the best is the lowest or the highest of several; else None."""
+    if len(scores) < 2:
+        return None
+    tried, best = sorted(scores), max(scores, key=lambda factor: scores[factor])
+    if best == tried[0]:
+        return tried[0] ** 2 / tried[1]
+    return tried[-1] ** 2 / tried[-2] if best == tried[-1] else None
 
 
 def run_all(jobs: dict[Any, Job], workers: int) -> dict[Any, dict[str, Any] | None]:
@@ -154,45 +180,87 @@ def run_all(jobs: dict[Any, Job], workers: int) -> dict[Any, dict[str, Any] | No
         return dict(zip(jobs, pool.map(Job.run, jobs.values()), strict=True))
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the comparison as a table in Markdown: means over seeds."""
-    names = list(next(iter(results.values()))[0]["scores"])
-    first = names[0] if names else ""
-    titles = [
-        "strategy",
-        "numbers a concept",
-        "bytes kept",
-        "seconds of training",
-        *(f"{name}: own, end" for name in names),
+Runs = Sequence[dict[str, Any]]
+
+
+def table(results: dict[str, Runs]) -> str:
+    """Return the comparison as two tables in Markdown, of scores and of the rest: means over seeds."""
+    first = next(iter(results.values()))[0]
+    names = list(first["scores"])
+    score, base_score = names[0], next(iter(first["base_drift"]["before"]))
+    scores = {
+        f"{score} at its own time": lambda runs: spread(run["scores"][score]["own"] for run in runs),
+        f"{score} at the end": lambda runs: spread(run["scores"][score]["end"] for run in runs),
+        "forgetting": lambda runs: f"{fmean(run['scores'][score]['forgetting'] for run in runs):.2f}",
+        **{
+            f"{name}, end": lambda runs, name=name: f"{fmean(run['scores'][name]['end'] for run in runs):.2f}"
+            for name in names[1:]
+        },
+        "two concepts": lambda runs: mean_or_none([of_pairs(run, score) for run in runs]),
+    }
+    rest = {
+        f"base prompts, end: {base_score}": lambda runs: mean_or_none([last_drift(run, base_score) for run in runs]),
+        "change": lambda runs: mean_or_none([last_drift(run, "change") for run in runs], digits=3),
+        f"with a concept: {base_score}": lambda runs: mean_or_none([with_concept(run, base_score) for run in runs]),
+        "its change": lambda runs: mean_or_none([with_concept(run, "change") for run in runs], digits=3),
+        "first samples identical": lambda runs: {True: "yes", False: "NO", None: "-"}[
+            runs[0]["zero_forgetting"]["identical"]
+        ],
+        "numbers a concept": lambda runs: f"{fmean(run['numbers_per_concept'] for run in runs):,.0f}",
+        "bytes kept": lambda runs: f"{fmean(run['bytes_kept'] for run in runs):,.0f}",
+        "seconds of training": lambda runs: f"{fmean(run['seconds']['training'] for run in runs):.0f}",
+    }
+    said = [
+        f"{name} {first['floor'][name]:.2f} / {first['ceiling'][name]:.2f}" for name in names if name in first["floor"]
     ]
-    titles += [f"forgetting ({first})", "base prompts: change", "identical"]
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for label, runs in results.items():
-        cells = [
-            label,
-            f"{fmean(run['numbers_per_concept'] for run in runs):,.0f}",
-            f"{fmean(run['bytes_kept'] for run in runs):,.0f}",
-        ]
-        cells.append(f"{fmean(run['seconds']['training'] for run in runs):.0f}")
-        for name in names:
-            cells.append(
-                ", ".join(f"{fmean(run['scores'][name][time] for run in runs):.2f}" for time in ("own", "end"))
-            )
-        cells.append(f"{fmean(run['scores'][first]['forgetting'] for run in runs):.2f}" if first else "")
-        drift = [one for run in runs if (one := last_drift(run)) is not None]
-        cells.append(f"{fmean(one['change'] for one in drift):.3f}" if drift else "")
-        cells.append({True: "yes", False: "NO", None: "-"}[runs[0]["zero_forgetting"]["identical"]])
-        lines.append(f"| {' | '.join(cells)} |")
-    floor = next(iter(results.values()))[0]["floor"] or {}
-    ceiling = next(iter(results.values()))[0]["ceiling"] or {}
-    said = [f"{name} {floor[name]:.2f} / {ceiling[name]:.2f}" for name in names if name in floor and name in ceiling]
-    return "\n".join([*lines, "", f"Floor (the base with the noun) / ceiling (real images): {'; '.join(said)}."])
+    floor = f"Floor (the base with the noun) / ceiling (real images): {'; '.join(said)}."
+    before = f"Base prompts before learning: {base_score} {first['base_drift']['before'][base_score]:.2f}."
+    norms = [
+        f"Norms of the products of {label}, first seed: {', '.join(f'{one:.3g}' for one in found)}."
+        for label, (run, *_) in results.items()
+        if (found := run["details"].get("product_norms"))
+    ]
+    return "\n\n".join([rows(results, scores), floor, rows(results, rest), before, *norms])
 
 
-def last_drift(run: dict[str, Any]) -> dict[str, Any] | None:
+def rows(results: dict[str, Runs], columns: Mapping[str, Callable[[Runs], str]]) -> str:
+    """Return a table with a row for each strategy."""
+    lines = [f"| strategy | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
+    lines += [
+        f"| {label} | {' | '.join(cell(runs) for cell in columns.values())} |" for label, runs in results.items()
+    ]
+    return "\n".join(lines)
+
+
+def spread(values: Iterable[float]) -> str:
+    """Return the mean, and the values of the seeds if there are several."""
+    found = list(values)
+    each = f" ({', '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
+    return f"{fmean(found):.2f}{each}"
+
+
+def mean_or_none(values: Sequence[float | None], digits: int = 2) -> str:
+    """Return the mean of what was measured; empty: nothing was."""
+    found = [one for one in values if one is not None]
+    return f"{fmean(found):.{digits}f}" if found else ""
+
+
+def of_pairs(run: dict[str, Any], score: str) -> float | None:
+    """Return the mean score of a concept in images of prompts with two."""
+    found = [one[score] for pair in run["pairs"] for one in pair["scores"].values()]
+    return fmean(found) if found else None
+
+
+def with_concept(run: dict[str, Any], name: str) -> float | None:
+    """Return how base prompts are drawn with the weights of a concept, as the mean over concepts."""
+    found = [one[name] for one in run["base_drift"]["with_concept"].values() if name in one]
+    return fmean(found) if found else None
+
+
+def last_drift(run: dict[str, Any], name: str) -> float | None:
     """Return how the model without a concept of its own draws base prompts at the end."""
-    found = [one for one in (run["base_drift"] or {}).get("after_task", []) if one is not None]
-    return found[-1] if found else None
+    found = [one for one in run["base_drift"]["after_task"] if one is not None]
+    return found[-1].get(name) if found else None
 
 
 def curves(results: dict[str, list[dict[str, Any]]], path: Path) -> None:

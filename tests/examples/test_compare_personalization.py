@@ -30,8 +30,14 @@ def results(own, end, **other):
         "numbers_per_concept": 1356,
         "bytes_kept": 2000,
         "seconds": {"training": 12.4},
-        "base_drift": {"after_task": [{"change": 0.25}, None]},
+        "base_drift": {
+            "before": {"shape": 0.99},
+            "after_task": [{"shape": 0.5, "change": 0.25}, None],
+            "with_concept": {"a": {"shape": 0.5, "change": 0.2}, "b": {"shape": 0.7, "change": 0.4}},
+        },
+        "pairs": [{"prompt": "a and b", "scores": {"a": {"attr": 0.1}, "b": {"attr": 0.3}}}],
         "zero_forgetting": {"identical": None},
+        "details": {},
         **other,
     }
 
@@ -89,11 +95,44 @@ def test_each_strategy_gets_the_rate_with_the_best_end(tiny, tmp_path, monkeypat
     assert asked == [("a", "b")] * 3
 
 
+@pytest.mark.parametrize(
+    ("best", "found", "more", "at_the_edge"),
+    [(0.25, 0.25, [0.25, 0.125], False), (8.0, 8.0, [4, 8, 16], False), (100.0, 16.0, [4, 8, 16], True)],
+)
+def test_rates_beyond_the_edge_are_tried(best, found, more, at_the_edge, tmp_path, monkeypatch):
+    default, asked = concept_strategy("textual_inversion").token_rates.tiny, []
+
+    def run(job):
+        factor = float(job.options[job.options.index("--token_learning_rate") + 1]) / default
+        asked.append(round(factor, 4))
+        return results(0.5, 1 / (1 + abs(factor - best)))
+
+    monkeypatch.setattr(Job, "run", run)
+    choices = [Choice.parse("textual_inversion")]
+    chosen, record = choose_rates(choices, [0.5, 1, 2], ["a", "b", "c"], 0, [], tmp_path, 1, tiny=True)
+    assert chosen[0].arguments == {"token_learning_rate": f"{default * found:g}"}
+    assert asked == [0.5, 1, 2, *more]
+    assert record["textual_inversion"]["at_the_edge"] == at_the_edge
+
+
 def test_the_table_has_means_over_seeds():
     text = table({"lora": [results(0.8, 0.4), results(0.6, 0.2)]})
-    row = text.splitlines()[2]
-    assert row == "| lora | 1,356 | 2,000 | 12 | 0.70, 0.50 | 0.40 | 0.250 | - |"
-    assert text.endswith("Floor (the base with the noun) / ceiling (real images): attr 0.30 / 1.00.")
+    lines = text.splitlines()
+    assert lines[2] == "| lora | 0.70 (0.80, 0.60) | 0.50 (0.60, 0.40) | 0.40 | 0.20 |"
+    assert lines[4] == "Floor (the base with the noun) / ceiling (real images): attr 0.30 / 1.00."
+    assert lines[8] == "| lora | 0.50 | 0.250 | 0.60 | 0.300 | - | 1,356 | 2,000 | 12 |"
+    assert lines[10] == "Base prompts before learning: shape 0.99."
+
+
+def test_what_was_not_measured_is_left_empty():
+    text = table({"lora": [results(0.8, 0.4, pairs=[])]})
+    assert text.splitlines()[2] == "| lora | 0.80 | 0.60 | 0.40 |  |"
+
+
+def test_the_table_has_the_norms_of_the_products():
+    runs = [results(0.8, 0.4, details={"product_norms": norms}) for norms in ([23.14, 0.5, 1e-5], [7.0, 7.0, 7.0])]
+    text = table({"lora": [results(0.8, 0.4)] * 2, "clora:penalty=10": runs})
+    assert text.endswith("0.99.\n\nNorms of the products of clora:penalty=10, first seed: 23.1, 0.5, 1e-05.")
 
 
 def test_a_failed_run_does_not_lose_the_others(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
-from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, class_in_name
@@ -24,6 +23,7 @@ from ..hub.repository import NO_ANSWER, HubRepository
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_at_least_one
 from ..utils.files import whole_folder
+from ..utils.quiet import quiet_loading
 from ..utils.seeds import derive_seed
 from .compilation import compile_blocks
 from .config import ContinualTrainingArguments
@@ -123,13 +123,8 @@ def make_pipeline(unet: UNet2DModel, class_ids: Sequence[int], class_names: Mapp
 
 def load_pipeline(folder: Path, setting: Setting) -> FunLoraPipeline:
     """Load the pipeline in a folder for sampling on the run's device, without progress bars."""
-    bars = diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.disable_progress_bar()
-    try:
+    with quiet_loading():
         pipe = FunLoraPipeline.from_pretrained(folder).to(setting.device)
-    finally:
-        if bars:
-            diffusers_logging.enable_progress_bar()
     # Not compiled, since sampling keeps effective weights between calls.
     arrange(pipe.unet, setting.training, compiled=False)
     pipe.set_progress_bar_config(disable=True)

@@ -399,8 +399,13 @@ class ContinualTrainer:
 
     def _read(self, phase: Phase, pending: list[Pending], guard: GuardedSteps, bar: Progress) -> None:
         """Read the losses from the device, all at once, log them, and count the skipped steps."""
-        scalars = [scalar for *_, losses, outcome in pending for scalar in (*losses, outcome)]
-        values = iter(torch.stack(scalars).tolist() if scalars else ())
+        if not pending:
+            return
+        scalars = torch.stack([scalar for *_, losses, outcome in pending for scalar in (*losses, outcome)])
+        if not phase.independent:
+            # Each process has the losses of its share of a batch, and all have the same outcome.
+            scalars = self.accelerator.reduce(scalars, reduction="mean")
+        values = iter(scalars.tolist())
         for step, rate, waiting, _ in pending:
             losses, outcome = [next(values) for _ in waiting], Outcome(int(next(values)))
             guard.count(outcome)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .pictures import load_images
 from .run_folder import ConceptFolder
 from .scores import mean_and_error
 from .strategies.base import ConceptStrategy
-from .token_rows import CLIP_ENCODERS, with_vectors
+from .token_rows import CLIP_ENCODERS, prompt_length
 from .usual_captions import usual_captions
 
 
@@ -113,11 +114,12 @@ class ConceptEvaluator:
         """Measure neighbours in the order of learning, each by what is measured of a single concept."""
         if self._read(path) is not None:
             return
+        tokenizers = [one for key, one in self.setting.model.tokenizers.items() if key in CLIP_ENCODERS]
         pairs = []
         for both in pairwise(self.setting.concepts):
             one, other = (self.setting.concepts[class_id] for class_id in both)
             prompt = f"{one.prompt('a photo of a {}')} and {other.prompt('a {}')}"
-            if not self._fits(prompt):
+            if any(prompt_length(prompt, tokenizer) > tokenizer.model_max_length for tokenizer in tokenizers):
                 logger.warning("%s and %s are not measured together: %r is too long", one.name, other.name, prompt)
                 continue
             with self.strategy.sampling(*both) as pipe:
@@ -129,10 +131,6 @@ class ConceptEvaluator:
             }
             pairs.append({"prompt": prompt, "scores": scores})
         write_json(path, {"settings": self._settings, "pairs": pairs})
-
-    def _fits(self, prompt: str) -> bool:
-        tokenizers = [one for key, one in self.setting.model.tokenizers.items() if key in CLIP_ENCODERS]
-        return all(len(one(with_vectors([prompt], one)[0]).input_ids) <= one.model_max_length for one in tokenizers)
 
     def _compare(self, path: Path) -> None:
         """Draw the first images of every concept again, and compare."""
@@ -191,9 +189,13 @@ class ConceptEvaluator:
         self.folder.check_there()
         write_json(path, record)
 
+    @cached_property
+    def _base_images(self) -> torch.Tensor:
+        return read_tensors(self.folder.evaluation / "before" / "base.safetensors", remedy="start again")["images"]
+
     def _drift(self, images: torch.Tensor) -> dict[str, float]:
         """Return how base prompts are followed, and how far their images are from the base's, drawn from the same noise."""
-        before = read_tensors(self.folder.evaluation / "before" / "base.safetensors", remedy="start again")["images"]
+        before = self._base_images
         change = 1 - self._judges[0].similarity(images, before).mean().item() if self._judges else None
         same = (images == before).flatten(1).all(dim=1).float().mean().item()
         return {

@@ -15,7 +15,7 @@ from .concept_folder import ConceptRecord, SavedConcept
 from .drawing import draw
 from .found_concepts import FoundConcepts, find_concepts, load_base
 from .load_concept import load_concept
-from .token_rows import with_vectors
+from .token_rows import prompt_length
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,6 @@ def base_pipeline(
 
 def _check_length(pipe: Any, prompts: Sequence[str]) -> None:
     most = pipe.tokenizer.model_max_length
-    for prompt, text in zip(prompts, with_vectors(prompts, pipe.tokenizer), strict=True):
-        if (length := len(pipe.tokenizer(text).input_ids)) > most:
+    for prompt in prompts:
+        if (length := prompt_length(prompt, pipe.tokenizer)) > most:
             raise ValueError(f"`--prompt` {prompt!r} has {length} tokens, expected at most {most}: shorten it.")

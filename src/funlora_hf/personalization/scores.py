@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from ..evaluation.features import FeatureExtractor
 from ..utils.checks import check_not_mistyped
+from ..utils.quiet import quiet_loading
 
 
 # Source: CLIPScore, arXiv 2104.08718 [text]: w.
@@ -47,8 +48,8 @@ class ClipFeatures(FeatureExtractor):
     def __init__(self, name: str, *, revision: str | None = None, device: str | torch.device = "cpu") -> None:
         super().__init__()
         source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-        self.model = _load(CLIPModel, name, ("clip",), source).to(device)
-        self.processor = AutoImageProcessor.from_pretrained(name, **source)
+        self.model, self.processor = _load(CLIPModel, name, ("clip",), source)
+        self.model.to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(name, **source)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -90,8 +91,8 @@ class DinoFeatures(FeatureExtractor):
     def __init__(self, name: str, *, revision: str | None = None, device: str | torch.device = "cpu") -> None:
         super().__init__()
         source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-        self.model = _load(AutoModel, name, _DINO_TYPES, source).to(device)
-        own = AutoImageProcessor.from_pretrained(name, **source)
+        self.model, own = _load(AutoModel, name, _DINO_TYPES, source)
+        self.model.to(device)
         self.processor = CLIPImageProcessor(**_DINO_SIZE, image_mean=own.image_mean, image_std=own.image_std)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -158,18 +159,20 @@ def scores_over_time(matrix: Sequence[Sequence[float]]) -> dict[str, Any]:
     }
 
 
-def _load(kind: Any, name: str, types: tuple[str, ...], source: Mapping[str, Any]) -> Any:
-    """Load a model, all of whose weights come from the file."""
+def _load(kind: Any, name: str, types: tuple[str, ...], source: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Load a model, all of whose weights come from the file, and its processor of images."""
     check_not_mistyped("name", name)
     found = AutoConfig.from_pretrained(name, **source).model_type
     if found not in types:
         raise ValueError(f"{name!r} is a model of type {found!r}, expected one of {', '.join(types)}.")
     # DINO's files have no pooler.
     options = {"add_pooling_layer": False} if found == "vit" else {}
-    model, info = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **source, **options)
+    with quiet_loading():
+        model, info = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **source, **options)
+        processor = AutoImageProcessor.from_pretrained(name, **source)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{name!r} has no weights for {missing[0]!r} and {len(missing) - 1} more: it is damaged.")
-    return model.eval().float()
+    return model.eval().float(), processor
 
 
 def _pixels(processor: Any, images: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from ..adapters.untrusted_base import check_shards
 from ..tuner.targets import decoder_middle, linear_names
 from ..utils.checks import check_choice, check_not_mistyped
+from ..utils.quiet import quiet_loading
 from .objective import Objective
 from .token_rows import CLIP_ENCODERS, TokenRows, with_vectors, without_tokens
 
@@ -150,6 +151,8 @@ class TextToImageModel(nn.Module):
             raise ValueError(_refusal(shown, str(kind)))
         options: dict[str, Any] = {"variant": variant, "use_safetensors": True}
         options |= {part: None for part in _LEFT_OUT if part in index}
+        if pipeline is StableDiffusionPipeline:
+            options["requires_safety_checker"] = False
         if drop_t5:
             if _T5 not in index:
                 raise ValueError(f"`drop_t5` is True, expected False: {shown} is a {kind}, which has no T5.")
@@ -166,7 +169,9 @@ class TextToImageModel(nn.Module):
         for path in sorted(Path(folder).glob("*/*.index*.json")):
             if path.parent.name not in options and ".bin." not in path.name:
                 check_shards(path)
-        return cls(pipeline.from_pretrained(folder, torch_dtype=dtype, **options)).to(device)
+        with quiet_loading():
+            pipe = pipeline.from_pretrained(folder, torch_dtype=dtype, **options)
+        return cls(pipe).to(device)
 
     def train(self, mode: bool = True) -> TextToImageModel:
         """As for any module, but text encoders (T5 has dropout) and VAE stay in evaluation mode."""

@@ -250,6 +250,11 @@ def with_vectors(prompts: Sequence[str], tokenizer: Any) -> list[str]:
     return TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
 
 
+def prompt_length(prompt: str, tokenizer: Any) -> int:
+    """Count the tokens of a prompt, with its start, its end, and every vector of new tokens that the tokenizer has."""
+    return len(tokenizer(with_vectors([prompt], tokenizer)[0], verbose=False).input_ids)
+
+
 def without_tokens(text: str, tokens: Iterable[str]) -> str:
     """Return a text without these tokens; "a <v1> toy" becomes "a toy"."""
     longest_first = sorted(tokens, key=len, reverse=True)

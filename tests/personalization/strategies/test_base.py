@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -85,3 +86,9 @@ def test_two_processes_equal_one(tmp_path):
             assert found.keys() == expected.keys()
             for key, value in expected.items():
                 torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
+        for file in (places["one"] / name).rglob("seconds/*.json"):
+            # The losses of the whole batch, of which each process has a half.
+            expected, found = (
+                json.loads((place / file.relative_to(places["one"])).read_text()) for place in places.values()
+            )
+            assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -58,6 +59,7 @@ def test_a_made_folder_is_complete_and_in_float16(made):
     pipeline = StableDiffusionPipeline.from_pretrained(made / "base")
     assert {part.dtype for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet)} == {torch.float32}
     assert pipeline.tokenizer.model_max_length == pipeline.text_encoder.config.max_position_embeddings
+    assert "_name_or_path" not in json.loads((made / "base" / "vae" / "config.json").read_text())
     # As transformers 4 reads them.
     with safe_open(made / "base" / "text_encoder" / "model.safetensors", "pt") as tensors:
         assert all(name.startswith("text_model.") for name in tensors.keys())  # noqa: SIM118
@@ -128,3 +130,10 @@ def test_the_shipped_base_has_layers_for_adapters(shipped):
 def test_what_is_shipped_is_small():
     files = [path for path in FILE.parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 5e6
+
+
+def test_the_overview_has_samples_and_the_concepts(made, tmp_path):
+    making.draw_overview(made, tmp_path / "overview.png")
+    width, height = PIL.Image.open(tmp_path / "overview.png").size
+    # 20 columns and 7 rows of enlarged pictures, each on white.
+    assert width // 20 == height // 7 > scenes.RESOLUTION

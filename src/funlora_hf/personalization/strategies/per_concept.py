@@ -137,7 +137,7 @@ class FunLora(PerConcept):
 
     name = "funlora"
     takes = ("target_modules", "rank", "function", "num_functions")
-    rates = Rates(5e-2, 1e-3)
+    rates = Rates(1.25e-2, 1e-3)
     default_layers = "convolutions"
 
     @property

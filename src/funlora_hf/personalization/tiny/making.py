@@ -22,8 +22,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ...evaluation.figures import image_grid
 from ...utils.files import read_json, read_tensors, whole_file, whole_folder, write_json, write_tensors
 from ...utils.seeds import derive_seed
+from ..concepts import load_concepts
+from ..pictures import load_images
 from . import scenes
 from .dual_encoder import ranks_first, train_dual_encoder
 from .fitting import fit
@@ -53,6 +56,13 @@ class Effort:
 def _load_in_float32(folder: Path) -> None:
     """Without that, transformers 5 computes in the dtype of the file."""
     write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": "float32"})
+
+
+def _without_its_origin(folder: Path) -> None:
+    """diffusers writes down the folder from which a model was loaded."""
+    write_json(
+        folder / "config.json", {k: v for k, v in read_json(folder / "config.json").items() if k != "_name_or_path"}
+    )
 
 
 def _name_tensors_as_transformers_4(file: Path) -> None:
@@ -237,6 +247,7 @@ def make(folder: Path, effort: Effort | None = None, *, seed: int = 0) -> None:
             trained, tokenizer, images, drawn, steps=effort.base_steps, seed=derive_seed(seed, "captions")
         )
         pipeline.to(dtype=torch.float16).save_pretrained(path)
+        _without_its_origin(path / "vae")
         _load_in_float32(path / "text_encoder")
         _name_tensors_as_transformers_4(path / "text_encoder" / "model.safetensors")
         add_vocabulary(path / "tokenizer")
@@ -319,11 +330,24 @@ def check(folder: Path, *, seed: int = 1, most: int | None = None) -> dict[str, 
     }
 
 
+def draw_overview(folder: Path, path: Path, *, seed: int = 1) -> None:
+    """Draw a picture, of 20 columns: samples of 80 prompts of plain shapes and of 40 of composites; the concepts' pictures."""
+    rng = random.Random(derive_seed(seed, "overview"))
+    told = scenes.all_told()
+    plain = rng.sample([scene for scene in told if scene.size], 80)
+    composites = [scene for scene in told if not scene.size] * 3
+    prompts = [scenes.caption(scene) for scene in (*plain, *composites[:40])]
+    samples = sample(StableDiffusionPipeline.from_pretrained(folder / "base"), prompts, seed=seed)
+    concepts = [image for one in load_concepts("tiny") for image in one.images]
+    image_grid(torch.cat([samples, load_images(concepts, size=scenes.RESOLUTION)]), path, columns=20)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the files, or with `--check` measure those that are there; print what `check` returns."""
     parser = argparse.ArgumentParser(prog="python -m funlora_hf.personalization.tiny.making", description=main.__doc__)
     parser.add_argument("--folder", type=Path, help="where to make them; with --check, where they are")
     parser.add_argument("--check", action="store_true", help="make nothing; without --folder, check the package's own")
+    parser.add_argument("--picture", type=Path, help="also draw samples, into this file")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     if not given.check and not given.folder:
@@ -333,6 +357,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given.check:
         make(given.folder, seed=given.seed)
     print(json.dumps(check(given.folder or _SHIPPED), indent=2))
+    if given.picture:
+        draw_overview(given.folder or _SHIPPED, given.picture)
 
 
 if __name__ == "__main__":
