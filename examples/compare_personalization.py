@@ -329,6 +329,10 @@ def check(choices: Sequence[Choice], shared: Sequence[str]) -> ConceptRunArgumen
     ):
         if owned in shared:
             raise ValueError(f"{owned} is given for all runs, expected none: the comparison sets it.")
+    if "--push_to_hub" in shared:
+        raise ValueError(
+            "--push_to_hub is given, but the runs of a comparison cannot share a repository: compare, then `funlora push` one."
+        )
     for options in ([], *(choice.options() for choice in choices)):
         *parts, unknown = parser.parse_args_into_dataclasses(
             [*shared, *options], return_remaining_strings=True, look_for_args_file=False

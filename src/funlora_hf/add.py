@@ -77,9 +77,9 @@ _RECIPE: dict[type, tuple[str, ...]] = {
     ),
 }
 # Arguments that change the training but not its result.
-_HOW = ("deterministic", "max_nonfinite_steps", "checkpointing_steps", "checkpoints_total_limit")
+HOW = ("deterministic", "max_nonfinite_steps", "checkpointing_steps", "checkpoints_total_limit")
 # The same, but for this call only.
-_NOW = ("time_limit_minutes",)
+NOW = ("time_limit_minutes",)
 # Arguments that select the images of a dataset.
 _IMAGES = (
     "dataset_config_name",
@@ -95,7 +95,7 @@ EXIT_CODES = (
 )
 SETTINGS = tuple(
     name
-    for name in (*_IMAGES, *(name for names in _RECIPE.values() for name in names), *_HOW, *_NOW)
+    for name in (*_IMAGES, *(name for names in _RECIPE.values() for name in names), *HOW, *NOW)
     if name != "strategy"
 )
 """The arguments of a run that `add_classes` takes."""
@@ -121,7 +121,8 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
         prog=prog,
         usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
         description="Add classes to a run, a base or a repository: train an adapter for each class, and change nothing else. The "
-        "defaults are the run's settings, or without a run the defaults of `funlora train`.",
+        "defaults are the run's settings, or without a run the defaults of `funlora train`. A run of concepts takes "
+        "pictures of more concepts and their --instance_prompt: `funlora add --to RUN --help`.",
         epilog=EXIT_CODES,
         parents=[own],
         formatter_class=argparse.HelpFormatter,
@@ -317,7 +318,7 @@ def _arguments(images: str, target: _Target, given: Mapping[str, Any]) -> RunArg
 
     def part(kind: type, **fixed: Any) -> Any:
         own = target.settings.get(kind.__name__, {})
-        kept = {name: own[name] for name in (*_RECIPE[kind], *_HOW) if name in own}
+        kept = {name: own[name] for name in (*_RECIPE[kind], *HOW) if name in own}
         return kind(**{**kept, **{one.name: given[one.name] for one in fields(kind) if one.name in given}, **fixed})
 
     return RunArguments(

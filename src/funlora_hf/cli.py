@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     subparsers.add_parser("train", help="Train a generator class after class, or continue a run", add_help=False)
     text = "Teach a text-to-image model concept after concept, or continue a run"
     subparsers.add_parser("personalize", help=text, add_help=False)
-    subparsers.add_parser("add", help="Add classes to a run, a base or a repository", add_help=False)
+    subparsers.add_parser(
+        "add", help="Add classes to a run, a base or a repository, or concepts to a run", add_help=False
+    )
     subparsers.add_parser("evaluate", help="Evaluate a finished run, later or again", add_help=False)
     add(_recipes, "List the recipes that `funlora train --config` knows by name, one per line")
 
@@ -168,6 +171,15 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="equal seeds give equal images (default: %(default)s)")
     sample.add_argument("--output", type=_path, default="samples.png", help="PNG to write (default: %(default)s)")
     sample.add_argument("--device", default="cpu", help="such as cuda or mps (default: %(default)s)")
+
+    export = add(_export, "Write concepts into a stock pipeline, for tools that know no adapters", hub)
+    export.add_argument(
+        "source", type=_path, metavar="SOURCE", help="folder of a run of concepts or of a concept, or repository"
+    )
+    export.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="new folder for the pipeline")
+    export.add_argument("--concepts", nargs="+", metavar="NAME", help="concepts whose tokens to write (default: all)")
+    text = "the one whose adapter to merge into the weights (default: the only one with an adapter)"
+    export.add_argument("--adapter", metavar="NAME", help=text)
 
     push = add(_push, "Push a run to the Hub: its base and a folder for each class or concept")
     push.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="folder of a run")
@@ -230,27 +242,57 @@ def _personalize(arguments: Sequence[str]) -> int:
 
 
 def _add(arguments: Sequence[str]) -> int:
-    from .add import add_classes, parse
     from .continual.time_limit import TimeLimitReached
-    from .evaluation.tables import how_to_see
     from .train import EXIT_TIME_LIMIT, set_up_logging
 
     set_up_logging()
-    given = parse(arguments, prog="funlora add")
+    # The options depend on what is added to.
+    target = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    target.add_argument("--to", nargs="?")
+    to = target.parse_known_args(arguments)[0].to
+    add = _add_concepts if to and _has_concepts(Path(_path(to))) else _add_classes
     try:
         with Termination() as termination:
-            added = add_classes(**given, termination=termination)
+            add(arguments, termination)
     except (Terminated, TimeLimitReached) as stopped:
         _say(f"{str(stopped).partition(';')[0]}; the same command goes on.", file=sys.stderr)
         if isinstance(stopped, Terminated):
             raise
         return EXIT_TIME_LIMIT
-    for class_id, one in added.classes.items():
-        what = f"class {_class_text(class_id, one['class_name'])}"
-        how = f"learned from {one['images']} image{'s' * (one['images'] != 1)} in {one['seconds']:.0f} s"
-        _say(f"{what}: {how}" if class_id in added.trained else f"{what}: already exists, {how}")
-    _say(how_to_see(added.base, added.output_dir, added.classes))
     return 0
+
+
+def _has_concepts(place: Path) -> bool:
+    """Whether a folder is that of a run of concepts, or of learned concepts."""
+    from .continual.run_folder import RunFolder
+
+    run = RunFolder(place)
+    return bool(concept_folders(place)) or (run.unfinished() is not None and "ConceptArguments" in run.settings())
+
+
+def _add_classes(arguments: Sequence[str], termination: Termination) -> None:
+    from .add import add_classes, parse
+    from .evaluation.tables import how_to_see
+
+    added = add_classes(**parse(arguments, prog="funlora add"), termination=termination)
+    for class_id, one in added.classes.items():
+        _say_added(f"class {_class_text(class_id, one['class_name'])}", one, one["images"], class_id in added.trained)
+    _say(how_to_see(added.base, added.output_dir, added.classes))
+
+
+def _add_concepts(arguments: Sequence[str], termination: Termination) -> None:
+    from .personalization.add import add_concepts, parse
+
+    added = add_concepts(**parse(arguments, prog="funlora add"), termination=termination)
+    for name, one in added.concepts.items():
+        _say_added(f"concept {name}", one, one["num_images"], name in added.trained)
+    prompt = shlex.join([str(added.output_dir), *(f"--prompt={prompt}" for prompt in added.prompts.values())])
+    _say(f"To see them: funlora sample {prompt}")
+
+
+def _say_added(what: str, record: Mapping[str, Any], images: int, is_new: bool) -> None:
+    how = f"learned from {images} image{'s' * (images != 1)} in {record['seconds']:.0f} s"
+    _say(f"{what}: {how}" if is_new else f"{what}: already exists, {how}")
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
@@ -314,14 +356,19 @@ def _unfinished_text(unfinished: str, command: str) -> str:
 
 def _info_of_concepts(as_json: bool, unfinished: str | None, **source: Any) -> int:
     from .personalization.found_concepts import describe_concepts, find_concepts
+    from .personalization.run_folder import AddedConcepts, ConceptFolder
 
     concepts = describe_concepts(find_concepts(**source))
+    begun = AddedConcepts(ConceptFolder(Path(source["source"], source["subfolder"] or ""))).unfinished()
     if as_json:
         found = {"source": source["source"], "concepts": list(map(asdict, concepts)), "unfinished": unfinished}
+        found["unfinished_concepts"] = begun
         print(json.dumps(found, indent=2))
         return 0
     if unfinished is not None:
         _say(_unfinished_text(unfinished, "personalize"))
+    for name in begun:
+        _say(f"unfinished concept {name}. To go on: the `funlora add` command that began it")
     for one in concepts:
         what = f"concept {one.place}: {one.token} {one.noun}, {one.strategy}{f' ({one.method})' if one.method else ''}"
         where = (
@@ -416,6 +463,15 @@ def _sample_prompts(base: str, prompts: list[str], output: str, **how: Any) -> i
         active = f", {len(row.adapters)} adapters active together" if len(row.adapters) > 1 else ""
         _say(f"row {number}: {row.prompt}: {what}{active}")
     _say(output)
+    return 0
+
+
+def _export(source: str, output_dir: str, **options: Any) -> int:
+    from .personalization.export import export_concepts
+
+    done = export_concepts(source, output_dir, **options)
+    merged = "no adapter" if done.adapter is None else f"the adapter of {done.adapter}"
+    _say(f"{output_dir}: a {done.pipeline} with {', '.join(done.tokens)} and {merged}")
     return 0
 
 

@@ -528,6 +528,19 @@ def test_each_parameter_has_a_rate_of_its_own_and_the_decay_of_adamw(decay, tmp_
         torch.testing.assert_close(own, expected)
 
 
+def test_factors_of_one_change_nothing(tmp_path):
+    """To the bit; and as without factors, a checkpoint has one group of the optimizer."""
+    found = []
+    for place, factors in (("none", {}), ("ones", {"weight": 1.0, "bias": 1.0})):
+        strategy = OfFactors(tmp_path / place)
+        strategy.factors = factors
+        (tmp_path / place).mkdir()
+        train(strategy, tmp_path / place)
+        assert len(strategy.build(strategy.phases(TASKS[0])[0]).groups()) == 1
+        found.append([strategy.total, *strategy.found.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_a_phase_of_two_rates_goes_on_where_it_was_cut(tmp_path):
     found = []
     for place, cut in (("whole", False), ("cut", True)):

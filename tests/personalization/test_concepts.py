@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from concept_runs import PHOTOS, needs_photos
 from hostile import JSON, bounded, examples, guarded
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from runs import REPOSITORY
 from text_to_image import make_pipeline
 
 from funlora_hf.personalization.concepts import DREAMBOOTH_PROMPTS, Concept, _Entry, check_concepts, load_concepts
 from funlora_hf.personalization.pictures import load_images
 
 
-PHOTOS = Path(os.environ.get("FUNLORA_TEST_DATA", REPOSITORY.parent / "shared" / "data")) / "dreambooth"
 CAT = {"instance_prompt": "photo of a <new1> cat", "instance_data_dir": "cat"}
 DOG = {"instance_prompt": "photo of a <new2> dog", "instance_data_dir": "dog"}
 
@@ -166,9 +164,7 @@ def test_a_folder_of_folders(folder, caplog):
         file.unlink()
 
 
-@pytest.mark.skipif(
-    not PHOTOS.is_dir(), reason="no photos; FUNLORA_TEST_DATA may name a folder with dreambooth/ in it"
-)
+@needs_photos
 def test_dreambooths_photos():
     found = load_concepts(PHOTOS)
     assert len(found) == 10

@@ -118,7 +118,7 @@ def test_the_pipeline_of_a_run_is_checked(command, base, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["pull", "RUN", "there"], ["add", "digits", "--to", "RUN"], ["evaluate", "RUN"], ["sample", "RUN"]],
+    [["pull", "RUN", "there"], ["evaluate", "RUN"], ["sample", "RUN"]],
 )
 def test_commands_for_classes_refuse_concepts_by_name(command, arguments, learned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
 import torch
-from concept_runs import run
+from concept_runs import drawn, run
 from diffusers import StableDiffusionPipeline
 
 from funlora_hf.adapters.base_fingerprint import BaseMismatchError
@@ -34,10 +33,6 @@ def pipe(inputs):
 
 def images(pipe, prompt, name):
     return draw(pipe, [prompt], 2, purpose=name, seed=0, resolution=8, config=SAMPLING)
-
-
-def drawn(folder, name, task):
-    return json.loads((folder / f"checkpoints/evaluation/task_{task}/{name}.json").read_text())["sha256"]
 
 
 def state(pipe):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from concept_runs import make_arguments, run
 from concept_strategies import contents, write_pictures
 
-from funlora_hf.personalization.run import ConceptRunArguments
+from funlora_hf.continual.termination import Terminated, Termination
+from funlora_hf.continual.time_limit import TimeLimitReached
+from funlora_hf.personalization.batches import ConceptBatches
+from funlora_hf.personalization.run import ConceptRunArguments, personalize
 from funlora_hf.utils.locks import FolderInUseError, folder_lock
 
 
@@ -114,6 +120,31 @@ def test_a_run_that_failed_in_its_evaluation_goes_on(strategy, inputs, tmp_path,
     found = run(inputs, tmp_path / "parts", **how, resume_from_checkpoint="latest")
     assert steady(found) == steady(expected)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_run_that_was_stopped_goes_on(finished, inputs, tmp_path, monkeypatch):
+    """By its time limit, before the first concept, and by a signal in the second."""
+    folder, numbers, batch = tmp_path / "run", [], ConceptBatches.batch
+    with pytest.raises(TimeLimitReached, match="stopped before phase 'concept_b0'"):
+        run(inputs, folder, time_limit_minutes=1e-9)
+
+    def stopping(source, *args, **kwargs):
+        numbers.append(args)
+        if len(numbers) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(source, *args, **kwargs)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with monkeypatch.context() as patch, Termination() as termination, pytest.raises(Terminated) as stopped:
+        patch.setattr(ConceptBatches, "batch", stopping)
+        arguments = make_arguments(inputs, folder, resume_from_checkpoint="latest")
+        personalize(arguments, termination=termination)
+    assert stopped.value.code == 143
+    assert len(numbers) == 5
+    assert not (folder / "results.json").exists()
+    results = run(inputs, folder, resume_from_checkpoint="latest")
+    assert steady(results) == steady(finished[1])
+    assert contents(folder) == contents(finished[0])
 
 
 def test_without_an_evaluation(inputs, tmp_path):

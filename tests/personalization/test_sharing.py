@@ -9,10 +9,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from concept_runs import run as personalize
+from huggingface_hub.errors import HfHubHTTPError
 from learned_concepts import learn, make_strategy, save_base
 
 from funlora_hf import push_all
 from funlora_hf.cli import main
+from funlora_hf.personalization.arguments import ConceptEvaluationArguments
+from funlora_hf.personalization.drawing import draw
 from funlora_hf.personalization.load_concept import load_concept
 from funlora_hf.personalization.sampling import sample_prompts
 from funlora_hf.personalization.text_to_image import TextToImageModel
@@ -46,6 +50,12 @@ def command(capsys):
     return start
 
 
+def drawn(pipe, prompt):
+    """As `sample_prompts` draws two images with two steps."""
+    config = ConceptEvaluationArguments(num_inference_steps=2)
+    return draw(pipe, [prompt], 2, purpose="funlora sample", seed=0, resolution=8, config=config)
+
+
 def image(pipe, prompt):
     return pipe(prompt, num_inference_steps=1, output_type="pt", generator=torch.manual_seed(3)).images
 
@@ -75,6 +85,34 @@ def test_push_and_load_from_the_hub(command, hub, learned, base):
     assert not [name for name in hub.files(REPO) if name.startswith("t1/")]
     card = hub.files(REPO)["README.md"].decode()
     assert ("| t1 |" in card, "| t2 |" in card, "license: mit" in card) == (False, True, True)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_other_families(family, command, hub, tmp_path):
+    """Pushed, loaded from the Hub and drawn by its command, as the run's strategy draws."""
+    base = save_base(tmp_path / "base", family)
+    strategy = make_strategy(tmp_path / "run", base=base, family=family)
+    run = learn(strategy)
+    assert command("push", run, REPO, "--base_model", "user/base")[0] == 0
+    own = {f"t1/{path.name}": path.read_bytes() for path in (run / "concepts/t1").glob("*.safetensors")}
+    assert own.keys() == {
+        *("t1/adapter_model.safetensors", "t1/learned_embeds.safetensors", "t1/learned_embeds_2.safetensors"),
+    }
+    assert own.items() <= hub.files(REPO).items()
+    assert command("verify", REPO, "--base", base)[1].count("made for this base") == 2
+    prompts, how = ["a <t1> b", "a b"], ["--num_images", 2, "--num_inference_steps", 2, "--output", tmp_path / "a.png"]
+    code, out, _ = command("sample", run, *(f"--prompt={prompt}" for prompt in prompts), *how)
+    assert (code, out.splitlines()[:2]) == (
+        0,
+        ["row 1: a <t1> b: concept t1", "row 2: a b: no concept, the base"],
+    )
+    rows = sample_prompts(run, prompts, num_images=2, num_inference_steps=2)
+    remote = TextToImageModel.from_pretrained(base).pipeline()
+    load_concept(remote, REPO, subfolder="t1")
+    for row, class_ids in zip(rows, ([0], []), strict=True):
+        with strategy.sampling(*class_ids) as pipe:
+            assert torch.equal(row.images, drawn(pipe, row.prompt))
+    assert torch.equal(rows[0].images, drawn(remote, "a <t1> b"))
 
 
 def test_nothing_is_pushed_of_a_damaged_run(command, hub, learned, tmp_path):
@@ -170,18 +208,14 @@ def test_rows_are_those_of_the_strategy_and_of_the_base(learned, base):
     (alone,) = sample_prompts(learned, ["a <t1> b"], **how)
     assert torch.equal(one.images, alone.images)
     strategy = make_strategy(learned, base=base)
-    from funlora_hf.personalization.arguments import ConceptEvaluationArguments
-    from funlora_hf.personalization.drawing import draw
 
-    config = ConceptEvaluationArguments(num_inference_steps=2)
-
-    def drawn(class_ids, prompt):
+    def by_strategy(class_ids, prompt):
         with strategy.sampling(*class_ids) as pipe:
-            return draw(pipe, [prompt], 2, purpose="funlora sample", seed=0, resolution=8, config=config)
+            return drawn(pipe, prompt)
 
-    assert torch.equal(one.images, drawn([0], "a <t1> b"))
-    assert torch.equal(none.images, drawn([], "a b"))
-    assert not any(torch.equal(both.images, drawn([class_id], "a <t1> <t2>")) for class_id in (0, 1))
+    assert torch.equal(one.images, by_strategy([0], "a <t1> b"))
+    assert torch.equal(none.images, by_strategy([], "a b"))
+    assert not any(torch.equal(both.images, by_strategy([class_id], "a <t1> <t2>")) for class_id in (0, 1))
 
 
 def test_sample_from_the_pipeline_of_a_run(in_model):
@@ -205,3 +239,45 @@ def test_bad_samples_are_refused(command, learned, options, message, tmp_path):
     assert code == 1
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+def messages(hub):
+    return [commit.message for commit in reversed(hub.commits(REPO)[:-1])]
+
+
+PUSHED = {"push_to_hub": True, "hub_model_id": REPO, "hub_license": "mit", "evaluation": False}
+
+
+def test_a_run_pushes_itself(hub, inputs, fresh_accelerator, tmp_path):
+    """A tagged commit after each task; Hub errors stop no training, and what was missed is in the next commit."""
+    personalize(inputs, tmp_path / "run", **PUSHED)
+    assert messages(hub) == ["Task 1: concept b0", "Task 2: concept c1"]
+    assert set(hub.tags(REPO)) == {"task-1", "task-2"}
+    files = hub.files(REPO)
+    for name in ("b0", "c1"):
+        for path in (tmp_path / "run/concepts" / name).glob("*.safetensors"):
+            assert files[f"{name}/{path.name}"] == path.read_bytes()
+    assert b"license: mit" in files["README.md"]
+    personalize(inputs, tmp_path / "run", **PUSHED, resume_from_checkpoint="latest")
+    assert len(messages(hub)) == 2
+
+
+def test_a_hub_that_fails_stops_no_run(hub, inputs, fresh_accelerator, tmp_path, waits, caplog):
+    hub.fail(method="POST", path="/commit/", status=403, times=1)
+    personalize(inputs, tmp_path / "run", **PUSHED)
+    assert "Task 1 was not pushed to user/things, the next push includes it" in caplog.text
+    assert messages(hub) == ["Task 2: concept c1"]
+    assert {"b0/concept.json", "c1/concept.json"} <= hub.files(REPO).keys()
+
+
+def test_a_pipeline_of_all_concepts_is_pushed_at_the_end(hub, inputs, fresh_accelerator, tmp_path):
+    personalize(inputs, tmp_path / "run", **PUSHED, strategy="naive_lora")
+    assert messages(hub) == ["Task 2: concept c1"]
+    assert {"model_index.json", "b0/concept.json", "c1/concept.json"} <= hub.files(REPO).keys()
+
+
+def test_a_token_that_may_not_write_is_found_before_training(hub, inputs, fresh_accelerator, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_stale")
+    with pytest.raises(HfHubHTTPError):
+        personalize(inputs, tmp_path / "run", **PUSHED)
+    assert not (tmp_path / "run/concepts").exists()

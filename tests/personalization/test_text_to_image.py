@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from peft import LoraConfig, get_peft_model
 from real_models import real_model
-from text_encoders import make_prompted
+from runs import REPOSITORY
+from text_encoders import PIPELINES, make_prompted
 from text_to_image import make_pipeline
 
-from funlora_hf import FunLoraConfig
+from funlora_hf import FunLoraConfig, parameters_per_class
 from funlora_hf.personalization.text_to_image import LAYERS, TextToImageModel
 from funlora_hf.personalization.token_rows import prompt_arguments
 
 
-PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3"}
 FAMILIES = list(PIPELINES)
 CAPTIONS = ["a toy", "", "b"]
 
@@ -396,3 +397,20 @@ def test_layers_of_real_denoisers(real):
     }
     if real.family == "sd":
         assert kv == 19_169_280  # as printed in the README of Custom Diffusion: 75 MB
+
+
+@pytest.mark.parametrize("real", REAL, indirect=True, ids=FAMILIES)
+def test_numbers_of_the_guide(real):
+    """Of `funlora`, `lora` and `custom_diffusion` with their default layers and ranks."""
+    adapters = [
+        FunLoraConfig(num_functions=10, target_modules=real.layers("convolutions")),
+        LoraConfig(r=4, target_modules=real.layers("cross")),
+    ]
+    counted = [parameters_per_class(real.denoiser, config).with_vector for config in adapters]
+    text = (REPOSITORY / "docs/guides/personalization.md").read_text(encoding="utf-8")
+    told = re.findall(rf"^\| {dict(REAL)[real.family]}\b.* \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    assert told
+    for row in told:
+        assert row == tuple(
+            f"{one / 1e6:.1f} M" if one >= 1e6 else f"{one / 1e3:.0f} K" for one in [*counted, numbers(real, "kv")]
+        )

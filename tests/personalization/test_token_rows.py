@@ -8,13 +8,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from text_encoders import make_prompted
+from text_encoders import PIPELINES, make_prompted
 
 from funlora_hf.personalization.text_to_image import TextToImageModel
 from funlora_hf.personalization.token_rows import TokenRows, load_token_rows, prompt_arguments, without_tokens
 
 
-PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3"}
 ENCODERS = {
     "sd": ["text_encoder"],
     "sdxl": ["text_encoder", "text_encoder_2"],

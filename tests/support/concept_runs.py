@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from concept_strategies import make_pipe, write_pictures
+from runs import REPOSITORY
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from funlora_hf.personalization.arguments import (
@@ -17,6 +20,13 @@ from funlora_hf.personalization.arguments import (
     ConceptTrainingArguments,
 )
 from funlora_hf.personalization.run import ConceptRunArguments, personalize
+
+
+# Of subjects of DreamBooth's data set, a folder each.
+PHOTOS = Path(os.environ.get("FUNLORA_TEST_DATA", REPOSITORY.parent / "shared" / "data")) / "dreambooth"
+needs_photos = pytest.mark.skipif(
+    not PHOTOS.is_dir(), reason="no photos; FUNLORA_TEST_DATA may name a folder with dreambooth/ in it"
+)
 
 
 def write_inputs(folder: Path) -> Path:
@@ -77,3 +87,8 @@ def run(inputs: Path, output: Path, **given: Any) -> dict[str, Any]:
     results = personalize(make_arguments(inputs, output, **given))
     assert results is not None
     return results
+
+
+def drawn(folder: Path, name: str, task: int) -> str:
+    """SHA-256 of what a run drew of a concept's first prompt after a task."""
+    return json.loads((folder / f"checkpoints/evaluation/task_{task}/{name}.json").read_text())["sha256"]

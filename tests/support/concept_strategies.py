@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
-from text_encoders import make_prompted
-from transformers import CLIPTextConfig, CLIPTextModel
+from text_encoders import PIPELINES, make_prompted
 
 from funlora_hf.continual.learning import Phase
 from funlora_hf.continual.trainer import ContinualTrainer
@@ -32,7 +31,8 @@ from funlora_hf.personalization.strategies.registry import CONCEPT_STRATEGIES, c
 from funlora_hf.personalization.text_to_image import TextToImageModel
 
 
-PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3"}
+# Tokens of `make_pipe` before new ones are added.
+LETTERS = 2 + 2 * 26
 # Of the third concept, that of the first.
 NOUNS = ("b", "c", "b")
 SAMPLING = ConceptEvaluationArguments(num_inference_steps=2, num_samples_per_prompt=2)
@@ -41,15 +41,8 @@ OPTIONS = {"cns": {"base_fraction": 0.4, "general_share": 1.0}, "clora": {"penal
 
 
 def make_pipe(family: str = "sd"):
-    """A pipeline; that of SD reads prompts of up to 46 letters, one token each."""
-    pipe = make_prompted(PIPELINES[family])
-    if family == "sd":
-        torch.manual_seed(1)
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config = CLIPTextConfig(**sizes, vocab_size=64, max_position_embeddings=48)
-        pipe.tokenizer.model_max_length = 48
-        pipe.register_modules(text_encoder=CLIPTextModel(config).eval())
-    return pipe
+    """A pipeline that reads prompts of up to 46 letters, one token each."""
+    return make_prompted(PIPELINES[family], limit=48)
 
 
 def write_pictures(folder: Path, count: int, seed: int) -> tuple[Path, ...]:
@@ -84,14 +77,15 @@ def make_strategy(
     *,
     family: str = "sd",
     nouns: Sequence[str] = NOUNS,
+    concepts: Mapping[int, Concept] | None = None,
     model: TextToImageModel | None = None,
     arguments: dict | None = None,
     **training,
 ) -> ConceptStrategy:
-    """A strategy for a run in `folder`; `training` are `ConceptTrainingArguments`."""
+    """A strategy for a run in `folder`, of `concepts` or of one for each noun; `training` are `ConceptTrainingArguments`."""
     kind = concept_strategy(name)
-    concepts = make_concepts(folder.parent / "pictures", nouns)
-    given = ConceptArguments(pretrained_model_name_or_path="/base", **(arguments or {}))
+    concepts = concepts or make_concepts(folder.parent / "pictures", nouns)
+    given = ConceptArguments(**{"pretrained_model_name_or_path": "/base", **(arguments or {})})
     training = {
         "concept_train_steps": 4,
         "concept_batch_size": 3,
@@ -170,8 +164,12 @@ def samples(strategy: ConceptStrategy, *class_ids: int) -> torch.Tensor:
 
 
 def weights(model: TextToImageModel) -> dict[str, torch.Tensor]:
-    """All weights of the base, as they are now, and nothing else."""
-    return {name: one.clone() for name, one in model.state_dict().items() if not name.startswith("rows.")}
+    """All weights of the base, as they are now, and nothing else: of embeddings, the rows of the letters."""
+    return {
+        name: (one[:LETTERS] if "token_embedding" in name else one).clone()
+        for name, one in model.state_dict().items()
+        if not name.startswith("rows.")
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -5,19 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import concept_strategies
 import torch
-from text_encoders import make_prompted
+from text_encoders import PIPELINES, make_prompted
 
-from funlora_hf.data.tasks import Task
-from funlora_hf.personalization.arguments import ConceptArguments, ConceptTrainingArguments
 from funlora_hf.personalization.concepts import Concept
-from funlora_hf.personalization.objective import Objective
-from funlora_hf.personalization.strategies.base import ConceptSetting
-from funlora_hf.personalization.strategies.registry import concept_strategy
 from funlora_hf.personalization.text_to_image import TextToImageModel
-
-
-PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3"}
 
 
 def save_base(folder: Path, family: str = "sd") -> Path:
@@ -35,27 +28,14 @@ def make_strategy(
     names=("t1", "t2"),
     **given: Any,
 ):
-    """The strategy of a run of concepts, each a task; `given` are `ConceptArguments`."""
-    model = TextToImageModel(make_prompted(PIPELINES[family]))
+    """The strategy of a run of concepts, each a task, on the pipeline of `save_base`; `given` are `ConceptArguments`."""
     concepts = {
         index: Concept(name, f"<{name}>", "b", "b", f"a <{name}> b", None, (Path("image.png"),))
         for index, name in enumerate(names)
     }
-    model.add_rows({one.token: one.initializer for one in concepts.values()})
-    setting = ConceptSetting(
-        output_dir=output_dir,
-        class_names={index: one.name for index, one in concepts.items()},
-        tasks=[Task(index, (index,)) for index in concepts],
-        training=ConceptTrainingArguments(output_dir=str(output_dir), strategy=strategy),
-        device=torch.device("cpu"),
-        model=model,
-        concepts=concepts,
-        arguments=ConceptArguments(pretrained_model_name_or_path=str(base), **given),
-        objective=Objective(model.scheduler),
-    )
-    made = concept_strategy(strategy)(setting)
-    made.check()
-    return made
+    arguments = {"pretrained_model_name_or_path": str(base), **given}
+    model = TextToImageModel(make_prompted(PIPELINES[family]))
+    return concept_strategies.make_strategy(strategy, output_dir, concepts=concepts, model=model, arguments=arguments)
 
 
 def learn(strategy) -> Path:

@@ -16,33 +16,40 @@ from transformers import (
 )
 
 
+# By the family of `TextToImageModel`.
+PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3"}
 _SIZES = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 
 
-def make_prompted(name: str) -> Any:
-    """As `make_pipeline`, with all that `encode_prompt` needs; equal at each call."""
+def make_prompted(name: str, *, limit: int = 8) -> Any:
+    """As `make_pipeline`, with all that `encode_prompt` needs for prompts of `limit` tokens; equal at each call."""
     pipe = make_pipeline(name)
     torch.manual_seed(1)
     parts: dict[str, Any] = {}
-    if name == "SDXL":
-        parts = {"text_encoder": _clip(CLIPTextModel, 8), "text_encoder_2": _clip(CLIPTextModelWithProjection, 8)}
+    if name == "SD":
+        parts = {"text_encoder": _clip(CLIPTextModel, limit, 16)}
+    elif name == "SDXL":
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        parts = {encoder: _clip(kind, limit, 8) for encoder, kind in kinds.items()}
     elif name == "SD3":
-        encoders = [_clip(CLIPTextModelWithProjection, 8, 8) for _ in range(2)]
+        encoders = [_clip(CLIPTextModelWithProjection, limit, 8, 8) for _ in range(2)]
         parts = {"text_encoder": encoders[0], "text_encoder_2": encoders[1], "text_encoder_3": _t5()}
         parts["tokenizer_3"] = ByT5Tokenizer(model_max_length=8)
     elif name == "Flux":
-        parts = {"text_encoder": _clip(CLIPTextModel, 16), "text_encoder_2": _t5()}
+        parts = {"text_encoder": _clip(CLIPTextModel, limit, 16), "text_encoder_2": _t5()}
         parts["tokenizer_2"] = ByT5Tokenizer(model_max_length=8)
     for encoder in [part for part in parts if part.startswith("text_encoder")]:
-        parts.setdefault(encoder.replace("text_encoder", "tokenizer"), make_pipeline("SD").tokenizer)
+        if (tokenizer := encoder.replace("text_encoder", "tokenizer")) not in parts:
+            parts[tokenizer] = make_pipeline("SD").tokenizer
+            parts[tokenizer].model_max_length = limit
     if hasattr(pipe, "transformer"):
         pipe.vae.register_to_config(shift_factor=0.1)  # the pipelines need one
     pipe.register_modules(**parts)
     return pipe
 
 
-def _clip(kind: Any, hidden: int, projected: int = 16) -> Any:
-    config = CLIPTextConfig(**_SIZES, hidden_size=hidden, projection_dim=projected, max_position_embeddings=8)
+def _clip(kind: Any, limit: int, hidden: int, projected: int = 16) -> Any:
+    config = CLIPTextConfig(**_SIZES, hidden_size=hidden, projection_dim=projected, max_position_embeddings=limit)
     return kind(config).eval()
 
 

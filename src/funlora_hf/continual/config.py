@@ -197,6 +197,14 @@ class LoopArguments:
         "checkpoint and stops, with the exit code 75. None: no limit.",
     )
     report_to: str = _argument("none", "Tracker of accelerate: 'tensorboard', 'wandb', ...")
+    push_to_hub: bool = _argument(False, "Push what is learned to the Hub: a tagged commit after each task.")
+    hub_model_id: str | None = _argument(
+        None, "Repository to push to, 'user/repo'; None: yours, named like output_dir."
+    )
+    hub_private_repo: bool | None = _argument(
+        None, "Whether a new repository is private; None: as your account is set."
+    )
+    hub_license: str | None = _argument(None, "Identifier of a licence for the cards: 'mit', ...")
 
     def __post_init__(self) -> None:
         # HfArgumentParser has no type for what is a list on the command line and a mapping in a recipe.
@@ -210,6 +218,17 @@ class LoopArguments:
             )
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             raise ValueError("`overwrite_output_dir` and `resume_from_checkpoint` exclude each other: pass one.")
+        self._check_hub()
+
+    def _check_hub(self) -> None:
+        for name in ("hub_model_id", "hub_private_repo", "hub_license"):
+            if (value := getattr(self, name)) is not None and not self.push_to_hub:
+                raise ValueError(f"`{name}` is {value!r} but `push_to_hub` is not set: set it, or leave both out.")
+        if self.hub_model_id is not None:
+            try:
+                validate_repo_id(self.hub_model_id)
+            except ValueError as error:
+                raise ValueError(f"`hub_model_id` is {self.hub_model_id!r}, expected 'user/repo': {error}") from error
 
     def _check_phase(self, phase: str) -> None:
         steps, epochs = getattr(self, f"{phase}_train_steps"), getattr(self, f"{phase}_epochs")
@@ -233,14 +252,6 @@ class ContinualTrainingArguments(LoopArguments):
     class_batches: Annotated[str, one_of("homogeneous", "mixed")] = _argument(
         "homogeneous", "'homogeneous': one class after another, one effective weight a step. 'mixed': together."
     )
-    push_to_hub: bool = _argument(False, "Push base and adapters to the Hub: a tagged commit after each task.")
-    hub_model_id: str | None = _argument(
-        None, "Repository to push to, 'user/repo'; None: yours, named like output_dir."
-    )
-    hub_private_repo: bool | None = _argument(
-        None, "Whether a new repository is private; None: as your account is set."
-    )
-    hub_license: str | None = _argument(None, "Identifier of a licence for the cards: 'mit', ...")
 
     base_train_steps: Count | None = _argument(700, "Steps of task 1; None: base_epochs counts.")
     base_epochs: Count | None = _argument(None, "Epochs of task 1, if base_train_steps is None.")
@@ -269,20 +280,9 @@ class ContinualTrainingArguments(LoopArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_hub()
         self._check_update()
         for phase in ("base", "adapter"):
             self._check_phase(phase)
-
-    def _check_hub(self) -> None:
-        for name in ("hub_model_id", "hub_private_repo", "hub_license"):
-            if (value := getattr(self, name)) is not None and not self.push_to_hub:
-                raise ValueError(f"`{name}` is {value!r} but `push_to_hub` is not set: set it, or leave both out.")
-        if self.hub_model_id is not None:
-            try:
-                validate_repo_id(self.hub_model_id)
-            except ValueError as error:
-                raise ValueError(f"`hub_model_id` is {self.hub_model_id!r}, expected 'user/repo': {error}") from error
 
     def _check_update(self) -> None:
         if self.update_class is None:

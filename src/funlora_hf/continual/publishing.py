@@ -6,10 +6,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import CommitInfo
+
 from ..data.tasks import Task
 from ..hub.push import push_all
 from ..hub.repository import HubRepository
-from .config import ContinualTrainingArguments
+from .config import LoopArguments
 
 
 logger = logging.getLogger(__name__)
@@ -26,11 +28,11 @@ class Publisher:
         HfHubHTTPError, OSError: the repository can neither be found nor created.
     """
 
-    def __init__(self, training: ContinualTrainingArguments, tasks: Sequence[Task]) -> None:
-        self._output_dir = Path(training.output_dir)
-        self._license = training.hub_license
+    def __init__(self, training: LoopArguments, tasks: Sequence[Task]) -> None:
+        self.output_dir = Path(training.output_dir)
+        self.license = training.hub_license
         self._tasks = tasks
-        name = training.hub_model_id or self._output_dir.resolve().name
+        name = training.hub_model_id or self.output_dir.resolve().name
         self.repo_id = HubRepository(name, private=training.hub_private_repo).repo_id
 
     def end_task(self, task: Task) -> None:
@@ -54,11 +56,15 @@ class Publisher:
             self._push(self._tasks)
         except Exception as error:
             raise PushError(
-                f"The run in {self._output_dir} is finished, but could not be pushed to {self.repo_id}: {error}. Push it by: "
-                f"funlora push {self._output_dir} {self.repo_id}"
+                f"The run in {self.output_dir} is finished, but could not be pushed to {self.repo_id}: {error}. Push it by: "
+                f"funlora push {self.output_dir} {self.repo_id}"
             ) from error
 
-    def _push(self, tasks: Sequence[Task]) -> None:
+    def commits(self, tasks: Sequence[Task]) -> list[CommitInfo]:
+        """Push what these tasks have learned, the first ones of the run. Return the commits."""
         ids = [task.class_ids for task in tasks]
-        for commit in push_all(self._output_dir, self.repo_id, tasks=ids, license=self._license):
+        return push_all(self.output_dir, self.repo_id, tasks=ids, license=self.license)
+
+    def _push(self, tasks: Sequence[Task]) -> None:
+        for commit in self.commits(tasks):
             logger.info("Pushed %s: %s", commit.commit_message, commit.commit_url)

@@ -29,6 +29,7 @@ LABEL_COLUMN_NAMES = ("label", "labels", "class", "class_label", "category", "ta
 _COLUMN_TYPES = {
     "image_column": "Image, binary or a struct with 'bytes'",
     "label_column": "ClassLabel, integers or strings",
+    "caption_column": "strings",
 }
 
 
@@ -258,7 +259,7 @@ def load_image_data(
     )
     test_split = _find_splits(splits, train_split=train_split, test_split=test_split)
     train = splits[train_split]
-    _warn_of_other_splits(name, splits, {train_split, test_split if hold_out else train_split})
+    warn_of_other_splits(name, splits, {train_split, test_split if hold_out else train_split})
     image_column, label_column = _find_columns(train.features, image_column, label_column)
     logger.info("dataset %s: images in column %r, labels in column %r", name, image_column, label_column)
 
@@ -318,7 +319,8 @@ def _find_splits(splits: DatasetDict, *, train_split: str, test_split: str | Non
     return None if test_split == train_split else test_split
 
 
-def _warn_of_other_splits(name: str, splits: DatasetDict, used: set[str | None]) -> None:
+def warn_of_other_splits(name: str, splits: DatasetDict, used: set[str | None]) -> None:
+    """Warn of splits that are not used."""
     others = [f"{split!r} ({split_rows.num_rows} rows)" for split, split_rows in splits.items() if split not in used]
     if others:
         warnings.warn(
@@ -327,20 +329,28 @@ def _warn_of_other_splits(name: str, splits: DatasetDict, used: set[str | None])
         )
 
 
+def find_image_column(features: Features, image_column: str | None) -> str:
+    """Return the column of the images: the one given, or the only one of type Image. Raise a ValueError if there is none."""
+    images = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
+    encoded = [
+        name
+        for name, feature in features.items()
+        if getattr(feature, "dtype", "") in ("binary", "large_binary")
+        or (isinstance(feature, dict) and "bytes" in feature)
+    ]
+    return _find_column("image_column", image_column, features, images, [*images, *encoded])
+
+
+def find_caption_column(features: Features, caption_column: str) -> str:
+    """Return the column of the captions. Raise a ValueError if it is not there or has no text."""
+    texts = [name for name, feature in features.items() if _is_string(feature)]
+    return _find_column("caption_column", caption_column, features, [], texts)
+
+
 def _find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
-    images, encoded, labels, values = [], [], [], []
-    for name, feature in features.items():
-        if isinstance(feature, ImageFeature):
-            images.append(name)
-        elif isinstance(feature, ClassLabel):
-            labels.append(name)
-        elif _is_integer(feature) or _is_string(feature):
-            values.append(name)
-        elif getattr(feature, "dtype", "") in ("binary", "large_binary") or (
-            isinstance(feature, dict) and "bytes" in feature
-        ):
-            encoded.append(name)
-    image_column = _find_column("image_column", image_column, features, images, [*images, *encoded])
+    image_column = find_image_column(features, image_column)
+    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    values = [name for name, feature in features.items() if _is_integer(feature) or _is_string(feature)]
     usual = [name for name in values if name.lower() in LABEL_COLUMN_NAMES]
     accepted = [name for name in (*labels, *values) if name != image_column]
     return image_column, _find_column("label_column", label_column, features, labels or usual, accepted)
@@ -351,9 +361,10 @@ def _find_column(field: str, column: str | None, features: Features, found: list
     if column is None:
         if len(found) == 1:
             return found[0]
+        more = "; a folder of images needs one subfolder for each class" * (field == "label_column")
         raise ValueError(
             f"{field}=None finds {found or 'none'} among the columns {list(features)}, expected exactly one: name the "
-            f"column with --{field}; a folder of images needs one subfolder for each class."
+            f"column with --{field}{more}."
         )
     _check_column(field, column, features)
     if column not in accepted:

@@ -36,5 +36,5 @@ def refuse(source: str | os.PathLike, names: Iterable[str]) -> None:
     if found := ", ".join(names):
         raise ConceptsError(
             f"{os.fspath(source)!r} has concepts of a text-to-image model ({found}), expected classes: of concepts, there are `funlora info`, "
-            '`verify`, `push`, `delete` and `sample --prompt "..."`; `load_concept` loads one into a pipeline.'
+            '`verify`, `add`, `export`, `push`, `delete` and `sample --prompt "..."`; `load_concept` loads one into a pipeline.'
         )

@@ -36,7 +36,11 @@ class ConceptArguments:
     variant: str | None = _argument(None, "Variant of its files, such as 'fp16'.")
     drop_t5: bool = _argument(False, "Load SD3 without its T5.")
     concepts: str = _argument(
-        TINY, "concepts.json, as Custom Diffusion's, or a folder with one folder of images a concept."
+        TINY,
+        "concepts.json, as Custom Diffusion's; a folder with one folder of images a concept, or with images of one; or a data set on the Hub.",
+    )
+    instance_prompt: str | None = _argument(
+        None, "Prompt of the images, with the token, if `concepts` is one folder of images or a data set."
     )
     concept_order: list[str] | None = _argument(
         None, "Names of the concepts to learn, in this order; None: all, in the order of the file."

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..data.image_folder import is_image
-from ..utils.checks import check_not_mistyped, did_you_mean, expanded, shortened
+from ..utils.checks import check_not_mistyped, did_you_mean, expanded, is_repository_name, shortened
 from ..utils.field_types import check_field_types, one_of
 from ..utils.files import read_json, read_mapping
+from .dataset_pictures import dataset_pictures
 from .pictures import load_images, pictures
 
 
@@ -26,6 +27,7 @@ TINY = Path(__file__).parent / "tiny" / "concepts"
 # The largest public benchmark, CustomConcept101, has 101.
 MOST_CONCEPTS = 1000
 _MOST_BYTES = 2**24
+_PARQUET = ".parquet"
 _NOUNS = "prompts_and_classes.txt"
 NAME = re.compile(r"\w[\w-]{0,63}")
 _TOKEN = re.compile(r"[^\s{}]{2,64}")
@@ -114,10 +116,11 @@ class Concept:
 
 @dataclass
 class _Entry:
-    """An entry of a file; the first two keys are needed. The first four are Custom Diffusion's."""
+    """An entry of a file; the first key is needed, and one of the next two. Four are Custom Diffusion's."""
 
     instance_prompt: str
-    instance_data_dir: str
+    instance_data_dir: str | None = None
+    dataset_name: str | None = None
     class_prompt: str | None = None
     class_data_dir: str | None = None
     name: str | None = None
@@ -128,18 +131,28 @@ class _Entry:
     captions: str | None = None
     eval_prompts: str | list[str] | None = None
     reference_dir: str | None = None
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    train_split: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
 
 
 _KEYS = [one.name for one in fields(_Entry)]
+_OF_DATASETS = ("dataset_config_name", "dataset_revision", "train_split", "image_column", "caption_column")
 
 
-def load_concepts(source: str | os.PathLike) -> list[Concept]:
-    """Read concepts, in the order of learning. Every picture is decoded once, as a check; nothing is written.
+def load_concepts(source: str | os.PathLike, *, instance_prompt: str | None = None) -> list[Concept]:
+    """Read concepts, in the order of learning. Every picture is decoded once, as a check.
+
+    Nothing is written, except that pictures of a data set are put into the cache of `datasets`.
 
     Args:
         source: one of
-            - a JSON file with a list of objects, or a folder with such a file, `concepts.json`. Needed keys: `instance_prompt`,
-              `instance_data_dir`. Others: `class_prompt`, `class_data_dir`, `name` (default: the name of `instance_data_dir`), `token`
+            - a JSON file with a list of objects, or a folder with such a file, `concepts.json`. Needed keys: `instance_prompt`, and
+              `instance_data_dir` or `dataset_name`: a data set with pictures of the concept, as [`load_image_data`] opens it, with
+              `dataset_config_name`, `dataset_revision`, `train_split` ("train"), `image_column` (the only one with images) and
+              `caption_column` (none). Others: `class_prompt`, `class_data_dir`, `name` (default: the name of `instance_data_dir`), `token`
               (the only <...> of the prompt), `noun` (the words after the token that end `class_prompt`, else one word), `initializer`
               (the noun), `captions` ("txt": `a.txt` for `a.jpg`; or a JSON file of captions by file; a caption has the token, or
               the noun, before which the token is put), `eval_prompts` (a file of lines, or a list, with "{}" or "<TOK>" for token and
@@ -148,8 +161,11 @@ def load_concepts(source: str | os.PathLike) -> list[Concept]:
               there, otherwise at the working directory.
             - a folder with a folder of pictures for each concept, as DreamBooth's data set; `prompts_and_classes.txt` in or beside it
               gives the nouns. Without it, a noun is the folder's name without digits at its end.
+            - a folder with pictures of one concept.
+            - with `instance_prompt`: a data set with pictures of one concept, on the Hub or a .parquet file.
             - "tiny": the package's own concepts, for its tiny base.
             Images of a class may be drawn into a `class_data_dir`: know the file before you use it.
+        instance_prompt: prompt with the token, for one folder of pictures or one data set.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -157,22 +173,39 @@ def load_concepts(source: str | os.PathLike) -> list[Concept]:
     """
     given = expanded("concepts", os.fspath(source))
     place = TINY if given == "tiny" and not os.path.exists(given) else Path(given)
-    if not os.path.exists(place):
+    is_there = os.path.exists(place)
+    if not (is_there or (instance_prompt is not None and "/" in given and is_repository_name(given))):
         check_not_mistyped("`concepts`", given)
         raise FileNotFoundError(
             f"`concepts` is {shortened(repr(given), 300)}, but there is no such file or folder: give a JSON file, a folder with one "
-            "folder of pictures for each concept, or 'tiny'."
+            "folder of pictures for each concept, or 'tiny'. (A data set on the Hub: owner/name, and `instance_prompt`.)"
         )
     if os.path.isfile(place / FILE):
         place /= FILE
-    entries = _subjects(place) if place.is_dir() else _listed(place)
     shown = shortened(repr(str(place)), 300)
+    is_dataset, is_folder = not is_there or place.suffix == _PARQUET, place.is_dir()
+    if is_dataset:
+        entries: list[Any] = [{"dataset_name": str(place.absolute()) if is_there else given}]
+    else:
+        entries = _subjects(place) if is_folder else _listed(place)
+    if instance_prompt is not None:
+        if len(entries) != 1 or not (is_dataset or is_folder):
+            raise ValueError(
+                f"`instance_prompt` is {shortened(repr(instance_prompt), 300)}, but {shown} is neither one folder of pictures nor a data "
+                "set: its prompts belong into a concepts.json."
+            )
+        # Token and noun follow from the prompt.
+        entries = [{**entries[0], "instance_prompt": instance_prompt, "token": None, "noun": None}]
+    elif is_dataset:
+        raise ValueError(
+            f"`concepts` is {shown}, a data set: also give `instance_prompt`, such as 'a photo of a <new1> dog'."
+        )
     if not 1 <= len(entries) <= MOST_CONCEPTS:
         raise ValueError(f"{shown} has {len(entries)} concepts, expected 1 to {MOST_CONCEPTS}.")
     concepts = [
         _Reader(entry, place, f"{shown}, entry {number}").concept() for number, entry in enumerate(entries, start=1)
     ]
-    _check_together(concepts, shown)
+    check_together(concepts, shown)
     for concept in concepts:
         try:
             load_images((*concept.images, *concept.references), size=8)
@@ -193,7 +226,7 @@ def check_concepts(concepts: Sequence[Concept], tokenizers: Mapping[str, Any], *
             than a tokenizer's limit, so that its end would be cut.
     """
     for concept in concepts:
-        where = f"concept {concept.name!r}"
+        where, evaluated = f"concept {concept.name!r}", [concept.prompt(one) for one in concept.eval_prompts]
         for name, tokenizer in tokenizers.items():
             ids = _ids(tokenizer, concept.token)
             if len(ids) == 1 and ids != [tokenizer.unk_token_id]:
@@ -215,9 +248,11 @@ def check_concepts(concepts: Sequence[Concept], tokenizers: Mapping[str, Any], *
                 parts = re.split(_as_word(concept.token), prompt)
                 count = sum(len(_ids(tokenizer, part)) for part in parts) + num_vectors * (len(parts) - 1)
                 if count > most:
+                    is_default = concept.eval_prompts in DREAMBOOTH_PROMPTS.values() and prompt in evaluated
+                    remedy = "give `eval_prompts`, in place of DreamBooth's" if is_default else "shorten it"
                     raise ValueError(
                         f"{where}: the prompt {shortened(repr(prompt), 300)} has {count} tokens, expected {most} at most for {name}: "
-                        "shorten it."
+                        f"{remedy}."
                     )
 
 
@@ -231,11 +266,16 @@ def _listed(file: Path) -> list[Any]:
 
 
 def _subjects(folder: Path) -> list[dict[str, str]]:
-    """Return an entry for each folder in a folder."""
+    """Return an entry for each folder in a folder, or if it has none, for itself."""
     found = sorted(one for one in folder.iterdir() if one.is_dir() and not one.name.startswith((".", "__")))
+    images = [one.name for one in sorted(folder.iterdir()) if is_image(one)]
+    if not (found or images):
+        raise ValueError(
+            f"{str(folder)!r} has no folders, expected one folder of pictures for each concept, or pictures of one."
+        )
     if not found:
-        raise ValueError(f"{str(folder)!r} has no folders, expected one folder of pictures for each concept.")
-    if images := [one.name for one in sorted(folder.iterdir()) if is_image(one)]:
+        found = [folder.resolve()]
+    elif images:
         warnings.warn(f"{str(folder)!r}: {images[0]} is in no concept's folder and will not be read.", stacklevel=3)
     file = next((one for one in (folder / _NOUNS, folder.resolve().parent / _NOUNS) if one.is_file()), None)
     if file is None:
@@ -262,18 +302,27 @@ class _Reader:
         if unknown := sorted(given.keys() - set(_KEYS)):
             hint = did_you_mean(unknown[0], _KEYS) or f" The keys are {', '.join(_KEYS)}."
             raise ValueError(f"{where} has the unknown key {shortened(repr(unknown[0]), 100)}.{hint}")
-        if missing := [key for key in _KEYS[:2] if key not in given]:
-            raise ValueError(f"{where} has no {missing[0]!r}: add it.")
+        needed = ["instance_prompt"] if "dataset_name" in given else ["instance_prompt", "instance_data_dir"]
+        if missing := [key for key in needed if key not in given]:
+            raise ValueError(f"{where} has no {missing[0]!r}: add it{', or dataset_name' * (missing[0] != _KEYS[0])}.")
         self.where, self.entry = where, _Entry(**given)
         try:
             check_field_types(self.entry)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
-        in_folder = os.path.isdir(place.parent / expanded("instance_data_dir", self.entry.instance_data_dir))
+        self._check_source()
+        source = "dataset_name" if self.entry.dataset_name else "instance_data_dir"
+        near = place.parent / expanded(source, getattr(self.entry, source))
+        in_folder = os.path.exists(near) if self.entry.dataset_name else os.path.isdir(near)
         self.base = place.parent.absolute() if in_folder else Path.cwd()
         captions = self.entry.captions or ""
-        self.images = self._images("instance_data_dir", ".txt" if captions == "txt" else Path(captions).suffix)
-        self.name = self.entry.name or _safe_name(self.images[0].parent.resolve())
+        if self.entry.dataset_name:
+            self.images, self.of_dataset = self._dataset()
+            named = Path(self.entry.dataset_config_name or self.entry.dataset_name)
+        else:
+            self.images = self._images("instance_data_dir", ".txt" if captions == "txt" else Path(captions).suffix)
+            named = self.images[0].parent.resolve()
+        self.name = self.entry.name or _safe_name(named)
         if not NAME.fullmatch(self.name):
             raise self._wrong("name", self.name, "1 to 64 letters, digits, '_' and '-'")
         self.where += f" ({self.name})"
@@ -304,6 +353,29 @@ class _Reader:
             eval_prompts=self._templates(),
             references=self._images("reference_dir") if entry.reference_dir else self.images,
         )
+
+    def _check_source(self) -> None:
+        """Raise a ValueError unless the pictures are in a folder or in a data set, and no key is of the other one."""
+        entry = self.entry
+        if bool(entry.dataset_name) == bool(entry.instance_data_dir):
+            raise self._wrong("dataset_name", entry.dataset_name, "one of `dataset_name` and `instance_data_dir`")
+        others = ("captions",) if entry.dataset_name else _OF_DATASETS
+        for key in others:
+            if (value := getattr(entry, key)) is not None:
+                instead = "a `caption_column`" if entry.dataset_name else "a `dataset_name`, to which it belongs"
+                raise self._wrong(key, value, instead)
+
+    def _dataset(self) -> tuple[tuple[Path, ...], dict[str, str]]:
+        """Return the pictures of a data set and captions by their names."""
+        name = expanded("dataset_name", self.entry.dataset_name)
+        place = self.base / name
+        try:
+            return dataset_pictures(
+                str(place) if os.path.exists(place) else name,
+                **{key: getattr(self.entry, key) for key in _OF_DATASETS},
+            )
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{self.where}: {error}") from error
 
     def _wrong(self, key: str, value: object, expected: str) -> ValueError:
         return ValueError(f"{self.where}: `{key}` is {shortened(repr(value), 300)}, expected {expected}.")
@@ -354,10 +426,12 @@ class _Reader:
         return found
 
     def _captions(self) -> dict[str, str]:
-        given, names = self.entry.captions, [one.name for one in self.images]
+        given, names = self.entry.captions or self.entry.caption_column, [one.name for one in self.images]
         if given is None:
             return {}
-        if given == "txt":
+        if self.entry.caption_column:
+            found: dict[str, Any] = dict(self.of_dataset)
+        elif given == "txt":
             texts = [one.with_suffix(".txt") for one in self.images]
             found = {name: _text(text).strip() for name, text in zip(names, texts, strict=True) if text.is_file()}
         else:
@@ -397,8 +471,8 @@ class _Reader:
         return tuple(_PLACE.sub("{}", template) for template in given)
 
 
-def _check_together(concepts: Sequence[Concept], where: str) -> None:
-    """Raise a ValueError if concepts share a name, a token, the start of a token, or a folder of different classes."""
+def check_together(concepts: Sequence[Concept], where: str) -> None:
+    """Raise a ValueError that starts with `where` if concepts share a name, a token, the start of a token, or a folder of different classes."""
     by_token = sorted(concepts, key=lambda one: one.token.casefold())
     for one, other in pairwise(by_token):
         # A tokenizer may ignore case, and would find the shorter token in the longer one.
@@ -435,7 +509,7 @@ def _as_word(token: str) -> str:
 
 
 def _safe_name(folder: Path) -> str:
-    return re.sub(r"[^\w-]+", "_", folder.name)
+    return re.sub(r"[^\w-]+", "_", folder.name.removesuffix(_PARQUET))
 
 
 def _text(file: Path) -> str:

@@ -52,4 +52,5 @@ def draw(
             output_type="pt",
         ).images
         parts.append((images.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8))
-    return torch.cat(parts)
+    # Of SDXL, the channels come last in memory.
+    return torch.cat(parts).contiguous()

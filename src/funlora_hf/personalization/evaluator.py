@@ -28,7 +28,7 @@ from .pictures import load_images
 from .run_folder import ConceptFolder
 from .scores import mean_and_error
 from .strategies.base import ConceptStrategy
-from .token_rows import CLIP_ENCODERS, prompt_length
+from .token_rows import prompt_length
 from .usual_captions import usual_captions
 
 
@@ -114,7 +114,7 @@ class ConceptEvaluator:
         """Measure neighbours in the order of learning, each by what is measured of a single concept."""
         if self._read(path) is not None:
             return
-        tokenizers = [one for key, one in self.setting.model.tokenizers.items() if key in CLIP_ENCODERS]
+        tokenizers = self.setting.model.clip_tokenizers.values()
         pairs = []
         for both in pairwise(self.setting.concepts):
             one, other = (self.setting.concepts[class_id] for class_id in both)
@@ -177,7 +177,7 @@ class ConceptEvaluator:
         now, then = (self._scores(some, class_id, texts) for some in (nouns, before["nouns"]))
         name = "attr" if "attr" in now else "clip_i"
         leak = {"leak": (now[name].mean() - then[name].mean()).item()} if name in now else {}
-        write_tensors(path.with_suffix(".safetensors"), {"images": images[:_KEPT].contiguous()})
+        write_tensors(path.with_suffix(".safetensors"), {"images": images[:_KEPT]})
         record = {
             "settings": self._settings,
             "scores": {**_means(scores), **leak},

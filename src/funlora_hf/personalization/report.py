@@ -14,7 +14,7 @@ from ..evaluation.figures import loss_curves, sample_grid
 from ..evaluation.report import ForgettingError, environment, figures_if_possible, versions
 from ..utils.files import read_mapping, write_json
 from .evaluator import ConceptEvaluator
-from .run_folder import ConceptFolder
+from .run_folder import AddedConcepts, ConceptFolder
 from .scores import scores_over_time
 
 
@@ -67,6 +67,7 @@ def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str
         },
         "pairs": pairs["pairs"] if pairs else [],
         "zero_forgetting": {"identical": after and after["identical"], "changed": after["changed"] if after else []},
+        "added": AddedConcepts(folder).finished(),
         "details": strategy.details(),
         "numbers_per_concept": strategy.numbers_per_concept(),
         "bytes_kept": strategy.memory_report()["persistent"],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from .objective import Objective
 from .prior import Prior, class_images
 from .report import report_finished, report_run
 from .run_folder import ConceptFolder
+from .sharing import ConceptPublisher
 from .strategies.base import ConceptSetting, ConceptStrategy
 from .strategies.registry import concept_strategy
 from .text_to_image import TextToImageModel
@@ -78,8 +79,11 @@ class ConceptRunArguments:
 
         Raises:
             FileNotFoundError: there is no run in the folder.
+            ValueError: a run of classes.
         """
         written = ConceptFolder(Path(folder)).settings()
+        if "ModelArguments" in written:
+            raise ValueError(f"{os.fspath(folder)!r} holds a run of classes, expected one of `funlora personalize`.")
         given = [
             part(**{one.name: written[part.__name__][one.name] for one in fields(part)}) for part in CONCEPT_ARGUMENTS
         ]
@@ -100,6 +104,7 @@ def personalize(arguments: ConceptRunArguments, *, termination: Termination | No
         The contents of results.json; None on all processes except the main one.
 
     Raises:
+        PushError: `push_to_hub` is set, but the finished run could not be pushed.
         ForgettingError: the samples of an earlier concept have changed, although the strategy promises that they stay.
         TimeLimitReached, Terminated: the run can be resumed.
         FolderInUseError: another run uses `output_dir`.
@@ -135,25 +140,31 @@ class ConceptRun:
             accelerator.wait_for_everyone()
             start_trackers(accelerator, self.training)
             with folder.staying():
+                is_main = accelerator.is_main_process
+                publishers = [ConceptPublisher(strategy)] if self.training.push_to_hub and is_main else []
                 if folder.results.is_file():
                     accelerator.end_training()
-                    return report_finished(folder) if accelerator.is_main_process else None
-                with ended(accelerator):
-                    evaluator.before()
-                    self._trainer(strategy, [evaluator]).train()
-                    evaluator.after()
-                return report_run(evaluator, vars(self.arguments).values()) if accelerator.is_main_process else None
+                    results = report_finished(folder) if is_main else None
+                else:
+                    with ended(accelerator):
+                        evaluator.before()
+                        self._trainer(strategy, [evaluator, *publishers]).train()
+                        evaluator.after()
+                    results = report_run(evaluator, vars(self.arguments).values()) if is_main else None
+                for publisher in publishers:
+                    publisher.end_run()
+                return results
 
     def strategy(self) -> ConceptStrategy:
         """Load the base and the concepts, check everything, and return the strategy; nothing is written."""
         given, training = self.arguments.concepts, self.training
-        known = load_concepts(given.concepts)
+        known = load_concepts(given.concepts, instance_prompt=given.instance_prompt)
         concepts = {index: known[index] for index in self._order(known)}
         model = self._model()
         unread = [one.name for one in concepts.values() if one.class_data_dir and not given.with_prior_preservation]
         if unread:
             logger.info("class_data_dir of %s is not read without --with_prior_preservation", ", ".join(unread))
-        check_concepts(list(concepts.values()), model.tokenizers, num_vectors=given.num_vectors)
+        check_concepts(list(concepts.values()), model.clip_tokenizers, num_vectors=given.num_vectors)
         tokens = {one.token: one.initializer for one in concepts.values()}
         model.add_rows(tokens, num_vectors=given.num_vectors)
         model.to(self.accelerator.device)
@@ -234,17 +245,10 @@ class ConceptRun:
     def _settings(self, setting: ConceptSetting) -> dict[str, Any]:
         """Return what a resumed run has to match: arguments, concepts with their images, order."""
         of_run = self.arguments
-        concepts = {
-            f"class {index}": {
-                "name": one.name,
-                "prompts": [one.token, one.initializer, *one.texts()],
-                "images": [file_sha256(path) for path in (*one.images, *one.references)],
-            }
-            for index, one in setting.concepts.items()
-        }
+        concepts = {f"class {index}": about(one) for index, one in setting.concepts.items()}
         return {
             **run_settings(of_run.concepts, of_run.training, of_run.evaluation),
-            "classes": json.loads(json.dumps(concepts)),
+            "classes": concepts,
             "tasks": {f"task {task.index + 1}": list(task.class_ids) for task in setting.tasks},
         }
 
@@ -268,7 +272,9 @@ class ConceptRun:
         )
         return Prior(images, loss_weight=given.prior_loss_weight)
 
-    def _trainer(self, strategy: ConceptStrategy, listeners: list[Listener]) -> ContinualTrainer:
+    def _trainer(
+        self, strategy: ConceptStrategy, listeners: Sequence[Listener] = (), *, folder: ConceptFolder | None = None
+    ) -> ContinualTrainer:
         setting, given = strategy.setting, self.arguments.concepts
         prior = self._prior(setting)
 
@@ -287,9 +293,18 @@ class ConceptRun:
         return ContinualTrainer(
             strategy,
             batches,
-            folder=self.folder,
+            folder=folder or self.folder,
             accelerator=self.accelerator,
             listeners=listeners,
             limit=self.limit,
             termination=self.termination,
         )
+
+
+def about(concept: Concept) -> dict[str, Any]:
+    """Return what makes a concept another one, JSON-able: its name, all its prompts, hashes of its pictures."""
+    return {
+        "name": concept.name,
+        "prompts": [concept.token, concept.initializer, *concept.texts()],
+        "images": [file_sha256(path) for path in (*concept.images, *concept.references)],
+    }

@@ -69,7 +69,7 @@ def sample_prompts(
     concepts = found.saved()
     wanted = [_concepts_in(prompt, concepts) for prompt in prompts]
     needed = [one for one in concepts if any(one in some for some in wanted)] or concepts[:1]
-    pipe = _pipeline(found, [one.record for one in needed], device)
+    pipe = base_pipeline(found, [one.record for one in needed], device=device)
     record = needed[0].record
     denoiser = pipe.transformer if record.family == "sd3" else pipe.unet
     if not record.in_model:
@@ -110,15 +110,22 @@ def _concepts_in(prompt: str, concepts: Sequence[SavedConcept]) -> list[SavedCon
     return [by_token[token] for token in dict.fromkeys(tokens)]
 
 
-def _pipeline(found: FoundConcepts, records: Sequence[ConceptRecord], device: torch.device | str) -> Any:
-    """The stock pipeline of the concepts' base, or that of their run."""
+def base_pipeline(
+    found: FoundConcepts, records: Sequence[ConceptRecord], *, device: torch.device | str = "cpu"
+) -> Any:
+    """Return the stock pipeline of the concepts' base, or that of their run.
+
+    Raises:
+        FileNotFoundError: the base is not named, or not there.
+        ValueError: concepts of several bases.
+    """
     record = records[0]
     if record.in_model:
         return load_base(found.model(), revision=found.revision, device=device, drop_t5=record.drop_t5).pipeline()
     how = ("base_model_name_or_path", "revision", "variant", "drop_t5", "in_model", "resolution")
     if len({tuple(getattr(one, name) for name in how) for one in records}) > 1:
         raise ValueError(
-            f"{found.source!r} has concepts of several bases or sizes ({', '.join(one.name for one in records)}): draw one at a time."
+            f"{found.source!r} has concepts of several bases or sizes ({', '.join(one.name for one in records)}): name those of one."
         )
     if record.base_model_name_or_path is None:
         raise FileNotFoundError(

@@ -6,29 +6,34 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCard
 from peft.utils import CONFIG_NAME
 
 from ..adapters.untrusted_adapter import fetch_repository
 from ..cards.model_cards import Place, concepts_card
+from ..continual.publishing import Publisher
+from ..data.tasks import Task
 from ..hub.classes_json import INDEX
 from ..hub.concept_folders import CONCEPT_FILE, CONCEPT_FILES
 from ..hub.repository import HubRepository
 from ..hub.what_to_push import pipeline_files, warn_without_base
 from ..utils.checks import check_choice
-from ..utils.files import read_mapping
+from ..utils.files import read_mapping, write_json
 from ..utils.locks import folder_lock
 from .concept_folder import CARD, ConceptRecord, SavedConcept, parse_record
 from .found_concepts import check_weights, find_concepts
+from .strategies.base import ConceptStrategy
 
 
 Files = dict[str, Path | bytes]
+RESULTS = "results.json"
 
 
 def push_concepts(
@@ -37,6 +42,7 @@ def push_concepts(
     *,
     base_model: str | None = None,
     base_revision: str | None = None,
+    tasks: Sequence[Sequence[str]] | None = None,
     private: bool | None = None,
     license: str | None = None,
 ) -> list[CommitInfo]:
@@ -48,6 +54,7 @@ def push_concepts(
         repo_id: "user/repo", created if it does not exist. Other concepts in it stay.
         base_model: repository of the base; None: the one that the run was given, if it is a repository.
         base_revision: branch, tag or commit of `base_model`.
+        tasks: names of the concepts to push, by task; the commit gets the last task's tag, `task-<number>`. None: all concepts.
         private: visibility of a new repository; None: the account's default.
         license: identifier of a licence, for the cards; None: that of the card in the repository, if there is one.
 
@@ -60,7 +67,8 @@ def push_concepts(
         HfHubHTTPError: the Hub refused; nothing is visible there.
     """
     found = find_concepts(output_dir)
-    concepts = found.saved()
+    names = None if tasks is None else {name for task in tasks for name in task}
+    concepts = [one for one in found.saved() if names is None or one.record.name in names]
     for one in concepts:
         try:
             check_weights(one)
@@ -106,9 +114,28 @@ def push_concepts(
             }
         return made | _root({**records, **own}, repository.repo_id, stated)
 
-    names = ", ".join(one.record.name for one in concepts)
-    done = repository.commit(files, f"Concept{'s' * (len(concepts) > 1)} {names}")
+    shown = [one.record.name for one in concepts] if tasks is None else tasks[-1]
+    message = f"oncept{'s' * (len(shown) > 1)} {', '.join(shown)}"
+    done = repository.commit(files, f"C{message}" if tasks is None else f"Task {len(tasks)}: c{message}")
+    if tasks is not None:
+        repository.tag(f"task-{len(tasks)}")
     return [] if done is None else [done]
+
+
+class ConceptPublisher(Publisher):
+    """Pushes a run of concepts while it learns; one with a pipeline of its own at the end, when it writes that."""
+
+    def __init__(self, strategy: ConceptStrategy) -> None:
+        super().__init__(strategy.setting.training, strategy.setting.tasks)
+        self._strategy = strategy
+
+    def end_task(self, task: Task) -> None:
+        if not self._strategy.in_model:
+            super().end_task(task)
+
+    def commits(self, tasks: Sequence[Task]) -> list[CommitInfo]:
+        names = [[self._strategy.setting.class_names[class_id] for class_id in task.class_ids] for task in tasks]
+        return push_concepts(self.output_dir, self.repo_id, tasks=names, license=self.license)
 
 
 def delete_concept(
@@ -119,7 +146,9 @@ def delete_concept(
 
     Args:
         name: of the concept.
-        output_dir: folder of a run: delete the concept's folder, its checkpoints and measurements, and the pictures that show it. results.json stays. If the run has not ended, it will learn the concept again when it is resumed.
+        output_dir: folder of a run: delete the concept's folder, its checkpoints and measurements, the pictures that show it, and its
+            entry under `added` in results.json, whose measurements stay. If the run has not ended, it will learn the concept
+            again when it is resumed, unless it was added.
         repo_id: repository with the layout of `push_concepts`.
         history: "keep": earlier commits of the repository still have the concept; "squash": a single commit replaces the history.
 
@@ -157,6 +186,9 @@ def delete_concept(
             places.append("repo_id")
         if repository is not None and history == "squash":
             repository.forget_history(keep_tags=lambda _: False)
+        if folder is not None and name in (added := _results(folder).get("added", {})) and name in own:
+            others = {key: one for key, one in added.items() if key != name}
+            write_json(folder / RESULTS, {**_results(folder), "added": others})
         for path in traces:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -213,12 +245,18 @@ def _records(repo_id: str, present: set[str]) -> dict[str, ConceptRecord]:
     return records
 
 
+def _results(folder: Path) -> dict[str, Any]:
+    """Contents of results.json in a run's folder; empty before its end."""
+    return read_mapping(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+
+
 def _traces(folder: Path, name: str) -> list[Path]:
     """Files and folders of a concept in a run's folder. Raises a ValueError if one of them is a link."""
-    results = folder / "results.json"
-    order = read_mapping(results).get("concepts", []) if results.is_file() else []
+    results = _results(folder)
+    order = results.get("concepts", [])
     first = order.index(name) + 1 if name in order else 1
-    grids = (folder / "figures").glob("samples_task_*.png")
+    # None shows a concept that was added after the run.
+    grids = [] if name in results.get("added", {}) else (folder / "figures").glob("samples_task_*.png")
     traces = [folder / "concepts" / name, *(grid for grid in grids if int(grid.stem.rpartition("_")[2]) >= first)]
     own = {name: "checkpoints/evaluation", f"concept_{name}": "checkpoints"}
     traces += [path for stem, place in own.items() for path in (folder / place).rglob(f"{stem}*") if path.stem == stem]

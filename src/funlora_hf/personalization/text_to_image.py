@@ -180,6 +180,11 @@ class TextToImageModel(nn.Module):
         self.vae.eval()
         return self
 
+    @property
+    def clip_tokenizers(self) -> dict[str, Any]:
+        """Those that read new tokens: all but that of T5, which reads longer prompts, too."""
+        return {key: self.tokenizers[key] for key in CLIP_ENCODERS if key in self.tokenizers}
+
     def add_rows(self, tokens: Mapping[str, str], *, num_vectors: int = 1) -> TokenRows:
         """
         Add all new tokens of a run, once. SD3's T5 gets no rows; it reads captions without the tokens.
@@ -190,8 +195,9 @@ class TextToImageModel(nn.Module):
             raise ValueError(
                 f"The model has rows for {', '.join(self.rows.tokens)} already: add all tokens in one call."
             )
-        encoders = {key: self.text_encoders[key] for key in CLIP_ENCODERS if key in self.tokenizers}
-        self.rows = TokenRows(encoders, self.tokenizers, tokens, num_vectors=num_vectors)
+        tokenizers = self.clip_tokenizers
+        encoders = {key: self.text_encoders[key] for key in tokenizers}
+        self.rows = TokenRows(encoders, tokenizers, tokens, num_vectors=num_vectors)
         self._states.clear()
         return self.rows
 

@@ -23,6 +23,7 @@ from ..batches import ConceptBatch
 from ..concept_folder import CONCEPT_FILE, write_concept
 from ..concepts import Concept
 from ..objective import Objective
+from ..run_folder import PHASE
 from ..text_to_image import LAYERS, TextToImageModel
 from ..token_rows import TokenRows
 
@@ -133,7 +134,7 @@ class ConceptStrategy(LearningStrategy):
     def phases(self, task: Task) -> list[Phase]:
         settings, names = self.phase_settings(), [self.setting.concepts[c].name for c in task.class_ids]
         if not self.learning_changes_past_classes:
-            return [Phase(f"concept_{n}", (c,), settings, True) for n, c in zip(names, task.class_ids, strict=True)]
+            return [Phase(f"{PHASE}{n}", (c,), settings, True) for n, c in zip(names, task.class_ids, strict=True)]
         return [Phase(f"task_{task.index + 1}", task.class_ids, scaled(settings, len(names)), independent=False)]
 
     def phase_settings(self) -> PhaseSettings:
