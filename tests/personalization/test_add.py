@@ -132,7 +132,7 @@ def test_nothing_is_written_for_what_is_refused(inputs, copied, command, tmp_pat
         ([inputs / "b2", "--instance_prompt", "a <v0> b"], "equals the token '<v0>' of concept"),
         ([inputs / "b0", *PROMPT], "has already, or has yet to learn: b0"),
         ([inputs / "b2", "--instance_prompt", "b"], "expected one token such as <new1>"),
-        ([inputs / "nowhere", *PROMPT], "nowhere"),
+        ([inputs / "nowhere", *PROMPT], "`images` is "),
         ([inputs / "concepts.json"], "has already, or has yet to learn: b0, c1"),
         ([inputs / "concepts.json", *PROMPT], "is neither one folder of pictures nor a data set"),
     ):

@@ -144,7 +144,13 @@ class _Addition(ConceptRun):
 
     def add(self) -> Added:
         """Lock the folder, and learn the concepts that do not exist yet."""
-        strategy, is_main, added = self.strategy(), self.accelerator.is_main_process, AddedConcepts(self.folder)
+        try:
+            strategy = self.strategy()
+        except (ValueError, FileNotFoundError) as error:
+            if len(error.args) == 1:  # use the names of the arguments here
+                error.args = (str(error).replace("`concepts` is", "`images` is"),)
+            raise
+        is_main, added = self.accelerator.is_main_process, AddedConcepts(self.folder)
         concepts = {one.name: one for one in strategy.setting.concepts.values()}
         self._choose(concepts, added)
         with held(self.folder.path, self.accelerator, self.training), ended(self.accelerator):

@@ -312,12 +312,13 @@ class _Reader:
             raise ValueError(f"{where}: {error}") from error
         self._check_source()
         source = "dataset_name" if self.entry.dataset_name else "instance_data_dir"
-        near = place.parent / expanded(source, getattr(self.entry, source))
+        name = expanded(source, getattr(self.entry, source))
+        near = place.parent / name
         in_folder = os.path.exists(near) if self.entry.dataset_name else os.path.isdir(near)
         self.base = place.parent.absolute() if in_folder else Path.cwd()
         captions = self.entry.captions or ""
         if self.entry.dataset_name:
-            self.images, self.of_dataset = self._dataset()
+            self.images, self.of_dataset = self._dataset(name)
             named = Path(self.entry.dataset_config_name or self.entry.dataset_name)
         else:
             self.images = self._images("instance_data_dir", ".txt" if captions == "txt" else Path(captions).suffix)
@@ -365,9 +366,8 @@ class _Reader:
                 instead = "a `caption_column`" if entry.dataset_name else "a `dataset_name`, to which it belongs"
                 raise self._wrong(key, value, instead)
 
-    def _dataset(self) -> tuple[tuple[Path, ...], dict[str, str]]:
+    def _dataset(self, name: str) -> tuple[tuple[Path, ...], dict[str, str]]:
         """Return the pictures of a data set and captions by their names."""
-        name = expanded("dataset_name", self.entry.dataset_name)
         place = self.base / name
         try:
             return dataset_pictures(
