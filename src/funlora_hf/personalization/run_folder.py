@@ -36,6 +36,8 @@ class ConceptFolder(RunFolder):
 class AddedConcepts(AddedPhases):
     """Records of concepts that are added to a run."""
 
+    folder: ConceptFolder
+
     def begun(self) -> dict[str, dict[str, Any]]:
         """Return the records by name."""
         return {one["name"]: one for one in self.records(PHASE, key="name").values()}

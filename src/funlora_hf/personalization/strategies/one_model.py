@@ -207,7 +207,7 @@ class LowRank(OneModel):
 
     options_class = RuleOptions
     rule_class: ClassVar[type[MergingRule]]
-    rates = Rates(5e-3, 1e-5)
+    rates = Rates(1.5e-3, 1e-5)
     default_layers = "attention"
 
     def __init__(self, setting: ConceptSetting) -> None:
