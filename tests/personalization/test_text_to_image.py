@@ -403,7 +403,7 @@ def test_layers_of_real_denoisers(real):
 def test_numbers_of_the_guide(real):
     """Of `funlora`, `lora` and `custom_diffusion` with their default layers and ranks."""
     adapters = [
-        FunLoraConfig(num_functions=10, target_modules=real.layers("convolutions")),
+        FunLoraConfig(num_functions=10, ratio=2, target_modules=real.layers("cross")),
         LoraConfig(r=4, target_modules=real.layers("cross")),
     ]
     counted = [parameters_per_class(real.denoiser, config).with_vector for config in adapters]
