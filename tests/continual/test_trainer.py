@@ -460,7 +460,7 @@ def test_all_processes_stop_when_one_has_to(tmp_path, monkeypatch):
 
 def test_more_processes_than_images_in_a_batch_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 3)
-    with pytest.raises(ValueError, match="phase 'task_1' has 2 images for 3 processes: raise `base_batch_size`"):
+    with pytest.raises(ValueError, match="phase 'task_1' has 2 images for 3 processes: give larger batches"):
         train(RunningSum(tmp_path), tmp_path)
 
 

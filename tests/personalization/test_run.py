@@ -269,7 +269,7 @@ ACTING = {
     "rank": 2,
     "function": "power",
     "num_functions": 3,
-    "ratio": 2,
+    "ratio": 1,
     "num_vectors": 2,
     "train_token": False,
     "with_prior_preservation": True,

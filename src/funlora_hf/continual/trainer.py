@@ -144,7 +144,9 @@ class ContinualTrainer:
         """
         strategy, adapters = self.strategy, self.folder.adapters
         if strategy.method_name is None:
-            raise ValueError(f"`update_class` needs a strategy with adapters, and `strategy` is {strategy.name!r}.")
+            raise ValueError(
+                f"`update_class` needs a strategy that trains each class alone, and `strategy` is {strategy.name!r}."
+            )
         if not (adapters / adapter_name(class_id)).is_dir():
             known = sorted(path.name for path in adapters.iterdir())
             raise ValueError(
@@ -214,7 +216,7 @@ class ContinualTrainer:
             if phase.settings.batch_size < self.accelerator.num_processes:
                 raise ValueError(
                     f"The batch of phase {phase.name!r} has {phase.settings.batch_size} images for "
-                    f"{self.accelerator.num_processes} processes: raise `base_batch_size`, or start fewer processes."
+                    f"{self.accelerator.num_processes} processes: give larger batches (`..._batch_size`), or start fewer processes."
                 )
         finished = [phase for phase in [*shared, *mine] if self.strategy.is_finished(phase)]
         for phase in finished:

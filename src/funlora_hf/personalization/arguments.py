@@ -57,7 +57,7 @@ class ConceptArguments:
     rank: Count | None = _argument(None, "Rank of A B; None: 1 for funlora, else 4.")
     function: str = _argument("cosine", "Of funlora: 'cosine', 'power', 'shift' or 'identity'.")
     num_functions: int = _argument(10, "Of funlora: the number of functions summed up.")
-    ratio: int = _argument(1, "Of funlora: A and B have one entry for so many neighbouring channels.")
+    ratio: int = _argument(2, "Of funlora: A and B have one entry for so many neighbouring channels.")
     num_vectors: Count = _argument(1, "Rows of each new token.")
     train_token: bool = _argument(True, "Train the token's row; without, it stays a copy of its initializer's.")
 

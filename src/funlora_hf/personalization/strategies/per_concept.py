@@ -133,12 +133,11 @@ class Lora(PerConcept):
 
 
 class FunLora(PerConcept):
-    """A FunLoRA adapter for each concept, by default on the convolutions of the decoder's middle."""
+    """A FunLoRA adapter for each concept, by default on cross-attention."""
 
     name = "funlora"
     takes = ("target_modules", "rank", "function", "num_functions", "ratio")
-    rates = Rates(1.25e-2, 1e-3)
-    default_layers = "convolutions"
+    rates = Rates(5e-2, 1e-3)
 
     @property
     def rank(self) -> int:
