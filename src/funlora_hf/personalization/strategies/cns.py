@@ -20,7 +20,7 @@ from ...continual.learning import Phase, Trainable
 from ...continual.strategies.merging_rules import Kept, RuleOptions, only
 from ...utils.field_types import Range, one_of
 from ..usual_captions import usual_captions
-from .base import ConceptSetting
+from .base import ConceptSetting, Rates
 from .one_model import FullWeights
 
 
@@ -42,7 +42,7 @@ class CnsOptions(RuleOptions):
     base_fraction: Annotated[float, Range(0, 1, above=True)] = 0.1
     general_share: Annotated[float, Range(0, 2)] = 0.5
     overlap: Annotated[str, one_of("regularised", "excluded")] = "regularised"
-    penalty: Annotated[float, Range(0, 1e12)] = 1.0
+    penalty: Annotated[float, Range(0, 1e12)] = 1e-4
     gamma: Annotated[float, Range(0, 1e6)] = 1.0
 
 
@@ -55,6 +55,7 @@ class Cns(FullWeights):
     """
 
     name, options_class = "cns", CnsOptions
+    rates = Rates(5e-3, 1e-5)
     # Until no concept has entries of its own; at most to the size of all layers.
     grows_with_tasks = True
 

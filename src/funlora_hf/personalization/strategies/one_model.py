@@ -164,7 +164,7 @@ class FullWeights(OneModel):
     """Trains weights of layers themselves, in float32 whatever the base's precision."""
 
     takes = ("target_modules",)
-    rates = Rates(5e-3, 1e-5)
+    rates = Rates(1.5e-3, 1e-5)
     default_layers = "kv"
 
     def build(self, phase: Phase) -> Trainable:

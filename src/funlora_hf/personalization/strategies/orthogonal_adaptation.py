@@ -63,7 +63,7 @@ class OrthogonalAdaptation(LowRank):
 
     name, rule_class = OrthogonalRule.name, OrthogonalRule
     options_class = OrthogonalAdaptationOptions
-    rates = Rates(8e-3, 1e-5)
+    rates = Rates(2.4e-3, 1e-5)
     default_layers = "attention"
 
     def __init__(self, setting: ConceptSetting) -> None:
