@@ -387,5 +387,6 @@ def test_prompts_over_the_limit_are_refused(folder):
     )
     with pytest.raises(ValueError, match=message):
         check_concepts([cat], {"text_encoder": tokenizer(14), "text_encoder_2": tokenizer(13)})
+    check_concepts([cat], {"text_encoder": tokenizer(13)}, evaluated=False)
     with pytest.raises(ValueError, match="has 14 tokens, expected 12 at most"):
         check_concepts([cat], {"text_encoder": tokenizer(14)}, num_vectors=3)

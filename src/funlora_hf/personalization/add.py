@@ -136,7 +136,8 @@ def add_concepts(
     concepts = replace(
         of_run.concepts, concepts=os.fspath(images), concept_order=None, instance_prompt=instance_prompt
     )
-    return _Addition(replace(of_run, concepts=concepts, training=training), termination).add()
+    evaluation = replace(of_run.evaluation, evaluation=False)
+    return _Addition(replace(of_run, concepts=concepts, training=training, evaluation=evaluation), termination).add()
 
 
 class _Addition(ConceptRun):

@@ -108,10 +108,11 @@ class Concept:
         noun = rf"(\s+(?i:{re.escape(self.noun)})(?!\w))?"
         return re.sub(_as_word(self.token) + noun, lambda _: self.noun, prompt)
 
-    def texts(self) -> Iterator[str]:
-        """Yield all its prompts, filled."""
+    def texts(self, *, evaluated: bool = True) -> Iterator[str]:
+        """Yield all its prompts, filled; those of the evaluation only with `evaluated`."""
         yield from (self.instance_prompt, *self.captions.values(), self.class_caption)
-        yield from map(self.prompt, self.eval_prompts)
+        if evaluated:
+            yield from map(self.prompt, self.eval_prompts)
 
 
 @dataclass
@@ -214,19 +215,22 @@ def load_concepts(source: str | os.PathLike, *, instance_prompt: str | None = No
     return concepts
 
 
-def check_concepts(concepts: Sequence[Concept], tokenizers: Mapping[str, Any], *, num_vectors: int = 1) -> None:
+def check_concepts(
+    concepts: Sequence[Concept], tokenizers: Mapping[str, Any], *, num_vectors: int = 1, evaluated: bool = True
+) -> None:
     """Check concepts against the tokenizers of a base, before new tokens are added to these.
 
     Args:
         tokenizers: by name of their text encoder.
         num_vectors: ids that a token becomes.
+        evaluated: whether `eval_prompts` will be read.
 
     Raises:
         ValueError: a token is a word already, an initializer has characters that a tokenizer does not know, or a prompt is longer
             than a tokenizer's limit, so that its end would be cut.
     """
     for concept in concepts:
-        where, evaluated = f"concept {concept.name!r}", [concept.prompt(one) for one in concept.eval_prompts]
+        where, of_evaluation = f"concept {concept.name!r}", [concept.prompt(one) for one in concept.eval_prompts]
         for name, tokenizer in tokenizers.items():
             ids = _ids(tokenizer, concept.token)
             if len(ids) == 1 and ids != [tokenizer.unk_token_id]:
@@ -244,11 +248,11 @@ def check_concepts(concepts: Sequence[Concept], tokenizers: Mapping[str, Any], *
                 text = "%s: initializer %r is %d tokens of %s; the row starts as their mean."
                 logger.info(text, where, concept.initializer, len(pieces), name)
             most = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
-            for prompt in concept.texts():
+            for prompt in concept.texts(evaluated=evaluated):
                 parts = re.split(_as_word(concept.token), prompt)
                 count = sum(len(_ids(tokenizer, part)) for part in parts) + num_vectors * (len(parts) - 1)
                 if count > most:
-                    is_default = concept.eval_prompts in DREAMBOOTH_PROMPTS.values() and prompt in evaluated
+                    is_default = concept.eval_prompts in DREAMBOOTH_PROMPTS.values() and prompt in of_evaluation
                     remedy = "give `eval_prompts`, in place of DreamBooth's" if is_default else "shorten it"
                     raise ValueError(
                         f"{where}: the prompt {shortened(repr(prompt), 300)} has {count} tokens, expected {most} at most for {name}: "

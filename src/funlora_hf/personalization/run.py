@@ -164,7 +164,12 @@ class ConceptRun:
         unread = [one.name for one in concepts.values() if one.class_data_dir and not given.with_prior_preservation]
         if unread:
             logger.info("class_data_dir of %s is not read without --with_prior_preservation", ", ".join(unread))
-        check_concepts(list(concepts.values()), model.clip_tokenizers, num_vectors=given.num_vectors)
+        check_concepts(
+            list(concepts.values()),
+            model.clip_tokenizers,
+            num_vectors=given.num_vectors,
+            evaluated=self.arguments.evaluation.evaluation,
+        )
         tokens = {one.token: one.initializer for one in concepts.values()}
         model.add_rows(tokens, num_vectors=given.num_vectors)
         model.to(self.accelerator.device)
