@@ -55,7 +55,7 @@ class Cns(FullWeights):
     """
 
     name, options_class = "cns", CnsOptions
-    rates = Rates(5e-3, 1e-5)
+    rates = Rates(1.5e-2, 1e-5)
     # Until no concept has entries of its own; at most to the size of all layers.
     grows_with_tasks = True
 
