@@ -120,6 +120,7 @@ class TextualInversion(PerConcept):
     name = "textual_inversion"
     takes = ()
     rates = None
+    token_rates = Rates(6e-2, 5e-4)
 
 
 class Lora(PerConcept):
