@@ -36,7 +36,7 @@ class CLora(LowRank):
 
     name, rule_class = "clora", MergeInitRule
     options_class = CLoraOptions
-    rates = Rates(8e-3, 5e-4)
+    rates = Rates(2.4e-3, 5e-4)
     default_layers = "kv"
     _past: dict[str, torch.Tensor]
 
