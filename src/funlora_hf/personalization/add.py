@@ -136,12 +136,15 @@ def add_concepts(
     concepts = replace(
         of_run.concepts, concepts=os.fspath(images), concept_order=None, instance_prompt=instance_prompt
     )
-    evaluation = replace(of_run.evaluation, evaluation=False)
-    return _Addition(replace(of_run, concepts=concepts, training=training, evaluation=evaluation), termination).add()
+    return _Addition(replace(of_run, concepts=concepts, training=training), termination).add()
 
 
 class _Addition(ConceptRun):
     """One call of `add_concepts`."""
+
+    @property
+    def evaluates(self) -> bool:
+        return False
 
     def add(self) -> Added:
         """Lock the folder, and learn the concepts that do not exist yet."""

@@ -155,6 +155,11 @@ class ConceptRun:
                     publisher.end_run()
                 return results
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether concepts are sampled and scored."""
+        return self.arguments.evaluation.evaluation
+
     def strategy(self) -> ConceptStrategy:
         """Load the base and the concepts, check everything, and return the strategy; nothing is written."""
         given, training = self.arguments.concepts, self.training
@@ -168,7 +173,7 @@ class ConceptRun:
             list(concepts.values()),
             model.clip_tokenizers,
             num_vectors=given.num_vectors,
-            evaluated=self.arguments.evaluation.evaluation,
+            evaluated=self.evaluates,
         )
         tokens = {one.token: one.initializer for one in concepts.values()}
         model.add_rows(tokens, num_vectors=given.num_vectors)
