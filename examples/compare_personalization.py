@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from comparison.figures import COLOURS, MARKERS
+from comparison.learning_rates import Scores
 from funlora_hf.evaluation.figures import new_figure, sample_grid
 from funlora_hf.personalization.arguments import CONCEPT_ARGUMENTS, TINY, ConceptArguments
 from funlora_hf.personalization.concepts import load_concepts
@@ -120,9 +121,8 @@ def choose_rates(
     tiny: bool,
 ) -> tuple[list[Choice], dict[str, Any]]:
     """Return the choices with their best rates, and all that was tried; a choice that names a rate keeps it."""
-    scores: dict[str, dict[float, float]] = {
-        choice.label: {} for choice in choices if rate_argument(choice) not in choice.arguments
-    }
+    # The best is the lowest there: scores with their sign changed, by factor.
+    scores = {choice.label: Scores() for choice in choices if rate_argument(choice) not in choice.arguments}
     to_try = {label: list(factors) for label in scores}
     for _ in range(1 + _EXTENSIONS):
         jobs: dict[tuple[str, float], Job] = {}
@@ -134,16 +134,16 @@ def choose_rates(
                 jobs[choice.label, factor] = Job(folder / "rates" / choice.label / rate, options)
         for (label, factor), results in run_all(jobs, workers).items():
             if results is not None and results["scores"]:
-                scores[label][factor] = results["scores"][score_of(results)]["end"]
-        to_try = {label: [beyond] for label, found in scores.items() if (beyond := beyond_the_edge(found)) is not None}
+                scores[label].losses[factor] = -results["scores"][score_of(results)]["end"]
+        to_try = {label: found.beyond() for label, found in scores.items()}
     chosen, record = [], {}
     for choice in choices:
-        if found := scores.get(choice.label):
-            best, default = max(found, key=lambda factor: found[factor]), default_rate(choice, tiny=tiny)
+        if (found := scores.get(choice.label)) and found.losses:
+            default = default_rate(choice, tiny=tiny)
             record[choice.label] = {
-                "chosen": f"{default * best:g}",
-                "scores": {f"{default * factor:g}": one for factor, one in sorted(found.items())},
-                "at_the_edge": beyond_the_edge(found) is not None,
+                "chosen": f"{default * found.best:g}",
+                "scores": {f"{default * factor:g}": -loss for factor, loss in sorted(found.losses.items())},
+                "at_the_edge": found.is_at_edge,
             }
             choice = replace(
                 choice, arguments={**choice.arguments, rate_argument(choice): record[choice.label]["chosen"]}
@@ -162,16 +162,6 @@ def default_rate(choice: Choice, *, tiny: bool) -> float:
     strategy = concept_strategy(choice.name)
     rates = strategy.rates or strategy.token_rates
     return rates.tiny if tiny else rates.other
-
-
-def beyond_the_edge(scores: dict[float, float]) -> float | None:
-    """Return the next factor to try if the best is the lowest or the highest of several; else None."""
-    if len(scores) < 2:
-        return None
-    tried, best = sorted(scores), max(scores, key=lambda factor: scores[factor])
-    if best == tried[0]:
-        return tried[0] ** 2 / tried[1]
-    return tried[-1] ** 2 / tried[-2] if best == tried[-1] else None
 
 
 def run_all(jobs: dict[Any, Job], workers: int) -> dict[Any, dict[str, Any] | None]:

@@ -101,6 +101,32 @@ SETTINGS = tuple(
 """The arguments of a run that `add_classes` takes."""
 
 
+def settings_parser(
+    own: argparse.ArgumentParser, settings: Sequence[Any], *, prog: str, to: str, description: str
+) -> HfArgumentParser:
+    """Return a parser of an `add`: its own arguments, and settings of a run, of which only those that are given are parsed.
+
+    Args:
+        own: a parser without help, to whose arguments the others are added.
+        settings: dataclasses of the settings.
+        to: what the usage calls the target.
+    """
+    parser = HfArgumentParser(
+        settings,
+        prog=prog,
+        usage=f"%(prog)s [-h] IMAGES --to {to} [--OPTION VALUE ...]",
+        description=description,
+        epilog=EXIT_CODES,
+        parents=[own],
+        formatter_class=argparse.HelpFormatter,
+        allow_abbrev=False,
+    )
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # the defaults are the run's
+    tidy_help(parser)
+    return parser
+
+
 def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     """Parse a command line into arguments of `add_classes`. An unknown argument ends the process with 2."""
     own = argparse.ArgumentParser(add_help=False)
@@ -116,21 +142,15 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     own.add_argument("--output_dir", help="folder for the adapters (default: the run; required for a base)")
     own.add_argument("--revision", help="branch, tag or commit of the repository")
     own.add_argument("--config", help="recipe of `funlora train`; only its settings of adapters and images are used")
-    parser = HfArgumentParser(
+    parser = settings_parser(
+        own,
         [some_fields(kind, SETTINGS) for kind in _RECIPE],
         prog=prog,
-        usage="%(prog)s [-h] IMAGES --to TO [--OPTION VALUE ...]",
+        to="TO",
         description="Add classes to a run, a base or a repository: train an adapter for each class, and change nothing else. The "
         "defaults are the run's settings, or without a run the defaults of `funlora train`. A run of concepts takes "
         "pictures of more concepts and their --instance_prompt: `funlora add --to RUN --help`.",
-        epilog=EXIT_CODES,
-        parents=[own],
-        formatter_class=argparse.HelpFormatter,
-        allow_abbrev=False,
     )
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # the defaults are the run's
-    tidy_help(parser)
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
     if "config" in given:

@@ -8,23 +8,13 @@ import shutil
 
 import pytest
 import torch
-from learned_concepts import learn, make_strategy, save_base
+from learned_concepts import learn, make_strategy
 from safetensors.torch import load_file
 
 from funlora_hf.cards.model_cards import Place
 from funlora_hf.personalization.concept_folder import read_concept
 from funlora_hf.personalization.load_concept import load_concept
 from funlora_hf.personalization.text_to_image import TextToImageModel
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base") / "pipe")
-
-
-@pytest.fixture(scope="module")
-def learned(base, tmp_path_factory):
-    return learn(make_strategy(tmp_path_factory.mktemp("run"), base=base))
 
 
 def snippet(card):

@@ -19,16 +19,6 @@ from funlora_hf.personalization.load_concept import load_concept
 CONFIG = ConceptEvaluationArguments(num_inference_steps=2)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base") / "pipe")
-
-
-@pytest.fixture(scope="module")
-def learned(base, tmp_path_factory):
-    return learn(make_strategy(tmp_path_factory.mktemp("run"), base=base))
-
-
 def load(folder):
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)

@@ -7,22 +7,12 @@ import shutil
 
 import pytest
 import torch
-from learned_concepts import learn, make_strategy, save_base
+from learned_concepts import learn, make_strategy
 from safetensors.torch import load_file, save_file
 
 from funlora_hf.cli import main
 from funlora_hf.personalization.run_folder import ConceptFolder
 from funlora_hf.utils.files import file_sha256, write_json
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base") / "pipe")
-
-
-@pytest.fixture(scope="module")
-def learned(base, tmp_path_factory):
-    return learn(make_strategy(tmp_path_factory.mktemp("run"), base=base))
 
 
 @pytest.fixture

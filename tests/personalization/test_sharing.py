@@ -27,16 +27,6 @@ REPO = "user/things"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base") / "pipe")
-
-
-@pytest.fixture(scope="module")
-def learned(base, tmp_path_factory):
-    return learn(make_strategy(tmp_path_factory.mktemp("run"), base=base))
-
-
-@pytest.fixture(scope="module")
 def in_model(base, tmp_path_factory):
     return learn(make_strategy(tmp_path_factory.mktemp("merged"), "naive_lora", base=base))
 

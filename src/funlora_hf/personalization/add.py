@@ -11,15 +11,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
-from ..add import EXIT_CODES, HOW, NOW
+from ..add import HOW, NOW, settings_parser
 from ..continual.config import LATEST
 from ..continual.run_context import ended, held
 from ..continual.termination import Termination
 from ..data.tasks import Task
 from ..hub.concept_folders import CONCEPT_FILE
-from ..utils.arguments import refuse_unknown, some_fields, tidy_help
+from ..utils.arguments import refuse_unknown, some_fields
 from ..utils.checks import expanded, shortened
 from ..utils.files import read_mapping, recover_folder, write_json
 from .arguments import ConceptTrainingArguments
@@ -48,19 +46,13 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
     own.add_argument("--to", required=True, help="folder of a run of `funlora personalize`")
     text = "prompt of the pictures, with the new token, if IMAGES is one folder of pictures or a data set"
     own.add_argument("--instance_prompt", help=text)
-    parser = HfArgumentParser(
+    parser = settings_parser(
+        own,
         [some_fields(ConceptTrainingArguments, SETTINGS)],
         prog=prog,
-        usage="%(prog)s [-h] IMAGES --to RUN [--OPTION VALUE ...]",
+        to="RUN",
         description="Add concepts to a run: learn each with the run's settings on its base, and change nothing else.",
-        epilog=EXIT_CODES,
-        parents=[own],
-        formatter_class=argparse.HelpFormatter,
-        allow_abbrev=False,
     )
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # the defaults are the run's
-    tidy_help(parser)
     given, unknown = parser.parse_known_args(arguments)
     refuse_unknown(parser, unknown)
     return vars(given)

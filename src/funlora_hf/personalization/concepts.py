@@ -230,7 +230,7 @@ def check_concepts(
             than a tokenizer's limit, so that its end would be cut.
     """
     for concept in concepts:
-        where, of_evaluation = f"concept {concept.name!r}", [concept.prompt(one) for one in concept.eval_prompts]
+        where = f"concept {concept.name!r}"
         for name, tokenizer in tokenizers.items():
             ids = _ids(tokenizer, concept.token)
             if len(ids) == 1 and ids != [tokenizer.unk_token_id]:
@@ -252,6 +252,7 @@ def check_concepts(
                 parts = re.split(_as_word(concept.token), prompt)
                 count = sum(len(_ids(tokenizer, part)) for part in parts) + num_vectors * (len(parts) - 1)
                 if count > most:
+                    of_evaluation = map(concept.prompt, concept.eval_prompts)
                     is_default = concept.eval_prompts in DREAMBOOTH_PROMPTS.values() and prompt in of_evaluation
                     remedy = "give `eval_prompts`, in place of DreamBooth's" if is_default else "shorten it"
                     raise ValueError(

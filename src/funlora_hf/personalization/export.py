@@ -11,7 +11,7 @@ from ..utils.checks import expanded
 from ..utils.files import whole_folder
 from .concept_folder import SavedConcept
 from .found_concepts import FoundConcepts, check_weights, find_concepts
-from .load_concept import load_concept
+from .load_concept import denoiser_of, load_concept
 from .sampling import base_pipeline
 from .token_rows import load_token_rows
 
@@ -83,7 +83,7 @@ def export_concepts(
             load_token_rows(pipe, one.folder)
     if merged is not None:
         load_concept(pipe, merged.folder)
-        denoiser = pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet
+        denoiser = denoiser_of(pipe)
         denoiser.fuse_lora(safe_fusing=True)
         denoiser.unload_lora()
     with whole_folder(folder) as temporary:

@@ -64,7 +64,7 @@ def load_concept(
             f"{os.fspath(source)!r} has only the token of {record.name!r}: its strategy {record.strategy!r} changed the model. Load the "
             "pipeline with all concepts by `DiffusionPipeline.from_pretrained`: `model/` in the run's folder, or the run's repository."
         )
-    denoiser = pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet
+    denoiser = denoiser_of(pipe)
     if not record.has_adapter:
         if name is not None:
             raise ValueError(f"`name` is {name!r}, expected None: {os.fspath(source)!r} has no adapter, only a token.")
@@ -79,3 +79,8 @@ def load_concept(
         if active:
             denoiser.set_adapter(active)
         raise
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """Return a pipeline's U-Net, or its transformer if it has none."""
+    return pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet

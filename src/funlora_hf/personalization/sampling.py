@@ -14,7 +14,7 @@ from .arguments import ConceptEvaluationArguments
 from .concept_folder import ConceptRecord, SavedConcept
 from .drawing import draw
 from .found_concepts import FoundConcepts, find_concepts, load_base
-from .load_concept import load_concept
+from .load_concept import denoiser_of, load_concept
 from .token_rows import prompt_length
 
 
@@ -71,7 +71,7 @@ def sample_prompts(
     needed = [one for one in concepts if any(one in some for some in wanted)] or concepts[:1]
     pipe = base_pipeline(found, [one.record for one in needed], device=device)
     record = needed[0].record
-    denoiser = pipe.transformer if record.family == "sd3" else pipe.unet
+    denoiser = denoiser_of(pipe)
     if not record.in_model:
         for one in (one for some in wanted for one in some):
             if one.record.token not in pipe.tokenizer.get_vocab():

@@ -186,9 +186,10 @@ def delete_concept(
             places.append("repo_id")
         if repository is not None and history == "squash":
             repository.forget_history(keep_tags=lambda _: False)
-        if folder is not None and name in (added := _results(folder).get("added", {})) and name in own:
+        results = _results(folder) if folder is not None and name in own else {}
+        if folder is not None and name in (added := results.get("added", {})):
             others = {key: one for key, one in added.items() if key != name}
-            write_json(folder / RESULTS, {**_results(folder), "added": others})
+            write_json(folder / RESULTS, {**results, "added": others})
         for path in traces:
             if path.is_dir():
                 shutil.rmtree(path)
