@@ -388,7 +388,6 @@ class DreamBooth:
             names = (
                 "pretrained_model_name_or_path",
                 "revision",
-                "class_prompt",
                 "resolution",
                 "num_inference_steps",
                 "seed",
@@ -396,7 +395,8 @@ class DreamBooth:
             draw_missing(
                 Path(arguments.class_data_dir),
                 arguments.num_class_images,
-                lambda generators: self._draw(self.prompts[1], generators),
+                lambda _, generators: self._draw(self.prompts[1], generators),
+                prompts=[arguments.class_prompt],
                 origin={name: getattr(arguments, name) for name in names},
                 sample_batch_size=arguments.sample_batch_size,
                 seed=arguments.seed,

@@ -45,6 +45,15 @@ def tokenizer(limit: int = 200):
     return found
 
 
+@pytest.mark.parametrize("given", [["a cat", "two dogs"], "prompts.txt"])
+def test_several_prompts_of_a_class(folder, given):
+    (folder / "prompts.txt").write_text("a cat\n\n two dogs \n")
+    (cat,) = load(folder, {**CAT, "class_prompt": given})
+    assert cat.class_prompts == ("a cat", "two dogs")
+    assert (cat.class_caption, cat.noun) == ("photo of a cat", "cat")
+    assert {"a cat", "two dogs", "photo of a cat"} < {*cat.texts()}
+
+
 def test_custom_diffusions_keys_and_defaults(folder):
     (folder / "real_reg").mkdir()
     cat, dog = load(folder, {**CAT, "class_prompt": "cat", "class_data_dir": "./real_reg/cat"}, DOG)
@@ -54,7 +63,7 @@ def test_custom_diffusions_keys_and_defaults(folder):
         noun="cat",
         initializer="cat",
         instance_prompt="photo of a <new1> cat",
-        class_prompt="cat",
+        class_prompts=("cat",),
         images=(folder / "cat/a.png", folder / "cat/b.png"),
         class_data_dir=folder / "real_reg/cat",
         eval_prompts=DREAMBOOTH_PROMPTS["live"],
@@ -89,12 +98,12 @@ def test_the_noun_follows_the_token(folder, given, noun):
 
 
 def test_prompts():
-    cat = Concept("cat", "<new1>", "cat", "cat", "photo of a <new1> cat", None, (Path("a.png"),))
+    cat = Concept("cat", "<new1>", "cat", "cat", "photo of a <new1> cat", (), (Path("a.png"),))
     assert cat.prompt("a {} in snow, <TOK>") == "a <new1> cat in snow, <new1> cat"
     assert cat.plain("a <new1> cat on a catalogue") == "a cat on a catalogue"
     assert cat.plain("a <new1> Cat") == "a cat"
     assert cat.plain("<new1> catalogue, <new1>") == "cat catalogue, cat"
-    digits = Concept("cat", "new1", "cat", "cat", "new1 cat", None, (Path("a.png"),))
+    digits = Concept("cat", "new1", "cat", "cat", "new1 cat", (), (Path("a.png"),))
     assert digits.plain("a new10 cat and a new1 cat") == "a new10 cat and a cat"
 
 
@@ -214,6 +223,12 @@ HOSTILE = [
     ),
     ([{**CAT, "class_data_dir": "cat/a.png"}], r"`class_data_dir` is 'cat/a\.png', expected a folder"),
     ([{**CAT, "class_prompt": "a <new1> cat"}], r"`class_prompt` is .*, expected a prompt without the token"),
+    (
+        [{**CAT, "class_prompt": ["a cat", "a <new1> cat"]}],
+        r"`class_prompt` is 'a <new1> cat', expected a prompt without",
+    ),
+    ([{**CAT, "class_prompt": []}], r"`class_prompt` is \[\], expected at least one prompt"),
+    ([{**CAT, "class_prompt": "none.txt"}], r"`class_prompt` is 'none\.txt', expected a file; there is no"),
     ([{**CAT, "captions": "txt"}], r"`captions` is 'txt', expected captions, but no picture has one"),
     ([{**CAT, "captions": "a.json"}], r"`captions` is 'a\.json', expected a file"),
     ([CAT, {**DOG, "name": "CAT"}], r"two concepts have the name 'CAT': give one of them another `name`"),

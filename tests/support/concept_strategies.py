@@ -63,7 +63,7 @@ def make_concepts(folder: Path, nouns: Sequence[str] = NOUNS) -> dict[int, Conce
             noun=noun,
             initializer=noun,
             instance_prompt=f"a <v{index}> {noun}",
-            class_prompt=None,
+            class_prompts=(),
             images=write_pictures(folder / f"{noun}{index}", 3, seed=index),
             eval_prompts=("a {}", "{} d"),
         )

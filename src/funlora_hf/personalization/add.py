@@ -201,4 +201,4 @@ class _Addition(ConceptRun):
             for one in self.folder.settings()["classes"].values():
                 token, noun, prompt, *_ = one["prompts"]
                 texts.setdefault(one["name"], (token, noun, prompt))
-        return [Concept(name, token, noun, noun, prompt, None, ()) for name, (token, noun, prompt) in texts.items()]
+        return [Concept(name, token, noun, noun, prompt, (), ()) for name, (token, noun, prompt) in texts.items()]

@@ -108,7 +108,7 @@ class ConceptBatches:
         if prior is not None:
             if without := [concepts[one].name for one in phase.class_ids if not prior.images.get(one)]:
                 raise ValueError(f"Concept {without[0]!r} has no pictures of its class, expected at least one.")
-            rows += [(one, path, concepts[one].class_caption) for one in phase.class_ids for path in prior.images[one]]
+            rows += [(one, *picture) for one in phase.class_ids for picture in prior.images[one].items()]
             order = EndlessOrder(len(rows) - self.num_images, seed, phase.name, "class order")
             count = prior.batch_size or size
             self._parts.append((self.num_images, order, count, prior.loss_weight * size / count))

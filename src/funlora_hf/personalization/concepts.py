@@ -17,7 +17,7 @@ from ..utils.checks import check_not_mistyped, did_you_mean, expanded, is_reposi
 from ..utils.field_types import check_field_types, one_of
 from ..utils.files import read_json, read_mapping
 from .dataset_pictures import dataset_pictures
-from .pictures import load_images, pictures
+from .pictures import MOST_BYTES, captions_beside, load_images, pictures, read_text
 
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,6 @@ FILE = "concepts.json"
 TINY = Path(__file__).parent / "tiny" / "concepts"
 # The largest public benchmark, CustomConcept101, has 101.
 MOST_CONCEPTS = 1000
-_MOST_BYTES = 2**24
 _PARQUET = ".parquet"
 _NOUNS = "prompts_and_classes.txt"
 NAME = re.compile(r"\w[\w-]{0,63}")
@@ -66,7 +65,7 @@ class Concept:
         noun: what it is, such as "cat"; it follows the token in prompts.
         initializer: word or words whose embedding the token's row starts from.
         instance_prompt: prompt of its pictures, with the token.
-        class_prompt: prompt of pictures of its class; None: `plain(instance_prompt)`.
+        class_prompts: prompts of pictures of its class, which are drawn from them in turn; none: `plain(instance_prompt)`.
         images: pictures to train on, sorted, at least one.
         captions: name of a picture's file -> its prompt, with the token, instead of `instance_prompt`.
         class_data_dir: folder of pictures of its class, which may not exist yet.
@@ -79,7 +78,7 @@ class Concept:
     noun: str
     initializer: str
     instance_prompt: str
-    class_prompt: str | None
+    class_prompts: tuple[str, ...]
     images: tuple[Path, ...]
     captions: Mapping[str, str] = field(default_factory=dict)
     class_data_dir: Path | None = None
@@ -96,8 +95,8 @@ class Concept:
 
     @property
     def class_caption(self) -> str:
-        """The prompt of pictures of its class."""
-        return self.class_prompt or self.plain(self.instance_prompt)
+        """The prompt of its class: the only one of `class_prompts`, or else `plain(instance_prompt)`."""
+        return self.class_prompts[0] if len(self.class_prompts) == 1 else self.plain(self.instance_prompt)
 
     def prompt(self, template: str) -> str:
         """Fill a template: "{}" or "<TOK>" becomes token and noun."""
@@ -110,7 +109,7 @@ class Concept:
 
     def texts(self, *, evaluated: bool = True) -> Iterator[str]:
         """Yield all its prompts, filled; those of the evaluation only with `evaluated`."""
-        yield from (self.instance_prompt, *self.captions.values(), self.class_caption)
+        yield from (self.instance_prompt, *self.captions.values(), self.class_caption, *self.class_prompts)
         if evaluated:
             yield from map(self.prompt, self.eval_prompts)
 
@@ -122,7 +121,7 @@ class _Entry:
     instance_prompt: str
     instance_data_dir: str | None = None
     dataset_name: str | None = None
-    class_prompt: str | None = None
+    class_prompt: str | list[str] | None = None
     class_data_dir: str | None = None
     name: str | None = None
     token: str | None = None
@@ -153,13 +152,13 @@ def load_concepts(source: str | os.PathLike, *, instance_prompt: str | None = No
             - a JSON file with a list of objects, or a folder with such a file, `concepts.json`. Needed keys: `instance_prompt`, and
               `instance_data_dir` or `dataset_name`: a data set with pictures of the concept, as [`load_image_data`] opens it, with
               `dataset_config_name`, `dataset_revision`, `train_split` ("train"), `image_column` (the only one with images) and
-              `caption_column` (none). Others: `class_prompt`, `class_data_dir`, `name` (default: the name of `instance_data_dir`), `token`
-              (the only <...> of the prompt), `noun` (the words after the token that end `class_prompt`, else one word), `initializer`
-              (the noun), `captions` ("txt": `a.txt` for `a.jpg`; or a JSON file of captions by file; a caption has the token, or
-              the noun, before which the token is put), `eval_prompts` (a file of lines, or a list, with "{}" or "<TOK>" for token and
-              noun) or `kind` ("object" or "live": which of DreamBooth's templates; default: "live" for cats and dogs), and
-              `reference_dir` (default: the training pictures). Relative paths start at the file's folder if `instance_data_dir` is
-              there, otherwise at the working directory.
+              `caption_column` (none). Others: `class_prompt` (a prompt, a list of them, or a .txt file with one in each line),
+              `class_data_dir`, `name` (default: the name of `instance_data_dir`), `token` (the only <...> of the prompt), `noun` (the
+              words after the token that end a prompt of the class, else one word), `initializer` (the noun), `captions` ("txt":
+              `a.txt` for `a.jpg`; or a JSON file of captions by file; a caption has the token, or the noun, before which the token is
+              put), `eval_prompts` (a file of lines, or a list, with "{}" or "<TOK>" for token and noun) or `kind` ("object" or
+              "live": which of DreamBooth's templates; default: "live" for cats and dogs), and `reference_dir` (default: the training
+              pictures). Relative paths start at the file's folder if `instance_data_dir` is there, otherwise at the working directory.
             - a folder with a folder of pictures for each concept, as DreamBooth's data set; `prompts_and_classes.txt` in or beside it
               gives the nouns. Without it, a noun is the folder's name without digits at its end.
             - a folder with pictures of one concept.
@@ -262,7 +261,7 @@ def check_concepts(
 
 
 def _listed(file: Path) -> list[Any]:
-    entries = read_json(file, most_bytes=_MOST_BYTES)
+    entries = read_json(file, most_bytes=MOST_BYTES)
     if not isinstance(entries, list):
         raise ValueError(
             f"{str(file)!r} holds {type(entries).__name__}, expected a list of objects, one for each concept."
@@ -287,7 +286,7 @@ def _subjects(folder: Path) -> list[dict[str, str]]:
         nouns = {one.name: " ".join(re.sub(r"[\W_\d]*$", "", one.name).replace("_", " ").split()) for one in found}
         logger.info("%s has no %s; the nouns are the folders' names: %s", folder, _NOUNS, nouns)
     else:
-        nouns = dict(re.findall(r"^([^,\n]+),(\S[^,\n]*?)\s*$", _text(file), re.MULTILINE))
+        nouns = dict(re.findall(r"^([^,\n]+),(\S[^,\n]*?)\s*$", read_text(file), re.MULTILINE))
         if missing := [one.name for one in found if one.name not in nouns]:
             raise ValueError(f"{str(file)!r} has no noun for {missing[0]!r}: add the line '{missing[0]},NOUN'.")
     entries = []
@@ -333,6 +332,7 @@ class _Reader:
             raise self._wrong("name", self.name, "1 to 64 letters, digits, '_' and '-'")
         self.where += f" ({self.name})"
         self.token = self._token()
+        self.class_prompts = self._class_prompts()
         self.noun = self._noun()
 
     def concept(self) -> Concept:
@@ -344,15 +344,13 @@ class _Reader:
                 raise self._wrong("class_data_dir", entry.class_data_dir, "a folder")
             if class_data_dir.resolve() == self.images[0].parent.resolve():
                 raise self._wrong("class_data_dir", entry.class_data_dir, "another folder than `instance_data_dir`")
-        if entry.class_prompt and re.search(_as_word(self.token), entry.class_prompt):
-            raise self._wrong("class_prompt", entry.class_prompt, f"a prompt without the token {self.token!r}")
         return Concept(
             name=self.name,
             token=self.token,
             noun=self.noun,
             initializer=entry.initializer or self.noun,
             instance_prompt=entry.instance_prompt,
-            class_prompt=entry.class_prompt,
+            class_prompts=self.class_prompts,
             images=self.images,
             captions=self._captions(),
             class_data_dir=class_data_dir,
@@ -421,8 +419,11 @@ class _Reader:
             after = re.split(_as_word(self.token), self.entry.instance_prompt, maxsplit=1)[1]
             words = re.findall(r"\w[\w'-]*", re.split(r"[^\w\s'-]", after, maxsplit=1)[0])
             starts = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
-            of_class = self.entry.class_prompt or ""
-            ends = [one for one in starts if re.search(rf"(?i)(?<!\w){re.escape(one)}\W*$", of_class)]
+            ends = [
+                one
+                for one in starts
+                if any(re.search(rf"(?i)(?<!\w){re.escape(one)}\W*$", text) for text in self.class_prompts)
+            ]
             found = (ends or words or [""])[0]
         for key, value in (("noun", found), ("initializer", self.entry.initializer or found)):
             if not re.search(r"\w", value) or len(value) > 100:
@@ -437,10 +438,9 @@ class _Reader:
         if self.entry.caption_column:
             found: dict[str, Any] = dict(self.of_dataset)
         elif given == "txt":
-            texts = [one.with_suffix(".txt") for one in self.images]
-            found = {name: _text(text).strip() for name, text in zip(names, texts, strict=True) if text.is_file()}
+            found = captions_beside(self.images)
         else:
-            found = read_mapping(self._file("captions", self.images[0].parent), most_bytes=_MOST_BYTES)
+            found = read_mapping(self._file("captions", self.images[0].parent), most_bytes=MOST_BYTES)
         if unknown := sorted(found.keys() - set(names)):
             raise self._wrong("captions", unknown[0], f"the name of a picture.{did_you_mean(unknown[0], names)}")
         if not found:
@@ -460,6 +460,23 @@ class _Reader:
         expected = f"text with the token {self.token!r} or the noun {self.noun!r}"
         raise self._wrong(f"captions[{shortened(repr(name), 100)}]", caption, expected)
 
+    def _class_prompts(self) -> tuple[str, ...]:
+        given = self.entry.class_prompt
+        if given is None:
+            return ()
+        if isinstance(given, str):
+            given = self._lines("class_prompt") if given.endswith(".txt") else [given]
+        if not given:
+            raise self._wrong("class_prompt", self.entry.class_prompt, "at least one prompt")
+        for prompt in given:
+            if not prompt.strip() or re.search(_as_word(self.token), prompt):
+                raise self._wrong("class_prompt", prompt, f"a prompt without the token {self.token!r}")
+        return tuple(given)
+
+    def _lines(self, key: str) -> list[str]:
+        """Return the lines of a file that are not empty."""
+        return [line for line in map(str.strip, read_text(self._file(key)).splitlines()) if line]
+
     def _templates(self) -> tuple[str, ...]:
         given, kind = self.entry.eval_prompts, self.entry.kind
         if given is None:
@@ -467,7 +484,7 @@ class _Reader:
         if kind:
             raise self._wrong("kind", kind, "no `kind` beside `eval_prompts`, which replace its templates")
         if isinstance(given, str):
-            given = [line for line in map(str.strip, _text(self._file("eval_prompts")).splitlines()) if line]
+            given = self._lines("eval_prompts")
         if not given:
             raise self._wrong("eval_prompts", self.entry.eval_prompts, "at least one prompt")
         for template in given:
@@ -501,7 +518,7 @@ def check_together(concepts: Sequence[Concept], where: str) -> None:
                 )
         if one.class_data_dir is not None:
             first = classes.setdefault(one.class_data_dir.resolve(), one)
-            if first.class_caption != one.class_caption:
+            if (first.class_caption, first.class_prompts) != (one.class_caption, one.class_prompts):
                 raise ValueError(
                     f"{where}: concepts {first.name!r} and {one.name!r} have the same `class_data_dir`, but different classes: give "
                     "one of them another folder."
@@ -515,18 +532,6 @@ def _as_word(token: str) -> str:
 
 def _safe_name(folder: Path) -> str:
     return re.sub(r"[^\w-]+", "_", folder.name.removesuffix(_PARQUET))
-
-
-def _text(file: Path) -> str:
-    """Read a small text file."""
-    try:
-        with open(file, encoding="utf-8") as opened:
-            text = opened.read(_MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as text: {error}.") from error
-    if len(text) > _MOST_BYTES:
-        raise ValueError(f"{str(file)!r} has more than {_MOST_BYTES} characters.")
-    return text
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

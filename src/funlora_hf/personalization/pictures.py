@@ -16,6 +16,10 @@ from ..data.untrusted_images import decode_image
 from ..utils.checks import shortened
 
 
+# Of a text beside pictures.
+MOST_BYTES = 2**24
+
+
 def load_images(paths: Sequence[Path], *, size: int) -> torch.Tensor:
     """Decode pictures to uint8 `(n, 3, size, size)`, n >= 1: the shorter side is resized, the centre kept.
 
@@ -53,3 +57,25 @@ def pictures(folder: Path, *, beside: str = "") -> tuple[Path, ...]:
         )
     warn_of_links(folder, [folder, *images])
     return images
+
+
+def captions_beside(images: Sequence[Path]) -> dict[str, str]:
+    """Return the captions of the pictures that have one, by name: the text of `a.txt` for `a.jpg`."""
+    texts = {path.name: path.with_suffix(".txt") for path in images}
+    return {name: read_text(text).strip() for name, text in texts.items() if text.is_file()}
+
+
+def read_text(file: Path) -> str:
+    """Read a small text file.
+
+    Raises:
+        ValueError: it cannot be read, is no text, or is too long; the error names it.
+    """
+    try:
+        with open(file, encoding="utf-8") as opened:
+            text = opened.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} cannot be read as text: {error}.") from error
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"{str(file)!r} has more than {MOST_BYTES} characters.")
+    return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +16,11 @@ from PIL import Image
 
 from ..continual.run_folder import differences, told
 from ..data.image_folder import is_image
+from ..utils.checks import shortened
 from ..utils.files import read_mapping, whole_file, write_json
 from ..utils.seeds import generator_for
 from .concepts import Concept
-from .pictures import load_images, pictures
+from .pictures import captions_beside, load_images, pictures
 
 
 logger = logging.getLogger(__name__)
@@ -31,12 +34,12 @@ class Prior:
     """Pictures of classes, of which each batch has some.
 
     Args:
-        images: id of a concept -> pictures of its class.
+        images: id of a concept -> pictures of its class -> their captions.
         loss_weight: weight of the mean of their losses.
         batch_size: how many are in a batch, over all processes; None: as many as pictures of concepts.
     """
 
-    images: Mapping[int, Sequence[Path]]
+    images: Mapping[int, Mapping[Path, str]]
     loss_weight: float = 1.0
     batch_size: int | None = None
 
@@ -53,10 +56,11 @@ def class_images(
     origin: Mapping[str, Any],
     accelerator: Any,
     **options: Any,
-) -> dict[int, tuple[Path, ...]]:
-    """Return pictures of the class of each concept, `num_class_images` each; the base draws those that are missing.
+) -> dict[int, dict[Path, str]]:
+    """Return pictures of the class of each concept with their captions; the base draws those that are missing.
 
-    Every process calls this, and draws a part. Concepts with the same prompt of their class share its pictures.
+    Every process calls this, and draws a part. Concepts with the same prompts of their class share its pictures. The caption of
+    `a.png` is `a.txt` beside it, as drawing from several prompts writes it, or else the concept's `class_caption`.
 
     Args:
         pipe: the base's pipeline.
@@ -70,41 +74,49 @@ def class_images(
     Raises:
         ValueError: a folder has a file that is no picture, or pictures that were drawn otherwise.
     """
-    folders = {
-        number: one.class_data_dir or folder / re.sub(r"[^\w-]+", "_", one.class_caption)[:64]
-        for number, one in concepts.items()
-    }
+    folders = {number: one.class_data_dir or folder / _folder_name(one) for number, one in concepts.items()}
     for place in dict.fromkeys(folders.values()):
-        if place.is_dir() and (there := pictures(place)):
+        if place.is_dir() and (there := pictures(place, beside=".txt")):
             load_images(there[:num_class_images], size=8)
             if len(there) > num_class_images:
                 logger.info("%s has %d pictures, of which the first %d are used", place, len(there), num_class_images)
     found = {}
     for number, place in folders.items():
-        caption = concepts[number].class_caption
+        concept = concepts[number]
 
-        def draw(generators: list[torch.Generator], caption: str = caption) -> list[Image.Image]:
-            size = {"height": resolution, "width": resolution}
-            return pipe([caption] * len(generators), generator=generators, **size, **options).images
+        def draw(prompts: list[str], generators: list[torch.Generator]) -> list[Image.Image]:
+            return pipe(prompts, generator=generators, height=resolution, width=resolution, **options).images
 
         draw_missing(
             place,
             num_class_images,
             draw,
-            origin={**origin, "class_prompt": caption, "resolution": resolution, "seed": seed, **options},
+            prompts=concept.class_prompts or (concept.class_caption,),
+            origin={**origin, "resolution": resolution, "seed": seed, **options},
             sample_batch_size=sample_batch_size,
             seed=seed,
             accelerator=accelerator,
         )
-        found[number] = pictures(place)[:num_class_images]
+        there = pictures(place, beside=".txt")[:num_class_images]
+        captions = captions_beside(there)
+        found[number] = {path: captions.get(path.name, concept.class_caption) for path in there}
     return found
+
+
+def _folder_name(concept: Concept) -> str:
+    """Return the name of a folder for pictures that are drawn of a concept's class, the same for the same prompts."""
+    name = re.sub(r"[^\w-]+", "_", concept.class_caption)[:64]
+    if len(concept.class_prompts) < 2:
+        return name
+    return f"{name}_{hashlib.sha256(json.dumps(concept.class_prompts).encode()).hexdigest()[:8]}"
 
 
 def draw_missing(
     folder: Path,
     num_class_images: int,
-    draw: Callable[[list[torch.Generator]], Sequence[Image.Image]],
+    draw: Callable[[list[str], list[torch.Generator]], Sequence[Image.Image]],
     *,
+    prompts: Sequence[str],
     origin: Mapping[str, Any],
     sample_batch_size: int,
     seed: int,
@@ -115,27 +127,32 @@ def draw_missing(
     Every process calls this, and draws a part.
 
     Args:
-        draw: draws an image with each generator.
-        origin: all that the images depend on, `class_prompt` among it.
+        draw: draws an image from each prompt, with its generator.
+        prompts: at least one, taken in turn; of several, each image's is written beside it.
+        origin: all else that the images depend on.
 
     Raises:
         ValueError: the folder has images that were drawn otherwise.
     """
     file = folder / ORIGIN
+    origin = {**origin, "class_prompt": prompts[0] if len(prompts) == 1 else [*prompts]}
     if file.is_file() and (changed := "; ".join(told(differences(read_mapping(file), dict(origin))))):
         raise ValueError(f"`class_data_dir` {str(folder)!r} has images drawn otherwise ({changed}): pass another one.")
     there = {path.name for path in folder.glob("[!.]*") if is_image(path)}
-    free = sorted({f"drawn_{index:04}.png" for index in range(num_class_images)} - there)
-    missing = free[: max(0, num_class_images - len(there))]
+    names = {f"drawn_{index:04}.png": prompts[index % len(prompts)] for index in range(num_class_images)}
+    missing = sorted(names.keys() - there)[: max(0, num_class_images - len(there))]
     accelerator.wait_for_everyone()
     if missing and accelerator.is_main_process:
-        logger.info("Drawing %d images of %r", len(missing), origin["class_prompt"])
+        logger.info("Drawing %d images of %s", len(missing), shortened(repr(origin["class_prompt"]), 100))
         write_json(file, origin)
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     for start in range(0, len(mine), sample_batch_size):
-        names = mine[start : start + sample_batch_size]
-        images = draw([generator_for(seed, "class", name) for name in names])
-        for name, image in zip(names, images, strict=True):
+        drawn = mine[start : start + sample_batch_size]
+        images = draw([names[name] for name in drawn], [generator_for(seed, "class", name) for name in drawn])
+        for name, image in zip(drawn, images, strict=True):
+            if len(prompts) > 1:
+                with whole_file((folder / name).with_suffix(".txt")) as temporary:
+                    temporary.write_text(names[name], encoding="utf-8")
             with whole_file(folder / name) as temporary:
                 image.save(temporary, format="PNG")
     accelerator.wait_for_everyone()

@@ -20,7 +20,8 @@ from funlora_hf.personalization.prior import Prior
 def test_prior_and_penalty_add_up(shares, tmp_path):
     """The mean over the concept's pictures, the prior's weight times the mean over its pictures, and the penalty, once."""
     strategy = make_strategy("naive_lora", tmp_path / "run", nouns="b", arguments={"snr_gamma": 5.0})
-    prior = Prior({0: write_pictures(tmp_path / "class", 2, seed=9)}, loss_weight=0.7, batch_size=5)
+    drawn = write_pictures(tmp_path / "class", 2, seed=9)
+    prior = Prior({0: dict.fromkeys(drawn, "a b")}, loss_weight=0.7, batch_size=5)
     (phase,) = strategy.phases(strategy.setting.tasks[0])
     batches = Batches(strategy, prior)(phase)
     strategy.penalty = lambda: torch.tensor(11.0)
