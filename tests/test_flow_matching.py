@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from hypothesis import given
+from hypothesis.strategies import integers
 from peft import get_peft_model
 from runs import make_tiny_unet
 from torch import nn
@@ -92,12 +94,25 @@ def test_logit_normal_times_have_standard_normal_logits():
     assert abs(logits.std() - 1) < 0.03
 
 
+@given(size=integers(1, 100), seed=integers(0, 99))
+def test_stratified_times_are_one_in_each_part(size, seed):
+    sigmas = sample_sigmas(size, density="stratified", generator=torch.Generator().manual_seed(seed))
+    lows = torch.arange(size) / size
+    assert torch.all((sigmas.sort().values - lows).clamp(0, 1 / size + 1e-6) == sigmas.sort().values - lows)
+
+
+def test_stratified_times_are_uniform_at_every_place():
+    draws = [sample_sigmas(4, density="stratified", generator=torch.Generator().manual_seed(s)) for s in range(4000)]
+    quantiles = torch.stack(draws).quantile(torch.tensor([0.1, 0.5, 0.9]), dim=0)
+    torch.testing.assert_close(quantiles, torch.tensor([0.1, 0.5, 0.9])[:, None].expand(3, 4), atol=0.04, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
         (
             lambda x, s: sample_sigmas(1, density="beta"),
-            "`timestep_density` is 'beta', expected one of: 'uniform', 'log",
+            "`timestep_density` is 'beta', expected one of: 'uniform', 'stratified', 'log",
         ),
         (lambda x, s: sample_sigmas(0), "`batch_size` .* positive integer .* 0"),
         (lambda x, s: sigma_to_timestep(1000 * s), "`sigma` has numbers from 500 to 500, expected .* 1000"),

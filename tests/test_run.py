@@ -999,6 +999,18 @@ def test_a_huge_learning_rate_is_stopped(inside):
         ({"strategy": "joint", "base_model": "mine"}, "`strategy` 'joint' trains on all tasks at once"),
         ({"report_to": "no-such-tracker"}, "`report_to` 'no-such-tracker'"),
         ({"target_modules": ["no_such_layer"]}, "no_such_layer"),
+        (
+            {"function": "identity", "adapter_alpha_rate": 2.0},
+            "`adapter_alpha_rate` is 2, but the adapters have no alpha",
+        ),
+        (
+            {"strategy": "frozen", "adapter_omega_rate": 2.0},
+            "`adapter_omega_rate` is 2, but the adapters have no omega",
+        ),
+        (
+            {"strategy": "naive_lora", "adapter_vector_rate": 2.0},
+            "`adapter_vector_rate` is 2, which `strategy` 'naive_lora' does not use",
+        ),
         ({"classifier_architecture": "vit"}, "`classifier_architecture` is 'vit', expected one of: 'auto'"),
         ({"image_quality": "fid"}, "`image_quality` is 'fid', expected one of: 'classifier', 'inception', 'none'"),
         ({"image_quality_neighbours": 0}, "`image_quality_neighbours` should be a positive integer"),

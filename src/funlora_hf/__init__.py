@@ -21,6 +21,7 @@ from .tuner import (
     initial_alpha,
     mixed_batch,
     numerical_rank,
+    parameter_groups,
     set_block_weights,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "mixed_batch",
     "mixed_prompts",
     "numerical_rank",
+    "parameter_groups",
     "parameters_per_class",
     "push_adapter",
     "push_all",

@@ -18,7 +18,7 @@ from .utils.checks import check_at_least_one, check_choice
 
 
 NUM_TRAIN_TIMESTEPS = 1000
-TIMESTEP_DENSITIES = ("uniform", "logit_normal")
+TIMESTEP_DENSITIES = ("uniform", "stratified", "logit_normal")
 # For images rounded to [-1, 1] in 8 bits.
 _TOLERANCE = 0.01
 
@@ -106,7 +106,8 @@ def sample_sigmas(
 
     Args:
         batch_size: how many, at least 1.
-        density: "uniform" on [0, 1), or "logit_normal": the sigmoid of a standard normal.
+        density: "uniform" on [0, 1); "stratified", the same with one number in each n-th of it, in random order; or
+            "logit_normal": the sigmoid of a standard normal.
         generator: draws them on its device; None: torch's global generator, on the CPU.
 
     Returns:
@@ -115,13 +116,16 @@ def sample_sigmas(
     Raises:
         ValueError: unknown density, or a `batch_size` that is no positive integer.
 
-    Source: "uniform" [text]; "logit_normal" is that of Stable Diffusion 3 (arXiv 2403.03206).
+    Source: "uniform" [text]; "stratified" [ours], which lowers the variance of the mean loss; "logit_normal" is that of Stable Diffusion 3 (arXiv 2403.03206).
     """
     check_at_least_one("batch_size", batch_size)
     check_choice("timestep_density", density, TIMESTEP_DENSITIES)
     device = None if generator is None else generator.device
     if density == "uniform":
         return torch.rand(batch_size, generator=generator, device=device)
+    if density == "stratified":
+        strata = torch.randperm(batch_size, generator=generator, device=device)
+        return (strata + torch.rand(batch_size, generator=generator, device=device)) / batch_size
     return torch.sigmoid(torch.randn(batch_size, generator=generator, device=device))
 
 

@@ -278,6 +278,13 @@ def built(bench: Bench, given: dict[str, Any]) -> Any:
     return len(compiled), unet.conv_out.weight.is_contiguous()
 
 
+def factors(bench: Bench, given: dict[str, Any]) -> Any:
+    strategy = FunLora(bench.strategy("funlora", **given).setting)
+    base, later = (strategy.phases(task)[0] for task in strategy.setting.tasks[:2])
+    strategy.end_phase(base, strategy.build(base))
+    return [group["factor"] for group in strategy.build(later).groups()]
+
+
 def deterministic(bench: Bench, given: dict[str, Any]) -> Any:
     asked = []
     bench.patch.setattr(run_context, "deterministic_kernels", lambda device, wanted: nullcontext(asked.append(wanted)))
@@ -485,6 +492,9 @@ TRAINING = {
     "adapter_epochs": Case(0, (1, 2), class_alone, {"adapter_train_steps": None}),
     "adapter_batch_size": Case(0, (3, 4), class_alone),
     "adapter_learning_rate": Case(0.0, (1e-3, 1e-2), class_alone),
+    "adapter_alpha_rate": Case(0.0, (1.0, 10.0), factors),
+    "adapter_omega_rate": Case(-1.0, (1.0, 3.0), factors),
+    "adapter_vector_rate": Case(0.0, (1.0, 0.5), factors),
     "adapter_warmup_steps": Case(-1, (0, 3), class_alone),
     "adapter_ema_decay": Case(1.5, (0.0, 0.98), class_alone),
     "adapter_ema_warmup": Case("yes", (True, False), class_alone),

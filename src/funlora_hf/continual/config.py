@@ -183,7 +183,7 @@ class LoopArguments:
         "Steps in a row that are skipped for a loss or gradient that is not finite; one more stops the run. 0: the first.",
     )
     timestep_density: Annotated[str, one_of(*TIMESTEP_DENSITIES)] = _argument(
-        "uniform", "'uniform' or 'logit_normal'."
+        "uniform", "'uniform', 'stratified' (uniform, but evenly spread over a batch) or 'logit_normal'."
     )
     max_train_steps: Count | None = _argument(None, "Cap on the steps of every phase: base, each class, classifier.")
     checkpointing_steps: Count = _argument(500, "Steps between checkpoints inside a phase.")
@@ -267,6 +267,9 @@ class ContinualTrainingArguments(LoopArguments):
     adapter_epochs: Count | None = _argument(None, "Epochs of a class, if the steps are None.")
     adapter_batch_size: Count = _argument(32, "Batch of an adapter phase.")
     adapter_learning_rate: LearningRate = _argument(2e-2, "Peak learning rate of a class.")
+    adapter_alpha_rate: Positive = _argument(1.0, "Rate of FunLoRA's alpha, as a multiple of adapter_learning_rate.")
+    adapter_omega_rate: Positive = _argument(1.0, "The same of its omega.")
+    adapter_vector_rate: Positive = _argument(1.0, "The same of the class vector.")
     adapter_warmup_steps: Natural = _argument(20, "Steps of linear warm-up of a class.")
     adapter_ema_decay: Share = _argument(0.98, "Decay of the moving average of a class.")
     adapter_ema_warmup: bool = _argument(

@@ -9,6 +9,7 @@ from .config import FunLoraConfig
 from .functional import functional_matrix, initial_alpha
 from .hotswap import hotswap_adapter
 from .layer import FunLoraClassVector, FunLoraConv2d, FunLoraLayer, FunLoraLinear, compile_functional_matrices
+from .learning_rates import parameter_groups
 from .model import FunLoraModel
 
 
@@ -28,5 +29,6 @@ __all__ = [
     "initial_alpha",
     "mixed_batch",
     "numerical_rank",
+    "parameter_groups",
     "set_block_weights",
 ]

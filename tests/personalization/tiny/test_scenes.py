@@ -9,8 +9,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from funlora_hf.personalization.concepts import load_concepts
 from funlora_hf.personalization.tiny import scenes, tiny_concepts
 from funlora_hf.personalization.tiny.scenes import Scene
+from funlora_hf.personalization.usual_captions import usual_captions
 
 
 SHAPE = Scene("circle", "red", "white", size="large")
@@ -96,7 +98,7 @@ def test_concepts_are_as_written(tmp_path):
     names = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     assert names == sorted(path.relative_to(folder) for path in folder.rglob("*"))
     for name in names:
-        if name.suffix == ".json":
+        if name.suffix in (".json", ".txt"):
             assert (folder / name).read_text() == (tmp_path / name).read_text()
         elif name.suffix == ".png":
             with PIL.Image.open(folder / name) as shipped, PIL.Image.open(tmp_path / name) as written:
@@ -118,3 +120,8 @@ def test_concepts():
             with PIL.Image.open(folder / file) as image:
                 assert image.getpixel((0, 31)) == scenes.BACKGROUNDS[background]
         assert len(set(entry["eval_prompts"])) == 6
+    for concept in load_concepts("tiny"):
+        of_class, plain = concept.class_prompts[::2], concept.class_prompts[1::2]
+        assert {*of_class} == {f"a photo of a {concept.noun}"} == {concept.class_caption}
+        assert len({*plain}) == len(of_class) == 50
+        assert {*plain} < {scenes.caption(one) for one in scenes.all_told() if one.size} - {*usual_captions(tiny=True)}

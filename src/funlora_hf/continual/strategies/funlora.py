@@ -22,6 +22,8 @@ from ...data.tasks import Task
 from ...layer_selection import ParametersPerClass, parameters_per_class
 from ...sampling.pipeline import FunLoraPipeline
 from ...tuner import FunLoraConfig, mixed_batch
+from ...tuner.learning_rates import kind_of
+from ...tuner_base.meta_shapes import adapted_shape
 from ..base import BASE_PHASE, arrange, base_shape, label_rows, load_pipeline, save_base, trainable_unet
 from ..strategy import (
     Batch,
@@ -33,7 +35,7 @@ from ..strategy import (
     folder_bytes,
     velocity_losses,
 )
-from .peft_methods import VECTOR_ROW, peft_method
+from .peft_methods import RATES, VECTOR_ROW, peft_method
 
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class FunLora(Strategy):
                     "`torch_compile` is set, but `class_batches` is 'mixed', for which every batch would be compiled again: leave "
                     "one of the two out."
                 )
-        self._count()
+        self._check_rates(config)
 
     def phases(self, task: Task) -> list[Phase]:
         """Return the base's phase, or one phase for each new class ("mixed": one for all of them)."""
@@ -247,7 +249,18 @@ class FunLora(Strategy):
     def _trainable(self, model: PeftModel) -> Trainable:
         # The base's dropout is on, as when the base was trained.
         model.train()
-        return Trainable(model, {name: p for name, p in model.named_parameters() if p.requires_grad})
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        factors = {name: getattr(self.setting.training, RATES[kind]) for name in parameters if (kind := kind_of(name))}
+        return Trainable(model, parameters, factors=factors)
+
+    def _check_rates(self, config: PeftConfig) -> None:
+        """Raise a ValueError for a rate of parameters that the adapters do not have."""
+        kinds = {kind_of(name) for name, _ in adapted_shape(self._unet_shape(), config).named_parameters()}
+        for kind, name in RATES.items():
+            if kind not in kinds and (rate := getattr(self.setting.training, name)) != 1:
+                raise ValueError(
+                    f"`{name}` is {rate:g}, but the adapters have no {kind.replace('_', ' ')}: leave it out."
+                )
 
 
 class Frozen(FunLora):

@@ -24,6 +24,8 @@ VECTOR_ROW = 0
 
 # Arguments that describe an adapter.
 ADAPTER_ARGUMENTS = ("function", "num_functions", "train_omega", "operation", "rank", "ratio", "target_modules")
+# Arguments that are rates of an adapter's parameters, by their kind.
+RATES = {"alpha": "adapter_alpha_rate", "omega": "adapter_omega_rate", "class_vector": "adapter_vector_rate"}
 
 
 @dataclass(frozen=True)

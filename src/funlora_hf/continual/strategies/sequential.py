@@ -40,7 +40,7 @@ from ..strategy import (
     tensor_bytes,
     velocity_losses,
 )
-from .peft_methods import check_unused
+from .peft_methods import RATES, check_unused
 
 
 # Kept after every task.
@@ -245,4 +245,7 @@ def check_one_generator(strategy: Strategy, takes: Collection[str]) -> None:
             f"`class_batches` is {setting.training.class_batches!r}, which `strategy` {strategy.name!r} does not use, since it "
             "trains its classes together: leave it out."
         )
+    for name in RATES.values():
+        if (rate := getattr(setting.training, name)) != 1:
+            raise ValueError(f"`{name}` is {rate:g}, which `strategy` {strategy.name!r} does not use: leave it out.")
     base_shape(setting)

@@ -17,12 +17,17 @@ from pathlib import Path
 
 import PIL.Image
 import PIL.ImageDraw
+import torch
+
+from ...utils.seeds import generator_for
 
 
 RESOLUTION = 32
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "heart")
 COMPOSITES = ("toy", "badge", "flag")
 NOUNS = SHAPES + COMPOSITES
+# Of the captions of plain shapes: how many the evaluation draws, and how many more prior preservation.
+USUAL, PRIOR = 72, 50
 COLOURS = {
     "red": (215, 35, 40),
     "green": (30, 140, 50),
@@ -219,8 +224,25 @@ def all_told() -> list[Scene]:
     return sized + [Scene(noun, "", place) for noun in COMPOSITES for place in BACKGROUNDS]
 
 
+def plain_captions() -> list[str]:
+    """Return the 432 captions of plain shapes, shuffled, always in the same order."""
+    plain = [caption(one) for one in all_told() if one.size is not None]
+    order = torch.randperm(len(plain), generator=generator_for(0, "usual captions"))
+    return [plain[index] for index in order]
+
+
 def write_concepts(folder: Path) -> None:
-    """Write `concepts.json`, and for each concept four pictures on four of the six backgrounds with their captions."""
+    """Write `concepts.json`, and for each concept four pictures on four of the six backgrounds with their captions.
+
+    Half of a class's prompts tell its noun, half are of plain shapes, which none of `usual_captions` is: with prior preservation,
+    a concept keeps from changing both.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = plain_captions()[USUAL : USUAL + PRIOR]
+    for noun in COMPOSITES:
+        (folder / f"{noun}.txt").write_text(
+            "".join(f"a photo of a {noun}\n{plain}\n" for plain in kept), encoding="utf-8"
+        )
     backgrounds = tuple(BACKGROUNDS)
     entries = []
     for number, (name, scene) in enumerate(CONCEPTS.items()):
@@ -229,7 +251,7 @@ def write_concepts(folder: Path) -> None:
         # Each concept leaves out two others.
         places = [backgrounds[(number + i) % len(backgrounds)] for i in range(4)]
         captions = {}
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir(exist_ok=True)
         for place in places:
             render(_moved(replace(scene, background=place), rng)).save(folder / name / f"{place}.png")
             captions[f"{place}.png"] = f"a photo of a {token} {scene.noun} on a {place} background"
@@ -240,7 +262,7 @@ def write_concepts(folder: Path) -> None:
                 "token": token,
                 "initializer": scene.noun,
                 "instance_prompt": f"a photo of a {token} {scene.noun}",
-                "class_prompt": f"a photo of a {scene.noun}",
+                "class_prompt": f"{scene.noun}.txt",
                 "instance_data_dir": name,
                 "captions": "captions.json",
                 "eval_prompts": [f"a photo of a {{}} on a {place} background" for place in backgrounds],
