@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...utils.checks import check_choice
 from ..strategy import Strategy
 from .ddgr import Ddgr
 from .diffclass import DiffClass
@@ -12,6 +11,7 @@ from .guide import Guide
 from .jdcl import Jdcl
 from .joint import Joint
 from .low_rank import MagMax, MergeInit, MergeOrthogonal, NaiveLora
+from .plug_ins import find_strategy
 from .replay import Replay
 
 
@@ -34,6 +34,5 @@ STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in
 
 
 def strategy_class(name: str) -> type[Strategy]:
-    """Return the strategy of a name. Raises a ValueError that lists the known names."""
-    check_choice("strategy", name, tuple(STRATEGIES))
-    return STRATEGIES[name]
+    """Return the strategy of a name, maybe of another package. Raises a ValueError that lists the known names."""
+    return find_strategy(name, STRATEGIES, Strategy)

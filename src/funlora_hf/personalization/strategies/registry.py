@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...utils.checks import check_choice
+from ...continual.strategies.plug_ins import find_strategy
 from .base import ConceptStrategy
 from .c_lora import CLora
 from .cns import Cns
@@ -21,6 +21,5 @@ CONCEPT_STRATEGIES: dict[str, type[ConceptStrategy]] = {strategy.name: strategy 
 
 
 def concept_strategy(name: str) -> type[ConceptStrategy]:
-    """Return the strategy of a name. Raises a ValueError that lists the known names."""
-    check_choice("strategy", name, tuple(CONCEPT_STRATEGIES))
-    return CONCEPT_STRATEGIES[name]
+    """Return the strategy of a name, maybe of another package. Raises a ValueError that lists the known names."""
+    return find_strategy(name, CONCEPT_STRATEGIES, ConceptStrategy)
