@@ -73,9 +73,11 @@ def test_several_processes_draw_what_one_does(tmp_path):
     assert others == [one, one]
 
 
-def test_several_prompts_are_taken_in_turn_and_written_beside_what_they_drew(pipe, tmp_path):
+def test_several_prompts_are_taken_in_turn_and_written_beside_what_they_drew(pipe, tmp_path, caplog):
     prompts = ("a cat", "a blue dog")
+    caplog.set_level("INFO")
     found = draw(pipe, tmp_path, {1: concept("a", prompts=prompts), 2: concept("b")}, sample_batch_size=3)
+    assert "prompts of its class" not in caplog.text
     assert [*found[1].values()] == ["a cat", "a blue dog", "a cat"]
     assert [path.with_suffix(".txt").read_text() for path in found[1]] == [*found[1].values()]
     # The same name gives the same noise: only the prompts differ.
@@ -85,6 +87,8 @@ def test_several_prompts_are_taken_in_turn_and_written_beside_what_they_drew(pip
     (folder,) = {path.parent for path in found[1]}
     with pytest.raises(ValueError, match="class_prompt was"):
         draw(pipe, tmp_path, {1: concept("a", folder, ("a cat", "a red dog"))})
+    draw(pipe, tmp_path, {1: concept("a", prompts=prompts)}, count=1)
+    assert "a has 2 prompts of its class, of which the first 1 are used" in caplog.text
 
 
 def test_a_text_beside_a_given_picture_is_its_caption(pipe, tmp_path):

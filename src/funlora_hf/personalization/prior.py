@@ -83,6 +83,10 @@ def class_images(
     found = {}
     for number, place in folders.items():
         concept = concepts[number]
+        if (asked := len(concept.class_prompts)) > num_class_images:
+            logger.info(
+                "%s has %d prompts of its class, of which the first %d are used", concept.name, asked, num_class_images
+            )
 
         def draw(prompts: list[str], generators: list[torch.Generator]) -> list[Image.Image]:
             return pipe(prompts, generator=generators, height=resolution, width=resolution, **options).images
