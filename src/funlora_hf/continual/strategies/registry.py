@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ...utils.checks import check_choice
 from ..strategy import Strategy
 from .ddgr import Ddgr
 from .diffclass import DiffClass
+from .diffclass_pretrained import DiffClassPretrained
 from .finetune import Finetune
 from .funlora import Frozen, FunLora
 from .guide import Guide
@@ -30,10 +33,13 @@ _CLASSES: tuple[type[Strategy], ...] = (
     Jdcl,
     DiffClass,
 )
+# By strategy and option: another form, which a run takes if the option is given.
+_FORMS: dict[str, dict[str, type[Strategy]]] = {DiffClassPretrained.name: {"pretrained": DiffClassPretrained}}
 STRATEGIES: dict[str, type[Strategy]] = {strategy.name: strategy for strategy in _CLASSES}
 
 
-def strategy_class(name: str) -> type[Strategy]:
-    """Return the strategy of a name. Raises a ValueError that lists the known names."""
+def strategy_class(name: str, options: Iterable[str] | None = None) -> type[Strategy]:
+    """Return the strategy of a name, in the form that the names of its options choose. Raises a ValueError that lists the known names."""
     check_choice("strategy", name, tuple(STRATEGIES))
-    return STRATEGIES[name]
+    forms = _FORMS.get(name, {})
+    return next((forms[option] for option in options or () if option in forms), STRATEGIES[name])
