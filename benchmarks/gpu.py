@@ -283,6 +283,7 @@ class Benchmark:
             class_names=names,
             tasks=tuple(tasks),
             model=arguments.model,
+            image_shape=(arguments.model.unet.get("in_channels", 3), arguments.model.unet["sample_size"]),
             training=arguments.training,
             device=accelerator.device,
         )

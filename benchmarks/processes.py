@@ -121,6 +121,7 @@ def work(base_folder: Path, output: Path) -> None:
         class_names={**base.classes, **data.class_names},
         tasks=tuple(tasks),
         model=ModelArguments(base_model=os.fspath(base_folder)),
+        image_shape=(base.channels, base.image_size),
         training=training,
         device=accelerator.device,
     )

@@ -27,7 +27,9 @@ def mean_table(runs: Sequence[Mapping[str, Any]]) -> str:
         "seconds": (0, [run["seconds"]["total"] for run in runs]),
     }
     for name, (digits, values) in rows.items():
-        if None not in values:
+        if name == "held-out loss" and runs[0].get("outside_data"):
+            lines.append(f"{name:<18}{'-':>8}")
+        elif None not in values:
             spread = f" +- {stdev(values):.{digits}f}" if len(values) > 1 else ""
             lines.append(f"{name:<18}{mean(values):>8.{digits}f}{spread}")
     return "\n".join(lines)

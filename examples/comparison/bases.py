@@ -79,7 +79,7 @@ def run_on_shared_bases(
 def trains_base(arguments: RunArguments) -> bool:
     """Whether a run trains a base that others can start from."""
     free = arguments.model.base_model is None and not has_own_order(arguments)
-    strategy = strategy_class(arguments.training.strategy)
+    strategy = strategy_class(arguments.training.strategy, arguments.training.strategy_options)
     return free and not strategy.trains_own_base and "all_tasks" not in strategy.requires
 
 

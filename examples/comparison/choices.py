@@ -11,6 +11,7 @@ from typing import Any
 
 from funlora_hf.continual.config import ContinualTrainingArguments, EvaluationArguments, ModelArguments, parse_value
 from funlora_hf.continual.strategies.registry import strategy_class
+from funlora_hf.evaluation.tables import OUTSIDE_DATA
 
 
 LABEL = "label"
@@ -94,7 +95,8 @@ def parse_choices(entries: Sequence[str]) -> list[Choice]:
 
 def _parse(entry: str) -> Choice:
     name, _, rest = str(entry).partition(":")
-    strategy_cls = strategy_class(name)
+    texts = _split(entry, rest)
+    strategy_cls = strategy_class(name, texts)
     known_options = strategy_cls.known_options()
     known_arguments = [
         field.name
@@ -102,7 +104,6 @@ def _parse(entry: str) -> Choice:
         for field in fields(part)
         if field.name not in _NO_CHOICE
     ]
-    texts = _split(entry, rest)
     label = texts.pop(LABEL, None)
     options, arguments = {}, {}
     for key, text in texts.items():
@@ -120,7 +121,11 @@ def _parse(entry: str) -> Choice:
     except ValueError as error:
         raise ValueError(f"`strategies` has {entry!r}, which is not possible: {error}") from error
     shown = ", ".join(f"{key}={text}" for key, text in texts.items())
-    return _choice(name, options, arguments, label or (f"{name} ({shown})" if shown else name))
+    label = label or (f"{name} ({shown})" if shown else name)
+    if strategy_cls.outside_data:
+        # In place of the U-Net that the others share, it has the one of its option.
+        label, arguments = f"{label}{OUTSIDE_DATA}", {"unet_config": None, **arguments}
+    return _choice(name, options, arguments, label)
 
 
 def _choice(name: str, options: Mapping[str, Any], arguments: Mapping[str, Any], label: str | None = None) -> Choice:

@@ -118,8 +118,16 @@ def choose_learning_rates(
         The rate by key.
 
     Raises:
+        ValueError: a candidate has no held-out loss.
         RuntimeError: every run of a candidate failed.
     """
+    for candidate in candidates:
+        training = candidate.arguments.training
+        if not strategy_class(training.strategy, training.strategy_options).has_held_out_loss:
+            raise ValueError(
+                f"`learning_rates` are given, but {candidate.label} has no held-out loss to choose by: name its rate in `strategies`, such as "
+                f"{candidate.argument}=1e-4."
+            )
     scores = {candidate.key: Scores() for candidate in candidates}
     wanted = {candidate.key: sorted(set(rates)) for candidate in candidates}
     for _ in range(1 + MOST_WIDENINGS):

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from dreambooth_training import DreamBoothArguments, Prompt, main
-from funlora_hf.personalization.objective import Objective
+from funlora_hf.text_to_image.objective import Objective
 
 
 PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline)

@@ -14,7 +14,7 @@ import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 
 from dreambooth_training import DreamBoothArguments, Prompt, argument, main
-from funlora_hf.personalization.objective import Objective
+from funlora_hf.text_to_image.objective import Objective
 from funlora_hf.utils.checks import check_choice
 
 

@@ -49,7 +49,7 @@ from .evaluation.tables import costs_table, how_to_see
 from .evaluation.task_log import TaskLog
 from .hub.concept_folders import refuse_concepts
 from .sampling.solvers import DOPRI5_EVALUATIONS
-from .utils.checks import check_class_name
+from .utils.checks import check_class_name, shortened
 from .utils.files import recover_folder
 
 
@@ -68,7 +68,8 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         _check_strategy(self)
-        if self.model.unet_config is not None or self.model.base_model is not None:
+        given = self.model.unet_config is not None or self.model.base_model is not None
+        if given or _strategy_of(self.training).outside_data:
             return
         if self.data.dataset_name != "digits" and self.training.update_class is None:
             name = self.data.dataset_name
@@ -186,7 +187,7 @@ class Run:
         self.model, self.training = arguments.model, arguments.training
         self.limit = TimeLimit(self.training.time_limit_minutes)
         self.termination = termination
-        self.strategy_class = strategy_class(self.training.strategy)
+        self.strategy_class = _strategy_of(self.training)
         self.accelerator = make_accelerator(self.training)
         self.folder = RunFolder(Path(self.training.output_dir))
 
@@ -199,8 +200,9 @@ class Run:
                 of_tasks = {f"task {task.index + 1}": list(task.class_ids) for task in strategy.setting.tasks}
                 settings = {**self._settings(), "classes": data.digests(), "tasks": of_tasks}
                 read = {"dataset_name": self.arguments.data.dataset_name}
-                if strategy.setting.has_base:
-                    read["base_model"] = os.fspath(strategy.setting.base_dir)
+                if strategy.setting.has_base or strategy.outside_data:
+                    field = "pretrained" if strategy.outside_data else "base_model"
+                    read[field] = os.fspath(strategy.setting.base_dir)
                 needed = {field: place for field, place in read.items() if Path(place).exists()}
                 self.folder.open(settings, overwrite=overwrite, resume=resume, needed=needed)
             self.accelerator.wait_for_everyone()
@@ -317,15 +319,15 @@ class Run:
 
     def _images(self, base: ExistingBase | None, **how: bool) -> ImageClassificationData:
         """Return the images under the dataset's ids; `how`: flags of `load_image_data`."""
-        given, unet = self.arguments.data, self.model.unet
+        given, (channels, size) = self.arguments.data, self._image_shape(base)
         data = load_image_data(
             given.dataset_name,
             image_column=given.image_column,
             label_column=given.label_column,
             train_split=given.train_split,
             test_split=given.test_split,
-            image_size=unet["sample_size"] if base is None else base.image_size,
-            channels=unet.get("in_channels", 3) if base is None else base.channels,
+            image_size=size,
+            channels=channels,
             validation_fraction=given.validation_fraction,
             dataset_config_name=given.dataset_config_name,
             revision=given.dataset_revision,
@@ -376,11 +378,19 @@ class Run:
             class_names={**({} if base is None else base.classes), **data.class_names},
             tasks=tuple(tasks),
             model=self.model,
+            image_shape=self._image_shape(base),
             training=self.training,
             device=self.accelerator.device,
             num_images={class_id: data.count(class_id) for class_id in data.class_names},
         )
         return self.strategy_class(setting)
+
+    def _image_shape(self, base: ExistingBase | None) -> tuple[int, int]:
+        """Return channels and height of the images."""
+        if base is not None:
+            return base.channels, base.image_size
+        options = self.strategy_class.make_options(self.training.strategy_options or {})
+        return self.strategy_class.image_shape(self.model, options)
 
     def _evaluator(self, strategy: Strategy, data: ImageClassificationData) -> RunEvaluator:
         config = self.arguments.evaluation
@@ -405,11 +415,22 @@ class Run:
         )
 
 
+def _strategy_of(training: ContinualTrainingArguments) -> type[Strategy]:
+    """Return the strategy of a run, in the form that its options choose."""
+    return strategy_class(training.strategy, parse_options(training.strategy_options))
+
+
 def _check_strategy(arguments: RunArguments) -> None:
-    strategy_cls = strategy_class(arguments.training.strategy)
+    strategy_cls = _strategy_of(arguments.training)
     peft_method(arguments.model.peft_method)
     strategy_cls.make_options(arguments.training.strategy_options or {})
     base_model = arguments.model.base_model
+    for name in ("base_model", "unet_config") if strategy_cls.outside_data else ():
+        if (given := getattr(arguments.model, name)) is not None:
+            raise ValueError(
+                f"`{name}` is {shortened(repr(given), 100)}, but `strategy` {strategy_cls.name!r} learns on the pipeline that its option "
+                "`pretrained` names: leave one of the two out."
+            )
     at_once = "all_tasks" in strategy_cls.requires
     if (at_once or strategy_cls.trains_own_base) and base_model is not None:
         trains = "on all tasks at once" if at_once else "a base of its own"

@@ -22,7 +22,8 @@ def test_a_base_without_a_class_embedding_is_named(tiny_pipe, tmp_path):
 
 def test_a_text_to_image_pipeline_is_refused_by_name():
     with pytest.raises(
-        ValueError, match=r"`base_model` is '.*', a StableDiffusionPipeline, which reads prompts, expected"
+        ValueError,
+        match=r"`base_model` is '.*', a StableDiffusionPipeline, which reads prompts, expected .*pretrained=.*base\.",
     ):
         find_base(str(tiny_base()))
 

@@ -161,6 +161,7 @@ class Bench:
             class_names=NAMES,
             tasks=TASKS,
             model=ModelArguments(**model),
+            image_shape=(1, 8),
             training=ContinualTrainingArguments(strategy=name, **given),
             device=torch.device("cpu"),
             num_images=dict.fromkeys(NAMES, 5),

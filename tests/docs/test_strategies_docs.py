@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from funlora_hf.continual.config import parse_value
-from funlora_hf.continual.strategies.registry import STRATEGIES
+from funlora_hf.continual.strategies.diffclass_pretrained import DiffClassPretrained, DiffClassPretrainedOptions
+from funlora_hf.continual.strategies.registry import STRATEGIES, strategy_class
 from funlora_hf.personalization.arguments import CONCEPT_ARGUMENTS, ConceptArguments
 from funlora_hf.personalization.run import ConceptRunArguments
 from funlora_hf.personalization.strategies.registry import CONCEPT_STRATEGIES
@@ -33,18 +34,37 @@ def page(name: str) -> str:
     return (PAGES / f"{name}.md").read_text(encoding="utf-8")
 
 
+def options_in(text: str, section: str) -> list[tuple[str, str]]:
+    """Option and default of each row in a section's tables."""
+    part = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", part, re.MULTILINE)
+
+
 STRATEGIES_BY_PAGE = {**STRATEGIES, **{f"concepts/{name}": one for name, one in CONCEPT_STRATEGIES.items()}}
 
 
 @pytest.mark.parametrize("name", STRATEGIES_BY_PAGE)
 def test_a_page_has_every_option_with_its_default(name):
-    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", page(name).partition("\n## Options\n")[2], re.MULTILINE)
+    rows = options_in(page(name), "Options")
     options_class = STRATEGIES_BY_PAGE[name].options_class
     defaults = {} if options_class is None else {option.name: option.default for option in fields(options_class)}
     # A default is written as it would be given: it is read as the command line reads it.
     assert {option: parse_value(text) for option, text in rows} == defaults
     assert len(rows) == len(defaults)
     assert defaults or "**Options:** none." in page(name)
+
+
+def test_the_form_on_a_pipeline_has_every_option_that_differs():
+    own, plain = fields(DiffClassPretrainedOptions), fields(STRATEGIES["diffclass"].options_class)
+    known = {(option.name, option.default) for option in plain}
+    expected = {
+        one.name: one.default for one in own if (one.name, one.default) not in known and one.name != "pretrained"
+    }
+    rows = options_in(page("diffclass"), "On a pretrained pipeline")
+    assert {option: parse_value(text) for option, text in rows} == expected
+    (command,) = re.findall(r"^```bash\n(.*?)^```", page("diffclass"), re.MULTILINE | re.DOTALL)
+    strategy = parse(shlex.split(command.replace("\\\n", " "))[2:]).training
+    assert strategy_class(strategy.strategy, strategy.strategy_options) is DiffClassPretrained
 
 
 def test_the_index_has_every_strategy_and_no_other():

@@ -26,3 +26,10 @@ def test_image_quality_has_a_mean_where_all_runs_measured_it_alike():
 def test_what_was_not_measured_has_no_mean():
     unmeasured = {**results(0, 98.0), **dict.fromkeys(("A", "LA", "AIA", "forgetting"))}
     assert "LA (%)" not in mean_table([unmeasured, unmeasured])
+
+
+def test_outside_data_has_no_held_out_loss():
+    outside = {**results(0, 98.0), "outside_data": True, "held_out_loss": {"mean": None, "per_class": {}}}
+    text = mean_table([outside, outside])
+    assert text.startswith("funlora (outside data) on digits")
+    assert "held-out loss            -" in text

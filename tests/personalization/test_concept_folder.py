@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from funlora_hf.cards.model_cards import Place
 from funlora_hf.personalization.concept_folder import read_concept
 from funlora_hf.personalization.load_concept import load_concept
-from funlora_hf.personalization.text_to_image import TextToImageModel
+from funlora_hf.text_to_image.model import TextToImageModel
 
 
 def snippet(card):

@@ -19,7 +19,7 @@ from funlora_hf.personalization.arguments import ConceptEvaluationArguments
 from funlora_hf.personalization.drawing import draw
 from funlora_hf.personalization.load_concept import load_concept
 from funlora_hf.personalization.sampling import sample_prompts
-from funlora_hf.personalization.text_to_image import TextToImageModel
+from funlora_hf.text_to_image.model import TextToImageModel
 from funlora_hf.utils.files import write_json
 
 

@@ -23,12 +23,12 @@ from funlora_hf.personalization.arguments import (
 from funlora_hf.personalization.batches import ConceptBatches
 from funlora_hf.personalization.concepts import Concept
 from funlora_hf.personalization.drawing import draw
-from funlora_hf.personalization.objective import Objective
 from funlora_hf.personalization.prior import Prior
 from funlora_hf.personalization.run_folder import ConceptFolder
 from funlora_hf.personalization.strategies.base import ConceptSetting, ConceptStrategy
 from funlora_hf.personalization.strategies.registry import CONCEPT_STRATEGIES, concept_strategy
-from funlora_hf.personalization.text_to_image import TextToImageModel
+from funlora_hf.text_to_image.model import TextToImageModel
+from funlora_hf.text_to_image.objective import Objective
 
 
 # Tokens of `make_pipe` before new ones are added.

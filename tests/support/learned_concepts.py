@@ -10,7 +10,7 @@ import torch
 from text_encoders import PIPELINES, make_prompted
 
 from funlora_hf.personalization.concepts import Concept
-from funlora_hf.personalization.text_to_image import TextToImageModel
+from funlora_hf.text_to_image.model import TextToImageModel
 
 
 def save_base(folder: Path, family: str = "sd") -> Path:

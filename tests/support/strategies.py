@@ -65,6 +65,8 @@ def make_strategy(name: str, folder: Path, *, tasks=TASKS, data=None, model=None
         **training,
     }
     count = (data or Drawn()).per_class
+    strategy_cls = strategy_class(name, training["strategy_options"])
+    model = ModelArguments(unet_config=dict(TINY_UNET), **{**RANKS.get(name, {}), **(model or {})})
     setting = Setting(
         output_dir=folder,
         base_dir=folder / "base",
@@ -72,12 +74,13 @@ def make_strategy(name: str, folder: Path, *, tasks=TASKS, data=None, model=None
         has_base=False,
         class_names=NAMES,
         tasks=tuple(tasks),
-        model=ModelArguments(unet_config=dict(TINY_UNET), **{**RANKS.get(name, {}), **(model or {})}),
+        model=model,
+        image_shape=strategy_cls.image_shape(model, strategy_cls.make_options(training["strategy_options"] or {})),
         training=ContinualTrainingArguments(strategy=name, **training),
         device=torch.device("cpu"),
         num_images=dict.fromkeys(NAMES, count),
     )
-    strategy = strategy_class(name)(setting)
+    strategy = strategy_cls(setting)
     strategy.check()
     return strategy
 

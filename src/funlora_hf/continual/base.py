@@ -231,8 +231,9 @@ def find_base(name: str, *, revision: str | None = None, unet_config: Mapping[st
         )
     if "text_encoder" in (index := read_mapping(folder / PIPELINE)):
         raise ValueError(
-            f"`base_model` is {name!r}, a {index.get('_class_name')}, which reads prompts, expected a generator of classes: train one, or "
-            "teach this one concepts by `funlora personalize`."
+            f"`base_model` is {name!r}, a {index.get('_class_name')}, which reads prompts, expected a generator of classes: train one, "
+            "teach this one concepts by `funlora personalize`, or learn classes on it by --strategy diffclass --strategy_options "
+            f"pretrained={name}."
         )
     check_velocity_base(folder, field="base_model")
     config = UNet2DModel.load_config(folder, subfolder="unet")

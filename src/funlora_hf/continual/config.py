@@ -128,6 +128,11 @@ class ModelArguments:
         if self.base_model is not None:
             self.base_model = expanded("base_model", self.base_model)
         if self.unet_config is not None:
+            if (kind := self.unet_config.get("_class_name", "UNet2DModel")) != "UNet2DModel":
+                raise ValueError(
+                    f"`unet_config` is that of a {shortened(str(kind), 100)}, expected that of a UNet2DModel: to learn on a text-to-image "
+                    "pipeline, name its folder by --strategy diffclass --strategy_options pretrained=FOLDER."
+                )
             if "num_class_embeds" in self.unet_config:
                 raise ValueError(
                     f"`unet_config.num_class_embeds` is {self.unet_config['num_class_embeds']!r}, which follows from the classes of "

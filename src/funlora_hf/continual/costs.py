@@ -16,8 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..classifier import build_classifier, training_steps
 from ..data.image_data import ImageClassificationData
 from ..data.known_counts import KnownCounts
-from ..sampling.solvers import expected_evaluations
-from .base import base_shape
 from .config import EvaluationArguments
 from .strategy import Batch, Phase, Strategy, Trainable
 from .trainer import images_per_step, phase_steps
@@ -81,7 +79,9 @@ def count_parts(
         {c: data.count(c, split=split) if c in data.class_names else 0 for c in seen[-1]}
         for split in ("train", "test")
     )
-    measured = sum(test[class_id] for classes in [*(seen if changes else []), seen[-1]] for class_id in classes)
+    measured = strategy.has_held_out_loss * sum(
+        test[class_id] for classes in [*(seen if changes else []), seen[-1]] for class_id in classes
+    )
     classified = []
     if all(real[class_id] for class_id in seen[0]) and all(test.values()):
         classified = [sum(real[class_id] for class_id in seen[0])]
@@ -89,7 +89,7 @@ def count_parts(
     if evaluation.image_quality == "classifier" and any(test.values()):
         classified.append(sum(real.values()))
     steps = sum(training_steps(number, classifier)[1] for number in classified)
-    per_image = expected_evaluations(evaluation.solver, evaluation.num_inference_steps)
+    per_image = strategy.evaluations_per_image(evaluation.solver, evaluation.num_inference_steps)
     replayed = sum(strategy.replay_evaluations(task) for task in setting.tasks)
     judged = [
         Part("drawing images to replay", "evaluations", replayed),
@@ -107,8 +107,8 @@ def measure_parts(
 
     The strategy has an empty folder and writes there what the next kind of work needs.
     """
-    device, config = accelerator.device, base_shape(strategy.setting).config
-    shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+    device, (channels, size) = accelerator.device, strategy.setting.image_shape
+    shape = (channels, size, size)
     class_id = strategy.setting.tasks[0].class_ids[0]
     for part in parts:
         if (phase := part.phase) is not None:

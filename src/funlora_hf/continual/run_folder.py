@@ -20,6 +20,8 @@ from .config import ARGUMENTS, EvaluationArguments, measuring_settings
 logger = logging.getLogger(__name__)
 
 EVALUATION = EvaluationArguments.__name__
+# A LoRA of a pretrained pipeline for each task.
+LORAS_FOLDER = "loras"
 # Parts of the settings that follow from the arguments and the data.
 _CLASSES, _TASKS = "classes", "tasks"
 # Settings that do not change the results.
@@ -47,7 +49,7 @@ class RunFolder:
 
     arguments: ClassVar[Sequence[Any]] = ARGUMENTS
     """Dataclasses of the settings of such a run; the last one is that of the evaluation."""
-    learned: ClassVar[tuple[str, ...]] = ("base", "adapters", "model")
+    learned: ClassVar[tuple[str, ...]] = ("base", "adapters", "model", LORAS_FOLDER)
     """What training writes, beside its checkpoints."""
     evaluates_again: ClassVar[bool] = True
     """Whether past tasks can be evaluated again, so that the settings of the evaluation may change until the run is finished."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from ..data.tasks import Task
 from ..flow_matching import losses_at
 from ..sampling.pipeline import FunLoraPipeline
+from ..sampling.solvers import expected_evaluations
 from .config import ContinualTrainingArguments, ModelArguments
 from .devices import on_device
 from .learning import LearningSetting, LearningStrategy, Phase, PhaseSettings, Trainable
@@ -47,6 +48,7 @@ class Setting(LearningSetting):
         base_source: name of the base as users load it (folder or repository), for the adapters' configs.
         has_base: the base exists already, so task 1 is not trained.
         model: the arguments of the base and the adapters.
+        image_shape: channels and height, which is the width, of all images.
         num_images: class id -> number of its real training images; a class without images is missing or has 0.
     """
 
@@ -55,6 +57,7 @@ class Setting(LearningSetting):
     base_source: str
     has_base: bool
     model: ModelArguments
+    image_shape: tuple[int, int]
     num_images: Mapping[int, int] = field(default_factory=dict)
 
 
@@ -93,12 +96,26 @@ class Strategy(LearningStrategy):
     """True: task 1 trains another base than that of other strategies, so the run cannot start from a given one."""
     has_frozen_base: ClassVar[bool] = False
     """True: the base never changes after task 1, nor a class after its own task; both are checked at the end."""
+    outside_data: ClassVar[bool] = False
+    """True: its options name a generator that has learned from other data, so that a run has no `unet_config` and no `base_model`;
+    results.json and tables say so."""
+    has_held_out_loss: ClassVar[bool] = True
+    """False: the generator gives no velocities, so there is no flow-matching loss to compare with that of other strategies."""
     prefix: ClassVar[str] = "adapter"
     """Whether a task uses learning rate, warm-up and moving average of the "base" or of an "adapter"."""
     setting: Setting
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+
+    @classmethod
+    def image_shape(cls, model: ModelArguments, options: Any) -> tuple[int, int]:
+        """Return channels and height of the images of a run without a given base; `options` are an `options_class`."""
+        return model.unet.get("in_channels", 3), model.unet["sample_size"]
+
+    def evaluations_per_image(self, solver: str, num_inference_steps: int) -> int:
+        """Count the evaluations of the U-Net that draw one image."""
+        return expected_evaluations(solver, num_inference_steps)
 
     def replay_evaluations(self, task: Task) -> int:
         """Count the evaluations of the U-Net, each for one image, that draw the images of past classes for a task."""

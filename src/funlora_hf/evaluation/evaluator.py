@@ -160,7 +160,12 @@ class RunEvaluator:
             write_tensors(path, tensors)
 
     def held_out_losses(self, classes: Sequence[int] | None = None) -> dict[str, float]:
-        """Compute the held-out loss, by id, of those `classes` that have test images, with the present generator; None: all."""
+        """Compute the held-out loss, by id, of those `classes` that have test images, with the present generator; None: all.
+
+        Empty for a strategy without one.
+        """
+        if not self.strategy.has_held_out_loss:
+            return {}
         classes = [c for c in (self._classes if classes is None else classes) if self._count(c, "test")]
         sigmas = self.config.held_out_sigmas
         with self.strategy.inference(classes) as pipe:

@@ -111,6 +111,7 @@ def report_run(evaluator: RunEvaluator, *, settings: Mapping[str, Mapping[str, A
     results = {
         "strategy": strategy.name,
         "strategy_options": strategy.setting.training.strategy_options or {},
+        **({"outside_data": True} if strategy.outside_data else {}),
         "peft_method": strategy.method_name,
         "dataset": evaluator.data.name,
         "seed": evaluator.seed,

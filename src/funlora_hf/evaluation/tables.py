@@ -9,6 +9,11 @@ from typing import Any
 
 from ..adapters.class_folder import ADAPTERS_FOLDER
 from ..continual.costs import Part
+from ..continual.run_folder import LORAS_FOLDER
+
+
+# Follows the name of what has learned from other data than that of the run.
+OUTSIDE_DATA = " (outside data)"
 
 
 def summary_table(results: Mapping[str, Any]) -> str:
@@ -33,6 +38,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
     losses = results["held_out_loss"]
     if losses["mean"] is not None:
         lines.append(f"{'held-out loss':<18}{losses['mean']:>8.4f}")
+    elif results.get("outside_data"):
+        lines.append(f"{'held-out loss':<18}{'-':>8}")
     for name, (digits, value) in image_quality(results).items():
         lines.append(f"{name:<18}{value:>8.{digits}f}")
     if results["parameters_per_class"] is not None:
@@ -52,17 +59,21 @@ def what_next(results: Mapping[str, Any], folder: Path) -> str:
     """Return where the parts of a finished run are and what to type next, as plain text."""
     run = shlex.quote(str(folder))
     adapters = results.get("peft_method") is not None  # earlier versions did not write it
-    commands = [f"funlora sample {run} --classes {results['class_order'][-1]}"]
+    outside = results.get("outside_data", False)
+    commands = [] if outside else [f"funlora sample {run} --classes {results['class_order'][-1]}"]
     if results["nfe"] is None:
         commands.append(f"funlora evaluate {run}")
     if adapters:
         first = "" if (folder / ADAPTERS_FOLDER).is_dir() else "  # makes the first adapter"
         commands.append(f"funlora add IMAGES --to {run}{first}")
-    commands.append(f"funlora push {run} USER/REPO")
+    commands += (
+        [f'pipe.load_lora_weights("{folder / LORAS_FOLDER}/task_1")'] if outside else [f"funlora push {run} USER/REPO"]
+    )
     parts = {
         "base": "base/",
         ADAPTERS_FOLDER: f"{ADAPTERS_FOLDER}/class_<id>/",
         "model": "model/",
+        LORAS_FOLDER: f"{LORAS_FOLDER}/task_<n>/",
         "results.json": "results.json",
     }
     there = ", ".join(text for name, text in parts.items() if (folder / name).exists())
@@ -102,10 +113,11 @@ def _rounded(number: float) -> str:
 
 
 def what_ran(results: Mapping[str, Any]) -> str:
-    """Return the name of the run's strategy, with the method of its adapters if that is not FunLoRA."""
+    """Return the name of the run's strategy, with the method of its adapters if that is not FunLoRA, and with a mark of outside data."""
     method = results.get("peft_method")
     named = results["strategy"] == "funlora" and method not in (None, "funlora")
-    return f"{results['strategy']} ({method})" if named else results["strategy"]
+    name = f"{results['strategy']} ({method})" if named else results["strategy"]
+    return f"{name}{OUTSIDE_DATA}" if results.get("outside_data") else name
 
 
 def image_quality(results: Mapping[str, Any]) -> dict[str, tuple[int, float]]:

@@ -114,9 +114,10 @@ def find_contents(
         others = ", ".join(folder.name for folder in below) if os.path.isdir(name) else ""
         raise FileNotFoundError(f"{place} has no {', '.join(absent)}, expected {others or 'classes that it has'}.")
     if not (found.base or found.adapters or found.banks):
+        loras = "; diffusers' `load_lora_weights` reads the folders in its loras/" if (root / "loras").is_dir() else ""
         raise FileNotFoundError(
             f"{place} has neither a base nor an adapter nor a bank, expected a run, a pipeline, a folder class_<id>, or an "
-            "adapter as PEFT saves it."
+            f"adapter as PEFT saves it{loras}."
         )
     return found
 

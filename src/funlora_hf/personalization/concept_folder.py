@@ -12,11 +12,11 @@ import torch
 from ..adapters.untrusted_adapter import ADAPTER_FILES, SavedAdapter, check_download, read_adapter
 from ..cards.model_cards import Place, concept_card, place_of
 from ..hub.concept_folders import CONCEPT_FILE
+from ..text_to_image.token_rows import ROW_FILES, read_rows
 from ..utils.field_types import Count, check_field_types
 from ..utils.files import file_sha256, read_mapping, write_json
 from .arguments import TINY, ConceptArguments
 from .concepts import NAME, Concept
-from .token_rows import ROW_FILES, read_rows
 
 
 CARD = "README.md"

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ..text_to_image.token_rows import prompt_arguments
 from ..utils.seeds import generator_for
 from .arguments import ConceptEvaluationArguments
-from .token_rows import prompt_arguments
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 from ..data.tasks import Task
 from ..sampling.drawing import tensor_sha256
+from ..text_to_image.token_rows import prompt_length
 from ..utils.files import read_mapping, read_tensors, write_json, write_tensors
 from ..utils.progress import Progress
 from .arguments import ConceptEvaluationArguments
@@ -28,7 +29,6 @@ from .pictures import load_images
 from .run_folder import ConceptFolder
 from .scores import mean_and_error
 from .strategies.base import ConceptStrategy
-from .token_rows import prompt_length
 from .usual_captions import usual_captions
 
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..text_to_image.token_rows import load_token_rows
 from ..utils.checks import expanded
 from ..utils.files import whole_folder
 from .concept_folder import SavedConcept
 from .found_concepts import FoundConcepts, check_weights, find_concepts
 from .load_concept import denoiser_of, load_concept
 from .sampling import base_pipeline
-from .token_rows import load_token_rows
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from ..adapters.untrusted_adapter import fetch, method
 from ..adapters.untrusted_base import PIPELINE
 from ..hub.concept_folders import concept_folders
 from ..hub.verify import Verdict, verdict_of
+from ..text_to_image.model import TextToImageModel
 from ..tuner import FunLoraConfig
 from ..utils.checks import listed
 from ..utils.files import file_sha256
 from ..utils.tensors import not_finite
 from .arguments import TINY
 from .concept_folder import CONCEPT_CONTENTS, CONCEPT_FILE, SavedConcept, read_concept, read_record
-from .text_to_image import TextToImageModel
 from .tiny import tiny_base
 
 

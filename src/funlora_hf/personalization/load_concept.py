@@ -8,9 +8,9 @@ from typing import Any
 
 from ..adapters.put_into_model import load_adapter
 from ..adapters.untrusted_adapter import fetch
+from ..text_to_image.token_rows import load_token_rows
 from ..tuner_base.wrappers import remove_adapters
 from .concept_folder import CONCEPT_CONTENTS, CONCEPT_FILE, read_record
-from .token_rows import load_token_rows
 
 
 def load_concept(

@@ -20,6 +20,8 @@ from ..continual.time_limit import TimeLimit
 from ..continual.trainer import ContinualTrainer, Listener
 from ..data.tasks import Task
 from ..run import make_accelerator
+from ..text_to_image.model import TextToImageModel
+from ..text_to_image.objective import Objective
 from ..utils.checks import did_you_mean
 from ..utils.files import file_sha256
 from .arguments import (
@@ -33,14 +35,12 @@ from .batches import ConceptBatches
 from .concepts import Concept, check_concepts, load_concepts
 from .evaluator import ConceptEvaluator
 from .found_concepts import load_base
-from .objective import Objective
 from .prior import Prior, class_images
 from .report import report_finished, report_run
 from .run_folder import ConceptFolder
 from .sharing import ConceptPublisher
 from .strategies.base import ConceptSetting, ConceptStrategy
 from .strategies.registry import concept_strategy
-from .text_to_image import TextToImageModel
 
 
 logger = logging.getLogger(__name__)

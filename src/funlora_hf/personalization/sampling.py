@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from ..text_to_image.token_rows import prompt_length
 from .arguments import ConceptEvaluationArguments
 from .concept_folder import ConceptRecord, SavedConcept
 from .drawing import draw
 from .found_concepts import FoundConcepts, find_concepts, load_base
 from .load_concept import denoiser_of, load_concept
-from .token_rows import prompt_length
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from funlora_hf import FunLoraPipeline
 from funlora_hf.classifier import build_classifier
 from funlora_hf.continual.batches import RealImages
 from funlora_hf.continual.run_folder import RunFolder
-from funlora_hf.continual.strategies.diffclass import likeliest_of
 from funlora_hf.continual.strategies.domain_adversarial import DomainAdversarial, ReversedGradient, strength_at
+from funlora_hf.continual.strategies.lora_per_task import likeliest_of
 from funlora_hf.continual.strategy import Batch
 from funlora_hf.continual.strategy_state import memory_reports
 from funlora_hf.continual.trainer import ContinualTrainer

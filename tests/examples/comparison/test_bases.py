@@ -132,6 +132,7 @@ def test_what_comes_after_the_base_leaves_it(asked, tmp_path):
     "alone",
     [
         {"name": "joint"},
+        {"name": "diffclass", "unet_config": None, "strategy_options": {"pretrained": "there"}},
         {"name": "funlora", "base_model": "somewhere"},
         {"name": "funlora", "class_order_seed": 3},
         {"name": "funlora", "class_order": [str(digit) for digit in range(10)]},

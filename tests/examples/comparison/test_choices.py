@@ -55,6 +55,17 @@ def test_labels_name_the_options_or_are_given():
     assert labels == ["magmax (compared=cumulative, scaling=0.5)", "the, one & only", "2"]
 
 
+def test_outside_data_is_marked_and_brings_its_own_u_net():
+    plain, labelled = parse_choices(["diffclass:pretrained=there", "diffclass:pretrained=there,rank=4,label=Stable"])
+    assert plain.label == "diffclass (pretrained=there) (outside data)"
+    assert labelled.label == "Stable (outside data)"
+    assert plain.changes() == {
+        "strategy": "diffclass",
+        "strategy_options": {"pretrained": "there"},
+        "unet_config": None,
+    }
+
+
 def test_keys_are_safe_names_of_folders_and_differ():
     entries = [
         "funlora:target_modules=a/b",

@@ -122,6 +122,13 @@ def test_a_classifier_that_guides_the_drawing_is_trained_as_in_the_run(losses, t
     assert losses.jobs[0].arguments.training.strategy_options == {"guidance_scale": 2}
 
 
+def test_what_has_no_held_out_loss_needs_a_rate_of_its_own(losses, tmp_path):
+    one = candidate("diffclass", strategy_options={"pretrained": "there"}, unet_config=None)
+    with pytest.raises(ValueError, match=r"DIFFCLASS has no held-out loss .* such as adapter_learning_rate=1e-4"):
+        choose(tmp_path, candidate("funlora"), one)
+    assert losses.jobs == ()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_rate_is_the_one_that_later_tasks_are_trained_with(strategy):
     whole_generator = strategy in ("joint", "finetune", "replay", "ddgr", "guide", "jdcl")

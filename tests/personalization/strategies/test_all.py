@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from funlora_hf.personalization.drawing import draw
 from funlora_hf.personalization.load_concept import load_concept
-from funlora_hf.personalization.text_to_image import TextToImageModel
+from funlora_hf.text_to_image.model import TextToImageModel
 
 
 class Stop(Exception):

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...data.tasks import Task
 from ...sampling.pipeline import FunLoraPipeline
-from ..base import label_rows, load_pipeline, save_base, trainable_unet
+from ..base import base_shape, label_rows, load_pipeline, save_base, trainable_unet
 from ..strategy import (
     Batch,
     Phase,
@@ -45,6 +45,7 @@ class Joint(Strategy):
     def check(self) -> None:
         training = self.setting.training
         check_one_generator(self, ())
+        base_shape(self.setting)
         if (training.base_train_steps is None) != (training.adapter_train_steps is None):
             raise ValueError(
                 "`strategy` 'joint' trains as many steps as base and adapters together: give `base_train_steps` and "

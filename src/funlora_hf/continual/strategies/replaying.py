@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from diffusers import UNet2DModel
 from torch import nn
 from torch.nn import functional
 
 from ...classifier import build_classifier
 from ...data.tasks import Task
 from ...sampling.pipeline import FunLoraPipeline
-from ...sampling.solvers import expected_evaluations
 from ..base import BASE_PHASE, label_rows
 from ..devices import on_device
 from ..strategy import Batch, Phase, PhaseSettings, Setting, Trainable, tensor_bytes
@@ -60,7 +58,7 @@ class Replaying(Sequential):
         return self.past(task)
 
     def replay_evaluations(self, task: Task) -> int:
-        per_image = expected_evaluations(self.options.solver, self.options.num_inference_steps)
+        per_image = self.evaluations_per_image(self.options.solver, self.options.num_inference_steps)
         return sum(self.drawn(task).values()) * per_image
 
     def phases(self, task: Task) -> list[Phase]:
@@ -146,13 +144,9 @@ class Replaying(Sequential):
         return classifier.to(self.setting.device)
 
     def _untrained(self, num_classes: int) -> nn.Module:
-        shape = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
-        return build_classifier(
-            num_classes,
-            channels=shape["in_channels"],
-            image_size=shape["sample_size"],
-            architecture=self.options.classifier_architecture,
-        )
+        channels, size = self.setting.image_shape
+        architecture = self.options.classifier_architecture
+        return build_classifier(num_classes, channels=channels, image_size=size, architecture=architecture)
 
     def _head_bytes(self, task: Task) -> int:
         """Return the bytes of the classifier's last layer, which has a row for each class."""
@@ -162,8 +156,8 @@ class Replaying(Sequential):
 
     def _replay_bytes(self) -> int:
         """Return the bytes of the images generated for the last task, which has the most."""
-        shape = UNet2DModel.load_config(self.setting.base_dir, subfolder="unet")
-        return sum(self.drawn(self.setting.tasks[-1]).values()) * shape["in_channels"] * shape["sample_size"] ** 2
+        channels, size = self.setting.image_shape
+        return sum(self.drawn(self.setting.tasks[-1]).values()) * channels * size**2
 
 
 def is_classifier(phase: Phase) -> bool:

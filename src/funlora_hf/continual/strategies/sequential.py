@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import UNet2DModel
@@ -86,6 +87,8 @@ class Sequential(Strategy):
 
     needs_base = True
     """Whether sampling after a later task needs the base in addition to what is kept."""
+    trains_base: ClassVar[bool] = True
+    """False: the base is there, and task 1 is learned like any other."""
     takes: tuple[str, ...] = ()
     """The `ADAPTER_ARGUMENTS` that it uses."""
 
@@ -116,6 +119,7 @@ class Sequential(Strategy):
     def check(self) -> None:
         setting = self.setting
         check_one_generator(self, self.takes)
+        base_shape(setting)
         if not setting.has_base:
             return
         rows, known = base_classes(setting.base_dir), setting.tasks[0].class_ids
@@ -126,7 +130,7 @@ class Sequential(Strategy):
             )
 
     def phases(self, task: Task) -> list[Phase]:
-        if task.index == 0:
+        if task.index == 0 and self.trains_base:
             if self.setting.has_base:
                 return []
             settings = PhaseSettings.of(self.setting.training, "base")
@@ -248,4 +252,3 @@ def check_one_generator(strategy: Strategy, takes: Collection[str]) -> None:
     for name in RATES.values():
         if (rate := getattr(setting.training, name)) != 1:
             raise ValueError(f"`{name}` is {rate:g}, which `strategy` {strategy.name!r} does not use: leave it out.")
-    base_shape(setting)

@@ -17,15 +17,15 @@ from torch import nn
 
 from ...continual.learning import LearningSetting, LearningStrategy, Phase, PhaseSettings, Trainable
 from ...data.tasks import Task
+from ...text_to_image.model import LAYERS, TextToImageModel
+from ...text_to_image.objective import Objective
+from ...text_to_image.token_rows import TokenRows
 from ...utils.files import whole_folder
 from ..arguments import TINY, ConceptArguments, ConceptTrainingArguments
 from ..batches import ConceptBatch
 from ..concept_folder import CONCEPT_FILE, write_concept
 from ..concepts import Concept
-from ..objective import Objective
 from ..run_folder import PHASE
-from ..text_to_image import LAYERS, TextToImageModel
-from ..token_rows import TokenRows
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from ...continual.strategies.merging_rules import (
 )
 from ...continual.strategies.sequential import KeptFile
 from ...data.tasks import Task
+from ...text_to_image.token_rows import with_vectors
 from ...tuner_base.wrappers import remove_adapters
-from ..token_rows import with_vectors
 from .base import ConceptSetting, ConceptStrategy, Rates, scaled
 
 

@@ -15,8 +15,8 @@ from text_encoders import PIPELINES, make_prompted
 from text_to_image import make_pipeline
 
 from funlora_hf import FunLoraConfig, parameters_per_class
-from funlora_hf.personalization.text_to_image import LAYERS, TextToImageModel
-from funlora_hf.personalization.token_rows import prompt_arguments
+from funlora_hf.text_to_image.model import LAYERS, TextToImageModel
+from funlora_hf.text_to_image.token_rows import prompt_arguments
 
 
 FAMILIES = list(PIPELINES)

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.training_utils import compute_snr
 
-from funlora_hf.personalization.objective import Objective
+from funlora_hf.text_to_image.objective import Objective
 
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

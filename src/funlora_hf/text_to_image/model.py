@@ -70,6 +70,7 @@ class TextToImageModel(nn.Module):
     Attributes:
         family: "sd", "sdxl" or "sd3".
         denoiser: a `UNet2DConditionModel` or `SD3Transformer2DModel`.
+        denoiser_name: its name in the pipeline, "unet" or "transformer".
         text_encoders, tokenizers: by the names of the pipeline's text encoders, in its order.
         vae, scheduler: those of the pipeline.
         rows: a `TokenRows` after `add_rows`, before it None.
@@ -92,8 +93,8 @@ class TextToImageModel(nn.Module):
         parts = {key: getattr(pipe, key) for key in _ENCODERS[self.family]}
         if missing := [key for key, part in parts.items() if part is None and key != _T5]:
             raise ValueError(f"`pipe` has no {' and no '.join(missing)}: load it with all text encoders.")
-        self._denoiser_name = "transformer" if self.family == "sd3" else "unet"
-        self.denoiser: Any = getattr(pipe, self._denoiser_name)
+        self.denoiser_name = "transformer" if self.family == "sd3" else "unet"
+        self.denoiser: Any = getattr(pipe, self.denoiser_name)
         self.text_encoders = nn.ModuleDict({key: part for key, part in parts.items() if part is not None})
         self.tokenizers = {
             key: getattr(pipe, key.replace("text_encoder", "tokenizer"))
@@ -107,7 +108,7 @@ class TextToImageModel(nn.Module):
         self._force_zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", None)
         size = self.denoiser.config.sample_size
         if not isinstance(size, int):
-            raise ValueError(f"`{self._denoiser_name}.sample_size` is {size!r}, expected a number: square latents.")
+            raise ValueError(f"`{self.denoiser_name}.sample_size` is {size!r}, expected a number: square latents.")
         if getattr(self.vae.config, "latents_mean", None) is not None:
             raise ValueError("`vae.latents_mean` is set, expected None: latents are only shifted and scaled.")
         self.resolution = size * self.vae_scale_factor
@@ -126,6 +127,7 @@ class TextToImageModel(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         drop_t5: bool = False,
+        field: str = "pretrained_model_name_or_path",
     ) -> TextToImageModel:
         """
         Load a pipeline from a folder or from the Hub, its weights from safetensors files only.
@@ -137,12 +139,13 @@ class TextToImageModel(nn.Module):
             device: where to put the model.
             dtype: of all weights but those of new tokens.
             drop_t5: whether to leave out the T5 of SD3.
+            field: the argument that names the pipeline, for errors.
 
         Raises:
             OSError: no such pipeline, or one without safetensors files.
             ValueError: another kind of pipeline, or `drop_t5` for one that has no T5; before weights are downloaded.
         """
-        source, field = os.fspath(name), "pretrained_model_name_or_path"
+        source = os.fspath(name)
         check_not_mistyped(field, source, revision=revision)
         index = dict(DiffusionPipeline.load_config(source, revision=revision))
         kind, shown = index.get("_class_name"), f"`{field}` {source!r}"
@@ -306,7 +309,7 @@ class TextToImageModel(nn.Module):
 
     def pipeline(self) -> DiffusionPipeline:
         """Return the stock pipeline of these very modules, without a progress bar; `prompt_arguments` makes its prompts."""
-        parts: dict[str, Any] = {self._denoiser_name: self.denoiser, "vae": self.vae, "scheduler": self.scheduler}
+        parts: dict[str, Any] = {self.denoiser_name: self.denoiser, "vae": self.vae, "scheduler": self.scheduler}
         for key in _ENCODERS[self.family]:
             parts[key] = getattr(self.text_encoders, key, None)
             parts[key.replace("text_encoder", "tokenizer")] = self.tokenizers.get(key)

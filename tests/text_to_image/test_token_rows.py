@@ -10,8 +10,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from text_encoders import PIPELINES, make_prompted
 
-from funlora_hf.personalization.text_to_image import TextToImageModel
-from funlora_hf.personalization.token_rows import TokenRows, load_token_rows, prompt_arguments, without_tokens
+from funlora_hf.text_to_image.model import TextToImageModel
+from funlora_hf.text_to_image.token_rows import TokenRows, load_token_rows, prompt_arguments, without_tokens
 
 
 ENCODERS = {

@@ -1,0 +1,12 @@
+"""Text-to-image pipelines of diffusers, put together for training: model, objective, rows of new tokens."""
+
+from ..utils.quiet import quiet_loading
+
+
+with quiet_loading():
+    # transformers looks for torchvision at the first import of these.
+    from diffusers import (  # noqa: F401
+        StableDiffusion3Pipeline,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
