@@ -45,4 +45,6 @@ def strategy_class(name: str, options: Iterable[str] | None = None) -> type[Stra
         ValueError: an unknown name, with the known ones; or see `find_strategy`.
     """
     forms = _FORMS.get(name, {})
-    return next((forms[option] for option in options or () if option in forms), find_strategy(name, STRATEGIES, Strategy))
+    return next(
+        (forms[option] for option in options or () if option in forms), find_strategy(name, STRATEGIES, Strategy)
+    )
