@@ -39,7 +39,7 @@ from .sequential import check_one_generator
 # The name under which diffusers looks for a LoRA in a folder.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
-# Arguments of the training that act on a U-Net from scratch, or on what is pushed of a run with a base of its own.
+# They act on a U-Net from scratch, or push a run's own base.
 _UNUSED = ("channels_last", "torch_compile", "push_to_hub")
 
 
@@ -114,7 +114,7 @@ class DiffClassPretrained(LoraPerTask):
                 f"`pretrained` is {os.fspath(folder)!r}, a generator of classes, expected a text-to-image pipeline: name it by --base_model, "
                 "and leave `pretrained` out."
             )
-        _ = self.objective  # it refuses what does not fit the scheduler
+        _ = self.objective  # reads the pipeline, and refuses a scheduler that does not fit
 
     @cached_property
     def model(self) -> TextToImageModel:
@@ -155,6 +155,7 @@ class DiffClassPretrained(LoraPerTask):
     def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> Tensor:
         if not trains_lora(phase):
             return super().training_step(phase, batch, module)
+        # On the CPU, as for all devices; torch is seeded for the step.
         objective, device, random = self.objective, batch.sample.device, torch.default_generator
         mean, std = self.model.encode_images(self._for_pipeline(batch.sample))
         times = objective.times(len(mean), random).to(device)
