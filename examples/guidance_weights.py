@@ -25,6 +25,7 @@ from funlora_hf.classifier import build_classifier
 from funlora_hf.continual.strategies.ddgr import log_probability
 from funlora_hf.continual.strategies.registry import strategy_class
 from funlora_hf.data import load_image_data
+from funlora_hf.data.pixels import to_model_range
 from funlora_hf.run import RunArguments
 from funlora_hf.sampling.drawing import draw_samples, to_uint8
 from funlora_hf.utils.files import read_tensors, write_json
@@ -86,7 +87,7 @@ def measure(folder: Path, largest_weights: list[float], scale: float, count: int
             ).images
             drawn = to_uint8(images).flatten(1).float()
             accepted.append((judge.predict(drawn) == class_id).mean())
-            own.append((classifier(images).argmax(dim=1) == row).float().mean())
+            own.append((classifier(to_model_range(to_uint8(images))).argmax(dim=1) == row).float().mean())
             deviations.append(drawn.std(dim=0).mean() / real[class_id].std(dim=0).mean())
         means = [float(torch.tensor(values).mean()) for values in (accepted, own, deviations)]
         rows.append(

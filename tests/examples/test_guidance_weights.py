@@ -21,8 +21,9 @@ COUNT = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    options = {"num_inference_steps": 3, "classifier_train_steps": 20, "classifier_batch_size": 20}
-    return run_in(tmp_path_factory.mktemp("run"), strategy="replay", strategy_options=options, evaluation=False)
+    options = {"num_inference_steps": 3, "classifier_train_steps": 60, "classifier_batch_size": 20}
+    how = {"base_train_steps": 60, "adapter_train_steps": 30, "classes_per_task": 2, "num_tasks": 2}
+    return run_in(tmp_path_factory.mktemp("run"), strategy="replay", strategy_options=options, evaluation=False, **how)
 
 
 def test_the_first_row_is_without_guidance(folder):
@@ -54,7 +55,8 @@ def test_the_guiding_classifier_accepts_more(folder, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["guidance_weights.py", str(folder), *arguments, "--guidance_scale", "3"])
     guidance_weights.main()
     plain, guided = json.loads((tmp_path / "o.json").read_text())
-    assert guided["own"] > plain["own"]
+    # Far above the quarter that noise, or images in another range than the classifier's, would get.
+    assert guided["own"] > max(plain["own"], 60)
     assert f"| 10 | {guided['accepted']:.4g} |" in capsys.readouterr().out
 
 
