@@ -20,15 +20,12 @@ import torch
 from seed_tables import markdown_table
 from sklearn.svm import SVC
 
-from funlora_hf import FunLoraPipeline, Guidance
-from funlora_hf.classifier import build_classifier
+from funlora_hf import Guidance
 from funlora_hf.continual.strategies.ddgr import log_probability
-from funlora_hf.continual.strategies.registry import strategy_class
-from funlora_hf.data import load_image_data
 from funlora_hf.data.pixels import to_model_range
-from funlora_hf.run import RunArguments
+from funlora_hf.run import Run, RunArguments
 from funlora_hf.sampling.drawing import draw_samples, to_uint8
-from funlora_hf.utils.files import read_tensors, write_json
+from funlora_hf.utils.files import write_json
 
 
 def main() -> None:
@@ -51,22 +48,13 @@ def main() -> None:
 
 def measure(folder: Path, largest_weights: list[float], scale: float, count: int) -> list[dict[str, Any]]:
     """Return a row for each largest weight; the first row, of weight 0, is without guidance."""
-    arguments = RunArguments.of(folder)
-    options = strategy_class(arguments.training.strategy).make_options(arguments.training.strategy_options or {})
-    files = list((folder / "checkpoints" / "classifier").glob("task_*.safetensors"))
-    if not (files and hasattr(options, "classifier_architecture")):
+    strategy, data = Run(RunArguments.of(folder), None).prepared()
+    setting, classifier = strategy.setting, strategy.own_classifier()
+    if classifier is None:
         raise ValueError(f"{folder} has kept no classifier, expected a finished run of 'replay', 'ddgr' or 'guide'.")
-    pipe = FunLoraPipeline.from_pretrained(folder / "model")
-    pipe.set_progress_bar_config(disable=True)
-    size, channels, classes = pipe.unet.config.sample_size, pipe.unet.config.in_channels, list(pipe.classes)
-    kind = options.classifier_architecture
-    classifier = build_classifier(len(classes), channels=channels, image_size=size, architecture=kind)
-    classifier.load_state_dict(read_tensors(files[0], remedy="run it again"))
-    classifier.eval().requires_grad_(False)
-    columns = {
-        name: getattr(arguments.data, name) for name in ("image_column", "label_column", "train_split", "test_split")
-    }
-    data = load_image_data(arguments.data.dataset_name, **columns, image_size=size, channels=channels)
+    classifier.requires_grad_(False)
+    options: Any = strategy.options
+    classes = setting.seen(setting.tasks[-1])
     real = {class_id: data.images(class_id).flatten(1).float() for class_id in classes}
     judge = SVC().fit(torch.cat([*real.values()]), [class_id for class_id in classes for _ in real[class_id]])
     rows = []
@@ -74,20 +62,22 @@ def measure(folder: Path, largest_weights: list[float], scale: float, count: int
         accepted, own, deviations = [], [], []
         for row, class_id in enumerate(classes):
             score = partial(log_probability, classifier, row)
-            images = draw_samples(
-                pipe,
-                class_id,
-                count,
-                purpose="guidance_weights",
-                seed=arguments.training.seed,
-                batch_size=options.sampling_batch_size,
-                solver=options.solver,
-                num_inference_steps=options.num_inference_steps,
-                guidance=Guidance(score, scale, largest) if largest else None,
-            ).images
-            drawn = to_uint8(images).flatten(1).float()
+            with strategy.inference([class_id]) as pipe:
+                samples = draw_samples(
+                    pipe,
+                    class_id,
+                    count,
+                    purpose="guidance_weights",
+                    seed=setting.training.seed,
+                    batch_size=options.sampling_batch_size,
+                    solver=options.solver,
+                    num_inference_steps=options.num_inference_steps,
+                    guidance=Guidance(score, scale, largest) if largest else None,
+                )
+            images = to_uint8(samples.images)
+            drawn = images.flatten(1).float()
             accepted.append((judge.predict(drawn) == class_id).mean())
-            own.append((classifier(to_model_range(to_uint8(images))).argmax(dim=1) == row).float().mean())
+            own.append((classifier(to_model_range(images)).argmax(dim=1) == row).float().mean())
             deviations.append(drawn.std(dim=0).mean() / real[class_id].std(dim=0).mean())
         means = [float(torch.tensor(values).mean()) for values in (accepted, own, deviations)]
         rows.append(

@@ -1047,10 +1047,10 @@ def test_a_base_that_is_not_there_is_named(name, inside):
 
 
 def test_a_single_task_of_all_classes_is_said(tmp_path, recwarn):
-    Run(short_run(output_dir=str(tmp_path), classes_per_task=10, num_tasks=1), None)._prepared()
+    Run(short_run(output_dir=str(tmp_path), classes_per_task=10, num_tasks=1), None).prepared()
     assert not [one for one in recwarn if "classes_per_task" in str(one.message)]
     with pytest.warns(UserWarning, match="`classes_per_task` is 20, and there are 10 classes: task 1 has all"):
-        Run(short_run(output_dir=str(tmp_path), classes_per_task=20), None)._prepared()
+        Run(short_run(output_dir=str(tmp_path), classes_per_task=20), None).prepared()
 
 
 def test_one_class_alone_is_refused(inside):

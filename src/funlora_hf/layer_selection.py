@@ -19,6 +19,7 @@ from torch import nn
 from .tuner import FunLoraConfig
 from .tuner.hotswap import SAVED_PREFIX
 from .tuner.layer import FunLoraFactorLayer
+from .tuner.learning_rates import kind_of
 from .tuner.targets import (
     attentions,
     conv_names,
@@ -34,8 +35,6 @@ from .tuner_base.wrappers import evaluation_mode, plain_modules, without_peft
 from .utils.files import read_tensors
 
 
-# FunLoRA's class vector, or a row of the class embedding that PEFT trains as a token.
-_CLASS_VECTOR = re.compile(r"\.(funlora_class_vector|trainable_tokens_delta)\.")
 _Adapter = Path | str | Mapping[str, torch.Tensor]
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _BUDGET = re.compile(r"<=\s*(\d+(?:\.\d+)?)\s*([kK]?)(?:\s*per class)?")
@@ -209,7 +208,7 @@ def parameters_per_class(model: nn.Module, config: PeftConfig) -> ParametersPerC
     Source: arXiv 2510.02631, Tables I, II, IV and V [exact].
     """
     trained = {name: p.numel() for name, p in adapted_shape(model, config).named_parameters() if p.requires_grad}
-    vectors = sum(count for name, count in trained.items() if _CLASS_VECTOR.search(name))
+    vectors = sum(count for name, count in trained.items() if kind_of(name) == "class_vector")
     total = sum(trained.values())
     return ParametersPerClass(without_vector=total - vectors, with_vector=total)
 

@@ -193,7 +193,7 @@ class Run:
 
     def learn(self) -> dict[str, Any] | None:
         """Train, evaluate and report; resume a run where it stopped."""
-        strategy, data = self._prepared()
+        strategy, data = self.prepared()
         with held(self.folder.path, self.accelerator, self.training):
             if self.accelerator.is_main_process:
                 overwrite, resume = self.training.overwrite_output_dir, self.training.resume_from_checkpoint == LATEST
@@ -217,7 +217,7 @@ class Run:
                 f"{self.folder.path} has no {self.folder.results.name}, expected a finished run: to continue an unfinished one, pass "
                 "--resume_from_checkpoint latest to `funlora train`."
             )
-        strategy, data = self._prepared()
+        strategy, data = self.prepared()
         evaluator = self._evaluator(strategy, data)
         with held(self.folder.path, self.accelerator, self.training):
             if self.accelerator.is_main_process:
@@ -240,7 +240,7 @@ class Run:
         """Measure what the run costs. Its folder cannot be used for a run afterwards."""
         given, evaluation = self.arguments.data, self.arguments.evaluation
         known = None if self.model.base_model else KnownCounts.of(given.dataset_name, given.max_images_per_class)
-        strategy, data = self._prepared(known)
+        strategy, data = self.prepared(known)
         parts = count_parts(strategy, data, evaluation)
         measure_parts(parts, strategy, self.accelerator, evaluation)
         notes = [] if known is None else [f"{given.dataset_name} was not opened; assumed: {known}."]
@@ -289,7 +289,7 @@ class Run:
             publisher.end_run()
         return results
 
-    def _prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any]:
+    def prepared(self, counts: KnownCounts | None = None) -> tuple[Strategy, Any]:
         """Return a run's strategy and data after all checks; write nothing. With `counts`, do not open the data."""
         name, unet = self.model.base_model, None if self.model.unet_config is None else self.model.unet
         revision = self.model.base_model_revision

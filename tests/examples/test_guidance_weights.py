@@ -8,7 +8,7 @@ import sys
 import guidance_weights
 import numpy as np
 import pytest
-from runs import run_in
+from runs import SHORT, run_in
 from sklearn.svm import SVC
 
 from funlora_hf import FunLoraPipeline
@@ -32,7 +32,7 @@ def test_the_first_row_is_without_guidance(folder):
     assert rows[0] == rows[1] == rows[2]
     pipe = FunLoraPipeline.from_pretrained(folder / "model")
     pipe.set_progress_bar_config(disable=True)
-    data = load_image_data("digits", image_size=8, channels=1)
+    data = load_image_data("digits", image_size=8, channels=1, max_images_per_class=SHORT["max_images_per_class"])
     real = {c: np.stack([image.flatten() for image in data.images(c).numpy()]) for c in pipe.classes}
     judge = SVC().fit(np.concatenate([*real.values()]), np.repeat([*real], [len(one) for one in real.values()]))
     accepted = []

@@ -16,6 +16,7 @@ from funlora_hf.continual.strategies.registry import strategy_class
 from funlora_hf.continual.strategy import Setting, Strategy
 from funlora_hf.continual.trainer import ContinualTrainer
 from funlora_hf.data.tasks import Task
+from funlora_hf.sampling.drawing import draw_samples
 
 
 TASKS = (Task(0, (5, 1)), Task(1, (0, 7)), Task(2, (3,)))
@@ -113,3 +114,20 @@ def stop_at(strategy: Strategy, phase_name: str, step: int) -> None:
                 raise KeyboardInterrupt
 
     strategy.after_step = after_step
+
+
+def drawn_from(pipe, class_id):
+    return draw_samples(
+        pipe, class_id, 3, purpose="test", seed=0, batch_size=3, solver="euler", num_inference_steps=2
+    ).images
+
+
+class Drawing:
+    """Draws images of each class seen after each task."""
+
+    def __init__(self, strategy) -> None:
+        self.strategy, self.drawn = strategy, []
+
+    def end_task(self, task):
+        with self.strategy.inference(self.strategy.setting.seen(task)) as pipe:
+            self.drawn.append({c: drawn_from(pipe, c) for c in self.strategy.setting.seen(task)})

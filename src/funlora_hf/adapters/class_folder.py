@@ -29,6 +29,8 @@ from .untrusted_base import PIPELINE, base_classes
 
 
 ADAPTERS_FOLDER = "adapters"
+# A LoRA of a pretrained pipeline for each task, as diffusers saves it.
+LORAS_FOLDER = "loras"
 _PREFIX = "class_"
 
 

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
+from ..adapters.class_folder import ADAPTERS_FOLDER, LORAS_FOLDER, adapter_name
 from ..utils.arguments import as_options
 from ..utils.checks import shortened
 from ..utils.files import read_mapping, recover_folder, remove_folder, write_json
@@ -20,8 +20,6 @@ from .config import ARGUMENTS, EvaluationArguments, measuring_settings
 logger = logging.getLogger(__name__)
 
 EVALUATION = EvaluationArguments.__name__
-# A LoRA of a pretrained pipeline for each task.
-LORAS_FOLDER = "loras"
 # Parts of the settings that follow from the arguments and the data.
 _CLASSES, _TASKS = "classes", "tasks"
 # Settings that do not change the results.

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adapters.class_folder import ADAPTERS_FOLDER
+from ..adapters.class_folder import ADAPTERS_FOLDER, LORAS_FOLDER
 from ..continual.costs import Part
-from ..continual.run_folder import LORAS_FOLDER
 
 
 # Follows the name of what has learned from other data than that of the run.

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders, adapter_name
+from ..adapters.class_folder import ADAPTERS_FOLDER, LORAS_FOLDER, adapter_class, adapter_folders, adapter_name
 from ..adapters.untrusted_adapter import ADAPTER_FILES, fetch
 from ..adapters.untrusted_bank import read_bank
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, UNET_FOLDER
@@ -114,7 +114,11 @@ def find_contents(
         others = ", ".join(folder.name for folder in below) if os.path.isdir(name) else ""
         raise FileNotFoundError(f"{place} has no {', '.join(absent)}, expected {others or 'classes that it has'}.")
     if not (found.base or found.adapters or found.banks):
-        loras = "; diffusers' `load_lora_weights` reads the folders in its loras/" if (root / "loras").is_dir() else ""
+        loras = (
+            f"; diffusers' `load_lora_weights` reads the folders in its {LORAS_FOLDER}/"
+            if (root / LORAS_FOLDER).is_dir()
+            else ""
+        )
         raise FileNotFoundError(
             f"{place} has neither a base nor an adapter nor a bank, expected a run, a pipeline, a folder class_<id>, or an "
             f"adapter as PEFT saves it{loras}."

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from strategies import OPTIONS, TASKS, Drawn, learn, make_strategy
+from strategies import OPTIONS, TASKS, Drawing, Drawn, drawn_from, learn, make_strategy
 from torch import nn
 from torch.nn import functional
 
@@ -25,7 +25,6 @@ from funlora_hf.continual.strategy import Batch
 from funlora_hf.continual.strategy_state import memory_reports
 from funlora_hf.continual.trainer import ContinualTrainer
 from funlora_hf.data.pixels import to_model_range
-from funlora_hf.sampling.drawing import draw_samples
 
 
 VECTOR = "base_model.model.class_embedding.token_adapter.trainable_tokens_delta"
@@ -38,23 +37,6 @@ def with_options(folder, **options):
 
 def tensors(strategy, class_id):
     return load_file(strategy.adapters_dir / f"class_{class_id}" / "adapter_model.safetensors")
-
-
-def drawn_from(pipe, class_id):
-    return draw_samples(
-        pipe, class_id, 3, purpose="test", seed=0, batch_size=3, solver="euler", num_inference_steps=2
-    ).images
-
-
-class Drawing:
-    """Draws images of each class seen after each task."""
-
-    def __init__(self, strategy) -> None:
-        self.strategy, self.drawn = strategy, []
-
-    def end_task(self, task):
-        with self.strategy.inference(self.strategy.setting.seen(task)) as pipe:
-            self.drawn.append({c: drawn_from(pipe, c) for c in self.strategy.setting.seen(task)})
 
 
 @pytest.fixture(scope="module")

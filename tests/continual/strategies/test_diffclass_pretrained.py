@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from runs import digests, short_run
 from safetensors.torch import load_file
-from strategies import TASKS, learn, make_strategy, stop_at
+from strategies import TASKS, Drawing, drawn_from, learn, make_strategy, stop_at
 from torch.nn import functional
 
 from funlora_hf.continual.config import ModelArguments
@@ -29,7 +29,6 @@ from funlora_hf.evaluation.report import ForgettingError
 from funlora_hf.evaluation.tables import summary_table, what_next
 from funlora_hf.personalization.tiny import tiny_base
 from funlora_hf.run import dry_run, evaluate, run
-from funlora_hf.sampling.drawing import draw_samples
 from funlora_hf.utils.seeds import generator_for
 
 
@@ -41,23 +40,6 @@ def make(folder, *, training=None, pretrained=None, **options):
     """A strategy for grey images of 8 x 8 pixels."""
     options = {"pretrained": str(pretrained or tiny_base()), "image_size": 8, "channels": 1, **FEW, **options}
     return make_strategy("diffclass", folder, strategy_options=options, **(training or {}))
-
-
-def drawn_from(pipe, class_id):
-    return draw_samples(
-        pipe, class_id, 3, purpose="test", seed=0, batch_size=3, solver="heun", num_inference_steps=2
-    ).images
-
-
-class Drawing:
-    """Draws images of each class seen after each task."""
-
-    def __init__(self, strategy) -> None:
-        self.strategy, self.drawn = strategy, []
-
-    def end_task(self, task):
-        with self.strategy.inference(self.strategy.setting.seen(task)) as pipe:
-            self.drawn.append({c: drawn_from(pipe, c) for c in self.strategy.setting.seen(task)})
 
 
 @pytest.fixture(scope="module")

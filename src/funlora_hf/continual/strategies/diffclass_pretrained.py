@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...adapters.class_folder import LORAS_FOLDER
 from ...adapters.untrusted_base import MOST_CONFIG, PIPELINE
 from ...data.tasks import Task
 from ...sampling.drawing import to_uint8
@@ -29,15 +31,12 @@ from ...utils.checks import check_choice, expanded
 from ...utils.field_types import Count, Range, one_of
 from ...utils.files import read_mapping, read_tensors, write_tensors
 from ..config import ModelArguments
-from ..run_folder import LORAS_FOLDER
 from ..strategy import Batch, Phase, Setting, Trainable, tensor_bytes
 from .lora_per_task import LoraPerTask, LoraPerTaskOptions, trains_lora
 from .low_rank import DEFAULT_RANK, gaussian_lora
 from .sequential import check_one_generator
 
 
-# The name under which diffusers looks for a LoRA in a folder.
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default"
 # They act on a U-Net from scratch, or push a run's own base.
 _UNUSED = ("channels_last", "torch_compile", "push_to_hub")
@@ -196,7 +195,7 @@ class DiffClassPretrained(LoraPerTask):
 
     def file(self, task: Task) -> Path:
         """Return the path of a task's LoRA."""
-        return self.setting.output_dir / LORAS_FOLDER / f"task_{task.index + 1}" / LORA_FILE
+        return self.setting.output_dir / LORAS_FOLDER / f"task_{task.index + 1}" / LORA_WEIGHT_NAME_SAFE
 
     def memory_report(self) -> dict[str, int]:
         report = super().memory_report()
