@@ -18,11 +18,17 @@ from funlora_hf.utils.quiet import quiet_loading
 LOADING = (diffusers_logging.is_progress_bar_enabled, transformers_logging.is_progress_bar_enabled)
 
 
-@pytest.fixture
-def bars():
-    yield
+def show_bars():
     diffusers_logging.enable_progress_bar()
     transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def bars():
+    """Bars that are on before and after, whatever tests of other modules left."""
+    show_bars()
+    yield
+    show_bars()
 
 
 @pytest.mark.parametrize("downloads", [True, False])

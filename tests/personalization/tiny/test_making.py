@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers.utils.logging import is_progress_bar_enabled
 from safetensors import safe_open
 
 from funlora_hf.personalization.tiny import making, scenes, tiny_base, tiny_dual_encoder
@@ -100,6 +101,7 @@ def test_check(made, capsys, monkeypatch):
     monkeypatch.setattr(making, "check", lambda folder: {"base": {"noun": float(folder == made)}})
     making.main(["--check", "--folder", str(made)])
     assert json.loads(capsys.readouterr().out) == {"base": {"noun": 1.0}}
+    assert is_progress_bar_enabled()
     monkeypatch.undo()
     shares = making.check(made, most=8)
     assert set(shares) == {"base", "composites", "reconstructions", "concepts", "reader", "dual_encoder"}

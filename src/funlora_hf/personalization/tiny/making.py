@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ...evaluation.figures import image_grid
 from ...utils.files import read_json, read_tensors, whole_file, whole_folder, write_json, write_tensors
+from ...utils.quiet import quiet_loading
 from ...utils.seeds import derive_seed
 from ..concepts import load_concepts
 from ..pictures import load_images
@@ -353,12 +353,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given.check and not given.folder:
         parser.error("--folder is needed to make the files")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    diffusers_logging.disable_progress_bar()
-    if not given.check:
-        make(given.folder, seed=given.seed)
-    print(json.dumps(check(given.folder or _SHIPPED), indent=2))
-    if given.picture:
-        draw_overview(given.folder or _SHIPPED, given.picture)
+    with quiet_loading():
+        if not given.check:
+            make(given.folder, seed=given.seed)
+        print(json.dumps(check(given.folder or _SHIPPED), indent=2))
+        if given.picture:
+            draw_overview(given.folder or _SHIPPED, given.picture)
 
 
 if __name__ == "__main__":
