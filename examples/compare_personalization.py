@@ -17,6 +17,7 @@ failed, whose log.txt says why; 2, an unknown argument.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,6 +35,7 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 from comparison.figures import COLOURS, MARKERS
+from comparison.jobs import threads_per_worker
 from comparison.learning_rates import Scores
 from funlora_hf.evaluation.figures import new_figure, sample_grid
 from funlora_hf.personalization.arguments import CONCEPT_ARGUMENTS, TINY, ConceptArguments
@@ -83,15 +86,17 @@ class Job:
     folder: Path
     options: tuple[str, ...]
 
-    def run(self) -> dict[str, Any] | None:
-        """Return the results of the run, which is done if it is not finished; None: it failed."""
+    def run(self, threads: int | None) -> dict[str, Any] | None:
+        """Return the results of the run, which is done if it is not finished, with so many threads; None: it failed."""
         results = self.folder / "results.json"
         if not results.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "funlora_hf.personalization.command", *self.options]
             command += ["--output_dir", str(self.folder), "--resume_from_checkpoint", "latest"]
+            environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
             with open(self.folder / "log.txt", "ab") as log:
-                code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode  # noqa: S603
+                done = subprocess.run(command, stdout=log, stderr=log, check=False, env=environment)  # noqa: S603
+            code = done.returncode
             print(f"{self.folder}: {'finished' if code == 0 else f'FAILED, see {self.folder}/log.txt'}", flush=True)
         return read_json(results) if results.is_file() else None
 
@@ -165,9 +170,10 @@ def default_rate(choice: Choice, *, tiny: bool) -> float:
 
 
 def run_all(jobs: dict[Any, Job], workers: int) -> dict[Any, dict[str, Any] | None]:
-    """Run jobs, several at a time."""
+    """Run jobs, several at a time, which share the cores."""
+    run = partial(Job.run, threads=threads_per_worker(workers))
     with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(jobs, pool.map(Job.run, jobs.values()), strict=True))
+        return dict(zip(jobs, pool.map(run, jobs.values()), strict=True))
 
 
 Runs = Sequence[dict[str, Any]]
@@ -292,7 +298,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=list(CONCEPT_STRATEGIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rate_factors", nargs="+", type=float, help="None: the default rate of each strategy.")
-    parser.add_argument("--num_workers", type=int, default=1, help="Runs at a time.")
+    parser.add_argument("--num_workers", type=int, default=1, help="Runs at a time; they share the cores.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/concepts_compared"))
     given, shared = parser.parse_known_args()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import compare_personalization
@@ -80,7 +81,7 @@ def test_each_strategy_gets_the_rate_with_the_best_end(tiny, tmp_path, monkeypat
     default = rates.tiny if tiny else rates.other
     asked = []
 
-    def run(job):
+    def run(job, threads):
         rate = float(job.options[job.options.index("--concept_learning_rate") + 1])
         asked.append(job.options[-2:])
         return results(0.5, {0.5: 0.2, 1.0: 0.9, 2.0: 0.4}[round(rate / default, 3)])
@@ -102,7 +103,7 @@ def test_each_strategy_gets_the_rate_with_the_best_end(tiny, tmp_path, monkeypat
 def test_rates_beyond_the_edge_are_tried(best, found, more, at_the_edge, tmp_path, monkeypatch):
     default, asked = concept_strategy("textual_inversion").token_rates.tiny, []
 
-    def run(job):
+    def run(job, threads):
         factor = float(job.options[job.options.index("--token_learning_rate") + 1]) / default
         asked.append(round(factor, 4))
         return results(0.5, 1 / (1 + abs(factor - best)))
@@ -136,7 +137,7 @@ def test_the_table_has_the_norms_of_the_products():
 
 
 def test_a_failed_run_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
-    def run(job):
+    def run(job, threads):
         if "naive_lora" in job.options:
             return None
         write_json(job.folder / "results.json", results(0.8, 0.8))
@@ -152,6 +153,23 @@ def test_a_failed_run_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
     assert written["results"].keys() == {"lora"}
     assert len(written["failed"]) == 1
     assert (tmp_path / "figures" / "scores.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "2"), ("3", "3")])
+def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch, given, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(4), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    found = []
+
+    def run(command, *, env, **others):
+        found.append(env["OMP_NUM_THREADS"])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("subprocess.run", run)
+    compare_personalization.run_all({name: Job(tmp_path / name, ()) for name in "ab"}, 2)
+    assert found == [expected] * 2
 
 
 @pytest.mark.slow

@@ -218,6 +218,14 @@ class LearningStrategy(ABC):
     def training_step(self, phase: Phase, batch: Any, module: nn.Module) -> torch.Tensor:
         """Return the loss of each sample, `(batch,)`, without a backward. `module` is the phase's, maybe wrapped for several processes."""
 
+    def penalty(self) -> torch.Tensor | float:
+        """Return what is added to the mean loss of a batch, computed in float32."""
+        return 0.0
+
+    def make_optimizer(self, phase: Phase, trainable: Trainable, **adamw: Any) -> torch.optim.Optimizer:
+        """Return the optimizer of a phase, given the arguments of AdamW that its settings come to."""
+        return torch.optim.AdamW(trainable.groups(), **adamw)
+
     def after_step(self, phase: Phase) -> None:  # noqa: B027
         """Called after every optimiser step."""
 

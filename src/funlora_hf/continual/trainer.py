@@ -292,7 +292,7 @@ class ContinualTrainer:
                 learning_rate(phase.settings, steps - 1, steps),
                 phase.settings.learning_rate,
             )
-        state = self._training_state(trainable, phase.settings, steps)
+        state = self._training_state(phase, trainable, steps)
         state.started = started
         resumes = training.resume_from_checkpoint is not None
         done = load_newest(self.folder.checkpoints / phase.name, state) if resumes else 0
@@ -353,14 +353,14 @@ class ContinualTrainer:
             "losses": state.losses.means(),
         }
 
-    def _training_state(self, trainable: Trainable, settings: PhaseSettings, steps: int) -> TrainingState:
-        parameters = list(trainable.parameters.values())
+    def _training_state(self, phase: Phase, trainable: Trainable, steps: int) -> TrainingState:
+        settings, parameters = phase.settings, list(trainable.parameters.values())
         # A GPU uses one kernel for all parameters; on a CPU, torch chooses. Where losses are read late, only a fused optimizer can
         # skip a step without waiting.
         on_gpu = self.accelerator.device.type == "cuda"
         fused = True if on_gpu or self._read_every > 1 else None
-        optimizer = torch.optim.AdamW(
-            trainable.groups(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
+        optimizer = self.strategy.make_optimizer(
+            phase, trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
         )
         ema = moving_average(parameters, settings, steps, foreach=on_gpu)
         scaler = self.accelerator.scaler

@@ -175,7 +175,10 @@ class Sequential(Strategy):
 
     def training_step(self, phase: Phase, batch: Batch, module: nn.Module) -> torch.Tensor:
         seen = self.setting.seen(self.task_of(phase))
-        return velocity_losses(module, batch, label_rows(seen, batch.class_ids))
+        losses = velocity_losses(module, batch, label_rows(seen, batch.class_ids))
+        # Squares of small numbers would be 0 in half precision.
+        with torch.autocast(self.setting.device.type, enabled=False):
+            return losses + self.penalty()
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         setting = self.setting

@@ -182,10 +182,6 @@ class ConceptStrategy(LearningStrategy):
         # The trainer divides the sum over all processes by the batch size.
         return losses * batch.weights + penalty * phase.settings.batch_size / batch.total
 
-    def penalty(self) -> torch.Tensor | float:
-        """Return what is added to the mean loss."""
-        return 0.0
-
     def add_adapter(self, config: PeftConfig, name: str) -> dict[str, nn.Parameter]:
         """Put a new adapter into the denoiser, in float32 whatever the base's precision, and return its parameters."""
         denoiser = self.model.denoiser
