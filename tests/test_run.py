@@ -155,8 +155,13 @@ def test_image_quality_and_drift_compare_the_samples_with_the_test_images(finish
     assert 0 <= quality["recall"] <= 1
     counts = {"extractor": "classifier", "neighbours": 5, "num_real": 60, "num_generated": 60}
     assert {name: quality[name] for name in counts} == counts
-    drift, before = results["drift"], read_json(finished / "results.json")["drift"]
-    assert drift == before
+    drift, before = results["drift"], read_json(finished / "results.json")
+    assert drift == before["drift"]
+    recognised = results["recognised"]
+    assert recognised == before["recognised"]
+    shares = [(predict(classifier, images) == c).double().mean().item() for c, images in enumerate(drawn)]
+    assert recognised["per_class"] == pytest.approx({str(c): 100 * share for c, share in enumerate(shares)})
+    assert recognised["mean"] == pytest.approx(10 * sum(shares))
     for class_id, images in enumerate(drawn):
         rows = [row[str(class_id)] for row in drift["by_task"] if str(class_id) in row]
         assert len(rows) == 3 - [4, 8, 10].index(next(end for end in (4, 8, 10) if class_id < end))

@@ -31,6 +31,13 @@ def test_only_in_the_features_of_inception_is_the_distance_called_fid():
         assert "recall" not in summary_table({**results(0, 98.0), **without})
 
 
+def test_the_class_that_is_recognised_least_is_named():
+    found = {"mean": 97.25, "per_class": {"0": 99.0, "1": 95.5}}
+    measured = {**results(0, 98.0), "class_names": {"0": "zero", "1": "one"}, "recognised": found}
+    assert "recognised (%)       97.25   least: 95.50, one\n" in summary_table(measured)
+    assert "recognised" not in summary_table({**measured, "recognised": None})
+
+
 def test_what_was_not_measured_is_said():
     unmeasured = {**results(0, 98.0), **dict.fromkeys(("A", "LA", "AIA", "forgetting"))}
     assert "not measured" in summary_table(unmeasured)

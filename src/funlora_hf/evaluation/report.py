@@ -70,6 +70,16 @@ def accuracy_results(rows: Sequence[Sequence[float] | None]) -> dict[str, Any]:
     return {"accuracy_matrix": matrix, **continual_scores(matrix)}
 
 
+def recognised(drift: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return `recognised` of results.json: % of the samples after the last task that a classifier of all real training images finds
+    to be of their class, by class and as the mean over them. None: `RunEvaluator.drift` did not measure that task."""
+    last = drift and drift["by_task"][-1]
+    if not last:
+        return None
+    shares = {class_id: one["accuracy"] for class_id, one in last.items()}
+    return {"mean": fmean(shares.values()), "per_class": shares}
+
+
 def joint_average_accuracies(path: str | None, num_tasks: int) -> list[float] | None:
     """Return A_1..A_T of a joint run; None without one, and, with a warning, if it has no results for `num_tasks` tasks."""
     if path is None:
@@ -229,6 +239,7 @@ def _evaluated(evaluator: RunEvaluator) -> dict[str, Any]:
         "own_classifier": None if own["A"] is None else own,
         "image_quality": measured.get("image quality"),
         "drift": drift,
+        "recognised": recognised(drift),
         "nfe": evaluator.nfe() if sampled else None,
     }
 
