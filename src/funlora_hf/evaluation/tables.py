@@ -44,7 +44,9 @@ def summary_table(results: Mapping[str, Any]) -> str:
     if (found := results.get("recognised")) is not None:
         least = min(found["per_class"], key=found["per_class"].get)
         share = found["per_class"][least]
-        lines.append(f"{'recognised (%)':<18}{found['mean']:>8.2f}   least: {share:.2f}, {results['class_names'][least]}")
+        lines.append(
+            f"{'recognised (%)':<18}{found['mean']:>8.2f}   least: {share:.2f}, {results['class_names'][least]}"
+        )
     if results["parameters_per_class"] is not None:
         with_vector = results["parameters_per_class_with_vector"]
         lines.append(
