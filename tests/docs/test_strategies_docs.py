@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from types import SimpleNamespace
 
+import concept_strategies
 import pytest
 import torch
 from runs import REPOSITORY, short_run
@@ -27,7 +28,6 @@ from funlora_hf.train import parse
 
 PAGES = REPOSITORY / "docs" / "strategies"
 VECTORS = "class_embedding.weight"
-HUGE = 1e6
 
 
 def page(name: str) -> str:
@@ -89,9 +89,8 @@ def test_a_page_of_concepts_has_what_a_run_takes_without_arguments(name):
     (rates,) = re.findall(rf"`{argument}` \((\S+) on the tiny base, else (\d\S*?),? ", text)
     given = strategy.rates or strategy.token_rates
     assert [float(rate) for rate in rates] == [given.tiny, given.other]
-    assert re.findall(r"`target_modules` \(default `(\w+)`\)", text) == [strategy.default_layers] * bool(
-        strategy.rates
-    )
+    layers = [strategy.default_layers] * ("target_modules" in strategy.takes)
+    assert re.findall(r"`target_modules` \(default `(\w+)`\)", text) == layers
     setting = SimpleNamespace(setting=SimpleNamespace(arguments=ConceptArguments()))
     ranks = [str(strategy.rank.fget(setting))] * ("rank" in strategy.takes)
     assert re.findall(r"`rank` \(default (\d+)\)", text) == ranks
@@ -116,18 +115,23 @@ def test_the_command_of_a_page_is_understood(name):
 
 
 @pytest.fixture(scope="module")
-def l2_anchor(tmp_path_factory):
-    """The example, as a file of its own, in the registry."""
-    (code,) = re.findall(r"^```python\n(.*?)^```", page("writing_your_own"), re.MULTILINE | re.DOTALL)
-    path = tmp_path_factory.mktemp("example") / "l2_anchor_example.py"
-    path.write_text(code, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+def examples(tmp_path_factory):
+    """The examples, each as a file of its own, in the registries: of classes and of concepts."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(sys.modules, path.stem, module)
-        spec.loader.exec_module(module)
-        patched.setitem(STRATEGIES, module.L2Anchor.name, module.L2Anchor)
-        yield module.L2Anchor
+        modules = []
+        for number, code in enumerate(
+            re.findall(r"^```python\n(.*?)^```", page("writing_your_own"), re.MULTILINE | re.DOTALL)
+        ):
+            path = tmp_path_factory.mktemp("example") / f"example_{number}.py"
+            path.write_text(code, encoding="utf-8")
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            modules.append(importlib.util.module_from_spec(spec))
+            patched.setitem(sys.modules, path.stem, modules[-1])
+            spec.loader.exec_module(modules[-1])
+        of_classes, of_concepts = modules
+        patched.setitem(STRATEGIES, "averaged", of_classes.Averaged)
+        patched.setitem(CONCEPT_STRATEGIES, "averaged", of_concepts.AveragedConcepts)
+        yield of_classes.Averaged, of_concepts.AveragedConcepts
 
 
 def example_run(folder, strategy, *, resume=None, **options):
@@ -148,13 +152,13 @@ def example_run(folder, strategy, *, resume=None, **options):
 
 
 @pytest.fixture(scope="module")
-def held(l2_anchor, tmp_path_factory):
-    """A run of the example with a huge penalty: its folder, results and weights."""
+def halves(examples, tmp_path_factory):
+    """A run of the example by its default: its folder, results and weights."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("held")
+    folder = tmp_path_factory.mktemp("halves")
     try:
-        return folder, *example_run(folder, "l2_anchor", penalty=HUGE)
+        return folder, *example_run(folder, "averaged")
     finally:
         torch.set_num_threads(threads)
 
@@ -165,30 +169,30 @@ def distance(weights, folder) -> float:
     return max((weights[name] - base[name]).abs().max().item() for name in base if name != VECTORS)
 
 
-def test_the_example_does_what_its_page_says(l2_anchor, held, tmp_path):
+def test_the_example_does_what_its_page_says(examples, halves, tmp_path):
     finetune, plain = example_run(tmp_path / "finetune", "finetune")
-    free, unheld = example_run(tmp_path / "free", "l2_anchor", penalty=0)
-    assert free["strategy"] == "l2_anchor"
-    assert free["strategy_options"] == {"penalty": 0}
+    free, whole_way = example_run(tmp_path / "free", "averaged", share=1)
+    assert free["strategy"] == "averaged"
+    assert free["strategy_options"] == {"share": 1}
     assert free["accuracy_matrix"] == finetune["accuracy_matrix"]
     assert free["held_out_loss"] == finetune["held_out_loss"]
-    assert plain.keys() == unheld.keys()
-    assert all(torch.equal(plain[name], unheld[name]) for name in plain)
+    assert plain.keys() == whole_way.keys()
+    assert all(torch.equal(plain[name], whole_way[name]) for name in plain)
+    _, none = example_run(tmp_path / "none", "averaged", share=0)
+    assert distance(none, tmp_path / "none") == 0
+    assert not torch.equal(none[VECTORS][2], none[VECTORS][:2].mean(dim=0))
 
-    folder, results, weights = held
-    # Two tasks, each of which may move a weight by a few learning rates.
-    assert distance(weights, folder) < 4e-3
-    assert distance(weights, folder) < distance(plain, tmp_path / "finetune") / 4
-    assert not torch.equal(weights[VECTORS][2], weights[VECTORS][:2].mean(dim=0))
+    folder, results, weights = halves
+    assert 0 < distance(weights, folder) < distance(plain, tmp_path / "finetune")
     constant = [report["persistent"] - report["per_class"] for report in results["memory_per_task"]]
     assert constant[1] == constant[2]
     assert results["memory"]["transient"] > finetune["memory"]["transient"]
 
 
-def test_the_example_goes_on_after_stops(l2_anchor, held, tmp_path, monkeypatch):
+def test_the_example_goes_on_after_stops(examples, halves, tmp_path, monkeypatch):
     """One between tasks 2 and 3, and one inside task 3."""
-    steps = []
-    end_task = l2_anchor.end_task
+    averaged, steps = examples[0], []
+    end_task = averaged.end_task
 
     def stop_between(strategy, task):
         end_task(strategy, task)
@@ -202,17 +206,27 @@ def test_the_example_goes_on_after_stops(l2_anchor, held, tmp_path, monkeypatch)
 
     for hook, stop, resume in (("end_task", stop_between, None), ("after_step", stop_inside, "latest")):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(l2_anchor, hook, stop)
-            example_run(tmp_path, "l2_anchor", penalty=HUGE, resume=resume)
+            patched.setattr(averaged, hook, stop)
+            example_run(tmp_path, "averaged", resume=resume)
     assert steps == ["task_3"] * 5
     assert [path.name for path in (tmp_path / "checkpoints" / "task_3").iterdir()] == ["step_3"]
-    _, weights = example_run(tmp_path, "l2_anchor", penalty=HUGE, resume="latest")
-    assert all(torch.equal(held[2][name], weights[name]) for name in weights)
+    _, weights = example_run(tmp_path, "averaged", resume="latest")
+    assert all(torch.equal(halves[2][name], weights[name]) for name in weights)
 
 
-def test_the_example_refuses_options_out_of_range(l2_anchor):
+def test_the_example_refuses_options_out_of_range(examples):
     for wrong in (-1, "1e3"):
-        with pytest.raises(ValueError, match=r"`penalty` is .* expected a number of at least 0"):
-            short_run(strategy="l2_anchor", strategy_options={"penalty": wrong})
-    with pytest.raises(ValueError, match="`strategy_options` has 'lambda', but `strategy` 'l2_anchor' expects"):
-        short_run(strategy="l2_anchor", strategy_options={"lambda": 1})
+        with pytest.raises(ValueError, match=r"`share` is .* expected a number from 0 to 1"):
+            short_run(strategy="averaged", strategy_options={"share": wrong})
+    with pytest.raises(ValueError, match="`strategy_options` has 'lambda', but `strategy` 'averaged' expects"):
+        short_run(strategy="averaged", strategy_options={"lambda": 1})
+
+
+def test_the_example_for_concepts_goes_half_of_the_way(examples, tmp_path):
+    changes = {}
+    for name in ("averaged", "custom_diffusion"):
+        strategy = concept_strategies.learn(concept_strategies.make_strategy(name, tmp_path / name, nouns="b"))
+        changes[name] = strategy.deltas(strategy.load(strategy.setting.tasks))
+    for layer, whole_way in changes["custom_diffusion"].items():
+        assert torch.equal(changes["averaged"][layer], whole_way / 2)
+    concept_strategies.learn(concept_strategies.make_strategy("averaged", tmp_path / "more"))

@@ -148,13 +148,15 @@ def test_a_base_trained_on_two_processes_agrees(uninterrupted, tmp_path, run_exa
 
 
 @long
-@pytest.mark.parametrize("strategy", ["finetune", "merge_orthogonal", "replay", "guide", "jdcl", "diffclass"])
+@pytest.mark.parametrize("strategy", ["finetune", "ewc", "merge_orthogonal", "replay", "guide", "jdcl", "diffclass"])
 def test_a_strategy_of_sequential_trains_on_two_processes(strategy, tmp_path, run_example):
     """They share every batch, so rounding differs, and no more; without dropout, whose randomness is of the process."""
     options = ["--strategy_options", "num_inference_steps=1", "classifier_train_steps=2"]
     arguments = command_line(
         strategy=strategy, **RANKS.get(strategy, {}), num_tasks=2, image_quality="none", unet_config=WITHOUT_DROPOUT
     )
+    if strategy == "ewc":
+        arguments += ["--strategy_options", "fisher_batches=2"]
     drawing = {"replay": options, "guide": options, "jdcl": options[:2], "diffclass": options}
     arguments += drawing.get(strategy, [])
     file = "adapters/class_5/adapter_model" if strategy == "diffclass" else "model/unet/diffusion_pytorch_model"

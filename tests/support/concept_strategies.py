@@ -37,7 +37,11 @@ LETTERS = 2 + 2 * 26
 NOUNS = ("b", "c", "b")
 SAMPLING = ConceptEvaluationArguments(num_inference_steps=2, num_samples_per_prompt=2)
 # That make cns find entries, and clora's penalty small beside the loss.
-OPTIONS = {"cns": {"base_fraction": 0.4, "general_share": 1.0}, "clora": {"penalty": 1.0}}
+OPTIONS = {
+    "ewc": {"fisher_batches": 3},
+    "cns": {"base_fraction": 0.4, "general_share": 1.0},
+    "clora": {"penalty": 1.0},
+}
 
 
 def make_pipe(family: str = "sd"):
@@ -174,7 +178,10 @@ def weights(model: TextToImageModel) -> dict[str, torch.Tensor]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Bytes of what was learned, by path."""
-    places = [folder / name for name in ("concepts", "model", "checkpoints/model_changes", "checkpoints/strategy")]
+    places = [
+        folder / name
+        for name in ("concepts", "model", "checkpoints/model_changes", "checkpoints/fisher", "checkpoints/strategy")
+    ]
     files = [path for place in places for path in sorted(place.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 

@@ -22,6 +22,8 @@ from funlora_hf.sampling.drawing import draw_samples
 TASKS = (Task(0, (5, 1)), Task(1, (0, 7)), Task(2, (3,)))
 NAMES = {class_id: f"class {class_id}" for task in TASKS for class_id in task.class_ids}
 OPTIONS = {
+    "l2": {"penalty": 1.0},
+    "ewc": {"fisher_batches": 3, "penalty": 10.0},
     "replay": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6},
     "ddgr": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6},
     "guide": {"num_inference_steps": 2, "classifier_train_steps": 3, "classifier_batch_size": 6, "refreshes": 2},

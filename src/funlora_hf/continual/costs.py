@@ -155,7 +155,7 @@ def _training_step(
     """Return a training step on a batch of any size, at a learning rate of 0."""
     parameters, device = list(trainable.parameters.values()), accelerator.device
     on_gpu = device.type == "cuda"
-    optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True if on_gpu else None)
+    optimizer = strategy.make_optimizer(phase, trainable, lr=0.0, weight_decay=0.0, fused=True if on_gpu else None)
     ema = EMAModel(parameters, decay=0.0, foreach=on_gpu)
 
     def step(size: int) -> None:

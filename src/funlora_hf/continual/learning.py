@@ -182,6 +182,10 @@ class LearningStrategy(ABC):
         check_field_types(options)
         return options
 
+    def task_of(self, phase: Phase) -> Task:
+        """Return the first task whose classes a phase reads."""
+        return next(task for task in self.setting.tasks if set(phase.class_ids) & set(task.class_ids))
+
     @property
     def method_name(self) -> str | None:
         """The method of a class's adapter, a key of `PEFT_METHODS`; None if the strategy has no adapters."""

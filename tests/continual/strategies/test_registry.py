@@ -21,7 +21,8 @@ from funlora_hf.continual.strategy_state import (
 )
 
 
-SEQUENTIAL = ("finetune", "naive_lora", "merge_init", "merge_orthogonal", "magmax", "replay", "ddgr", "guide", "jdcl")
+WHOLE_GENERATOR = ("finetune", "l2", "ewc", "hft", "mofo", "replay", "ddgr", "guide", "jdcl")
+SEQUENTIAL = (*WHOLE_GENERATOR, "naive_lora", "merge_init", "merge_orthogonal", "magmax")
 CLASSIFYING = ("replay", "ddgr", "guide", "diffclass")
 # Their tasks have phases that all processes share.
 IN_SHARED_PHASES = (*SEQUENTIAL, "diffclass")
@@ -60,7 +61,7 @@ def guarded(strategy):
 def results_of(folder):
     """What a run has learned, by file."""
     kept = [folder / name for name in ("base", "adapters", "model")]
-    kept += [folder / "checkpoints" / name for name in ("generator", "classifier")]
+    kept += [folder / "checkpoints" / name for name in ("generator", "classifier", "fisher")]
     files = {f"{part.name}/{file}": sha for part in kept if part.is_dir() for file, sha in digests(part).items()}
     # An adapter's configuration names the folder of its base.
     return {file: sha for file, sha in files.items() if not file.endswith("adapter_config.json")}
@@ -93,6 +94,8 @@ def test_the_loop_refuses_a_phase_that_asks_for_past_images(tmp_path):
         ("replay", "task_2", 1),
         ("guide", "classifier_task_3", 14),
         ("jdcl", "local_2", 3),
+        ("ewc", "fisher_2", 3),
+        ("mofo", "task_2", 3),
         ("diffclass", "classifier_task_2", 5),
         *(pytest.param(name, "task_3", 3, marks=slow) for name in IN_SHARED_PHASES if name != "merge_orthogonal"),
         *(pytest.param(name, "classifier_task_3", 9, marks=slow) for name in CLASSIFYING),
@@ -192,7 +195,7 @@ def test_one_file_is_kept_and_the_base_stays(name, whole):
         assert digests(folder / "base") == digests(whole("funlora") / "base")
     assert not (folder / "checkpoints/replay").exists()
     assert {path.name for path in (folder / "checkpoints").iterdir()} <= {
-        *("generator", "classifier", "memory", "preparation", "seconds", "strategy")
+        *("generator", "classifier", "fisher", "memory", "preparation", "seconds", "strategy")
     }
 
 
@@ -201,10 +204,10 @@ def test_the_memory_report_counts_what_lies_on_disk(name, whole):
     folder = whole(name)
     report = memory_reports(RunFolder(folder))[-1]
     assert report == {**make_strategy(name, folder).memory_report(), "state": 0}
-    files = [folder / "checkpoints" / kind / "task_3.safetensors" for kind in ("generator", "classifier")]
+    files = [folder / "checkpoints" / kind / "task_3.safetensors" for kind in ("generator", "classifier", "fisher")]
     tensors = sum(t.nbytes for path in files if path.is_file() for t in load_file(path).values())
     # What the next task would start from: the joint run's model, the newest generator, or the base and what is beside it.
-    patterns = {"joint": ["model/unet/*"], "finetune": [], "replay": [], "ddgr": [], "guide": [], "jdcl": []}
+    patterns = {"joint": ["model/unet/*"], **dict.fromkeys(WHOLE_GENERATOR, ())}
     others = patterns.get(name, ["base/unet/*", "adapters/*/*"])
     whole_files = sum(path.stat().st_size for other in others for path in folder.glob(f"{other}.safetensors"))
     if name == "diffclass":  # which counts the LoRA that two classes share once
@@ -257,9 +260,9 @@ def test_all_strategies_of_a_seed_share_their_base(whole):
 
 def test_an_unknown_strategy_names_the_known_ones():
     with pytest.raises(
-        ValueError, match="`strategy` is 'ewc', expected one of: 'funlora', 'frozen', 'joint', 'finetune'"
+        ValueError, match="`strategy` is 'packnet', expected one of: 'funlora', 'frozen', 'joint', 'finetune'"
     ):
-        strategy_class("ewc")
+        strategy_class("packnet")
 
 
 @pytest.mark.parametrize(
@@ -312,6 +315,16 @@ def test_an_unknown_strategy_names_the_known_ones():
             {"distillation": 1},
             "has 'distillation', but `strategy` 'diffclass' expects some of: 'targets'",
         ),
+        ("l2", {"penalty": -1}, "`penalty` is -1, expected a number of at least 0"),
+        ("ewc", {"penalty": "much"}, "`penalty` is 'much', expected a number"),
+        (
+            "ewc",
+            {"fisher_batches": 0},
+            "`fisher_batches` should be a positive integer value but the value passed is 0",
+        ),
+        ("hft", {"share": 1.5}, "`share` is 1.5, expected a number of at least 0, at most 1"),
+        ("mofo", {"share": 0}, "`share` is 0, expected a number above 0, at most 1"),
+        ("l2", {"lambda": 1}, "has 'lambda', but `strategy` 'l2' expects some of: 'penalty'"),
         ("jdcl", {"classifier_batch_size": 9}, "has 'classifier_batch_size', but `strategy` 'jdcl' expects some of"),
     ],
 )

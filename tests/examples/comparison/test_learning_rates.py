@@ -131,7 +131,7 @@ def test_what_has_no_held_out_loss_needs_a_rate_of_its_own(losses, tmp_path):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_rate_is_the_one_that_later_tasks_are_trained_with(strategy):
-    whole_generator = strategy in ("joint", "finetune", "replay", "ddgr", "guide", "jdcl")
+    whole_generator = strategy in ("joint", "finetune", "l2", "ewc", "hft", "mofo", "replay", "ddgr", "guide", "jdcl")
     assert rate_argument(strategy) == ("base_learning_rate" if whole_generator else "adapter_learning_rate")
 
 

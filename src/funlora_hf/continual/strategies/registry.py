@@ -8,12 +8,16 @@ from ..strategy import Strategy
 from .ddgr import Ddgr
 from .diffclass import DiffClass
 from .diffclass_pretrained import DiffClassPretrained
+from .ewc import Ewc
 from .finetune import Finetune
 from .funlora import Frozen, FunLora
 from .guide import Guide
+from .hft import Hft
 from .jdcl import Jdcl
 from .joint import Joint
+from .l2 import L2
 from .low_rank import MagMax, MergeInit, MergeOrthogonal, NaiveLora
+from .mofo import Mofo
 from .plug_ins import find_strategy
 from .replay import Replay
 
@@ -23,6 +27,10 @@ _CLASSES: tuple[type[Strategy], ...] = (
     Frozen,
     Joint,
     Finetune,
+    L2,
+    Ewc,
+    Hft,
+    Mofo,
     NaiveLora,
     MergeInit,
     MergeOrthogonal,

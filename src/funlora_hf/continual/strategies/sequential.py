@@ -157,10 +157,6 @@ class Sequential(Strategy):
             return self.setting.base_dir.is_dir()
         return self.kept.newest(self.setting.tasks[self.task_of(phase).index :]) is not None
 
-    def task_of(self, phase: Phase) -> Task:
-        """Return the task whose classes a phase reads."""
-        return next(task for task in self.setting.tasks if set(phase.class_ids) <= set(task.class_ids))
-
     def build(self, phase: Phase) -> Trainable:
         if phase.name == BASE_PHASE:
             return trainable_unet(self.setting, len(phase.class_ids))

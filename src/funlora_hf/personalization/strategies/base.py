@@ -167,10 +167,6 @@ class ConceptStrategy(LearningStrategy):
         self.model.train()
         return Trainable(self.model, {**adapted, **rows}, factors=dict.fromkeys(rows, factor))
 
-    def task_of(self, phase: Phase) -> Task:
-        """Return the first task of a phase's concepts."""
-        return next(task for task in self.setting.tasks if set(phase.class_ids) & set(task.class_ids))
-
     def training_step(self, phase: Phase, batch: ConceptBatch, module: nn.Module) -> torch.Tensor:
         objective = self.setting.objective
         noisy = objective.noisy(batch.latents, batch.noise, batch.times)

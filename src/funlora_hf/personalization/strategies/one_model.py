@@ -47,8 +47,7 @@ class OneModel(ConceptStrategy):
         super().__init__(setting)
         self.kept = KeptFile(setting.output_dir / "checkpoints" / "model_changes")
         self.model_dir = setting.output_dir / "model"
-        denoiser, names = self.model.denoiser, self.target_modules()
-        self._originals = {name: denoiser.get_parameter(f"{name}.weight").detach().cpu().clone() for name in names}
+        self._originals = {name: self.weight(name).detach().cpu().clone() for name in self.target_modules()}
         self._pipe: DiffusionPipeline | None = None
 
     @abstractmethod
@@ -109,11 +108,15 @@ class OneModel(ConceptStrategy):
         finally:
             self.put({})
 
+    def weight(self, name: str) -> nn.Parameter:
+        """Return the weight of a layer."""
+        return self.model.denoiser.get_parameter(f"{name}.weight")
+
     @torch.no_grad()
     def put(self, deltas: Mapping[str, torch.Tensor]) -> None:
         """Set the weights of the layers to the base's plus these changes."""
         for name, original in self._originals.items():
-            weight = self.model.denoiser.get_parameter(f"{name}.weight")
+            weight = self.weight(name)
             if name in deltas:
                 # In float32, rounded once.
                 weight.copy_(original.to(weight.device).float() + deltas[name].to(weight.device).view_as(weight))
@@ -163,7 +166,7 @@ class OneModel(ConceptStrategy):
 class FullWeights(OneModel):
     """Trains weights of layers themselves, in float32 whatever the base's precision."""
 
-    takes = ("target_modules",)
+    takes: ClassVar[tuple[str, ...]] = ("target_modules",)
     rates = Rates(1.5e-3, 1e-5)
     default_layers = "kv"
 
@@ -180,10 +183,6 @@ class FullWeights(OneModel):
     def take_out(self) -> None:
         self.model.denoiser.requires_grad_(False)
         self._cast(None)
-
-    def weight(self, name: str) -> nn.Parameter:
-        """Return the weight of a layer."""
-        return self.model.denoiser.get_parameter(f"{name}.weight")
 
     def changes(self) -> dict[str, torch.Tensor]:
         """Return the changes of the base's weights, float32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...continual.strategies.plug_ins import find_strategy
+from .all_weights import L2, Ewc, Finetune, Hft, Mofo
 from .base import ConceptStrategy
 from .c_lora import CLora
 from .cns import Cns
@@ -15,6 +16,7 @@ from .per_concept import FunLora, Lora, TextualInversion
 _CLASSES: tuple[type[ConceptStrategy], ...] = (
     *(FunLora, Lora, TextualInversion),
     *(NaiveLora, MergeInit, MergeOrthogonal, MagMax, Joint),
+    *(Finetune, L2, Ewc, Hft, Mofo),
     *(CustomDiffusion, CLora, OrthogonalAdaptation, Cns),
 )
 CONCEPT_STRATEGIES: dict[str, type[ConceptStrategy]] = {strategy.name: strategy for strategy in _CLASSES}
