@@ -13,7 +13,7 @@ from .funlora import Frozen, FunLora
 from .guide import Guide
 from .jdcl import Jdcl
 from .joint import Joint
-from .low_rank import MagMax, MergeInit, MergeOrthogonal, NaiveLora
+from .low_rank import CLora, IncLora, MagMax, MergeInit, MergeOrthogonal, NaiveLora, OLora
 from .plug_ins import find_strategy
 from .replay import Replay
 
@@ -27,6 +27,7 @@ _CLASSES: tuple[type[Strategy], ...] = (
     MergeInit,
     MergeOrthogonal,
     MagMax,
+    *(IncLora, OLora, CLora),
     Replay,
     Ddgr,
     Guide,
