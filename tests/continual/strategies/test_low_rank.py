@@ -188,6 +188,16 @@ def test_a_penalty_acts_in_its_phase_only(name, tmp_path):
     assert strategy.penalty() == 0.0
 
 
+def test_clora_logs_the_norm_of_a_product(tmp_path, caplog):
+    strategy = make_strategy("clora", tmp_path)
+    trainable, pairs = strategy.trainable(make_tiny_unet(), {}), learned_pairs(strategy, 1)
+    set_pairs(trainable.module, pairs)
+    with caplog.at_level("INFO"):
+        strategy.learned(trainable, {})
+    norm = torch.cat([one.flatten() for one in products(pairs).values()]).norm()
+    assert float(caplog.messages[-1].rpartition(" ")[2]) == pytest.approx(norm.item(), rel=1e-2)
+
+
 @pytest.mark.parametrize("merge", ["concat", "dense", "svd", "factor_sum"])
 def test_merge_orthogonal_keeps_the_sum_in_the_form_asked_for(merge, tmp_path):
     strategy = make_strategy("merge_orthogonal", tmp_path, strategy_options={"merge": merge})
