@@ -32,7 +32,11 @@ OPTIONS = {
 }
 # Of strategies that have one.
 RANKS = {
-    name: {"rank": 2} for name in ("funlora", "naive_lora", "merge_init", "merge_orthogonal", "magmax", "diffclass")
+    name: {"rank": 2}
+    for name in (
+        *("funlora", "naive_lora", "merge_init", "merge_orthogonal", "magmax", "inc_lora", "o_lora", "clora"),
+        "diffclass",
+    )
 }
 
 

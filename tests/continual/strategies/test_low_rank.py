@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from runs import make_tiny_unet
-from strategies import make_strategy
+from safetensors.torch import load_file
+from strategies import learn, make_strategy
 
 from funlora_hf.continual.strategies.low_rank import add_deltas, get_pairs, set_pairs
 from funlora_hf.continual.strategies.merging_rules import pack, unpack
@@ -23,6 +24,9 @@ STARTING_FRESH = [
     ("merge_orthogonal", {"merge": "factor_sum", "orthogonal": "released"}),
     ("magmax", {}),
     ("magmax", {"compared": "cumulative"}),
+    ("inc_lora", {}),
+    ("o_lora", {}),
+    ("clora", {}),
 ]
 TARGETS = ["attention", "convolutions", "both"]
 
@@ -136,6 +140,62 @@ def test_merge_init_adds_products(tmp_path):
     kept = strategy.rule.merge(strategy.rule.merge({}, first), second)
     for layer, delta in strategy.rule.deltas(kept).items():
         torch.testing.assert_close(delta, products(first)[layer] + products(second)[layer])
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    """The weights at the end of a short run with some options."""
+    found = {}
+
+    def get(name, **options):
+        key = (name, *options.items())
+        if key not in found:
+            folder = tmp_path_factory.mktemp(name)
+            learn(make_strategy(name, folder, strategy_options=options))
+            found[key] = load_file(folder / "model/unet/diffusion_pytorch_model.safetensors")
+        return found[key]
+
+    return get
+
+
+def test_inc_lora_is_merge_init_kept_as_pairs(generator):
+    kept_apart, added = generator("inc_lora"), generator("merge_init")
+    for name, tensor in added.items():
+        torch.testing.assert_close(kept_apart[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("o_lora", "inc_lora"), ("clora", "merge_init")])
+def test_a_penalty_of_zero_changes_nothing(name, plain, generator):
+    free, held, expected = generator(name, penalty=0), generator(name, penalty=10), generator(plain)
+    assert all(torch.equal(free[key], tensor) for key, tensor in expected.items())
+    assert not all(torch.equal(held[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ["o_lora", "clora"])
+def test_a_penalty_acts_in_its_phase_only(name, tmp_path):
+    strategy = make_strategy(name, tmp_path, strategy_options={"penalty": 2.0, "targets": "both"})
+    assert strategy.penalty() == 0.0
+    learned, other = learned_pairs(strategy, 1), learned_pairs(strategy, 2)
+    trainable = strategy.trainable(make_tiny_unet(), {})
+    assert strategy.penalty() == 0.0
+    kept = strategy.rule.merge({}, learned)
+    trainable = strategy.trainable(make_tiny_unet(), kept)
+    set_pairs(trainable.module, other)
+    torch.testing.assert_close(strategy.penalty(), strategy.rule.penalty(kept, other))
+    strategy.penalty().backward()
+    assert trainable.parameters["class_embedding.weight"].grad is None
+    strategy.release_phase(None, trainable)
+    assert strategy.penalty() == 0.0
+
+
+def test_clora_logs_the_norm_of_a_product(tmp_path, caplog):
+    strategy = make_strategy("clora", tmp_path)
+    trainable, pairs = strategy.trainable(make_tiny_unet(), {}), learned_pairs(strategy, 1)
+    set_pairs(trainable.module, pairs)
+    with caplog.at_level("INFO"):
+        strategy.learned(trainable, {})
+    norm = torch.cat([one.flatten() for one in products(pairs).values()]).norm()
+    assert float(caplog.messages[-1].rpartition(" ")[2]) == pytest.approx(norm.item(), rel=1e-2)
 
 
 @pytest.mark.parametrize("merge", ["concat", "dense", "svd", "factor_sum"])

@@ -22,7 +22,8 @@ from funlora_hf.continual.strategy_state import (
 
 
 WHOLE_GENERATOR = ("finetune", "l2", "ewc", "hft", "mofo", "replay", "ddgr", "guide", "jdcl")
-SEQUENTIAL = (*WHOLE_GENERATOR, "naive_lora", "merge_init", "merge_orthogonal", "magmax")
+LOW_RANK = ("naive_lora", "merge_init", "merge_orthogonal", "magmax", "inc_lora", "o_lora", "clora")
+SEQUENTIAL = (*WHOLE_GENERATOR, *LOW_RANK)
 CLASSIFYING = ("replay", "ddgr", "guide", "diffclass")
 # Their tasks have phases that all processes share.
 IN_SHARED_PHASES = (*SEQUENTIAL, "diffclass")
@@ -91,13 +92,18 @@ def test_the_loop_refuses_a_phase_that_asks_for_past_images(tmp_path):
     ("name", "phase", "step"),
     [
         ("merge_orthogonal", "task_3", 3),
+        ("o_lora", "task_3", 3),
         ("replay", "task_2", 1),
         ("guide", "classifier_task_3", 14),
         ("jdcl", "local_2", 3),
         ("ewc", "fisher_2", 3),
         ("mofo", "task_2", 3),
         ("diffclass", "classifier_task_2", 5),
-        *(pytest.param(name, "task_3", 3, marks=slow) for name in IN_SHARED_PHASES if name != "merge_orthogonal"),
+        *(
+            pytest.param(name, "task_3", 3, marks=slow)
+            for name in IN_SHARED_PHASES
+            if name not in ("merge_orthogonal", "o_lora")
+        ),
         *(pytest.param(name, "classifier_task_3", 9, marks=slow) for name in CLASSIFYING),
         pytest.param("replay", "classifier_task_1", 5, marks=slow),
     ],
@@ -164,6 +170,8 @@ def test_the_model_folder_holds_the_generator_of_the_last_task(name, whole):
     [
         ("magmax", {"compared": "cumulative", "scaling": 0.5, "targets": "both"}),
         ("merge_orthogonal", {"orthogonal": "released", "merge": "factor_sum"}),
+        ("o_lora", {"orthogonal": "A", "targets": "both"}),
+        pytest.param("clora", {"targets": "both"}, marks=slow),
         pytest.param("magmax", {"compared": "cumulative"}, marks=slow),
         pytest.param("naive_lora", {"targets": "convolutions"}, marks=slow),
         pytest.param("merge_init", {"targets": "both"}, marks=slow),
@@ -225,7 +233,7 @@ def test_what_a_strategy_keeps_is_constant_or_declared(name, whole):
     growth = (third["persistent"] - third["per_class"]) - (second["persistent"] - second["per_class"])
     strategy = make_strategy(name, whole(name))
     assert growth == 0 or (growth > 0 and strategy.grows_with_tasks)
-    assert (growth > 0) == (name in ("merge_orthogonal", "diffclass"))
+    assert (growth > 0) == (name in ("merge_orthogonal", "inc_lora", "o_lora", "diffclass"))
 
 
 @pytest.mark.parametrize("what", ["persistent", "state"])
@@ -280,6 +288,10 @@ def test_an_unknown_strategy_names_the_known_ones():
         ("naive_lora", {"targets": "all"}, "`targets` is 'all', expected one of: 'attention', 'convolutions', 'both'"),
         ("merge_orthogonal", {"merge": "sum"}, "`merge` is 'sum', expected one of: 'concat'"),
         ("merge_orthogonal", {"orthogonal": "yes"}, "`orthogonal` is 'yes', expected one of"),
+        ("o_lora", {"orthogonal": "C"}, "`orthogonal` is 'C', expected one of: 'B', 'A'"),
+        ("o_lora", {"penalty": -1}, "`penalty` is -1, expected a number of at least 0"),
+        ("clora", {"penalty": "much"}, "`penalty` is 'much', expected a number"),
+        ("inc_lora", {"penalty": 1}, "has 'penalty', but `strategy` 'inc_lora' expects some of: 'targets'"),
         ("merge_orthogonal", {"orthogonal": "released"}, "needs an accumulated A with the rank of a task's"),
         (
             "replay",

@@ -1,10 +1,12 @@
-"""The four strategies of "Low-Rank Continual Personalization" for a class-conditional U-Net: a LoRA for each task.
+"""Strategies with a LoRA for each task, joined by a rule, for a class-conditional U-Net.
 
-Source: arXiv 2410.04891: strategies [text], details [code] where a docstring says so.
+Source: arXiv 2410.04891: strategies [text], details [code] where a docstring says so; for `inc_lora`, `o_lora` and `clora`, see
+`penalty_rules`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -17,9 +19,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ...utils.field_types import one_of
+from ...utils.field_types import Range, one_of
 from ..base import arrange, base_shape
-from ..strategy import Setting, Trainable
+from ..strategy import Phase, Setting, Trainable
 from .merging_rules import (
     Kept,
     MagMaxRule,
@@ -33,6 +35,7 @@ from .merging_rules import (
     RuleOptions,
 )
 from .peft_methods import chosen_targets
+from .penalty_rules import CLoraRule, CLoraRuleOptions, IncLoraRule, OLoraRule, OLoraRuleOptions, product_norm
 from .sequential import CLASS_VECTORS, Sequential
 from .weight_changes import Pair
 
@@ -41,6 +44,8 @@ TARGETS = ("attention", "convolutions", "both")
 DEFAULT_RANK = 8
 _ADAPTER = "default"
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,6 +68,18 @@ class MagMaxOptions(MagMaxRuleOptions, LowRankOptions):
     """The options of the rule, and the targets."""
 
 
+@dataclass
+class OLoraOptions(OLoraRuleOptions, LowRankOptions):
+    """The options of the rule, and the targets."""
+
+
+@dataclass
+class CLoraOptions(CLoraRuleOptions, LowRankOptions):
+    """The options of the rule, with a lambda for digits [ours, a first guess], and the targets."""
+
+    penalty: Annotated[float, Range(0, 1e12)] = 1.0
+
+
 class LowRank(Sequential):
     """Trains a LoRA of PEFT and the vectors of the task's classes; the weights of the base stay.
 
@@ -78,6 +95,7 @@ class LowRank(Sequential):
         self.takes = ("rank",) if self.options.targets == "attention" else ("rank", "target_modules")
         self.rule = self.rule_class(self.rank, self.options)
         self.grows_with_tasks = self.rule.grows
+        self._penalized: tuple[Kept, Pairs] = {}, {}
 
     def check(self) -> None:
         super().check()
@@ -115,7 +133,16 @@ class LowRank(Sequential):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         vectors = parameters[CLASS_VECTORS] = unet.get_parameter(CLASS_VECTORS)
         vectors.requires_grad_()
+        self._penalized = kept, pair_parameters(model)
         return Trainable(model, parameters)
+
+    def penalty(self) -> torch.Tensor | float:
+        kept, pairs = self._penalized
+        return self.rule.penalty(kept, matrices(pairs))
+
+    def release_phase(self, phase: Phase, trainable: Trainable) -> None:
+        super().release_phase(phase, trainable)
+        self._penalized = {}, {}
 
     def learned(self, trainable: Trainable, kept: Kept) -> dict[str, torch.Tensor]:
         return self.rule.merge(kept, get_pairs(trainable.module))
@@ -158,6 +185,30 @@ class MagMax(LowRank):
     options_class = MagMaxOptions
 
 
+class IncLora(LowRank):
+    """Trains a new pair for each task; the earlier ones stay, frozen and active."""
+
+    name, rule_class = IncLoraRule.name, IncLoraRule
+
+
+class OLora(LowRank):
+    """Like inc_lora, with a penalty that keeps a task's pairs orthogonal to those of earlier tasks."""
+
+    name, rule_class = OLoraRule.name, OLoraRule
+    options_class = OLoraOptions
+
+
+class CLora(LowRank):
+    """Like merge_init, with a penalty that keeps a task from the entries that earlier ones have changed."""
+
+    name, rule_class = CLoraRule.name, CLoraRule
+    options_class = CLoraOptions
+
+    def learned(self, trainable: Trainable, kept: Kept) -> dict[str, torch.Tensor]:
+        logger.info("norm of the task's product, all layers together: %.3g", product_norm(get_pairs(trainable.module)))
+        return super().learned(trainable, kept)
+
+
 def gaussian_lora(rank: int, target_modules: list[str]) -> LoraConfig:
     """Return the configuration of a LoRA whose scale is 1, with A from N(0, 1/r^2) and B at 0."""
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules, init_lora_weights="gaussian")
@@ -180,9 +231,13 @@ def add_deltas(model: nn.Module, deltas: Mapping[str, torch.Tensor]) -> None:
 
 def get_pairs(model: nn.Module) -> Pairs:
     """Return copies of a LoRA's matrices by layer; those of a convolution are flattened."""
-    return {
-        name: Pair(*(own.detach().flatten(1).clone() for own in pair)) for name, pair in pair_parameters(model).items()
-    }
+    pairs = matrices(pair_parameters(model))
+    return {name: Pair(*(own.detach().clone() for own in pair)) for name, pair in pairs.items()}
+
+
+def matrices(pairs: Mapping[str, Pair]) -> Pairs:
+    """Return views of a LoRA's pairs in which those of a convolution are flattened."""
+    return {name: Pair(*(own.flatten(1) for own in pair)) for name, pair in pairs.items()}
 
 
 def set_pairs(model: nn.Module, pairs: Mapping[str, Pair]) -> None:

@@ -114,6 +114,10 @@ class MergingRule(ABC):
         """Return the start values of a task's pairs, from the usual ones and the previous task's state, which is not empty."""
         return gaussian
 
+    def penalty(self, kept: Kept, pairs: Pairs) -> torch.Tensor | float:
+        """Return what the pairs in training add to the loss, in their precision, given the previous task's state, maybe empty."""
+        return 0.0
+
     @abstractmethod
     def merge(self, kept: Kept, learned: Pairs) -> dict[str, torch.Tensor]:
         """Return the state to keep after a task, from the previous state (empty after the base) and this task's pairs."""

@@ -16,7 +16,7 @@ from .hft import Hft
 from .jdcl import Jdcl
 from .joint import Joint
 from .l2 import L2
-from .low_rank import MagMax, MergeInit, MergeOrthogonal, NaiveLora
+from .low_rank import CLora, IncLora, MagMax, MergeInit, MergeOrthogonal, NaiveLora, OLora
 from .mofo import Mofo
 from .plug_ins import find_strategy
 from .replay import Replay
@@ -35,6 +35,7 @@ _CLASSES: tuple[type[Strategy], ...] = (
     MergeInit,
     MergeOrthogonal,
     MagMax,
+    *(IncLora, OLora, CLora),
     Replay,
     Ddgr,
     Guide,

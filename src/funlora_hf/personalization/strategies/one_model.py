@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...continual.learning import Phase, Trainable
-from ...continual.strategies.low_rank import gaussian_lora, get_pairs, set_pairs
+from ...continual.strategies.low_rank import gaussian_lora, get_pairs, matrices, pair_parameters, set_pairs
 from ...continual.strategies.merging_rules import (
     Kept,
     MagMaxRule,
@@ -25,9 +25,11 @@ from ...continual.strategies.merging_rules import (
     MergeOrthogonalRuleOptions,
     MergingRule,
     NaiveLoraRule,
+    Pairs,
     RuleOptions,
     only,
 )
+from ...continual.strategies.penalty_rules import IncLoraRule, OLoraRule, OLoraRuleOptions
 from ...continual.strategies.sequential import KeptFile
 from ...data.tasks import Task
 from ...text_to_image.token_rows import with_vectors
@@ -213,6 +215,7 @@ class LowRank(OneModel):
         super().__init__(setting)
         self.rule = self.rule_class(self.rank, self.options)
         self.grows_with_tasks = self.rule.grows
+        self._penalized: tuple[Kept, Pairs] = {}, {}
 
     def check(self) -> None:
         super().check()
@@ -229,13 +232,19 @@ class LowRank(OneModel):
         parameters = self.add_adapter(gaussian_lora(self.rank, self.target_modules()), _ADAPTER)
         if kept:
             set_pairs(denoiser, self.rule.start(get_pairs(denoiser), kept))
+        self._penalized = kept, pair_parameters(denoiser)
         return parameters
+
+    def penalty(self) -> torch.Tensor | float:
+        kept, pairs = self._penalized
+        return self.rule.penalty(kept, matrices(pairs))
 
     def learned(self, kept: Kept) -> dict[str, torch.Tensor]:
         return self.rule.merge(kept, get_pairs(self.model.denoiser))
 
     def take_out(self) -> None:
         remove_adapters(self.model.denoiser, [_ADAPTER])
+        self._penalized = {}, {}
 
     def trained_numbers(self) -> int:
         return self.rank * sum(outputs + inputs for outputs, inputs in self._shapes().values())
@@ -268,6 +277,20 @@ class MagMax(LowRank):
 
     name, rule_class = MagMaxRule.name, MagMaxRule
     options_class = MagMaxRuleOptions
+
+
+class IncLora(LowRank):
+    """Trains a new pair for each task; the earlier ones stay, frozen and active."""
+
+    name, rule_class = IncLoraRule.name, IncLoraRule
+    rates = Rates(1.5e-3, 5e-6)
+
+
+class OLora(IncLora):
+    """Like inc_lora, with a penalty that keeps a task's pairs orthogonal to those of earlier tasks."""
+
+    name, rule_class = OLoraRule.name, OLoraRule
+    options_class = OLoraRuleOptions
 
 
 class Joint(LowRank):

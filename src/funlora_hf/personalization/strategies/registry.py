@@ -8,7 +8,7 @@ from .base import ConceptStrategy
 from .c_lora import CLora
 from .cns import Cns
 from .custom_diffusion import CustomDiffusion
-from .one_model import Joint, MagMax, MergeInit, MergeOrthogonal, NaiveLora
+from .one_model import IncLora, Joint, MagMax, MergeInit, MergeOrthogonal, NaiveLora, OLora
 from .orthogonal_adaptation import OrthogonalAdaptation
 from .per_concept import FunLora, Lora, TextualInversion
 
@@ -17,6 +17,7 @@ _CLASSES: tuple[type[ConceptStrategy], ...] = (
     *(FunLora, Lora, TextualInversion),
     *(NaiveLora, MergeInit, MergeOrthogonal, MagMax, Joint),
     *(Finetune, L2, Ewc, Hft, Mofo),
+    *(IncLora, OLora),
     *(CustomDiffusion, CLora, OrthogonalAdaptation, Cns),
 )
 CONCEPT_STRATEGIES: dict[str, type[ConceptStrategy]] = {strategy.name: strategy for strategy in _CLASSES}
