@@ -17,7 +17,7 @@ from funlora_hf.sampling.drawing import tensor_sha256
 pytestmark = [needs_photos, pytest.mark.usefixtures("fresh_accelerator")]
 NOUNS = {"dog": "dog", "vase": "vase", "dog2": "dog"}
 SAMPLING = {"num_inference_steps": 1, "num_samples_per_prompt": 1}
-FAST = [("sd", "funlora"), ("sdxl", "textual_inversion"), ("sd3", "naive_lora")]
+FAST = [("sd", "funlora"), ("sdxl", "textual_inversion"), ("sd3", "naive_lora"), ("pixart", "funlora")]
 RUNS = [(family, name) for family in PIPELINES for name in ("funlora", "lora", "textual_inversion", "naive_lora")]
 
 
@@ -32,7 +32,7 @@ def bases(tmp_path_factory):
 
 def load(pipe, folder, family, strategy):
     """By diffusers' own loader of rows, where there is one."""
-    if strategy != "textual_inversion" or family == "sd3":
+    if strategy != "textual_inversion" or family not in ("sd", "sdxl"):
         return load_concept(pipe, folder)
     for number in ("", "_2")[: list(PIPELINES).index(family) + 1]:
         parts = {part: getattr(pipe, f"{part}{number}") for part in ("text_encoder", "tokenizer")}

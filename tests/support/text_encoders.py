@@ -17,7 +17,7 @@ from transformers import (
 
 
 # By the family of `TextToImageModel`.
-PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3"}
+PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3", "pixart": "PixArt"}
 _SIZES = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 
 
@@ -35,6 +35,8 @@ def make_prompted(name: str, *, limit: int = 8) -> Any:
         encoders = [_clip(CLIPTextModelWithProjection, limit, 8, 8) for _ in range(2)]
         parts = {"text_encoder": encoders[0], "text_encoder_2": encoders[1], "text_encoder_3": _t5()}
         parts["tokenizer_3"] = ByT5Tokenizer(model_max_length=8)
+    elif name.startswith("PixArt"):
+        parts = {"text_encoder": _t5(), "tokenizer": ByT5Tokenizer(model_max_length=512)}
     elif name == "Flux":
         parts = {"text_encoder": _clip(CLIPTextModel, limit, 16), "text_encoder_2": _t5()}
         parts["tokenizer_2"] = ByT5Tokenizer(model_max_length=8)
@@ -42,7 +44,7 @@ def make_prompted(name: str, *, limit: int = 8) -> Any:
         if (tokenizer := encoder.replace("text_encoder", "tokenizer")) not in parts:
             parts[tokenizer] = make_pipeline("SD").tokenizer
             parts[tokenizer].model_max_length = limit
-    if hasattr(pipe, "transformer"):
+    if name in ("SD3", "Flux"):
         pipe.vae.register_to_config(shift_factor=0.1)  # the pipelines need one
     pipe.register_modules(**parts)
     return pipe

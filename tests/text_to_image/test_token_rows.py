@@ -18,6 +18,7 @@ ENCODERS = {
     "sd": ["text_encoder"],
     "sdxl": ["text_encoder", "text_encoder_2"],
     "sd3": ["text_encoder", "text_encoder_2"],
+    "pixart": ["text_encoder"],
 }
 PROMPT = "a <v1> toy"
 

@@ -30,7 +30,8 @@ class ConceptArguments:
     _argument_group_name = "base and concepts"
 
     pretrained_model_name_or_path: str = _argument(
-        TINY, "Pipeline of Stable Diffusion, SDXL or SD3: folder or repository; 'tiny': the package's own base."
+        TINY,
+        "Pipeline of Stable Diffusion, SDXL, SD3 or PixArt: folder or repository; 'tiny': the package's own base.",
     )
     revision: str | None = _argument(None, "Branch, tag or commit of the pipeline.")
     variant: str | None = _argument(None, "Variant of its files, such as 'fp16'.")

@@ -171,7 +171,7 @@ class ConceptRun:
             logger.info("class_data_dir of %s is not read without --with_prior_preservation", ", ".join(unread))
         check_concepts(
             list(concepts.values()),
-            model.clip_tokenizers,
+            model.row_tokenizers,
             num_vectors=given.num_vectors,
             evaluated=self.evaluates,
         )

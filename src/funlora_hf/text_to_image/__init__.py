@@ -6,6 +6,8 @@ from ..utils.quiet import quiet_loading
 with quiet_loading():
     # transformers looks for torchvision at the first import of these.
     from diffusers import (  # noqa: F401
+        PixArtAlphaPipeline,
+        PixArtSigmaPipeline,
         StableDiffusion3Pipeline,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,

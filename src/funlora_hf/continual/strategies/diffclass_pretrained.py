@@ -27,6 +27,7 @@ from ...sampling.drawing import to_uint8
 from ...sampling.pipeline import FunLoraPipelineOutput
 from ...text_to_image.model import TextToImageModel
 from ...text_to_image.objective import Objective
+from ...text_to_image.token_rows import prompt_arguments
 from ...utils.checks import check_choice, expanded
 from ...utils.field_types import Count, Range, one_of
 from ...utils.files import read_mapping, read_tensors, write_tensors
@@ -244,7 +245,7 @@ class PromptedClasses:
         for start in range(0, len(class_labels), options.sampling_batch_size):
             some = class_labels[start : start + options.sampling_batch_size]
             images = self.pipe(
-                [strategy.prompt(class_id) for class_id in some],
+                **prompt_arguments(self.pipe, [strategy.prompt(class_id) for class_id in some]),
                 height=strategy.model.resolution,
                 width=strategy.model.resolution,
                 num_inference_steps=num_inference_steps,
