@@ -17,7 +17,7 @@ from transformers import (
 
 
 # By the family of `TextToImageModel`.
-PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3", "pixart": "PixArt"}
+PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3", "pixart": "PixArt", "flux": "Flux"}
 _SIZES = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 
 
@@ -38,8 +38,9 @@ def make_prompted(name: str, *, limit: int = 8) -> Any:
     elif name.startswith("PixArt"):
         parts = {"text_encoder": _t5(), "tokenizer": ByT5Tokenizer(model_max_length=512)}
     elif name == "Flux":
-        parts = {"text_encoder": _clip(CLIPTextModel, limit, 16), "text_encoder_2": _t5()}
-        parts["tokenizer_2"] = ByT5Tokenizer(model_max_length=8)
+        # Pooled at the highest id, as FLUX.1's.
+        parts = {"text_encoder": _clip(CLIPTextModel, limit, 16, eos_token_id=2), "text_encoder_2": _t5()}
+        parts["tokenizer_2"] = ByT5Tokenizer(model_max_length=512)
     for encoder in [part for part in parts if part.startswith("text_encoder")]:
         if (tokenizer := encoder.replace("text_encoder", "tokenizer")) not in parts:
             parts[tokenizer] = make_pipeline("SD").tokenizer
@@ -50,9 +51,9 @@ def make_prompted(name: str, *, limit: int = 8) -> Any:
     return pipe
 
 
-def _clip(kind: Any, limit: int, hidden: int, projected: int = 16) -> Any:
-    config = CLIPTextConfig(**_SIZES, hidden_size=hidden, projection_dim=projected, max_position_embeddings=limit)
-    return kind(config).eval()
+def _clip(kind: Any, limit: int, hidden: int, projected: int = 16, **given: Any) -> Any:
+    sizes = {"hidden_size": hidden, "projection_dim": projected, "max_position_embeddings": limit}
+    return kind(CLIPTextConfig(**_SIZES, **sizes, **given)).eval()
 
 
 def _t5() -> T5EncoderModel:

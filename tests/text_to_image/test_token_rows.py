@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from text_encoders import PIPELINES, make_prompted
 
@@ -19,6 +19,7 @@ ENCODERS = {
     "sdxl": ["text_encoder", "text_encoder_2"],
     "sd3": ["text_encoder", "text_encoder_2"],
     "pixart": ["text_encoder"],
+    "flux": ["text_encoder", "text_encoder_2"],
 }
 PROMPT = "a <v1> toy"
 
@@ -46,7 +47,9 @@ def states(pipe, prompt=PROMPT):
     arguments = prompt_arguments(pipe, prompt)
     if "prompt_3" in arguments:
         arguments["prompt_2"] = None
-    options = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
+    options = {"num_images_per_prompt": 1}
+    if not isinstance(pipe, FluxPipeline):
+        options["do_classifier_free_guidance"] = False
     found = pipe.encode_prompt(device="cpu", **arguments, **options)
     return [part for part in found if part is not None]
 

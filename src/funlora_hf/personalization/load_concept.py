@@ -30,7 +30,7 @@ def load_concept(
     `disable_adapters`, `delete_adapters`.
 
     Args:
-        pipe (`DiffusionPipeline`): a pipeline of Stable Diffusion, SDXL, SD3 or PixArt with the run's base.
+        pipe (`DiffusionPipeline`): a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux with the run's base.
         source (`str` or `os.PathLike`): folder of the concept, `concepts/<name>` in that of the run, or a repository on the Hub.
         name (`str`, *optional*): name of the adapter in the pipeline; None: the concept's.
         subfolder (`str`, *optional*): the concept's folder in the source.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import (
     DiffusionPipeline,
+    FluxPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
@@ -35,6 +36,7 @@ _PIPELINES: dict[str, Any] = {
     "sd3": StableDiffusion3Pipeline,
     "pixart": PixArtAlphaPipeline,
     "pixart_sigma": PixArtSigmaPipeline,
+    "flux": FluxPipeline,
 }
 _SD3_T5 = "text_encoder_3"
 _ENCODERS = {
@@ -43,9 +45,17 @@ _ENCODERS = {
     "sd3": (*ROW_ENCODERS, _SD3_T5),
     "pixart": ROW_ENCODERS[:1],
     "pixart_sigma": ROW_ENCODERS[:1],
+    "flux": ROW_ENCODERS,
 }
 # The text encoder that is a T5, and the tokens that it reads: the default of the pipeline.
-_T5 = {"sd3": (_SD3_T5, 256), "pixart": ("text_encoder", 120), "pixart_sigma": ("text_encoder", 300)}
+_T5 = {
+    "sd3": (_SD3_T5, 256),
+    "pixart": ("text_encoder", 120),
+    "pixart_sigma": ("text_encoder", 300),
+    "flux": ("text_encoder_2", 512),
+}
+# Of the embedded guidance in training, as in the README of diffusers' DreamBooth script for Flux.
+_FLUX_GUIDANCE = 1.0
 _PIXART = ("pixart", "pixart_sigma")
 # What only some pipelines of these classes have, and none of them needs.
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
@@ -56,8 +66,9 @@ _UNET_LAYERS = {
     "attention": r"\.attn[12]\.(to_[qkv]|to_out\.0)",
 }
 _PIXART_LAYERS = {**_UNET_LAYERS, "convolutions": r"\.(attn1\.to_out\.0|ff\.net\.2)"}
-# Joint attention: its projections of the text stand for cross-attention. `attn2`, in some blocks of SD 3.5, reads the image only.
-_SD3_LAYERS = {
+# Joint attention: its projections of the text stand for cross-attention. `attn2`, in some blocks of SD 3.5, reads the image only. Flux's
+# single blocks have one projection for both, which is neither.
+_JOINT_LAYERS = {
     "kv": r"\.attn\.add_[kv]_proj",
     "cross": r"\.attn\.(add_[qkv]_proj|to_add_out)",
     "attention": r"\.attn2?\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
@@ -71,8 +82,8 @@ Prompt = dict[str, torch.Tensor]
 
 class TextToImageModel(nn.Module):
     """
-    A frozen pipeline of Stable Diffusion ("sd"), SDXL ("sdxl"), SD3 ("sd3"), PixArt-alpha ("pixart") or PixArt-Sigma ("pixart_sigma")
-    as one module that predicts from captions.
+    A frozen pipeline of Stable Diffusion ("sd"), SDXL ("sdxl"), SD3 ("sd3"), PixArt-alpha ("pixart"), PixArt-Sigma ("pixart_sigma") or
+    Flux ("flux") as one module that predicts from captions.
 
     Adapters are put into `denoiser`, by `add_adapter` or `get_peft_model` (then assign the result to it); new tokens come by
     `add_rows`. Text encoders and VAE must stay as they are: they are always in evaluation mode, and text encoders run in their own
@@ -82,14 +93,16 @@ class TextToImageModel(nn.Module):
         pipe: the pipeline, whose modules are used, not copied.
 
     Attributes:
-        family: "sd", "sdxl", "sd3", "pixart" or "pixart_sigma".
-        denoiser: a `UNet2DConditionModel`, `SD3Transformer2DModel` or `PixArtTransformer2DModel`, which gets `add_adapter`.
+        family: "sd", "sdxl", "sd3", "pixart", "pixart_sigma" or "flux".
+        denoiser: a `UNet2DConditionModel`, `SD3Transformer2DModel`, `FluxTransformer2DModel` or `PixArtTransformer2DModel`, which gets
+            `add_adapter`.
         denoiser_name: its name in the pipeline, "unet" or "transformer".
         text_encoders, tokenizers: by the names of the pipeline's text encoders, in its order.
         vae, scheduler: those of the pipeline.
         rows: a `TokenRows` after `add_rows`, before it None.
         resolution: width and height of native images, in pixels.
         latent_shape: `(channels, height, width)` of their latents.
+        patch_size: height and width of what the denoiser reads as one token, in latents; 1 for a U-Net.
 
     Raises:
         ValueError: another pipeline, one without a text encoder, or one whose denoiser predicts the sample.
@@ -125,7 +138,10 @@ class TextToImageModel(nn.Module):
         self.rows = None
         self.vae_scale_factor: int = pipe.vae_scale_factor
         self._force_zeros = getattr(pipe.config, "force_zeros_for_empty_prompt", None)
-        size = self.denoiser.config.sample_size
+        is_flux = self.family == "flux"
+        # Flux's pipeline packs 2 x 2 latents into a token, of which its transformer knows nothing, nor of a size.
+        self.patch_size: int = 2 if is_flux else self.denoiser.config.get("patch_size", 1)
+        size = pipe.default_sample_size if is_flux else self.denoiser.config.sample_size
         if not isinstance(size, int):
             raise ValueError(f"`{self.denoiser_name}.sample_size` is {size!r}, expected a number: square latents.")
         if getattr(self.vae.config, "latents_mean", None) is not None:
@@ -153,7 +169,7 @@ class TextToImageModel(nn.Module):
 
         Args:
             name: folder or repository of a `StableDiffusionPipeline`, `StableDiffusionXLPipeline`, `StableDiffusion3Pipeline`,
-                `PixArtAlphaPipeline` or `PixArtSigmaPipeline`.
+                `PixArtAlphaPipeline`, `PixArtSigmaPipeline` or `FluxPipeline`.
             revision: branch, tag or commit of a repository.
             variant: such as "fp16", for files with this word in their name.
             device: where to put the model.
@@ -244,30 +260,11 @@ class TextToImageModel(nn.Module):
         Captions without a new token are encoded once; the last 128 are kept.
 
         Returns:
-            `prompt_embeds` `(b, length, width)`; for SDXL and SD3 also `pooled_prompt_embeds` `(b, width)`, for PixArt
+            `prompt_embeds` `(b, length, width)`; for SDXL, SD3 and Flux also `pooled_prompt_embeds` `(b, width)`, for PixArt
             `prompt_attention_mask` `(b, length)`.
         """
         texts = list(dict.fromkeys(captions))
-        with torch.autocast(self._device.type, enabled=False):
-            encoded = {key: self._encode(key, texts) for key in self.tokenizers}
-        states = {key: found[0] for key, found in encoded.items()}
-        clip = torch.cat([states[key] for key in ROW_ENCODERS if key in states], dim=-1)
-        pooled = [found[1] for key, found in encoded.items() if len(found) == 2]
-        if self.family == "sd":
-            prompt = {"prompt_embeds": clip}
-        elif self.family == "sdxl":
-            prompt = {"prompt_embeds": clip, "pooled_prompt_embeds": pooled[0]}
-        elif self.family in _PIXART:
-            prompt = dict(zip(("prompt_embeds", "prompt_attention_mask"), encoded["text_encoder"], strict=True))
-        else:
-            t5 = states.get(_SD3_T5)
-            if t5 is None:
-                t5 = clip.new_zeros(len(texts), self._t5_length, self.denoiser.config.joint_attention_dim)
-            clip = functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
-            prompt = {
-                "prompt_embeds": torch.cat([clip, t5.to(clip.dtype)], dim=-2),
-                "pooled_prompt_embeds": torch.cat(pooled, dim=-1),
-            }
+        prompt = self._prompt(texts)
         trained = [row for row in self.rows.parameters() if row.requires_grad] if self.rows is not None else []
         if trained and not prompt["prompt_embeds"].requires_grad:
             # Gradients of 0: DDP waits for one of each parameter, and the optimizer's step must not depend on the processes' shares.
@@ -287,6 +284,8 @@ class TextToImageModel(nn.Module):
         """
         dtype = next(self.denoiser.parameters()).dtype
         prompt = {name: value.to(dtype) for name, value in prompt.items()}
+        if self.family == "flux":
+            return self._denoise_packed(noisy.to(dtype), timesteps, prompt)
         inputs: dict[str, Any] = {"encoder_hidden_states": prompt["prompt_embeds"], "timestep": timesteps}
         size = [side * self.vae_scale_factor for side in noisy.shape[-2:]]
         if self.family == "sd3":
@@ -307,6 +306,23 @@ class TextToImageModel(nn.Module):
         prediction = self.denoiser(noisy.to(dtype), **inputs, return_dict=False)[0]
         # PixArt also predicts a variance, which the pipeline leaves out.
         return prediction[:, : noisy.shape[1]]
+
+    def _denoise_packed(self, noisy: torch.Tensor, timesteps: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """Flux: 2 x 2 latents are a token, whose place is `(0, row, column)`; a word's is 0. Times are from 0 to 1."""
+        size = [side // 2 for side in noisy.shape[-2:]]
+        places = [torch.arange(side, device=noisy.device, dtype=noisy.dtype) for side in (1, *size)]
+        inputs = {
+            "hidden_states": functional.pixel_unshuffle(noisy, 2).flatten(2).transpose(1, 2),
+            "timestep": timesteps / 1000,
+            "encoder_hidden_states": prompt["prompt_embeds"],
+            "pooled_projections": prompt["pooled_prompt_embeds"],
+            "img_ids": torch.cartesian_prod(*places),
+            "txt_ids": noisy.new_zeros(prompt["prompt_embeds"].shape[1], 3),
+        }
+        if self.denoiser.config.guidance_embeds:
+            inputs["guidance"] = noisy.new_full((len(noisy),), _FLUX_GUIDANCE)
+        prediction = self.denoiser(**inputs, return_dict=False)[0]
+        return functional.pixel_shuffle(prediction.transpose(1, 2).unflatten(2, size), 2)
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -361,7 +377,7 @@ class TextToImageModel(nn.Module):
         Args:
             kind: "kv", the projections of the text in cross-attention; "cross", all of cross-attention; "attention", all of
                 attention; "convolutions", those of the decoder's middle. SD3 has joint attention, in which the projections of the text
-                count as cross-attention. SD3 and PixArt have no such convolutions: the output of the image's attention, `to_out.0`, and
+                count as cross-attention; so has Flux, in its double blocks. Transformers have no such convolutions: the output of the image's attention, `to_out.0`, and
                 `ff.net.2` of the blocks' middle third instead.
 
         Raises:
@@ -372,7 +388,7 @@ class TextToImageModel(nn.Module):
         check_choice("kind", kind, LAYERS)
         if self.denoiser_name == "unet":
             return decoder_middle(self.denoiser) if kind == "convolutions" else self._linear(_UNET_LAYERS[kind])
-        names = self._linear((_PIXART_LAYERS if self.family in _PIXART else _SD3_LAYERS)[kind])
+        names = self._linear((_PIXART_LAYERS if self.family in _PIXART else _JOINT_LAYERS)[kind])
         if kind != "convolutions":
             return names
         blocks = self.denoiser.config.num_layers
@@ -385,6 +401,30 @@ class TextToImageModel(nn.Module):
     @property
     def _device(self) -> torch.device:
         return next(self.text_encoders.parameters()).device
+
+    def _prompt(self, texts: list[str]) -> Prompt:
+        """What the text encoders make of texts, put together as the pipeline does."""
+        with torch.autocast(self._device.type, enabled=False):
+            encoded = {key: self._encode(key, texts) for key in self.tokenizers}
+        states = {key: found[0] for key, found in encoded.items()}
+        second = [found[1] for found in encoded.values() if len(found) == 2]
+        if self.family in _PIXART:
+            return {"prompt_embeds": states["text_encoder"], "prompt_attention_mask": second[0]}
+        if self.family == "flux":
+            return {"prompt_embeds": states["text_encoder_2"], "pooled_prompt_embeds": second[0]}
+        clip = torch.cat([states[key] for key in ROW_ENCODERS if key in states], dim=-1)
+        if self.family == "sd":
+            return {"prompt_embeds": clip}
+        if self.family == "sdxl":
+            return {"prompt_embeds": clip, "pooled_prompt_embeds": second[0]}
+        t5 = states.get(_SD3_T5)
+        if t5 is None:
+            t5 = clip.new_zeros(len(texts), self._t5_length, self.denoiser.config.joint_attention_dim)
+        clip = functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {
+            "prompt_embeds": torch.cat([clip, t5.to(clip.dtype)], dim=-2),
+            "pooled_prompt_embeds": torch.cat(second, dim=-1),
+        }
 
     def _encode(self, key: str, texts: list[str]) -> list[torch.Tensor]:
         """States `(n, length, width)` of texts, and pooled ones `(n, width)` or a mask `(n, length)` if they are needed."""
@@ -429,6 +469,9 @@ class TextToImageModel(nn.Module):
             return encoder(ids, attention_mask=mask)[0], mask
         if self.family == "sd" or key == self._t5:
             return (encoder(ids)[0],)
+        if self.family == "flux":
+            out = encoder(ids)
+            return out.last_hidden_state, out.pooler_output
         out = encoder(ids, output_hidden_states=True)
         pooled = getattr(out, "text_embeds", None)
         return (out.hidden_states[-2],) if pooled is None else (out.hidden_states[-2], pooled)

@@ -4,7 +4,7 @@ New words for text encoders: the rows of their embeddings are parameters, traine
 Saved rows are what `load_textual_inversion` of diffusers reads: `learned_embeds.safetensors` for the first text encoder,
 `learned_embeds_2.safetensors` for the second, each with one tensor `(num_vectors, width)` under the token's name.
 
-CLIP text encoders whose config has `eos_token_id` 2, as those of SDXL and SD3, take the pooled states at the highest id of a
+CLIP text encoders whose config has `eos_token_id` 2, as those of SDXL, SD3 and Flux, take the pooled states at the highest id of a
 prompt: at a new token, if it has one. The stock pipelines do the same, so a row is trained as it is used.
 """
 
@@ -29,7 +29,7 @@ from ..utils.files import read_tensors, write_tensors
 from ..utils.tensors import not_finite
 
 
-# In the order of a pipeline. T5 gets rows in PixArt; as the third of SD3 it gets none: it reads prompts without the tokens.
+# In the order of a pipeline. T5 gets rows in PixArt and Flux; as the third of SD3 it gets none: it reads prompts without the tokens.
 ROW_ENCODERS = ("text_encoder", "text_encoder_2")
 ROW_FILES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": "learned_embeds_2.safetensors"}
 _REMEDY = "save the rows again, or take them from another folder"
@@ -163,7 +163,7 @@ def load_token_rows(pipe: Any, folder: str | os.PathLike) -> str:
     Call it before the text encoders are offloaded. For prompts, see `prompt_arguments`.
 
     Args:
-        pipe: a pipeline of Stable Diffusion, SDXL, SD3 or PixArt.
+        pipe: a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux.
         folder: as from `TokenRows.save`.
 
     Returns:
@@ -231,7 +231,7 @@ def prompt_arguments(pipe: Any, prompt: str | Sequence[str]) -> dict[str, Any]:
     a token for a tag and remove it, and draw in the nearest of its own sizes.
 
     Args:
-        pipe: a pipeline of Stable Diffusion, SDXL, SD3 or PixArt, with the tokens in its tokenizers.
+        pipe: a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux, with the tokens in its tokenizers.
         prompt: one or several.
 
     Returns:

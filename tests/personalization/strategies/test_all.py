@@ -46,7 +46,7 @@ def first_phase(strategy):
 
 
 def prediction(model):
-    noisy = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    noisy = torch.randn(2, model.latent_shape[0], 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         times = torch.tensor([3, 700])
         return model(noisy, times.float() if Objective(model.scheduler).is_flow else times, ["a <v0> b", "a b"])

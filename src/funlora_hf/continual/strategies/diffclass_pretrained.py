@@ -52,7 +52,7 @@ def _check_prompt(name: str, value: str) -> None:
 class DiffClassPretrainedOptions(LoraPerTaskOptions):
     """
     Args:
-        pretrained: folder of a Stable Diffusion, SDXL or SD3 pipeline, which is read only.
+        pretrained: folder of a Stable Diffusion, SDXL, SD3 or Flux pipeline, which is read only.
         image_size: height and width of the images that classifiers see and the run keeps, such as those of the data set.
         channels: of these images: 3, or 1 for grey, which are repeated for the pipeline; what it draws is averaged over its channels.
         prompt: text with {}, for which the name of a class is put in.
@@ -256,8 +256,9 @@ class PromptedClasses:
             parts.append(resized(images.float(), size).clamp(0, 1))
         drawn = torch.cat(parts)
         drawn = drawn.mean(dim=1, keepdim=True) if channels == 1 else drawn
-        # With guidance, each step also sees the empty prompt.
-        return FunLoraPipelineOutput(drawn, len(self.pipe.scheduler.timesteps) * (1 + (options.guidance_scale > 1)))
+        # With guidance, each step also sees the empty prompt; Flux's is embedded.
+        twice = options.guidance_scale > 1 and strategy.model.family != "flux"
+        return FunLoraPipelineOutput(drawn, len(self.pipe.scheduler.timesteps) * (1 + twice))
 
 
 def resized(images: Tensor, size: int) -> Tensor:
