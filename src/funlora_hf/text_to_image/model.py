@@ -48,7 +48,7 @@ _ENCODERS = {
     "flux": ROW_ENCODERS,
 }
 # The text encoder that is a T5, and the tokens that it reads: the default of the pipeline.
-_T5 = {
+_T5: dict[str, tuple[str | None, int]] = {
     "sd3": (_SD3_T5, 256),
     "pixart": ("text_encoder", 120),
     "pixart_sigma": ("text_encoder", 300),
