@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from text_to_image import make_model, make_pipeline
 
 from funlora_hf import AdapterBank, BaseMismatchError, FunLoraConfig, base_fingerprints, load_adapter, save_adapter
+from funlora_hf.adapters.put_into_model import with_adapter_methods
 from funlora_hf.tuner import FunLoraLayer
 
 
@@ -58,6 +60,33 @@ def test_a_model_with_diffusers_mixin_is_returned_itself(name, tmp_path):
     save_adapter(loaded, tmp_path / "b")
     for file in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_methods_of_the_mixin_are_given_once(tmp_path):
+    pixart, others = (
+        make_model("PixArtTransformer2DModel"),
+        [make_model("SD3Transformer2DModel"), torch.nn.Linear(1, 1)],
+    )
+    own = type(pixart)
+    assert with_adapter_methods(pixart) is pixart
+    given = type(pixart)
+    assert type(with_adapter_methods(pixart)) is given
+    for other in (*others, get_peft_model(make_model("PixArtTransformer2DModel"), config())):
+        kind = type(other)
+        assert type(with_adapter_methods(other)) is kind
+    pixart.save_pretrained(tmp_path)
+    again = own.from_pretrained(tmp_path)
+    assert type(again) is own
+    assert {key: value for key, value in again.config.items() if key[0] != "_"} == {
+        key: value for key, value in pixart.config.items() if key[0] != "_"
+    }
+    names = [type(layer).__name__ for layer in pixart.modules()]
+    pixart.add_adapter(config(), "mine")
+    pixart.disable_adapters()
+    assert pixart.active_adapters() == ["mine"]
+    pixart.delete_adapters("mine")
+    pixart.unload_lora()
+    assert [type(layer).__name__ for layer in copy.deepcopy(pixart).modules()] == names
 
 
 def test_saved_settings_name_the_class_of_the_base(saved):

@@ -147,9 +147,9 @@ BAD_INPUT = {
         [TOY],
         lambda folder: [
             "--pretrained_model_name_or_path",
-            tiny_with(folder, "model_index.json", _class_name="FluxPipeline"),
+            tiny_with(folder, "model_index.json", _class_name="DiTPipeline"),
         ],
-        r"`pretrained_model_name_or_path` '.*base' is a FluxPipeline, expected one of: StableDiffusionPipeline, ",
+        r"`pretrained_model_name_or_path` '.*base' is a DiTPipeline, expected one of: StableDiffusionPipeline, ",
     ),
     "a prediction of the sample": (
         [TOY],

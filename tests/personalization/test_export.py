@@ -8,12 +8,13 @@ from diffusers import DiffusionPipeline
 from learned_concepts import learn, make_strategy, save_base
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
+from text_encoders import PIPELINES
 
 from funlora_hf.cli import main
 from funlora_hf.personalization.arguments import ConceptEvaluationArguments
 from funlora_hf.personalization.drawing import draw
 from funlora_hf.personalization.export import export_concepts
-from funlora_hf.personalization.load_concept import load_concept
+from funlora_hf.personalization.load_concept import denoiser_of, load_concept
 
 
 CONFIG = ConceptEvaluationArguments(num_inference_steps=2)
@@ -40,7 +41,7 @@ def assert_close(one, other):
     assert (one - other).abs().max() <= 1
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", PIPELINES)
 @pytest.mark.parametrize("strategy", ["funlora", "lora"])
 def test_images_are_those_of_load_concept(strategy, family, tmp_path):
     base = save_base(tmp_path / "base", family)
@@ -59,7 +60,7 @@ def test_images_are_those_of_load_concept(strategy, family, tmp_path):
     assert keys(tmp_path / "out") == keys(base)
     # The other one has its token.
     load_concept(expected, run / "concepts/t2")
-    expected.set_adapters("t1")
+    denoiser_of(expected).set_adapter("t1")
     assert_close(images(found, "a <t2> b"), images(expected, "a <t2> b"))
 
 

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 from concept_runs import drawn, run
-from diffusers import StableDiffusionPipeline
+from concept_strategies import make_pipe
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from funlora_hf.adapters.base_fingerprint import BaseMismatchError
 from funlora_hf.personalization.arguments import ConceptEvaluationArguments
@@ -67,6 +68,23 @@ def test_the_run_s_images(pipe, finished):
 def test_other_strategies(strategy, pipe, inputs, tmp_path):
     run(inputs, tmp_path / "run", strategy=strategy, concept_order=["b0"])
     load_concept(pipe, tmp_path / "run/concepts/b0")
+    assert tensor_sha256(images(pipe, "a <v0> b", "b0")) == drawn(tmp_path / "run", "b0", 1)
+
+
+@pytest.mark.parametrize("strategy", ["funlora", "naive_lora"])
+@pytest.mark.parametrize("family", ["pixart", "flux"])
+def test_runs_on_transformers(family, strategy, inputs, tmp_path):
+    """A whole run with evaluation and prior preservation; a stock pipeline draws what it drew, to the bit."""
+    make_pipe(family).save_pretrained(tmp_path / "base")
+    base = {"pretrained_model_name_or_path": str(tmp_path / "base"), "resolution": 8, "concept_order": ["b0"]}
+    prior = {"with_prior_preservation": True, "num_class_images": 2}
+    results = run(inputs, tmp_path / "run", strategy=strategy, **base, **prior)
+    assert (results["family"], results["concepts"]) == (family, ["b0"])
+    in_model = strategy == "naive_lora"
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / ("run/model" if in_model else "base"))
+    pipe.set_progress_bar_config(disable=True)
+    if not in_model:
+        load_concept(pipe, tmp_path / "run/concepts/b0")
     assert tensor_sha256(images(pipe, "a <v0> b", "b0")) == drawn(tmp_path / "run", "b0", 1)
 
 

@@ -17,7 +17,13 @@ from funlora_hf.sampling.drawing import tensor_sha256
 pytestmark = [needs_photos, pytest.mark.usefixtures("fresh_accelerator")]
 NOUNS = {"dog": "dog", "vase": "vase", "dog2": "dog"}
 SAMPLING = {"num_inference_steps": 1, "num_samples_per_prompt": 1}
-FAST = [("sd", "funlora"), ("sdxl", "textual_inversion"), ("sd3", "naive_lora")]
+FAST = [
+    ("sd", "funlora"),
+    ("sdxl", "textual_inversion"),
+    ("sd3", "naive_lora"),
+    ("pixart", "funlora"),
+    ("flux", "lora"),
+]
 RUNS = [(family, name) for family in PIPELINES for name in ("funlora", "lora", "textual_inversion", "naive_lora")]
 
 
@@ -32,7 +38,7 @@ def bases(tmp_path_factory):
 
 def load(pipe, folder, family, strategy):
     """By diffusers' own loader of rows, where there is one."""
-    if strategy != "textual_inversion" or family == "sd3":
+    if strategy != "textual_inversion" or family not in ("sd", "sdxl"):
         return load_concept(pipe, folder)
     for number in ("", "_2")[: list(PIPELINES).index(family) + 1]:
         parts = {part: getattr(pipe, f"{part}{number}") for part in ("text_encoder", "tokenizer")}
@@ -45,6 +51,7 @@ def load(pipe, folder, family, strategy):
 def test_photos(family, strategy, bases, inputs, tmp_path):
     folder, order = tmp_path / "run", list(NOUNS)
     base = {"pretrained_model_name_or_path": str(bases / family), "concepts": str(PHOTOS), "concept_order": order}
+    base["resolution"] = 8
     results = run(inputs, folder, **base, strategy=strategy, concept_train_steps=2, **SAMPLING)
     assert (results["family"], results["concepts"]) == (family, order)
     assert [len(row) for row in results["scores"]["clip_i"]["matrix"]] == [1, 2, 3]

@@ -17,7 +17,7 @@ from transformers import (
 
 
 # By the family of `TextToImageModel`.
-PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3"}
+PIPELINES = {"sd": "SD", "sdxl": "SDXL", "sd3": "SD3", "pixart": "PixArt", "flux": "Flux"}
 _SIZES = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
 
 
@@ -35,22 +35,25 @@ def make_prompted(name: str, *, limit: int = 8) -> Any:
         encoders = [_clip(CLIPTextModelWithProjection, limit, 8, 8) for _ in range(2)]
         parts = {"text_encoder": encoders[0], "text_encoder_2": encoders[1], "text_encoder_3": _t5()}
         parts["tokenizer_3"] = ByT5Tokenizer(model_max_length=8)
+    elif name.startswith("PixArt"):
+        parts = {"text_encoder": _t5(), "tokenizer": ByT5Tokenizer(model_max_length=512)}
     elif name == "Flux":
-        parts = {"text_encoder": _clip(CLIPTextModel, limit, 16), "text_encoder_2": _t5()}
-        parts["tokenizer_2"] = ByT5Tokenizer(model_max_length=8)
+        # Pooled at the highest id, as FLUX.1's.
+        parts = {"text_encoder": _clip(CLIPTextModel, limit, 16, eos_token_id=2), "text_encoder_2": _t5()}
+        parts["tokenizer_2"] = ByT5Tokenizer(model_max_length=512)
     for encoder in [part for part in parts if part.startswith("text_encoder")]:
         if (tokenizer := encoder.replace("text_encoder", "tokenizer")) not in parts:
             parts[tokenizer] = make_pipeline("SD").tokenizer
             parts[tokenizer].model_max_length = limit
-    if hasattr(pipe, "transformer"):
+    if name in ("SD3", "Flux"):
         pipe.vae.register_to_config(shift_factor=0.1)  # the pipelines need one
     pipe.register_modules(**parts)
     return pipe
 
 
-def _clip(kind: Any, limit: int, hidden: int, projected: int = 16) -> Any:
-    config = CLIPTextConfig(**_SIZES, hidden_size=hidden, projection_dim=projected, max_position_embeddings=limit)
-    return kind(config).eval()
+def _clip(kind: Any, limit: int, hidden: int, projected: int = 16, **given: Any) -> Any:
+    sizes = {"hidden_size": hidden, "projection_dim": projected, "max_position_embeddings": limit}
+    return kind(CLIPTextConfig(**_SIZES, **sizes, **given)).eval()
 
 
 def _t5() -> T5EncoderModel:

@@ -17,6 +17,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -104,7 +105,7 @@ def _tokenizer() -> CLIPTokenizer:
 
 
 def make_pipeline(name: str) -> Any:
-    """A pipeline "SD", which takes prompts, or "SDXL", "SD3", "Flux", "PixArt" or "DiT", which take what a text encoder gives or labels."""
+    """A pipeline "SD", which takes prompts, or "SDXL", "SD3", "Flux", "PixArt", "PixArtSigma" or "DiT", which take what a text encoder gives or labels."""
     torch.manual_seed(0)
     noise = DDIMScheduler(clip_sample=False, steps_offset=1)
     if name == "SD":
@@ -130,9 +131,10 @@ def make_pipeline(name: str) -> Any:
         )
     elif name == "DiT":
         pipe = DiTPipeline(make_model("DiTTransformer2DModel"), _vae(), noise)
-    elif name == "PixArt":
+    elif name in ("PixArt", "PixArtSigma"):
         models = {"transformer": make_model("PixArtTransformer2DModel"), "vae": _vae()}
-        pipe = PixArtAlphaPipeline(tokenizer=None, text_encoder=None, scheduler=noise, **models)
+        kind = PixArtAlphaPipeline if name == "PixArt" else PixArtSigmaPipeline
+        pipe = kind(tokenizer=None, text_encoder=None, scheduler=noise, **models)
     elif name == "SD3":
         pipe = StableDiffusion3Pipeline(
             transformer=make_model("SD3Transformer2DModel"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FluxPipeline, FluxTransformer2DModel, PixArtTransformer2DModel
 from peft import LoraConfig, get_peft_model
 from real_models import real_model
 from runs import REPOSITORY
@@ -16,6 +17,7 @@ from text_to_image import make_pipeline
 
 from funlora_hf import FunLoraConfig, parameters_per_class
 from funlora_hf.text_to_image.model import LAYERS, TextToImageModel
+from funlora_hf.text_to_image.objective import Objective
 from funlora_hf.text_to_image.token_rows import prompt_arguments
 
 
@@ -24,40 +26,46 @@ CAPTIONS = ["a toy", "", "b"]
 
 
 def make_model(family) -> TextToImageModel:
-    return TextToImageModel(make_prompted(PIPELINES[family]))
+    return TextToImageModel(make_prompted({**PIPELINES, "pixart_sigma": "PixArtSigma"}[family]))
 
 
 @torch.no_grad()
 def encode_prompt(pipe, prompt, guidance=False):
     """The pipeline's own states, by the names under which the model returns them, and the negative ones."""
     others = {"prompt_2": None, "prompt_3": None} if hasattr(pipe, "tokenizer_3") else {}
-    options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": guidance}
+    options = {"num_images_per_prompt": 1}
+    if not isinstance(pipe, FluxPipeline):
+        options["do_classifier_free_guidance"] = guidance
     found = pipe.encode_prompt(**{**others, **prompt_arguments(pipe, prompt)}, device="cpu", **options)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    if "clean_caption" in prompt_arguments(pipe, prompt):  # PixArt
+        names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    if isinstance(pipe, FluxPipeline):
+        names = ("prompt_embeds", "pooled_prompt_embeds")
     return {name: part for name, part in zip(names, found, strict=False) if part is not None}
 
 
 def inputs(model, n=2):
     generator = torch.Generator().manual_seed(0)
-    noisy = torch.randn(n, *model.latent_shape, generator=generator)
+    noisy = torch.randn(n, model.latent_shape[0], 8, 8, generator=generator)
     times = torch.tensor([3, 700][:n])
-    return noisy, times.float() if model.family == "sd3" else times
+    return noisy, times.float() if Objective(model.scheduler).is_flow else times
 
 
 @pytest.mark.parametrize("guidance", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "pixart_sigma"])
 def test_encode_is_the_pipelines(family, guidance):
     model = make_model(family)
     model.add_rows({"<v1>": "b"}, num_vectors=2)
     pipe = model.pipeline()
     if family == "sdxl":
         pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    for caption in [*CAPTIONS, "a <v1> b"]:
+    for caption in [*CAPTIONS, "a <v1> b", "A <V1> b"]:
         expected = encode_prompt(pipe, caption, guidance)
         encoded = model.encode([caption])
         assert encoded.keys() == {name for name in expected if not name.startswith("negative")}
         assert all(torch.equal(value, expected[name]) for name, value in encoded.items())
-        if guidance:
+        if guidance and family != "flux":
             empty = model.encode([""])
             assert all(torch.equal(value, expected[f"negative_{name}"]) for name, value in empty.items())
 
@@ -83,7 +91,7 @@ def test_t5_reads_captions_without_the_tokens():
     assert not torch.equal(without, model.encode(["toy"])["prompt_embeds"][:, 8:])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "pixart_sigma"])
 def test_predictions_are_those_inside_the_pipeline(family):
     """Two steps of a pipeline's call, guided: what it gives its denoiser, and gets from it."""
     model = make_model(family)
@@ -99,16 +107,64 @@ def test_predictions_are_those_inside_the_pipeline(family):
     assert len(recorded) == 2
     for args, kwargs, out in recorded:
         noisy = args[0] if args else kwargs["hidden_states"]
-        times = args[1] if args else kwargs["timestep"]
+        times = kwargs["timestep"] if "timestep" in kwargs else args[1]
         prompt = model.encode(["", "a toy"])
         if family == "sdxl":  # the stock pipeline has zeros for an empty prompt
             prompt = {
                 name: value * torch.tensor([0.0, 1.0]).view(-1, *[1] * (value.dim() - 1))
                 for name, value in prompt.items()
             }
+        out = out[:, : noisy.shape[1]]  # of PixArt, without the variance
         torch.testing.assert_close(model.denoise(noisy, times, prompt), out)
         second = model(noisy[1:], times[1:] if times.dim() else times, ["a toy"])
         torch.testing.assert_close(second, out[1:])
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_predictions_of_flux_are_those_inside_its_pipeline(guided):
+    """Two steps of 8 x 12 pixels, with the embedded guidance of training; the pipeline itself unpacks its latents."""
+    pipe, calls = make_prompted("Flux"), []
+    torch.manual_seed(0)
+    config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
+    denoiser = FluxTransformer2DModel(**{**config, "guidance_embeds": guided}).eval()
+    pipe.register_modules(transformer=denoiser)
+    model = TextToImageModel(pipe)
+    denoiser.register_forward_hook(lambda _, args, kwargs, out: calls.append((kwargs, out[0])), with_kwargs=True)
+    size = {"height": 8, "width": 12, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent"}
+    pipe = model.pipeline()
+    pipe(**prompt_arguments(pipe, "a toy"), **size)
+    recorded = list(calls)
+    assert len(recorded) == 2
+    for kwargs, out in recorded:
+        assert (kwargs["guidance"] is not None) == guided
+        noisy, expected = (pipe._unpack_latents(one, 8, 12, 1) for one in (kwargs["hidden_states"], out))
+        assert noisy.shape == (1, 4, 8, 12)
+        torch.testing.assert_close(model(noisy, 1000 * kwargs["timestep"], ["a toy"]), expected)
+
+
+def test_pixart_for_1024_pixels_reads_the_size():
+    """Its pipeline's own call, of 8 x 16 pixels."""
+    pipe = make_prompted("PixArt")
+    torch.manual_seed(0)
+    sizes = {"attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16}
+    large = PixArtTransformer2DModel(num_attention_heads=2, num_layers=1, sample_size=128, **sizes)
+    pipe.register_modules(transformer=large.eval())
+    model, calls = TextToImageModel(pipe), []
+    assert (model.resolution, model.denoiser.use_additional_conditions) == (128, True)
+    model.denoiser.register_forward_hook(
+        lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True
+    )
+    size = {"height": 8, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    pipe(**prompt_arguments(pipe, "a toy"), **size)
+    ((noisy,), kwargs, (out,)) = calls[0]
+    assert not torch.equal(*kwargs["added_cond_kwargs"]["resolution"].T)
+    torch.testing.assert_close(model(noisy, kwargs["timestep"], ["a toy"]), out[:, :4])
+
+
+def test_prompts_of_pixart_are_cut_where_its_pipeline_cuts_them():
+    model = make_model("pixart")
+    assert model.tokenizers["text_encoder"].model_max_length == 120
+    assert model.encode(["a" * 200])["prompt_embeds"].shape == (1, 120, 16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -130,7 +186,8 @@ def test_all_is_frozen_and_in_evaluation_mode(family):
     model.train()
     assert model.denoiser.training
     assert not any(module.training for part in (model.text_encoders, model.vae) for module in part.modules())
-    assert (model.resolution, model.latent_shape) == (8 * model.vae_scale_factor, (4, 8, 8))
+    size = 128 if family == "flux" else 8  # that of its pipeline
+    assert (model.resolution, model.latent_shape) == (size * model.vae_scale_factor, (4, size, size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -159,9 +216,9 @@ def test_adapters_and_rows_train_under_autocast(family, peft, dtype):
     assert all(parameter.grad.abs().sum() > 0 for parameter in rows.parameters())
     with torch.no_grad():
         image = model.pipeline()(
-            **prompt_arguments(model.pipeline(), "a <v1>"), num_inference_steps=1, output_type="np"
+            **prompt_arguments(model.pipeline(), "a <v1>"), num_inference_steps=1, output_type="np", height=8, width=8
         )
-    assert image.images.shape == (1, model.resolution, model.resolution, 3)
+    assert image.images.shape == (1, 8, 8, 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -184,7 +241,7 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
+@pytest.mark.parametrize("family", ["sd", "sd3", "pixart", "flux"])
 def test_ddp_finds_a_gradient_of_each_parameter(family, one_process):
     """Also where no caption of a process's share has a token: otherwise the second step raises."""
     model = make_model(family)
@@ -291,12 +348,12 @@ def test_t5_may_be_left_out(tmp_path):
 
 
 def test_another_pipeline_is_refused(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    known = "StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline"
-    with pytest.raises(ValueError, match=f"is a FluxPipeline, expected one of: {known}"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    known = "StableDiffusionPipeline, .*, PixArtAlphaPipeline, PixArtSigmaPipeline, FluxPipeline"
+    with pytest.raises(ValueError, match=f"is a DiTPipeline, expected one of: {known}"):
         TextToImageModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`pipe` is a FluxPipeline"):
-        TextToImageModel(make_prompted("Flux"))
+    with pytest.raises(ValueError, match="`pipe` is a DiTPipeline"):
+        TextToImageModel(make_pipeline("DiT"))
     with pytest.raises(ValueError, match="`pipe` has no text_encoder and no text_encoder_2"):
         TextToImageModel(make_pipeline("SDXL"))
 
@@ -357,7 +414,8 @@ def real(request):
     """A model with the real denoiser, on the meta device, of a pipeline whose other parts are tiny."""
     family, name = request.param
     pipe = make_prompted(PIPELINES[family])
-    pipe.register_modules(**{"transformer" if family == "sd3" else "unet": real_model(name)})
+    # A shallow copy, since PixArt's gets methods.
+    pipe.register_modules(**{"unet" if hasattr(pipe, "unet") else "transformer": copy.copy(real_model(name))})
     return TextToImageModel(pipe)
 
 
@@ -366,7 +424,7 @@ def numbers(model, kind):
     return sum(modules[name].weight.numel() for name in model.layers(kind))
 
 
-REAL = [("sd", "SD 1.5"), ("sdxl", "SDXL"), ("sd3", "SD3 medium")]
+REAL = [("sd", "SD 1.5"), ("sdxl", "SDXL"), ("sd3", "SD3 medium"), ("pixart", "PixArt-alpha"), ("flux", "Flux.1 dev")]
 
 
 # Width of the text, and blocks of each width C. K and V are (C, text), all other projections (C, C).
@@ -384,6 +442,17 @@ def test_layers_of_real_denoisers(real):
         # The last block has no `to_add_out`; the middle third has 8 blocks, whose `ff.net.2` reads 4 times the width.
         expected = {"kv": (48, 48), "cross": (95, 95), "attention": (191, 191), "convolutions": (16, 8 + 8 * 4)}
         assert found == {kind: (layers, squares * square) for kind, (layers, squares) in expected.items()}
+        return
+    if real.family == "pixart":
+        # 28 blocks with self- and cross-attention, of which the middle third has 9.
+        expected = {"kv": (56, 56), "cross": (112, 112), "attention": (224, 224), "convolutions": (18, 9 + 9 * 4)}
+        assert found == {kind: (layers, squares * 1152**2) for kind, (layers, squares) in expected.items()}
+        return
+    if real.family == "flux":
+        # 19 double blocks, of which the middle third has 6, with 8 projections each; 38 single blocks with 3.
+        expected = {"kv": (38, 38), "cross": (76, 76), "attention": (266, 266), "convolutions": (12, 6 + 6 * 4)}
+        assert found == {kind: (layers, squares * 3072**2) for kind, (layers, squares) in expected.items()}
+        assert (real.resolution, real.patch_size) == (128, 2)
         return
     text, widths = WIDTHS[real.family]
     blocks = sum(widths.values())

@@ -6,18 +6,28 @@ import copy
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+import transformers
+from diffusers import FluxPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from text_encoders import PIPELINES, make_prompted
+from transformers import T5Tokenizer
 
 from funlora_hf.text_to_image.model import TextToImageModel
-from funlora_hf.text_to_image.token_rows import TokenRows, load_token_rows, prompt_arguments, without_tokens
+from funlora_hf.text_to_image.token_rows import (
+    TokenRows,
+    load_token_rows,
+    prompt_arguments,
+    with_vectors,
+    without_tokens,
+)
 
 
 ENCODERS = {
     "sd": ["text_encoder"],
     "sdxl": ["text_encoder", "text_encoder_2"],
     "sd3": ["text_encoder", "text_encoder_2"],
+    "pixart": ["text_encoder"],
+    "flux": ["text_encoder", "text_encoder_2"],
 }
 PROMPT = "a <v1> toy"
 
@@ -45,7 +55,9 @@ def states(pipe, prompt=PROMPT):
     arguments = prompt_arguments(pipe, prompt)
     if "prompt_3" in arguments:
         arguments["prompt_2"] = None
-    options = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1}
+    options = {"num_images_per_prompt": 1}
+    if not isinstance(pipe, FluxPipeline):
+        options["do_classifier_free_guidance"] = False
     found = pipe.encode_prompt(device="cpu", **arguments, **options)
     return [part for part in found if part is not None]
 
@@ -58,6 +70,18 @@ def assert_equal(one, other):
 def test_the_tokenizer_keeps_the_words_around_a_token():
     model, _ = add_rows("sd")
     assert model.tokenizers["text_encoder"].tokenize("a <v1> toy") == ["a</w>", "<v1>", "t", "o", "y</w>"]
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="its tokenizer takes a vocabulary from transformers 5 on")
+def test_t5_s_tokenizer_keeps_the_words_around_a_token():
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    tokenizer = T5Tokenizer(vocab=[*special, *((word, -1.0) for word in ("▁a", "▁toy", "▁"))], extra_ids=0)
+    encoder = make_prompted("PixArt").text_encoder
+    toy = encoder.get_input_embeddings().weight[4].clone()
+    rows = TokenRows({"text_encoder": encoder}, {"text_encoder": tokenizer}, {"<v1>": "toy"}, num_vectors=2)
+    assert torch.equal(rows.parameters_of("<v1>")["text_encoder"], toy.expand(2, -1))
+    (text,) = with_vectors(["a <v1> toy"], tokenizer)
+    assert tokenizer.tokenize(text) == ["▁a", "<v1>", "<v1>_1", "▁toy"]
 
 
 @pytest.mark.parametrize("family", PIPELINES)

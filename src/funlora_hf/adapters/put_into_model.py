@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
+from diffusers import ModelMixin
 from diffusers.loaders.peft import PeftAdapterMixin
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -92,6 +93,17 @@ def load_adapter(
         return put_adapter(model, adapter, adapter_name, inside=isinstance(model, PeftAdapterMixin)).eval()
     except Exception as error:
         raise ValueError(f"The adapter {adapter.source!r} does not fit this base: {brief(error)}") from error
+
+
+def with_adapter_methods(model: Any) -> Any:
+    """Return a model of diffusers; if it is one without `add_adapter`, such as PixArt's, it gets the methods of the others, in place.
+
+    It then has a subclass of its class, of the same name, and cannot be pickled.
+    """
+    kind = type(model)
+    if isinstance(model, ModelMixin) and not isinstance(model, PeftAdapterMixin):
+        model.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
+    return model
 
 
 def put_adapter(model: Any, adapter: SavedAdapter, name: str, *, inside: bool = False) -> Any:

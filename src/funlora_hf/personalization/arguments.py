@@ -30,7 +30,8 @@ class ConceptArguments:
     _argument_group_name = "base and concepts"
 
     pretrained_model_name_or_path: str = _argument(
-        TINY, "Pipeline of Stable Diffusion, SDXL or SD3: folder or repository; 'tiny': the package's own base."
+        TINY,
+        "Pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux: folder or repository; 'tiny': the package's own base.",
     )
     revision: str | None = _argument(None, "Branch, tag or commit of the pipeline.")
     variant: str | None = _argument(None, "Variant of its files, such as 'fp16'.")
@@ -134,7 +135,9 @@ class ConceptEvaluationArguments:
     num_samples_per_prompt: Count = _argument(4, "Images of each prompt.")
     sampling_batch_size: Count = _argument(24, "Images drawn at once.")
     num_inference_steps: Count = _argument(16, "Steps of the pipeline's scheduler for each image.")
-    guidance_scale: Annotated[float, Range(1, 100)] = _argument(2.5, "Classifier-free guidance; 1: none.")
+    guidance_scale: Annotated[float, Range(1, 100)] = _argument(
+        2.5, "Classifier-free guidance; 1: none. Of FLUX.1-dev, the embedded one."
+    )
     clip_model: str | None = _argument(
         None, "CLIPModel for CLIP-I and CLIP-T, folder or repository; None: the tiny one for the tiny base, else none."
     )

@@ -33,7 +33,7 @@ class ConceptRecord:
         name, token, noun, instance_prompt: as of [`Concept`].
         strategy: what learned it.
         base_model_name_or_path: the pipeline that it was learned on, "tiny" for the package's own; None: not published.
-        family: "sd", "sdxl" or "sd3".
+        family: as of `TextToImageModel`.
         resolution: height and width of its training images, in pixels.
         in_model: whether its rows belong to the run's own pipeline, in `model/`, and not to the base.
         weights: name -> SHA-256 of its weight files.

@@ -27,7 +27,7 @@ def draw(
     Draw images of prompts.
 
     Args:
-        pipe: a pipeline of Stable Diffusion, SDXL or SD3.
+        pipe: a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux.
         prompts: p of them, with new tokens as they are written in captions.
         samples: images of each prompt.
         purpose: what the images are for; equal purposes and seeds give equal noise, whatever the weights.

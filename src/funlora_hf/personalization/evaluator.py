@@ -114,7 +114,7 @@ class ConceptEvaluator:
         """Measure neighbours in the order of learning, each by what is measured of a single concept."""
         if self._read(path) is not None:
             return
-        tokenizers = self.setting.model.clip_tokenizers.values()
+        tokenizers = self.setting.model.row_tokenizers.values()
         pairs = []
         for both in pairwise(self.setting.concepts):
             one, other = (self.setting.concepts[class_id] for class_id in both)

@@ -227,7 +227,7 @@ def _check_concept(folder: Path, model: TextToImageModel | None, check: Fingerpr
 
 
 def _check_rows(concept: SavedConcept, model: TextToImageModel) -> None:
-    encoders: dict[str, Any] = {key: model.text_encoders[key] for key in model.clip_tokenizers}
+    encoders: dict[str, Any] = {key: model.text_encoders[key] for key in model.row_tokenizers}
     for key, encoder in encoders.items():
         width = encoder.get_input_embeddings().weight.shape[1]
         there = concept.rows[key].shape[1] if key in concept.rows else "no rows"
@@ -243,7 +243,7 @@ def _check_model(found: FoundConcepts) -> str:
     if problems := not_finite(tensors):
         raise ValueError(f"it is damaged: {listed(problems)}")
     tokens = [one.record.token for one in found.saved() if one.record.in_model]
-    for key, tokenizer in model.clip_tokenizers.items():
+    for key, tokenizer in model.row_tokenizers.items():
         if missing := sorted(set(tokens) - tokenizer.get_vocab().keys()):
             raise ValueError(f"its tokenizer of `{key}` does not know {', '.join(missing)}.")
     return f"it knows {', '.join(tokens)}"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..adapters.put_into_model import load_adapter
+from ..adapters.put_into_model import load_adapter, with_adapter_methods
 from ..adapters.untrusted_adapter import fetch
 from ..text_to_image.token_rows import load_token_rows
 from ..tuner_base.wrappers import remove_adapters
@@ -26,10 +26,11 @@ def load_concept(
     Load a concept that a run has learned into a stock pipeline of diffusers.
 
     Its adapter, if its strategy trains one, is active afterwards, as after `load_lora_weights`: `pipe.set_adapters`, `disable_lora`
-    and `delete_adapters` know it.
+    and `delete_adapters` know it. PixArt's pipeline has no such methods, but `pipe.transformer` gets them: `set_adapter`,
+    `disable_adapters`, `delete_adapters`.
 
     Args:
-        pipe (`DiffusionPipeline`): a pipeline of Stable Diffusion, SDXL or SD3 with the run's base.
+        pipe (`DiffusionPipeline`): a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux with the run's base.
         source (`str` or `os.PathLike`): folder of the concept, `concepts/<name>` in that of the run, or a repository on the Hub.
         name (`str`, *optional*): name of the adapter in the pipeline; None: the concept's.
         subfolder (`str`, *optional*): the concept's folder in the source.
@@ -82,5 +83,5 @@ def load_concept(
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """Return a pipeline's U-Net, or its transformer if it has none."""
-    return pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet
+    """Return a pipeline's U-Net, or its transformer if it has none; it takes adapters."""
+    return with_adapter_methods(pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet)

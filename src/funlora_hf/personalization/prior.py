@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..continual.run_folder import differences, told
 from ..data.image_folder import is_image
+from ..text_to_image.token_rows import prompt_arguments
 from ..utils.checks import shortened
 from ..utils.files import read_mapping, whole_file, write_json
 from ..utils.seeds import generator_for
@@ -89,7 +90,8 @@ def class_images(
             )
 
         def draw(prompts: list[str], generators: list[torch.Generator]) -> list[Image.Image]:
-            return pipe(prompts, generator=generators, height=resolution, width=resolution, **options).images
+            size = {"height": resolution, "width": resolution}
+            return pipe(**prompt_arguments(pipe, prompts), generator=generators, **size, **options).images
 
         draw_missing(
             place,

@@ -171,7 +171,7 @@ class ConceptRun:
             logger.info("class_data_dir of %s is not read without --with_prior_preservation", ", ".join(unread))
         check_concepts(
             list(concepts.values()),
-            model.clip_tokenizers,
+            model.row_tokenizers,
             num_vectors=given.num_vectors,
             evaluated=self.evaluates,
         )
@@ -213,7 +213,7 @@ class ConceptRun:
         )
 
     def _check_resolution(self, model: TextToImageModel) -> None:
-        given, steps = self.arguments.concepts, model.vae_scale_factor * model.denoiser.config.get("patch_size", 1)
+        given, steps = self.arguments.concepts, model.vae_scale_factor * model.patch_size
         # Pipelines take multiples of 8 only.
         if given.resolution is not None and given.resolution % (multiple := math.lcm(8, steps)):
             raise ValueError(f"`resolution` is {given.resolution}, expected a multiple of {multiple}.")

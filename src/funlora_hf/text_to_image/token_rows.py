@@ -4,7 +4,7 @@ New words for text encoders: the rows of their embeddings are parameters, traine
 Saved rows are what `load_textual_inversion` of diffusers reads: `learned_embeds.safetensors` for the first text encoder,
 `learned_embeds_2.safetensors` for the second, each with one tensor `(num_vectors, width)` under the token's name.
 
-CLIP text encoders whose config has `eos_token_id` 2, as those of SDXL and SD3, take the pooled states at the highest id of a
+CLIP text encoders whose config has `eos_token_id` 2, as those of SDXL, SD3 and Flux, take the pooled states at the highest id of a
 prompt: at a new token, if it has one. The stock pipelines do the same, so a row is trained as it is used.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 from torch.nn import functional
@@ -28,8 +29,8 @@ from ..utils.files import read_tensors, write_tensors
 from ..utils.tensors import not_finite
 
 
-# In the order of a pipeline. T5, the third of SD3, gets no rows: it reads prompts without the tokens.
-CLIP_ENCODERS = ("text_encoder", "text_encoder_2")
+# In the order of a pipeline. T5 gets rows in PixArt and Flux; as the third of SD3 it gets none: it reads prompts without the tokens.
+ROW_ENCODERS = ("text_encoder", "text_encoder_2")
 ROW_FILES = {"text_encoder": "learned_embeds.safetensors", "text_encoder_2": "learned_embeds_2.safetensors"}
 _REMEDY = "save the rows again, or take them from another folder"
 
@@ -157,12 +158,12 @@ class TokenRows(nn.Module):
 
 def load_token_rows(pipe: Any, folder: str | os.PathLike) -> str:
     """
-    Put the rows of a folder into a stock pipeline, as `load_textual_inversion`, which SD3's has not.
+    Put the rows of a folder into a stock pipeline, as `load_textual_inversion`, which those of SD3 and PixArt have not.
 
     Call it before the text encoders are offloaded. For prompts, see `prompt_arguments`.
 
     Args:
-        pipe: a pipeline of Stable Diffusion, SDXL or SD3.
+        pipe: a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux.
         folder: as from `TokenRows.save`.
 
     Returns:
@@ -172,7 +173,7 @@ def load_token_rows(pipe: Any, folder: str | os.PathLike) -> str:
         FileNotFoundError: no such folder or file.
         ValueError: files that do not fit this pipeline, or a token that it has already. It is unchanged then.
     """
-    encoders = {key: encoder for key in CLIP_ENCODERS if (encoder := getattr(pipe, key, None)) is not None}
+    encoders = {key: encoder for key in ROW_ENCODERS if (encoder := getattr(pipe, key, None)) is not None}
     token, rows = read_rows(Path(folder), encoders)
     tokenizers = {key: getattr(pipe, key.replace("text_encoder", "tokenizer")) for key in encoders}
     for key, encoder in encoders.items():
@@ -222,20 +223,25 @@ def read_rows(folder: Path, encoders: Iterable[str]) -> tuple[str, dict[str, tor
     return tokens.pop(), rows
 
 
-def prompt_arguments(pipe: Any, prompt: str | Sequence[str]) -> dict[str, list[str]]:
+def prompt_arguments(pipe: Any, prompt: str | Sequence[str]) -> dict[str, Any]:
     """
     Return the arguments under which a stock pipeline reads prompts with new tokens as they were trained.
 
-    SD3's pipeline knows nothing of tokens with several vectors, and its T5 nothing of new tokens.
+    The pipelines of SD3 and PixArt know nothing of tokens with several vectors, and SD3's T5 nothing of new tokens. PixArt's would take
+    a token for a tag and remove it, and draw in the nearest of its own sizes.
 
     Args:
-        pipe: a pipeline of Stable Diffusion, SDXL or SD3, with the tokens in its tokenizers.
+        pipe: a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux, with the tokens in its tokenizers.
         prompt: one or several.
 
     Returns:
-        `prompt` and, for SD3, `prompt_3`.
+        `prompt`; for SD3 also `prompt_3`, for PixArt `clean_caption` and `use_resolution_binning`, both False.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
+        # T5 distinguishes upper and lower case, but the pipeline gives it lower case only.
+        lower = with_vectors([text.lower() for text in prompts], pipe.tokenizer)
+        return {"prompt": lower, "clean_caption": False, "use_resolution_binning": False}
     if not hasattr(pipe, "tokenizer_3"):
         return {"prompt": prompts}
     added = [str(token) for token in pipe.tokenizer.added_tokens_decoder.values() if not token.special]

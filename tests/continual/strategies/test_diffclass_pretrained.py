@@ -131,7 +131,7 @@ def test_samples_of_a_class_never_change(learned):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
 def test_stock_diffusers_draws_the_same_with_the_lora_of_a_task(family, guidance_scale, tmp_path):
     base = tiny_base() if family == "sd" else save_base(tmp_path / "pipe", family)
     strategy = make(tmp_path, pretrained=base, channels=3, guidance_scale=guidance_scale)
@@ -339,7 +339,7 @@ def test_what_does_not_hold_is_refused_by_name(overrides, text, pictures, tmp_pa
 @pytest.mark.parametrize(
     ("file", "change", "text"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "`pretrained` '.*' is a FluxPipeline, expected one of"),
+        ("model_index.json", {"_class_name": "DiTPipeline"}, "`pretrained` '.*' is a DiTPipeline, expected one of"),
         (
             "model_index.json",
             {"unet": ["diffusers", "UNet2DModel"]},

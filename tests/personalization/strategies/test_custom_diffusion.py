@@ -6,6 +6,7 @@ import pytest
 import torch
 from concept_strategies import learn, make_strategy
 from diffusers import UNet2DConditionModel
+from text_encoders import PIPELINES
 
 from funlora_hf.continual.strategies.merging_rules import only
 from funlora_hf.personalization.strategies.custom_diffusion import constrained_merge
@@ -96,6 +97,7 @@ def test_states_of_several_vectors(tmp_path):
     assert len(two.states("<v0> b")) == len(one.states("<v0> b")) + 1 == 4
 
 
-def test_sd3_has_no_constrained_merge(tmp_path):
+@pytest.mark.parametrize("family", [family for family in PIPELINES if family not in ("sd", "sdxl")])
+def test_transformers_have_no_constrained_merge(family, tmp_path):
     with pytest.raises(ValueError, match=r"'custom_diffusion' .*constrained.* needs layers that read the states"):
-        make_strategy("custom_diffusion", tmp_path / "run", family="sd3", strategy_options={"merge": "constrained"})
+        make_strategy("custom_diffusion", tmp_path / "run", family=family, strategy_options={"merge": "constrained"})

@@ -27,6 +27,7 @@ from ...sampling.drawing import to_uint8
 from ...sampling.pipeline import FunLoraPipelineOutput
 from ...text_to_image.model import TextToImageModel
 from ...text_to_image.objective import Objective
+from ...text_to_image.token_rows import prompt_arguments
 from ...utils.checks import check_choice, expanded
 from ...utils.field_types import Count, Range, one_of
 from ...utils.files import read_mapping, read_tensors, write_tensors
@@ -51,7 +52,7 @@ def _check_prompt(name: str, value: str) -> None:
 class DiffClassPretrainedOptions(LoraPerTaskOptions):
     """
     Args:
-        pretrained: folder of a Stable Diffusion, SDXL or SD3 pipeline, which is read only.
+        pretrained: folder of a Stable Diffusion, SDXL, SD3 or Flux pipeline, which is read only.
         image_size: height and width of the images that classifiers see and the run keeps, such as those of the data set.
         channels: of these images: 3, or 1 for grey, which are repeated for the pipeline; what it draws is averaged over its channels.
         prompt: text with {}, for which the name of a class is put in.
@@ -244,7 +245,7 @@ class PromptedClasses:
         for start in range(0, len(class_labels), options.sampling_batch_size):
             some = class_labels[start : start + options.sampling_batch_size]
             images = self.pipe(
-                [strategy.prompt(class_id) for class_id in some],
+                **prompt_arguments(self.pipe, [strategy.prompt(class_id) for class_id in some]),
                 height=strategy.model.resolution,
                 width=strategy.model.resolution,
                 num_inference_steps=num_inference_steps,
@@ -255,8 +256,9 @@ class PromptedClasses:
             parts.append(resized(images.float(), size).clamp(0, 1))
         drawn = torch.cat(parts)
         drawn = drawn.mean(dim=1, keepdim=True) if channels == 1 else drawn
-        # With guidance, each step also sees the empty prompt.
-        return FunLoraPipelineOutput(drawn, len(self.pipe.scheduler.timesteps) * (1 + (options.guidance_scale > 1)))
+        # With guidance, each step also sees the empty prompt; Flux's is embedded.
+        twice = options.guidance_scale > 1 and strategy.model.family != "flux"
+        return FunLoraPipelineOutput(drawn, len(self.pipe.scheduler.timesteps) * (1 + twice))
 
 
 def resized(images: Tensor, size: int) -> Tensor:
