@@ -36,8 +36,12 @@ LETTERS = 2 + 2 * 26
 # Of the third concept, that of the first.
 NOUNS = ("b", "c", "b")
 SAMPLING = ConceptEvaluationArguments(num_inference_steps=2, num_samples_per_prompt=2)
-# That make cns find entries, and clora's penalty small beside the loss.
-OPTIONS = {"cns": {"base_fraction": 0.4, "general_share": 1.0}, "clora": {"penalty": 1.0}}
+# That make cns find entries, clora's penalty small beside the loss, and replay quick.
+OPTIONS = {
+    "cns": {"base_fraction": 0.4, "general_share": 1.0},
+    "clora": {"penalty": 1.0},
+    "replay": {"images_per_concept": 2, "num_inference_steps": 2},
+}
 
 
 def make_pipe(family: str = "sd"):
@@ -120,7 +124,7 @@ class Batches:
     """Makes the batches of a strategy's phases."""
 
     def __init__(self, strategy: ConceptStrategy, prior: Prior | None = None) -> None:
-        self.setting, self.prior = strategy.setting, prior
+        self.strategy, self.setting, self.prior = strategy, strategy.setting, prior
 
     def __call__(self, phase: Phase) -> ConceptBatches:
         setting = self.setting
@@ -133,6 +137,7 @@ class Batches:
             random_flip=False,
             resolution=8,
             prior=self.prior,
+            replayed=self.strategy.replayed(phase),
         )
 
 

@@ -171,6 +171,10 @@ class ConceptStrategy(LearningStrategy):
         """Return the first task of a phase's concepts."""
         return next(task for task in self.setting.tasks if set(phase.class_ids) & set(task.class_ids))
 
+    def replayed(self, phase: Phase) -> Mapping[int, Mapping[Path, str]]:
+        """Return drawn pictures of earlier concepts for the batches of a phase: id -> pictures -> their captions."""
+        return {}
+
     def training_step(self, phase: Phase, batch: ConceptBatch, module: nn.Module) -> torch.Tensor:
         objective = self.setting.objective
         noisy = objective.noisy(batch.latents, batch.noise, batch.times)

@@ -10,12 +10,14 @@ from .custom_diffusion import CustomDiffusion
 from .one_model import Joint, MagMax, MergeInit, MergeOrthogonal, NaiveLora
 from .orthogonal_adaptation import OrthogonalAdaptation
 from .per_concept import FunLora, Lora, TextualInversion
+from .replay import Replay
 
 
 _CLASSES: tuple[type[ConceptStrategy], ...] = (
     *(FunLora, Lora, TextualInversion),
     *(NaiveLora, MergeInit, MergeOrthogonal, MagMax, Joint),
     *(CustomDiffusion, CLora, OrthogonalAdaptation, Cns),
+    Replay,
 )
 CONCEPT_STRATEGIES: dict[str, type[ConceptStrategy]] = {strategy.name: strategy for strategy in _CLASSES}
 
