@@ -184,3 +184,30 @@ def test_a_picture_that_is_gone_is_named(encoder, concepts, tmp_path):
     with pytest.raises(ValueError, match=r"the picture '.*lost\.png' cannot be read"):
         batches(encoder, {**concepts, 3: lost})
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize("size", [2, 4, 7])
+def test_each_concept_old_or_new_has_the_same_share(encoder, concepts, size):
+    """Every three rows have one of each concept, every picture of a concept comes before any comes again; classes are further rows."""
+    earlier = {5: classes(concepts, 5), 7: {path: f"<7> {path.stem}" for path in concepts[5].images[:2]}}
+    prior = Prior({3: classes(concepts, 5, 1)}, batch_size=1)
+    source = batches(encoder, concepts, size=size, ids=(3,), replayed=earlier, prior=prior, random_flip=False)
+    whole = [source.batch(number) for number in range(8)]
+    ids = [row for one in whole for row in one.concept_ids[:size].tolist()]
+    for start in range(0, len(ids) - 2, 3):
+        assert sorted(ids[start : start + 3]) == [3, 5, 7]
+    captions = [caption for one in whole for caption in one.captions[:size]]
+    for number, known in (
+        (3, {*concepts[3].captions.values()}),
+        *((one, {*texts.values()}) for one, texts in earlier.items()),
+    ):
+        mine = [caption for one, caption in zip(ids, captions, strict=True) if one == number]
+        assert {*mine[: len(known)]} == known
+    assert {one.captions[-1] for one in whole} == {"a dog0"}
+    assert source.num_images == 4
+    shares = [source.batch(3, share=share, num_shares=2) for share in range(2)]
+    for share, one in enumerate(shares):
+        assert_equal(one, whole[3], [*range(share, size, 2), *[size][share::2]])
+    plain = batches(encoder, concepts, size=size, ids=(3,), prior=prior, random_flip=False).batch(3)
+    for name in ("noise", "times", "weights"):
+        assert torch.equal(getattr(plain, name), getattr(whole[3], name))

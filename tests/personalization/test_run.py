@@ -218,7 +218,7 @@ def test_arguments_of_a_folder(finished, inputs, tmp_path):
 REFUSED = {
     "`concept_order` has 'b1', expected some of 'b0', 'c1', 'b2'": {"concept_order": ["b1"]},
     "`concept_order` is .*, expected each name once": {"concept_order": ["b0", "b0"]},
-    "`strategy` is 'replay', expected": {"strategy": "replay"},
+    "`strategy` is 'ddgr', expected": {"strategy": "ddgr"},
     "`strategy_options` has 'rank', but `strategy` 'funlora' expects none": {"strategy_options": ["rank=3"]},
     "`timestep_density` is 'logit_normal', expected 'uniform': DDIMScheduler is no flow": {
         "timestep_density": "logit_normal"

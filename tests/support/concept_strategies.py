@@ -36,11 +36,12 @@ LETTERS = 2 + 2 * 26
 # Of the third concept, that of the first.
 NOUNS = ("b", "c", "b")
 SAMPLING = ConceptEvaluationArguments(num_inference_steps=2, num_samples_per_prompt=2)
-# That make cns find entries, and clora's penalty small beside the loss.
+# That make cns find entries, clora's penalty small beside the loss, and replay quick.
 OPTIONS = {
-    "ewc": {"fisher_batches": 3},
     "cns": {"base_fraction": 0.4, "general_share": 1.0},
     "clora": {"penalty": 1.0},
+    "ewc": {"fisher_batches": 3},
+    "replay": {"images_per_concept": 2, "num_inference_steps": 2},
 }
 
 
@@ -124,7 +125,7 @@ class Batches:
     """Makes the batches of a strategy's phases."""
 
     def __init__(self, strategy: ConceptStrategy, prior: Prior | None = None) -> None:
-        self.setting, self.prior = strategy.setting, prior
+        self.strategy, self.setting, self.prior = strategy, strategy.setting, prior
 
     def __call__(self, phase: Phase) -> ConceptBatches:
         setting = self.setting
@@ -137,6 +138,7 @@ class Batches:
             random_flip=False,
             resolution=8,
             prior=self.prior,
+            replayed=self.strategy.replayed(phase),
         )
 
 

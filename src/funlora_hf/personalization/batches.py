@@ -5,8 +5,10 @@ As for classes, a batch depends only on the seed, the phase and its number: not 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -66,6 +68,23 @@ class ConceptBatch:
     total: int = 0
 
 
+class InTurn:
+    """One row of each of several groups in turn, those of a group in its own endless order. The groups' rows follow one another."""
+
+    def __init__(self, groups: Sequence[EndlessOrder]) -> None:
+        self._groups = groups
+        self._firsts = [sum(group.total for group in groups[:number]) for number in range(len(groups))]
+
+    def entries(self, start: int, count: int) -> torch.Tensor:
+        """Return the entries start .. start + count - 1, int64 `(count,)`."""
+        rows, turns = torch.empty(count, dtype=torch.int64), len(self._groups)
+        for number, (first, group) in enumerate(zip(self._firsts, self._groups, strict=True)):
+            offset = (number - start) % turns
+            if mine := len(range(offset, count, turns)):
+                rows[offset::turns] = first + group.entries((start + offset) // turns, mine)
+        return rows
+
+
 class ConceptBatches:
     """Batches of one phase. Its pictures are encoded once, here, in both flips; their latents are kept on the CPU.
 
@@ -80,6 +99,8 @@ class ConceptBatches:
         random_flip: flip pictures left to right with probability 1/2.
         resolution: height and width to which pictures are resized and cropped.
         prior: pictures of the classes, which are further rows of each batch.
+        replayed: id of an earlier concept -> pictures -> their captions. They take the place of pictures of the phase's concepts, so that
+            each concept, old or new, has the same share of the rows.
 
     Raises:
         ValueError: a picture cannot be read, or a concept has no picture of its class.
@@ -98,20 +119,26 @@ class ConceptBatches:
         random_flip: bool,
         resolution: int,
         prior: Prior | None = None,
+        replayed: Mapping[int, Mapping[Path, str]] | None = None,
     ) -> None:
         self.phase, self.seed, self.objective = phase, seed, objective
         size = phase.settings.batch_size
         rows = [(one, path, concepts[one].caption(path)) for one in phase.class_ids for path in concepts[one].images]
         self.num_images = len(rows)
+        order: EndlessOrder | InTurn = EndlessOrder(len(rows), seed, phase.name, "order")
+        if replayed:
+            rows += [(one, *picture) for one, drawn in replayed.items() for picture in drawn.items()]
+            totals = Counter(one for one, _, _ in rows)
+            order = InTurn([EndlessOrder(total, seed, phase.name, "order", one) for one, total in totals.items()])
         # Of the concepts and of the classes: first row, order, rows in a batch, weight.
-        self._parts = [(0, EndlessOrder(len(rows), seed, phase.name, "order"), size, 1.0)]
+        self._parts = [(0, order, size, 1.0)]
         if prior is not None:
             if without := [concepts[one].name for one in phase.class_ids if not prior.images.get(one)]:
                 raise ValueError(f"Concept {without[0]!r} has no pictures of its class, expected at least one.")
+            first, count = len(rows), prior.batch_size or size
             rows += [(one, *picture) for one in phase.class_ids for picture in prior.images[one].items()]
-            order = EndlessOrder(len(rows) - self.num_images, seed, phase.name, "class order")
-            count = prior.batch_size or size
-            self._parts.append((self.num_images, order, count, prior.loss_weight * size / count))
+            order = EndlessOrder(len(rows) - first, seed, phase.name, "class order")
+            self._parts.append((first, order, count, prior.loss_weight * size / count))
         self._ids = torch.tensor([one for one, _, _ in rows])
         self._captions = [caption for _, _, caption in rows]
         paths, encoded = [path for _, path, _ in rows], []

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..continual.config import run_settings
 from ..continual.strategy_state import memory_reports
-from ..continual.trainer import phase_seconds
+from ..continual.trainer import phase_seconds, preparation_seconds
 from ..evaluation.figures import loss_curves, sample_grid
 from ..evaluation.report import ForgettingError, environment, figures_if_possible, versions
 from ..utils.files import read_mapping, write_json
@@ -35,7 +35,7 @@ def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str
         ForgettingError: the strategy promises that learned concepts stay, but one has changed. The files are written first.
     """
     strategy, folder, setting = evaluator.strategy, evaluator.folder, evaluator.setting
-    phases = phase_seconds(folder)
+    phases, preparation = phase_seconds(folder), sum(preparation_seconds(folder).values())
     before, after, pairs = (evaluator.of_run(name) for name in ("before", "after", "pairs"))
     order = [class_id for task in evaluator.tasks for class_id in task.class_ids]
     losses = {name: record["losses"] for name, record in phases.items()}
@@ -75,7 +75,8 @@ def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str
         "training_losses": losses,
         "skipped_steps": sum(record["skipped_steps"] for record in phases.values()),
         "seconds": {
-            "training": sum(record["seconds"] for record in phases.values()),
+            "training": sum(record["seconds"] for record in phases.values()) + preparation,
+            "preparation": preparation,
             "evaluation": sum(one["seconds"] for row in _own(records, evaluator) for one in row if one is not None),
             "phases": {name: record["seconds"] for name, record in phases.items()},
         },

@@ -298,6 +298,7 @@ class ConceptRun:
                 random_flip=given.random_flip,
                 resolution=given.resolution or setting.model.resolution,
                 prior=prior,
+                replayed=strategy.replayed(phase),
             )
 
         return ContinualTrainer(

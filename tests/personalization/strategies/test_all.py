@@ -127,7 +127,7 @@ def test_what_is_counted_is_trained(name, tmp_path):
     strategy.release_phase(phase, trainable)
 
 
-@pytest.mark.parametrize("name", some_fast("funlora", "merge_orthogonal", "cns", "joint", "ewc"))
+@pytest.mark.parametrize("name", some_fast("funlora", "merge_orthogonal", "cns", "joint", "ewc", "replay"))
 def test_a_stopped_run_equals_one_in_one_piece(name, tmp_path):
     """Stopped within the second phase, after a checkpoint, and again between two tasks."""
     learn(make_strategy(name, tmp_path / "whole"))

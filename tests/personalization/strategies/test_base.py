@@ -45,7 +45,7 @@ import sys
 from pathlib import Path
 from concept_strategies import learn, make_strategy
 folder = Path(sys.argv[1])
-for name in ("funlora", "joint", "cns"):
+for name in ("funlora", "joint", "cns", "replay"):
     learn(make_strategy(name, folder / name / "run", concept_batch_size=4))
 from accelerate import Accelerator
 Accelerator(cpu=True).end_training()
@@ -56,7 +56,7 @@ Accelerator(cpu=True).end_training()
 def test_two_processes_equal_one(tmp_path):
     """To the bit where a process has a concept for itself, else up to rounding: of Adam, in the direction of small gradients."""
     places = {"one": tmp_path / "one", "two": tmp_path / "two"}
-    for name in ("funlora", "joint", "cns"):
+    for name in ("funlora", "joint", "cns", "replay"):
         learn(make_strategy(name, places["one"] / name / "run", concept_batch_size=4))
     (tmp_path / "process.py").write_text(_PROCESS)
     for place in places.values():
@@ -79,7 +79,7 @@ def test_two_processes_equal_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (contents(place / "funlora/run") for place in places.values())
     assert one == two
-    for name in ("joint", "cns"):
+    for name in ("joint", "cns", "replay"):
         files = [path.relative_to(places["one"]) for path in (places["one"] / name).rglob("*.safetensors")]
         assert files
         for path in files:

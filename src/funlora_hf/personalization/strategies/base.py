@@ -167,6 +167,10 @@ class ConceptStrategy(LearningStrategy):
         self.model.train()
         return Trainable(self.model, {**adapted, **rows}, factors=dict.fromkeys(rows, factor))
 
+    def replayed(self, phase: Phase) -> Mapping[int, Mapping[Path, str]]:
+        """Return drawn pictures of earlier concepts for the batches of a phase: id -> pictures -> their captions."""
+        return {}
+
     def training_step(self, phase: Phase, batch: ConceptBatch, module: nn.Module) -> torch.Tensor:
         objective = self.setting.objective
         noisy = objective.noisy(batch.latents, batch.noise, batch.times)

@@ -11,6 +11,7 @@ from .custom_diffusion import CustomDiffusion
 from .one_model import IncLora, Joint, MagMax, MergeInit, MergeOrthogonal, NaiveLora, OLora
 from .orthogonal_adaptation import OrthogonalAdaptation
 from .per_concept import FunLora, Lora, TextualInversion
+from .replay import Replay
 
 
 _CLASSES: tuple[type[ConceptStrategy], ...] = (
@@ -19,6 +20,7 @@ _CLASSES: tuple[type[ConceptStrategy], ...] = (
     *(Finetune, L2, Ewc, Hft, Mofo),
     *(IncLora, OLora),
     *(CustomDiffusion, CLora, OrthogonalAdaptation, Cns),
+    Replay,
 )
 CONCEPT_STRATEGIES: dict[str, type[ConceptStrategy]] = {strategy.name: strategy for strategy in _CLASSES}
 
