@@ -7,6 +7,7 @@ from .base import ConceptStrategy
 from .c_lora import CLora
 from .cns import Cns
 from .custom_diffusion import CustomDiffusion
+from .mix_of_show import MixOfShow
 from .one_model import Joint, MagMax, MergeInit, MergeOrthogonal, NaiveLora
 from .orthogonal_adaptation import OrthogonalAdaptation
 from .per_concept import FunLora, Lora, TextualInversion
@@ -16,6 +17,7 @@ _CLASSES: tuple[type[ConceptStrategy], ...] = (
     *(FunLora, Lora, TextualInversion),
     *(NaiveLora, MergeInit, MergeOrthogonal, MagMax, Joint),
     *(CustomDiffusion, CLora, OrthogonalAdaptation, Cns),
+    MixOfShow,
 )
 CONCEPT_STRATEGIES: dict[str, type[ConceptStrategy]] = {strategy.name: strategy for strategy in _CLASSES}
 
