@@ -229,9 +229,9 @@ class ConceptStrategy(LearningStrategy):
         with whole_folder(self.folder(class_id)) as temporary:
             yield temporary
             self.rows.save(concept.token, temporary)
-            how = {"family": self.model.family, "resolution": self.model.resolution}
-            own = {"in_model": self.in_model, "layerwise": self.layerwise}
-            write_concept(temporary, concept, self.setting.arguments, strategy=self.name, **how, **own)
+            how: dict[str, Any] = {name: getattr(self, name) for name in ("in_model", "layerwise")}
+            how |= {name: getattr(self.model, name) for name in ("family", "resolution")}
+            write_concept(temporary, concept, self.setting.arguments, strategy=self.name, **how)
 
     def load_rows(self, class_ids: Sequence[int]) -> None:
         """Load the rows of those concepts that are learned, once."""
