@@ -104,7 +104,8 @@ def make_strategy(
     }
     if model is None:
         model = TextToImageModel(make_pipe(family))
-    model.add_rows({one.token: one.initializer for one in concepts.values()}, num_vectors=given.num_vectors)
+    tokens = {one.token: one.initializer for one in concepts.values()}
+    model.add_rows(tokens, num_vectors=given.num_vectors, layerwise=kind.layerwise)
     setting = ConceptSetting(
         output_dir=folder,
         class_names={index: one.name for index, one in concepts.items()},

@@ -246,7 +246,8 @@ def concept_card(
     The card of a concept that a text-to-image pipeline has learned.
 
     Args:
-        about: contents of its `concept.json`: name, token, noun, instance_prompt, strategy, family, resolution, in_model.
+        about: contents of its `concept.json`: name, token, noun, instance_prompt, strategy, family, resolution, in_model,
+            layerwise.
         parameters: numbers of its rows and its adapter.
         num_bytes: of its weight files.
         config: of its adapter, if it has one.
@@ -283,8 +284,8 @@ def concepts_card(
         ]
         for one in abouts
     ]
-    nothing: Mapping[str, Any] = {"name": "", "strategy": "", "instance_prompt": "", "family": "", "in_model": False}
-    about = abouts[0] if abouts else nothing
+    nothing: Mapping[str, Any] = dict.fromkeys(("name", "strategy", "instance_prompt", "family"), "")
+    about = abouts[0] if abouts else {**nothing, "in_model": False, "layerwise": False}
     folder = about["name"] or None
     return _concept_card(about, table=table, folder=folder, config=None, is_tiny=is_tiny, place=place, license=license)
 

@@ -109,7 +109,7 @@ class ConceptTrainingArguments(LoopArguments):
     )
     token_learning_rate: LearningRate | None = _argument(
         None,
-        "Peak learning rate of the token's row; None: 2e-2 for the tiny base (6e-2 if nothing else is trained), else 5e-4.",
+        "Peak learning rate of the token's row; None: 2e-2 for the tiny base (6e-2 if nothing else is trained), else 5e-4, of layers 1e-3.",
     )
     concept_warmup_steps: Natural = _argument(10, "Steps of linear warm-up.")
     concept_lr_scheduler: Annotated[str, one_of(*LR_SCHEDULERS)] = _argument(

@@ -38,6 +38,7 @@ class ConceptRecord:
         in_model: whether its rows belong to the run's own pipeline, in `model/`, and not to the base.
         weights: name -> SHA-256 of its weight files.
         revision, variant, drop_t5: how the base was loaded.
+        layerwise: whether its token has rows for each cross-attention layer.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ConceptRecord:
     revision: str | None = None
     variant: str | None = None
     drop_t5: bool = False
+    layerwise: bool = False
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -85,7 +87,7 @@ class SavedConcept:
     Args:
         folder: the folder.
         record: contents of its `concept.json`.
-        rows: rows of its token by text encoder, `(num_vectors, width)`.
+        rows: rows of its token by text encoder, as of `TokenRows.parameters_of`.
         adapter: None: its strategy trains none.
     """
 
@@ -133,6 +135,7 @@ def write_concept(
     family: str,
     resolution: int,
     in_model: bool,
+    layerwise: bool,
 ) -> None:
     """Write `concept.json` and the card of a folder that has the concept's weights already.
 
@@ -140,7 +143,7 @@ def write_concept(
         folder: the folder.
         concept: what was learned.
         arguments: of the run.
-        strategy, family, in_model: as of [`ConceptRecord`].
+        strategy, family, in_model, layerwise: as of [`ConceptRecord`].
         resolution: the base's, in pixels.
     """
     record = ConceptRecord(
@@ -154,6 +157,7 @@ def write_concept(
         revision=arguments.revision,
         variant=arguments.variant,
         drop_t5=arguments.drop_t5,
+        layerwise=layerwise,
     )
     write_json(folder / CONCEPT_FILE, asdict(record))
     saved = read_concept(folder)

@@ -99,6 +99,11 @@ def _chosen(found: FoundConcepts, names: Sequence[str] | None) -> list[SavedConc
         if name not in there:
             raise ValueError(f"`concepts` has {name!r}, expected some of: {', '.join(there)}.")
     chosen = [there[name] for name in dict.fromkeys(names or there)]
+    if layerwise := [one.record.name for one in chosen if one.record.layerwise]:
+        raise ValueError(
+            f"{layerwise[0]!r} has a token with rows for each cross-attention layer, which no folder of a pipeline can hold: load it in Python "
+            "by `load_concept`."
+        )
     if in_model := [one.record for one in chosen if one.record.in_model]:
         raise ValueError(
             f"{in_model[0].name!r} is learned into the run's own pipeline by `strategy` {in_model[0].strategy!r}, which needs no export: "

@@ -230,7 +230,7 @@ def _check_rows(concept: SavedConcept, model: TextToImageModel) -> None:
     encoders: dict[str, Any] = {key: model.text_encoders[key] for key in model.row_tokenizers}
     for key, encoder in encoders.items():
         width = encoder.get_input_embeddings().weight.shape[1]
-        there = concept.rows[key].shape[1] if key in concept.rows else "no rows"
+        there = concept.rows[key].shape[-1] if key in concept.rows else "no rows"
         if there != width:
             raise ValueError(f"its rows of `{key}` have the width {there}, but those of the base {width}.")
     if more := sorted(concept.rows.keys() - encoders.keys()):

@@ -27,10 +27,11 @@ def load_concept(
 
     Its adapter, if its strategy trains one, is active afterwards, as after `load_lora_weights`: `pipe.set_adapters`, `disable_lora`
     and `delete_adapters` know it. PixArt's pipeline has no such methods, but `pipe.transformer` gets them: `set_adapter`,
-    `disable_adapters`, `delete_adapters`.
+    `disable_adapters`, `delete_adapters`. A token with rows for each cross-attention layer stays as long as the pipeline.
 
     Args:
-        pipe (`DiffusionPipeline`): a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux with the run's base.
+        pipe (`DiffusionPipeline`): a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux with the run's base; or, for a token with
+            rows for each layer whose strategy changed the model, the pipeline in the run's `model/`.
         source (`str` or `os.PathLike`): folder of the concept, `concepts/<name>` in that of the run, or a repository on the Hub.
         name (`str`, *optional*): name of the adapter in the pipeline; None: the concept's.
         subfolder (`str`, *optional*): the concept's folder in the source.
@@ -60,7 +61,8 @@ def load_concept(
             "concepts/<name> in the folder of a run."
         )
     record = read_record(folder)
-    if record.in_model:
+    is_known = record.in_model and record.layerwise and record.token in pipe.tokenizer.get_vocab()
+    if record.in_model and not is_known:
         raise ValueError(
             f"{os.fspath(source)!r} has only the token of {record.name!r}: its strategy {record.strategy!r} changed the model. Load the "
             "pipeline with all concepts by `DiffusionPipeline.from_pretrained`: `model/` in the run's folder, or the run's repository."
@@ -69,7 +71,7 @@ def load_concept(
     if not record.has_adapter:
         if name is not None:
             raise ValueError(f"`name` is {name!r}, expected None: {os.fspath(source)!r} has no adapter, only a token.")
-        return load_token_rows(pipe, folder)
+        return load_token_rows(pipe, folder, is_known=is_known)
     name = record.name if name is None else name
     active = denoiser.active_adapters() if getattr(denoiser, "peft_config", None) else []
     load_adapter(denoiser, folder, adapter_name=name)

@@ -176,7 +176,8 @@ class ConceptRun:
             evaluated=self.evaluates,
         )
         tokens = {one.token: one.initializer for one in concepts.values()}
-        model.add_rows(tokens, num_vectors=given.num_vectors)
+        layerwise = concept_strategy(training.strategy).layerwise
+        model.add_rows(tokens, num_vectors=given.num_vectors, layerwise=layerwise)
         model.to(self.accelerator.device)
         self._check_resolution(model)
         objective = Objective(

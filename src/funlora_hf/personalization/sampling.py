@@ -72,10 +72,9 @@ def sample_prompts(
     pipe = base_pipeline(found, [one.record for one in needed], device=device)
     record = needed[0].record
     denoiser = denoiser_of(pipe)
-    if not record.in_model:
-        for one in (one for some in wanted for one in some):
-            if one.record.token not in pipe.tokenizer.get_vocab():
-                load_concept(pipe, one.folder)
+    if record.layerwise or not record.in_model:
+        for one in {one.record.token: one for some in wanted for one in some}.values():
+            load_concept(pipe, one.folder)
     _check_length(pipe, prompts)
     drawn = []
     for prompt, some in zip(prompts, wanted, strict=True):

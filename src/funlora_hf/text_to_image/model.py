@@ -26,6 +26,7 @@ from ..adapters.untrusted_base import check_shards
 from ..tuner.targets import decoder_middle, linear_names
 from ..utils.checks import check_choice, check_not_mistyped
 from ..utils.quiet import quiet_loading
+from .layer_states import layer_states
 from .objective import Objective
 from .token_rows import ROW_ENCODERS, TokenRows, with_vectors, without_tokens
 
@@ -224,11 +225,14 @@ class TextToImageModel(nn.Module):
         """Those that read new tokens: all but that of SD3's T5, which reads longer prompts, too."""
         return {key: self.tokenizers[key] for key in ROW_ENCODERS if key in self.tokenizers}
 
-    def add_rows(self, tokens: Mapping[str, str], *, num_vectors: int = 1) -> TokenRows:
+    def add_rows(self, tokens: Mapping[str, str], *, num_vectors: int = 1, layerwise: bool = False) -> TokenRows:
         """
         Add all new tokens of a run, once. SD3's T5 gets no rows; it reads captions without the tokens.
 
-        Args, Returns, Raises: as for `TokenRows`, without the encoders; a ValueError also for a second call.
+        With `layerwise`, tokens have rows for each cross-attention layer, and `encode` returns the states for all layers side by side.
+
+        Args, Returns, Raises: as for `TokenRows`, without the encoders; a ValueError also for a second call, and for layer-wise rows of
+            another family than "sd".
         """
         if self.rows is not None:
             raise ValueError(
@@ -236,7 +240,15 @@ class TextToImageModel(nn.Module):
             )
         tokenizers = self.row_tokenizers
         encoders = {key: self.text_encoders[key] for key in tokenizers}
-        self.rows = TokenRows(encoders, tokenizers, tokens, num_vectors=num_vectors)
+        layers = None
+        if layerwise:
+            if self.family != "sd":
+                raise ValueError(
+                    f"The base is of the family {self.family!r}, expected 'sd': rows for each cross-attention layer, which this strategy has, "
+                    "are there for Stable Diffusion only. Take such a base, or another strategy."
+                )
+            layers = layer_states(encoders["text_encoder"], self.denoiser)
+        self.rows = TokenRows(encoders, tokenizers, tokens, num_vectors=num_vectors, layers=layers)
         self._states.clear()
         return self.rows
 

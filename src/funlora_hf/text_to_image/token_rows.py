@@ -4,6 +4,9 @@ New words for text encoders: the rows of their embeddings are parameters, traine
 Saved rows are what `load_textual_inversion` of diffusers reads: `learned_embeds.safetensors` for the first text encoder,
 `learned_embeds_2.safetensors` for the second, each with one tensor `(num_vectors, width)` under the token's name.
 
+Layer-wise rows have the shape `(layers, num_vectors, width)`, a matrix for each cross-attention layer of the U-Net (see
+`layer_states`); diffusers does not read these, `load_token_rows` does.
+
 CLIP text encoders whose config has `eos_token_id` 2, as those of SDXL, SD3 and Flux, take the pooled states at the highest id of a
 prompt: at a new token, if it has one. The stock pipelines do the same, so a row is trained as it is used.
 """
@@ -22,11 +25,11 @@ import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
-from torch.nn import functional
 
 from ..utils.checks import check_at_least_one
 from ..utils.files import read_tensors, write_tensors
 from ..utils.tensors import not_finite
+from .layer_states import LayerStates, cross_attentions, layer_states, put_in
 
 
 # In the order of a pipeline. T5 gets rows in PixArt and Flux; as the third of SD3 it gets none: it reads prompts without the tokens.
@@ -48,6 +51,7 @@ class TokenRows(nn.Module):
         tokens: token -> initializer, a word whose embedding each vector of the token is a copy of; of a word of several pieces the
             mean.
         num_vectors: vectors of each token.
+        layers: for layer-wise rows, what connects the only text encoder with the U-Net; None: rows are the same for all layers.
 
     Raises:
         ValueError: a token that a tokenizer has already or would not read as one, or an initializer that it does not know.
@@ -63,9 +67,12 @@ class TokenRows(nn.Module):
         tokens: Mapping[str, str],
         *,
         num_vectors: int = 1,
+        layers: LayerStates | None = None,
     ) -> None:
         super().__init__()
         check_at_least_one("num_vectors", num_vectors)
+        self.layers = layers
+        of_layers = () if layers is None else (len(layers.names),)
         self.tokens, self.num_vectors = tuple(tokens), num_vectors
         starts = {
             key: [_start(tokenizers[key], encoder, word).expand(num_vectors, -1) for word in tokens.values()]
@@ -77,7 +84,8 @@ class TokenRows(nn.Module):
         self._embeddings: dict[str, tuple[Any, int]] = {}
         for key, encoder in encoders.items():
             self.rows[key] = nn.ParameterList(
-                nn.Parameter(start.clone(), requires_grad=False) for start in starts[key]
+                nn.Parameter(start.expand(*of_layers, *start.shape).clone(), requires_grad=False)
+                for start in starts[key]
             )
             first = _add(tokenizers[key], encoder, self.tokens, torch.cat(starts[key]))
             embedding = encoder.get_input_embeddings()
@@ -86,7 +94,7 @@ class TokenRows(nn.Module):
             embedding.register_state_dict_pre_hook(partial(self._write, key))
 
     def parameters_of(self, token: str) -> dict[str, nn.Parameter]:
-        """Return the rows of a token, `(num_vectors, width)`, float32, by the name of their text encoder."""
+        """Return the rows of a token, `(num_vectors, width)`, float32, by text encoder; layer-wise `(layers, num_vectors, width)`."""
         if token not in self.tokens:
             raise ValueError(f"`token` is {token!r}, expected one of: {', '.join(map(repr, self.tokens))}.")
         index = self.tokens.index(token)
@@ -100,7 +108,8 @@ class TokenRows(nn.Module):
 
     def read_by(self, key: str, ids: torch.Tensor) -> torch.Tensor:
         """Whether prompts, given by their ids `(n, length)` for the text encoder `key`, have a new token: `(n,)`, bool."""
-        return self._places(key, ids)[1].any(dim=1)
+        places = ids - self._embeddings[key][1]
+        return ((places >= 0) & (places < len(self.tokens) * self.num_vectors)).any(dim=1)
 
     def save(self, token: str, folder: str | os.PathLike) -> None:
         """Write the rows of a token for `load_textual_inversion` and `load`.
@@ -137,26 +146,21 @@ class TokenRows(nn.Module):
         return list(self.rows.items())
 
     def _table(self, key: str) -> torch.Tensor:
-        return torch.cat(list(self.rows[key].parameters()))
-
-    def _places(self, key: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Place in the table of each id, and whether it has one."""
-        places = ids - self._embeddings[key][1]
-        return places, (places >= 0) & (places < len(self.tokens) * self.num_vectors)
+        return torch.cat(list(self.rows[key].parameters()), dim=-2)
 
     def _put_in(self, key: str, _: nn.Module, arguments: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        places, is_new = self._places(key, arguments[0])
-        table = self._table(key).to(out)
-        rows = functional.embedding(places.clamp(0, len(table) - 1), table)
-        return torch.where(is_new.unsqueeze(-1), rows, out)
+        table = self._table(key)
+        if self.layers is not None:
+            table = table[self.layers.current]
+        return put_in(out, arguments[0] - self._embeddings[key][1], table)
 
     @torch.no_grad()
     def _write(self, key: str, *_: Any) -> None:
-        (embedding, first), table = self._embeddings[key], self._table(key)
+        (embedding, first), table = self._embeddings[key], _plain(self._table(key))
         embedding.weight[first : first + len(table)] = table.to(embedding.weight)
 
 
-def load_token_rows(pipe: Any, folder: str | os.PathLike) -> str:
+def load_token_rows(pipe: Any, folder: str | os.PathLike, *, is_known: bool = False) -> str:
     """
     Put the rows of a folder into a stock pipeline, as `load_textual_inversion`, which those of SD3 and PixArt have not.
 
@@ -165,6 +169,7 @@ def load_token_rows(pipe: Any, folder: str | os.PathLike) -> str:
     Args:
         pipe: a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux.
         folder: as from `TokenRows.save`.
+        is_known: the pipeline has the token already, but not its layer-wise rows, as one that a run has saved.
 
     Returns:
         The token.
@@ -179,22 +184,32 @@ def load_token_rows(pipe: Any, folder: str | os.PathLike) -> str:
     for key, encoder in encoders.items():
         weight = encoder.get_input_embeddings().weight
         name = os.fspath(Path(folder) / ROW_FILES[key])
-        if rows[key].shape[1] != weight.shape[1]:
+        if rows[key].shape[-1] != weight.shape[1]:
             raise ValueError(
-                f"{name!r} has rows of width {rows[key].shape[1]}, expected {weight.shape[1]}, that of `{key}`: {_REMEDY}."
+                f"{name!r} has rows of width {rows[key].shape[-1]}, expected {weight.shape[1]}, that of `{key}`: {_REMEDY}."
             )
         if weight.is_meta:
             raise ValueError(f"`{key}` is offloaded: load the token before `enable_sequential_cpu_offload`.")
         if problems := not_finite({token: rows[key].to(weight.dtype)}):
             raise ValueError(f"{name!r} does not fit {weight.dtype}: {'; '.join(problems)}.")
-        _check_new(tokenizers[key], [token], len(rows[key]))
+        if rows[key].dim() == 3:
+            _check_layers(pipe, name, len(rows[key]))
+        if not is_known:
+            _check_new(tokenizers[key], [token], rows[key].shape[-2])
+        elif token not in tokenizers[key].get_vocab():
+            raise ValueError(f"`{key}` does not know {token!r}: load the pipeline that its run has saved.")
     for key, encoder in encoders.items():
-        _add(tokenizers[key], encoder, [token], rows[key])
+        if is_known:
+            first = tokenizers[key].convert_tokens_to_ids(token)
+        else:
+            first = _add(tokenizers[key], encoder, [token], _plain(rows[key]))
+        if rows[key].dim() == 3:
+            layer_states(encoder, pipe.unet).add(encoder, first, rows[key])
     return token
 
 
 def read_rows(folder: Path, encoders: Iterable[str]) -> tuple[str, dict[str, torch.Tensor]]:
-    """Return the token of a folder and its rows, `(num_vectors, width)`, by the name of each of these text encoders.
+    """Return the token of a folder and its rows, as of `TokenRows.parameters_of`, by the name of each of these text encoders.
 
     Raises:
         FileNotFoundError: no such folder or file.
@@ -212,10 +227,10 @@ def read_rows(folder: Path, encoders: Iterable[str]) -> tuple[str, dict[str, tor
         tensors = read_tensors(path, remedy=_REMEDY)
         tokens |= tensors.keys()
         row = next(iter(tensors.values()), torch.empty(0))
-        rows[key] = row.float() if row.dim() == 2 else row.float().unsqueeze(0)
-        if len(tensors) != 1 or len(tokens) != 1 or rows[key].dim() != 2 or not rows[key].numel():
+        rows[key] = row.float() if row.dim() != 1 else row.float().unsqueeze(0)
+        if len(tensors) != 1 or len(tokens) != 1 or rows[key].dim() not in (2, 3) or not rows[key].numel():
             raise ValueError(
-                f"{os.fspath(path)!r} has {', '.join(sorted(tensors)) or 'nothing'}, expected one matrix, and under the same token in each "
+                f"{os.fspath(path)!r} has {', '.join(sorted(tensors)) or 'nothing'}, expected one matrix, or one of each layer, and under the same token in each "
                 f"file: {_REMEDY}."
             )
         if problems := not_finite(rows):
@@ -268,6 +283,21 @@ def without_tokens(text: str, tokens: Iterable[str]) -> str:
         return text
     # CLIP's tokenizer does not distinguish upper and lower case.
     return " ".join(re.sub("|".join(map(re.escape, longest_first)), "", text, flags=re.IGNORECASE).split())
+
+
+def _plain(rows: torch.Tensor) -> torch.Tensor:
+    """Rows `(n, width)`; of layer-wise ones the mean, for those who cannot read them."""
+    return rows if rows.dim() == 2 else rows.mean(dim=0)
+
+
+def _check_layers(pipe: Any, name: str, layers: int) -> None:
+    """Raise a ValueError unless a pipeline has one text encoder, and as many cross-attention layers as a file has rows for."""
+    there = len(cross_attentions(pipe.unet)) if getattr(pipe, "unet", None) is not None else 0
+    if there != layers or getattr(pipe, "text_encoder_2", None) is not None:
+        raise ValueError(
+            f"{name!r} has layer-wise rows for {layers} layers, expected a StableDiffusionPipeline with as many cross-attention layers, but "
+            f"this {type(pipe).__name__} has {there}: take the pipeline that they were learned on."
+        )
 
 
 def _names(token: str, num_vectors: int) -> list[str]:

@@ -25,11 +25,16 @@ from text_encoders import PIPELINES
 
 from funlora_hf.personalization.drawing import draw
 from funlora_hf.personalization.load_concept import load_concept
+from funlora_hf.personalization.strategies.registry import CONCEPT_STRATEGIES
 from funlora_hf.text_to_image.model import TextToImageModel
 from funlora_hf.text_to_image.objective import Objective
 
 
 OTHERS = [family for family in PIPELINES if family != "sd"]
+
+
+# Of cross-attention in the U-Net.
+LAYERS = 4
 
 
 class Stop(Exception):
@@ -101,8 +106,7 @@ def test_a_run(name, tmp_path):
     assert all(report > 0 for report in reports)
     changed = not all(torch.equal(images, seen[0][0]) for images, _ in seen)
     assert changed == strategy.learning_changes_past_classes
-    rows = sum(one.numel() for one in strategy.rows.parameters_of("<v0>").values())
-    assert rows == 16
+    assert strategy.row_numbers() == 16 * (LAYERS if strategy.layerwise else 1)
     if name in PER_CONCEPT:
         saved = [load_file(path) for path in (tmp_path / "run/concepts/b0").glob("*.safetensors")]
         assert sum(one.numel() for tensors in saved for one in tensors.values()) == strategy.numbers_per_concept()
@@ -115,7 +119,7 @@ def test_what_is_counted_is_trained(name, tmp_path):
     numbers, phase = strategy.numbers_per_concept(), first_phase(strategy)
     trainable = strategy.build(phase)
     concepts = len(phase.class_ids)
-    trained = sum(one.numel() for one in trainable.parameters.values()) - 16 * (concepts - 1)
+    trained = sum(one.numel() for one in trainable.parameters.values()) - strategy.row_numbers() * (concepts - 1)
     if name == "hft":  # which counts the frozen tensors
         rows = {id(one) for one in trainable.parameters.values()}
         trained += sum(one.numel() for one in strategy.model.denoiser.parameters() if id(one) not in rows)
@@ -290,6 +294,10 @@ def test_families(name, family, tmp_path):
     """A concept, or the whole model, loads into the stock pipeline and draws the run's images, to the bit (a model: to one level)."""
     if name == "cns" and family != "sdxl":
         with pytest.raises(ValueError, match=r"'cns' .* needs layers that read the states of the text"):
+            make_strategy(name, tmp_path / "run", family=family)
+        return
+    if CONCEPT_STRATEGIES[name].layerwise:
+        with pytest.raises(ValueError, match=f"The base is of the family '{family}', expected 'sd'"):
             make_strategy(name, tmp_path / "run", family=family)
         return
     strategy = learn(make_strategy(name, tmp_path / "run", family=family, nouns="bc"))

@@ -74,6 +74,8 @@ class ConceptStrategy(LearningStrategy):
     token_rates = Rates(2e-2, 5e-4)
     in_model: ClassVar[bool] = False
     """Whether what it learns of a concept, but the token's rows, is in `model/`, not in the concept's folder."""
+    layerwise: ClassVar[bool] = False
+    """Whether a token has rows for each cross-attention layer; for Stable Diffusion only."""
     default_layers: ClassVar[str] = "cross"
     """The layers that are adapted if `target_modules` is None, a kind of `TextToImageModel.layers`."""
     setting: ConceptSetting
@@ -227,7 +229,8 @@ class ConceptStrategy(LearningStrategy):
         with whole_folder(self.folder(class_id)) as temporary:
             yield temporary
             self.rows.save(concept.token, temporary)
-            how = {"family": self.model.family, "resolution": self.model.resolution, "in_model": self.in_model}
+            how: dict[str, Any] = {name: getattr(self, name) for name in ("in_model", "layerwise")}
+            how |= {name: getattr(self.model, name) for name in ("family", "resolution")}
             write_concept(temporary, concept, self.setting.arguments, strategy=self.name, **how)
 
     def load_rows(self, class_ids: Sequence[int]) -> None:

@@ -68,6 +68,10 @@ class OneModel(ConceptStrategy):
         """Return those with which the next task is trained."""
         return self.deltas(kept)
 
+    def deltas_of(self, class_ids: Sequence[int], kept: Kept) -> Mapping[str, torch.Tensor]:
+        """Return those with which prompts of some concepts, or of none, are sampled; the same for all, if there is one model."""
+        return self.deltas(kept)
+
     def is_finished(self, phase: Phase) -> bool:
         return self.kept.newest(self.setting.tasks[self.task_of(phase).index :]) is not None
 
@@ -103,7 +107,7 @@ class OneModel(ConceptStrategy):
     @contextmanager
     def sampling(self, *class_ids: int) -> Iterator[DiffusionPipeline]:
         self.load_rows(list(self.setting.concepts))
-        self.put(self.deltas(self.load(self.setting.tasks)))
+        self.put(self.deltas_of(class_ids, self.load(self.setting.tasks)))
         self._pipe = self._pipe or self.model.pipeline()
         try:
             yield self._pipe

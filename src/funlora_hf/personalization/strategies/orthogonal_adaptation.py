@@ -45,7 +45,7 @@ class OrthogonalRule(MergingRule):
 
     def deltas(self, kept: Kept) -> dict[str, torch.Tensor]:
         sums: dict[str, torch.Tensor] = {}
-        for number in range(_tasks_in(kept)):
+        for number in range(tasks_in(kept)):
             for layer, B in only(kept, f"B_{number}").items():
                 change = product(Pair(self.fixed(layer, number).to(B), B))
                 sums[layer] = sums.get(layer, 0) + self.options.merge_weight * change
@@ -55,7 +55,7 @@ class OrthogonalRule(MergingRule):
         return {}
 
     def merge(self, kept: Kept, learned: Pairs) -> dict[str, torch.Tensor]:
-        return {**kept, **{f"{layer}/B_{_tasks_in(kept)}": pair.B for layer, pair in learned.items()}}
+        return {**kept, **{f"{layer}/B_{tasks_in(kept)}": pair.B for layer, pair in learned.items()}}
 
 
 class OrthogonalAdaptation(LowRank):
@@ -119,6 +119,6 @@ class OrthogonalAdaptation(LowRank):
         return self.rank * sum(outputs for outputs, _ in self._shapes().values())
 
 
-def _tasks_in(kept: Mapping[str, Any]) -> int:
-    """Return the number of tasks whose B are kept."""
+def tasks_in(kept: Mapping[str, Any]) -> int:
+    """Return the number of tasks whose `layer/B_<number>` are kept."""
     return len({name.rpartition("_")[2] for name in kept if "/B_" in name})

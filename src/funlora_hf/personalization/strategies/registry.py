@@ -8,6 +8,7 @@ from .base import ConceptStrategy
 from .c_lora import CLora
 from .cns import Cns
 from .custom_diffusion import CustomDiffusion
+from .mix_of_show import MixOfShow
 from .one_model import IncLora, Joint, MagMax, MergeInit, MergeOrthogonal, NaiveLora, OLora
 from .orthogonal_adaptation import OrthogonalAdaptation
 from .per_concept import FunLora, Lora, TextualInversion
@@ -21,6 +22,7 @@ _CLASSES: tuple[type[ConceptStrategy], ...] = (
     *(IncLora, OLora),
     *(CustomDiffusion, CLora, OrthogonalAdaptation, Cns),
     Replay,
+    MixOfShow,
 )
 CONCEPT_STRATEGIES: dict[str, type[ConceptStrategy]] = {strategy.name: strategy for strategy in _CLASSES}
 
