@@ -107,7 +107,7 @@ def test_each_and_end_give_one_model(tmp_path):
     """Until the end, a concept is drawn with its own LoRA."""
     seen, fused = {}, {}
     for fuse in ("each", "end"):
-        options = {"fuse": fuse, "fusion_steps": 2}
+        options = {"fuse": fuse, "fusion_steps": 2, "ridge": 1e-6}
         strategy = make_strategy("mix_of_show", tmp_path / fuse, nouns="bc", strategy_options=options)
 
         class Listener:

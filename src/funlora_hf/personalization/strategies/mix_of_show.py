@@ -40,13 +40,14 @@ class MixOfShowOptions(RuleOptions):
             sampled with its own LoRA.
         merge_weight: alpha, by which each product is multiplied.
         fusion_steps: steps of the image whose activations are the inputs of all layers but K and V of the text; 20 [code].
-        ridge: weight of ||W - W0||^2, as a share of the mean square of the inputs' entries [ours]; 0: the smallest change that fits best.
+        ridge: weight of ||W - W0||^2, as a share of the mean square of the inputs' entries [ours]; 0: the smallest change that fits best. Where inputs
+            of concepts are nearly dependent, as on the tiny base, a small ridge makes the change far larger than those of the concepts.
     """
 
     fuse: Annotated[str, one_of("each", "end")] = "each"
     merge_weight: Annotated[float, Range(0, 10, above=True)] = 1.0
     fusion_steps: Count = 20
-    ridge: Annotated[float, Range(0, 1)] = 1e-6
+    ridge: Annotated[float, Range(0, 1)] = 1e-2
 
 
 class MixOfShowRule(MergingRule):
