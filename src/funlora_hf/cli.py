@@ -166,6 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "a box of the image, from 0 to 1, with a prompt and concepts of its own; repeatable, later ones win"
     shown = "'LEFT,TOP,RIGHT,BOTTOM: TEXT'"
     sample.add_argument("--region", action="append", dest="regions", default=[], metavar=shown, help=text)
+    text = "of the images of a prompt, in pixels; twice the height has room for two concepts (default: the height)"
+    sample.add_argument("--width", type=_at_least_one, help=text)
     sample.add_argument("--num_images", type=_at_least_one, default=4, help="images per row (default: %(default)s)")
     text = "(default: 10, and 16 of a prompt; 'dopri5' chooses its steps)"
     sample.add_argument("--num_inference_steps", type=_at_least_one, help=text)
@@ -412,6 +414,7 @@ def _sample(
     prompts: list[str],
     guidance_scale: float | None,
     regions: list[str],
+    width: int | None,
 ) -> int:
     from .evaluation.figures import image_grid
 
@@ -428,10 +431,11 @@ def _sample(
         for option, value in {**of_classes, "solver": solver}.items():
             if value:
                 raise ValueError(f"`--{option}` is {value!r}, but `--prompt` draws concepts: leave one of them out.")
-        how |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "device": place}
+        how |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        how |= {"width": width, "device": place}
         given = {name: one for name, one in how.items() if one is not None}
         return _sample_prompts(base, prompts, regions, output, **given)
-    for option, setting in {"guidance_scale": guidance_scale, "region": regions or None}.items():
+    for option, setting in {"guidance_scale": guidance_scale, "region": regions or None, "width": width}.items():
         if setting is not None:
             raise ValueError(f"`--{option}` is {setting}, which only `--prompt` uses: add one, or leave it out.")
     how = {"solver": solver or "heun", "num_inference_steps": num_inference_steps or 10, "seed": seed}

@@ -162,6 +162,14 @@ def test_samples_of_a_run(strategy, base, tmp_path):
     assert not any(torch.equal(half.images, one.images) for one in (alone, plain))
 
 
+def test_wider_images(learned):
+    how = {"num_images": 2, "num_inference_steps": 2, "width": 16}
+    (plain,) = sample_prompts(learned, ["a <t1> b"], **how)
+    (found,) = sample_prompts(learned, ["a b"], regions=[Region(WHOLE, "a <t1> b")], **how)
+    assert plain.images.shape == (2, 3, 8, 16)
+    assert torch.equal(found.images, plain.images)
+
+
 def test_the_command(learned, tmp_path, capsys):
     options = ["--region", "0,0,.5,1: a <t1> b", "--region", "0.5, 0, 1, 1:a <t2> b", "--num_images", "1"]
     options += ["--num_inference_steps", "1", "--output", str(tmp_path / "a.png")]
@@ -180,6 +188,7 @@ def test_the_command(learned, tmp_path, capsys):
         (["--region", "0,0,1.5,1: b"], "is no box in the image"),
         (["--region", "nan,0,1,1: b"], "is no box in the image"),
         (["--region", "0,0,0.01,1: b"], "of 'b' has the centre of none of the 8 x 8 latents"),
+        (["--width", "9"], "`height` and `width` have to be divisible by 8 but are 8 and 9"),
         (["--region", "0,0,1,1: a <t9> b"], "has <t9>, expected tokens of these concepts: <t1>, <t2>"),
         (["--region", "0,0,1,1: a b b b b b b b"], "expected at most 8: shorten it"),
     ],
@@ -191,9 +200,12 @@ def test_bad_regions_are_refused(learned, tmp_path, capsys, options, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_region_without_a_prompt_for_the_image_is_refused(learned, capsys):
-    assert main(["sample", str(learned), "--region", "0,0,1,1: b"]) == 1
-    assert "`--region` is ['0,0,1,1: b'], which only `--prompt` uses: add one" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "shown"), [("--region", "0,0,1,1: b", "['0,0,1,1: b']"), ("--width", "16", "16")]
+)
+def test_what_belongs_to_a_prompt_is_refused_without_one(learned, capsys, option, value, shown):
+    assert main(["sample", str(learned), option, value]) == 1
+    assert f"`{option}` is {shown}, which only `--prompt` uses: add one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["SD3", "PixArt", "Flux"])

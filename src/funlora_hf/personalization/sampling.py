@@ -42,6 +42,7 @@ def sample_prompts(
     prompts: Sequence[str],
     *,
     regions: Sequence[Region] = (),
+    width: int | None = None,
     num_images: int = 4,
     num_inference_steps: int = ConceptEvaluationArguments.num_inference_steps,
     guidance_scale: float = ConceptEvaluationArguments.guidance_scale,
@@ -58,6 +59,7 @@ def sample_prompts(
         source: folder of a run or of a concept, or a repository with concepts.
         prompts: with tokens as they were learned.
         regions: boxes with prompts, the same in the images of each prompt; later ones win.
+        width: of the images, in pixels; None: that of the training pictures, which is always the height.
         num_images: images of each prompt.
         num_inference_steps: steps of the pipeline's scheduler.
         guidance_scale: of classifier-free guidance; 1: none.
@@ -95,6 +97,7 @@ def sample_prompts(
                 purpose="funlora sample",
                 seed=seed,
                 resolution=record.resolution,
+                width=width,
                 config=config,
             )
         names = dict.fromkeys(one.record.name for part in (some, *in_regions) for one in part)
