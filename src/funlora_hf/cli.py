@@ -163,6 +163,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--class_name", nargs="+", default=[], metavar="NAME", help="classes by name only")
     text = "a prompt with tokens of the concepts in BASE, whose adapters are active; repeatable"
     sample.add_argument("--prompt", action="append", dest="prompts", default=[], metavar="TEXT", help=text)
+    text = "a box of the image, from 0 to 1, with a prompt and concepts of its own; repeatable, later ones win"
+    shown = "'LEFT,TOP,RIGHT,BOTTOM: TEXT'"
+    sample.add_argument("--region", action="append", dest="regions", default=[], metavar=shown, help=text)
+    text = "of the images of a prompt, in pixels; twice the height has room for two concepts (default: the height)"
+    sample.add_argument("--width", type=_at_least_one, help=text)
     sample.add_argument("--num_images", type=_at_least_one, default=4, help="images per row (default: %(default)s)")
     text = "(default: 10, and 16 of a prompt; 'dopri5' chooses its steps)"
     sample.add_argument("--num_inference_steps", type=_at_least_one, help=text)
@@ -408,6 +413,8 @@ def _sample(
     seed: int,
     prompts: list[str],
     guidance_scale: float | None,
+    regions: list[str],
+    width: int | None,
 ) -> int:
     from .evaluation.figures import image_grid
 
@@ -424,10 +431,13 @@ def _sample(
         for option, value in {**of_classes, "solver": solver}.items():
             if value:
                 raise ValueError(f"`--{option}` is {value!r}, but `--prompt` draws concepts: leave one of them out.")
-        how |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "device": place}
-        return _sample_prompts(base, prompts, output, **{name: one for name, one in how.items() if one is not None})
-    if guidance_scale is not None:
-        raise ValueError(f"`--guidance_scale` is {guidance_scale}, which only `--prompt` uses: leave it out.")
+        how |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        how |= {"width": width, "device": place}
+        given = {name: one for name, one in how.items() if one is not None}
+        return _sample_prompts(base, prompts, regions, output, **given)
+    for option, setting in {"guidance_scale": guidance_scale, "region": regions or None, "width": width}.items():
+        if setting is not None:
+            raise ValueError(f"`--{option}` is {setting}, which only `--prompt` uses: add one, or leave it out.")
     how = {"solver": solver or "heun", "num_inference_steps": num_inference_steps or 10, "seed": seed}
     pipe = _load(base, adapters)
     class_ids = [_class_id(pipe.classes, text) for text in classes or ()]
@@ -448,11 +458,12 @@ def _sample(
     return 0
 
 
-def _sample_prompts(base: str, prompts: list[str], output: str, **how: Any) -> int:
+def _sample_prompts(base: str, prompts: list[str], regions: list[str], output: str, **how: Any) -> int:
     from .evaluation.figures import image_grid
+    from .personalization.regions import Region
     from .personalization.sampling import sample_prompts
 
-    rows = sample_prompts(base, prompts, **how)
+    rows = sample_prompts(base, prompts, regions=list(map(Region.parse, regions)), **how)
     image_grid(torch.cat([row.images for row in rows]), output, columns=how["num_images"], names=prompts)
     for number, row in enumerate(rows, start=1):
         what = (

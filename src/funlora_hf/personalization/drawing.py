@@ -21,6 +21,7 @@ def draw(
     purpose: str,
     seed: int,
     resolution: int,
+    width: int | None = None,
     config: ConceptEvaluationArguments,
 ) -> torch.Tensor:
     """
@@ -32,11 +33,12 @@ def draw(
         samples: images of each prompt.
         purpose: what the images are for; equal purposes and seeds give equal noise, whatever the weights.
         seed: seed of the run.
-        resolution: height and width, in pixels.
+        resolution: height, in pixels.
+        width: in pixels; None: as the height.
         config: how to sample.
 
     Returns:
-        uint8, `(p * samples, 3, resolution, resolution)`, on the CPU, in the order of the prompts.
+        uint8, `(p * samples, 3, resolution, width)`, on the CPU, in the order of the prompts.
     """
     places = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
     parts = []
@@ -45,7 +47,7 @@ def draw(
         images = pipe(
             **prompt_arguments(pipe, [prompts[index] for index, _ in mine]),
             height=resolution,
-            width=resolution,
+            width=width or resolution,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             generator=[generator_for(seed, purpose, *place) for place in mine],

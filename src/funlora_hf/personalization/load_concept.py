@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,12 @@ def load_concept(
 def denoiser_of(pipe: Any) -> Any:
     """Return a pipeline's U-Net, or its transformer if it has none; it takes adapters."""
     return with_adapter_methods(pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet)
+
+
+def activate(denoiser: Any, adapter_names: Sequence[str]) -> None:
+    """Let exactly these adapters of a denoiser act, together; without any, the base draws."""
+    if adapter_names:
+        denoiser.enable_adapters()
+        denoiser.set_adapter(list(adapter_names))
+    elif getattr(denoiser, "peft_config", None):
+        denoiser.disable_adapters()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from .arguments import ConceptEvaluationArguments
 from .concept_folder import ConceptRecord, SavedConcept
 from .drawing import draw
 from .found_concepts import FoundConcepts, find_concepts, load_base
-from .load_concept import denoiser_of, load_concept
+from .load_concept import activate, denoiser_of, load_concept
+from .regions import Region, prompts_in_regions
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class PromptImages:
 
     Args:
         prompt: the prompt.
-        concepts: names of the concepts whose tokens it has, in its order.
-        adapters: names of those whose adapters were active together.
+        concepts: names of the concepts whose tokens it or a region has, in this order.
+        adapters: names of those whose adapters were active together for the prompt itself.
         images: uint8, `(n, 3, h, w)`.
     """
 
@@ -39,6 +41,8 @@ def sample_prompts(
     source: str | os.PathLike,
     prompts: Sequence[str],
     *,
+    regions: Sequence[Region] = (),
+    width: int | None = None,
     num_images: int = 4,
     num_inference_steps: int = ConceptEvaluationArguments.num_inference_steps,
     guidance_scale: float = ConceptEvaluationArguments.guidance_scale,
@@ -48,11 +52,14 @@ def sample_prompts(
     """
     Draw images of prompts on the base of a run's concepts; the adapters of those whose tokens a prompt has are active.
 
-    Without a token, the base draws. Equal seeds give equal noise, whatever the prompt.
+    Without a token, the base draws. Equal seeds give equal noise, whatever the prompt. In regions, their own prompts and adapters act, see
+    `prompts_in_regions`.
 
     Args:
         source: folder of a run or of a concept, or a repository with concepts.
         prompts: with tokens as they were learned.
+        regions: boxes with prompts, the same in the images of each prompt; later ones win.
+        width: of the images, in pixels; None: that of the training pictures, which is always the height.
         num_images: images of each prompt.
         num_inference_steps: steps of the pipeline's scheduler.
         guidance_scale: of classifier-free guidance; 1: none.
@@ -62,39 +69,44 @@ def sample_prompts(
     Raises:
         FileNotFoundError: no such folder or repository, no concept in it, or no base.
         ValueError: a word in <> that is no token of these concepts, a prompt over the tokenizer's limit, concepts of several bases, or
-            what `load_concept` raises.
+            what `load_concept` and `prompts_in_regions` raise.
     """
     config = ConceptEvaluationArguments(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     found = find_concepts(source)
     concepts = found.saved()
     wanted = [_concepts_in(prompt, concepts) for prompt in prompts]
-    needed = [one for one in concepts if any(one in some for some in wanted)] or concepts[:1]
+    in_regions = [_concepts_in(region.prompt, concepts) for region in regions]
+    used = {one.record.token: one for some in (*wanted, *in_regions) for one in some}
+    needed = list(used.values()) or concepts[:1]
     pipe = base_pipeline(found, [one.record for one in needed], device=device)
     record = needed[0].record
-    denoiser = denoiser_of(pipe)
     if record.layerwise or not record.in_model:
-        for one in {one.record.token: one for some in wanted for one in some}.values():
+        for one in used.values():
             load_concept(pipe, one.folder)
-    _check_length(pipe, prompts)
+    _check_length(pipe, [*prompts, *(region.prompt for region in regions)])
     drawn = []
     for prompt, some in zip(prompts, wanted, strict=True):
-        adapters = [one.record.name for one in some if one.record.has_adapter]
-        if adapters:
-            denoiser.enable_adapters()
-            denoiser.set_adapter(adapters)
-        elif getattr(denoiser, "peft_config", None):
-            denoiser.disable_adapters()
-        images = draw(
-            pipe,
-            [prompt],
-            num_images,
-            purpose="funlora sample",
-            seed=seed,
-            resolution=record.resolution,
-            config=config,
-        )
-        drawn.append(PromptImages(prompt, [one.record.name for one in some], adapters, images))
+        adapters = _adapters_of(some)
+        activate(denoiser_of(pipe), adapters)
+        regional = prompts_in_regions(pipe, regions, list(map(_adapters_of, in_regions))) if regions else nullcontext()
+        with regional:
+            images = draw(
+                pipe,
+                [prompt],
+                num_images,
+                purpose="funlora sample",
+                seed=seed,
+                resolution=record.resolution,
+                width=width,
+                config=config,
+            )
+        names = dict.fromkeys(one.record.name for part in (some, *in_regions) for one in part)
+        drawn.append(PromptImages(prompt, list(names), adapters, images))
     return drawn
+
+
+def _adapters_of(concepts: Sequence[SavedConcept]) -> list[str]:
+    return [one.record.name for one in concepts if one.record.has_adapter]
 
 
 def _concepts_in(prompt: str, concepts: Sequence[SavedConcept]) -> list[SavedConcept]:
@@ -105,7 +117,7 @@ def _concepts_in(prompt: str, concepts: Sequence[SavedConcept]) -> list[SavedCon
     tokens = re.findall("|".join(longest_first), prompt.lower())
     if others := sorted(set(re.findall(r"<[^\s<>]+>", prompt.lower())) - by_token.keys()):
         known = ", ".join(one.record.token for one in concepts)
-        raise ValueError(f"`--prompt` {prompt!r} has {', '.join(others)}, expected tokens of these concepts: {known}.")
+        raise ValueError(f"The prompt {prompt!r} has {', '.join(others)}, expected tokens of these concepts: {known}.")
     return [by_token[token] for token in dict.fromkeys(tokens)]
 
 
@@ -144,4 +156,4 @@ def _check_length(pipe: Any, prompts: Sequence[str]) -> None:
     most = pipe.tokenizer.model_max_length
     for prompt in prompts:
         if (length := prompt_length(prompt, pipe.tokenizer)) > most:
-            raise ValueError(f"`--prompt` {prompt!r} has {length} tokens, expected at most {most}: shorten it.")
+            raise ValueError(f"The prompt {prompt!r} has {length} tokens, expected at most {most}: shorten it.")
