@@ -48,7 +48,7 @@ def sample_prompts(
     """
     Draw images of prompts on the base of a run's concepts; the adapters of those whose tokens a prompt has are active.
 
-    Without a token, the base draws. Equal seeds give equal noise, whatever the prompt.
+    Without a token, the base draws. Of a strategy that mixes concepts by the prompt, all are active for every prompt. Equal seeds give equal noise, whatever the prompt.
 
     Args:
         source: folder of a run or of a concept, or a repository with concepts.
@@ -69,16 +69,18 @@ def sample_prompts(
     concepts = found.saved()
     wanted = [_concepts_in(prompt, concepts) for prompt in prompts]
     needed = [one for one in concepts if any(one in some for some in wanted)] or concepts[:1]
-    pipe = base_pipeline(found, [one.record for one in needed], device=device)
+    is_mixed = needed[0].record.mixture_power is not None
+    mixed = [one for one in concepts if is_mixed and one.record.mixture_power is not None]
+    pipe = base_pipeline(found, [one.record for one in (*needed, *mixed)], device=device)
     record = needed[0].record
     denoiser = denoiser_of(pipe)
     if record.layerwise or not record.in_model:
-        for one in {one.record.token: one for some in wanted for one in some}.values():
+        for one in {one.record.token: one for some in (*wanted, mixed) for one in some}.values():
             load_concept(pipe, one.folder)
     _check_length(pipe, prompts)
     drawn = []
     for prompt, some in zip(prompts, wanted, strict=True):
-        adapters = [one.record.name for one in some if one.record.has_adapter]
+        adapters = [one.record.name for one in (mixed or some) if one.record.has_adapter]
         if adapters:
             denoiser.enable_adapters()
             denoiser.set_adapter(adapters)
