@@ -65,6 +65,10 @@ class ConceptRecord:
             raise ValueError(f"`name` is {self.name!r}, expected letters, digits, - and _, at most 64.")
         if not set(self.weights) <= set(WEIGHTS) or ROW_FILES["text_encoder"] not in self.weights:
             raise ValueError(f"`weights` names {', '.join(self.weights) or 'nothing'}, expected some of {WEIGHTS}.")
+        if self.mixture_power is not None and not (self.layerwise and self.has_adapter):
+            raise ValueError(
+                f"`mixture_power` is {self.mixture_power}, expected None without an adapter and layer-wise rows."
+            )
 
     @property
     def is_tiny(self) -> bool:
