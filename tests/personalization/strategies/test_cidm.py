@@ -170,3 +170,11 @@ def test_other_layers_and_families_are_refused(tmp_path):
         make_strategy("cidm", tmp_path / "run", arguments={"target_modules": "attention"})
     with pytest.raises(ValueError, match="family 'sdxl', expected 'sd'"):
         make_strategy("cidm", tmp_path / "run", family="sdxl")
+
+
+def test_a_record_of_a_mixture_without_layerwise_rows_is_refused(tmp_path):
+    learn(make_strategy("cidm", tmp_path / "run", nouns="b"))
+    path = tmp_path / "run/concepts/b0/concept.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layerwise": False}))
+    with pytest.raises(ValueError, match=r"is damaged: `mixture_power` is 4.0, expected None without"):
+        load_concept(make_pipe(), path.parent)
