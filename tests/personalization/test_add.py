@@ -151,7 +151,7 @@ def test_a_run_with_one_model_is_refused(inputs, tmp_path, command):
     before = contents(tmp_path / "run")
     code, _, err = command(inputs / "b2", "--to", tmp_path / "run", *PROMPT)
     assert code == 1
-    assert "`strategy` 'naive_lora', which learns all concepts into one model" in err
+    assert "`strategy` 'naive_lora', with which concepts change how others are drawn" in err
     assert "a run of one of: funlora, lora, textual_inversion" in err
     assert contents(tmp_path / "run") == before
 

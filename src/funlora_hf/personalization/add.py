@@ -25,6 +25,7 @@ from .concept_folder import parse_record
 from .concepts import Concept, check_together
 from .run import ConceptRun, ConceptRunArguments, about
 from .run_folder import PHASE, AddedConcepts
+from .strategies.base import ConceptStrategy
 from .strategies.per_concept import PerConcept
 from .strategies.registry import CONCEPT_STRATEGIES, concept_strategy
 
@@ -98,7 +99,7 @@ def add_concepts(
         **settings: arguments of a run that are in `SETTINGS`. The defaults are the run's, without its time limit.
 
     Raises:
-        ValueError: arguments or concepts that cannot be used, a run with one model for all concepts, or a name or token that the
+        ValueError: arguments or concepts that cannot be used, a run whose concepts change each other, or a name or token that the
             run has already; nothing is written then.
         FileNotFoundError: no such concepts, base or run.
         FolderInUseError: a run uses the folder.
@@ -111,10 +112,10 @@ def add_concepts(
     place = expanded("to", os.fspath(to))
     of_run = ConceptRunArguments.of(place)
     strategy = of_run.training.strategy
-    if not issubclass(concept_strategy(strategy), PerConcept):
-        own = ", ".join(name for name, kind in CONCEPT_STRATEGIES.items() if issubclass(kind, PerConcept))
+    if not _learns_alone(concept_strategy(strategy)):
+        own = ", ".join(name for name, kind in CONCEPT_STRATEGIES.items() if _learns_alone(kind))
         raise ValueError(
-            f"`to` {place!r} is a run of `strategy` {strategy!r}, which learns all concepts into one model, so none can be added alone: "
+            f"`to` {place!r} is a run of `strategy` {strategy!r}, with which concepts change how others are drawn, so none can be added alone: "
             f"learn all of them again in one run, or add to a run of one of: {own}."
         )
     fixed = {
@@ -129,6 +130,10 @@ def add_concepts(
         of_run.concepts, concepts=os.fspath(images), concept_order=None, instance_prompt=instance_prompt
     )
     return _Addition(replace(of_run, concepts=concepts, training=training), termination).add()
+
+
+def _learns_alone(kind: type[ConceptStrategy]) -> bool:
+    return issubclass(kind, PerConcept) and not kind.learning_changes_past_classes
 
 
 class _Addition(ConceptRun):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -13,7 +14,7 @@ from ..adapters.untrusted_adapter import ADAPTER_FILES, SavedAdapter, check_down
 from ..cards.model_cards import Place, concept_card, place_of
 from ..hub.concept_folders import CONCEPT_FILE
 from ..text_to_image.token_rows import ROW_FILES, read_rows
-from ..utils.field_types import Count, check_field_types
+from ..utils.field_types import Count, Range, check_field_types
 from ..utils.files import file_sha256, read_mapping, write_json
 from .arguments import TINY, ConceptArguments
 from .concepts import NAME, Concept
@@ -39,6 +40,7 @@ class ConceptRecord:
         weights: name -> SHA-256 of its weight files.
         revision, variant, drop_t5: how the base was loaded.
         layerwise: whether its token has rows for each cross-attention layer.
+        mixture_power: the power of its weight in the mixture of all concepts of a pipeline, see `PromptMixture`; None: it is not mixed.
     """
 
     name: str
@@ -55,6 +57,7 @@ class ConceptRecord:
     variant: str | None = None
     drop_t5: bool = False
     layerwise: bool = False
+    mixture_power: Annotated[float, Range(0, 100)] | None = None
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -62,6 +65,10 @@ class ConceptRecord:
             raise ValueError(f"`name` is {self.name!r}, expected letters, digits, - and _, at most 64.")
         if not set(self.weights) <= set(WEIGHTS) or ROW_FILES["text_encoder"] not in self.weights:
             raise ValueError(f"`weights` names {', '.join(self.weights) or 'nothing'}, expected some of {WEIGHTS}.")
+        if self.mixture_power is not None and not (self.layerwise and self.has_adapter):
+            raise ValueError(
+                f"`mixture_power` is {self.mixture_power}, expected None without an adapter and layer-wise rows."
+            )
 
     @property
     def is_tiny(self) -> bool:
@@ -136,6 +143,7 @@ def write_concept(
     resolution: int,
     in_model: bool,
     layerwise: bool,
+    mixture_power: float | None,
 ) -> None:
     """Write `concept.json` and the card of a folder that has the concept's weights already.
 
@@ -143,7 +151,7 @@ def write_concept(
         folder: the folder.
         concept: what was learned.
         arguments: of the run.
-        strategy, family, in_model, layerwise: as of [`ConceptRecord`].
+        strategy, family, in_model, layerwise, mixture_power: as of [`ConceptRecord`].
         resolution: the base's, in pixels.
     """
     record = ConceptRecord(
@@ -158,6 +166,7 @@ def write_concept(
         variant=arguments.variant,
         drop_t5=arguments.drop_t5,
         layerwise=layerwise,
+        mixture_power=mixture_power,
     )
     write_json(folder / CONCEPT_FILE, asdict(record))
     saved = read_concept(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..adapters.put_into_model import load_adapter, with_adapter_methods
 from ..adapters.untrusted_adapter import fetch
+from ..text_to_image.prompt_mixture import PromptMixture
 from ..text_to_image.token_rows import load_token_rows
 from ..tuner_base.wrappers import remove_adapters
 from .concept_folder import CONCEPT_CONTENTS, CONCEPT_FILE, read_record
@@ -77,12 +78,18 @@ def load_concept(
     active = denoiser.active_adapters() if getattr(denoiser, "peft_config", None) else []
     load_adapter(denoiser, folder, adapter_name=name)
     try:
-        return load_token_rows(pipe, folder)
+        token = load_token_rows(pipe, folder)
     except Exception:
         remove_adapters(denoiser, [name])
         if active:
             denoiser.set_adapter(active)
         raise
+    if record.mixture_power is not None:
+        mixture = vars(denoiser).get("prompt_mixture") or PromptMixture(pipe)
+        denoiser.prompt_mixture = mixture
+        mixture.add(name, f"{token} {record.noun}", record.mixture_power)
+        denoiser.set_adapter(mixture.adapters)
+    return token
 
 
 def denoiser_of(pipe: Any) -> Any:

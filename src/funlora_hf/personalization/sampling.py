@@ -52,8 +52,8 @@ def sample_prompts(
     """
     Draw images of prompts on the base of a run's concepts; the adapters of those whose tokens a prompt has are active.
 
-    Without a token, the base draws. Equal seeds give equal noise, whatever the prompt. In regions, their own prompts and adapters act, see
-    `prompts_in_regions`.
+    Without a token, the base draws. Of a strategy that mixes concepts by the prompt, all are active for every prompt. Equal seeds give equal
+    noise, whatever the prompt. In regions, their own prompts and adapters act, see `prompts_in_regions`.
 
     Args:
         source: folder of a run or of a concept, or a repository with concepts.
@@ -76,20 +76,21 @@ def sample_prompts(
     concepts = found.saved()
     wanted = [_concepts_in(prompt, concepts) for prompt in prompts]
     in_regions = [_concepts_in(region.prompt, concepts) for region in regions]
-    used = {one.record.token: one for some in (*wanted, *in_regions) for one in some}
-    needed = list(used.values()) or concepts[:1]
-    pipe = base_pipeline(found, [one.record for one in needed], device=device)
-    record = needed[0].record
+    asked = [one for some in (*wanted, *in_regions) for one in some]
+    record = (asked or concepts)[0].record
+    mixed = [one for one in concepts if None not in (record.mixture_power, one.record.mixture_power)]
+    used = {one.record.token: one for one in (*asked, *mixed)}
+    pipe = base_pipeline(found, [one.record for one in used.values()] or [record], device=device)
     if record.layerwise or not record.in_model:
         for one in used.values():
             load_concept(pipe, one.folder)
     _check_length(pipe, [*prompts, *(region.prompt for region in regions)])
     drawn = []
     for prompt, some in zip(prompts, wanted, strict=True):
-        adapters = _adapters_of(some)
+        adapters = _adapters_of(mixed or some)
         activate(denoiser_of(pipe), adapters)
-        regional = prompts_in_regions(pipe, regions, list(map(_adapters_of, in_regions))) if regions else nullcontext()
-        with regional:
+        of_regions = [_adapters_of(mixed or some) for some in in_regions]
+        with prompts_in_regions(pipe, regions, of_regions) if regions else nullcontext():
             images = draw(
                 pipe,
                 [prompt],

@@ -248,11 +248,11 @@ def set_pairs(model: nn.Module, pairs: Mapping[str, Pair]) -> None:
                 own.copy_(given.view_as(own))
 
 
-def pair_parameters(model: nn.Module) -> Pairs:
+def pair_parameters(model: nn.Module, adapter: str = _ADAPTER) -> Pairs:
     """Return the matrices themselves, of a `PeftModel` or of a model into which diffusers has put a LoRA."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
     return {
-        name: Pair(*(part[_ADAPTER].get_parameter("weight") for part in (layer.lora_A, layer.lora_B)))
+        name: Pair(*(part[adapter].get_parameter("weight") for part in (layer.lora_A, layer.lora_B)))
         for name, layer in layers.items()
     }

@@ -129,6 +129,11 @@ class ConceptStrategy(LearningStrategy):
         return [name for name, _ in self.model.denoiser.named_modules() if name in names]
 
     @property
+    def mixture_power(self) -> float | None:
+        """The power by which a prompt weights the adapters of all concepts; None: those of its tokens act in full."""
+        return None
+
+    @property
     def rank(self) -> int:
         """The rank of A B."""
         return self.setting.arguments.rank or 4
@@ -229,7 +234,7 @@ class ConceptStrategy(LearningStrategy):
         with whole_folder(self.folder(class_id)) as temporary:
             yield temporary
             self.rows.save(concept.token, temporary)
-            how: dict[str, Any] = {name: getattr(self, name) for name in ("in_model", "layerwise")}
+            how: dict[str, Any] = {name: getattr(self, name) for name in ("in_model", "layerwise", "mixture_power")}
             how |= {name: getattr(self.model, name) for name in ("family", "resolution")}
             write_concept(temporary, concept, self.setting.arguments, strategy=self.name, **how)
 

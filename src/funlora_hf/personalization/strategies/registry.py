@@ -6,6 +6,7 @@ from ...continual.strategies.plug_ins import find_strategy
 from .all_weights import L2, Ewc, Finetune, Hft, Mofo
 from .base import ConceptStrategy
 from .c_lora import CLora
+from .cidm import Cidm
 from .cns import Cns
 from .custom_diffusion import CustomDiffusion
 from .mix_of_show import MixOfShow
@@ -23,6 +24,7 @@ _CLASSES: tuple[type[ConceptStrategy], ...] = (
     *(CustomDiffusion, CLora, OrthogonalAdaptation, Cns),
     Replay,
     MixOfShow,
+    Cidm,
 )
 CONCEPT_STRATEGIES: dict[str, type[ConceptStrategy]] = {strategy.name: strategy for strategy in _CLASSES}
 
