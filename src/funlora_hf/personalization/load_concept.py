@@ -30,6 +30,8 @@ def load_concept(
     Its adapter, if its strategy trains one, is active afterwards, as after `load_lora_weights`: `pipe.set_adapters`, `disable_lora`
     and `delete_adapters` know it. PixArt's pipeline has no such methods, but `pipe.transformer` gets them: `set_adapter`,
     `disable_adapters`, `delete_adapters`. A token with rows for each cross-attention layer stays as long as the pipeline.
+    The adapters of a strategy that mixes concepts by the prompt are active together, so load all concepts of its run; hooks weight them as
+    long as this very pipeline draws.
 
     Args:
         pipe (`DiffusionPipeline`): a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux with the run's base; or, for a token with
