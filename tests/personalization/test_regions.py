@@ -223,6 +223,12 @@ def test_what_does_not_fit_the_pipeline_is_refused():
     for names, message in (([["one"]], "has 1 entries, expected one for each of 2"), ([["x"], []], "has x, expected")):
         with pytest.raises(ValueError, match=f"`adapter_names` {message}"), prompts_in_regions(pipe, regions, names):
             pass
+    with (
+        prompts_in_regions(pipe, regions),
+        pytest.raises(ValueError, match="has regions already"),
+        prompts_in_regions(pipe, regions),
+    ):
+        pass
     embeds = pipe.encode_prompt("a", "cpu", 1, True)
     with prompts_in_regions(pipe, regions), pytest.raises(ValueError, match="`prompt` is None, expected text"):
         draw(pipe, None, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1])

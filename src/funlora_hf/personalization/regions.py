@@ -90,11 +90,10 @@ def prompts_in_regions(
         adapter_names: for each region, the adapters of the denoiser that act together in it; (): the base in all.
 
     Raises:
-        ValueError: another pipeline, another number of `adapter_names`, or an adapter that is not there; inside, a call without a prompt,
+        ValueError: another pipeline, one inside such a context, another number of `adapter_names`, or an adapter that is not there; inside, a call without a prompt,
             or a box that is too small for a latent.
 
-    Source: for disjoint boxes and a sampler without noise of its own, the region-based generation of MultiDiffusion, arXiv 2302.08113,
-    without its bootstrapping [text]; an adapter for each region [ours].
+    Source: [ours]; after MultiDiffusion, arXiv 2302.08113, which draws by prompts with masks or boxes.
 
     Example:
         ```py
@@ -108,6 +107,8 @@ def prompts_in_regions(
             f"`pipe` is a {type(pipe).__name__}, expected a StableDiffusionPipeline or a StableDiffusionXLPipeline: for other families, draw "
             "without regions."
         )
+    if "encode_prompt" in vars(pipe):
+        raise ValueError("`pipe` has regions already, expected none: give all in one context.")
     denoiser = denoiser_of(pipe)
     names = list(adapter_names) or [()] * len(regions)
     if len(names) != len(regions):
