@@ -186,7 +186,8 @@ def test_nothing_else_depends_on_image_quality(finished, copy, monkeypatch):
     assert not measured
     assert results["image_quality"] is None
     assert results["drift"] is None
-    own = {"image_quality", "drift", "seconds", "settings"}
+    assert results["recognised"] is None
+    own = {"image_quality", "drift", "recognised", "seconds", "settings"}
     assert {k: v for k, v in results.items() if k not in own} == {k: v for k, v in expected.items() if k not in own}
 
 

@@ -719,21 +719,34 @@ SAMPLING = ("solver", "num_inference_steps", "batch_size")
 
 
 def merged(name: str) -> Callable[[Bench, dict[str, Any]], Any]:
-    """What a LoRA strategy keeps of two tasks, and the weights that sample then."""
+    """What a LoRA strategy keeps of two tasks, the weights that sample then, and the penalties of training."""
 
     def seen(bench: Bench, given: dict[str, Any]) -> Any:
         strategy, kept = bench.strategy(name, strategy_options=given, model={"rank": 2}), {}
+        penalties = []
         for _ in range(2):
             torch.manual_seed(0)
             trainable = strategy.trainable(attending_unet(), kept)
             for key, parameter in trainable.parameters.items():
                 if "lora_B" in key:
                     torch.nn.init.normal_(parameter)
+            penalties.append(torch.as_tensor(strategy.penalty()).item())
             kept = strategy.learned(trainable, kept)
         unet = attending_unet()
         strategy.load(unet, kept)
         values = {**kept, **unet.state_dict()}
-        return {key: values[key].double().sum().item() for key in sorted(values)}
+        return penalties, {key: values[key].double().sum().item() for key in sorted(values)}
+
+    return seen
+
+
+def tuned(name: str) -> Callable[[Bench, dict[str, Any]], Any]:
+    """What a strategy that trains all weights keeps of two tasks."""
+
+    def seen(bench: Bench, given: dict[str, Any]) -> Any:
+        few = {"base_train_steps": 2, "adapter_train_steps": 3, "base_batch_size": 4, "adapter_batch_size": 4}
+        strategy = learn(bench.strategy(name, strategy_options=given, base_warmup_steps=0, **few))
+        return {key: one.double().sum().item() for key, one in strategy.kept.load(TASKS[-1]).items()}
 
     return seen
 
@@ -800,6 +813,13 @@ DIFFCLASS = {
     "selection": Case("best", ("confidence", "none"), in_two_heads),
     "domain_weight": Case(-1.0, (0.5, 1.0), in_two_heads),
 }
+L2 = {"penalty": Case(-1.0, (0.0, 1e4), tuned("l2"))}
+EWC = {
+    "penalty": Case(-1.0, (0.0, 1e6), tuned("ewc"), {"fisher_batches": 1}),
+    "fisher_batches": Case(0, (1, 2), tuned("ewc"), {"penalty": 1e6}),
+}
+HFT = {"share": Case(1.5, (0.0, 0.5), tuned("hft"))}
+MOFO = {"share": Case(0.0, (0.5, 1.0), tuned("mofo"))}
 LOW_RANK = {"targets": Case("all", ("attention", "both"), merged("naive_lora"))}
 MERGE_ORTHOGONAL = {
     **LOW_RANK,
@@ -811,6 +831,12 @@ MAGMAX = {
     "compared": Case("never", ("running", "cumulative"), merged("magmax")),
     "scaling": Case(0.0, (0.5, 1.0), merged("magmax"), {"compared": "cumulative"}),
 }
+O_LORA = {
+    **LOW_RANK,
+    "penalty": Case(-1.0, (0.0, 0.1), merged("o_lora")),
+    "orthogonal": Case("both", ("A", "B"), merged("o_lora")),
+}
+C_LORA = {**LOW_RANK, "penalty": Case(-1.0, (0.0, 0.1), merged("clora"))}
 CLASSES: dict[type, dict[str, Case]] = {
     **ARGUMENTS,
     FunLoraConfig: FUNLORA,
@@ -828,6 +854,12 @@ CLASSES: dict[type, dict[str, Case]] = {
             "naive_lora": LOW_RANK,
             "merge_orthogonal": MERGE_ORTHOGONAL,
             "magmax": MAGMAX,
+            "l2": L2,
+            "ewc": EWC,
+            "hft": HFT,
+            "mofo": MOFO,
+            "o_lora": O_LORA,
+            "clora": C_LORA,
         }.items()
     },
 }
