@@ -45,7 +45,11 @@ class LearningSetting:
 
     def seen(self, task: Task) -> tuple[int, ...]:
         """Return the ids of all classes up to and including a task, in order."""
-        return tuple(class_id for known in self.tasks[: task.index + 1] for class_id in known.class_ids)
+        return (*self.past(task), *task.class_ids)
+
+    def past(self, task: Task) -> tuple[int, ...]:
+        """Return the ids of the classes of earlier tasks, in order."""
+        return tuple(class_id for earlier in self.tasks[: task.index] for class_id in earlier.class_ids)
 
 
 @dataclass(frozen=True)

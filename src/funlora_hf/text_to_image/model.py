@@ -389,8 +389,8 @@ class TextToImageModel(nn.Module):
         Args:
             kind: "kv", the projections of the text in cross-attention; "cross", all of cross-attention; "attention", all of
                 attention; "convolutions", those of the decoder's middle. SD3 has joint attention, in which the projections of the text
-                count as cross-attention; so has Flux, in its double blocks. Transformers have no such convolutions: the output of the image's attention, `to_out.0`, and
-                `ff.net.2` of the blocks' middle third instead.
+                count as cross-attention; so has Flux, in its double blocks. Transformers have no such convolutions: the output of the
+                image's attention, `to_out.0`, and `ff.net.2` of the blocks' middle third instead.
 
         Raises:
             ValueError: another kind.

@@ -72,7 +72,7 @@ def test_the_model_before_draws_with_the_captions_of_training(tmp_path):
         """Rows of earlier concepts are as they were saved."""
         own = [name for name in trainable.parameters if name.startswith("rows.")]
         assert own == [f"rows.<v{phase.class_ids[0]}>.text_encoder"]
-        for class_id in strategy.past(strategy.task_of(phase)):
+        for class_id in strategy.setting.past(strategy.task_of(phase)):
             saved = load_file(strategy.folder(class_id) / "learned_embeds.safetensors")[f"<v{class_id}>"]
             assert torch.equal(strategy.rows.parameters_of(f"<v{class_id}>")["text_encoder"], saved)
         end_phase(phase, trainable)

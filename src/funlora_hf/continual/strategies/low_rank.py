@@ -21,6 +21,7 @@ from torch import nn
 
 from ...utils.field_types import Range, one_of
 from ..base import arrange, base_shape
+from ..learning import LearningStrategy
 from ..strategy import Phase, Setting, Trainable
 from .merging_rules import (
     Kept,
@@ -80,7 +81,23 @@ class CLoraOptions(CLoraRuleOptions, LowRankOptions):
     penalty: Annotated[float, Range(0, 1e12)] = 1.0
 
 
-class LowRank(Sequential):
+class Penalized(LearningStrategy):
+    """Adds what its rule asks of the pairs in training to the loss; for strategies of classes and of concepts."""
+
+    rule: MergingRule
+    penalized: tuple[Kept, Pairs] = ({}, {})
+    """The state before the task and the matrices in training; set when a phase begins."""
+
+    def penalty(self) -> torch.Tensor | float:
+        kept, pairs = self.penalized
+        return self.rule.penalty(kept, matrices(pairs))
+
+    def release_phase(self, phase: Phase, trainable: Trainable) -> None:
+        super().release_phase(phase, trainable)
+        self.penalized = {}, {}
+
+
+class LowRank(Penalized, Sequential):
     """Trains a LoRA of PEFT and the vectors of the task's classes; the weights of the base stay.
 
     `lora_alpha` is the rank; A starts from N(0, 1/r^2) and B at 0 [code].
@@ -95,7 +112,6 @@ class LowRank(Sequential):
         self.takes = ("rank",) if self.options.targets == "attention" else ("rank", "target_modules")
         self.rule = self.rule_class(self.rank, self.options)
         self.grows_with_tasks = self.rule.grows
-        self._penalized: tuple[Kept, Pairs] = {}, {}
 
     def check(self) -> None:
         super().check()
@@ -133,16 +149,8 @@ class LowRank(Sequential):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         vectors = parameters[CLASS_VECTORS] = unet.get_parameter(CLASS_VECTORS)
         vectors.requires_grad_()
-        self._penalized = kept, pair_parameters(model)
+        self.penalized = kept, pair_parameters(model)
         return Trainable(model, parameters)
-
-    def penalty(self) -> torch.Tensor | float:
-        kept, pairs = self._penalized
-        return self.rule.penalty(kept, matrices(pairs))
-
-    def release_phase(self, phase: Phase, trainable: Trainable) -> None:
-        super().release_phase(phase, trainable)
-        self._penalized = {}, {}
 
     def learned(self, trainable: Trainable, kept: Kept) -> dict[str, torch.Tensor]:
         return self.rule.merge(kept, get_pairs(trainable.module))

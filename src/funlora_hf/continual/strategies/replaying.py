@@ -49,9 +49,7 @@ class Replaying(Sequential):
         # Classes of a given base may have no images: then as many as the largest of the task's own classes.
         fallback = max(real.get(class_id, 1) for class_id in task.class_ids)
         given = self.options.images_per_class
-        seen = self.setting.seen(task)
-        past = [class_id for class_id in seen if class_id not in task.class_ids]
-        return {class_id: given or real.get(class_id) or fallback for class_id in past}
+        return {class_id: given or real.get(class_id) or fallback for class_id in self.setting.past(task)}
 
     def drawn(self, task: Task) -> dict[int, int]:
         """Return the number of all images to generate for a task, by class."""

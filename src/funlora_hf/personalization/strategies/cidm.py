@@ -75,8 +75,7 @@ class Cidm(Lora):
     def build(self, phase: Phase) -> Trainable:
         trainable = super().build(phase)
         self._trained = {layer: pair.B for layer, pair in pair_parameters(self.model.denoiser, LIVE).items()}
-        earlier = self.setting.tasks[: self.task_of(phase).index]
-        self._earlier = [self._outputs(class_id) for task in earlier for class_id in task.class_ids]
+        self._earlier = [self._outputs(class_id) for class_id in self.setting.past(self.task_of(phase))]
         return trainable
 
     def penalty(self) -> torch.Tensor | float:

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ...continual.learning import Phase, Trainable
-from ...continual.strategies.low_rank import gaussian_lora, get_pairs, matrices, pair_parameters, set_pairs
+from ...continual.strategies.low_rank import Penalized, gaussian_lora, get_pairs, pair_parameters, set_pairs
 from ...continual.strategies.merging_rules import (
     Kept,
     MagMaxRule,
@@ -25,7 +25,6 @@ from ...continual.strategies.merging_rules import (
     MergeOrthogonalRuleOptions,
     MergingRule,
     NaiveLoraRule,
-    Pairs,
     RuleOptions,
     only,
 )
@@ -207,7 +206,7 @@ class FullWeights(OneModel):
             self.model.denoiser.get_submodule(name).to(dtype or original.dtype)
 
 
-class LowRank(OneModel):
+class LowRank(Penalized, OneModel):
     """A LoRA for each task, joined with those before by a rule. `lora_alpha` is the rank; A starts from N(0, 1/r^2), B at 0 [code]."""
 
     options_class = RuleOptions
@@ -219,7 +218,6 @@ class LowRank(OneModel):
         super().__init__(setting)
         self.rule = self.rule_class(self.rank, self.options)
         self.grows_with_tasks = self.rule.grows
-        self._penalized: tuple[Kept, Pairs] = {}, {}
 
     def check(self) -> None:
         super().check()
@@ -236,19 +234,14 @@ class LowRank(OneModel):
         parameters = self.add_adapter(gaussian_lora(self.rank, self.target_modules()), _ADAPTER)
         if kept:
             set_pairs(denoiser, self.rule.start(get_pairs(denoiser), kept))
-        self._penalized = kept, pair_parameters(denoiser)
+        self.penalized = kept, pair_parameters(denoiser)
         return parameters
-
-    def penalty(self) -> torch.Tensor | float:
-        kept, pairs = self._penalized
-        return self.rule.penalty(kept, matrices(pairs))
 
     def learned(self, kept: Kept) -> dict[str, torch.Tensor]:
         return self.rule.merge(kept, get_pairs(self.model.denoiser))
 
     def take_out(self) -> None:
         remove_adapters(self.model.denoiser, [_ADAPTER])
-        self._penalized = {}, {}
 
     def trained_numbers(self) -> int:
         return self.rank * sum(outputs + inputs for outputs, inputs in self._shapes().values())

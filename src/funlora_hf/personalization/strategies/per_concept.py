@@ -20,6 +20,7 @@ from ...continual.learning import Phase, Trainable
 from ...continual.strategies.low_rank import gaussian_lora
 from ...tuner import FunLoraConfig
 from ...tuner_base.wrappers import remove_adapters
+from ..load_concept import activate
 from .base import ConceptSetting, ConceptStrategy, Rates
 
 
@@ -77,11 +78,8 @@ class PerConcept(ConceptStrategy):
                 if name not in self._adapters:
                     load_adapter(denoiser, self.folder(class_id), adapter_name=name)
                     self._adapters.add(name)
-        if self._adapters and names:
-            denoiser.enable_adapters()
-            denoiser.set_adapter(names)
-        elif self._adapters:
-            denoiser.disable_adapters()
+        if self._adapters:
+            activate(denoiser, names)
         self._pipe = self._pipe or self.model.pipeline()
         yield self._pipe
 

@@ -73,20 +73,16 @@ class Replay(NaiveLora):
         if all(self.is_finished(phase) for phase in self.phases(task)):
             return
         state = PartialState()
-        mine = self.past(task)[state.process_index :: state.num_processes]
+        mine = self.setting.past(task)[state.process_index :: state.num_processes]
         # A concept is drawn as a whole, since the size of a batch may change bits.
         if missing := [class_id for class_id in mine if not self._folder(task, class_id).is_dir()]:
             with self.sampling() as pipe:
                 for class_id in missing:
                     self._draw(pipe, task, class_id)
 
-    def past(self, task: Task) -> tuple[int, ...]:
-        """Return the ids of the concepts of earlier tasks."""
-        return tuple(class_id for earlier in self.setting.tasks[: task.index] for class_id in earlier.class_ids)
-
     def replayed(self, phase: Phase) -> Mapping[int, Mapping[Path, str]]:
         task = self.task_of(phase)
-        return {class_id: self._pictures(task, class_id) for class_id in self.past(task)}
+        return {class_id: self._pictures(task, class_id) for class_id in self.setting.past(task)}
 
     def end_task(self, task: Task) -> None:
         super().end_task(task)
@@ -95,7 +91,7 @@ class Replay(NaiveLora):
     def memory_report(self) -> dict[str, int]:
         report = super().memory_report()
         # Of the last task, which has the most, as uint8.
-        pictures = len(self.past(self.setting.tasks[-1])) * self.options.images_per_concept
+        pictures = len(self.setting.past(self.setting.tasks[-1])) * self.options.images_per_concept
         report["transient"] += pictures * 3 * self._resolution**2
         return report
 
