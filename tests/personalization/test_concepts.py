@@ -148,6 +148,23 @@ def test_evaluation_prompts_and_references(folder):
     assert cat.eval_prompts == DREAMBOOTH_PROMPTS["object"]
 
 
+def test_a_style_meets_every_subject(folder):
+    style = {**CAT, "kind": "style", "instance_prompt": "a picture in <s1> style", "name": "s"}
+    one, cat, other, dog = load(
+        folder,
+        style,
+        CAT,
+        {**style, "name": "t", "instance_prompt": "a picture in <t1> style", "pair_prompt": "{subject}, <TOK>"},
+        {**DOG, "name": "dog"},
+    )
+    assert one.prompt(one.eval_prompts[0]) == "a house in <s1> style"
+    assert one.prompt_with(cat) == cat.prompt_with(one) == "a photo of a <new1> cat in <s1> style"
+    assert other.prompt_with(dog) == "<new2> dog, <t1> style"
+    assert one.prompt_with(other) is None
+    assert cat.prompt_with(dog) == "a photo of a <new1> cat and a <new2> dog"
+    assert cat.pair_prompt is None
+
+
 def test_a_folder_of_folders(folder, caplog):
     caplog.set_level(logging.INFO)
     shutil.copytree(folder / "dog", folder / "wolf_plushie 2")
@@ -204,8 +221,16 @@ HOSTILE = [
     ([{**CAT, "instance_prompt": "photo of <new1>"}], r"`noun` is '', expected a word .*no word follows the token"),
     ([{**CAT, "initializer": " "}], r"`initializer` is ' ', expected a word"),
     ([{**CAT, "name": "../x"}], r"`name` is '\.\./x', expected 1 to 64 letters"),
-    ([{**CAT, "kind": "cat"}], r"`kind` is 'cat', expected one of: 'object', 'live'"),
-    ([{**CAT, "kind": "live", "eval_prompts": ["{}"]}], r"`kind` is 'live', expected no `kind` beside `eval_prompts`"),
+    ([{**CAT, "kind": "cat"}], r"`kind` is 'cat', expected one of: 'object', 'live', 'style'"),
+    ([{**CAT, "kind": "live", "eval_prompts": ["{}"]}], r"`kind` is 'live', expected no such `kind` beside `eval_pr"),
+    (
+        [{**CAT, "pair_prompt": "{} {subject}"}],
+        r"`pair_prompt` is '\{\} \{subject\}', expected none, or `kind` 'style'",
+    ),
+    (
+        [{**CAT, "kind": "style", "pair_prompt": "a {subject}"}],
+        r"`pair_prompt` is 'a \{subject\}', expected places for the style, '\{\}', and for a subject, '\{subject\}'",
+    ),
     ([{**CAT, "eval_prompts": ["a {}", "a cat"]}], r"\(cat\): `eval_prompts` is 'a cat', expected a place for"),
     ([{**CAT, "eval_prompts": []}], r"`eval_prompts` is \[\], expected at least one"),
     ([{**CAT, "eval_prompts": "no.txt"}], r"`eval_prompts` is 'no\.txt', expected a file; there is no"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from PIL import Image
@@ -65,6 +67,22 @@ def test_the_reader_reads_base_prompts():
     assert judge.base(images, ["a red thing", "a blue thing"])["colour"].tolist() == [1, 1]
     assert judge.base(images, ["a red thing", "a blue thing"])["shape"].tolist() == [0, 0]
     torch.testing.assert_close(judge.similarity(images, images), torch.ones(2))
+
+
+def test_the_reader_knows_the_domain():
+    """Water is what the style is; all that the prompt tells is what makes it whole."""
+    _, _, shore = load_concepts("tiny_domain")
+    images, prompts = references(shore)
+    found = TinyJudge().concept(images, shore, prompts)
+    assert found.keys() == {"attr", "whole", "sim", "background"}
+    assert (found["attr"] == 1).all()
+    assert found["whole"].mean() > 0.9
+    plain = as_tensor([Scene("circle", "red", "pink", size="large")])
+    assert TinyJudge().concept(plain, shore, ["a photo of a large red circle"])["attr"].tolist() == [0]
+    wrong = TinyJudge().concept(images[:1], shore, ["a photo of a large red circle on a brown background"])
+    assert (wrong["attr"].item(), wrong["whole"].item(), wrong["background"].item()) == (1, 0, 1)
+    unknown = dataclasses.replace(shore, references=load_concepts("tiny")[0].references)
+    assert TinyJudge().concept(plain, unknown, ["a photo"]).keys() == {"sim"}
 
 
 def test_a_plain_shape_as_a_concept(tmp_path, concepts):

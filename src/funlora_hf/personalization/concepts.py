@@ -23,15 +23,20 @@ from .pictures import MOST_BYTES, captions_beside, load_images, pictures, read_t
 logger = logging.getLogger(__name__)
 
 FILE = "concepts.json"
-TINY = Path(__file__).parent / "tiny" / "concepts"
+# The package's own, by the value of `concepts`.
+OWN = {
+    name: Path(__file__).parent / "tiny" / "concepts" / file
+    for name, file in (("tiny", FILE), ("tiny_domain", "items_and_domain.json"))
+}
 # The largest public benchmark, CustomConcept101, has 101.
 MOST_CONCEPTS = 1000
 _PARQUET = ".parquet"
 _NOUNS = "prompts_and_classes.txt"
 NAME = re.compile(r"\w[\w-]{0,63}")
 _TOKEN = re.compile(r"[^\s{}]{2,64}")
-# In a template, for token and noun.
+# In a template, for token and noun; in that of a style, for those of a subject.
 _PLACE = re.compile(r"\{\}|<TOK>")
+_SUBJECT = "{subject}"
 _LIVE_NOUNS = ("cat", "dog")
 _SCENES = (
     "in the jungle, in the snow, on the beach, on a cobblestone street, on top of pink fabric, on top of a wooden floor, "
@@ -53,6 +58,12 @@ DREAMBOOTH_PROMPTS = {
     kind: (*(f"a {{}} {scene}" for scene in f"{_SCENES}, {scenes}".split(", ")), *_CHANGES)
     for kind, scenes in _SCENES_BY_KIND.items()
 }
+# Of a style, whose instance prompt is such as "a picture in <s1> style" [ours].
+_STYLE_PROMPTS = tuple(
+    f"a {thing} in {{}}"
+    for thing in ("house", "tree", "cat", "city street", "bowl of fruit", "mountain", "boat", "portrait of a woman")
+)
+_PROMPTS = {**DREAMBOOTH_PROMPTS, "style": _STYLE_PROMPTS}
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,8 @@ class Concept:
         class_data_dir: folder of pictures of its class, which may not exist yet.
         eval_prompts: templates of prompts to evaluate, with "{}" for token and noun.
         references: pictures to compare samples with.
+        pair_prompt: of a style or domain, the template of prompts with a subject, with "{}" and "{subject}" for token and noun of
+            each; None: it is a subject.
     """
 
     name: str
@@ -84,6 +97,7 @@ class Concept:
     class_data_dir: Path | None = None
     eval_prompts: tuple[str, ...] = DREAMBOOTH_PROMPTS["object"]
     references: tuple[Path, ...] = ()
+    pair_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if not self.references:
@@ -107,6 +121,16 @@ class Concept:
         noun = rf"(\s+(?i:{re.escape(self.noun)})(?!\w))?"
         return re.sub(_as_word(self.token) + noun, lambda _: self.noun, prompt)
 
+    def prompt_with(self, other: Concept) -> str | None:
+        """Return a prompt with both concepts; None: both are styles."""
+        if self.pair_prompt is None and other.pair_prompt is not None:
+            return other.prompt_with(self)
+        if self.pair_prompt is None:
+            return f"{self.prompt('a photo of a {}')} and {other.prompt('a {}')}"
+        if other.pair_prompt is not None:
+            return None
+        return self.prompt(self.pair_prompt).replace(_SUBJECT, other.prompt("{}"))
+
     def texts(self, *, evaluated: bool = True) -> Iterator[str]:
         """Yield all its prompts, filled; those of the evaluation only with `evaluated`."""
         yield from (self.instance_prompt, *self.captions.values(), self.class_caption, *self.class_prompts)
@@ -127,7 +151,8 @@ class _Entry:
     token: str | None = None
     noun: str | None = None
     initializer: str | None = None
-    kind: Annotated[str, one_of(*DREAMBOOTH_PROMPTS)] | None = None
+    kind: Annotated[str, one_of(*_PROMPTS)] | None = None
+    pair_prompt: str | None = None
     captions: str | None = None
     eval_prompts: str | list[str] | None = None
     reference_dir: str | None = None
@@ -157,13 +182,14 @@ def load_concepts(source: str | os.PathLike, *, instance_prompt: str | None = No
               words after the token that end a prompt of the class, else one word), `initializer` (the noun), `captions` ("txt":
               `a.txt` for `a.jpg`; or a JSON file of captions by file; a caption has the token, or the noun, before which the token is
               put), `eval_prompts` (a file of lines, or a list, with "{}" or "<TOK>" for token and noun) or `kind` ("object" or
-              "live": which of DreamBooth's templates; default: "live" for cats and dogs), and `reference_dir` (default: the training
+              "live": which of DreamBooth's templates; default: "live" for cats and dogs), `kind` "style" for a style or domain, with `pair_prompt`
+              (its prompt with a subject, with "{}" and "{subject}"; default: "a photo of a {subject} in {}"), and `reference_dir` (default: the training
               pictures). Relative paths start at the file's folder if `instance_data_dir` is there, otherwise at the working directory.
             - a folder with a folder of pictures for each concept, as DreamBooth's data set; `prompts_and_classes.txt` in or beside it
               gives the nouns. Without it, a noun is the folder's name without digits at its end.
             - a folder with pictures of one concept.
             - with `instance_prompt`: a data set with pictures of one concept, on the Hub or a .parquet file.
-            - "tiny": the package's own concepts, for its tiny base.
+            - "tiny": the package's own concepts, for its tiny base; "tiny_domain": two of them and a domain, scenes at the shore.
             Images of a class may be drawn into a `class_data_dir`: know the file before you use it.
         instance_prompt: prompt with the token, for one folder of pictures or one data set.
 
@@ -172,13 +198,13 @@ def load_concepts(source: str | os.PathLike, *, instance_prompt: str | None = No
         ValueError: anything else that cannot be used; the error names file, concept and value.
     """
     given = expanded("concepts", os.fspath(source))
-    place = TINY if given == "tiny" and not os.path.exists(given) else Path(given)
+    place = Path(given) if os.path.exists(given) else OWN.get(given, Path(given))
     is_there = os.path.exists(place)
     if not (is_there or (instance_prompt is not None and "/" in given and is_repository_name(given))):
         check_not_mistyped("`concepts`", given)
         raise FileNotFoundError(
             f"`concepts` is {shortened(repr(given), 300)}, but there is no such file or folder: give a JSON file, a folder with one "
-            "folder of pictures for each concept, or 'tiny'. (A data set on the Hub: owner/name, and `instance_prompt`.)"
+            "folder of pictures for each concept, 'tiny' or 'tiny_domain'. (A data set on the Hub: owner/name, and `instance_prompt`.)"
         )
     if os.path.isfile(place / FILE):
         place /= FILE
@@ -252,8 +278,8 @@ def check_concepts(
                 count = sum(len(_ids(tokenizer, part)) for part in parts) + num_vectors * (len(parts) - 1)
                 if count > most:
                     of_evaluation = map(concept.prompt, concept.eval_prompts)
-                    is_default = concept.eval_prompts in DREAMBOOTH_PROMPTS.values() and prompt in of_evaluation
-                    remedy = "give `eval_prompts`, in place of DreamBooth's" if is_default else "shorten it"
+                    is_default = concept.eval_prompts in _PROMPTS.values() and prompt in of_evaluation
+                    remedy = "give `eval_prompts`, in place of the default ones" if is_default else "shorten it"
                     raise ValueError(
                         f"{where}: the prompt {shortened(repr(prompt), 300)} has {count} tokens, expected {most} at most for {name}: "
                         f"{remedy}."
@@ -356,6 +382,7 @@ class _Reader:
             class_data_dir=class_data_dir,
             eval_prompts=self._templates(),
             references=self._images("reference_dir") if entry.reference_dir else self.images,
+            pair_prompt=self._pair_prompt(),
         )
 
     def _check_source(self) -> None:
@@ -480,9 +507,9 @@ class _Reader:
     def _templates(self) -> tuple[str, ...]:
         given, kind = self.entry.eval_prompts, self.entry.kind
         if given is None:
-            return DREAMBOOTH_PROMPTS[kind or ("live" if self.noun.casefold() in _LIVE_NOUNS else "object")]
-        if kind:
-            raise self._wrong("kind", kind, "no `kind` beside `eval_prompts`, which replace its templates")
+            return _PROMPTS[kind or ("live" if self.noun.casefold() in _LIVE_NOUNS else "object")]
+        if kind in DREAMBOOTH_PROMPTS:
+            raise self._wrong("kind", kind, "no such `kind` beside `eval_prompts`, which replace its templates")
         if isinstance(given, str):
             given = self._lines("eval_prompts")
         if not given:
@@ -491,6 +518,19 @@ class _Reader:
             if not _PLACE.search(template):
                 raise self._wrong("eval_prompts", template, "a place for token and noun, '{}' or '<TOK>', in each")
         return tuple(_PLACE.sub("{}", template) for template in given)
+
+    def _pair_prompt(self) -> str | None:
+        given = self.entry.pair_prompt
+        if self.entry.kind != "style":
+            if given is not None:
+                raise self._wrong("pair_prompt", given, "none, or `kind` 'style', to which it belongs")
+            return None
+        template = given or f"a photo of a {_SUBJECT} in {{}}"
+        if not (_PLACE.search(template) and _SUBJECT in template):
+            raise self._wrong(
+                "pair_prompt", template, f"places for the style, '{{}}', and for a subject, '{_SUBJECT}'"
+            )
+        return _PLACE.sub("{}", template)
 
 
 def check_together(concepts: Sequence[Concept], where: str) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..text_to_image.token_rows import prompt_length
 from ..utils.files import read_mapping, read_tensors, write_json, write_tensors
 from ..utils.progress import Progress
 from .arguments import ConceptEvaluationArguments
+from .concepts import Concept
 from .drawing import draw
 from .judges import Judge, Scores, judges
 from .pictures import load_images
@@ -111,14 +112,13 @@ class ConceptEvaluator:
             self._compare(self.folder.evaluation / "after.json")
 
     def _measure_pairs(self, path: Path) -> None:
-        """Measure neighbours in the order of learning, each by what is measured of a single concept."""
+        """Measure neighbours in the order of learning, and each style with each subject, by what is measured of a single concept."""
         if self._read(path) is not None:
             return
         tokenizers = self.setting.model.row_tokenizers.values()
         pairs = []
-        for both in pairwise(self.setting.concepts):
+        for both, prompt in pairs_with_prompts(self.setting.concepts):
             one, other = (self.setting.concepts[class_id] for class_id in both)
-            prompt = f"{one.prompt('a photo of a {}')} and {other.prompt('a {}')}"
             if any(prompt_length(prompt, tokenizer) > tokenizer.model_max_length for tokenizer in tokenizers):
                 logger.warning("%s and %s are not measured together: %r is too long", one.name, other.name, prompt)
                 continue
@@ -246,6 +246,17 @@ class ConceptEvaluator:
         return strategy.learning_changes_past_classes and any(
             strategy.is_finished(phase) for one in later for phase in strategy.phases(one)
         )
+
+
+def pairs_with_prompts(concepts: Mapping[int, Concept]) -> list[tuple[tuple[int, int], str]]:
+    """Return which two concepts are drawn together, by what prompt: neighbours in the order, and each style with each subject."""
+    neighbours, found = list(pairwise(concepts)), []
+    for both in combinations(concepts, 2):
+        one, other = (concepts[class_id] for class_id in both)
+        has_style = one.pair_prompt is not None or other.pair_prompt is not None
+        if (has_style or both in neighbours) and (prompt := one.prompt_with(other)):
+            found.append((both, prompt))
+    return found
 
 
 def _means(scores: Scores) -> dict[str, float]:

@@ -20,6 +20,7 @@ from .scores import ClipFeatures, DinoFeatures, clip_score, image_similarity, te
 from .tiny import tiny_dual_encoder
 from .tiny.reader import VALUES, features, read
 from .tiny.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES
+from .tiny.shore import shows_water
 
 
 Scores = dict[str, torch.Tensor]
@@ -45,34 +46,51 @@ class TinyJudge:
     The reader of the tiny base: what a concept is, it reads from the reference pictures.
 
     Scores of a concept: "attr", the share of its attributes that are right; "whole", 1 if all are; "background", 1 if it is that of
-    the prompt; "sim", the mean cosine of features to the references. Of base prompts: 1 for each word that is right.
+    the prompt; "sim", the mean cosine of features to the references. Of a style, which is that of `shore`: "attr", 1 if there is
+    water, as in the references; "whole", 1 if also shape, colour and size are as told. Of base prompts: 1 for each word that is right.
     """
 
     _WORDS: Mapping[str, Sequence[str]] = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES}
 
     def concept(self, images: torch.Tensor, concept: Concept, prompts: Sequence[str]) -> Scores:
-        references = load_images(concept.references, size=images.shape[-1])
-        wanted = {name: found.mode().values for name, found in read(references).items()}
+        references, found = load_images(concept.references, size=images.shape[-1]), read(images)
+        sims = functional.cosine_similarity(features(images)[:, None], features(references)[None], dim=-1)
+        is_style = concept.pair_prompt is not None
+        scores = self._style(images, references, prompts) if is_style else self._subject(found, concept, references)
+        return {**scores, "sim": sims.mean(dim=1), **self._background(found, prompts)}
+
+    def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
         found = read(images)
+        scores = {name: (read_as == told).float() for name, (read_as, told) in self._told(found, prompts).items()}
+        return {**scores, **self._background(found, prompts)}
+
+    @staticmethod
+    def _subject(found: Mapping[str, torch.Tensor], concept: Concept, references: torch.Tensor) -> Scores:
+        wanted = {name: values.mode().values for name, values in read(references).items()}
         # A toy has no size, and only a toy has a second shape.
         absent = {"size", "background"} | (set() if concept.noun == "toy" else {"second_shape"})
         if concept.noun in SHAPES:
             absent = {"background", "sign", "second_shape", "second_colour"}
         right = torch.stack([found[name] == wanted[name] for name in VALUES if name not in absent]).float()
-        sims = functional.cosine_similarity(features(images)[:, None], features(references)[None], dim=-1)
-        scores = {"attr": right.mean(dim=0), "whole": right.amin(dim=0), "sim": sims.mean(dim=1)}
-        return {**scores, **self._background(found, prompts)}
+        return {"attr": right.mean(dim=0), "whole": right.amin(dim=0)}
 
-    def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
-        found = read(images)
-        scores = {}
+    def _style(self, images: torch.Tensor, references: torch.Tensor, prompts: Sequence[str]) -> Scores:
+        if not shows_water(references).all():
+            # Another style, of which this reader knows nothing.
+            return {}
+        water = shows_water(images)
+        follows = [(read_as == told) | (told < 0) for read_as, told in self._told(read(images), prompts).values()]
+        return {"attr": water.float(), "whole": torch.stack([water, *follows]).all(dim=0).float()}
+
+    def _told(
+        self, found: Mapping[str, torch.Tensor], prompts: Sequence[str]
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return, of each kind of word, what was read and what the prompts tell, `(n,)`; -1: nothing."""
+        pairs = {}
         for name, words in self._WORDS.items():
-            read_as = found["noun" if name == "shape" else name]
-            told = torch.tensor(
-                [next((i for i, word in enumerate(words) if word in text.split()), -1) for text in prompts]
-            )
-            scores[name] = (read_as == told).float()
-        return {**scores, **self._background(found, prompts)}
+            told = [next((i for i, word in enumerate(words) if word in text.split()), -1) for text in prompts]
+            pairs[name] = (found["noun" if name == "shape" else name], torch.tensor(told))
+        return pairs
 
     def similarity(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         return functional.cosine_similarity(features(images), features(others))

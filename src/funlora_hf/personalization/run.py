@@ -317,6 +317,6 @@ def about(concept: Concept) -> dict[str, Any]:
     """Return what makes a concept another one, JSON-able: its name, all its prompts, hashes of its pictures."""
     return {
         "name": concept.name,
-        "prompts": [concept.token, concept.initializer, *concept.texts()],
+        "prompts": [concept.token, concept.initializer, *concept.texts(), *filter(None, [concept.pair_prompt])],
         "images": [file_sha256(path) for path in (*concept.images, *concept.references)],
     }

@@ -12,6 +12,7 @@ import pytest
 from funlora_hf.personalization.concepts import load_concepts
 from funlora_hf.personalization.tiny import scenes, tiny_concepts
 from funlora_hf.personalization.tiny.scenes import Scene
+from funlora_hf.personalization.tiny.shore import write_shore
 from funlora_hf.personalization.usual_captions import usual_captions
 
 
@@ -95,6 +96,7 @@ def test_the_base_sees_no_concept_and_reads_no_part_of_a_composite():
 def test_concepts_are_as_written(tmp_path):
     folder = tiny_concepts().parent
     scenes.write_concepts(tmp_path)
+    write_shore(tmp_path)
     names = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     assert names == sorted(path.relative_to(folder) for path in folder.rglob("*"))
     for name in names:

@@ -32,6 +32,7 @@ from .dual_encoder import ranks_first, train_dual_encoder
 from .fitting import fit
 from .reader import as_tensor, load_reader, shares_right, train_reader
 from .scenes import Scene
+from .shore import write_shore
 from .tokenizer import add_vocabulary, make_tokenizer
 
 
@@ -218,6 +219,7 @@ def make(folder: Path, effort: Effort | None = None, *, seed: int = 0) -> None:
         raise ValueError(f"{begun} has other settings than {settings}: remove {folder} or give another folder")
     write_json(begun, settings)
     scenes.write_concepts(folder / "concepts")
+    write_shore(folder / "concepts")
     tokenizer = make_tokenizer(scenes.vocabulary())
     rng = random.Random(derive_seed(seed, "scenes"))
     drawn = [scenes.random_scene(rng) for _ in range(effort.scenes)]
