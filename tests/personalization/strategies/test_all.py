@@ -31,7 +31,7 @@ from funlora_hf.text_to_image.objective import Objective
 
 
 OTHERS = [family for family in PIPELINES if family != "sd"]
-
+IN_ALL_FAMILIES = ("funlora", "custom_diffusion", "cns")
 
 # Of cross-attention in the U-Net.
 LAYERS = 4
@@ -288,8 +288,18 @@ def test_two_concepts_together(name, tmp_path):
     assert torch.equal(samples(strategy), base)
 
 
-@pytest.mark.parametrize("family", OTHERS)
-@pytest.mark.parametrize("name", some_fast("funlora", "custom_diffusion", "cns"))
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, family) for name in IN_ALL_FAMILIES for family in OTHERS),
+        # The others share their code, and the families: each has one of these.
+        *(
+            pytest.param(name, OTHERS[number % len(OTHERS)], marks=pytest.mark.slow)
+            for number, name in enumerate(ALL)
+            if name not in IN_ALL_FAMILIES
+        ),
+    ],
+)
 def test_families(name, family, tmp_path):
     """A concept, or the whole model, loads into the stock pipeline and draws the run's images, to the bit (a model: to one level)."""
     if name == "cns" and family != "sdxl":
