@@ -185,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--concepts", nargs="+", metavar="NAME", help="concepts whose tokens to write (default: all)")
     text = "the one whose adapter to merge into the weights (default: the only one with an adapter)"
     export.add_argument("--adapter", metavar="NAME", help=text)
+    export.add_argument("--base", type=_path, help="pipeline of the concepts' base (default: the one that they name)")
 
     push = add(_push, "Push a run to the Hub: its base and a folder for each class or concept")
     push.add_argument("output_dir", type=_path, metavar="OUTPUT_DIR", help="folder of a run")

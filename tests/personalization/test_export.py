@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from text_encoders import PIPELINES
 
+from funlora_hf.adapters.base_fingerprint import BaseMismatchError
 from funlora_hf.cli import main
 from funlora_hf.personalization.arguments import ConceptEvaluationArguments
 from funlora_hf.personalization.drawing import draw
@@ -96,6 +97,22 @@ def test_refused(given, message, learned, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_concepts(learned, tmp_path / "out", **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_has_moved(tmp_path, capsys):
+    run = learn(make_strategy(tmp_path / "run", base=save_base(tmp_path / "base")))
+    export_concepts(run, tmp_path / "before", concepts=["t1"])
+    (tmp_path / "base").rename(tmp_path / "moved")
+    command = ["export", str(run), str(tmp_path / "out"), "--concepts", "t1"]
+    assert main(command) == 1
+    assert main([*command, "--base", str(tmp_path / "moved")]) == 0
+    assert torch.equal(images(load(tmp_path / "out"), "a <t1> b"), images(load(tmp_path / "before"), "a <t1> b"))
+    other = load(tmp_path / "moved")
+    torch.nn.init.zeros_(other.unet.conv_in.weight)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(BaseMismatchError):
+        export_concepts(run, tmp_path / "no", concepts=["t1"], base=tmp_path / "other")
+    assert not (tmp_path / "no").exists()
 
 
 def test_one_model_for_all_is_a_pipeline_already(base, tmp_path):

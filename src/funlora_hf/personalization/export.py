@@ -38,6 +38,7 @@ def export_concepts(
     *,
     concepts: Sequence[str] | None = None,
     adapter: str | None = None,
+    base: str | os.PathLike | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Exported:
@@ -52,7 +53,8 @@ def export_concepts(
         output_dir: where to write it; there must be nothing yet.
         concepts: names of the concepts whose tokens it gets; None: all.
         adapter: name of the one among them whose adapter is merged into the denoiser; None: the only one that has an adapter.
-        revision: branch, tag or commit of a repository.
+        base: the base's folder or repository, or "tiny"; None: the one that the concepts name.
+        revision: branch, tag or commit of the repository of `source`.
         local_files_only: use the cached repository, without asking the Hub.
 
     Returns:
@@ -77,7 +79,7 @@ def export_concepts(
     merged = _merged(chosen, adapter)
     for one in chosen:
         check_weights(one)
-    pipe = base_pipeline(found, [one.record for one in chosen])
+    pipe = base_pipeline(found, [one.record for one in chosen], base=base)
     for one in chosen:
         if one is not merged:
             load_token_rows(pipe, one.folder)

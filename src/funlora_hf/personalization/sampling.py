@@ -123,9 +123,17 @@ def _concepts_in(prompt: str, concepts: Sequence[SavedConcept]) -> list[SavedCon
 
 
 def base_pipeline(
-    found: FoundConcepts, records: Sequence[ConceptRecord], *, device: torch.device | str = "cpu"
+    found: FoundConcepts,
+    records: Sequence[ConceptRecord],
+    *,
+    base: str | os.PathLike | None = None,
+    device: torch.device | str = "cpu",
 ) -> Any:
     """Return the stock pipeline of the concepts' base, or that of their run.
+
+    Args:
+        base: another place of the base, folder, repository or "tiny", for concepts that are not learned into their run's pipeline;
+            None: the one that they name.
 
     Raises:
         FileNotFoundError: the base is not named, or not there.
@@ -139,10 +147,12 @@ def base_pipeline(
         raise ValueError(
             f"{found.source!r} has concepts of several bases or sizes ({', '.join(one.name for one in records)}): name those of one."
         )
+    if base is not None:
+        return load_base(base, drop_t5=record.drop_t5, device=device).pipeline()
     if record.base_model_name_or_path is None:
         raise FileNotFoundError(
             f"{found.source!r} does not name the base of its concepts, which has not been published: load the base in Python and use "
-            "`load_concept`."
+            "`load_concept`, or name it by `funlora export --base`."
         )
     return load_base(
         record.base_model_name_or_path,
