@@ -1,4 +1,4 @@
-"""Compares strategies that learn concept after concept on the same base, concepts and seeds: a table and two figures.
+"""Compares strategies that learn concept after concept on the same base, concepts and seeds, in tables and figures.
 
     python examples/compare_personalization.py --strategies funlora lora naive_lora --seeds 0 1 --output_dir outputs/concepts_compared
     python examples/compare_personalization.py --strategies funlora funlora:function=identity,label=identity clora:penalty=10 \\
@@ -46,7 +46,7 @@ def main() -> None:
         choices = [Choice.parse(text) for text in given.strategies]
         arguments = check(choices, shared)
         compare(given, choices, shared, arguments.concepts)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

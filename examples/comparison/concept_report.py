@@ -2,151 +2,225 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from seed_tables import markdown_table
 
+from comparison.concept_figures import Panel, axes_figure, samples_figure, scores_figure
 from comparison.concept_runs import score_of
-from comparison.figures import COLOURS, MARKERS
-from funlora_hf.evaluation.figures import new_figure, sample_grid
+from funlora_hf.personalization.strategies.registry import concept_strategy
 
 
-Runs = Sequence[dict[str, Any]]
+Run = Mapping[str, Any]
+Results = Mapping[str, Sequence[Run]]
+"""Strategy -> the results of its seeds."""
+
+_KINDS = {False: "an adapter for each concept", True: "one model for all"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of each run, as a column of a table.
+
+    Args:
+        title: of the column.
+        value: of a run's results; None where it was not measured.
+        digits: after the point.
+        each: whether the numbers of the seeds stand beside their mean.
+    """
+
+    title: str
+    value: Callable[[Run], float | None]
+    digits: int = 2
+    each: bool = False
+
+    def of(self, runs: Sequence[Run]) -> list[float]:
+        """Return the numbers of the runs in which it was measured."""
+        return [value for run in runs if (value := self.value(run)) is not None]
+
+    def cell(self, runs: Sequence[Run]) -> str:
+        """Return the mean over the seeds; empty: none was measured."""
+        found = self.of(runs)
+        each = f" ({', '.join(f'{one:.{self.digits}f}' for one in found)})" if self.each and len(found) > 1 else ""
+        return f"{fmean(found):,.{self.digits}f}{each}" if found else ""
 
 
 def write_report(
-    results: dict[str, Runs], folder: Path, command: str, runs: Mapping[str, Path], order: Sequence[str]
+    results: Results, folder: Path, command: str, folders: Mapping[str, Path], order: Sequence[str]
 ) -> str:
     """Write `comparison.md` and `figures/`.
 
     Args:
-        results: of each strategy's seeds.
+        results: with the same scores for all strategies.
         folder: of the comparison.
         command: that made it.
-        runs: each strategy's folder with the first seed.
-        order: of the concepts in them.
+        folders: those of each strategy's first run.
+        order: of the concepts in it.
 
     Returns:
         The tables.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
-    text = table(results)
+    text, groups, score = tables(results), groups_of(results), _scores_of(results)[0]
     (folder / "comparison.md").write_text(f"{text}\n\nCommand: `{command}`\n", encoding="utf-8")
-    curves(results, folder / "figures" / "scores.png")
-    samples(runs, order, folder / "figures" / "samples.png")
+    labels = chain.from_iterable(groups.values())
+    samples = {label: images for label in labels if (images := _first_images(folders[label], order)) is not None}
+    if samples:
+        title = f"{order[0]} after 1 to {len(order)} concepts"
+        samples_figure(samples, folder / "figures" / "samples.png", title=title)
+    axes_figure(groups, panels(results), folder / "figures" / "axes.png")
+    means = {label: _mean_so_far(runs, score) for label, runs in results.items()}
+    title = f"{score}, mean of the concepts so far"
+    scores_figure(groups, means, folder / "figures" / "scores.png", title=title)
     return text
 
 
-def table(results: dict[str, Runs]) -> str:
-    """Return the comparison as two tables in Markdown, of scores and of the rest: means over seeds."""
-    first = next(iter(results.values()))[0]
-    names = list(first["scores"])
-    score, base_score = names[0], next(iter(first["base_drift"]["before"]))
-    scores = {
-        f"{score} at its own time": lambda runs: spread(run["scores"][score]["own"] for run in runs),
-        f"{score} at the end": lambda runs: spread(run["scores"][score]["end"] for run in runs),
-        "forgetting": lambda runs: f"{fmean(run['scores'][score]['forgetting'] for run in runs):.2f}",
-        **{
-            f"{name}, end": lambda runs, name=name: f"{fmean(run['scores'][name]['end'] for run in runs):.2f}"
-            for name in names[1:]
-        },
-        "two concepts": lambda runs: mean_or_none([of_pairs(run, score) for run in runs]),
-    }
-    rest = {
-        f"base prompts, end: {base_score}": lambda runs: mean_or_none([last_drift(run, base_score) for run in runs]),
-        "change": lambda runs: mean_or_none([last_drift(run, "change") for run in runs], digits=3),
-        f"with a concept: {base_score}": lambda runs: mean_or_none([with_concept(run, base_score) for run in runs]),
-        "its change": lambda runs: mean_or_none([with_concept(run, "change") for run in runs], digits=3),
-        "first samples identical": lambda runs: {True: "yes", False: "NO", None: "-"}[
-            runs[0]["zero_forgetting"]["identical"]
-        ],
-        "numbers a concept": lambda runs: f"{fmean(run['numbers_per_concept'] for run in runs):,.0f}",
-        "bytes kept": lambda runs: f"{fmean(run['bytes_kept'] for run in runs):,.0f}",
-        "seconds of training": lambda runs: f"{fmean(run['seconds']['training'] for run in runs):.0f}",
-    }
-    said = [
-        f"{name} {first['floor'][name]:.2f} / {first['ceiling'][name]:.2f}" for name in names if name in first["floor"]
+def tables(results: Results) -> str:
+    """Return the comparison as three tables in Markdown, of axes and costs, of scores and of base prompts: means over seeds."""
+    first, (score, base), axes = _first(results), _scores_of(results), axes_of(results)
+    costs = [
+        Column("numbers a concept", lambda run: run["numbers_per_concept"], 0),
+        Column("bytes kept", lambda run: run["bytes_kept"], 0),
+        Column("seconds of training", lambda run: run["seconds"]["training"], 0),
     ]
-    floor = f"Floor (the base with the noun) / ceiling (real images): {'; '.join(said)}."
-    before = f"Base prompts before learning: {base_score} {first['base_drift']['before'][base_score]:.2f}."
-    norms = [
-        f"Norms of the products of {label}, first seed: {', '.join(f'{one:.3g}' for one in found)}."
-        for label, (run, *_) in results.items()
-        if (found := run["details"].get("product_norms"))
+    scores = [
+        Column(f"{score}, own time", lambda run: run["scores"][score]["own"], each=True),
+        *(
+            Column(f"{name}, end", lambda run, name=name: run["scores"][name]["end"], each=name == score)
+            for name in first["scores"]
+        ),
+        # Each one's share of images is known, not that of the images in which both are: it is at most the lower one.
+        Column("two whole in a prompt, at most", lambda run: _of_pairs(run, "whole", min)),
     ]
-    return "\n\n".join([rows(results, scores), floor, rows(results, rest), before, *norms])
+    drift = [
+        Column("base prompts, end: change", lambda run: _last_drift(run, "change"), 3),
+        Column("with a concept: change", lambda run: _with_concept(run, "change"), 3),
+    ]
+    before = first["base_drift"]["before"].get(base)
+    floor = [f"{name} {value:.2f} / {first['ceiling'][name]:.2f}" for name, value in first["floor"].items()]
+    parts = [
+        _table(results, {column.title: column.cell for column in [*axes, *costs]}),
+        "" if before is None else f"Base prompts before learning: {base} {before:.2f}.",
+        _table(results, {column.title: column.cell for column in scores}),
+        f"Floor (the base with the noun) / ceiling (real images): {'; '.join(floor)}.",
+        _table(results, {**{column.title: column.cell for column in drift}, "first samples identical": _identical}),
+        *(
+            f"Norms of the products of {label}, first seed: {', '.join(f'{one:.3g}' for one in found)}."
+            for label, (run, *_) in results.items()
+            if (found := run["details"].get("product_norms"))
+        ),
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
-def rows(results: dict[str, Runs], columns: Mapping[str, Callable[[Runs], str]]) -> str:
+def axes_of(results: Results) -> tuple[Column, Column, Column, Column, Column, Column]:
+    """Return the axes: generality, the same with a concept's weights, learned, kept, forgetting, across tasks."""
+    score, base = _scores_of(results)
+    return (
+        Column(f"generality: {base} of base prompts", lambda run: _last_drift(run, base)),
+        Column("the same with a concept's weights", lambda run: _with_concept(run, base)),
+        Column(f"learned: {score} at its own time", lambda run: run["scores"][score]["own"]),
+        Column(f"kept: {score} at the end", lambda run: run["scores"][score]["end"]),
+        Column("forgetting", lambda run: run["scores"][score]["forgetting"]),
+        Column(f"across tasks: {score} of each of two", lambda run: _of_pairs(run, score, fmean)),
+    )
+
+
+def panels(results: Results) -> list[Panel]:
+    """Return the four axes as panels of a figure, on which better is to the right."""
+    first, (score, base) = _first(results), _scores_of(results)
+    generality, with_concept, learned, kept, _, across = (
+        {label: column.of(runs) for label, runs in results.items()} for column in axes_of(results)
+    )
+    before = first["base_drift"]["before"]
+    marks = {name: first[name][score] for name in ("floor", "ceiling") if score in first[name]}
+    return [
+        Panel(
+            "generality kept",
+            f"{base} of base prompts\n● no concept asked for\n○ a concept's weights on",
+            generality,
+            rings=with_concept,
+            marks={"base": before[base]} if base in before else {},
+        ),
+        Panel("target learned", f"{score} at its own time", learned, marks=marks),
+        Panel("kept", f"{score} at the end", kept, marks=marks),
+        Panel("across tasks", f"{score} of each of two\nin a prompt", across),
+    ]
+
+
+def groups_of(results: Results) -> dict[str, list[str]]:
+    """Return the strategies with an adapter for each concept, and those with one model, each with the best first."""
+    _, _, learned, kept, *_ = axes_of(results)
+
+    def merit(label: str) -> float:
+        return fmean(learned.of(results[label])) + fmean(kept.of(results[label]))
+
+    groups: dict[str, list[str]] = {heading: [] for heading in _KINDS.values()}
+    for label in sorted(results, key=merit, reverse=True):
+        groups[_KINDS[concept_strategy(results[label][0]["strategy"]).in_model]].append(label)
+    return {heading: labels for heading, labels in groups.items() if labels}
+
+
+def _first(results: Results) -> Run:
+    return next(iter(results.values()))[0]
+
+
+def _scores_of(results: Results) -> tuple[str, str]:
+    """Return by which score of concepts, and by which of base prompts, strategies are compared."""
+    first = _first(results)
+    # DINO has no score of prompts; how many images are equal to the base's is always known.
+    return score_of(first), next(iter(first["base_drift"]["before"]), "same")
+
+
+def _table(results: Results, columns: Mapping[str, Callable[[Sequence[Run]], str]]) -> str:
     """Return a table with a row for each strategy."""
-    lines = [f"| strategy | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
-    lines += [
-        f"| {label} | {' | '.join(cell(runs) for cell in columns.values())} |" for label, runs in results.items()
-    ]
-    return "\n".join(lines)
+    rows = [(label, *(cell(runs) for cell in columns.values())) for label, runs in results.items()]
+    return markdown_table(["strategy", *columns], rows)
 
 
-def spread(values: Iterable[float]) -> str:
-    """Return the mean, and the values of the seeds if there are several."""
-    found = list(values)
-    each = f" ({', '.join(f'{one:.2f}' for one in found)})" if len(found) > 1 else ""
-    return f"{fmean(found):.2f}{each}"
+def _identical(runs: Sequence[Run]) -> str:
+    found = [run["zero_forgetting"]["identical"] for run in runs]
+    return "NO" if False in found else "yes" if True in found else "-"
 
 
-def mean_or_none(values: Sequence[float | None], digits: int = 2) -> str:
-    """Return the mean of what was measured; empty: nothing was."""
-    found = [one for one in values if one is not None]
-    return f"{fmean(found):.{digits}f}" if found else ""
-
-
-def of_pairs(run: dict[str, Any], score: str) -> float | None:
-    """Return the mean score of a concept in images of prompts with two."""
-    found = [one[score] for pair in run["pairs"] for one in pair["scores"].values()]
+def _of_pairs(run: Run, score: str, both: Callable[[list[float]], float]) -> float | None:
+    """Return a score in images of prompts with two concepts: what `both` makes of the two, as the mean over pairs."""
+    scores = [[one[score] for one in pair["scores"].values() if score in one] for pair in run["pairs"]]
+    found = [both(of_two) for of_two in scores if of_two]
     return fmean(found) if found else None
 
 
-def with_concept(run: dict[str, Any], name: str) -> float | None:
+def _with_concept(run: Run, name: str) -> float | None:
     """Return how base prompts are drawn with the weights of a concept, as the mean over concepts."""
     found = [one[name] for one in run["base_drift"]["with_concept"].values() if name in one]
     return fmean(found) if found else None
 
 
-def last_drift(run: dict[str, Any], name: str) -> float | None:
+def _last_drift(run: Run, name: str) -> float | None:
     """Return how the model without a concept of its own draws base prompts at the end."""
     found = [one for one in run["base_drift"]["after_task"] if one is not None]
     return found[-1].get(name) if found else None
 
 
-def curves(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw each strategy's mean score of the concepts so far, over the number of concepts."""
-    name = score_of(next(iter(results.values()))[0])
-    with new_figure(path, (7.5, 4.2)) as figure:
-        axes = figure.subplots()
-        for index, (label, runs) in enumerate(results.items()):
-            rows = zip(*(run["scores"][name]["matrix"] for run in runs), strict=True)
-            means = [fmean(fmean(row) for row in of_seeds) for of_seeds in rows]
-            look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-            dashes = "-" if index < len(COLOURS) else "--"
-            axes.plot(range(1, len(means) + 1), means, label=label, linestyle=dashes, markersize=5, **look)
-        axes.set(xlabel="concepts learned", ylabel=f"{name}, mean of the concepts so far", ylim=(0, 1.02))
-        axes.set_xticks(range(1, len(means) + 1))
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+def _mean_so_far(runs: Sequence[Run], score: str) -> list[float]:
+    """Return the mean score of the concepts so far after each task."""
+    by_task = zip(*(run["scores"][score]["matrix"] for run in runs), strict=True)
+    return [fmean(fmean(row) for row in of_seeds) for of_seeds in by_task]
 
 
-def samples(folders: dict[str, Path], orders_of: Sequence[str], path: Path) -> None:
-    """Draw one image of the first concept after each task: a row for each strategy."""
-    rows = {}
-    for label, folder in folders.items():
-        files = [
-            folder / "checkpoints" / "evaluation" / f"task_{task}" / f"{orders_of[0]}.safetensors"
-            for task in range(1, len(orders_of) + 1)
-        ]
-        # What never changes is drawn once.
-        found = [file if file.is_file() else files[0] for file in files]
-        if found[0].is_file():
-            rows[label] = torch.stack([load_file(file)["images"][0] for file in found])
-    if rows:
-        sample_grid(rows, path, title=f"{orders_of[0]} after 1 to {len(orders_of)} concepts")
+def _first_images(folder: Path, order: Sequence[str]) -> torch.Tensor | None:
+    """Return an image of the first concept after each task, uint8 (tasks, C, H, W); None: there is none."""
+    tasks = range(1, len(order) + 1)
+    files = [folder / "checkpoints" / "evaluation" / f"task_{task}" / f"{order[0]}.safetensors" for task in tasks]
+    # What never changes is drawn once.
+    found = [file if file.is_file() else files[0] for file in files]
+    return torch.stack([load_file(file)["images"][0] for file in found]) if found[0].is_file() else None

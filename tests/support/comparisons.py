@@ -125,6 +125,7 @@ def concept_results(own, end, **other):
         "drop": own - end,
     }
     return {
+        "strategy": "lora",
         "scores": {"attr": score},
         "floor": {"attr": 0.3},
         "ceiling": {"attr": 1.0},
@@ -136,7 +137,9 @@ def concept_results(own, end, **other):
             "after_task": [{"shape": 0.5, "change": 0.25}, None],
             "with_concept": {"a": {"shape": 0.5, "change": 0.2}, "b": {"shape": 0.7, "change": 0.4}},
         },
-        "pairs": [{"prompt": "a and b", "scores": {"a": {"attr": 0.1}, "b": {"attr": 0.3}}}],
+        "pairs": [
+            {"prompt": "a and b", "scores": {"a": {"attr": 0.1, "whole": 0.25}, "b": {"attr": 0.3, "whole": 0.75}}}
+        ],
         "zero_forgetting": {"identical": None},
         "details": {},
         **other,
