@@ -86,16 +86,36 @@ def parse_choices(entries: Sequence[str]) -> list[Choice]:
     if isinstance(entries, str) or not entries:
         raise ValueError(f"`strategies` is {entries!r}, expected a list of at least one strategy, such as 'funlora'.")
     choices = [_parse(entry) for entry in entries]
-    _check_different("key", [choice.key for choice in choices], entries, "are the same run: name it once")
-    _check_different(
-        "label", [choice.label for choice in choices], entries, "have one label: give them different ones"
-    )
+    check_different("key", [choice.key for choice in choices], entries, "are the same run: name it once")
+    check_different("label", [choice.label for choice in choices], entries, "have one label: give them different ones")
     return choices
 
 
-def _parse(entry: str) -> Choice:
+def split_entry(entry: str) -> tuple[str, dict[str, str]]:
+    """The name, and the texts of the values by key; raises a ValueError for a part that is no key=value."""
     name, _, rest = str(entry).partition(":")
-    texts = _split(entry, rest)
+    texts: dict[str, str] = {}
+    # A comma inside a value, as of a list, is not followed by a key.
+    for part in re.split(r",(?=\s*\w+\s*=)", rest) if rest.strip() else []:
+        key, equals, text = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and text):
+            raise ValueError(f"`strategies` has {entry!r} with {part!r}, expected 'name:key=value,key=value'.")
+        if key in texts:
+            raise ValueError(f"`strategies` has {entry!r} with {key!r} twice, expected it once.")
+        texts[key] = text
+    return name, texts
+
+
+def check_different(what: str, values: Sequence[str], entries: Sequence[str], problem: str) -> None:
+    """Raise a ValueError that says what the problem is, if two entries have the same value."""
+    for value in values:
+        same = [entry for entry, own in zip(entries, values, strict=True) if own == value]
+        if len(same) > 1:
+            raise ValueError(f"`strategies` has {', '.join(map(repr, same))}, which {problem} ({what} {value!r}).")
+
+
+def _parse(entry: str) -> Choice:
+    name, texts = split_entry(entry)
     strategy_cls = strategy_class(name, texts)
     known_options = strategy_cls.known_options()
     known_arguments = [
@@ -132,20 +152,6 @@ def _choice(name: str, options: Mapping[str, Any], arguments: Mapping[str, Any],
     return Choice(name, options, arguments, label or name, _key(name, {**options, **arguments}))
 
 
-def _split(entry: str, rest: str) -> dict[str, str]:
-    """The texts of the values by key."""
-    texts: dict[str, str] = {}
-    # A comma inside a value, as of a list, is not followed by a key.
-    for part in re.split(r",(?=\s*\w+\s*=)", rest) if rest.strip() else []:
-        key, equals, text = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and text):
-            raise ValueError(f"`strategies` has {entry!r} with {part!r}, expected 'name:key=value,key=value'.")
-        if key in texts:
-            raise ValueError(f"`strategies` has {entry!r} with {key!r} twice, expected it once.")
-        texts[key] = text
-    return texts
-
-
 def _value(entry: str, key: str, text: str) -> Any:
     try:
         return parse_value(text)
@@ -163,10 +169,3 @@ def _key(name: str, values: Mapping[str, Any]) -> str:
     # What was replaced, and what a type was, is told apart by the hash.
     digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
     return f"{readable[:_LONGEST_KEY]}_{digest}"
-
-
-def _check_different(what: str, values: Sequence[str], entries: Sequence[str], problem: str) -> None:
-    for value in values:
-        same = [entry for entry, own in zip(entries, values, strict=True) if own == value]
-        if len(same) > 1:
-            raise ValueError(f"`strategies` has {', '.join(map(repr, same))}, which {problem} ({what} {value!r}).")

@@ -320,25 +320,38 @@ def _apart(levels: Sequence[float], gap: float) -> list[float]:
     return [min(max(start, 0.0), highest) + place * gap for place, start in enumerate(spread)]
 
 
+def coloured_cells(axes: Any, values: np.ndarray, *, highest: float, form: str, size: float | None) -> Any:
+    """Draw numbers from 0 to the highest as coloured cells; returns these.
+
+    Args:
+        axes: empty.
+        values: (rows, columns); NaN has no cell.
+        highest: that a number can be.
+        form: of the numbers, as of `format`.
+        size: of the numbers' letters; None: they are not written.
+    """
+    cells = axes.imshow(values, cmap="cividis", vmin=0, vmax=highest, interpolation="nearest")
+    for (row, column), value in np.ndenumerate(values):
+        if size is not None and not np.isnan(value):
+            # cividis rises evenly in lightness, so the middle of its range parts dark from light.
+            colour = "white" if value < 0.55 * highest else "black"
+            axes.text(column, row, format(value, form), ha="center", va="center", color=colour, fontsize=size)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, pad=2)
+    return cells
+
+
 def _matrix_panel(axes: Any, matrix: Sequence[Sequence[float]]) -> Any:
     """One strategy's matrix; returns the coloured cells."""
     tasks = len(matrix)
     values = np.full((tasks, tasks), np.nan)
     for after, row in enumerate(matrix):
         values[after, : after + 1] = row
-    cells = axes.imshow(values, cmap="cividis", vmin=0, vmax=100, interpolation="nearest")
-    if tasks <= MOST_TASKS_WITH_NUMBERS:
-        for after, row in enumerate(matrix):
-            for tested, value in enumerate(row):
-                # cividis rises evenly in lightness, so the middle of its range parts dark from light.
-                colour = "white" if value < 55 else "black"
-                size = 8 if tasks <= 6 else 5.5
-                axes.text(tested, after, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=size)
-    step = 1 if tasks <= MOST_TASKS_WITH_NUMBERS else math.ceil(tasks / 6)
+    written, size = tasks <= MOST_TASKS_WITH_NUMBERS, 8 if tasks <= 6 else 5.5
+    cells = coloured_cells(axes, values, highest=100, form=".0f", size=size if written else None)
+    step = 1 if written else math.ceil(tasks / 6)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(range(0, tasks, step), labels=range(1, tasks + 1, step), fontsize=8)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, pad=2)
     return cells
 
 

@@ -113,3 +113,34 @@ def made_up_comparison(
         choice = Choice(name.split()[0], {}, {}, name, key)
         compared.append(Compared(choice, seeds, tuple(outcomes), folders))
     return compared
+
+
+def concept_results(own, end, **other):
+    """Results of a run of two concepts with one score."""
+    score = {
+        "matrix": [[own], [end, own]],
+        "own": own,
+        "end": (own + end) / 2,
+        "forgetting": own - end,
+        "drop": own - end,
+    }
+    return {
+        "strategy": "lora",
+        "scores": {"attr": score},
+        "floor": {"attr": 0.3},
+        "ceiling": {"attr": 1.0},
+        "numbers_per_concept": 1356,
+        "bytes_kept": 2000,
+        "seconds": {"training": 12.4},
+        "base_drift": {
+            "before": {"shape": 0.99},
+            "after_task": [{"shape": 0.5, "change": 0.25}, None],
+            "with_concept": {"a": {"shape": 0.5, "change": 0.2}, "b": {"shape": 0.7, "change": 0.4}},
+        },
+        "pairs": [
+            {"prompt": "a and b", "scores": {"a": {"attr": 0.1, "whole": 0.25}, "b": {"attr": 0.3, "whole": 0.75}}}
+        ],
+        "zero_forgetting": {"identical": None},
+        "details": {},
+        **other,
+    }
