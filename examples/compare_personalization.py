@@ -5,9 +5,10 @@
         --rate_factors 0.5 1 2
 
 A strategy is a name, or name:key=value,key=value; a key is an option of the strategy, an argument of `funlora personalize`, or
-`label`. A seed is also an order of the concepts: seed 0 has that of the file, any other a random one. With `--rate_factors`, each
-strategy gets its own learning rate: the default times one of these, whichever has the best score at the end of the first two
-concepts with the first seed; where that is the lowest or the highest, rates beyond it are tried. Other arguments are those of `funlora personalize`, and hold for every run.
+`label`. A seed is also an order of the concepts: seed 0 has that of the file, any other a random one, unless `--concept_order` gives
+one for all. With `--rate_factors`, each strategy gets its own learning rate: the default times one of these, whichever has the best
+score at the end of the first two concepts with the first seed; where that is the lowest or the highest, rates beyond it are tried.
+Other arguments are those of `funlora personalize`, and hold for every run.
 
 Each run has a folder of its own, `seed_<seed>/<label>` in `--output_dir`, beside `comparison.json`, `comparison.md` and `figures/`.
 Started again with the same arguments, it runs what is not finished. Exit codes: 0, all runs finished; 1, an error, or a run
@@ -39,6 +40,9 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=list(CONCEPT_STRATEGIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rate_factors", nargs="+", type=float, help="None: the default rate of each strategy.")
+    parser.add_argument(
+        "--concept_order", nargs="+", help="Of all seeds; None: the file's for seed 0, random for others."
+    )
     parser.add_argument("--num_workers", type=int, default=1, help="Runs at a time; they share the cores.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/concepts_compared"))
     given, shared = parser.parse_known_args()
@@ -55,7 +59,7 @@ def compare(
 ) -> None:
     """Choose rates, run everything and write the comparison; ends the process with 1 if a run failed."""
     names = [one.name for one in load_concepts(arguments.concepts)]
-    folder, order = given.output_dir, orders(names, given.seeds)
+    folder, order = given.output_dir, orders(names, given.seeds, given.concept_order)
     rates: dict[str, Any] = {}
     if given.rate_factors:
         seed = given.seeds[0]

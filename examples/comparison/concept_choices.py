@@ -14,7 +14,7 @@ from funlora_hf.personalization.strategies.registry import concept_strategy
 from funlora_hf.utils.arguments import refuse_unknown
 
 
-_OWNED = ("--seed", "--strategy", "--strategy_options", "--concept_order", "--output_dir", "--resume_from_checkpoint")
+_OWNED = ("--seed", "--strategy", "--strategy_options", "--output_dir", "--resume_from_checkpoint")
 
 
 @dataclass(frozen=True)

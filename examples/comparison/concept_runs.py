@@ -57,8 +57,16 @@ def run_all(jobs: dict[Any, Job], workers: int) -> dict[Any, dict[str, Any] | No
         return dict(zip(jobs, pool.map(run, jobs.values()), strict=True))
 
 
-def orders(concepts: Sequence[str], seeds: Sequence[int]) -> dict[int, list[str]]:
-    """Return the order of the concepts for each seed."""
+def orders(concepts: Sequence[str], seeds: Sequence[int], given: Sequence[str] | None = None) -> dict[int, list[str]]:
+    """Return the order of the concepts for each seed: the given one, or the file's for seed 0 and random ones for others.
+
+    Raises:
+        ValueError: the given one has a name that is not among the concepts.
+    """
+    if unknown := [name for name in given or () if name not in concepts]:
+        raise ValueError(f"`concept_order` has {unknown[0]!r}, expected some of: {', '.join(concepts)}.")
+    if given:
+        return {seed: list(given) for seed in seeds}
     return {
         seed: random.Random(seed).sample(concepts, len(concepts)) if seed else list(concepts)  # noqa: S311
         for seed in seeds

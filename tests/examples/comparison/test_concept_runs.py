@@ -19,6 +19,12 @@ def test_each_seed_has_an_order_of_its_own():
     assert found == orders(names, [0, 1, 2])
 
 
+def test_an_order_for_all_seeds():
+    assert orders(["a", "b", "c"], [0, 1], ["c", "a"]) == {0: ["c", "a"], 1: ["c", "a"]}
+    with pytest.raises(ValueError, match=r"`concept_order` has 'd', expected some of: a, b, c"):
+        orders(["a", "b", "c"], [0], ["d"])
+
+
 @pytest.mark.parametrize("tiny", [True, False])
 def test_each_strategy_gets_the_rate_with_the_best_end(tiny, tmp_path, monkeypatch):
     rates = concept_strategy("lora").rates
