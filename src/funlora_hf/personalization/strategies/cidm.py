@@ -50,6 +50,7 @@ class Cidm(Lora):
 
     name = "cidm"
     options_class = CidmOptions
+    rates = Rates(2.4e-2, 1e-4)
     token_rates = Rates(2e-2, 1e-3)
     layerwise = True
     learning_changes_past_classes = True

@@ -21,7 +21,7 @@ from ...utils.field_types import Count, Range
 from ...utils.files import remove_folder, whole_folder
 from ..arguments import ConceptEvaluationArguments
 from ..drawing import draw
-from .base import ConceptSetting, scaled
+from .base import ConceptSetting, Rates, scaled
 from .one_model import NaiveLora
 
 
@@ -54,6 +54,7 @@ class Replay(NaiveLora):
     """
 
     name, options_class = "replay", ReplayOptions
+    rates = Rates(1.35e-2, 1e-5)
 
     def __init__(self, setting: ConceptSetting) -> None:
         super().__init__(setting)
