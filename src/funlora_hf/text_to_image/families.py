@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..tuner.targets import decoder_middle, linear_names
-from .layer_states import LayerStates, layer_states
 
 
 # By the names under which the pipelines take them.
@@ -35,55 +34,62 @@ JOINT_LAYERS = {
 }
 
 
-# How a text encoder reads ids `(n, length)`, as `Encoded`.
-
-
 def last(encoder: Any, ids: Tensor, pad_id: int) -> tuple[Tensor, ...]:
-    return tuple(encoder(ids)[:2])  # a T5 pools nothing
+    """Return the last states for ids `(n, length)`, and the pooled ones of a CLIP."""
+    return tuple(encoder(ids)[:2])
 
 
 def last_but_one(encoder: Any, ids: Tensor, pad_id: int) -> tuple[Tensor, ...]:
+    """Return the states before the last layer of a CLIP, and the projected pooled ones if it has a projection."""
     out = encoder(ids, output_hidden_states=True)
     pooled = getattr(out, "text_embeds", None)
     return (out.hidden_states[-2],) if pooled is None else (out.hidden_states[-2], pooled)
 
 
 def masked(encoder: Any, ids: Tensor, pad_id: int) -> tuple[Tensor, ...]:
+    """Return the last states of a text encoder that does not read padding, and the mask of what it reads."""
     mask = (ids != pad_id).long()
     return encoder(ids, attention_mask=mask)[0], mask
 
 
 def call(denoiser: Any, noisy: Tensor, timesteps: Tensor, prompt: Prompt, **more: Any) -> Tensor:
+    """Return what a denoiser predicts, for `Family.predict`."""
     states = prompt["prompt_embeds"]
     return denoiser(noisy, timestep=timesteps, encoder_hidden_states=states, return_dict=False, **more)[0]
 
 
 class Family:
-    """A family of pipelines, and for a pipeline one of its instances. A subclass in `FAMILIES` is all that a further family needs."""
+    """
+    A family of pipelines, and for a pipeline one of its instances. A subclass in `FAMILIES` is all that a further family needs.
+
+    Attributes:
+        name, pipeline: of the family, and its class in diffusers.
+        settings: what the pipeline's constructor takes besides its parts.
+        kept_settings: names of those that are taken over from the config of a pipeline.
+        denoiser_name: "unet" or "transformer".
+        encoders: the text encoders, in the pipeline's order, and how each reads ids.
+        optional_encoder: the text encoder without which the pipeline draws, too.
+        lengths: tokens that the pipeline reads, for text encoders that could read more, as a T5.
+        layers: ends of names, by the kinds of `TextToImageModel.layers`; without "convolutions", those of a U-Net.
+        layerwise: whether tokens may have rows for each cross-attention layer.
+        kv_reads_states: whether the layers "kv" read the states of the text themselves.
+        embeds_guidance: whether guidance is an input of the denoiser, which then needs no second call for the empty prompt.
+        arguments: with which a call of the pipeline reads prompts as they are.
+    """
 
     name: ClassVar[str]
     pipeline: ClassVar[Any]
     settings: ClassVar[Mapping[str, Any]] = {}
-    """What the pipeline's constructor takes besides its parts."""
     kept_settings: ClassVar[tuple[str, ...]] = ()
-    """The same, taken over from the pipeline's own config."""
     denoiser_name: ClassVar[str] = "transformer"
     encoders: ClassVar[Mapping[str, Callable[[Any, Tensor, int], tuple[Tensor, ...]]]]
-    """Names of the text encoders, in the pipeline's order, and how each reads ids."""
     optional_encoder: ClassVar[str | None] = None
-    """The text encoder without which the pipeline draws, too; it reads prompts without new tokens."""
     lengths: ClassVar[Mapping[str, int]] = {}
-    """Tokens that the pipeline reads, for text encoders that could read more, as a T5."""
     layers: ClassVar[Mapping[str, str]]
-    """Ends of the names of each kind of `TextToImageModel.layers`; without "convolutions", those of a U-Net."""
+    layerwise: ClassVar[bool] = False
     kv_reads_states: ClassVar[bool] = False
-    """Whether the layers "kv" read the states of the text themselves."""
     embeds_guidance: ClassVar[bool] = False
-    """Whether guidance is an input of the denoiser, which then needs no second call for the empty prompt."""
-    reads_vectors: ClassVar[bool] = True
-    """Whether the pipeline knows tokens with several vectors."""
     arguments: ClassVar[Mapping[str, Any]] = {}
-    """What a call of the pipeline needs to read prompts as they are."""
 
     def __init__(self, pipe: Any) -> None:
         self.config: Any = getattr(pipe, self.denoiser_name).config
@@ -112,26 +118,16 @@ class Family:
         names = [name for name in linear_names(denoiser) if re.search(f"{self.layers[kind]}$", name)]
         if kind != "convolutions":
             return names
-        blocks = self.config.num_layers
+        blocks = 1 + max(int(name.split(".")[1]) for name in names)
         middle = range(blocks // 3, max(2 * blocks // 3, blocks // 3 + 1))
         return [name for name in names if int(name.split(".")[1]) in middle]
-
-    def layer_states(self, encoders: Mapping[str, Any], denoiser: Any) -> LayerStates:
-        """As the function of this name; a ValueError if cross-attention layers cannot read states of their own."""
-        raise ValueError(
-            f"The base is of the family {self.name!r}, expected 'sd': rows for each cross-attention layer, which this strategy has, "
-            "are there for Stable Diffusion only. Take such a base, or another strategy."
-        )
 
 
 class StableDiffusion(Family):
     name, pipeline, denoiser_name = "sd", diffusers.StableDiffusionPipeline, "unet"
     settings: ClassVar = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     encoders: ClassVar = {"text_encoder": last}
-    layers, kv_reads_states = UNET_LAYERS, True
-
-    def layer_states(self, encoders: Mapping[str, Any], denoiser: Any) -> LayerStates:
-        return layer_states(encoders["text_encoder"], denoiser)
+    layers, layerwise, kv_reads_states = UNET_LAYERS, True, True
 
 
 class StableDiffusionXL(Family):
@@ -158,7 +154,7 @@ class StableDiffusion3(Family):
     encoders: ClassVar = {"text_encoder": last_but_one, "text_encoder_2": last_but_one, "text_encoder_3": last}
     optional_encoder = "text_encoder_3"
     lengths: ClassVar = {"text_encoder_3": 256}
-    layers, reads_vectors = JOINT_LAYERS, False
+    layers = JOINT_LAYERS
 
     def prompt(self, encoded: Encoded) -> Prompt:
         both = zip(encoded["text_encoder"], encoded["text_encoder_2"], strict=True)
@@ -179,7 +175,6 @@ class PixArt(Family):
     encoders: ClassVar = {"text_encoder": masked}
     lengths: ClassVar = {"text_encoder": 120}
     layers: ClassVar = {**UNET_LAYERS, "convolutions": r"\.(attn1\.to_out\.0|ff\.net\.2)"}
-    reads_vectors = False
     arguments: ClassVar = {"clean_caption": False, "use_resolution_binning": False}
 
     @staticmethod
@@ -246,9 +241,3 @@ def family_of(pipeline: Any, shown: str) -> type[Family]:
             return family
     known = ", ".join(family.pipeline.__name__ for family in FAMILIES)
     raise ValueError(f"{shown} is a {getattr(pipeline, '__name__', pipeline)}, expected one of: {known}.")
-
-
-def prompt_family(pipe: Any) -> type[Family]:
-    """Return the family whose prompts a pipeline reads, which may also be one that draws from an image."""
-    others = StableDiffusion3 if hasattr(pipe, "tokenizer_3") else StableDiffusion
-    return next((family for family in FAMILIES if isinstance(pipe, family.pipeline)), others)

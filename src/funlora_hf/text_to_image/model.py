@@ -16,6 +16,7 @@ from ..adapters.untrusted_base import check_shards
 from ..utils.checks import check_choice, check_not_mistyped
 from ..utils.quiet import quiet_loading
 from .families import Prompt, family_of
+from .layer_states import layer_states
 from .objective import Objective
 from .token_rows import ROW_ENCODERS, TokenRows, with_vectors, without_tokens
 
@@ -28,8 +29,7 @@ _MOST_STATES = 128
 
 class TextToImageModel(nn.Module):
     """
-    A frozen pipeline of Stable Diffusion ("sd"), SDXL ("sdxl"), SD3 ("sd3"), PixArt-alpha ("pixart"), PixArt-Sigma ("pixart_sigma") or
-    Flux ("flux") as one module that predicts from captions.
+    A frozen pipeline of one of the `FAMILIES` as one module that predicts from captions.
 
     Adapters are put into `denoiser`, by `add_adapter` or `get_peft_model` (then assign the result to it); new tokens come by
     `add_rows`. Text encoders and VAE must stay as they are: they are always in evaluation mode, and text encoders run in their own
@@ -41,8 +41,7 @@ class TextToImageModel(nn.Module):
     Attributes:
         family: "sd", "sdxl", "sd3", "pixart", "pixart_sigma" or "flux".
         traits: the `Family` of this name: all in which it differs from the others.
-        denoiser: a `UNet2DConditionModel`, `SD3Transformer2DModel`, `FluxTransformer2DModel` or `PixArtTransformer2DModel`, which gets
-            `add_adapter`.
+        denoiser: the pipeline's U-Net or transformer, which gets `add_adapter`.
         denoiser_name: its name in the pipeline, "unet" or "transformer".
         text_encoders, tokenizers: by the names of the pipeline's text encoders, in its order.
         vae, scheduler: those of the pipeline.
@@ -104,8 +103,7 @@ class TextToImageModel(nn.Module):
         Load a pipeline from a folder or from the Hub, its weights from safetensors files only.
 
         Args:
-            name: folder or repository of a `StableDiffusionPipeline`, `StableDiffusionXLPipeline`, `StableDiffusion3Pipeline`,
-                `PixArtAlphaPipeline`, `PixArtSigmaPipeline` or `FluxPipeline`.
+            name: folder or repository of a pipeline of one of the `FAMILIES`.
             revision: branch, tag or commit of a repository.
             variant: such as "fp16", for files with this word in their name.
             device: where to put the model.
@@ -171,7 +169,12 @@ class TextToImageModel(nn.Module):
             )
         tokenizers = self.row_tokenizers
         encoders = {key: self.text_encoders[key] for key in tokenizers}
-        layers = self.traits.layer_states(encoders, self.denoiser) if layerwise else None
+        if layerwise and not self.traits.layerwise:
+            raise ValueError(
+                f"The base is of the family {self.family!r}, expected 'sd': rows for each cross-attention layer, which this strategy has, "
+                "are there for Stable Diffusion only. Take such a base, or another strategy."
+            )
+        layers = layer_states(encoders["text_encoder"], self.denoiser) if layerwise else None
         self.rows = TokenRows(encoders, tokenizers, tokens, num_vectors=num_vectors, layers=layers)
         self._states.clear()
         return self.rows
@@ -200,7 +203,8 @@ class TextToImageModel(nn.Module):
             `prompt_attention_mask` `(b, length)`.
         """
         texts = list(dict.fromkeys(captions))
-        prompt = self._prompt(texts)
+        with torch.autocast(self._device.type, enabled=False):
+            prompt = self.traits.prompt({key: self._encode(key, texts) for key in self.tokenizers})
         trained = [row for row in self.rows.parameters() if row.requires_grad] if self.rows is not None else []
         if trained and not prompt["prompt_embeds"].requires_grad:
             # Gradients of 0: DDP waits for one of each parameter, and the optimizer's step must not depend on the processes' shares.
@@ -285,11 +289,6 @@ class TextToImageModel(nn.Module):
     @property
     def _device(self) -> torch.device:
         return next(self.text_encoders.parameters()).device
-
-    def _prompt(self, texts: list[str]) -> Prompt:
-        """What the text encoders make of texts, put together as the pipeline does."""
-        with torch.autocast(self._device.type, enabled=False):
-            return self.traits.prompt({key: self._encode(key, texts) for key in self.tokenizers})
 
     def _encode(self, key: str, texts: list[str]) -> tuple[torch.Tensor, ...]:
         """States `(n, length, width)` of texts, and pooled ones `(n, width)` or a mask `(n, length)` if they are needed."""

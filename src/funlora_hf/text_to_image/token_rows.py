@@ -28,7 +28,7 @@ from torch import nn
 from ..utils.checks import check_at_least_one
 from ..utils.files import read_tensors, write_tensors
 from ..utils.tensors import not_finite
-from .families import prompt_family
+from .families import FAMILIES, Family
 from .layer_states import LayerStates, cross_attentions, layer_states, put_in
 
 
@@ -253,12 +253,12 @@ def prompt_arguments(pipe: Any, prompt: str | Sequence[str]) -> dict[str, Any]:
         `prompt`; for SD3 also `prompt_3`, for PixArt `clean_caption` and `use_resolution_binning`, both False.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    family = prompt_family(pipe)
+    family = next((one for one in FAMILIES if isinstance(pipe, one.pipeline)), Family)
     arguments = {"prompt": prompts, **family.arguments}
-    if not family.reads_vectors:
-        # T5 distinguishes upper and lower case, which the pipeline of PixArt changes after this.
+    if not isinstance(pipe, TextualInversionLoaderMixin):
+        # A tokenizer may distinguish upper and lower case, which PixArt's pipeline changes only after this.
         arguments["prompt"] = with_vectors([family.cleaned(text) for text in prompts], pipe.tokenizer)
-    if family.optional_encoder is not None:
+    if hasattr(pipe, "tokenizer_3"):
         added = [str(token) for token in pipe.tokenizer.added_tokens_decoder.values() if not token.special]
         arguments["prompt_3"] = [without_tokens(text, added) for text in prompts]
     return arguments
