@@ -36,7 +36,8 @@ JOINT_LAYERS = {
 
 def last(encoder: Any, ids: Tensor, pad_id: int) -> tuple[Tensor, ...]:
     """Return the last states for ids `(n, length)`, and the pooled ones of a CLIP."""
-    return tuple(encoder(ids)[:2])
+    out = encoder(ids)
+    return (out[0],) if (pooled := out.get("pooler_output")) is None else (out[0], pooled)
 
 
 def last_but_one(encoder: Any, ids: Tensor, pad_id: int) -> tuple[Tensor, ...]:
@@ -59,37 +60,23 @@ def call(denoiser: Any, noisy: Tensor, timesteps: Tensor, prompt: Prompt, **more
 
 
 class Family:
-    """
-    A family of pipelines, and for a pipeline one of its instances. A subclass in `FAMILIES` is all that a further family needs.
-
-    Attributes:
-        name, pipeline: of the family, and its class in diffusers.
-        settings: what the pipeline's constructor takes besides its parts.
-        kept_settings: names of those that are taken over from the config of a pipeline.
-        denoiser_name: "unet" or "transformer".
-        encoders: the text encoders, in the pipeline's order, and how each reads ids.
-        optional_encoder: the text encoder without which the pipeline draws, too.
-        lengths: tokens that the pipeline reads, for text encoders that could read more, as a T5.
-        layers: ends of names, by the kinds of `TextToImageModel.layers`; without "convolutions", those of a U-Net.
-        layerwise: whether tokens may have rows for each cross-attention layer.
-        kv_reads_states: whether the layers "kv" read the states of the text themselves.
-        embeds_guidance: whether guidance is an input of the denoiser, which then needs no second call for the empty prompt.
-        arguments: with which a call of the pipeline reads prompts as they are.
-    """
+    """A family of pipelines, and for a pipeline one of its instances. A subclass in `FAMILIES` is all that a further family needs."""
 
     name: ClassVar[str]
-    pipeline: ClassVar[Any]
-    settings: ClassVar[Mapping[str, Any]] = {}
-    kept_settings: ClassVar[tuple[str, ...]] = ()
+    pipeline: ClassVar[Any]  # its class in diffusers
+    settings: ClassVar[Mapping[str, Any]] = {}  # what its constructor takes besides its parts
+    kept_settings: ClassVar[tuple[str, ...]] = ()  # names of those that are taken over from a pipeline's config
     denoiser_name: ClassVar[str] = "transformer"
+    # The text encoders, in the pipeline's order, and how each reads ids `(n, length)`, given the tokenizer's id of padding.
     encoders: ClassVar[Mapping[str, Callable[[Any, Tensor, int], tuple[Tensor, ...]]]]
-    optional_encoder: ClassVar[str | None] = None
-    lengths: ClassVar[Mapping[str, int]] = {}
+    optional_encoder: ClassVar[str | None] = None  # without which the pipeline draws, too
+    lengths: ClassVar[Mapping[str, int]] = {}  # tokens that the pipeline reads, for text encoders that could read more
+    # Ends of names, by the kinds of `TextToImageModel.layers`; without "convolutions", those of a U-Net.
     layers: ClassVar[Mapping[str, str]]
-    layerwise: ClassVar[bool] = False
-    kv_reads_states: ClassVar[bool] = False
-    embeds_guidance: ClassVar[bool] = False
-    arguments: ClassVar[Mapping[str, Any]] = {}
+    layerwise: ClassVar[bool] = False  # whether tokens may have rows for each cross-attention layer
+    kv_reads_states: ClassVar[bool] = False  # whether the layers "kv" read the states of the text themselves
+    embeds_guidance: ClassVar[bool] = False  # whether guidance is an input, so that no step sees the empty prompt
+    arguments: ClassVar[Mapping[str, Any]] = {}  # with which a call of the pipeline reads prompts as they are
 
     def __init__(self, pipe: Any) -> None:
         self.config: Any = getattr(pipe, self.denoiser_name).config
