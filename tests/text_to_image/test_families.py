@@ -6,12 +6,7 @@ import re
 
 import pytest
 import torch
-from diffusers import (
-    AuraFlowPipeline,
-    AuraFlowTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    FluxImg2ImgPipeline,
-)
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from runs import REPOSITORY
 from text_encoders import make_prompted
 
@@ -62,10 +57,3 @@ def test_prompts_and_predictions_of_another_family(model):
 
 def test_layers_of_another_family(model):
     assert [len(model.layers(kind)) for kind in LAYERS] == [2, 4, 12, 2]
-
-
-def test_pipelines_that_draw_from_an_image_read_every_vector():
-    model = TextToImageModel(make_prompted("Flux"))
-    model.add_rows({"<v1>": "b"}, num_vectors=2)
-    pipe = FluxImg2ImgPipeline(**model.pipeline().components)
-    assert prompt_arguments(pipe, "a <v1>") == {"prompt": ["a <v1> <v1>_1"]}

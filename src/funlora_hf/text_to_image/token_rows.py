@@ -255,8 +255,8 @@ def prompt_arguments(pipe: Any, prompt: str | Sequence[str]) -> dict[str, Any]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     family = next((one for one in FAMILIES if isinstance(pipe, one.pipeline)), Family)
     arguments = {"prompt": prompts, **family.arguments}
-    if not isinstance(pipe, TextualInversionLoaderMixin):
-        # A tokenizer may distinguish upper and lower case, which PixArt's pipeline changes only after this.
+    if not isinstance(pipe, TextualInversionLoaderMixin):  # which does so itself
+        # T5 distinguishes upper and lower case, but the pipeline of PixArt gives it lower case only.
         arguments["prompt"] = with_vectors([family.cleaned(text) for text in prompts], pipe.tokenizer)
     if hasattr(pipe, "tokenizer_3"):
         added = [str(token) for token in pipe.tokenizer.added_tokens_decoder.values() if not token.special]
