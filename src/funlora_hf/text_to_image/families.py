@@ -80,8 +80,8 @@ class Family:
 
     def __init__(self, pipe: Any) -> None:
         self.config: Any = getattr(pipe, self.denoiser_name).config
-        self.size: Any = self.config.get("sample_size")
-        self.patch_size: int = self.config.get("patch_size", 1)
+        self.size: Any = self.config.get("sample_size")  # height and width of native latents
+        self.patch_size: int = self.config.get("patch_size", 1)  # of what the denoiser reads as one token, in latents
         self.vae_scale_factor: int = pipe.vae_scale_factor
         self.kept = {name: pipe.config[name] for name in self.kept_settings}
 
