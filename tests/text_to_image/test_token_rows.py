@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from diffusers import FluxPipeline, StableDiffusionPipeline
+from diffusers import FluxImg2ImgPipeline, FluxPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from text_encoders import PIPELINES, make_prompted
 from transformers import T5Tokenizer
@@ -65,6 +65,12 @@ def states(pipe, prompt=PROMPT):
 def assert_equal(one, other):
     assert len(one) == len(other)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_pipeline_that_draws_from_an_image_gets_every_vector():
+    model, _ = add_rows("flux", ["<v1>"], num_vectors=2)
+    pipe = FluxImg2ImgPipeline(**model.pipeline().components)
+    assert prompt_arguments(pipe, "a <v1>") == {"prompt": ["a <v1> <v1>_1"]}
 
 
 def test_the_tokenizer_keeps_the_words_around_a_token():

@@ -4,12 +4,5 @@ from ..utils.quiet import quiet_loading
 
 
 with quiet_loading():
-    # transformers looks for torchvision at the first import of these.
-    from diffusers import (  # noqa: F401
-        FluxPipeline,
-        PixArtAlphaPipeline,
-        PixArtSigmaPipeline,
-        StableDiffusion3Pipeline,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-    )
+    # transformers looks for torchvision at the first import of pipelines.
+    from . import families  # noqa: F401

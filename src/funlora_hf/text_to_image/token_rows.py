@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 
 from ..utils.checks import check_at_least_one
 from ..utils.files import read_tensors, write_tensors
 from ..utils.tensors import not_finite
+from .families import FAMILIES, Family
 from .layer_states import LayerStates, cross_attentions, layer_states, put_in
 
 
@@ -253,17 +253,15 @@ def prompt_arguments(pipe: Any, prompt: str | Sequence[str]) -> dict[str, Any]:
         `prompt`; for SD3 also `prompt_3`, for PixArt `clean_caption` and `use_resolution_binning`, both False.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
-        # T5 distinguishes upper and lower case, but the pipeline gives it lower case only.
-        lower = with_vectors([text.lower() for text in prompts], pipe.tokenizer)
-        return {"prompt": lower, "clean_caption": False, "use_resolution_binning": False}
-    if not hasattr(pipe, "tokenizer_3"):
-        return {"prompt": prompts}
-    added = [str(token) for token in pipe.tokenizer.added_tokens_decoder.values() if not token.special]
-    return {
-        "prompt": with_vectors(prompts, pipe.tokenizer),
-        "prompt_3": [without_tokens(text, added) for text in prompts],
-    }
+    family = next((one for one in FAMILIES if isinstance(pipe, one.pipeline)), Family)
+    arguments = {"prompt": prompts, **family.arguments}
+    if not isinstance(pipe, TextualInversionLoaderMixin):  # which does so itself
+        # T5 distinguishes upper and lower case, but the pipeline of PixArt gives it lower case only.
+        arguments["prompt"] = with_vectors([family.cleaned(text) for text in prompts], pipe.tokenizer)
+    if hasattr(pipe, "tokenizer_3"):
+        added = [str(token) for token in pipe.tokenizer.added_tokens_decoder.values() if not token.special]
+        arguments["prompt_3"] = [without_tokens(text, added) for text in prompts]
+    return arguments
 
 
 def with_vectors(prompts: Sequence[str], tokenizer: Any) -> list[str]:

@@ -256,8 +256,8 @@ class PromptedClasses:
             parts.append(resized(images.float(), size).clamp(0, 1))
         drawn = torch.cat(parts)
         drawn = drawn.mean(dim=1, keepdim=True) if channels == 1 else drawn
-        # With guidance, each step also sees the empty prompt; Flux's is embedded.
-        twice = options.guidance_scale > 1 and strategy.model.family != "flux"
+        # With guidance, each step also sees the empty prompt.
+        twice = options.guidance_scale > 1 and not strategy.model.traits.embeds_guidance
         return FunLoraPipelineOutput(drawn, len(self.pipe.scheduler.timesteps) * (1 + twice))
 
 

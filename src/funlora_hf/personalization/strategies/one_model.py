@@ -138,7 +138,7 @@ class OneModel(ConceptStrategy):
     def check_reads_text(self) -> None:
         """Raise a ValueError unless all layers have the text's states as inputs."""
         others = [name for name in self._originals if name not in self.model.layers("kv")]
-        if others or self.model.family not in ("sd", "sdxl"):
+        if others or not self.model.traits.kv_reads_states:
             raise ValueError(
                 f"`strategy` {self.name!r} {self.options} needs layers that read the states of the text themselves, `target_modules` "
                 f"'kv' of Stable Diffusion and SDXL, but {next(iter(others or self._originals))} does not: choose other layers or another "
