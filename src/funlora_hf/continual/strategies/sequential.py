@@ -249,10 +249,9 @@ def check_one_generator(strategy: Strategy, takes: Collection[str]) -> None:
             f"`class_batches` is {setting.training.class_batches!r}, which `strategy` {strategy.name!r} does not use, since it "
             "trains its classes together: leave it out."
         )
-    if setting.training.adapter_start != COLD:
+    if (start := setting.training.adapter_start) != COLD:
         raise ValueError(
-            f"`adapter_start` is {setting.training.adapter_start!r}, which `strategy` {strategy.name!r} does not use, since it has "
-            "no adapter of each class: leave it out."
+            f"`adapter_start` is {start!r}, which `strategy` {strategy.name!r} does not use: leave it out."
         )
     for name in RATES.values():
         if (rate := getattr(setting.training, name)) != 1:
