@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from runs import digests, run_in, short_run
+from safetensors.numpy import load_file
 from write_events import on_write
 
 from funlora_hf import BaseMismatchError, FunLoraPipeline
@@ -175,10 +176,28 @@ def test_epochs_are_steps_in_the_command_that_trains_a_class_again(inside):
     assert differing(before, digests(inside / "out")) == {"adapters/class_8/adapter_model.safetensors"}
 
 
-def test_a_killed_add_goes_on_to_the_same_bytes(inside):
+def test_an_added_class_starts_at_the_mean_of_those_there(inside):
+    """Of those with its configuration; not of one that is added by the same call."""
     draw(inside / "images" / "a")
     draw(inside / "images" / "b")
-    settings = {"checkpointing_steps": 2, "adapter_train_steps": 5}
+    still = {"adapter_start": "mean", "adapter_train_steps": 1, "adapter_learning_rate": 1e-30}
+    add_classes("images", "out", **still)
+    add_classes("cross", "out", function="power", **still)
+    add_classes(draw(inside / "star"), "out", **still)
+    for class_id, starts in {8: (4, 5, 6, 7), 9: (4, 5, 6, 7), 10: (), 11: range(4, 10)}.items():
+        folder = inside / "out" / "adapters" / f"class_{class_id}"
+        started_from = read_json(folder / "adapter_config.json")["started_from"]
+        assert set(started_from or ()) == {f"class_{c}" for c in starts}, class_id
+        files = [load_file(folder.parent / name / "adapter_model.safetensors") for name in started_from or ()]
+        for key, tensor in load_file(folder / "adapter_model.safetensors").items() if files else ():
+            np.testing.assert_allclose(tensor, np.mean([file[key] for file in files], 0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["cold", "mean"])
+def test_a_killed_add_goes_on_to_the_same_bytes(start, inside):
+    draw(inside / "images" / "a")
+    draw(inside / "images" / "b")
+    settings = {"checkpointing_steps": 2, "adapter_train_steps": 5, "adapter_start": start}
     operations = add_and_die(inside, 0, settings)
     expected, listed = digests(inside / "out" / "adapters"), untimed(inside / "out")
     seen = set()

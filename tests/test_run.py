@@ -28,6 +28,7 @@ from torch import distributed
 
 from funlora_hf import BaseMismatchError, FunLoraPipeline
 from funlora_hf.classifier import ClassifierConfig, predict, train_classifier
+from funlora_hf.cli import main
 from funlora_hf.continual import time_limit
 from funlora_hf.continual import trainer as trainer_module
 from funlora_hf.continual.base import find_base
@@ -751,6 +752,31 @@ def test_updating_does_not_heed_what_the_arguments_say_of_an_adapter(copy):
     # A function without omega, where the adapter's has one.
     run(short_run(update_class=6, function="shift"))
     assert digests(copy / "adapters") == expected
+
+
+def test_classes_that_start_at_the_mean_keep_their_promises(finished, inside, capsys):
+    """None is forgotten, and what depends on a deleted class is named and can be trained without it."""
+    results = run(short_run(adapter_start="mean"))
+    assert results["zero_forgetting"]["identical"] is True
+    assert results["settings"]["ContinualTrainingArguments"]["adapter_start"] == "mean"
+    with pytest.raises(ValueError, match="adapter_start was 'mean' and is 'cold'"):
+        run(short_run(resume_from_checkpoint="latest"))
+    folder, before = inside / "out" / "adapters", digests(inside / "out" / "adapters")
+    run(short_run(update_class=8, update_mode="retrain"))
+    after = digests(folder)
+    assert {name for name in after if before[name] != after[name]} == {"class_8/adapter_model.safetensors"}
+    with pytest.warns(UserWarning, match="out: class_8, class_9 started from the deleted class_4"):
+        assert main(["delete", "4", "--output_dir", "out"]) == 0
+    assert capsys.readouterr().out.endswith("deleted class 4 from out\n")
+    with pytest.raises(ValueError, match="class 8 started from class_4, which are gone"):
+        run(short_run(update_class=8, update_mode="retrain"))
+    for class_id in (8, 9):
+        run(short_run(update_class=class_id, update_mode="cold"))
+        assert read_json(folder / f"class_{class_id}" / "adapter_config.json")["started_from"] is None
+    assert not any(b"class_4" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    for class_id in (5, 6, 7):  # of the first task with adapters
+        weights = Path(f"class_{class_id}", "adapter_model.safetensors")
+        assert (folder / weights).read_bytes() == (finished / "adapters" / weights).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from .adapters.bank import AdapterBank
 from .adapters.base_fingerprint import BaseMismatchError, base_fingerprint, base_fingerprints
 from .adapters.class_folder import save_adapter
+from .adapters.mean_start import start_from
 from .adapters.put_into_model import load_adapter
 from .hub.delete import delete_class, delete_class_from_hub
 from .hub.push import push_adapter, push_all, push_base
@@ -61,4 +62,5 @@ __all__ = [
     "save_adapter",
     "select_layers",
     "set_block_weights",
+    "start_from",
 ]

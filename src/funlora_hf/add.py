@@ -15,7 +15,7 @@ from peft import PeftConfig
 from transformers import HfArgumentParser
 
 from .adapters.base_fingerprint import FingerprintCheck
-from .adapters.class_folder import adapter_name
+from .adapters.class_folder import adapter_folders, adapter_name, class_in_name
 from .adapters.untrusted_adapter import method, read_config
 from .adapters.untrusted_bank import read_bank
 from .adapters.untrusted_base import PIPELINE, read_unet
@@ -393,7 +393,11 @@ class _Addition(Run):
                     self.added.begin(class_id, record)
             self.accelerator.wait_for_everyone()
             new = Task(1, tuple(class_id for class_id in data.class_names if class_id not in there))
-            self._trainer(self._strategy(self.base, data, []), data, folder=self.added.folder).learn_beside(new)
+            # An adapter may start from those in the folder, but not from those of this call, which a kill may have left.
+            present = (class_in_name(folder.name) for folder in adapter_folders(self.folder.adapters))
+            earlier = Task(0, tuple(c for c in present if c is not None and c not in data.class_names))
+            strategy = self._strategy(self.base, data, [earlier, new])
+            self._trainer(strategy, data, folder=self.added.folder).learn_beside(new)
             finished = self.added.finished()
             if is_main and self.folder.results.is_file():
                 write_json(self.folder.results, {**read_mapping(self.folder.results), "added": finished})

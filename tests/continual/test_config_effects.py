@@ -35,6 +35,7 @@ from funlora_hf import BaseMismatchError, FunLoraConfig, FunLoraPipeline, base_f
 from funlora_hf.adapters.base_fingerprint import FingerprintCheck
 from funlora_hf.adapters.class_folder import class_of
 from funlora_hf.baselines import ConvLoraConfig, ScaleShiftConfig
+from funlora_hf.cards.model_cards import adapter_card
 from funlora_hf.classifier import ClassifierConfig, train_classifier
 from funlora_hf.continual import base as base_module
 from funlora_hf.continual import publishing, run_context
@@ -286,6 +287,15 @@ def factors(bench: Bench, given: dict[str, Any]) -> Any:
     return [group["factor"] for group in strategy.build(later).groups()]
 
 
+def started(bench: Bench, given: dict[str, Any]) -> Any:
+    """Where the class of a third task starts, beside an adapter of the second."""
+    setting = bench.strategy("funlora", **given).setting
+    strategy = FunLora(replace(setting, tasks=(*TASKS, Task(2, (7,)))))
+    pipe = FunLoraPipeline(make_tiny_unet(), FlowMatchEulerDiscreteScheduler())
+    write_adapters(pipe, setting.output_dir, classes=TASKS[1].class_ids)
+    return [parameter.tolist() for parameter in strategy.build(strategy.phases(Task(2, (7,)))[0]).parameters.values()]
+
+
 def deterministic(bench: Bench, given: dict[str, Any]) -> Any:
     asked = []
     bench.patch.setattr(run_context, "deterministic_kernels", lambda device, wanted: nullcontext(asked.append(wanted)))
@@ -496,6 +506,7 @@ TRAINING = {
     "adapter_alpha_rate": Case(0.0, (1.0, 10.0), factors),
     "adapter_omega_rate": Case(-1.0, (1.0, 3.0), factors),
     "adapter_vector_rate": Case(0.0, (1.0, 0.5), factors),
+    "adapter_start": Case("warm", ("cold", "mean"), started),
     "adapter_warmup_steps": Case(-1, (0, 3), class_alone),
     "adapter_ema_decay": Case(1.5, (0.0, 0.98), class_alone),
     "adapter_ema_warmup": Case("yes", (True, False), class_alone),
@@ -557,6 +568,11 @@ def fitting(bench: Bench, given: dict[str, Any]) -> Any:
     return "taken"
 
 
+def carded(bench: Bench, given: dict[str, Any]) -> Any:
+    config = FunLoraConfig(**given)
+    return str(adapter_card(config, class_label=3, class_name="three", parameters=1))
+
+
 FUNLORA = {
     "r": Case(0, (1, 2), adapter(FunLoraConfig)),
     "function": Case("sine", ("cosine", "power"), adapter(FunLoraConfig)),
@@ -578,6 +594,7 @@ FUNLORA = {
     "class_label": Case(-1, (1, 2), lambda bench, given: class_of(FunLoraConfig(**given))),
     "class_name": Case(3, ("one", "two"), lambda bench, given: class_of(FunLoraConfig(**given))),
     "base_fingerprint": Case({"float32": "0"}, ("own", {"float32": "0" * 64}), fitting),
+    "started_from": Case({"class_2": "0"}, (None, {"class_2": "0" * 64}), carded),
 }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 from forks import held
-from runs import digests, make_tiny_unet
+from runs import digests, make_tiny_unet, write_adapters
 
-from funlora_hf import FunLoraPipeline, delete_class
+from funlora_hf import FunLoraPipeline, delete_class, push_all
 from funlora_hf.hub.pull import pull
 from funlora_hf.utils.locks import FolderInUseError
 
@@ -79,3 +80,20 @@ def test_pull_does_not_replace_the_base_of_other_adapters(run_folder, tmp_path):
     with pytest.raises(ValueError, match=r"the base of class_7, class_8: pull into another folder"):
         pull(source, run_folder, with_base=True, overwrite=True)
     assert digests(run_folder) == before
+
+
+@pytest.mark.parametrize("place", ["output_dir", "repo_id"])
+def test_what_started_from_the_class_is_named(place, hub, run_folder, tiny_pipe):
+    """Also what did so by way of another; not what started from others, and a damaged one is no hindrance."""
+    for label, starts in ((9, {"class_7": "0" * 64}), (10, {"class_9": "1" * 64}), (11, {"class_8": "2" * 64})):
+        write_adapters(tiny_pipe, run_folder, classes=[label], base=False, class_label=label, started_from=starts)
+    push_all(run_folder, "me/mine")
+    config = run_folder / "adapters" / "class_11" / "adapter_config.json"
+    config.write_text("{")
+    where = {"output_dir": run_folder, "repo_id": "me/mine"}[place]
+    said = rf"^{where}: class_9, class_10 started from the deleted class_7 and .* --update_class 9 --update_mode cold`, with"
+    with pytest.warns(UserWarning, match=said):
+        assert delete_class(7, **{place: where}) == [place]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        delete_class(10, **{place: where})

@@ -24,7 +24,7 @@ from .untrusted_bank import SavedBank
 
 
 # The settings that all adapters of a bank share. Their tensors also show which layers they have.
-_SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
+SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
 _Rows = TypeVar("_Rows", bound="ClassRows")
 
 
@@ -61,7 +61,9 @@ class ClassRows:
         if not _layers(self.model, adapter_name):
             # Without a change of which adapters are active.
             active = {layer: layer.active_adapters for layer in adapter_layers(self.model)}
-            inject(self.model, replace(config, class_label=None, class_name=None), adapter_name)
+            # What only one class has is no part of a bank.
+            own = replace(config, class_label=None, class_name=None, started_from=None)
+            inject(self.model, own, adapter_name)
             for layer, names in active.items():
                 layer.set_adapter(names, inference_mode=True)
         self._layers = _layers(self.model, adapter_name)
@@ -118,7 +120,7 @@ class ClassRows:
 
     def takes(self, adapter: SavedAdapter) -> bool:
         """Return whether an adapter has the same configuration, names and shapes as these."""
-        shared = all(getattr(adapter.config, name) == getattr(self.config, name) for name in _SHARED)
+        shared = all(getattr(adapter.config, name) == getattr(self.config, name) for name in SHARED)
         return shared and not differences(self.live_tensors, adapter.shapes)
 
     def place(self, class_labels: Collection[int]) -> dict[int, str]:
@@ -209,7 +211,7 @@ class ClassRows:
         self._fill(adapter_name, torch.zeros(sum(shape.numel() for shape in self._shapes)))
 
     def _check_shared(self, config: FunLoraConfig, source: str) -> None:
-        own = [(name, getattr(config, name), getattr(self.config, name)) for name in _SHARED]
+        own = [(name, getattr(config, name), getattr(self.config, name)) for name in SHARED]
         differ = ", ".join(
             f"`{name}` is {found!r}, not {expected!r}" for name, found, expected in own if found != expected
         )

@@ -45,6 +45,7 @@ class TrainingState:
         scaler: the scaler of the loss under fp16, whose scale decides which steps are skipped; None: there is none.
         started: when the phase began in this process, by `time.perf_counter`.
         earlier_seconds: how long it took in earlier processes, up to the checkpoint that this one continues from.
+        started_from: the adapters that the parameters started from, with their hashes.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -56,6 +57,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None = None
     started: float = field(default_factory=time.perf_counter)
     earlier_seconds: float = 0.0
+    started_from: Mapping[str, str] = field(default_factory=dict)
 
     def seconds(self) -> float:
         """Return how long the phase has taken until now, in all processes that worked on it one after another."""
@@ -66,6 +68,7 @@ class TrainingState:
         skipped = {f"skipped_{name}": str(count) for name, count in self.skipped.items()}
         numbers = {"ema_step": str(self.ema.optimization_step), "losses": self.losses.state(), **skipped}
         numbers["seconds"] = str(self.seconds())
+        numbers["started_from"] = json.dumps(self.started_from)
         return numbers if self.scaler is None else {**numbers, "scaler": json.dumps(self.scaler.state_dict())}
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -130,7 +133,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_newest(folder: Path, state: TrainingState) -> int:
-    """Load the newest checkpoint that is not damaged, in place; log each damaged one.
+    """Load the newest checkpoint that is not damaged, in place; log each damaged one; delete those of another start.
 
     Returns:
         The number of optimizer steps done; 0, with the state unchanged, if there is no valid checkpoint.
@@ -148,6 +151,13 @@ def load_newest(folder: Path, state: TrainingState) -> int:
             continue
         with safe_open(path / _TENSORS, framework="pt") as file:
             tensors, numbers = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        # Those of earlier versions started from none.
+        if json.loads(numbers.get("started_from", "{}")) != state.started_from:
+            logger.warning(
+                "%s: its steps are dropped, since adapters that they started from have changed or are gone", path
+            )
+            remove_folder(path)  # those to come have lower steps
+            continue
         for name, parameter in state.parameters.items():
             saved = tensors.get(f"parameter/{name}")
             if saved is None or saved.shape != parameter.shape:

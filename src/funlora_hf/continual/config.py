@@ -23,7 +23,8 @@ from ..utils.checks import check_at_least_one, check_class_label, expanded, shor
 from ..utils.field_types import Count, LearningRate, Natural, Positive, Range, Share, check_field_types, one_of
 
 
-UPDATE_MODES = ("continue", "retrain")
+UPDATE_MODES = ("continue", "retrain", "cold")
+COLD, MEAN = "cold", "mean"
 LATEST = "latest"
 
 DIGITS_UNET = {
@@ -275,6 +276,9 @@ class ContinualTrainingArguments(LoopArguments):
     adapter_alpha_rate: Positive = _argument(1.0, "Rate of FunLoRA's alpha, as a multiple of adapter_learning_rate.")
     adapter_omega_rate: Positive = _argument(1.0, "The same of its omega.")
     adapter_vector_rate: Positive = _argument(1.0, "The same of the class vector.")
+    adapter_start: Annotated[str, one_of(COLD, MEAN)] = _argument(
+        COLD, "Where a new class starts: 'cold', as the base, or 'mean', at the mean of the adapters of earlier tasks."
+    )
     adapter_warmup_steps: Natural = _argument(20, "Steps of linear warm-up of a class.")
     adapter_ema_decay: Share = _argument(0.98, "Decay of the moving average of a class.")
     adapter_ema_warmup: bool = _argument(
@@ -283,7 +287,8 @@ class ContinualTrainingArguments(LoopArguments):
     adapter_ema_start: Share = _argument(0.0, "Share of a class after which averaging starts.")
     update_class: int | None = _argument(None, "Train the adapter of this one class again; nothing else changes.")
     update_mode: Annotated[str, one_of(*UPDATE_MODES)] = _argument(
-        "continue", "'continue' from the adapter there is, or 'retrain' from the start."
+        "continue",
+        "'continue' from the adapter there is, 'retrain' from where the class started, or 'cold' from the base.",
     )
 
     def __post_init__(self) -> None:

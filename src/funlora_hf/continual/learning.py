@@ -114,12 +114,14 @@ class Trainable:
         parameters: the trained parameters by name, in an order that never changes.
         buffers: buffers that training also changes, by name, such as the running means of batch normalization.
         factors: by parameter, the multiple of the phase's learning rate with which it is trained; 1 if absent.
+        started_from: adapters that it starts from, with the hashes of their files; a checkpoint of another start is dropped.
     """
 
     module: Any
     parameters: dict[str, nn.Parameter]
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
+    started_from: Mapping[str, str] = field(default_factory=dict)
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups for an optimizer, one for each factor, which is its entry "factor"."""

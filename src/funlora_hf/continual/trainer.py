@@ -368,7 +368,13 @@ class ContinualTrainer:
             # accelerate has one scaler for all phases, but a class must not depend on the process's earlier classes.
             scaler.load_state_dict(self._fresh_scale)
         return TrainingState(
-            trainable.parameters, optimizer, ema, trainable.buffers, losses=LossCurve(steps), scaler=scaler
+            trainable.parameters,
+            optimizer,
+            ema,
+            trainable.buffers,
+            losses=LossCurve(steps),
+            scaler=scaler,
+            started_from=trainable.started_from,
         )
 
     def _step(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack
+import warnings
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
+from peft.utils import CONFIG_NAME
 from safetensors.torch import save_file
 
 from ..adapters.bank import AdapterBank
-from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_name
+from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, class_in_name
+from ..adapters.untrusted_adapter import fetch_repository, read_config
 from ..adapters.untrusted_base import PIPELINE, base_classes
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_choice
@@ -34,7 +37,8 @@ def delete_class(
     """
     Delete the class of an adapter from the given places. No other class changes.
 
-    The repository comes first: if the Hub refuses, nothing has been deleted. Places without the class are skipped.
+    The repository comes first: if the Hub refuses, nothing has been deleted. Places without the class are skipped. A warning names the
+    classes in the folder and in the repository whose adapters started from the deleted one, and how to train them from a cold start.
 
     Args:
         class_label (`int`): id of the class.
@@ -87,6 +91,7 @@ def delete_class(
             found.append("bank")
         if folder is not None and _delete_from_folder(folder, class_label, traces):
             found.append("output_dir")
+            _warn_of_starts(class_label, folder / ADAPTERS_FOLDER, os.fspath(folder))
         if not found:
             raise ValueError(
                 f"`class_label` is {class_label}, which none of the given places has: name a class of an adapter, and where it "
@@ -118,6 +123,8 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
     folders = [folder for folder, row in contents.classes.items() if row.class_label == class_label]
     done = None
     if folders:
+        # From the same commit as the adapter to delete.
+        root = fetch_repository(repo_id, [f"class_*/{CONFIG_NAME}"])
         done = repository.commit(
             # A card without an index is not ours.
             lambda present: (
@@ -126,9 +133,28 @@ def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "kee
             f"Delete class {class_label}",
             delete=folders,
         )
+        _warn_of_starts(class_label, root, repo_id)
     if history == "squash":
         repository.forget_history(keep_tags=lambda tag: tag.startswith("base-"))
     return done
+
+
+def _warn_of_starts(class_label: int, adapters: Path, place: str) -> None:
+    """Warn of adapters in a folder that started from the adapter of a deleted class, or from others that did."""
+    starts: dict[str, set[str]] = {}
+    for folder in adapter_folders(adapters):
+        with suppress(OSError, ValueError):  # a damaged one can start nothing
+            starts[folder.name] = set(getattr(read_config(folder), "started_from", None) or ())
+    own = adapter_name(class_label)
+    depending = {own}
+    while more := {name for name, names in starts.items() if names & depending} - depending:
+        depending |= more
+    if names := [name for name in starts if name in depending - {own}]:
+        warnings.warn(
+            f"{place}: {', '.join(names)} started from the deleted {own} and still depend on it. To train one of them from a cold start: "
+            f"`funlora train --output_dir RUN --update_class {class_in_name(names[0])} --update_mode cold`, with its dataset and settings.",
+            stacklevel=3,
+        )
 
 
 def _traces(folder: Path, class_label: int) -> list[Path]:

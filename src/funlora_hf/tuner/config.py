@@ -15,6 +15,7 @@ from ..utils.checks import (
     check_fingerprint,
     check_layer_indexes,
     check_names,
+    check_started_from,
     check_type,
 )
 from .functional import FUNCTIONS, FUNCTIONS_WITH_OMEGA, OPERATIONS
@@ -50,6 +51,8 @@ class FunLoraConfig(PeftConfig):
         class_name (`str`, *optional*): Name of this class.
         base_fingerprint (`dict[str, str]`, *optional*): Precision in which the base is loaded -> SHA-256 of the base that the adapter
             was trained for, as `base_fingerprints` returns it. An adapter with a fingerprint loads onto no other base. Source: [ours].
+        started_from (`dict[str, str]`, *optional*): Names of the adapters at whose mean the adapter started -> SHA-256 of their files,
+            as `start_from` sets it; None: it started cold. Source: [ours].
 
     Raises:
         ValueError: an unknown function or operation, a number out of range or a value of the wrong type; it names the field.
@@ -73,6 +76,7 @@ class FunLoraConfig(PeftConfig):
     class_label: int | None = None
     class_name: str | None = None
     base_fingerprint: dict[str, str] | None = None
+    started_from: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +96,7 @@ class FunLoraConfig(PeftConfig):
         check_layer_indexes(self.layers_to_transform)
         check_class_label(self.class_label)
         check_fingerprint(self.base_fingerprint)
+        check_started_from(self.started_from)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))

@@ -145,6 +145,20 @@ def check_fingerprint(value: object) -> None:
         )
 
 
+def check_started_from(value: object) -> None:
+    """Raise a ValueError unless `value` is None or has names of adapters and the SHA-256 of the file of each."""
+    if value is not None and not (
+        isinstance(value, Mapping)
+        and value
+        and all(isinstance(name, str) and name.isprintable() and name.strip() for name in value)
+        and all(isinstance(entry, str) and _SHA256.fullmatch(entry) for entry in value.values())
+    ):
+        raise ValueError(
+            f"`started_from` is {shortened(repr(value), _MOST_CHARACTERS)}, expected 64 hexadecimal digits for the name of each "
+            "adapter, or None: see `start_from`."
+        )
+
+
 def _is_several(value: object) -> TypeGuard[Sequence[object] | Set[object]]:
     return isinstance(value, (Sequence, Set)) and not isinstance(value, str)
 

@@ -9,22 +9,28 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from ...adapters.base_fingerprint import FingerprintCheck, base_fingerprints
 from ...adapters.class_folder import ADAPTERS_FOLDER, adapter_folders, adapter_name, class_in_name, save_adapter
+from ...adapters.mean_start import misfits, set_to_mean, start_from
+from ...adapters.untrusted_adapter import read_adapter
 from ...data.tasks import Task
 from ...layer_selection import ParametersPerClass, parameters_per_class
 from ...sampling.pipeline import FunLoraPipeline
 from ...tuner import FunLoraConfig, mixed_batch
 from ...tuner.learning_rates import kind_of
 from ...tuner_base.meta_shapes import adapted_shape
+from ...utils.files import file_sha256
 from ..base import BASE_PHASE, arrange, base_shape, label_rows, load_pipeline, save_base, trainable_unet
+from ..config import MEAN
 from ..strategy import (
     Batch,
     Phase,
@@ -82,6 +88,10 @@ class FunLora(Strategy):
                     "`torch_compile` is set, but `class_batches` is 'mixed', for which every batch would be compiled again: leave "
                     "one of the two out."
                 )
+        if self.setting.training.adapter_start == MEAN and not isinstance(config, FunLoraConfig):
+            raise ValueError(
+                f"`adapter_start` is {MEAN!r}, for which `peft_method` {self.method_name!r} has no mean: take 'cold'."
+            )
         self._check_rates(config)
 
     def phases(self, task: Task) -> list[Phase]:
@@ -113,20 +123,32 @@ class FunLora(Strategy):
             model.add_adapter(name, self.adapter_config(names[name]))
         if others:
             model.set_requires_grad(others)
+        if self.setting.training.adapter_start == MEAN:
+            self._start_at_mean(model, phase)
         return self._trainable(model)
 
     def build_update(self, class_id: int) -> Trainable:
-        """Build what `--update_class` trains: the class's adapter from disk, or a new one with its config. Raises a BaseMismatchError
-        if it was trained for another base."""
+        """Build what `--update_class` trains: the class's adapter from disk, or a new one with its config.
+
+        Raises:
+            BaseMismatchError: it was trained for another base.
+            ValueError: the adapters that a new one has to start from are gone, or have changed.
+        """
         folder = os.fspath(self.adapters_dir / adapter_name(class_id))
         config = PeftConfig.from_pretrained(folder)
         FingerprintCheck(self._frozen_unet()).check(config, folder)
-        if self.setting.training.update_mode == "continue":
+        mode = self.setting.training.update_mode
+        if mode == "continue":
             model = PeftModel.from_pretrained(self._frozen_unet(), folder, adapter_name=LIVE, is_trainable=True)
         else:
             config.inference_mode = False
+            started_from = self._started_from(config, class_id) if mode == "retrain" else []
+            if isinstance(config, FunLoraConfig):
+                config.started_from = None
             model = get_peft_model(self._frozen_unet(), config, adapter_name=LIVE)
             start_class_vectors(model)
+            if started_from:
+                start_from(model, started_from, LIVE)
         return self._trainable(model)
 
     def adapter_config(self, class_id: int) -> PeftConfig:
@@ -251,7 +273,36 @@ class FunLora(Strategy):
         model.train()
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         factors = {name: getattr(self.setting.training, RATES[kind]) for name in parameters if (kind := kind_of(name))}
-        return Trainable(model, parameters, factors=factors)
+        # All adapters of a phase start alike.
+        config = next(iter(model.peft_config.values()))
+        started_from = getattr(config, "started_from", None) or {}
+        return Trainable(model, parameters, factors=factors, started_from=started_from)
+
+    def _start_at_mean(self, model: PeftModel, phase: Phase) -> None:
+        """Set the adapters of a phase to the mean of those of earlier tasks, as far as these have the same configuration."""
+        names = live_names(phase)
+        earlier = [self.adapters_dir / adapter_name(c) for c in self.setting.past(self.task_of(phase))]
+        found = [read_adapter(folder) for folder in earlier if folder.is_dir()]
+        alike = [one for one in found if not misfits(model, one, next(iter(names)))]
+        start = (
+            f"the mean of {len(alike)} adapters" if alike else "the base, since no earlier task has adapters like it"
+        )
+        logger.info("phase %s: starts at %s", phase.name, start)
+        for name in names if alike else ():
+            set_to_mean(model, alike, name)
+
+    def _started_from(self, config: PeftConfig, class_id: int) -> list[Path]:
+        """Return the folders of the adapters that a class started from; a ValueError if they are not what they were."""
+        starts = getattr(config, "started_from", None) or {}
+        folders = {name: self.adapters_dir / name for name in starts if class_in_name(name) is not None}
+        files = {name: folder / SAFETENSORS_WEIGHTS_NAME for name, folder in folders.items()}
+        gone = [n for n in starts if n not in files or not files[n].is_file() or file_sha256(files[n]) != starts[n]]
+        if gone:
+            raise ValueError(
+                f"`update_mode` is 'retrain', but class {class_id} started from {', '.join(gone)}, which are gone or have been trained "
+                "again since: pull them, or pass --update_mode cold."
+            )
+        return list(folders.values())
 
     def _check_rates(self, config: PeftConfig) -> None:
         """Raise a ValueError for a rate of parameters that the adapters do not have."""

@@ -30,6 +30,7 @@ from ..base import (
     set_class_vectors,
     trainable_unet,
 )
+from ..config import COLD
 from ..strategy import (
     Batch,
     Phase,
@@ -247,6 +248,10 @@ def check_one_generator(strategy: Strategy, takes: Collection[str]) -> None:
         raise ValueError(
             f"`class_batches` is {setting.training.class_batches!r}, which `strategy` {strategy.name!r} does not use, since it "
             "trains its classes together: leave it out."
+        )
+    if (start := setting.training.adapter_start) != COLD:
+        raise ValueError(
+            f"`adapter_start` is {start!r}, which `strategy` {strategy.name!r} does not use: leave it out."
         )
     for name in RATES.values():
         if (rate := getattr(setting.training, name)) != 1:
