@@ -145,7 +145,7 @@ BAD_INPUT = {
     "a prompt of DreamBooth's over the limit": (
         [{key: value for key, value in TOY.items() if key != "eval_prompts"}],
         [],
-        r"the prompt 'a <new1> toy .*' has 20 tokens, expected 18 at most .*: give `eval_prompts`, in place of DreamBooth's",
+        r"the prompt 'a <new1> toy .*' has 20 tokens, expected 18 at most .*: give `eval_prompts`, in place of the default ones",
     ),
     "another family": (
         [TOY],
