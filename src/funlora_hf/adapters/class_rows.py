@@ -24,8 +24,14 @@ from .untrusted_bank import SavedBank
 
 
 # The settings that all adapters of a bank share. Their tensors also show which layers they have.
-SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
+_SHARED = ("function", "operation", "r", "ratio", "num_functions", "train_omega", "class_embedding")
 _Rows = TypeVar("_Rows", bound="ClassRows")
+
+
+def differing_settings(config: PeftConfig, expected: FunLoraConfig) -> list[tuple[str, object, object]]:
+    """Return name, value and expected value of each setting in which a config differs, of those that adapters of a bank share."""
+    pairs = ((name, getattr(config, name, None), getattr(expected, name)) for name in _SHARED)
+    return [(name, found, wanted) for name, found, wanted in pairs if found != wanted]
 
 
 class ClassRows:
@@ -120,7 +126,7 @@ class ClassRows:
 
     def takes(self, adapter: SavedAdapter) -> bool:
         """Return whether an adapter has the same configuration, names and shapes as these."""
-        shared = all(getattr(adapter.config, name) == getattr(self.config, name) for name in SHARED)
+        shared = not differing_settings(adapter.config, self.config)
         return shared and not differences(self.live_tensors, adapter.shapes)
 
     def place(self, class_labels: Collection[int]) -> dict[int, str]:
@@ -211,9 +217,9 @@ class ClassRows:
         self._fill(adapter_name, torch.zeros(sum(shape.numel() for shape in self._shapes)))
 
     def _check_shared(self, config: FunLoraConfig, source: str) -> None:
-        own = [(name, getattr(config, name), getattr(self.config, name)) for name in SHARED]
         differ = ", ".join(
-            f"`{name}` is {found!r}, not {expected!r}" for name, found, expected in own if found != expected
+            f"`{name}` is {found!r}, not {expected!r}"
+            for name, found, expected in differing_settings(config, self.config)
         )
         if differ:
             raise ValueError(

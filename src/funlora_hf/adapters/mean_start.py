@@ -17,7 +17,7 @@ from ..utils.files import file_sha256
 from .base_fingerprint import FingerprintCheck
 from .class_folder import adapter_configs, class_of
 from .class_folder import adapter_name as class_adapter_name
-from .class_rows import SHARED
+from .class_rows import differing_settings
 from .untrusted_adapter import SavedAdapter, differences, read_adapter
 
 
@@ -61,8 +61,8 @@ def start_from(model: nn.Module, adapters: Sequence[str | os.PathLike], adapter_
 def misfits(model: nn.Module, saved: SavedAdapter, adapter_name: str) -> list[str]:
     """Return a line for each difference in configuration and tensors between a saved adapter and one of a model."""
     own = _config(model, adapter_name)
-    pairs = [(name, getattr(saved.config, name, None), getattr(own, name)) for name in SHARED]
-    lines = [f"`{name}` is {found!r}, expected {expected!r}" for name, found, expected in pairs if found != expected]
+    settings = differing_settings(saved.config, own)
+    lines = [f"`{name}` is {found!r}, expected {expected!r}" for name, found, expected in settings]
     return [*lines, *differences(dict(saved_tensors(wrapped_model(model), adapter_name)), saved.shapes)]
 
 

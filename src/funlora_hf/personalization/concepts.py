@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "concepts.json"
 # The package's own, by the value of `concepts`.
-OWN = {
+_OWN = {
     name: Path(__file__).parent / "tiny" / "concepts" / file
     for name, file in (("tiny", FILE), ("tiny_domain", "items_and_domain.json"))
 }
@@ -103,6 +103,11 @@ class Concept:
         if not self.references:
             object.__setattr__(self, "references", self.images)
 
+    @property
+    def is_style(self) -> bool:
+        """Whether it is a style or domain, not a subject."""
+        return self.pair_prompt is not None
+
     def caption(self, path: Path) -> str:
         """Return the prompt of one of its pictures."""
         return self.captions.get(path.name, self.instance_prompt)
@@ -123,13 +128,11 @@ class Concept:
 
     def prompt_with(self, other: Concept) -> str | None:
         """Return a prompt with both concepts; None: both are styles."""
-        if self.pair_prompt is None and other.pair_prompt is not None:
-            return other.prompt_with(self)
-        if self.pair_prompt is None:
-            return f"{self.prompt('a photo of a {}')} and {other.prompt('a {}')}"
-        if other.pair_prompt is not None:
-            return None
-        return self.prompt(self.pair_prompt).replace(_SUBJECT, other.prompt("{}"))
+        if other.is_style:
+            return None if self.is_style else other.prompt_with(self)
+        if self.pair_prompt is not None:
+            return self.prompt(self.pair_prompt).replace(_SUBJECT, other.prompt("{}"))
+        return f"{self.prompt('a photo of a {}')} and {other.prompt('a {}')}"
 
     def texts(self, *, evaluated: bool = True) -> Iterator[str]:
         """Yield all its prompts, filled; those of the evaluation only with `evaluated`."""
@@ -182,9 +185,9 @@ def load_concepts(source: str | os.PathLike, *, instance_prompt: str | None = No
               words after the token that end a prompt of the class, else one word), `initializer` (the noun), `captions` ("txt":
               `a.txt` for `a.jpg`; or a JSON file of captions by file; a caption has the token, or the noun, before which the token is
               put), `eval_prompts` (a file of lines, or a list, with "{}" or "<TOK>" for token and noun) or `kind` ("object" or
-              "live": which of DreamBooth's templates; default: "live" for cats and dogs), `kind` "style" for a style or domain, with `pair_prompt`
-              (its prompt with a subject, with "{}" and "{subject}"; default: "a photo of a {subject} in {}"), and `reference_dir` (default: the training
-              pictures). Relative paths start at the file's folder if `instance_data_dir` is there, otherwise at the working directory.
+              "live": which of DreamBooth's templates; default: "live" for cats and dogs), `kind` "style" for a style or domain, with
+              `pair_prompt` (its prompt with a subject, with "{}" and "{subject}"; default: "a photo of a {subject} in {}"), and
+              `reference_dir` (default: the training pictures). Relative paths start at the file's folder if `instance_data_dir` is there, otherwise at the working directory.
             - a folder with a folder of pictures for each concept, as DreamBooth's data set; `prompts_and_classes.txt` in or beside it
               gives the nouns. Without it, a noun is the folder's name without digits at its end.
             - a folder with pictures of one concept.
@@ -198,7 +201,7 @@ def load_concepts(source: str | os.PathLike, *, instance_prompt: str | None = No
         ValueError: anything else that cannot be used; the error names file, concept and value.
     """
     given = expanded("concepts", os.fspath(source))
-    place = Path(given) if os.path.exists(given) else OWN.get(given, Path(given))
+    place = Path(given) if os.path.exists(given) else _OWN.get(given, Path(given))
     is_there = os.path.exists(place)
     if not (is_there or (instance_prompt is not None and "/" in given and is_repository_name(given))):
         check_not_mistyped("`concepts`", given)

@@ -253,7 +253,7 @@ def pairs_with_prompts(concepts: Mapping[int, Concept]) -> list[tuple[tuple[int,
     neighbours, found = list(pairwise(concepts)), []
     for both in combinations(concepts, 2):
         one, other = (concepts[class_id] for class_id in both)
-        has_style = one.pair_prompt is not None or other.pair_prompt is not None
+        has_style = one.is_style or other.is_style
         if (has_style or both in neighbours) and (prompt := one.prompt_with(other)):
             found.append((both, prompt))
     return found

@@ -55,8 +55,9 @@ class TinyJudge:
     def concept(self, images: torch.Tensor, concept: Concept, prompts: Sequence[str]) -> Scores:
         references, found = load_images(concept.references, size=images.shape[-1]), read(images)
         sims = functional.cosine_similarity(features(images)[:, None], features(references)[None], dim=-1)
-        is_style = concept.pair_prompt is not None
-        scores = self._style(images, references, prompts) if is_style else self._subject(found, concept, references)
+        scores = (
+            self._style(images, references, prompts) if concept.is_style else self._subject(found, concept, references)
+        )
         return {**scores, "sim": sims.mean(dim=1), **self._background(found, prompts)}
 
     def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:

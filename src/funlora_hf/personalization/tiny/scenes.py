@@ -9,7 +9,6 @@ Source: [ours].
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 
+from ...utils.files import write_json
 from ...utils.seeds import generator_for
 
 
@@ -255,7 +255,7 @@ def write_concepts(folder: Path) -> None:
         for place in places:
             render(_moved(replace(scene, background=place), rng)).save(folder / name / f"{place}.png")
             captions[f"{place}.png"] = f"a photo of a {token} {scene.noun} on a {place} background"
-        _write_json(folder / name / "captions.json", captions)
+        write_json(folder / name / "captions.json", captions)
         entries.append(
             {
                 "name": name,
@@ -268,8 +268,4 @@ def write_concepts(folder: Path) -> None:
                 "eval_prompts": [f"a photo of a {{}} on a {place} background" for place in backgrounds],
             }
         )
-    _write_json(folder / "concepts.json", entries)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "concepts.json", entries)

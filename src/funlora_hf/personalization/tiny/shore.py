@@ -7,13 +7,13 @@ Source: [ours]; arXiv 2505.16875 compares items with domains.
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import PIL.Image
 import torch
 
+from ...utils.files import read_json, write_json
 from .scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -72,8 +72,7 @@ def write_shore(folder: Path) -> None:
         scene = random_scene(rng)
         at_shore(render(scene)).save(folder / NAME / f"{number:02}.png")
         captions[f"{number:02}.png"] = caption(scene, f"a {TOKEN} photo of a ")
-    (folder / NAME / "captions.json").write_text(json.dumps(captions, indent=2) + "\n", encoding="utf-8")
-    known = json.loads((folder / "concepts.json").read_text(encoding="utf-8"))
+    write_json(folder / NAME / "captions.json", captions)
     start = USUAL + PRIOR
     others = plain_captions()[start : start + _EVALUATED]
     domain = {
@@ -86,5 +85,5 @@ def write_shore(folder: Path) -> None:
         "eval_prompts": [f"a {{}} of a {text.removeprefix(OPENINGS[0])}" for text in others],
         "pair_prompt": "a {} of a {subject} on a gray background",
     }
-    entries = [*(one for one in known if one["name"] in _ITEMS), domain]
-    (folder / "items_and_domain.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    items = [one for one in read_json(folder / "concepts.json") if one["name"] in _ITEMS]
+    write_json(folder / "items_and_domain.json", [*items, domain])
