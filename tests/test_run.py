@@ -46,6 +46,7 @@ from funlora_hf.run import Run, RunArguments, _check_launcher, evaluate, run
 from funlora_hf.sampling.drawing import to_uint8
 from funlora_hf.utils.files import read_json, write_json
 from funlora_hf.utils.locks import FolderInUseError, folder_lock
+from funlora_hf.utils.seeds import derive_seed
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -175,6 +176,22 @@ def test_image_quality_and_drift_compare_the_samples_with_the_test_images(finish
         moved = (of_real.mean(dim=0) - of_drawn.mean(dim=0)).norm() / of_real.var(dim=0).sum().sqrt()
         assert rows[0]["mean"] == pytest.approx(moved.item(), rel=1e-4)
         assert drift["real"][str(class_id)]["mean"] > 0
+
+
+def test_the_accuracy_that_as_many_real_images_give(finished):
+    """The last task's classifier, trained on the first six real images of each class instead of on six samples."""
+    data = load_image_data("digits", image_size=8, channels=1, max_images_per_class=12)
+    recipe = ClassifierConfig(epochs=1, crop_padding=0, horizontal_flip=False)
+    classifier = train_classifier(
+        torch.cat([data.images(class_id)[:6] for class_id in range(10)]),
+        torch.arange(10).repeat_interleave(6),
+        num_classes=10,
+        config=recipe,
+        seed=derive_seed(0, "classifier", 2),
+    )
+    right = [(predict(classifier, data.images(c, split="test")) == c).double() for c in range(10)]
+    of_tasks = [torch.cat(right[start:end]).mean().item() for start, end in ((0, 4), (4, 8), (8, 10))]
+    assert read_json(finished / "results.json")["LA_real"] == pytest.approx(100 * sum(of_tasks) / 3)
 
 
 def test_nothing_else_depends_on_image_quality(finished, copy, monkeypatch):

@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "(default: 10, and 16 of a prompt; 'dopri5' chooses its steps)"
     sample.add_argument("--num_inference_steps", type=_at_least_one, help=text)
     sample.add_argument("--solver", choices=SOLVERS, help="of classes (default: heun)")
-    sample.add_argument("--guidance_scale", type=float, help="of a prompt; 1: none (default: 2.5)")
+    sample.add_argument("--guidance_scale", type=float, help="1: none (default: 1, and 2.5 of a prompt)")
     sample.add_argument("--seed", type=int, default=0, help="equal seeds give equal images (default: %(default)s)")
     sample.add_argument("--output", type=_path, default="samples.png", help="PNG to write (default: %(default)s)")
     sample.add_argument("--device", default="cpu", help="such as cuda or mps (default: %(default)s)")
@@ -436,10 +436,11 @@ def _sample(
         how |= {"width": width, "device": place}
         given = {name: one for name, one in how.items() if one is not None}
         return _sample_prompts(base, prompts, regions, output, **given)
-    for option, setting in {"guidance_scale": guidance_scale, "region": regions or None, "width": width}.items():
+    for option, setting in {"region": regions or None, "width": width}.items():
         if setting is not None:
             raise ValueError(f"`--{option}` is {setting}, which only `--prompt` uses: add one, or leave it out.")
     how = {"solver": solver or "heun", "num_inference_steps": num_inference_steps or 10, "seed": seed}
+    how |= {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     pipe = _load(base, adapters)
     class_ids = [_class_id(pipe.classes, text) for text in classes or ()]
     class_ids += [_class_id(pipe.classes, text, "--class_label") for text in map(str, class_label)]

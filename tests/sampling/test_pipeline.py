@@ -93,6 +93,54 @@ def _integrate_by_hand(unet, x, row, steps: int = 10):
     return (x / 2 + 0.5).clamp(0, 1)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_guidance_scale_moves_away_from_the_base_at_the_mean_of_its_vectors(plain_unet, pipe, adapters, compiled):
+    """Against copies of the U-Net in stock PEFT, and one whose class embedding has the mean in every row."""
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+        pipe([9, 3], 1, generator=generator())  # compiled without guidance
+    asked, scale = [9, 3, 7, 5], 1.7
+    guided = pipe(asked, 10, generator=generator(), output_type="pt", guidance_scale=scale)
+    assert guided.nfe == 2 * pipe(asked, 10).nfe
+    mean = copy.deepcopy(plain_unet)
+    rows = mean.class_embedding.weight.data
+    rows.copy_(rows.mean(dim=0).expand_as(rows))
+    noise = torch.randn(4, 1, 8, 8, generator=generator())
+    for index, label in enumerate(asked):
+        own = copy.deepcopy(plain_unet)
+        if label > 5:
+            own = PeftModel.from_pretrained(own, adapters / f"class_{label}")
+
+        def both(x, time, row, own=own):
+            base = mean(x, time, row).sample
+            return UNet2DOutput(base + scale * (own(x, time, row).sample - base))
+
+        alone = _integrate_by_hand(both, noise[index : index + 1], torch.tensor([1 if label == 5 else 0]))
+        torch.testing.assert_close(guided.images[index : index + 1], alone, atol=1e-5, rtol=0)
+    without = pipe(asked, generator=generator(), output_type="pt").images
+    assert torch.equal(without, pipe(asked, generator=generator(), output_type="pt", guidance_scale=1.0).images)
+
+
+def test_a_base_without_classes_guides_too(tmp_path):
+    unet = UNet2DModel(**{**TINY_UNET, "num_class_embeds": None}).eval()
+    pipe = FunLoraPipeline(unet, FlowMatchEulerDiscreteScheduler())
+    model = get_peft_model(copy.deepcopy(unet), FunLoraConfig(init_weights=False, class_label=4))
+    model.save_pretrained(tmp_path)
+    pipe.load_adapter(tmp_path)
+    images = pipe([4], 1, "euler", generator=generator(), output_type="pt", guidance_scale=3.0).images
+    noise = torch.randn(1, 1, 8, 8, generator=generator())
+    with torch.no_grad():
+        base, own = (one(noise, torch.tensor(1000.0)).sample for one in (unet, model))
+    expected = ((noise - base - 3.0 * (own - base)) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [-0.5, float("nan"), float("inf")])
+def test_a_guidance_scale_out_of_range_is_refused(pipe, scale):
+    with pytest.raises(ValueError, match="`guidance_scale` is .*, expected a number of at least 0; 1 is none"):
+        pipe([7], guidance_scale=scale)
+
+
 def test_stock_peft_gives_the_same_output(pipe, adapters, tiny_unet):
     sample, sigma = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 0.5, 0.9])
     with torch.no_grad():

@@ -25,6 +25,8 @@ from ..utils.field_types import Count, LearningRate, Natural, Positive, Range, S
 
 UPDATE_MODES = ("continue", "retrain", "cold")
 COLD, MEAN = "cold", "mean"
+# Multiple of the learning rate for alpha, unless the arguments say another [ours: docs/results.md].
+ALPHA_RATE = 10.0
 LATEST = "latest"
 
 DIGITS_UNET = {
@@ -189,7 +191,7 @@ class LoopArguments:
         "Steps in a row that are skipped for a loss or gradient that is not finite; one more stops the run. 0: the first.",
     )
     timestep_density: Annotated[str, one_of(*TIMESTEP_DENSITIES)] = _argument(
-        "uniform", "'uniform', 'stratified' (uniform, but evenly spread over a batch) or 'logit_normal'."
+        "stratified", "'uniform', 'stratified' (uniform, but evenly spread over a batch) or 'logit_normal'."
     )
     max_train_steps: Count | None = _argument(None, "Cap on the steps of every phase: base, each class, classifier.")
     checkpointing_steps: Count = _argument(500, "Steps between checkpoints inside a phase.")
@@ -269,17 +271,21 @@ class ContinualTrainingArguments(LoopArguments):
         True, "After s averaged steps of task 1, the decay is at most (1 + s) / (10 + s)."
     )
     base_ema_start: Share = _argument(0.0, "Share of task 1 after which averaging starts.")
-    adapter_train_steps: Count | None = _argument(150, "Steps of a class; None: epochs count.")
+    adapter_train_steps: Count | None = _argument(75, "Steps of a class; None: epochs count.")
     adapter_epochs: Count | None = _argument(None, "Epochs of a class, if the steps are None.")
     adapter_batch_size: Count = _argument(32, "Batch of an adapter phase.")
-    adapter_learning_rate: LearningRate = _argument(2e-2, "Peak learning rate of a class.")
-    adapter_alpha_rate: Positive = _argument(1.0, "Rate of FunLoRA's alpha, as a multiple of adapter_learning_rate.")
+    adapter_learning_rate: LearningRate = _argument(3e-2, "Peak learning rate of a class.")
+    adapter_adam_beta1: Annotated[float, Range(0, 0.99)] = _argument(0.5, "Adam's beta1 for a class.")
+    adapter_alpha_rate: Positive | None = _argument(
+        None,
+        f"Rate of FunLoRA's alpha, as a multiple of adapter_learning_rate; None: {ALPHA_RATE:g}, where there is one.",
+    )
     adapter_omega_rate: Positive = _argument(1.0, "The same of its omega.")
     adapter_vector_rate: Positive = _argument(1.0, "The same of the class vector.")
     adapter_start: Annotated[str, one_of(COLD, MEAN)] = _argument(
         COLD, "Where a new class starts: 'cold', as the base, or 'mean', at the mean of the adapters of earlier tasks."
     )
-    adapter_warmup_steps: Natural = _argument(20, "Steps of linear warm-up of a class.")
+    adapter_warmup_steps: Natural = _argument(0, "Steps of linear warm-up of a class.")
     adapter_ema_decay: Share = _argument(0.98, "Decay of the moving average of a class.")
     adapter_ema_warmup: bool = _argument(
         True, "After s averaged steps of a class, the decay is at most (1 + s) / (10 + s)."
@@ -326,6 +332,9 @@ class EvaluationArguments:
     sampling_batch_size: Count = _argument(250, "Images sampled at once.")
     solver: Annotated[str, one_of(*SOLVERS)] = _argument("heun", "'euler', 'heun', 'rk4' or 'dopri5'.")
     num_inference_steps: Count = _argument(6, "Steps of the solver; 'dopri5' chooses its own.")
+    guidance_scale: Annotated[float, Range(0)] = _argument(
+        1.0, "Guidance away from the base, for twice the evaluations, as in FunLoraPipeline; 1: none."
+    )
     solver_tolerance: Positive = _argument(1e-5, "rtol and atol of 'dopri5'.")
     num_probe_samples: Count = _argument(8, "Images of every class drawn when it is learned and again at the end.")
     held_out_sigmas: Count = _argument(16, "Times at which the held-out loss is measured.")

@@ -86,10 +86,14 @@ def count_parts(
     if all(real[class_id] for class_id in seen[0]) and all(test.values()):
         classified = [sum(real[class_id] for class_id in seen[0])]
         classified += [len(classes) * evaluation.num_samples_per_class for classes in seen[1:]]
+        if all(real.values()):
+            classified.append(sum(min(number, evaluation.num_samples_per_class) for number in real.values()))
     if evaluation.image_quality == "classifier" and any(test.values()):
         classified.append(sum(real.values()))
     steps = sum(training_steps(number, classifier)[1] for number in classified)
     per_image = strategy.evaluations_per_image(evaluation.solver, evaluation.num_inference_steps)
+    if evaluation.guidance_scale != 1 and not strategy.outside_data:
+        per_image *= 2
     replayed = sum(strategy.replay_evaluations(task) for task in setting.tasks)
     judged = [
         Part("drawing images to replay", "evaluations", replayed),

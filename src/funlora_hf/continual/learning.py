@@ -67,6 +67,7 @@ class PhaseSettings:
         ema_warmup: whether the decay is at most (1 + s) / (10 + s) after s averaged steps.
         lr_scheduler: the learning rate after the warm-up, one of `LR_SCHEDULERS`.
         weight_decay: decoupled decay of AdamW, in each step multiplied by the learning rate.
+        adam_beta1: decay of Adam's mean of gradients, in [0, 1).
     """
 
     train_steps: int | None
@@ -79,6 +80,7 @@ class PhaseSettings:
     ema_warmup: bool = True
     lr_scheduler: str = "constant"
     weight_decay: float = 0.0
+    adam_beta1: float = 0.9
 
     @classmethod
     def of(cls, training: LoopArguments, prefix: str) -> PhaseSettings:

@@ -360,7 +360,12 @@ class ContinualTrainer:
         on_gpu = self.accelerator.device.type == "cuda"
         fused = True if on_gpu or self._read_every > 1 else None
         optimizer = self.strategy.make_optimizer(
-            phase, trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused
+            phase,
+            trainable,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, 0.999),
+            weight_decay=settings.weight_decay,
+            fused=fused,
         )
         ema = moving_average(parameters, settings, steps, foreach=on_gpu)
         scaler = self.accelerator.scaler

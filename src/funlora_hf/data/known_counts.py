@@ -9,6 +9,7 @@ from dataclasses import dataclass
 _KNOWN = {
     "uoft-cs/cifar10": (10, 5000, 1000),
     "uoft-cs/cifar100": (100, 500, 100),
+    "ylecun/mnist": (10, 6000, 1000),  # in the mean
     "clane9/imagenet-100": (100, 1267, 50),
 }
 

@@ -42,7 +42,14 @@ from .image_quality import compare_images, match_classes, reference_features
 logger = logging.getLogger(__name__)
 
 # Settings that first samples depend on.
-_DRAWN_BY = ("num_probe_samples", "sampling_batch_size", "solver", "num_inference_steps", "solver_tolerance")
+_DRAWN_BY = (
+    "num_probe_samples",
+    "sampling_batch_size",
+    "solver",
+    "num_inference_steps",
+    "solver_tolerance",
+    "guidance_scale",
+)
 
 
 @dataclass(eq=False, repr=False)
@@ -212,6 +219,23 @@ class RunEvaluator:
             extractor = self._reference_features(trained)
         return asdict(compare_images(real, generated, extractor, neighbours=self.config.image_quality_neighbours))
 
+    def real_accuracy(self) -> float | None:
+        """Measure the `LA` (%) that as many real images give: the last task's classifier learns from the first
+        `num_samples_per_class` training images of each class (all, where there are fewer) instead of from samples.
+
+        None if a class has no training or no test image.
+
+        Raises:
+            RuntimeError: the classifier's loss is not finite.
+
+        Source: the upper bound "classifier on real data" of arXiv 2510.02631 [text]; with as many images as samples [ours].
+        """
+        if not all(self._count(c, split) for c in self._classes for split in ("train", "test")):
+            return None
+        images = [self.data.images(c)[: self.config.num_samples_per_class] for c in self._classes]
+        classifier = self._train_classifier(images, self.tasks[-1], "classifier of real images")
+        return mean(self._tested(classifier, self.tasks[-1], self._classes)[0])
+
     def drift(self) -> dict[str, Any] | None:
         """Measure how far each class's samples after each task are from its test images, in features of the reference classifier.
 
@@ -261,7 +285,7 @@ class RunEvaluator:
             for class_id in self._classes:
                 before = read_mapping(self._probe(class_id), keys=("environment", "sha256"))
                 # With the settings of that time, since those of the evaluation may have changed.
-                config = replace(self.config, **before.get("drawn", {}))
+                config = replace(self.config, **{"guidance_scale": 1.0, **before.get("drawn", {})})
                 if before["environment"] != self._environment():
                     not_comparable.append(class_id)
                 elif before["sha256"] != tensor_sha256(self._draw(pipe, class_id, "probe", config).images):
@@ -317,6 +341,7 @@ class RunEvaluator:
             solver=config.solver,
             num_inference_steps=config.num_inference_steps,
             tolerance=config.solver_tolerance,
+            guidance_scale=config.guidance_scale,
         )
 
     def _accuracies(self, task: Task, seen: Sequence[int]) -> tuple[list[float], dict[str, float]] | tuple[None, None]:
@@ -333,17 +358,20 @@ class RunEvaluator:
             )
             return None, None
         images = [self.data.images(c) if task.index == 0 else self.synthetic_images(c, task) for c in seen]
+        return self._tested(self._train_classifier(images, task, f"classifier, task {task.index + 1}"), task, seen)
+
+    def _train_classifier(self, images: Sequence[torch.Tensor], task: Task, description: str) -> nn.Module:
+        """Train the classifier of a task on the images of each class, in the order of the classes."""
         labels = [torch.full((len(part),), row) for row, part in enumerate(images)]
-        classifier = train_classifier(
-            torch.cat(images),
+        return train_classifier(
+            torch.cat(list(images)),
             torch.cat(labels),
-            num_classes=len(seen),
+            num_classes=len(images),
             config=self._classifier,
             seed=derive_seed(self.seed, "classifier", task.index),
             device=self.accelerator.device,
-            description=f"classifier, task {task.index + 1}",
+            description=description,
         )
-        return self._tested(classifier, task, seen)
 
     def _tested(self, classifier: nn.Module, task: Task, seen: Sequence[int]) -> tuple[list[float], dict[str, float]]:
         """Return a classifier's % of right answers on the test images of each task so far, and on those of each class."""

@@ -6,7 +6,7 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -208,9 +208,13 @@ def _evaluated(evaluator: RunEvaluator) -> dict[str, Any]:
     accuracies = accuracy_results([None if record is None else record["accuracies"] for record in records])
     own = accuracy_results([None if record is None else record.get("own_classifier") for record in records])
     losses = evaluator.held_out_losses() if sampled else {}
-    measures = {"image quality": evaluator.image_quality, "drift": evaluator.drift} if sampled else {}
+    measures: dict[str, Callable[[], Any]] = {
+        "accuracy of real images": evaluator.real_accuracy,
+        "image quality": evaluator.image_quality,
+        "drift": evaluator.drift,
+    }
     measured: dict[str, Any] = {}
-    for name, measure in measures.items():
+    for name, measure in measures.items() if sampled else ():
         try:
             measured[name] = measure()
         except (ImportError, OSError, RuntimeError, ValueError) as error:
@@ -224,6 +228,7 @@ def _evaluated(evaluator: RunEvaluator) -> dict[str, Any]:
             drift_curves(drift["by_task"], drift["real"], evaluator.folder.figures / "drift.png", tasks=classes)
     return {
         **accuracies,
+        "LA_real": measured.get("accuracy of real images"),
         # Records of earlier versions have none.
         "class_accuracy": records[-1] and records[-1].get("class_accuracies"),
         "held_out_loss": {"mean": sum(losses.values()) / len(losses) if losses else None, "per_class": losses},

@@ -32,6 +32,11 @@ def summary_table(results: Mapping[str, Any]) -> str:
             ("forgetting", "forgetting (%)", ""),
         ):
             lines.append(f"{name:<18}{_accuracy(results[key])}{meaning}")
+        if results.get("LA_real") is not None:
+            lines.insert(
+                -2,
+                f"{'LA, real (%)':<18}{_accuracy(results['LA_real'])}   what as many real images give instead of samples",
+            )
     if results.get("own_classifier") is not None:
         lines.append(f"{'own classifier':<18}{results['own_classifier']['LA']:>8.2f} (LA in %)")
     losses = results["held_out_loss"]

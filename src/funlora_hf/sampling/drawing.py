@@ -39,6 +39,7 @@ def draw_samples(
     num_inference_steps: int,
     tolerance: float = 1e-5,
     guidance: Guidance | None = None,
+    guidance_scale: float = 1.0,
 ) -> Samples:
     """Images of one class, repeatable to the bit on one machine and thread count.
 
@@ -49,7 +50,7 @@ def draw_samples(
         purpose: part of the seed, so that images for one use are not those of another.
         seed: of the run.
         batch_size: images at once; another batch size gives other images.
-        solver, num_inference_steps, guidance: as in the pipeline.
+        solver, num_inference_steps, guidance, guidance_scale: as in the pipeline.
         tolerance: rtol and atol of "dopri5".
 
     Raises:
@@ -72,6 +73,7 @@ def draw_samples(
                 generator=generator,
                 output_type="pt",
                 guidance=guidance,
+                guidance_scale=guidance_scale,
             )
             parts.append(torch.as_tensor(output.images, device="cpu"))
             evaluations.append(output.nfe)

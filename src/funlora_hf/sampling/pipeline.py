@@ -1,5 +1,6 @@
 """FunLoraPipeline: sample the classes of a base and of its adapters in one call."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -20,6 +21,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapters.base_fingerprint import base_tensors
@@ -149,6 +151,7 @@ class FunLoraPipeline(DiffusionPipeline):
         output_type: str = ...,
         return_dict: Literal[True] = ...,
         guidance: Guidance | None = ...,
+        guidance_scale: float = ...,
     ) -> FunLoraPipelineOutput: ...
 
     @overload
@@ -164,6 +167,7 @@ class FunLoraPipeline(DiffusionPipeline):
         *,
         return_dict: Literal[False],
         guidance: Guidance | None = ...,
+        guidance_scale: float = ...,
     ) -> tuple[Images, int]: ...
 
     @torch.no_grad()
@@ -178,6 +182,7 @@ class FunLoraPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         guidance: Guidance | None = None,
+        guidance_scale: float = 1.0,
     ) -> FunLoraPipelineOutput | tuple[Images, int]:
         r"""
         Sample one image of each requested class.
@@ -198,28 +203,36 @@ class FunLoraPipeline(DiffusionPipeline):
                 Whether to return a [`FunLoraPipelineOutput`] instead of a tuple.
             guidance ([`Guidance`], *optional*):
                 Steers the samples towards a higher score of the image, such as a classifier's.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                w of `v_base + w (v - v_base)`, where v is the velocity of the class, and v_base that of the base without adapters, at the
+                mean of its class vectors. Above 1, samples look more like their class and less unlike each other, for twice the evaluations.
 
         Returns:
             [`FunLoraPipelineOutput`] or `tuple`: the images, in the requested order, and the number of evaluations.
 
         Raises:
-            ValueError: unknown class, solver or output type, no class at all, less than one step, or samples that are not finite.
+            ValueError: unknown class, solver or output type, no class at all, less than one step, a `guidance_scale` that is not
+                a number of at least 0, or samples that are not finite.
 
-        Source: arXiv 2510.02631, sampling by an ODE solver [text]; the default solver and steps are [ours].
+        Source: arXiv 2510.02631, sampling by an ODE solver [text]; the default solver and steps are [ours]. Guidance by a scale is
+            classifier-free guidance (arXiv 2207.12598 [text]), with the base in place of a model without classes [ours].
         """
         _check_sampling(solver, num_inference_steps, output_type)
+        if not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` is {guidance_scale!r}, expected a number of at least 0; 1 is none.")
         class_ids = self._class_ids(class_labels)
         noise = self._noise(len(class_ids), generator)
         # Sorted here by class, the batch is not sorted again in every adapted layer.
         order = sorted(range(len(class_ids)), key=class_ids.__getitem__)
         class_ids = [class_ids[index] for index in order]
-        with self._velocities(class_ids) as velocity:
+        with self._guided_velocities(class_ids, guidance_scale) as velocity:
             velocity = velocity if guidance is None else partial(guidance, velocity)
             parts = [[class_id] for class_id in class_ids]
             output = self._solve(velocity, noise[order], parts, num_inference_steps, solver, rtol, atol)
         sample = torch.empty_like(output.sample)
         sample[order] = output.sample
-        return self._output(sample, output.nfe, output_type, return_dict)
+        nfe = output.nfe * (1 if guidance_scale == 1 else 2)
+        return self._output(sample, nfe, output_type, return_dict)
 
     @overload
     def interpolate(
@@ -525,14 +538,14 @@ class FunLoraPipeline(DiffusionPipeline):
             raise ValueError("`class_labels` is empty, expected one class for every image.")
         return class_ids
 
-    def _embedding_rows(self, class_ids: Sequence[int]) -> torch.Tensor | None:
+    def _embedding_rows(self, class_ids: Sequence[int | None]) -> torch.Tensor | None:
         rows = {class_id: row for row, class_id in enumerate(self.base_classes)}
         # An adapter class has its own vector; its row does not matter.
         return torch.tensor([rows.get(class_id, 0) for class_id in class_ids]) if rows else None
 
     @contextmanager
-    def _velocities(self, class_ids: Sequence[int]) -> Iterator[Velocity]:
-        """dx/dsigma of a batch of these classes, whose adapters act in the context."""
+    def _velocities(self, class_ids: Sequence[int | None]) -> Iterator[Velocity]:
+        """dx/dsigma of a batch of these classes, whose adapters act in the context; None: no adapter acts."""
         self._follow_unet()
         rows = self._embedding_rows(class_ids)
 
@@ -544,6 +557,40 @@ class FunLoraPipeline(DiffusionPipeline):
         base = set(self.base_classes)
         with self._adapters.acting([None if class_id in base else class_id for class_id in class_ids]):
             yield velocity
+
+    @contextmanager
+    def _guided_velocities(self, class_ids: Sequence[int], guidance_scale: float) -> Iterator[Velocity]:
+        """As `_velocities`, with guidance away from the base."""
+        if guidance_scale == 1:
+            with self._velocities(class_ids) as velocity:
+                yield velocity
+            return
+        count = len(class_ids)
+        with self._velocities([*class_ids, *[None] * count]) as both, self._at_mean_vector(count):
+
+            def velocity(sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+                own, base = both(sigma, torch.cat([state, state])).chunk(2)
+                return base + guidance_scale * (own - base)
+
+            yield velocity
+
+    @contextmanager
+    def _at_mean_vector(self, count: int) -> Iterator[None]:
+        """Give the last `count` samples of a batch the mean of the base's class vectors."""
+        embedding = uncompiled(self.unet).class_embedding
+        if embedding is None:
+            yield
+            return
+        mean = base_tensors(uncompiled(self.unet))["class_embedding.weight"].mean(dim=0)
+
+        def replaced(module: nn.Module, args: Any, vectors: torch.Tensor) -> torch.Tensor:
+            return torch.cat([vectors[:-count], mean.to(vectors).expand(count, -1)])
+
+        handle = embedding.register_forward_hook(replaced)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _noise(self, batch: int, generator: Generators) -> torch.Tensor:
         if isinstance(generator, list) and len(generator) != batch:

@@ -237,7 +237,7 @@ class PromptedClasses:
             class_labels: all of one task.
             num_inference_steps: of the scheduler.
             generator: draws the noise.
-            of_flows: what only solvers of flows and `FunLoraPipeline` itself use.
+            of_flows: what only solvers of flows and `FunLoraPipeline` itself use; guidance is that of the strategy's options.
         """
         strategy, options, (channels, size) = self.strategy, self.strategy.options, self.strategy.setting.image_shape
         strategy.use(class_labels[0])

@@ -30,7 +30,7 @@ from ...tuner.learning_rates import kind_of
 from ...tuner_base.meta_shapes import adapted_shape
 from ...utils.files import file_sha256
 from ..base import BASE_PHASE, arrange, base_shape, label_rows, load_pipeline, save_base, trainable_unet
-from ..config import MEAN
+from ..config import ALPHA_RATE, MEAN
 from ..strategy import (
     Batch,
     Phase,
@@ -272,7 +272,7 @@ class FunLora(Strategy):
         # The base's dropout is on, as when the base was trained.
         model.train()
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        factors = {name: getattr(self.setting.training, RATES[kind]) for name in parameters if (kind := kind_of(name))}
+        factors = {name: self._rate(kind) for name in parameters if (kind := kind_of(name))}
         # All adapters of a phase start alike.
         config = next(iter(model.peft_config.values()))
         started_from = getattr(config, "started_from", None) or {}
@@ -304,11 +304,16 @@ class FunLora(Strategy):
             )
         return list(folders.values())
 
+    def _rate(self, kind: str) -> float:
+        """Return the multiple of the learning rate for parameters of a kind."""
+        rate = getattr(self.setting.training, RATES[kind])
+        return ALPHA_RATE if rate is None else rate
+
     def _check_rates(self, config: PeftConfig) -> None:
         """Raise a ValueError for a rate of parameters that the adapters do not have."""
         kinds = {kind_of(name) for name, _ in adapted_shape(self._unet_shape(), config).named_parameters()}
         for kind, name in RATES.items():
-            if kind not in kinds and (rate := getattr(self.setting.training, name)) != 1:
+            if kind not in kinds and (rate := getattr(self.setting.training, name)) not in (1, None):
                 raise ValueError(
                     f"`{name}` is {rate:g}, but the adapters have no {kind.replace('_', ' ')}: leave it out."
                 )

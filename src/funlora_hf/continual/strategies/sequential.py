@@ -254,5 +254,5 @@ def check_one_generator(strategy: Strategy, takes: Collection[str]) -> None:
             f"`adapter_start` is {start!r}, which `strategy` {strategy.name!r} does not use: leave it out."
         )
     for name in RATES.values():
-        if (rate := getattr(setting.training, name)) != 1:
+        if (rate := getattr(setting.training, name)) not in (1, None):
             raise ValueError(f"`{name}` is {rate:g}, which `strategy` {strategy.name!r} does not use: leave it out.")
