@@ -2,7 +2,7 @@
 
     python examples/ablation.py --output_dir outputs/ablation --num_workers 2
     python examples/ablation.py --config digits_2-2 --tables rivals solvers --seeds 0 1 \
-        --learning_rates 5e-3 1e-2 2e-2 4e-2
+        --learning_rates 5e-3 1e-2 2e-2 4e-2 --alpha_rates 1 3 10
 
 Trains one base per seed and then every variant on it, and writes `ablation.md`, `ablation.csv`, `ablation.json` and, with
 `--learning_rates`, `learning_rates.json` into `--output_dir`. Started again with the same arguments, it runs what is not finished. All arguments of
