@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-import shlex
 import sys
+from itertools import chain
 from pathlib import Path
 
-from seed_tables import as_csv
+from seed_tables import as_csv, provenance
 
 from ablation.runner import AblationArguments, run_ablation
 from ablation.tables import ablation_rows, as_markdown
@@ -37,13 +36,7 @@ def main() -> None:
         logging.getLogger(__name__).debug("details", exc_info=True)
         sys.exit(f"error: {error}")
     rows = ablation_rows(results, ablation.tables)
-    versions = next((run["versions"] for runs in results.values() for run in runs if run is not None), {})
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "versions": versions,
-        "rows": rows,
-    }
+    record = {**provenance(chain(*results.values())), "rows": rows}
     output_dir = Path(reference.training.output_dir)
     contents = {
         "ablation.json": json.dumps(record, indent=2) + "\n",
