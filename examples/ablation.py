@@ -2,7 +2,7 @@
 
     python examples/ablation.py --output_dir outputs/ablation --num_workers 2
     python examples/ablation.py --config digits_2-2 --tables rivals solvers --seeds 0 1 \
-        --learning_rates 5e-3 1e-2 2e-2 4e-2
+        --learning_rates 5e-3 1e-2 2e-2 4e-2 --alpha_rates 1 3 10
 
 Trains one base per seed and then every variant on it, and writes `ablation.md`, `ablation.csv`, `ablation.json` and, with
 `--learning_rates`, `learning_rates.json` into `--output_dir`. Started again with the same arguments, it runs what is not finished. All arguments of
@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-import shlex
 import sys
+from itertools import chain
 from pathlib import Path
 
-from seed_tables import as_csv
+from seed_tables import as_csv, provenance
 
 from ablation.runner import AblationArguments, run_ablation
 from ablation.tables import ablation_rows, as_markdown
@@ -37,13 +36,7 @@ def main() -> None:
         logging.getLogger(__name__).debug("details", exc_info=True)
         sys.exit(f"error: {error}")
     rows = ablation_rows(results, ablation.tables)
-    versions = next((run["versions"] for runs in results.values() for run in runs if run is not None), {})
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "versions": versions,
-        "rows": rows,
-    }
+    record = {**provenance(chain(*results.values())), "rows": rows}
     output_dir = Path(reference.training.output_dir)
     contents = {
         "ablation.json": json.dumps(record, indent=2) + "\n",

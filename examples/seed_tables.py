@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
+import platform
+import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
+
+
+def provenance(runs: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """How a table was made: the command, the machine, and the versions of the first of the runs that has results."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
+        "versions": next((run["versions"] for run in runs if run is not None), {}),
+    }
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> str:

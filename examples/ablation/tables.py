@@ -8,7 +8,7 @@ from typing import Any
 
 from seed_tables import markdown_table, mean_and_std, spread_text
 
-from ablation.variants import TABLES, Variant
+from ablation.variants import TABLES, Variant, has_alpha
 
 
 Results = Mapping[str, Sequence[Mapping[str, Any] | None]]
@@ -17,16 +17,18 @@ Results = Mapping[str, Sequence[Mapping[str, Any] | None]]
 _COLUMNS: dict[str, tuple[int, Callable[[Mapping[str, Any]], float | None]]] = {
     "LA (%)": (2, lambda run: run["LA"]),
     "AIA (%)": (2, lambda run: run["AIA"]),
-    "held-out loss": (4, lambda run: _mean_of_adapter_classes(run)),
+    "held-out loss": (4, lambda run: mean(losses_after_base(run).values())),
     "PPC": (0, lambda run: run["parameters_per_class"]),
     "PPC with vector": (0, lambda run: run["parameters_per_class_with_vector"]),
     "NFE": (1, lambda run: run["nfe"]),
     "seconds": (0, lambda run: run["seconds"]["total"]),
     "learning rate": (4, lambda run: run["settings"]["ContinualTrainingArguments"]["adapter_learning_rate"]),
+    "alpha's multiple": (0, lambda run: _alpha_rate(run["settings"])),
 }
 # Settings rather than measurements: the same in every run of a variant, but for the numbers of layers that are chosen by
 # importance, of which the mean is shown.
-_WITHOUT_SPREAD = ("PPC", "PPC with vector", "learning rate")
+_RATES = ("learning rate", "alpha's multiple")
+_WITHOUT_SPREAD = ("PPC", "PPC with vector", *_RATES)
 
 
 def ablation_rows(results: Results, tables: Sequence[str]) -> list[dict[str, Any]]:
@@ -68,12 +70,19 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
     digits, _ = _COLUMNS[column]
     if row[column] is None:
         return "-"
-    if column == "learning rate":
+    if column in _RATES:
         return f"{row[column]:g}"
     return spread_text(row[column], row.get(f"{column} std"), digits)
 
 
-def _mean_of_adapter_classes(run: Mapping[str, Any]) -> float:
-    """The loss over the classes that came after the base: those of task 1 are the same in every variant."""
+def losses_after_base(run: Mapping[str, Any]) -> dict[str, float]:
+    """The held-out loss of each class that came after the base, by id: those of task 1 are the same in every run on one base."""
     losses = run["held_out_loss"]["per_class"]
-    return mean(losses[str(class_id)] for task in run["tasks"][1:] for class_id in task)
+    return {str(class_id): losses[str(class_id)] for task in run["tasks"][1:] for class_id in task}
+
+
+def _alpha_rate(settings: Mapping[str, Any]) -> float | None:
+    model = settings["ModelArguments"]
+    if not has_alpha(model["peft_method"], model["function"]):
+        return None
+    return settings["ContinualTrainingArguments"]["adapter_alpha_rate"]

@@ -17,7 +17,7 @@ from funlora_hf.evaluation.tables import OUTSIDE_DATA
 LABEL = "label"
 # Arguments that all runs share or that the comparison sets. Those of the data are no choice either: other tasks or
 # images would be no comparison.
-_NO_CHOICE = {
+NO_CHOICE = {
     "output_dir",
     "overwrite_output_dir",
     "resume_from_checkpoint",
@@ -91,7 +91,7 @@ def parse_choices(entries: Sequence[str]) -> list[Choice]:
     return choices
 
 
-def split_entry(entry: str) -> tuple[str, dict[str, str]]:
+def split_entry(entry: str, field: str = "strategies") -> tuple[str, dict[str, str]]:
     """The name, and the texts of the values by key; raises a ValueError for a part that is no key=value."""
     name, _, rest = str(entry).partition(":")
     texts: dict[str, str] = {}
@@ -99,19 +99,21 @@ def split_entry(entry: str) -> tuple[str, dict[str, str]]:
     for part in re.split(r",(?=\s*\w+\s*=)", rest) if rest.strip() else []:
         key, equals, text = (piece.strip() for piece in part.partition("="))
         if not (key and equals and text):
-            raise ValueError(f"`strategies` has {entry!r} with {part!r}, expected 'name:key=value,key=value'.")
+            raise ValueError(f"`{field}` has {entry!r} with {part!r}, expected 'name:key=value,key=value'.")
         if key in texts:
-            raise ValueError(f"`strategies` has {entry!r} with {key!r} twice, expected it once.")
+            raise ValueError(f"`{field}` has {entry!r} with {key!r} twice, expected it once.")
         texts[key] = text
     return name, texts
 
 
-def check_different(what: str, values: Sequence[str], entries: Sequence[str], problem: str) -> None:
+def check_different(
+    what: str, values: Sequence[str], entries: Sequence[str], problem: str, field: str = "strategies"
+) -> None:
     """Raise a ValueError that says what the problem is, if two entries have the same value."""
     for value in values:
         same = [entry for entry, own in zip(entries, values, strict=True) if own == value]
         if len(same) > 1:
-            raise ValueError(f"`strategies` has {', '.join(map(repr, same))}, which {problem} ({what} {value!r}).")
+            raise ValueError(f"`{field}` has {', '.join(map(repr, same))}, which {problem} ({what} {value!r}).")
 
 
 def _parse(entry: str) -> Choice:
@@ -122,15 +124,15 @@ def _parse(entry: str) -> Choice:
         field.name
         for part in (ModelArguments, ContinualTrainingArguments, EvaluationArguments)
         for field in fields(part)
-        if field.name not in _NO_CHOICE
+        if field.name not in NO_CHOICE
     ]
     label = texts.pop(LABEL, None)
     options, arguments = {}, {}
     for key, text in texts.items():
         if key in known_options:
-            options[key] = _value(entry, key, text)
+            options[key] = yaml_value(entry, key, text)
         elif key in known_arguments:
-            arguments[key] = _value(entry, key, text)
+            arguments[key] = yaml_value(entry, key, text)
         else:
             raise ValueError(
                 f"`strategies` has {entry!r} with {key!r}, expected {LABEL!r}, an option of {name!r} "
@@ -149,17 +151,18 @@ def _parse(entry: str) -> Choice:
 
 
 def _choice(name: str, options: Mapping[str, Any], arguments: Mapping[str, Any], label: str | None = None) -> Choice:
-    return Choice(name, options, arguments, label or name, _key(name, {**options, **arguments}))
+    return Choice(name, options, arguments, label or name, folder_key(name, {**options, **arguments}))
 
 
-def _value(entry: str, key: str, text: str) -> Any:
+def yaml_value(entry: str, key: str, text: str, field: str = "strategies") -> Any:
+    """The value of a key's text; raises a ValueError for what is no YAML."""
     try:
         return parse_value(text)
     except ValueError as error:
-        raise ValueError(f"`strategies` has {entry!r}, where {key!r} is not valid YAML: {text!r}.") from error
+        raise ValueError(f"`{field}` has {entry!r}, where {key!r} is not valid YAML: {text!r}.") from error
 
 
-def _key(name: str, values: Mapping[str, Any]) -> str:
+def folder_key(name: str, values: Mapping[str, Any]) -> str:
     """A name for folders: readable, safe in every file system, different for different values."""
     if not values:
         return name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from funlora_hf.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
-# Only the held-out loss is wanted.
-_CHEAP_EVALUATION = {
+# Of a run of which only the held-out loss is wanted.
+CHEAP_EVALUATION = {
     "evaluation": True,
     "num_samples_per_class": 1,
     "num_probe_samples": 1,
@@ -90,18 +90,28 @@ def rate_argument(strategy: str) -> str:
     return f"{strategy_class(strategy).prefix}_learning_rate"
 
 
-def check_rates(rates: Iterable[float] | None) -> None:
-    """Raise a ValueError unless all are finite numbers above 0."""
+def check_rates(rates: Iterable[float] | None, argument: str = "learning_rates") -> None:
+    """Raise a ValueError that names the argument unless all are finite numbers above 0."""
     for rate in rates or ():
         if not 0 < rate < math.inf:
-            raise ValueError(f"`learning_rates` has {rate:g}, expected numbers above 0.")
+            raise ValueError(f"`{argument}` has {rate:g}, expected numbers above 0.")
 
 
 def choose_learning_rates(
     candidates: Sequence[Candidate], rates: Sequence[float], output_dir: Path, num_workers: int
 ) -> dict[str, float]:
+    """The rate of each candidate with the lowest held-out loss, by key; all as `search_learning_rates`, whose losses are written to
+    `learning_rates.json`."""
+    scores = search_learning_rates(candidates, rates, output_dir, num_workers)
+    write_json(output_dir / RATES_FILE, rates_record(candidates, scores))
+    return {key: of_key.best for key, of_key in scores.items()}
+
+
+def search_learning_rates(
+    candidates: Sequence[Candidate], rates: Sequence[float], output_dir: Path, num_workers: int
+) -> dict[str, Scores]:
     """
-    The rate of each candidate with the lowest held-out loss, written with all losses to `learning_rates.json`.
+    The held-out loss of each candidate by rate.
 
     Every run learns the first task after the base, and the second if the strategy changes past classes, on four fifths of the
     training images; its loss is that of flow matching on the last fifth, as the mean over all classes seen, the base's too, so
@@ -115,7 +125,7 @@ def choose_learning_rates(
         num_workers: runs at a time.
 
     Returns:
-        The rate by key.
+        The scores by key; at least one loss of each candidate is finite.
 
     Raises:
         ValueError: a candidate has no held-out loss.
@@ -153,15 +163,29 @@ def choose_learning_rates(
                 candidate.label,
                 scores[candidate.key].best,
             )
-    chosen = {key: of_key.best for key, of_key in scores.items()}
-    write_json(output_dir / RATES_FILE, _record(candidates, scores))
-    return chosen
+    return scores
+
+
+def rates_record(candidates: Sequence[Candidate], scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """What `learning_rates.json` tells of a search."""
+    return {
+        "criterion": "held-out flow-matching loss, mean over all classes of the first tasks",
+        "num_tasks": {candidate.key: _num_tasks(candidate) for candidate in candidates},
+        "seed": candidates[0].arguments.training.seed if candidates else None,
+        "arguments": {candidate.key: candidate.argument for candidate in candidates},
+        "chosen": {key: of_key.best for key, of_key in scores.items()},
+        "at_edge": [key for key, of_key in scores.items() if of_key.is_at_edge],
+        "losses": {
+            key: {f"{rate:g}": None if math.isinf(loss) else loss for rate, loss in sorted(of_key.losses.items())}
+            for key, of_key in scores.items()
+        },
+    }
 
 
 def _job(candidate: Candidate, rate: float, folder: Path) -> Job:
     path = folder / candidate.key / f"{rate:g}"
     arguments = candidate.arguments
-    changes: dict[str, Any] = {**_CHEAP_EVALUATION, "output_dir": str(path)}
+    changes: dict[str, Any] = {**CHEAP_EVALUATION, "output_dir": str(path)}
     changes["num_tasks"] = _num_tasks(candidate)
     changes["validation_fraction"] = arguments.data.validation_fraction or VALIDATION_FRACTION
     strategy = arguments.training.strategy
@@ -179,18 +203,3 @@ def _num_tasks(candidate: Candidate) -> int:
 def _loss(results: dict[str, Any] | None) -> float:
     loss = None if results is None else results["held_out_loss"]["mean"]
     return math.inf if loss is None or not math.isfinite(loss) else loss
-
-
-def _record(candidates: Sequence[Candidate], scores: dict[str, Scores]) -> dict[str, Any]:
-    return {
-        "criterion": "held-out flow-matching loss, mean over all classes of the first tasks",
-        "num_tasks": {candidate.key: _num_tasks(candidate) for candidate in candidates},
-        "seed": candidates[0].arguments.training.seed if candidates else None,
-        "arguments": {candidate.key: candidate.argument for candidate in candidates},
-        "chosen": {key: of_key.best for key, of_key in scores.items()},
-        "at_edge": [key for key, of_key in scores.items() if of_key.is_at_edge],
-        "losses": {
-            key: {f"{rate:g}": None if math.isinf(loss) else loss for rate, loss in sorted(of_key.losses.items())}
-            for key, of_key in scores.items()
-        },
-    }

@@ -16,6 +16,7 @@ ASKED = (
     *("--variants", "add", "euler_2"),
     # Too low and too high at both ends, so that no more are tried.
     *("--learning_rates", "1e-9", "2e-2", "9e2"),
+    *("--alpha_rates", "1", "10"),
 )
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ablation.py"
 
@@ -83,13 +84,20 @@ def test_solvers_sample_the_adapters_of_the_reference(finished):
 
 
 @pytest.mark.slow
-def test_the_chosen_rate_is_the_best_and_is_used(finished):
+def test_the_chosen_rates_are_the_best_and_are_used(finished):
     rates = json.loads((finished / "learning_rates.json").read_text())
-    for key, losses in rates["losses"].items():
-        best = min(losses, key=losses.__getitem__)
-        assert rates["chosen"][key] == float(best)
+    assert set(rates["losses"]) == {f"{key}_alpha_{m}" for key in ("funlora", "add") for m in (1, 10)}
+    for key in ("funlora", "add"):
+        losses = {m: rates["losses"][f"{key}_alpha_{m}"] for m in (1, 10)}
+        of_pairs = {(float(r), m): v for m, of_rates in losses.items() for r, v in of_rates.items() if v is not None}
+        best = min(of_pairs, key=of_pairs.__getitem__)
         results = json.loads((finished / "seed_1" / key / "results.json").read_text())
-        assert results["settings"]["ContinualTrainingArguments"]["adapter_learning_rate"] == float(best)
+        training = results["settings"]["ContinualTrainingArguments"]
+        assert (training["adapter_learning_rate"], training["adapter_alpha_rate"]) == best
+        assert tuple(rates["pairs"][key].values()) == best
+    # The solver's run has the reference's.
+    rows = list(csv.DictReader((finished / "ablation.csv").open()))
+    assert len({row["alpha's multiple"] for row in rows if row["variant"] in ("mul", "euler, 2 steps")}) == 1
 
 
 @pytest.mark.slow

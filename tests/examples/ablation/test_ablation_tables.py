@@ -4,6 +4,7 @@ import csv
 import io
 from statistics import mean, stdev
 
+import pytest
 from seed_tables import as_csv
 
 from ablation.tables import ablation_rows, as_markdown
@@ -20,7 +21,10 @@ def run_of(value: float) -> dict:
         "parameters_per_class_with_vector": 1164,
         "nfe": 12,
         "seconds": {"total": 60 + value},
-        "settings": {"ContinualTrainingArguments": {"adapter_learning_rate": 0.02}},
+        "settings": {
+            "ContinualTrainingArguments": {"adapter_learning_rate": 0.02, "adapter_alpha_rate": 3.0},
+            "ModelArguments": {"peft_method": "funlora", "function": "cosine"},
+        },
     }
 
 
@@ -36,7 +40,7 @@ def test_means_and_spreads():
     assert row["LA (%) std"] == stdev([90, 90.5, 91])
     # The classes of the base are left out: they are the same in every variant.
     assert abs(row["held-out loss"] - mean([0.3, 0.8, 1.3])) < 1e-12
-    assert row["learning rate"] == 0.02
+    assert (row["learning rate"], row["alpha's multiple"]) == (0.02, 3)
 
 
 def test_a_failed_run_is_left_out_and_counted():
@@ -67,3 +71,14 @@ def test_markdown_rounds_and_shows_the_spread():
         "| operations | mul | 3 | 90.50 ± 0.50 | 95.50 ± 0.50 | 0.8000 ± 0.5000 | 1,036 | 1,164 |"
     )
     assert "| 12.0 |" in lines[2]
+    assert lines[0].endswith("| learning rate | alpha's multiple |")
+    assert lines[2].endswith("| 0.02 | 3 |")
+
+
+@pytest.mark.parametrize(("peft_method", "function"), [("vanilla_mul", "cosine"), ("funlora", "identity")])
+def test_adapters_without_alpha_have_no_multiple(peft_method, function):
+    run = run_of(0.0)
+    run["settings"]["ModelArguments"] = {"peft_method": peft_method, "function": function}
+    rows = ablation_rows(results(add=[run]), ["operations"])
+    assert [row["alpha's multiple"] for row in rows] == [3, None, 3]
+    assert as_markdown(rows).splitlines()[3].endswith("| 0.02 | - |")
