@@ -339,7 +339,7 @@ def test_a_repository_counts_what_is_pushed(inside, hub):
     added = add_classes("cross", REPO, output_dir="mine", adapter_train_steps=1)
     assert (added.base, added.trained) == (REPO, (8,))
     # Without a run, the defaults of FunLoRA.
-    assert added.classes[8]["recipe"]["ContinualTrainingArguments"]["adapter_learning_rate"] == 2e-2
+    assert added.classes[8]["recipe"]["ContinualTrainingArguments"]["adapter_learning_rate"] == 3e-2
     config = read_json(inside / "mine" / "adapters" / "class_8" / "adapter_config.json")
     assert config["base_model_name_or_path"] == REPO
     draw(inside / "7")

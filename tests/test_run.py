@@ -403,7 +403,7 @@ def test_a_folder_with_a_run_is_refused(copy):
     before = digests(copy)
     with pytest.raises(FileExistsError, match=r"`output_dir` out holds this run, which is finished"):
         run(short_run())
-    with pytest.raises(ValueError, match=r"adapter_learning_rate was 0\.02 and is 0\.1"):
+    with pytest.raises(ValueError, match=r"adapter_learning_rate was 0\.03 and is 0\.1"):
         run(short_run(resume_from_checkpoint="latest", adapter_learning_rate=0.1))
     assert digests(copy) == before
 
@@ -757,7 +757,7 @@ def test_continuing_starts_from_the_adapter_and_retraining_does_not(copy):
     for mode in ("continue", "retrain"):
         run(short_run(update_class=6, update_mode=mode, adapter_train_steps=1, adapter_learning_rate=1e-6))
         distances[mode] = max((tensor - trained[key]).abs().max().item() for key, tensor in load_file(path).items())
-    assert distances["continue"] < 1e-5 < 1e-3 < distances["retrain"]
+    assert distances["continue"] < 2e-5 < 1e-3 < distances["retrain"]
 
 
 def test_updating_does_not_heed_what_the_arguments_say_of_an_adapter(copy):
