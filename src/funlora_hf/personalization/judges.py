@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from ..evaluation.features import FeatureExtractor
+from ..evaluation.features import FeatureExtractor, extract_features
 from .arguments import ConceptEvaluationArguments
 from .concepts import Concept
 from .pictures import load_images
@@ -106,47 +106,54 @@ class TinyJudge:
         return {"background": (found["background"] == wanted).float()}
 
 
-class ClipJudge:
+class _FeatureJudge:
+    """Judges by the features of an extractor."""
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        self.extractor = extractor
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return features of images, `(n, d)`, on the CPU."""
+        return extract_features(self.extractor, images, batch_size=_BATCH).cpu()
+
+    def to_references(self, found: torch.Tensor, concept: Concept, size: int) -> torch.Tensor:
+        """Return the mean cosine of features `(n, d)` to those of a concept's references, read in this size, `(n,)`."""
+        return image_similarity(found, self.features(load_images(concept.references, size=size)))
+
+    def similarity(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        return functional.cosine_similarity(self.features(images), self.features(others))
+
+
+class ClipJudge(_FeatureJudge):
     """
     Scores of a concept: "clip_i", the mean cosine to the references; "clip_t", the cosine to the prompt without the token; "clip_score",
     of which papers print 100 times: 2.5 max(clip_t, 0). Of base prompts: "clip_t".
     """
 
-    def __init__(self, features: ClipFeatures) -> None:
-        self.features = features
+    extractor: ClipFeatures
 
     def concept(self, images: torch.Tensor, concept: Concept, prompts: Sequence[str]) -> Scores:
-        found = _features(self.features, images)
-        references = _features(self.features, load_images(concept.references, size=images.shape[-1]))
+        found = self.features(images)
         cosines = text_similarity(found, self._texts(prompts))
-        return {"clip_i": image_similarity(found, references), "clip_t": cosines, "clip_score": clip_score(cosines)}
+        to_references = self.to_references(found, concept, images.shape[-1])
+        return {"clip_i": to_references, "clip_t": cosines, "clip_score": clip_score(cosines)}
 
     def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
-        return {"clip_t": text_similarity(_features(self.features, images), self._texts(prompts))}
-
-    def similarity(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        return functional.cosine_similarity(_features(self.features, images), _features(self.features, others))
+        return {"clip_t": text_similarity(self.features(images), self._texts(prompts))}
 
     def _texts(self, prompts: Sequence[str]) -> torch.Tensor:
         texts = list(dict.fromkeys(prompts))
-        return self.features.texts(texts)[[texts.index(prompt) for prompt in prompts]].cpu()
+        return self.extractor.texts(texts)[[texts.index(prompt) for prompt in prompts]].cpu()
 
 
-class DinoJudge:
+class DinoJudge(_FeatureJudge):
     """Score of a concept: "dino_i", the mean cosine to the references."""
 
-    def __init__(self, features: DinoFeatures) -> None:
-        self.features = features
-
     def concept(self, images: torch.Tensor, concept: Concept, prompts: Sequence[str]) -> Scores:
-        references = _features(self.features, load_images(concept.references, size=images.shape[-1]))
-        return {"dino_i": image_similarity(_features(self.features, images), references)}
+        return {"dino_i": self.to_references(self.features(images), concept, images.shape[-1])}
 
     def base(self, images: torch.Tensor, prompts: Sequence[str]) -> Scores:
         return {}
-
-    def similarity(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        return functional.cosine_similarity(_features(self.features, images), _features(self.features, others))
 
 
 def judges(config: ConceptEvaluationArguments, *, tiny: bool, device: torch.device) -> list[Judge]:
@@ -156,9 +163,3 @@ def judges(config: ConceptEvaluationArguments, *, tiny: bool, device: torch.devi
     found += [] if clip is None else [ClipJudge(ClipFeatures(str(clip), device=device))]
     found += [] if config.dino_model is None else [DinoJudge(DinoFeatures(config.dino_model, device=device))]
     return found
-
-
-@torch.no_grad()
-def _features(extractor: FeatureExtractor, images: torch.Tensor) -> torch.Tensor:
-    device = next(extractor.parameters()).device
-    return torch.cat([extractor(part.to(device)).cpu() for part in images.split(_BATCH)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -26,6 +26,7 @@ _DINO_SIZE: dict[str, Any] = {
 
 # Types of transformers in which the class token comes first.
 _DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+_SOURCE: dict[str, Any] = {"revision": "main", "trust_remote_code": False}
 
 
 class ClipFeatures(FeatureExtractor):
@@ -35,7 +36,6 @@ class ClipFeatures(FeatureExtractor):
 
     Args:
         name: folder or repository of a `CLIPModel`, in safetensors.
-        revision: branch, tag or commit of the repository.
         device: where the model is.
 
     Raises:
@@ -45,12 +45,11 @@ class ClipFeatures(FeatureExtractor):
 
     name = "clip"
 
-    def __init__(self, name: str, *, revision: str | None = None, device: str | torch.device = "cpu") -> None:
+    def __init__(self, name: str, *, device: str | torch.device = "cpu") -> None:
         super().__init__()
-        source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-        self.model, self.processor = _load(CLIPModel, name, ("clip",), source)
+        self.model, self.processor = _load(CLIPModel, name, ("clip",))
         self.model.to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, **_SOURCE)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images to features."""
@@ -75,23 +74,14 @@ class DinoFeatures(FeatureExtractor):
     """The class token of DINO, or of another vision transformer that has one first.
 
     Images, uint8 `(n, 3, h, w)`, become float32 `(n, d)`: their shorter side is resized to 256, bicubic, and the centre of 224 x 224 kept.
-
-    Args:
-        name: folder or repository of a `ViTModel` or `Dinov2Model`, in safetensors.
-        revision: branch, tag or commit of the repository.
-        device: where the model is.
-
-    Raises:
-        OSError: there is no such model, or not in safetensors.
-        ValueError: it is of another type, or lacks weights.
+    Arguments and errors are those of [`ClipFeatures`]; the model is a `ViTModel` or a `Dinov2Model`.
     """
 
     name = "dino"
 
-    def __init__(self, name: str, *, revision: str | None = None, device: str | torch.device = "cpu") -> None:
+    def __init__(self, name: str, *, device: str | torch.device = "cpu") -> None:
         super().__init__()
-        source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-        self.model, own = _load(AutoModel, name, _DINO_TYPES, source)
+        self.model, own = _load(AutoModel, name, _DINO_TYPES)
         self.model.to(device)
         self.processor = CLIPImageProcessor(**_DINO_SIZE, image_mean=own.image_mean, image_std=own.image_std)
 
@@ -159,17 +149,17 @@ def scores_over_time(matrix: Sequence[Sequence[float]]) -> dict[str, Any]:
     }
 
 
-def _load(kind: Any, name: str, types: tuple[str, ...], source: Mapping[str, Any]) -> tuple[Any, Any]:
+def _load(kind: Any, name: str, types: tuple[str, ...]) -> tuple[Any, Any]:
     """Load a model, all of whose weights come from the file, and its processor of images."""
     check_not_mistyped("name", name)
-    found = AutoConfig.from_pretrained(name, **source).model_type
+    found = AutoConfig.from_pretrained(name, **_SOURCE).model_type
     if found not in types:
         raise ValueError(f"{name!r} is a model of type {found!r}, expected one of {', '.join(types)}.")
     # DINO's files have no pooler.
     options = {"add_pooling_layer": False} if found == "vit" else {}
     with quiet_loading():
-        model, info = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **source, **options)
-        processor = AutoImageProcessor.from_pretrained(name, **source)
+        model, info = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **_SOURCE, **options)
+        processor = AutoImageProcessor.from_pretrained(name, **_SOURCE)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{name!r} has no weights for {missing[0]!r} and {len(missing) - 1} more: it is damaged.")
     return model.eval().float(), processor
