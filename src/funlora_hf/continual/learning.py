@@ -194,6 +194,11 @@ class LearningStrategy(ABC):
         """Return the first task whose classes a phase reads."""
         return next(task for task in self.setting.tasks if set(phase.class_ids) & set(task.class_ids))
 
+    def is_past(self, task: Task) -> bool:
+        """Return whether the generator after a task is gone, since it has learned a later one."""
+        later = (phase for task in self.setting.tasks[task.index + 1 :] for phase in self.phases(task))
+        return self.learning_changes_past_classes and any(map(self.is_finished, later))
+
     @property
     def method_name(self) -> str | None:
         """The method of a class's adapter, a key of `PEFT_METHODS`; None if the strategy has no adapters."""

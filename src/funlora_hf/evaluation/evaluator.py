@@ -87,7 +87,7 @@ class RunEvaluator:
             return
         if self._measured(task) is not None:
             return
-        if self._is_past(task):
+        if self.strategy.is_past(task):
             logger.warning("Task %d is not evaluated: the generator has learned a later task since.", task.index + 1)
             return
         started = time.perf_counter()
@@ -140,7 +140,7 @@ class RunEvaluator:
         """Delete what can be sampled and measured again."""
         self.folder.forget_samples()
         for task in self.tasks:
-            if not self._is_past(task):
+            if not self.strategy.is_past(task):
                 self._record(task).unlink(missing_ok=True)
 
     def sampled_classes(self, task: Task) -> tuple[int, ...]:
@@ -416,13 +416,6 @@ class RunEvaluator:
         """Return what was measured after a task with the present settings; records of earlier versions name no settings."""
         record = read_mapping(self._record(task)) if self._record(task).is_file() else None
         return None if record is None or record.get("settings", self._settings) != self._settings else record
-
-    def _is_past(self, task: Task) -> bool:
-        """Return whether the state of the generator after the task is gone."""
-        strategy, later = self.strategy, self.tasks[task.index + 1 :]
-        return strategy.learning_changes_past_classes and any(
-            strategy.is_finished(phase) for one in later for phase in strategy.phases(one)
-        )
 
     def _environment(self) -> dict[str, Any]:
         """Return what the last bits of a result may depend on."""

@@ -86,7 +86,7 @@ class ConceptEvaluator:
             return
         changes = self.strategy.learning_changes_past_classes
         seen = self.setting.seen(task) if changes else task.class_ids
-        if self._is_past(task):
+        if self.strategy.is_past(task):
             return
         # Each process's share does not depend on what others have measured in the meantime.
         mine = seen[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -239,13 +239,6 @@ class ConceptEvaluator:
 
     def _own_task(self, class_id: int) -> Task:
         return next(task for task in self.tasks if class_id in task.class_ids)
-
-    def _is_past(self, task: Task) -> bool:
-        """Return whether the model after the task is gone."""
-        strategy, later = self.strategy, self.tasks[task.index + 1 :]
-        return strategy.learning_changes_past_classes and any(
-            strategy.is_finished(phase) for one in later for phase in strategy.phases(one)
-        )
 
 
 def pairs_with_prompts(concepts: Mapping[int, Concept]) -> list[tuple[tuple[int, int], str]]:
