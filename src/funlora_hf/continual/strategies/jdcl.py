@@ -110,12 +110,7 @@ class Jdcl(Finetune):
         return [Phase(f"{_LOCAL}{task.index + 1}", task.class_ids, settings, independent=False), *phases]
 
     def phase_settings(self, task: Task) -> PhaseSettings:
-        """Settings in which each class seen so far is seen as often as by funlora, as in `replay`."""
-        seen = len(self.setting.seen(task))
-        settings = self.scaled(seen)
-        # An epoch counts only the images of new classes.
-        epochs = None if settings.epochs is None else -(-settings.epochs * seen // len(task.class_ids))
-        return replace(settings, epochs=epochs)
+        return self.scaled_to_seen(task)
 
     def replay_evaluations(self, task: Task) -> int:
         per_image = expected_evaluations(self.options.solver, self.options.num_inference_steps)

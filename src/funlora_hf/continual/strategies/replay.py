@@ -6,8 +6,6 @@ Source: deep generative replay (Shin et al. 2017, arXiv 1705.08690) [text], with
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from diffusers import UNet2DModel
 from torch import nn
@@ -35,12 +33,7 @@ class Replay(Replaying, Finetune):
         self._teacher: UNet2DModel | None = None
 
     def phase_settings(self, task: Task) -> PhaseSettings:
-        """Settings in which each class seen so far, old or new, is seen as often as by funlora: the steps grow with the tasks."""
-        seen = len(self.setting.seen(task))
-        settings = self.scaled(seen)
-        # An epoch counts only the images of new classes.
-        epochs = None if settings.epochs is None else -(-settings.epochs * seen // len(task.class_ids))
-        return replace(settings, epochs=epochs)
+        return self.scaled_to_seen(task)
 
     def build(self, phase: Phase) -> Trainable:
         if self.options.distillation and phase.name != BASE_PHASE and not is_classifier(phase):

@@ -142,6 +142,14 @@ class Sequential(Strategy):
         """Settings in which each class is seen as often as by funlora, which trains the classes one by one."""
         return self.scaled(len(task.class_ids))
 
+    def scaled_to_seen(self, task: Task) -> PhaseSettings:
+        """Settings in which each class seen so far, old or new, is seen as often as by funlora: the steps grow with the tasks."""
+        seen = len(self.setting.seen(task))
+        settings = self.scaled(seen)
+        # An epoch counts only the images of new classes.
+        epochs = None if settings.epochs is None else -(-settings.epochs * seen // len(task.class_ids))
+        return replace(settings, epochs=epochs)
+
     def scaled(self, num_classes: int) -> PhaseSettings:
         """Settings for the images of several classes at once: steps, epochs and batch of an adapter, the rest by `prefix`.
 
