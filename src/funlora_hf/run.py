@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,6 @@ from accelerate.utils import InitProcessGroupKwargs, str_to_bool
 from .continual.base import ExistingBase, find_base, local_source
 from .continual.batches import RealImages
 from .continual.config import (
-    ARGUMENTS,
     DIGITS_UNET,
     LATEST,
     ContinualTrainingArguments,
@@ -90,9 +89,7 @@ class RunArguments:
             ConceptsError: a run of concepts.
         """
         refuse_concepts(folder, Path(folder))
-        written = RunFolder(Path(folder)).settings()
-        given = ({one.name: written[part.__name__][one.name] for one in fields(part)} for part in ARGUMENTS)
-        arguments = cls(*(part(**values) for part, values in zip(ARGUMENTS, given, strict=True)))
+        arguments = cls(*RunFolder(Path(folder)).read_arguments())
         arguments.training.output_dir = os.fspath(folder)
         return arguments
 

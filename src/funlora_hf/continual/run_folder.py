@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,7 +12,7 @@ from typing import Any, ClassVar
 from ..adapters.class_folder import ADAPTERS_FOLDER, LORAS_FOLDER, adapter_name
 from ..utils.arguments import as_options
 from ..utils.checks import shortened
-from ..utils.files import read_mapping, recover_folder, remove_folder, write_json
+from ..utils.files import delete, read_mapping, recover_folder, remove_folder, write_json
 from .config import ARGUMENTS, EvaluationArguments, measuring_settings
 
 
@@ -116,11 +115,7 @@ class RunFolder:
         present = [name for name in self._contents if (self.path / name).exists()]
         if present and overwrite:
             self._check_deletion(present, needed or {})
-            for path in [self.path / name for name in present]:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+            delete(self.path / name for name in present)
             present = []
         if present and not resume:
             raise FileExistsError(self._there(present, settings))
@@ -158,6 +153,13 @@ class RunFolder:
             defaults = {one.name: one.default for one in fields(part)}
             written[part.__name__] = {**defaults, **written.get(part.__name__, {})}
         return written
+
+    def read_arguments(self) -> list[Any]:
+        """Return the arguments of the run in the folder, one of each of `arguments`. Raises what `settings` does."""
+        written = self.settings()
+        return [
+            part(**{one.name: written[part.__name__][one.name] for one in fields(part)}) for part in self.arguments
+        ]
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raise a ValueError unless a run with these settings can go on here. Those of the evaluation may change until it is finished."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..adapters.untrusted_adapter import fetch_repository, read_config
 from ..adapters.untrusted_base import PIPELINE, base_classes
 from ..sampling.pipeline import FunLoraPipeline
 from ..utils.checks import check_choice
-from ..utils.files import read_mapping, read_tensors, whole_file, write_json
+from ..utils.files import delete, read_mapping, read_tensors, refuse_links, whole_file, write_json
 from ..utils.locks import folder_lock
 from .classes_json import INDEX, known_contents
 from .repository import HubRepository
@@ -162,11 +161,7 @@ def _traces(folder: Path, class_label: int) -> list[Path]:
     name = adapter_name(class_label)
     traces = [folder / ADAPTERS_FOLDER / name, folder / "figures" / f"{name}.png", *_grids_with(folder, class_label)]
     traces += [path for path in (folder / "checkpoints").rglob(f"{name}*") if path.stem == name]
-    for path in (*traces, *{path.parent for path in traces}):
-        if path.is_symlink():
-            raise ValueError(
-                f"{os.fspath(path)!r} is a link, and its target may be needed elsewhere: delete it yourself."
-            )
+    refuse_links(traces)
     return traces
 
 
@@ -182,11 +177,7 @@ def _delete_from_folder(folder: Path, class_label: int, traces: list[Path]) -> b
     if str(class_label) in (added := _added(results)):
         others = {key: one for key, one in added.items() if key != str(class_label)}
         write_json(results, {**read_mapping(results), "added": others})
-    for path in traces:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    delete(traces)
     return had_it
 
 

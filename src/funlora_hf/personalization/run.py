@@ -25,7 +25,6 @@ from ..text_to_image.objective import Objective
 from ..utils.checks import did_you_mean
 from ..utils.files import file_sha256
 from .arguments import (
-    CONCEPT_ARGUMENTS,
     TINY,
     ConceptArguments,
     ConceptEvaluationArguments,
@@ -81,13 +80,10 @@ class ConceptRunArguments:
             FileNotFoundError: there is no run in the folder.
             ValueError: a run of classes.
         """
-        written = ConceptFolder(Path(folder)).settings()
-        if "ModelArguments" in written:
+        run = ConceptFolder(Path(folder))
+        if "ModelArguments" in run.settings():
             raise ValueError(f"{os.fspath(folder)!r} holds a run of classes, expected one of `funlora personalize`.")
-        given = [
-            part(**{one.name: written[part.__name__][one.name] for one in fields(part)}) for part in CONCEPT_ARGUMENTS
-        ]
-        arguments = cls(*given)
+        arguments = cls(*run.read_arguments())
         arguments.training.output_dir = os.fspath(folder)
         return arguments
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from ..hub.concept_folders import CONCEPT_FILE, CONCEPT_FILES
 from ..hub.repository import HubRepository
 from ..hub.what_to_push import pipeline_files, warn_without_base
 from ..utils.checks import check_choice
-from ..utils.files import read_mapping, write_json
+from ..utils.files import delete, read_mapping, refuse_links, write_json
 from ..utils.locks import folder_lock
 from .concept_folder import CARD, ConceptRecord, SavedConcept, parse_record
 from .found_concepts import check_weights, find_concepts
@@ -190,11 +189,7 @@ def delete_concept(
         if folder is not None and name in (added := results.get("added", {})):
             others = {key: one for key, one in added.items() if key != name}
             write_json(folder / RESULTS, {**results, "added": others})
-        for path in traces:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        delete(traces)
         return [*places, *(["output_dir"] if name in own else [])]
 
 
@@ -261,11 +256,7 @@ def _traces(folder: Path, name: str) -> list[Path]:
     traces = [folder / "concepts" / name, *(grid for grid in grids if int(grid.stem.rpartition("_")[2]) >= first)]
     own = {name: "checkpoints/evaluation", f"concept_{name}": "checkpoints"}
     traces += [path for stem, place in own.items() for path in (folder / place).rglob(f"{stem}*") if path.stem == stem]
-    for path in (*traces, *{path.parent for path in traces}):
-        if path.is_symlink():
-            raise ValueError(
-                f"{os.fspath(path)!r} is a link, and its target may be needed elsewhere: delete it yourself."
-            )
+    refuse_links(traces)
     return traces
 
 

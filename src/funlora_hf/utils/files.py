@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,24 @@ def remove_folder(path: Path) -> None:
     with contextlib.suppress(OSError):
         os.replace(path, leaving)
         shutil.rmtree(leaving, ignore_errors=True)
+
+
+def delete(paths: Iterable[Path]) -> None:
+    """Delete files and folders with all that is in them; those that are gone already are ignored."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def refuse_links(paths: Collection[Path]) -> None:
+    """Raise a ValueError if one of the paths that are about to be deleted, or the folder of one, is a link."""
+    for path in (*paths, *{path.parent for path in paths}):
+        if path.is_symlink():
+            raise ValueError(
+                f"{os.fspath(path)!r} is a link, and its target may be needed elsewhere: delete it yourself."
+            )
 
 
 def _temporary(path: Path) -> Path:
