@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from ..cards.model_cards import adapter_card, place_of_base
+from ..cards.model_cards import adapter_card, place_of
 from ..recipes.reading import MOST_BYTES, load_yaml
 from ..tuner import FunLoraConfig
 from ..tuner.hotswap import SAVED_PREFIX, plain_key
@@ -251,6 +251,6 @@ def save_adapter_tensors(
             class_name=class_name or own_name or (name if label is None else str(label)),
             parameters=sum(tensor.numel() for tensor in tensors.values()),
             num_bytes=(temporary / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
-            place=place_of_base(config),
+            place=place_of(config.base_model_name_or_path, config.revision),
         )
         card.save(temporary / "README.md")

@@ -59,11 +59,6 @@ class Place:
     base_is_unet: bool = False
 
 
-def place_of_base(config: PeftConfig) -> Place:
-    """Return the base that an adapter's config names, if it is a repository; a local path does not help others."""
-    return place_of(config.base_model_name_or_path, config.revision)
-
-
 def place_of(base: str | None, revision: str | None) -> Place:
     """Return a base, if it is a repository; a local path does not help others."""
     named = repository(base)

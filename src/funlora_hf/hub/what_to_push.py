@@ -17,7 +17,7 @@ from ..adapters.base_fingerprint import base_fingerprints
 from ..adapters.class_folder import ADAPTERS_FOLDER, adapter_class, adapter_folders
 from ..adapters.untrusted_adapter import SavedAdapter, read_adapter
 from ..adapters.untrusted_base import GENERATOR_FOLDERS, PIPELINE, base_classes, read_unet
-from ..cards.model_cards import ClassRow, Place, adapter_card, place_of_base
+from ..cards.model_cards import ClassRow, Place, adapter_card, place_of
 from ..utils.checks import CONFIG_FINGERPRINT, check_not_mistyped
 from ..utils.files import read_json, read_mapping
 from .classes_json import CARD, results_without
@@ -84,7 +84,7 @@ class AdapterFolder:
     @property
     def base_on_hub(self) -> Place:
         """The base that its config names, if it is a repository."""
-        return place_of_base(self.adapter.config)
+        return place_of(self.adapter.config.base_model_name_or_path, self.adapter.config.revision)
 
     def row(self, results: Mapping[str, Any] | None, link: str) -> ClassRow:
         """Its row in the table of classes."""
