@@ -390,7 +390,7 @@ class _Addition(Run):
                 begun = self.added.begun()
                 for class_id, record in records.items():
                     _warn_of_dropped_steps(record, begun.get(class_id, {}))
-                    self.added.begin(class_id, record)
+                    self.added.keep(adapter_name(class_id), record)
             self.accelerator.wait_for_everyone()
             new = Task(1, tuple(class_id for class_id in data.class_names if class_id not in there))
             # An adapter may start from those in the folder, but not from those of this call, which a kill may have left.
@@ -456,7 +456,8 @@ class _Addition(Run):
             class_id: self._record(class_id, name, digest)
             for (class_id, name), digest in zip(data.class_names.items(), self.digests.values(), strict=True)
         }
-        same = {c for c, record in records.items() if c in begun and _is_same(record, begun[c])}
+        keys = ("class_name", "images", "sha256", "recipe")
+        same = {c for c, one in records.items() if all(begun.get(c, {}).get(key) == one[key] for key in keys)}
         clashing = [c for c in data.class_names if c in known and c not in same]
         if clashing:
             raise ValueError(
@@ -518,7 +519,3 @@ def _warn_of_dropped_steps(record: Mapping[str, Any], before: Mapping[str, Any])
             changed.append("other images")
         what = f"class {record['class_name']} was begun with other settings ({', '.join(changed)})"
         logger.warning("%s: its steps so far are dropped", what)
-
-
-def _is_same(record: Mapping[str, Any], begun: Mapping[str, Any]) -> bool:
-    return all(begun.get(key) == record[key] for key in ("class_name", "images", "sha256", "recipe"))

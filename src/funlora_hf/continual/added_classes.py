@@ -51,7 +51,7 @@ class AddedClasses(AddedPhases):
     """Records of classes whose adapters are added to a folder, that of a run or one of adapters alone."""
 
     def begun(self) -> dict[int, dict[str, Any]]:
-        """Return the records that `begin` was given, by id."""
+        """Return the records of classes that `keep` was given, by id."""
         records = {class_in_name(name): record for name, record in self.records("class_", key="class_name").items()}
         return {class_id: record for class_id, record in records.items() if class_id is not None}
 
@@ -59,10 +59,6 @@ class AddedClasses(AddedPhases):
         """Return id -> name of the classes that have begun and have no adapter yet."""
         begun = self.begun().items()
         return {c: one["class_name"] for c, one in begun if not (self.folder.adapters / adapter_name(c)).is_dir()}
-
-    def begin(self, class_id: int, record: Mapping[str, Any]) -> None:
-        """Keep the record of a class, with its "class_name"; see `keep`."""
-        self.keep(adapter_name(class_id), record)
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """Return the records of the classes whose adapter exists, by id as text, with the seconds that it took."""

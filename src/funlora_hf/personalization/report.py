@@ -43,6 +43,7 @@ def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str
         loss_curves(losses, folder.figures / "training_loss.png")
         _grids(evaluator, order)
     records = [[evaluator.record(class_id, task) for class_id in setting.seen(task)] for task in evaluator.tasks]
+    measured = records if strategy.learning_changes_past_classes else records[-1:]  # each record once
     results = {
         "strategy": strategy.name,
         "strategy_options": setting.training.strategy_options or {},
@@ -77,7 +78,7 @@ def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str
         "seconds": {
             "training": sum(record["seconds"] for record in phases.values()) + preparation,
             "preparation": preparation,
-            "evaluation": sum(one["seconds"] for row in _own(records, evaluator) for one in row if one is not None),
+            "evaluation": sum(one["seconds"] for row in measured for one in row if one is not None),
             "phases": {name: record["seconds"] for name, record in phases.items()},
         },
         "settings": run_settings(*settings),
@@ -144,11 +145,6 @@ def _grids(evaluator: ConceptEvaluator, order: Sequence[int]) -> None:
                 evaluator.folder.figures / f"samples_task_{task.index + 1}.png",
                 title=f"After concept {task.index + 1}",
             )
-
-
-def _own(records: Sequence[Sequence[Any]], evaluator: ConceptEvaluator) -> Sequence[Sequence[Any]]:
-    """Return the records, each once."""
-    return records if evaluator.strategy.learning_changes_past_classes else records[-1:]
 
 
 def _means(records: Mapping[str, Mapping[str, float]], first: str) -> dict[str, float]:
