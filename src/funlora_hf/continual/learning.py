@@ -196,7 +196,7 @@ class LearningStrategy(ABC):
 
     def is_past(self, task: Task) -> bool:
         """Return whether the generator after a task is gone, since it has learned a later one."""
-        later = (phase for task in self.setting.tasks[task.index + 1 :] for phase in self.phases(task))
+        later = (phase for one in self.setting.tasks[task.index + 1 :] for phase in self.phases(one))
         return self.learning_changes_past_classes and any(map(self.is_finished, later))
 
     @property
