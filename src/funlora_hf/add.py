@@ -164,8 +164,7 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Added:
-    """
-    The result of `add_classes`.
+    """The result of `add_classes`.
 
     Args:
         base: run, pipeline or repository that has the base.
@@ -190,21 +189,19 @@ def add_classes(
     termination: Termination | None = None,
     **settings: Any,
 ) -> Added:
-    """
-    Train an adapter for each class of a dataset; change nothing else.
+    """Train an adapter for each class of a dataset; change nothing else.
 
     The classes get ids above those of the base, of adapters and banks beside it and of classes that a run has yet to learn. All
     images are used for training, except those of a test split, and nothing is evaluated. If the process is killed, the same call
     continues, and writes the same bytes.
 
     Args:
-        images (`str` or `os.PathLike`):
-            Folder of images, which is one class with the folder's name; folder of class subfolders; or any dataset that `dataset_name`
-            of a run accepts, on the Hub with its owner.
+        images (`str` or `os.PathLike`): Folder of images, which is one class with the folder's name; folder of class
+            subfolders; or any dataset that `dataset_name` of a run accepts, on the Hub with its owner.
         to (`str` or `os.PathLike`): folder of a run or of a pipeline, or repository of a base.
         class_name (`str`, *optional*): name of the class, if there is only one.
-        output_dir (`str` or `os.PathLike`, *optional*):
-            Folder for `adapters/class_<id>/`. None: the run itself; required for a pipeline and a repository.
+        output_dir (`str` or `os.PathLike`, *optional*): Folder for `adapters/class_<id>/`. None: the run itself; required for
+            a pipeline and a repository.
         revision (`str`, *optional*): branch, tag or commit of the repository.
         termination ([`Termination`], *optional*): an entered context, to stop at a checkpoint at SIGTERM and SIGINT.
         **settings:
@@ -238,8 +235,7 @@ def add_classes(
 
 @dataclass(frozen=True)
 class _Target:
-    """
-    Where classes are added.
+    """Where classes are added.
 
     Args:
         name: run, pipeline or repository that has the base.

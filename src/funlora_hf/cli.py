@@ -55,8 +55,7 @@ _HELP_SOURCE = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """
-    Run the command.
+    """Run the command.
 
     Args:
         arguments (sequence of `str`, *optional*): arguments of the command; None: the arguments of the process.

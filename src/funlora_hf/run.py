@@ -95,8 +95,7 @@ class RunArguments:
 
 
 def run(arguments: RunArguments, *, termination: Termination | None = None) -> dict[str, Any] | None:
-    """
-    Train, evaluate and report, or resume a run that was stopped.
+    """Train, evaluate and report, or resume a run that was stopped.
 
     Args:
         arguments ([`RunArguments`]): the arguments of the run.
@@ -123,8 +122,7 @@ def run(arguments: RunArguments, *, termination: Termination | None = None) -> d
 
 
 def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None = None) -> dict[str, Any] | None:
-    """
-    Evaluate a finished run, later or again: rewrite the results of evaluation in results.json and in figures/.
+    """Evaluate a finished run, later or again: rewrite the results of evaluation in results.json and in figures/.
 
     If the strategy changes its generator, only its last state can be evaluated.
 
@@ -151,8 +149,7 @@ def evaluate(folder: str | os.PathLike, evaluation: EvaluationArguments | None =
 
 
 def dry_run(arguments: RunArguments) -> str:
-    """
-    Measure what a run would cost on this machine, by a few steps in a temporary folder.
+    """Measure what a run would cost on this machine, by a few steps in a temporary folder.
 
     Args:
         arguments ([`RunArguments`]): the arguments of the run.
@@ -485,12 +482,11 @@ def _check_launcher(training: LoopArguments) -> None:
 
 
 def make_accelerator(training: Any) -> Accelerator:
-    """
-    Make the accelerator of a process.
+    """Make the accelerator of a process.
 
     Args:
-        training ([`ContinualTrainingArguments`]):
-            Arguments with `mixed_precision`, `gradient_accumulation_steps`, `report_to` and `output_dir`; other scripts pass theirs.
+        training ([`ContinualTrainingArguments`]): Arguments with `mixed_precision`, `gradient_accumulation_steps`,
+            `report_to` and `output_dir`; other scripts pass theirs.
 
     Raises:
         ValueError: one of these settings is not available here, or differs from the launcher's.

@@ -168,8 +168,7 @@ def parse_evaluation(arguments: Sequence[str], *, prog: str | None = None) -> tu
 
 @warnings_as_lines()
 def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> None:
-    """
-    Run the command.
+    """Run the command.
 
     Args:
         arguments (sequence of `str`, *optional*): arguments of the command; None: the arguments of the process.

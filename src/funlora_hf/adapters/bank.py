@@ -25,8 +25,7 @@ from .untrusted_base import check_names_differ, load_base
 
 
 class AdapterBank(ClassRows):
-    """
-    Many FunLoRA adapters of one configuration for one model; one of them is live.
+    """Many FunLoRA adapters of one configuration for one model; one of them is live.
 
     With PEFT, the model has an adapter for every class, and each of them takes time whenever one is added or activated.
     Here the model has one adapter, and a class is one row of numbers: activating it is one copy, however many classes there
@@ -34,10 +33,9 @@ class AdapterBank(ClassRows):
     (`mixed_batch`) the model gets one more adapter for each class in the batch.
 
     Args:
-        model (`torch.nn.Module`):
-            The base, such as a `UNet2DModel`; its layers are wrapped in place. Or a model that has this adapter already.
-        config (`FunLoraConfig`):
-            Config of the adapters, without `modules_to_save`.
+        model (`torch.nn.Module`): The base, such as a `UNet2DModel`; its layers are wrapped in place. Or a model that has
+            this adapter already.
+        config (`FunLoraConfig`): Config of the adapters, without `modules_to_save`.
         adapter_name (`str`, *optional*, defaults to `"live"`): name of the one adapter in the model.
 
     Raises:
@@ -73,8 +71,7 @@ class AdapterBank(ClassRows):
         return self._active
 
     def activate(self, class_label: int | None) -> None:
-        """
-        Make a class live in the model, or the base, with None.
+        """Make a class live in the model, or the base, with None.
 
         It takes one copy of a few kilobytes, independent of the number of classes. Do not call it between a forward and its
         backward.
@@ -91,8 +88,7 @@ class AdapterBank(ClassRows):
 
     @contextmanager
     def mixed_batch(self, class_labels: Sequence[int | None]) -> Iterator[None]:
-        """
-        Run each sample of a batch through the adapter of its class, as the function `mixed_batch` does for adapters by name.
+        """Run each sample of a batch through the adapter of its class, as the function `mixed_batch` does for adapters by name.
 
         Args:
             class_labels (`Sequence[int | None]`): the class of every sample; None: the base. Batches sorted by class run fastest.
@@ -116,8 +112,7 @@ class AdapterBank(ClassRows):
         local_files_only: bool = False,
         ignore_base_fingerprint: bool = False,
     ) -> int:
-        """
-        Add the class of a saved adapter. Only its JSON and its safetensors file are read.
+        """Add the class of a saved adapter. Only its JSON and its safetensors file are read.
 
         Args:
             source, subfolder, revision, class_label, class_name, local_files_only, ignore_base_fingerprint: as in
@@ -148,8 +143,7 @@ class AdapterBank(ClassRows):
     def add_tensors(
         self, state_dict: Mapping[str, torch.Tensor], *, class_label: int, class_name: str | None = None
     ) -> int:
-        """
-        Add a class by its tensors, as PEFT saves them: what `get_peft_model_state_dict` gives.
+        """Add a class by its tensors, as PEFT saves them: what `get_peft_model_state_dict` gives.
 
         Args and errors are those of `add`.
         """
@@ -190,8 +184,7 @@ class AdapterBank(ClassRows):
         *,
         ignore_base_fingerprint: bool = False,
     ) -> AdapterBank:
-        """
-        Load a bank from a file that `save` wrote. The rows stay in the file, which is mapped into memory, until they are used.
+        """Load a bank from a file that `save` wrote. The rows stay in the file, which is mapped into memory, until they are used.
 
         Args:
             file (`str` or `os.PathLike`): the file; it must not change while the bank is in use.
@@ -220,8 +213,7 @@ class AdapterBank(ClassRows):
         local_files_only: bool = False,
         ignore_base_fingerprint: bool = False,
     ) -> AdapterBank:
-        """
-        Make a bank of the classes in a repository that has a folder `class_<id>` for each, as `push_all` writes it.
+        """Make a bank of the classes in a repository that has a folder `class_<id>` for each, as `push_all` writes it.
 
         Args:
             source (`str` or `os.PathLike`): the repository, or a folder with the same layout.

@@ -45,17 +45,15 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def base_fingerprint(model: nn.Module, *, dtype: torch.dtype | None = None) -> str:
-    """
-    Compute the SHA-256 over names, shapes, dtypes and bytes of a base's tensors, in the order of their names.
+    """Compute the SHA-256 over names, shapes, dtypes and bytes of a base's tensors, in the order of their names.
 
     It does not depend on the files of the base, the device, the memory format, any adapters in the model, or whether
     diffusers has fused its projections (`fuse_qkv_projections`).
 
     Args:
         model (`torch.nn.Module`): the base, such as a `UNet2DModel`, with or without adapters of PEFT.
-        dtype (`torch.dtype`, *optional*):
-            Cast floating-point tensors to it first, which gives the fingerprint of the base loaded in this dtype. None: do not
-            cast.
+        dtype (`torch.dtype`, *optional*): Cast floating-point tensors to it first, which gives the fingerprint of the base
+            loaded in this dtype. None: do not cast.
 
     Returns:
         `str`: 64 hexadecimal digits.
@@ -117,8 +115,7 @@ def config_fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 class FingerprintCheck:
-    """
-    Checks adapters against one base, which is hashed once, and again only after a change.
+    """Checks adapters against one base, which is hashed once, and again only after a change.
 
     Detects in-place changes tracked by torch and new storage or dtype, but not `tensor.data.mul_(2)`.
 
@@ -133,13 +130,11 @@ class FingerprintCheck:
         self._has_warned = False
 
     def check(self, config: PeftConfig, source: str) -> None:
-        """
-        Raise a [`BaseMismatchError`] if an adapter's config names another base.
+        """Raise a [`BaseMismatchError`] if an adapter's config names another base.
 
         Args:
-            config (`PeftConfig`):
-                Config of the adapter. Those of other methods have no fingerprint, so there is nothing to check. The first FunLoRA
-                adapter without one gives a warning.
+            config (`PeftConfig`): Config of the adapter. Those of other methods have no fingerprint, so there is nothing to
+                check. The first FunLoRA adapter without one gives a warning.
             source (`str`): where the adapter comes from, for the message.
         """
         stored: Mapping[str, str] | None = getattr(config, "base_fingerprint", None)

@@ -122,16 +122,14 @@ def save_adapter(
     class_label: int | None = None,
     class_name: str | None = None,
 ) -> None:
-    """
-    Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors` and a card, `README.md`.
+    """Write one adapter of a model: `adapter_config.json`, `adapter_model.safetensors` and a card, `README.md`.
 
     PEFT's `save_pretrained` writes neither the card nor the fingerprint by which `load_adapter` and `funlora verify` recognize
     the base. The folder appears whole or not at all, and replaces the folder of an adapter. Equal adapters give equal bytes.
 
     Args:
-        model (`torch.nn.Module`):
-            The model with the adapter: a PeftModel, or a model with adapters inside, such as `pipe.unet` after `add_adapter`;
-            it may be compiled or wrapped for several processes, of which one calls this.
+        model (`torch.nn.Module`): The model with the adapter: a PeftModel, or a model with adapters inside, such as
+            `pipe.unet` after `add_adapter`; it may be compiled or wrapped for several processes, of which one calls this.
         folder (`str` or `os.PathLike`): the folder to write.
         adapter_name (`str`, *optional*, defaults to `"default"`): name of the adapter in the model.
         class_label (`int`, *optional*): id of the class; None: the one in the config, or in `adapter_name` as `class_<id>`.

@@ -35,8 +35,7 @@ def differing_settings(config: PeftConfig, expected: FunLoraConfig) -> list[tupl
 
 
 class ClassRows:
-    """
-    FunLoRA adapters of one configuration, stored as rows of numbers. The model has one adapter for each class that acts now.
+    """FunLoRA adapters of one configuration, stored as rows of numbers. The model has one adapter for each class that acts now.
 
     A row `(numel,)` has the tensors of a class, flattened, in the order of the model's modules.
 
@@ -130,8 +129,7 @@ class ClassRows:
         return shared and not differences(self.live_tensors, adapter.shapes)
 
     def place(self, class_labels: Collection[int]) -> dict[int, str]:
-        """
-        Fill adapters in the model with these classes; the live one of a bank does not change.
+        """Fill adapters in the model with these classes; the live one of a bank does not change.
 
         Args:
             class_labels (`Collection[int]`): known classes; duplicates count once.

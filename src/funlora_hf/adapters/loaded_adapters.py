@@ -54,8 +54,7 @@ class _Turn:
 
 
 class ClassAdapters:
-    """
-    The adapters on one model, one for each class, all of one method.
+    """The adapters on one model, one for each class, all of one method.
 
     FunLoRA adapters are rows of a [`ClassRows`], one for each configuration. Adapters of other methods, a FunLoRA adapter with
     `modules_to_save` and all adapters loaded after such a one are adapters of a PeftModel.

@@ -35,16 +35,13 @@ def load_adapter(
     weight_name: str | None = None,
     prefix: str | None = None,
 ) -> nn.Module:
-    """
-    Load an adapter, after checks that it is valid and was trained for this base.
+    """Load an adapter, after checks that it is valid and was trained for this base.
 
     Args:
-        model (`torch.nn.Module`):
-            The base: a component of a pipeline such as `pipe.unet` or `pipe.transformer`, a `UNet2DModel`, or a PeftModel, which
-            gets one more adapter.
-        source (`str` or `os.PathLike`):
-            A folder written by [`save_adapter`] or PEFT's `save_pretrained`, or by `save_lora_adapter` or `save_lora_weights` of
-            diffusers, or a repository on the Hub.
+        model (`torch.nn.Module`): The base: a component of a pipeline such as `pipe.unet` or `pipe.transformer`, a
+            `UNet2DModel`, or a PeftModel, which gets one more adapter.
+        source (`str` or `os.PathLike`): A folder written by [`save_adapter`] or PEFT's `save_pretrained`, or by
+            `save_lora_adapter` or `save_lora_weights` of diffusers, or a repository on the Hub.
         adapter_name (`str`, *optional*): its name in the model; None: `class_<id>` of its class, or "default".
         subfolder (`str`, *optional*): the adapter's folder in the source.
         revision (`str`, *optional*): branch, tag or commit of a repository.
@@ -53,9 +50,8 @@ def load_adapter(
             If it is saved again, its files name this base.
         config (`PeftConfig`, *optional*): config of the adapter, if the files have none, as those of `save_lora_weights`.
         weight_name (`str`, *optional*): name of a file of diffusers, if it is not `pytorch_lora_weights.safetensors`.
-        prefix (`str`, *optional*):
-            For a file of `save_lora_weights`: the part of the pipeline whose adapter to load, such as "text_encoder". None: the model
-            that denoises, if the file has its adapter.
+        prefix (`str`, *optional*): For a file of `save_lora_weights`: the part of the pipeline whose adapter to load, such as
+            "text_encoder". None: the model that denoises, if the file has its adapter.
 
     Returns:
         `torch.nn.Module`: in evaluation mode. For a model of diffusers with `add_adapter` (its `PeftAdapterMixin`) it is `model`

@@ -63,8 +63,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """
-    The contents of an adapter's files, before any of its numbers is read.
+    """The contents of an adapter's files, before any of its numbers is read.
 
     Args:
         source: folder or repository as the caller named it.
@@ -111,13 +110,11 @@ def read_adapter(
     weight_name: str | None = None,
     prefix: str | None = None,
 ) -> SavedAdapter:
-    """
-    Find the adapter in a `subfolder` of a source, as for `fetch`, and read all but its numbers; a repository's files come from one commit.
+    """Find the adapter in a `subfolder` of a source, as for `fetch`, and read all but its numbers; a repository's files come from one commit.
 
     Args:
-        source (`str` or `os.PathLike`):
-            A folder written by PEFT's `save_pretrained`, or by `save_lora_adapter` or `save_lora_weights` of diffusers, or a
-            repository on the Hub.
+        source (`str` or `os.PathLike`): A folder written by PEFT's `save_pretrained`, or by `save_lora_adapter` or
+            `save_lora_weights` of diffusers, or a repository on the Hub.
         subfolder, revision, local_files_only: as for `fetch`.
         config (`PeftConfig`, *optional*): config of the adapter, if the files have none, as those of `save_lora_weights`.
         weight_name, prefix (`str`, *optional*): for a file that diffusers wrote: its name, and the part of the pipeline to read.
@@ -198,8 +195,7 @@ def _without_prefix(entries: Mapping[str, _Value], prefix: str) -> dict[str, _Va
 def fetch(
     source: str | os.PathLike, files: Sequence[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """
-    Return the folder that `source` names, or a local copy of those `files` that a repository has.
+    """Return the folder that `source` names, or a local copy of those `files` that a repository has.
 
     Args:
         source (`str` or `os.PathLike`): a folder, or a repository on the Hub.
@@ -253,8 +249,7 @@ def fetch_repository(
 
 
 def check_download(file: Path) -> None:
-    """
-    Compare a file in the Hub's own cache with its hash, which is its name there. Other files are not checked.
+    """Compare a file in the Hub's own cache with its hash, which is its name there. Other files are not checked.
 
     Raises:
         ValueError: the file was damaged during the download.
@@ -349,8 +344,7 @@ def differences(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.
 
 
 def exact_targets(config: _Config, keys: Collection[str]) -> _Config:
-    """
-    Return the config with exactly the layers of saved tensors, given by their keys, as targets.
+    """Return the config with exactly the layers of saved tensors, given by their keys, as targets.
 
     This replaces regexes, since some of them never end. Another method's list of names stays, unless it is longer than the keys.
     """
@@ -450,8 +444,7 @@ def _check_sizes(config: FunLoraConfig, shapes: Mapping[str, torch.Tensor]) -> N
 
 
 def _check_fields(config: PeftConfig, shapes: Mapping[str, torch.Tensor]) -> None:
-    """
-    Refuse large sizes and counts of another method, since their effect is unknown here, and keys that PEFT would run as a regex,
+    """Refuse large sizes and counts of another method, since their effect is unknown here, and keys that PEFT would run as a regex,
     except names with one wildcard: some regexes never end.
     """
     for field, value in vars(config).items():

@@ -25,8 +25,7 @@ _PARTS = ("config", "layout", "classes")
 
 @dataclass(frozen=True)
 class SavedBank:
-    """
-    The contents of a bank's file, before any of its numbers is read.
+    """The contents of a bank's file, before any of its numbers is read.
 
     Args:
         file: its path, as given.
@@ -68,8 +67,7 @@ class SavedBank:
 
 
 def read_bank(file: str | os.PathLike) -> SavedBank:
-    """
-    Read all but the numbers of a file that `AdapterBank.save` wrote.
+    """Read all but the numbers of a file that `AdapterBank.save` wrote.
 
     Raises:
         FileNotFoundError: no such file.

@@ -49,8 +49,7 @@ _COMPONENTS = {"unet": ("diffusers", "UNet2DModel"), "scheduler": ("diffusers", 
 
 
 def check_base_folder(folder: Path) -> None:
-    """
-    Raise a ValueError that names the file, unless the JSON of a pipeline, U-Net or scheduler names only the classes of such a
+    """Raise a ValueError that names the file, unless the JSON of a pipeline, U-Net or scheduler names only the classes of such a
     base and sizes within limits, and the U-Net's tensors are those of a U-Net without adapters. Without this check, diffusers would
     import any library that a file names, build models of any size, and only warn about missing tensors.
     """
@@ -84,8 +83,7 @@ def _refuse(folder: Path, index: Mapping[str, Any], name: str, expected: str) ->
 
 
 def check_velocity_unet(config: Mapping[str, Any], *, field: str) -> None:
-    """
-    Raise a ValueError that names the field unless a U-Net of this config can give velocities: its time is 1000 * sigma, which has
+    """Raise a ValueError that names the field unless a U-Net of this config can give velocities: its time is 1000 * sigma, which has
     fractions and falls to 0, and its output has the shape of the image.
     """
     kind = config.get("time_embedding_type") or "positional"
@@ -118,8 +116,7 @@ def check_velocity_scheduler(config: Mapping[str, Any], *, field: str) -> None:
 
 
 def check_velocity_base(folder: Path, *, field: str) -> None:
-    """
-    Raise a ValueError that names the field unless FunLoraPipeline accepts the U-Net in a folder and, in a pipeline, its scheduler.
+    """Raise a ValueError that names the field unless FunLoraPipeline accepts the U-Net in a folder and, in a pipeline, its scheduler.
 
     Args:
         folder: folder of a pipeline, or of its U-Net alone.
@@ -134,8 +131,7 @@ def check_velocity_base(folder: Path, *, field: str) -> None:
 
 
 def load_base(config: PeftConfig, *, local_files_only: bool = False) -> UNet2DModel:
-    """
-    Load the U-Net that an adapter was trained for, from the folder or repository of a pipeline or of the U-Net itself.
+    """Load the U-Net that an adapter was trained for, from the folder or repository of a pipeline or of the U-Net itself.
 
     Raises:
         ValueError: the config names no base, or one that cannot be loaded.
@@ -218,8 +214,7 @@ def check_names_differ(id2label: Mapping[int, str]) -> None:
 
 
 def read_unet(folder: Path) -> UNet2DModel:
-    """
-    Load the U-Net in a local folder of a pipeline or of the U-Net itself.
+    """Load the U-Net in a local folder of a pipeline or of the U-Net itself.
 
     Raises:
         ValueError: it cannot be loaded, or its file lacks tensors or has others, about which diffusers only warns.

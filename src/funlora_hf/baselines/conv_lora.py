@@ -24,15 +24,13 @@ BOTTLENECKS = ("kernel", "rank")
 
 @dataclass
 class ConvLoraConfig(ConvAdapterConfig):
-    """
-    The configuration of a [`ConvLoraModel`].
+    """The configuration of a [`ConvLoraModel`].
 
     Args:
         r (`int`): Rank.
         lora_alpha (`int`): The product of the factors is multiplied by `lora_alpha / r`.
-        bottleneck (`str`):
-            "kernel": factors `(r k, C_in k)` and `(C_out k, r k)` for a kernel of k x k, the paper's "LoRA Conv2d v1".
-            "rank": `(r, C_in k)` and `(C_out k, r)`, its "v2".
+        bottleneck (`str`): "kernel": factors `(r k, C_in k)` and `(C_out k, r k)` for a kernel of k x k, the paper's "LoRA
+            Conv2d v1". "rank": `(r, C_in k)` and `(C_out k, r)`, its "v2".
         target_modules, exclude_modules, modules_to_save, trainable_token_indices: see [`ConvAdapterConfig`].
 
     Raises:

@@ -16,16 +16,15 @@ from ..utils.checks import check_names, check_type
 
 @dataclass
 class ConvAdapterConfig(PeftConfig):
-    """
-    The arguments that every method here takes.
+    """The arguments that every method here takes.
 
     Args:
         target_modules (`Union[list[str], str]`): Names of Conv2d modules to adapt, or a regex.
         exclude_modules (`Union[list[str], str]`, *optional*): Names of modules not to adapt, or a regex.
         modules_to_save (`list[str]`, *optional*): Modules besides the adapter that are trained and saved completely.
-        trainable_token_indices (`dict[str, list[int]]`, *optional*):
-            Rows of embeddings that the adapter trains and saves, as in PEFT's `LoraConfig`: `{"class_embedding": [0]}`
-            makes row 0 of a U-Net's class embedding the adapter's class vector.
+        trainable_token_indices (`dict[str, list[int]]`, *optional*): Rows of embeddings that the adapter trains and saves, as
+            in PEFT's `LoraConfig`: `{"class_embedding": [0]}` makes row 0 of a U-Net's class embedding the adapter's class
+            vector.
         init_weights (`bool`): True: the adapter starts as the identity. False: it starts at random values, for tests.
 
     Raises:

@@ -15,8 +15,7 @@ from .model import ConvAdapterConfig, ConvAdapterModel
 
 @dataclass
 class ScaleShiftConfig(ConvAdapterConfig):
-    """
-    The configuration of a [`ScaleShiftModel`]; see [`ConvAdapterConfig`] for its arguments.
+    """The configuration of a [`ScaleShiftModel`]; see [`ConvAdapterConfig`] for its arguments.
 
     Source: arXiv 2510.02631, Table V [exact]: 2 C_in numbers per convolution.
     """

@@ -39,8 +39,7 @@ _JOINERS = "\u200c\u200d"  # not printable, yet parts of words and of emoji
 
 @dataclass(frozen=True)
 class Place:
-    """
-    Where a reader of the card can load an adapter and its base from.
+    """Where a reader of the card can load an adapter and its base from.
 
     A name that does not have the form "user/repo" counts as not on the Hub, so that no local path gets into a card.
 
@@ -70,8 +69,7 @@ def place_of(base: str | None, revision: str | None) -> Place:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """
-    One class in a card of many.
+    """One class in a card of many.
 
     Args:
         class_label: id of the class.
@@ -108,8 +106,7 @@ def adapter_card(
     samples: str | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """
-    The card of one adapter; what is not known is left out.
+    """The card of one adapter; what is not known is left out.
 
     Args:
         config: of the adapter. A FunLoRA adapter's `base_fingerprint` is shown if it has one. What the card says of use depends on
@@ -180,8 +177,7 @@ def repository_card(
     results: Mapping[str, Any] | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """
-    The card at the root of a repository: of a base, alone or with adapters in subfolders, or of adapters of a base elsewhere.
+    """The card at the root of a repository: of a base, alone or with adapters in subfolders, or of adapters of a base elsewhere.
 
     What is not known is left out.
 
@@ -237,8 +233,7 @@ def concept_card(
     place: Place = Place(),
     license: str | None = None,
 ) -> ModelCard:
-    """
-    The card of a concept that a text-to-image pipeline has learned.
+    """The card of a concept that a text-to-image pipeline has learned.
 
     Args:
         about: contents of its `concept.json`: name, token, noun, instance_prompt, strategy, family, resolution, in_model,
@@ -264,8 +259,7 @@ def concept_card(
 def concepts_card(
     abouts: Sequence[Mapping[str, Any]], *, is_tiny: bool = False, place: Place = Place(), license: str | None = None
 ) -> ModelCard:
-    """
-    The card at the root of a repository with a folder for each of some concepts.
+    """The card at the root of a repository with a folder for each of some concepts.
 
     Args:
         abouts: contents of their `concept.json`, as for `concept_card`; the first one is the example.

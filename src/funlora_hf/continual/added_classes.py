@@ -14,8 +14,7 @@ from .run_folder import RunFolder
 
 
 class AddedPhases:
-    """
-    Records of phases that are trained beside the tasks of a run. They are kept in `checkpoints/added/`, so that an `add` that
+    """Records of phases that are trained beside the tasks of a run. They are kept in `checkpoints/added/`, so that an `add` that
     was killed can go on.
 
     Args:

@@ -18,8 +18,7 @@ SAME_SIGNAL = 1.0
 
 
 class Terminated(SystemExit):
-    """
-    The run has stopped after a signal and can be resumed. Unless it is caught, it ends the process with the exit code by which a
+    """The run has stopped after a signal and can be resumed. Unless it is caught, it ends the process with the exit code by which a
     shell reports the signal: 143 after SIGTERM, 130 after SIGINT.
     """
 
@@ -35,16 +34,14 @@ class Terminated(SystemExit):
 
 
 class Termination:
-    """
-    A context in which SIGTERM and SIGINT raise `Terminated` in the main thread: at once, or, in a block of `deferred`, when the
+    """A context in which SIGTERM and SIGINT raise `Terminated` in the main thread: at once, or, in a block of `deferred`, when the
     block asks for it. All files of a run appear whole or not at all, so the run may stop anywhere. A second SIGINT ends the
     process at once, a second SIGTERM changes nothing. A signal that the process ignored at its start stays ignored, as SIGINT in
     the background of a script.
 
     Args:
-        grace (`float`):
-            Seconds after SIGTERM until the process ends. Batch systems rarely wait longer than 10, and Python needs some of
-            these to unload its libraries when a run has stopped.
+        grace (`float`): Seconds after SIGTERM until the process ends. Batch systems rarely wait longer than 10, and Python
+            needs some of these to unload its libraries when a run has stopped.
     """
 
     def __init__(self, grace: float = 7.0) -> None:

@@ -56,8 +56,7 @@ class Listener(Protocol):
 
 @dataclass(eq=False, repr=False)
 class ContinualTrainer:
-    """
-    Runs a strategy over tasks.
+    """Runs a strategy over tasks.
 
     Args:
         strategy ([`LearningStrategy`]): what is trained, and how; its setting has the tasks.

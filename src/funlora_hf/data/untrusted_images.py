@@ -21,8 +21,7 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG",
 
 
 def check_inside(path: str | None, roots: Sequence[str]) -> Path:
-    """
-    Return the file that a row names. Links in the folders of a dataset may lead out of it; names may not.
+    """Return the file that a row names. Links in the folders of a dataset may lead out of it; names may not.
 
     Raises:
         ValueError: there is no such file on this machine, or it is outside of the folders of the dataset.

@@ -25,8 +25,7 @@ _KINDS = {"base_class": str, "classes": list, "base_classes": dict, "base_finger
 
 @dataclass(frozen=True)
 class HubIndex:
-    """
-    What a repository holds.
+    """What a repository holds.
 
     Args:
         base_model: repository of the base, "user/repo"; None: unknown.
@@ -119,8 +118,7 @@ def results_without(results: Mapping[str, Any], class_labels: Collection[int]) -
 
 
 def read_index(file: Path) -> HubIndex:
-    """
-    Read the index from a file.
+    """Read the index from a file.
 
     Raises:
         ValueError: the file does not have the form that `HubIndex.files` writes.

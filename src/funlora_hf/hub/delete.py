@@ -33,8 +33,7 @@ def delete_class(
     repo_id: str | None = None,
     history: str = "keep",
 ) -> list[str]:
-    """
-    Delete the class of an adapter from the given places. No other class changes.
+    """Delete the class of an adapter from the given places. No other class changes.
 
     The repository comes first: if the Hub refuses, nothing has been deleted. Places without the class are skipped. A warning names the
     classes in the folder and in the repository whose adapters started from the deleted one, and how to train them from a cold start.
@@ -43,10 +42,9 @@ def delete_class(
         class_label (`int`): id of the class.
         pipeline ([`FunLoraPipeline`], *optional*): unload the class; its parameters in the model become zeros.
         bank ([`AdapterBank`], *optional*): remove the class; save a file of the bank again afterwards.
-        output_dir (`str` or `os.PathLike`, *optional*):
-            Folder of a run or of a saved pipeline: delete the adapter, its checkpoints, the pictures that show the class, and its
-            entry under `added` in results.json. The measurements in results.json stay. If the run has not ended, it will learn the
-            class again when it is resumed.
+        output_dir (`str` or `os.PathLike`, *optional*): Folder of a run or of a saved pipeline: delete the adapter, its
+            checkpoints, the pictures that show the class, and its entry under `added` in results.json. The measurements in
+            results.json stay. If the run has not ended, it will learn the class again when it is resumed.
         repo_id (`str`, *optional*): repository with the layout of `push_all`.
         history (`str`, *optional*, defaults to `"keep"`): history of the repository, see `delete_class_from_hub`.
 
@@ -100,15 +98,13 @@ def delete_class(
 
 
 def delete_class_from_hub(repo_id: str, class_label: int, *, history: str = "keep") -> CommitInfo | None:
-    """
-    Delete the folder of a class and its line in the card from a repository, in one commit.
+    """Delete the folder of a class and its line in the card from a repository, in one commit.
 
     Args:
         repo_id (`str`): repository with the layout of `push_all`.
         class_label (`int`): id of the class.
-        history (`str`, *optional*, defaults to `"keep"`):
-            "keep": earlier commits and tags still have the class. "squash": a single commit replaces the history; tags of tasks
-            are deleted, those of bases stay.
+        history (`str`, *optional*, defaults to `"keep"`): "keep": earlier commits and tags still have the class. "squash": a
+            single commit replaces the history; tags of tasks are deleted, those of bases stay.
 
     Returns:
         `CommitInfo`, or None if there was no such class. "squash" squashes the history in both cases.

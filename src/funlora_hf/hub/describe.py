@@ -32,8 +32,7 @@ class BaseDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class _StoredDescription:
-    """
-    Fields of both adapters and banks.
+    """Fields of both adapters and banks.
 
     Args:
         name: its place in the source.
@@ -88,8 +87,7 @@ def describe(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Description:
-    """
-    Describe what lies in a source, as `find_contents` takes it.
+    """Describe what lies in a source, as `find_contents` takes it.
 
     Raises:
         FileNotFoundError: nothing to describe.

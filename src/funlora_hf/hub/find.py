@@ -30,8 +30,7 @@ _OTHER_WEIGHTS = ("adapter_model", "diffusion_pytorch_model")
 
 @dataclass(frozen=True)
 class Contents:
-    """
-    What was found in a source, as it was asked for.
+    """What was found in a source, as it was asked for.
 
     Args:
         root: folder on this machine; of a bank's file, the folder that it is in.
@@ -69,13 +68,11 @@ def find_contents(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Contents:
-    """
-    Find what lies in a source; of a repository, fetch it.
+    """Find what lies in a source; of a repository, fetch it.
 
     Args:
-        source (`str` or `os.PathLike`):
-            Folder of a run or of a pipeline, of adapters `class_<id>` or of one adapter; a bank's file; or a repository laid out as
-            one of these folders, in which banks are not looked for.
+        source (`str` or `os.PathLike`): Folder of a run or of a pipeline, of adapters `class_<id>` or of one adapter; a
+            bank's file; or a repository laid out as one of these folders, in which banks are not looked for.
         subfolder (`str`, *optional*): where in it.
         classes (collection of `int`, *optional*): ids of the classes wanted, only their files are fetched; None: all.
         with_base (`bool`, *optional*, defaults to `True`): whether the base of a repository is fetched, too.

@@ -32,8 +32,7 @@ def pull(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> list[Path]:
-    """
-    Copy classes, and their base if asked for, as the folder of a run has them: `adapters/class_<id>/` and `base/`.
+    """Copy classes, and their base if asked for, as the folder of a run has them: `adapters/class_<id>/` and `base/`.
 
     Only configs, safetensors, cards and pictures are taken. All of it is checked before anything is written; adapters also against
     the base, the one that comes along or that of `output_dir`.

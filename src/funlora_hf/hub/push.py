@@ -35,8 +35,7 @@ def push_base(
     license: str | None = None,
     commit_message: str = "Base",
 ) -> CommitInfo | None:
-    """
-    Push a base, without adapters, in one commit with the tag `base-<start of its fingerprint>-<hash of settings and classes>`.
+    """Push a base, without adapters, in one commit with the tag `base-<start of its fingerprint>-<hash of settings and classes>`.
 
     Args:
         pipeline ([`FunLoraPipeline`], `str` or `os.PathLike`): the base, or its folder.
@@ -87,14 +86,13 @@ def push_adapter(
     license: str | None = None,
     commit_message: str | None = None,
 ) -> CommitInfo | None:
-    """
-    Push one adapter of a model, in one commit.
+    """Push one adapter of a model, in one commit.
 
     Args:
         model (`torch.nn.Module`): holds the adapter, as for [`save_adapter`].
         adapter_name (`str`): of the adapter in the model.
-        subfolder (`str`, *optional*):
-            Where in it; `<id>` stands for the class. None: at the root of a repository of its own, where an adapter needs no class.
+        subfolder (`str`, *optional*): Where in it; `<id>` stands for the class. None: at the root of a repository of its own,
+            where an adapter needs no class.
         class_label (`int`, *optional*): id of the class; None: the one in the config, or in `adapter_name` as `class_<id>`.
         class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
         base_model (`str`, *optional*): repository of the base; None: the one in the config. With neither, this warns.
@@ -155,17 +153,16 @@ def push_all(
     private: bool | None = None,
     license: str | None = None,
 ) -> list[CommitInfo]:
-    """
-    Push a run: its base, if it trained one, and a folder `class_<id>/` for each class that an adapter makes.
+    """Push a run: its base, if it trained one, and a folder `class_<id>/` for each class that an adapter makes.
 
     Each task is one commit with the tag `task-<number>`; classes of no task are another one, without a tag. What is there already is
     left out: push again to resume.
 
     Args:
         output_dir (`str` or `os.PathLike`): of the run.
-        base_model (`str`, *optional*):
-            Repository of the base, if it is another one; the run's own base is not pushed then. None: this one, or what the
-            adapters' configs name where the run had its base from elsewhere. With none, this warns.
+        base_model (`str`, *optional*): Repository of the base, if it is another one; the run's own base is not pushed then.
+            None: this one, or what the adapters' configs name where the run had its base from elsewhere. With none, this
+            warns.
         base_revision (`str`, *optional*): branch, tag or commit of `base_model`.
         tasks (sequence of sequences of `int`, *optional*): ids of the classes by task; None: those in results.json.
         repo_id, private, license: as in `push_base`.

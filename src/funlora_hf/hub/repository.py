@@ -22,8 +22,7 @@ _TRIES = 5
 
 
 class HubRepository:
-    """
-    A model repository, created if it does not exist.
+    """A model repository, created if it does not exist.
 
     Args:
         repo_id (`str`): "user/repo", or "repo" for one of the user who is logged in.
@@ -47,8 +46,7 @@ class HubRepository:
     def commit(
         self, make: Callable[[set[str]], Mapping[str, Path | bytes]], message: str, *, delete: Iterable[str] = ()
     ) -> CommitInfo | None:
-        """
-        Write files and delete folders in one commit. Try again if the Hub is busy or another commit came first.
+        """Write files and delete folders in one commit. Try again if the Hub is busy or another commit came first.
 
         Args:
             make (callable): takes the names of the present files and returns the wanted ones: name -> file, or its contents.

@@ -43,13 +43,11 @@ def verify(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> list[Verdict]:
-    """
-    Check everything that lies in a source: files as such, every number, and whether adapters and base belong together.
+    """Check everything that lies in a source: files as such, every number, and whether adapters and base belong together.
 
     Args:
-        base (`str` or `os.PathLike`, *optional*):
-            What adapters are compared with: run, pipeline or U-Net. None: the base in the source; if it has none, adapters are
-            only checked by themselves.
+        base (`str` or `os.PathLike`, *optional*): What adapters are compared with: run, pipeline or U-Net. None: the base in
+            the source; if it has none, adapters are only checked by themselves.
         source, subfolder, revision, local_files_only: as for [`find_contents`].
 
     Returns:

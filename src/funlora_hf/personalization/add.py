@@ -61,8 +61,7 @@ def parse(arguments: Sequence[str], *, prog: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Added:
-    """
-    The result of `add_concepts`.
+    """The result of `add_concepts`.
 
     Args:
         output_dir: folder of the run, with the concepts in `concepts/<name>/`.
@@ -85,8 +84,7 @@ def add_concepts(
     termination: Termination | None = None,
     **settings: Any,
 ) -> Added:
-    """
-    Learn more concepts with a run's settings, on its untouched base; change nothing else.
+    """Learn more concepts with a run's settings, on its untouched base; change nothing else.
 
     A concept gets the same numbers as if the run had had it from the start. Nothing is evaluated. If the process is killed, the same
     call continues, and writes the same bytes.

@@ -23,8 +23,7 @@ DESCRIPTION = "Teach a text-to-image model concept after concept. Without argume
 
 @warnings_as_lines()
 def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> None:
-    """
-    Run the command.
+    """Run the command.
 
     Args:
         arguments (sequence of `str`, *optional*): arguments of the command; None: the arguments of the process.

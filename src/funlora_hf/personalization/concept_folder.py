@@ -27,8 +27,7 @@ CONCEPT_CONTENTS = (CONCEPT_FILE, *ADAPTER_FILES, *ROW_FILES.values(), CARD)
 
 @dataclass(frozen=True)
 class ConceptRecord:
-    """
-    The contents of `concept.json`.
+    """The contents of `concept.json`.
 
     Args:
         name, token, noun, instance_prompt: as of [`Concept`].

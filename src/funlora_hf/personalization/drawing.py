@@ -24,8 +24,7 @@ def draw(
     width: int | None = None,
     config: ConceptEvaluationArguments,
 ) -> torch.Tensor:
-    """
-    Draw images of prompts.
+    """Draw images of prompts.
 
     Args:
         pipe: a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux.

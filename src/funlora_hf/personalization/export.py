@@ -18,8 +18,7 @@ from .sampling import base_pipeline
 
 @dataclass(frozen=True)
 class Exported:
-    """
-    What was written.
+    """What was written.
 
     Args:
         pipeline: name of its class, such as "StableDiffusionPipeline".
@@ -42,8 +41,7 @@ def export_concepts(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Exported:
-    """
-    Write a pipeline's folder for `from_pretrained` of diffusers, with concepts in its tokenizers, text encoders and weights.
+    """Write a pipeline's folder for `from_pretrained` of diffusers, with concepts in its tokenizers, text encoders and weights.
 
     Its images of a concept equal those of [`load_concept`] up to rounding. With `adapter`, prompts without that concept's token are
     drawn with its adapter, too.

@@ -31,8 +31,7 @@ MODEL_FOLDER = "model"
 
 @dataclass(frozen=True)
 class FoundConcepts:
-    """
-    What was found in a source.
+    """What was found in a source.
 
     Args:
         source: as it was asked for.
@@ -86,8 +85,7 @@ def find_concepts(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> FoundConcepts:
-    """
-    Find the concepts in a source; of a repository, fetch them.
+    """Find the concepts in a source; of a repository, fetch them.
 
     Args:
         source: folder of a run or of a concept, or a repository with a folder for each concept.
@@ -112,8 +110,7 @@ def find_concepts(
 
 @dataclass(frozen=True)
 class ConceptDescription:
-    """
-    One concept.
+    """One concept.
 
     Args:
         place: its folder in the source.
@@ -160,8 +157,7 @@ def describe_concepts(found: FoundConcepts) -> list[ConceptDescription]:
 
 
 def verify_concepts(found: FoundConcepts, *, base: str | os.PathLike | None = None) -> list[Verdict]:
-    """
-    Check concepts: every file as such, every number, and whether they belong to a base.
+    """Check concepts: every file as such, every number, and whether they belong to a base.
 
     Args:
         found: the concepts.

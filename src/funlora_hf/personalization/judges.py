@@ -42,8 +42,7 @@ class Judge(Protocol):
 
 
 class TinyJudge:
-    """
-    The reader of the tiny base: what a concept is, it reads from the reference pictures.
+    """The reader of the tiny base: what a concept is, it reads from the reference pictures.
 
     Scores of a concept: "attr", the share of its attributes that are right; "whole", 1 if all are; "background", 1 if it is that of
     the prompt; "sim", the mean cosine of features to the references. Of a style, which is that of `shore`: "attr", 1 if there is
@@ -125,8 +124,7 @@ class _FeatureJudge:
 
 
 class ClipJudge(_FeatureJudge):
-    """
-    Scores of a concept: "clip_i", the mean cosine to the references; "clip_t", the cosine to the prompt without the token; "clip_score",
+    """Scores of a concept: "clip_i", the mean cosine to the references; "clip_t", the cosine to the prompt without the token; "clip_score",
     of which papers print 100 times: 2.5 max(clip_t, 0). Of base prompts: "clip_t".
     """
 

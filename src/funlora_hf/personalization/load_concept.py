@@ -24,8 +24,7 @@ def load_concept(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> str:
-    """
-    Load a concept that a run has learned into a stock pipeline of diffusers.
+    """Load a concept that a run has learned into a stock pipeline of diffusers.
 
     Its adapter, if its strategy trains one, is active afterwards, as after `load_lora_weights`: `pipe.set_adapters`, `disable_lora`
     and `delete_adapters` know it. PixArt's pipeline has no such methods, but `pipe.transformer` gets them: `set_adapter`,

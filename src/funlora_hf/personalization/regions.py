@@ -56,8 +56,7 @@ class Region:
         return cls((left, top, right, bottom), prompt.strip())
 
     def mask(self, height: int, width: int) -> torch.Tensor:
-        """
-        Return which latents belong to the box, bool `(height, width)`: those whose centre is in it, so boxes side by side do not overlap.
+        """Return which latents belong to the box, bool `(height, width)`: those whose centre is in it, so boxes side by side do not overlap.
 
         Raises:
             ValueError: the box has no centre of a latent.
@@ -77,8 +76,7 @@ class Region:
 def prompts_in_regions(
     pipe: Any, regions: Sequence[Region], adapter_names: Sequence[Sequence[str]] = ()
 ) -> Iterator[None]:
-    """
-    Draw each region of a pipeline's images by its own prompt and adapters.
+    """Draw each region of a pipeline's images by its own prompt and adapters.
 
     In each step, the denoiser runs for the call's prompt, with the adapters that are active, and once more for each region. Inside a
     box, its prediction replaces the others, before guidance and with it: in both halves of the batch. Where boxes overlap, the later

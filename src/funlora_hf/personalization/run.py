@@ -89,8 +89,7 @@ class ConceptRunArguments:
 
 
 def personalize(arguments: ConceptRunArguments, *, termination: Termination | None = None) -> dict[str, Any] | None:
-    """
-    Learn concepts one after another, evaluate and report, or resume a run that was stopped.
+    """Learn concepts one after another, evaluate and report, or resume a run that was stopped.
 
     Args:
         arguments: the arguments of the run.

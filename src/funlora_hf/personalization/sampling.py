@@ -49,8 +49,7 @@ def sample_prompts(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[PromptImages]:
-    """
-    Draw images of prompts on the base of a run's concepts; the adapters of those whose tokens a prompt has are active.
+    """Draw images of prompts on the base of a run's concepts; the adapters of those whose tokens a prompt has are active.
 
     Without a token, the base draws. Of a strategy that mixes concepts by the prompt, all are active for every prompt. Equal seeds give equal
     noise, whatever the prompt. In regions, their own prompts and adapters act, see `prompts_in_regions`.

@@ -45,8 +45,7 @@ def push_concepts(
     private: bool | None = None,
     license: str | None = None,
 ) -> list[CommitInfo]:
-    """
-    Push the concepts of a run in one commit, a folder `<name>/` for each; if they are learned into its own pipeline, that, too.
+    """Push the concepts of a run in one commit, a folder `<name>/` for each; if they are learned into its own pipeline, that, too.
 
     Args:
         output_dir: folder of the run, or of one concept.
@@ -140,8 +139,7 @@ class ConceptPublisher(Publisher):
 def delete_concept(
     name: str, *, output_dir: str | os.PathLike | None = None, repo_id: str | None = None, history: str = "keep"
 ) -> list[str]:
-    """
-    Delete a concept from the given places; no other concept changes. Places without it are skipped, the repository comes first.
+    """Delete a concept from the given places; no other concept changes. Places without it are skipped, the repository comes first.
 
     Args:
         name: of the concept.

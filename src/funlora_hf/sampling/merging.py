@@ -21,8 +21,7 @@ _BIAS = "time_embedding.linear_2.bias"
 
 @torch.no_grad()
 def merge_class(pipe: FunLoraPipeline, class_label: int | str) -> UNet2DModel:
-    """
-    Return a plain U-Net that generates one class as the pipeline does.
+    """Return a plain U-Net that generates one class as the pipeline does.
 
     The adapter is merged into the weights, and the class vector into the bias of the time embedding, to which the U-Net
     adds it. So the result takes no class labels, needs neither PEFT nor this package, and is as fast as the base.

@@ -25,8 +25,7 @@ _DENOISERS = ("unet", "transformer")
 def mixed_prompts(
     pipe: DiffusionPipeline, adapter_names: Sequence[str], *, num_images_per_prompt: int = 1
 ) -> Iterator[None]:
-    """
-    Run each prompt of a pipeline's call through a separate adapter, in its U-Net or transformer and in its text encoders.
+    """Run each prompt of a pipeline's call through a separate adapter, in its U-Net or transformer and in its text encoders.
 
     With classifier-free guidance, most pipelines run all prompts twice in one batch, without and with the text. Such a batch is
     recognized by its samples, which are two equal halves. Effective weights are kept as in `cached_weights`.
@@ -112,8 +111,7 @@ def _remove(handles: Sequence[Any]) -> None:
 def expand_adapter_names(
     adapter_names: Sequence[str], *, num_images_per_prompt: int = 1, do_classifier_free_guidance: bool = True
 ) -> list[str]:
-    """
-    Expand the adapter of each prompt to the names for `mixed_batch`, in your own sampling loop.
+    """Expand the adapter of each prompt to the names for `mixed_batch`, in your own sampling loop.
 
     For a pipeline's call, use `mixed_prompts`. Like pipelines, it repeats each prompt `num_images_per_prompt` times, and with
     classifier-free guidance the whole batch twice, without and with the prompts.

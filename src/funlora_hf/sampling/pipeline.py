@@ -59,13 +59,11 @@ Weights: TypeAlias = int | Sequence[float] | torch.Tensor
 
 @dataclass
 class FunLoraPipelineOutput(BaseOutput):
-    """
-    Output class of [`FunLoraPipeline`].
+    """Output class of [`FunLoraPipeline`].
 
     Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            Images in the requested order: PIL, an array `(batch, height, width, channels)` in [0, 1], or a tensor
-            `(batch, channels, height, width)` in [0, 1].
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): Images in the requested order: PIL, an array
+            `(batch, height, width, channels)` in [0, 1], or a tensor `(batch, channels, height, width)` in [0, 1].
         nfe (`int`): number of function evaluations: how often the U-Net ran.
     """
 
@@ -74,20 +72,16 @@ class FunLoraPipelineOutput(BaseOutput):
 
 
 class FunLoraPipeline(DiffusionPipeline):
-    r"""
-    Pipeline for class-conditional image generation with a flow-matching U-Net and one adapter for each added class.
+    r"""Pipeline for class-conditional image generation with a flow-matching U-Net and one adapter for each added class.
 
     This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
     implemented for all pipelines (downloading, saving, running on a particular device, etc.).
 
     Parameters:
-        unet ([`UNet2DModel`]):
-            The base. Loading adapters wraps layers of it in place; its own weights never change.
-        scheduler ([`FlowMatchEulerDiscreteScheduler`]):
-            Provides the sigmas of the fixed-step solvers.
-        class_ids (`list[int]`, *optional*):
-            Classes that the base knows: row i of its class embedding is the class `class_ids[i]`. None: the rows'
-            own numbers.
+        unet ([`UNet2DModel`]): The base. Loading adapters wraps layers of it in place; its own weights never change.
+        scheduler ([`FlowMatchEulerDiscreteScheduler`]): Provides the sigmas of the fixed-step solvers.
+        class_ids (`list[int]`, *optional*): Classes that the base knows: row i of its class embedding is the class
+            `class_ids[i]`. None: the rows' own numbers.
         id2label (`dict[int, str]`, *optional*):
             Names of the base's classes. None: their ids as text.
     """
@@ -184,20 +178,18 @@ class FunLoraPipeline(DiffusionPipeline):
         guidance: Guidance | None = None,
         guidance_scale: float = 1.0,
     ) -> FunLoraPipelineOutput | tuple[Images, int]:
-        r"""
-        Sample one image of each requested class.
+        r"""Sample one image of each requested class.
 
         Args:
-            class_labels (`int`, `str`, or a sequence of them):
-                One class for every image, by id or by name; base and adapter classes may mix.
-            num_inference_steps (`int`, *optional*, defaults to 10):
-                Steps of the fixed-step solvers; "dopri5" chooses its own.
-            solver (`str`, *optional*, defaults to "heun"):
-                "euler" (1 evaluation of the U-Net a step), "heun" (2), "rk4" (4) or "dopri5" (adaptive).
+            class_labels (`int`, `str`, or a sequence of them): One class for every image, by id or by name; base and adapter
+                classes may mix.
+            num_inference_steps (`int`, *optional*, defaults to 10): Steps of the fixed-step solvers; "dopri5" chooses its
+                own.
+            solver (`str`, *optional*, defaults to "heun"): "euler" (1 evaluation of the U-Net a step), "heun" (2), "rk4" (4)
+                or "dopri5" (adaptive).
             rtol (`float`, *optional*, defaults to 1e-5): Relative tolerance of "dopri5".
             atol (`float`, *optional*, defaults to 1e-5): Absolute tolerance of "dopri5".
-            generator (`torch.Generator` or a list of them, *optional*):
-                Makes the noise, and with it the images, repeatable.
+            generator (`torch.Generator` or a list of them, *optional*): Makes the noise, and with it the images, repeatable.
             output_type (`str`, *optional*, defaults to "pil"): "pil", "np" or "pt".
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`FunLoraPipelineOutput`] instead of a tuple.
@@ -279,8 +271,7 @@ class FunLoraPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> FunLoraPipelineOutput | tuple[Images, int]:
-        r"""
-        Sample images between two classes, all from the same noise.
+        r"""Sample images between two classes, all from the same noise.
 
         At every evaluation, the velocities of both classes are computed for every image, and the image of weight w moves by
         `(1 - w) * velocity_1 + w * velocity_2`. So weight 0 gives the first class as [`~FunLoraPipeline.__call__`] samples
@@ -289,10 +280,9 @@ class FunLoraPipeline(DiffusionPipeline):
         Args:
             class_label_1 (`int` or `str`): the class of weight 0, by id or by name.
             class_label_2 (`int` or `str`): the class of weight 1.
-            weights (`int` or a sequence of `float`, *optional*, defaults to 8):
-                One weight in [0, 1] for every image; or their number, at least 2, for weights evenly spaced from 0 to 1.
-            generator (`torch.Generator`, *optional*):
-                Makes the noise, and with it the images, repeatable.
+            weights (`int` or a sequence of `float`, *optional*, defaults to 8): One weight in [0, 1] for every image; or
+                their number, at least 2, for weights evenly spaced from 0 to 1.
+            generator (`torch.Generator`, *optional*): Makes the noise, and with it the images, repeatable.
             num_inference_steps, solver, rtol, atol, output_type, return_dict: as in [`~FunLoraPipeline.__call__`].
 
         Returns:
@@ -322,8 +312,7 @@ class FunLoraPipeline(DiffusionPipeline):
         return self._output(output.sample, output.nfe, output_type, return_dict)
 
     def predict_velocity(self, sample: torch.Tensor, sigma: torch.Tensor, class_labels: ClassLabels) -> torch.Tensor:
-        """
-        Velocity dx/dsigma of each sample for its class.
+        """Velocity dx/dsigma of each sample for its class.
 
         Args:
             sample (`torch.Tensor`): states, `(batch, channels, height, width)`.
@@ -359,23 +348,21 @@ class FunLoraPipeline(DiffusionPipeline):
         local_files_only: bool = False,
         ignore_base_fingerprint: bool = False,
     ) -> int:
-        """
-        Add the class of an adapter. Only its JSON and its safetensors file are read, and nothing in them is run.
+        """Add the class of an adapter. Only its JSON and its safetensors file are read, and nothing in them is run.
 
         Args:
-            source (`str` or `os.PathLike`):
-                A folder written by `save_adapter` or by PEFT's `save_pretrained`, or a repository on the Hub. The method is
-                FunLoRA, or any other method of PEFT whose layers accept `adapter_names`; such an adapter may have its class
-                vector as row 0 of the class embedding (`trainable_token_indices={"class_embedding": [0]}`). All loaded
-                adapters must be of the same method.
+            source (`str` or `os.PathLike`): A folder written by `save_adapter` or by PEFT's `save_pretrained`, or a
+                repository on the Hub. The method is FunLoRA, or any other method of PEFT whose layers accept `adapter_names`;
+                such an adapter may have its class vector as row 0 of the class embedding
+                (`trainable_token_indices={"class_embedding": [0]}`). All loaded adapters must be of the same method.
             subfolder (`str`, *optional*): the adapter's folder in it.
             class_label (`int`, *optional*): id of the class in this pipeline; None: the one in the adapter's config.
             class_name (`str`, *optional*): its name; None: the one in the config, or else the id as text.
             revision (`str`, *optional*): branch, tag or commit of a repository.
-            local_files_only (`bool`, *optional*, defaults to `False`):
-                Take a repository from the cache, without asking the Hub.
-            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`):
-                Load the adapter also if it was trained for another base. What is saved then names this base.
+            local_files_only (`bool`, *optional*, defaults to `False`): Take a repository from the cache, without asking the
+                Hub.
+            ignore_base_fingerprint (`bool`, *optional*, defaults to `False`): Load the adapter also if it was trained for
+                another base. What is saved then names this base.
 
         Returns:
             `int`: the id of the class.
@@ -397,8 +384,7 @@ class FunLoraPipeline(DiffusionPipeline):
         return class_label
 
     def load_adapter_bank(self, file: str | os.PathLike, *, ignore_base_fingerprint: bool = False) -> list[int]:
-        """
-        Add all classes of a file written by [`AdapterBank.save`]; a thousand load like one.
+        """Add all classes of a file written by [`AdapterBank.save`]; a thousand load like one.
 
         Args:
             file (`str` or `os.PathLike`): to read; it is mapped into memory and must not change meanwhile.

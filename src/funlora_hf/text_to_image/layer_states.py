@@ -1,5 +1,4 @@
-"""
-States of a text for each cross-attention layer of a U-Net, for tokens that have rows of their own for each layer.
+"""States of a text for each cross-attention layer of a U-Net, for tokens that have rows of their own for each layer.
 
 The text encoder runs once for each layer, and returns the states of all runs side by side, which pipelines pass on as they are.
 Each cross-attention layer reads those of its own run. Only hooks are added, so stock pipelines draw with such tokens, too.
@@ -22,8 +21,7 @@ _ORDER = ("down_blocks", "mid_block", "up_blocks")
 
 
 class LayerStates(nn.Module):
-    """
-    Connects a text encoder with the cross-attention layers of a U-Net, as long as both exist.
+    """Connects a text encoder with the cross-attention layers of a U-Net, as long as both exist.
 
     The encoder's states have the shape `(b, length, layers * width)` afterwards. If rows of a prompt do not differ between layers, a
     layer reads the very states of an encoder without this.

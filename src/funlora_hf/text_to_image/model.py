@@ -28,8 +28,7 @@ _MOST_STATES = 128
 
 
 class TextToImageModel(nn.Module):
-    """
-    A frozen pipeline of one of the `FAMILIES` as one module that predicts from captions.
+    """A frozen pipeline of one of the `FAMILIES` as one module that predicts from captions.
 
     Adapters are put into `denoiser`, by `add_adapter` or `get_peft_model` (then assign the result to it); new tokens come by
     `add_rows`. Text encoders and VAE must stay as they are: they are always in evaluation mode, and text encoders run in their own
@@ -99,8 +98,7 @@ class TextToImageModel(nn.Module):
         drop_t5: bool = False,
         field: str = "pretrained_model_name_or_path",
     ) -> TextToImageModel:
-        """
-        Load a pipeline from a folder or from the Hub, its weights from safetensors files only.
+        """Load a pipeline from a folder or from the Hub, its weights from safetensors files only.
 
         Args:
             name: folder or repository of a pipeline of one of the `FAMILIES`.
@@ -155,8 +153,7 @@ class TextToImageModel(nn.Module):
         return {key: self.tokenizers[key] for key in ROW_ENCODERS if key in self.tokenizers}
 
     def add_rows(self, tokens: Mapping[str, str], *, num_vectors: int = 1, layerwise: bool = False) -> TokenRows:
-        """
-        Add all new tokens of a run, once. SD3's T5 gets no rows; it reads captions without the tokens.
+        """Add all new tokens of a run, once. SD3's T5 gets no rows; it reads captions without the tokens.
 
         With `layerwise`, tokens have rows for each cross-attention layer, and `encode` returns the states for all layers side by side.
 
@@ -193,8 +190,7 @@ class TextToImageModel(nn.Module):
         return self.denoise(noisy, timesteps, self.encode(captions))
 
     def encode(self, captions: Sequence[str]) -> Prompt:
-        """
-        Encode captions as the pipeline's `encode_prompt` does, with gradients to the rows that are trained.
+        """Encode captions as the pipeline's `encode_prompt` does, with gradients to the rows that are trained.
 
         Captions without a new token are encoded once; the last 128 are kept.
 
@@ -269,8 +265,7 @@ class TextToImageModel(nn.Module):
         return pipe
 
     def layers(self, kind: str) -> list[str]:
-        """
-        Return names of the denoiser's layers, as they are without adapters, for `target_modules`.
+        """Return names of the denoiser's layers, as they are without adapters, for `target_modules`.
 
         Args:
             kind: "kv", the projections of the text in cross-attention; "cross", all of cross-attention; "attention", all of

@@ -18,8 +18,7 @@ _PREDICTIONS = ("epsilon", "v_prediction")
 
 
 class Objective:
-    """
-    The loss of a denoiser for every sample: squared error of the noise, of v, or of the velocity of a flow.
+    """The loss of a denoiser for every sample: squared error of the noise, of v, or of the velocity of a flow.
 
     Args:
         scheduler: that of the pipeline. A `FlowMatch...` scheduler means a flow, with times shifted by its `shift` (not by a

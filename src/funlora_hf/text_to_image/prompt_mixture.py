@@ -1,5 +1,4 @@
-"""
-LoRAs of several concepts in one U-Net, weighted for each prompt and each cross-attention layer by how near the prompt is to the concepts.
+"""LoRAs of several concepts in one U-Net, weighted for each prompt and each cross-attention layer by how near the prompt is to the concepts.
 
 Only hooks are added, so a stock `StableDiffusionPipeline` draws with it.
 
@@ -22,8 +21,7 @@ from .token_rows import prompt_length
 
 
 class PromptMixture:
-    """
-    Weights the LoRAs that are added to it, in the layers inside the cross-attention layers of a pipeline's U-Net.
+    """Weights the LoRAs that are added to it, in the layers inside the cross-attention layers of a pipeline's U-Net.
 
     Args:
         pipe: a `StableDiffusionPipeline`, which has to draw the images itself: it says whether a batch has an unconditional half.
@@ -76,8 +74,7 @@ class PromptMixture:
 
 
 def concept_weights(states: torch.Tensor, words: Sequence[torch.Tensor], powers: Sequence[float]) -> torch.Tensor:
-    """
-    Return the weight of each concept for each prompt.
+    """Return the weight of each concept for each prompt.
 
     Args:
         states: of prompts, `(b, length, width)`, every position.

@@ -1,5 +1,4 @@
-"""
-New words for text encoders: the rows of their embeddings are parameters, trained, saved and loaded by themselves.
+"""New words for text encoders: the rows of their embeddings are parameters, trained, saved and loaded by themselves.
 
 Saved rows are what `load_textual_inversion` of diffusers reads: `learned_embeds.safetensors` for the first text encoder,
 `learned_embeds_2.safetensors` for the second, each with one tensor `(num_vectors, width)` under the token's name.
@@ -39,8 +38,7 @@ _REMEDY = "save the rows again, or take them from another folder"
 
 
 class TokenRows(nn.Module):
-    """
-    Rows of new tokens in the embeddings of text encoders, all frozen at first.
+    """Rows of new tokens in the embeddings of text encoders, all frozen at first.
 
     Adds the tokens to the tokenizers, which read a token with several vectors as `<v1> <v1>_1 ...` (see `with_vectors`), and
     enlarges the embeddings. A forward hook on each embedding puts the rows in; a saved text encoder has their present values.
@@ -161,8 +159,7 @@ class TokenRows(nn.Module):
 
 
 def load_token_rows(pipe: Any, folder: str | os.PathLike, *, is_known: bool = False) -> str:
-    """
-    Put the rows of a folder into a stock pipeline, as `load_textual_inversion`, which those of SD3 and PixArt have not.
+    """Put the rows of a folder into a stock pipeline, as `load_textual_inversion`, which those of SD3 and PixArt have not.
 
     Call it before the text encoders are offloaded. For prompts, see `prompt_arguments`.
 
@@ -239,8 +236,7 @@ def read_rows(folder: Path, encoders: Iterable[str]) -> tuple[str, dict[str, tor
 
 
 def prompt_arguments(pipe: Any, prompt: str | Sequence[str]) -> dict[str, Any]:
-    """
-    Return the arguments under which a stock pipeline reads prompts with new tokens as they were trained.
+    """Return the arguments under which a stock pipeline reads prompts with new tokens as they were trained.
 
     The pipelines of SD3 and PixArt know nothing of tokens with several vectors, and SD3's T5 nothing of new tokens. PixArt's would take
     a token for a tag and remove it, and draw in the nearest of its own sizes.

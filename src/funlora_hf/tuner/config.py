@@ -23,8 +23,7 @@ from .functional import FUNCTIONS, FUNCTIONS_WITH_OMEGA, OPERATIONS
 
 @dataclass
 class FunLoraConfig(PeftConfig):
-    """
-    The configuration of a [`FunLoraModel`].
+    """The configuration of a [`FunLoraModel`].
 
     Args:
         r (`int`): Rank of the product A B before the functions are applied. The paper always uses 1.

@@ -21,8 +21,7 @@ _COMPILED = "_orig_mod"
 
 
 def hotswap_adapter(model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str = "default") -> None:
-    """
-    Copy the values of another adapter into an adapter that is in the model.
+    """Copy the values of another adapter into an adapter that is in the model.
 
     The parameters stay the same objects, so that a compiled model needs one compilation for any number of classes;
     with `set_adapter`, torch compiles again for each class. If this raises, nothing has changed.

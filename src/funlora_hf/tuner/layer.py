@@ -180,8 +180,7 @@ class FunLoraClassVector(FunLoraLayer):
 
 
 def compile_functional_matrices(model: nn.Module) -> None:
-    """
-    Compile the kernels of F with `torch.compile`, in all FunLoRA layers that a model has now.
+    """Compile the kernels of F with `torch.compile`, in all FunLoRA layers that a model has now.
 
     This is for GPUs and long runs: the first step takes tens of seconds and needs a C++ compiler (on a GPU Triton). Results
     differ by rounding.

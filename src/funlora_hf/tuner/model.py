@@ -28,15 +28,14 @@ _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
 class FunLoraModel(AdapterModel):
-    """
-    Creates a FunLoRA model from a model with convolutions or linear layers, such as a diffusers `UNet2DModel`.
+    """Creates a FunLoRA model from a model with convolutions or linear layers, such as a diffusers `UNet2DModel`.
 
     Args:
         model ([`torch.nn.Module`]): The model to be adapted.
         config ([`FunLoraConfig`]): The configuration of the adapter.
         adapter_name (`str`): The name of the adapter, defaults to `"default"`.
-        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`):
-            Create empty adapter weights on meta device. Useful to speed up the loading process.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Create empty adapter weights on meta device. Useful to
+            speed up the loading process.
 
     Returns:
         `torch.nn.Module`: The FunLoRA model.

@@ -24,8 +24,7 @@ _PARTS = ("add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "
 
 
 def check_is_called(name: str, attention: nn.Module) -> None:
-    """
-    Raise a ValueError if an attention of diffusers does not call a projection: an adapter there would have no effect.
+    """Raise a ValueError if an attention of diffusers does not call a projection: an adapter there would have no effect.
 
     Args:
         name: name of the projection in the model.

@@ -12,16 +12,15 @@ from .wrappers import without_peft
 
 
 def set_block_weights(model: nn.Module, weights: Mapping[str, float], adapter_name: str | None = None) -> None:
-    """
-    Set how strongly adapters act in each part of a model: 0 is the base, 1 the adapter as trained.
+    """Set how strongly adapters act in each part of a model: 0 is the base, 1 the adapter as trained.
 
     The dictionary that `set_adapters` of diffusers takes only reaches blocks with attention, and leaves the others at 1.
 
     Args:
         model (`torch.nn.Module`): a model with adapters of FunLoRA or LoRA, such as `pipe.unet` or a PeftModel.
-        weights (`Mapping[str, float]`):
-            Name of a module -> weight, such as `{"down_blocks.0": 0.5, "mid_block": 0.0, "up_blocks.1.resnets": 0.2}`. If a layer
-            is in several of these modules, the longest name counts; layers in none of them get 1.
+        weights (`Mapping[str, float]`): Name of a module -> weight, such as `{"down_blocks.0": 0.5, "mid_block": 0.0,
+            "up_blocks.1.resnets": 0.2}`. If a layer is in several of these modules, the longest name counts; layers in none
+            of them get 1.
         adapter_name (`str`, *optional*): name of one adapter; None: all active adapters.
 
     Raises:

@@ -252,8 +252,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     @torch.inference_mode(False)
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Merge adapters into the base's weight. Until `unmerge`, the base has a new parameter.
+        """Merge adapters into the base's weight. Until `unmerge`, the base has a new parameter.
 
         Args:
             safe_merge (`bool`, *optional*): whether to refuse, and change nothing, if the merged weight is not finite.

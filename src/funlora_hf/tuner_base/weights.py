@@ -19,8 +19,7 @@ _kept: ContextVar[Mapping[nn.Module, dict[Hashable, tuple[Sequence[torch.Tensor]
 
 @contextmanager
 def cached_weights(model: nn.Module) -> Iterator[None]:
-    """
-    Compute the effective weight of each adapter in a model once, and keep it until the context ends.
+    """Compute the effective weight of each adapter in a model once, and keep it until the context ends.
 
     Use it for sampling and evaluation, where a model runs many times and its adapters do not change. Inside, change adapters
     only by `hotswap_adapter`, `set_scale`, `merge_adapter`, `add_adapter`, `delete_adapter` or an [`AdapterBank`]; other

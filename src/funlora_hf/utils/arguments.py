@@ -43,8 +43,7 @@ def as_options(values: Mapping[str, Any]) -> str:
 
 
 def tidy_help(parser: argparse.ArgumentParser) -> None:
-    """
-    List each option of an `HfArgumentParser` only as --one_form, and say what each `--no_<name>` does.
+    """List each option of an `HfArgumentParser` only as --one_form, and say what each `--no_<name>` does.
 
     By default, it lists two spellings of each option, and `--no_<name>` has the help and the default of the option `--<name>`.
     """

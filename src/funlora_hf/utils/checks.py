@@ -82,8 +82,7 @@ def is_repository_name(name: str) -> bool:
 
 
 def check_not_mistyped(field: str, name: str, *, revision: str | None = None) -> None:
-    """
-    Raise a FileNotFoundError if `name` does not exist here but a folder, or a file of the same type, with a similar name does.
+    """Raise a FileNotFoundError if `name` does not exist here but a folder, or a file of the same type, with a similar name does.
 
     Such a name is probably mistyped, and is not requested from the Hub, unless a revision says that it is a repository.
     """
@@ -98,8 +97,7 @@ def check_not_mistyped(field: str, name: str, *, revision: str | None = None) ->
 
 
 def expanded(field: str, path: str) -> str:
-    """
-    Replace a ~ at the start of a path, which a shell leaves in --option=~/path, by the user's folder.
+    """Replace a ~ at the start of a path, which a shell leaves in --option=~/path, by the user's folder.
 
     Raises:
         ValueError: ~ is followed by a name that no user has.

@@ -54,8 +54,7 @@ _NAMES = {
 
 
 def check_field_types(arguments: Any, *, leave_out: Collection[str] = ()) -> None:
-    """
-    Raise a ValueError unless every value of a dataclass has its field's type and passes the checks of its `Annotated`.
+    """Raise a ValueError unless every value of a dataclass has its field's type and passes the checks of its `Annotated`.
 
     The error names the field, its value and what was expected. Types are int, float, bool, str, dict, lists of one type, and None.
     Fields in `leave_out` are checked elsewhere. A whole number is valid for a float. A number must be finite and fit into 64 bits.

@@ -29,8 +29,7 @@ class FolderInUseError(RuntimeError):
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """
-    Lock a folder until the block or the process ends; create it if it is missing.
+    """Lock a folder until the block or the process ends; create it if it is missing.
 
     If the owner of a lock was killed, this process takes the lock over, with a warning that names the owner. On a filesystem
     without locks, filelock uses a marker file instead, and checks by the owner's host and process whether it is stale.

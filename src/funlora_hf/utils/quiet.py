@@ -18,8 +18,7 @@ _OF_IMAGES = ("transformers.utils.import_utils", "transformers.models.auto.image
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """
-    Hide bars of files that are read, and known messages, while models are imported or loaded; bars of downloads stay.
+    """Hide bars of files that are read, and known messages, while models are imported or loaded; bars of downloads stay.
 
     Other messages are shown, and all are after the context.
     """

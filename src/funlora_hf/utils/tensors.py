@@ -44,8 +44,7 @@ def check_before_loading(
     tensors: Mapping[str, torch.Tensor],
     saved_modules: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """
-    Refuse tensors of adapters that `load_state_dict` would load only in part. torch itself refuses wrong shapes.
+    """Refuse tensors of adapters that `load_state_dict` would load only in part. torch itself refuses wrong shapes.
 
     PEFT only warns about missing tensors, ignores unexpected ones, and does not check values.
 

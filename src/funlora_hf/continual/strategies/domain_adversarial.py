@@ -26,8 +26,7 @@ class ReversedGradient(torch.autograd.Function):
 
 
 class DomainAdversarial(nn.Module):
-    """
-    A classifier and a linear domain head on the features that its last linear layer reads.
+    """A classifier and a linear domain head on the features that its last linear layer reads.
 
     Args:
         classifier: as from `build_classifier`, used, not copied; its logits do not change.

@@ -46,8 +46,7 @@ class EwcOptions(RuleOptions):
 
 
 class EwcRule(AllWeights):
-    """
-    Pulls weights towards their values before the task: + lambda sum F (theta - theta_{t-1})^2.
+    """Pulls weights towards their values before the task: + lambda sum F (theta - theta_{t-1})^2.
 
     F is the mean of the earlier tasks' Fishers. The Fisher of a task is the mean over batches of the squared gradient of the task's loss, at
     the weights after the task. It is measured in a phase of its own, whose checkpoints have the sums.

@@ -40,8 +40,7 @@ Weight = Annotated[float, Range(0)]
 
 @dataclass
 class JdclOptions(DrawingOptions):
-    """
-    The defaults of weights, head and `wait` are those of the code for CIFAR [code].
+    """The defaults of weights, head and `wait` are those of the code for CIFAR [code].
 
     Args:
         classification_weight: of the cross-entropy in task 1 and in local phases.

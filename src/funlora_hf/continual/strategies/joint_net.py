@@ -62,8 +62,7 @@ def build_head(num_features: int, num_classes: int, *, hidden: int, dropout: flo
 
 
 class JointNet(nn.Module):
-    """
-    A U-Net and a head on its encoder.
+    """A U-Net and a head on its encoder.
 
     Args:
         unet: predicts velocities.

@@ -32,8 +32,7 @@ class MofoOptions(RuleOptions):
 
 
 class MofoAdamW(torch.optim.AdamW):
-    """
-    AdamW whose step changes only some entries of a tensor: those with the largest |m|, and so also the largest |m_hat|.
+    """AdamW whose step changes only some entries of a tensor: those with the largest |m|, and so also the largest |m_hat|.
 
     The moments of all entries are updated. In a fused step that `found_inf` skips, nothing changes, as in AdamW.
 

@@ -114,8 +114,7 @@ class Cidm(Lora):
 def overlap(
     trained: Mapping[str, torch.Tensor], earlier: Sequence[Mapping[str, torch.Tensor]], loss: str
 ) -> torch.Tensor | float:
-    """
-    Return the mean over earlier concepts s and layers of a term of B_t, `(out, r)`, and B_s; 0 without earlier ones.
+    """Return the mean over earlier concepts s and layers of a term of B_t, `(out, r)`, and B_s; 0 without earlier ones.
 
     Args:
         trained: B_t by layer.

@@ -1,5 +1,4 @@
-"""
-CNS, reconstructed: only those entries of the text's projections are trained that respond to a concept and not to everything.
+"""CNS, reconstructed: only those entries of the text's projections are trained that respond to a concept and not to everything.
 
 No code is public, and only abstract, project page and third parties' summaries were read: what is trained, that neurons of the concept
 are "base minus general", and that a term ties them to earlier and pretrained weights is [text]; every formula, threshold and
@@ -47,8 +46,7 @@ class CnsOptions(RuleOptions):
 
 
 class Cns(FullWeights):
-    """
-    Trains chosen entries of `to_k` and `to_v` of cross-attention, and the row of the token.
+    """Trains chosen entries of `to_k` and `to_v` of cross-attention, and the row of the token.
 
     The score of an entry is |W0_ij| times the root mean square of the j-th state over a prompt's words: masks depend on the
     base and the noun only, so two concepts of one noun share all their entries.

@@ -93,8 +93,7 @@ class CustomDiffusion(FullWeights):
 def constrained_merge(
     base: torch.Tensor, regular: torch.Tensor, targets: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
-    """
-    Return the weight that changes least on usual states, and gives the wanted values for those of the concepts.
+    """Return the weight that changes least on usual states, and gives the wanted values for those of the concepts.
 
     Args:
         base: W0, `(out, in)`, float64.

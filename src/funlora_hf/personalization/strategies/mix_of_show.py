@@ -159,8 +159,7 @@ class MixOfShow(LowRank):
 
 
 def fused_change(wanted: torch.Tensor, total: torch.Tensor, ridge: float) -> torch.Tensor:
-    """
-    Return the change `D` of a weight that minimizes `sum_i ||D_i X_i - D X_i||^2 + ridge * m * ||D||^2`, `m` the mean diagonal of `total`.
+    """Return the change `D` of a weight that minimizes `sum_i ||D_i X_i - D X_i||^2 + ridge * m * ||D||^2`, `m` the mean diagonal of `total`.
 
     Args:
         wanted: `sum_i D_i X_i X_i^T`, `(out, in)`, float64, from the changes `D_i` and the inputs `X_i` of each concept.
