@@ -66,9 +66,8 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
     """Parse the command line; its arguments take precedence over those of `--config`.
 
     Args:
-        arguments: arguments of the command line.
         *more: further dataclasses of arguments.
-        description: description for `--help`.
+        description: for `--help`.
         prog: name of the command; None: the name of the process.
 
     Returns:
@@ -118,7 +117,6 @@ def take_recipe(parser: HfArgumentParser, path: str, names: Collection[str] | No
     """Make a recipe's values the defaults of a parser. An invalid recipe ends the process with 2, like an unknown argument.
 
     Args:
-        parser: the parser.
         path: path or name of the recipe.
         names: names of the arguments to take; other arguments of a run are left out. None: all arguments of the parser, and any
             other key is an error.

@@ -23,15 +23,7 @@ DESCRIPTION = "Teach a text-to-image model concept after concept. Without argume
 
 @warnings_as_lines()
 def main(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> None:
-    """Run the command.
-
-    Args:
-        arguments (sequence of `str`, *optional*): arguments of the command; None: the arguments of the process.
-        prog (`str`, *optional*): name of the command; None: the name of the process.
-
-    Raises:
-        SystemExit: the command did not succeed; it has a code of `EXIT_CODES` or the text of an error.
-    """
+    """Run the command; arguments and errors are those of `funlora_hf.train.main`."""
     set_up_logging()
     parser = HfArgumentParser(
         CONCEPT_ARGUMENTS,

@@ -147,9 +147,6 @@ def write_concept(
     """Write `concept.json` and the card of a folder that has the concept's weights already.
 
     Args:
-        folder: the folder.
-        concept: what was learned.
-        arguments: of the run.
         strategy, family, in_model, layerwise, mixture_power: as of [`ConceptRecord`].
         resolution: the base's, in pixels.
     """

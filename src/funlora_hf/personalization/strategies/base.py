@@ -32,12 +32,9 @@ from ..run_folder import PHASE
 class ConceptSetting(LearningSetting):
     """What a strategy may know of a run of concepts.
 
+    It also has the fields of [`LearningSetting`], whose classes are the concepts.
+
     Args:
-        output_dir: the run's folder; a strategy writes its files below it.
-        class_names: id -> name of every concept of the run.
-        tasks: all tasks, in order.
-        training: steps, rates, seed.
-        device: the model's device.
         model: the base, with a row for every concept's token.
         concepts: id -> concept.
         arguments: what is trained for each concept.
