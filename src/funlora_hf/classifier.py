@@ -101,7 +101,7 @@ def train_classifier(
     device: str | torch.device = "cpu",
     description: str = "classifier",
 ) -> nn.Module:
-    """Train a new classifier with cross-entropy.
+    """Train a new classifier with cross-entropy; return it on `device`, in evaluation mode (see `build_classifier`).
 
     The initial weights, the order of the images and the augmentation depend only on `seed`; the global random
     states are neither read nor changed. On the CPU, with the same number of threads, equal seeds give the same bits.
@@ -114,9 +114,6 @@ def train_classifier(
         seed: non-negative integer below 2**63.
         device: where to train.
         description: text in front of the progress bar.
-
-    Returns:
-        The trained module on `device`, in evaluation mode; see `build_classifier`.
 
     Raises:
         RuntimeError: the loss is not finite; the message names the phase "classifier" and the step.
@@ -181,15 +178,12 @@ def training_steps(num_images: int, config: ClassifierConfig) -> tuple[int, int]
 
 @torch.no_grad()
 def predict(classifier: nn.Module, images: Tensor, *, batch_size: int = 500) -> Tensor:
-    """Predict the class of every image, on the device of the classifier's weights.
+    """Predict the class of every image, an index of the logits, int64 (N,) on the CPU; computed where the classifier is.
 
     Args:
         classifier: as from `build_classifier`; it runs in evaluation mode and is then left in the mode it had.
         images: uint8 (N, C, H, W), N >= 1, range 0..255.
         batch_size: images per forward pass.
-
-    Returns:
-        int64 (N,) on the CPU, range 0..num_classes - 1.
     """
     device = next((weight.device for weight in classifier.parameters()), "cpu")
     with evaluation_mode(classifier):

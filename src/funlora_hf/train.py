@@ -114,15 +114,14 @@ def parse(arguments: Sequence[str], *more: Any, description: str = DESCRIPTION, 
 
 
 def take_recipe(parser: HfArgumentParser, path: str, names: Collection[str] | None = None) -> list[str]:
-    """Make a recipe's values the defaults of a parser. An invalid recipe ends the process with 2, like an unknown argument.
+    """Make a recipe's values the defaults of a parser, and return the keys that are left out.
+
+    An invalid recipe ends the process with 2, like an unknown argument.
 
     Args:
         path: path or name of the recipe.
         names: names of the arguments to take; other arguments of a run are left out. None: all arguments of the parser, and any
             other key is an error.
-
-    Returns:
-        The keys that were left out.
     """
     # The first action of each name: the second one, --no_<name>, takes no value.
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("config", "help")}

@@ -129,13 +129,12 @@ class ClassRows:
         return shared and not differences(self.live_tensors, adapter.shapes)
 
     def place(self, class_labels: Collection[int]) -> dict[int, str]:
-        """Fill adapters in the model with these classes; the live one of a bank does not change.
+        """Fill adapters in the model with these classes; return class -> name of its adapter, valid until the next call.
+
+        The live adapter of a bank does not change.
 
         Args:
             class_labels (`Collection[int]`): known classes; duplicates count once.
-
-        Returns:
-            `dict[int, str]`: class -> name of its adapter. Valid until the next call.
 
         Raises:
             ValueError: an unknown class, a class with numbers that are not finite, or an adapter that is merged into the base's

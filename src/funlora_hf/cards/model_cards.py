@@ -106,7 +106,7 @@ def adapter_card(
     samples: str | None = None,
     license: str | None = None,
 ) -> ModelCard:
-    """The card of one adapter; what is not known is left out.
+    """The card of one adapter, with the metadata of one of PEFT; what is not known is left out.
 
     Args:
         config: of the adapter. A FunLoRA adapter's `base_fingerprint` is shown if it has one. What the card says of use depends on
@@ -119,9 +119,6 @@ def adapter_card(
         results: contents of the results.json of the run that trained it.
         samples: file name of a picture of samples beside the card.
         license: identifier of a licence, as the Hub has them.
-
-    Returns:
-        `ModelCard`, its metadata that of a PEFT adapter.
     """
     source = repository(place.source)
     method = PeftType(config.peft_type).value
@@ -179,7 +176,7 @@ def repository_card(
 ) -> ModelCard:
     """The card at the root of a repository: of a base, alone or with adapters in subfolders, or of adapters of a base elsewhere.
 
-    What is not known is left out.
+    Its metadata are those of a diffusers pipeline or of PEFT adapters. What is not known is left out.
 
     Args:
         repo_id: "user/repo"; None: not on the Hub.
@@ -190,9 +187,6 @@ def repository_card(
         base_class: of adapters, the diffusers class of a base that is no `UNet2DModel`.
         base_fingerprints: of a base, name of a dtype -> SHA-256 of the base in it.
         base_revision, results, license: as for [`Place`] and in `adapter_card`.
-
-    Returns:
-        `ModelCard`, its metadata that of a diffusers pipeline or of PEFT adapters.
     """
     repo_id = repository(repo_id)
     name = f"FunLoRA {'base' if kind == 'base' else 'adapters'}" if repo_id is None else repo_id.split("/")[1]

@@ -132,14 +132,11 @@ def load_pipeline(folder: Path, setting: Setting) -> FunLoraPipeline:
 
 
 def label_rows(class_ids: Sequence[int], batch_class_ids: torch.Tensor) -> torch.Tensor:
-    """Return the rows of a class embedding for a batch.
+    """Return the rows of a class embedding for a batch, `(batch,)`, int64.
 
     Args:
         class_ids: row i belongs to `class_ids[i]`.
         batch_class_ids: `(batch,)`, int64, each of them in `class_ids`.
-
-    Returns:
-        `(batch,)`, int64.
     """
     known = torch.tensor(list(class_ids), device=batch_class_ids.device)
     return (batch_class_ids[:, None] == known[None, :]).int().argmax(dim=1)

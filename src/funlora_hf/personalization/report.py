@@ -22,14 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str, Any]:
-    """Write results.json and the figures of a run that has ended, print the table, and check that nothing was forgotten.
+    """Write results.json, which is returned, and the figures of a run that has ended, print the table, and check that nothing was forgotten.
 
     Args:
         evaluator: it has evaluated every task.
         settings: the dataclasses of the run's arguments.
-
-    Returns:
-        The contents of results.json.
 
     Raises:
         ForgettingError: the strategy promises that learned concepts stay, but one has changed. The files are written first.

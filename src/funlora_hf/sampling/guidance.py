@@ -21,15 +21,12 @@ Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def estimate_sample(state: torch.Tensor, sigma: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
-    """Estimate the image at the end of a straight path from a state, `x - sigma v`.
+    """Estimate the image at the end of a straight path from a state, `x - sigma v`, of the state's shape.
 
     Args:
         state: `(batch, ...)`.
         sigma: scalar, in [0, 1].
         velocity: dx/dsigma, of the shape of `state`.
-
-    Returns:
-        Same shape as `state`.
 
     Source: with t = 1 - sigma, `x_t + (1 - t) v_t` [ours].
     """
@@ -71,15 +68,12 @@ class Guidance:
         check_choice("at", self.at, GUIDED_AT)
 
     def __call__(self, velocity: Velocity, sigma: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Return the guided velocity.
+        """Return the guided velocity, of the shape of `state`, without a graph.
 
         Args:
             velocity: function of a scalar sigma and a state that returns dx/dsigma.
             sigma: scalar, in [0, 1].
             state: `(batch, ...)`.
-
-        Returns:
-            Same shape as `state`, without a graph.
 
         Raises:
             ValueError: a score of another shape.

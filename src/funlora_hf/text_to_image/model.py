@@ -177,15 +177,12 @@ class TextToImageModel(nn.Module):
         return self.rows
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
-        """Predict what the scheduler's denoiser predicts.
+        """Predict what the scheduler's denoiser predicts, `(b, c, h, w)`.
 
         Args:
             noisy: `(b, c, h, w)`, scaled latents with noise.
             timesteps: `(b,)`, from `Objective.times`.
             captions: b texts.
-
-        Returns:
-            `(b, c, h, w)`.
         """
         return self.denoise(noisy, timesteps, self.encode(captions))
 
@@ -209,14 +206,11 @@ class TextToImageModel(nn.Module):
         return {name: value[order] for name, value in prompt.items()}
 
     def denoise(self, noisy: torch.Tensor, timesteps: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-        """Call the denoiser as the pipeline does.
+        """Call the denoiser as the pipeline does; returns what `forward` does.
 
         Args:
             noisy, timesteps: as for `forward`.
             prompt: from `encode`, or from the pipeline's `encode_prompt` under the same names.
-
-        Returns:
-            As `forward`.
         """
         dtype = next(self.denoiser.parameters()).dtype
         prompt = {name: value.to(dtype) for name, value in prompt.items()}

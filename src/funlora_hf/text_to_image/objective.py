@@ -92,15 +92,12 @@ class Objective:
     def losses(
         self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
     ) -> torch.Tensor:
-        """Compute the mean squared error of a prediction for every sample, weighted if `snr_gamma` is given.
+        """Compute the mean squared error of a prediction for every sample, `(n,)`, at least float32; weighted if `snr_gamma` is given.
 
         Args:
             prediction: what the denoiser returns for `noisy(latents, noise, times)`, of the same shape.
             latents, noise: `(n, c, h, w)`.
             times: `(n,)`, on the same device.
-
-        Returns:
-            `(n,)`, at least float32.
 
         Raises:
             ValueError: other shapes, which would be broadcast.

@@ -159,7 +159,7 @@ class TokenRows(nn.Module):
 
 
 def load_token_rows(pipe: Any, folder: str | os.PathLike, *, is_known: bool = False) -> str:
-    """Put the rows of a folder into a stock pipeline, as `load_textual_inversion`, which those of SD3 and PixArt have not.
+    """Put the rows of a folder into a stock pipeline, as `load_textual_inversion`, which those of SD3 and PixArt have not; return the token.
 
     Call it before the text encoders are offloaded. For prompts, see `prompt_arguments`.
 
@@ -167,9 +167,6 @@ def load_token_rows(pipe: Any, folder: str | os.PathLike, *, is_known: bool = Fa
         pipe: a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux.
         folder: as from `TokenRows.save`.
         is_known: the pipeline has the token already, but not its layer-wise rows, as one that a run has saved.
-
-    Returns:
-        The token.
 
     Raises:
         FileNotFoundError: no such folder or file.

@@ -123,14 +123,11 @@ def decoder(unet: nn.Module) -> list[str]:
 
 
 def decoder_middle(unet: nn.Module) -> list[str]:
-    """Return the paper's layers, the middle of the decoder, for any U-Net of diffusers.
+    """Return the names of the paper's layers, the middle of the decoder, for any U-Net of diffusers, in order of execution.
 
     The decoder's N resnets are numbered in order of execution from 0; the rule takes resnets N//3 .. 3N//4 - 1 and the
     upsamplers after them. On the paper's CIFAR backbone, conv1 and conv2 of the first resnet are left out, so that the
     selection is exactly the paper's range 40..54; on its ImageNet-100 backbone the rule gives 40..56.
-
-    Returns:
-        Names of Conv2d, in order of execution.
 
     Source: Tables I and V [exact] for the paper's two backbones; the rule for others is [ours].
     """

@@ -95,14 +95,11 @@ class Guide(Replay):
 
 
 def likeliest(classifier: nn.Module, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Return the log-probability of each image's likeliest class among some classes.
+    """Return the log-probability of each image's likeliest class among some classes, `(batch,)`.
 
     Args:
         classifier: from images to logits `(batch, classes)`.
         images: `(batch, channels, height, width)` in [-1, 1].
         rows: rows of the logits to choose from, `(n,)`, int64.
-
-    Returns:
-        `(batch,)`.
     """
     return classifier(images).log_softmax(dim=1)[:, rows.to(images.device)].max(dim=1).values

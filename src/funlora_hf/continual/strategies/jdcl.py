@@ -278,16 +278,13 @@ class Jdcl(Finetune):
 
 @torch.no_grad()
 def agreeing(teacher: JointNet, images: Tensor, row: int, batch_size: int) -> Tensor:
-    """Return the images whose likeliest class is `row`, and, below a tenth of all, the likeliest of the others.
+    """Return the images, in their order, whose likeliest class is `row`, and, below a tenth of all, the likeliest of the others.
 
     Args:
         teacher: in evaluation mode.
         images: uint8, `(n, channels, height, width)`, on the CPU.
         row: of the logits.
         batch_size: images at once.
-
-    Returns:
-        A part of `images`, in their order.
     """
     device = next(teacher.parameters()).device
     parts = (to_model_range(on_device(part, device)) for part in images.split(batch_size))

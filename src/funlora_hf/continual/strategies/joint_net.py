@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def encode(unet: UNet2DModel, images: Tensor) -> Tensor:
-    """Return the pooled features of a U-Net's encoder and middle block at sigma 0, with a zero class vector.
+    """Return the pooled features of a U-Net's encoder and middle block at sigma 0, with a zero class vector, `(batch, features)`.
 
     They are the mean over height and width of the output of the first convolution, of every residual block (with its attention)
     and downsampler, and of the middle block, as `UNet2DModel.forward` computes them.
@@ -20,9 +20,6 @@ def encode(unet: UNet2DModel, images: Tensor) -> Tensor:
     Args:
         unet: one that `check_readable` accepts.
         images: without noise, `(batch, channels, height, width)` in [-1, 1].
-
-    Returns:
-        `(batch, features)`.
     """
     time = unet.time_proj(torch.zeros(len(images), device=images.device))
     embedding = unet.time_embedding(time.to(unet.dtype))
@@ -80,16 +77,13 @@ class JointNet(nn.Module):
         return self.head(features if self.joint else features.detach()).float()
 
     def forward(self, noisy: Tensor, timestep: Tensor, rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Do both in one call, since several processes share a module by its forward.
+        """Return velocities of the shape of `noisy`, and logits `(batch, classes)`: in one call, which several processes can share.
 
         Args:
             noisy: `(batch, channels, height, width)`.
             timestep: `1000 * sigma`, `(batch,)`.
             rows: rows of the class embedding, `(batch,)`.
             images: the same images without noise.
-
-        Returns:
-            Velocities of the shape of `noisy`, and logits `(batch, classes)`.
         """
         # The U-Net first: its dropout is then the same as in a U-Net without a head.
         velocity = self.unet(noisy, timestep, rows, return_dict=False)[0]

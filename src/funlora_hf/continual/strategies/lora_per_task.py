@@ -141,16 +141,13 @@ class LoraPerTask(Replaying):
 
 @torch.no_grad()
 def likeliest_of(classifier: nn.Module, images: Tensor, rows: Tensor, candidates: int) -> Tensor:
-    """Return the place of the image in each group of `candidates` that the classifier finds likeliest to be of its class.
+    """Return the place of the image in each group that the classifier finds likeliest to be of its class, `(n,)`, int64.
 
     Args:
         classifier: from images to logits `(batch, classes)`; it runs in evaluation mode.
         images: `(n * candidates, channels, height, width)` in [-1, 1], group after group.
         rows: row of the logits for each image, `(n * candidates,)`, int64.
         candidates: size of a group.
-
-    Returns:
-        `(n,)`, int64.
     """
     with evaluation_mode(classifier):
         found = classifier(images).log_softmax(dim=1).gather(1, rows[:, None]).view(-1, candidates)

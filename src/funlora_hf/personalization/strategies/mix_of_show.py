@@ -159,15 +159,12 @@ class MixOfShow(LowRank):
 
 
 def fused_change(wanted: torch.Tensor, total: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return the change `D` of a weight that minimizes `sum_i ||D_i X_i - D X_i||^2 + ridge * m * ||D||^2`, `m` the mean diagonal of `total`.
+    """Return the change `D` of a weight, `(out, in)`, float32, that minimizes `sum_i ||D_i X_i - D X_i||^2 + ridge * m * ||D||^2`, `m` the mean diagonal of `total`.
 
     Args:
         wanted: `sum_i D_i X_i X_i^T`, `(out, in)`, float64, from the changes `D_i` and the inputs `X_i` of each concept.
         total: `sum_i X_i X_i^T`, `(in, in)`, float64.
         ridge: >= 0; 0 gives, of all minima, the one with the smallest norm, to which L-BFGS from `D = 0` converges.
-
-    Returns:
-        `(out, in)`, float32.
 
     Source: objective of arXiv 2305.18292 [code]; closed form and ridge [ours].
     """
