@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def report_run(evaluator: ConceptEvaluator, settings: Iterable[Any]) -> dict[str, Any]:
-    """Write results.json, which is returned, and the figures of a run that has ended, print the table, and check that nothing was forgotten.
+    """Write results.json and the figures of a run that has ended, print the table, and check that nothing was forgotten.
+
+    Return the contents of results.json.
 
     Args:
         evaluator: it has evaluated every task.

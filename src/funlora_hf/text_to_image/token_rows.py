@@ -159,9 +159,9 @@ class TokenRows(nn.Module):
 
 
 def load_token_rows(pipe: Any, folder: str | os.PathLike, *, is_known: bool = False) -> str:
-    """Put the rows of a folder into a stock pipeline, as `load_textual_inversion`, which those of SD3 and PixArt have not; return the token.
+    """Put the rows of a folder into a stock pipeline, and return their token.
 
-    Call it before the text encoders are offloaded. For prompts, see `prompt_arguments`.
+    As `load_textual_inversion`, which the pipelines of SD3 and PixArt have not. Call it before the text encoders are offloaded. For prompts, see `prompt_arguments`.
 
     Args:
         pipe: a pipeline of Stable Diffusion, SDXL, SD3, PixArt or Flux.
