@@ -137,7 +137,7 @@ def test_a_base_without_classes_guides_too(tmp_path):
 
 @pytest.mark.parametrize("scale", [-0.5, float("nan"), float("inf")])
 def test_a_guidance_scale_out_of_range_is_refused(pipe, scale):
-    with pytest.raises(ValueError, match="`guidance_scale` is .*, expected a number of at least 0; 1 is none"):
+    with pytest.raises(ValueError, match=r"`guidance_scale` is .*, expected a number of at least 0; 1 is none"):
         pipe([7], guidance_scale=scale)
 
 

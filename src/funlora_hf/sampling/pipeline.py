@@ -525,7 +525,7 @@ class FunLoraPipeline(DiffusionPipeline):
         return class_ids
 
     def _embedding_rows(self, class_ids: Sequence[int | None]) -> torch.Tensor | None:
-        rows = {class_id: row for row, class_id in enumerate(self.base_classes)}
+        rows: dict[int | None, int] = {class_id: row for row, class_id in enumerate(self.base_classes)}
         # An adapter class has its own vector; its row does not matter.
         return torch.tensor([rows.get(class_id, 0) for class_id in class_ids]) if rows else None
 
