@@ -271,7 +271,7 @@ class ContinualTrainingArguments(LoopArguments):
         True, "After s averaged steps of task 1, the decay is at most (1 + s) / (10 + s)."
     )
     base_ema_start: Share = _argument(0.0, "Share of task 1 after which averaging starts.")
-    adapter_train_steps: Count | None = _argument(75, "Steps of a class; None: epochs count.")
+    adapter_train_steps: Count | None = _argument(100, "Steps of a class; None: epochs count.")
     adapter_epochs: Count | None = _argument(None, "Epochs of a class, if the steps are None.")
     adapter_batch_size: Count = _argument(32, "Batch of an adapter phase.")
     adapter_learning_rate: LearningRate = _argument(3e-2, "Peak learning rate of a class.")
