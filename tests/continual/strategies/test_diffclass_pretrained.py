@@ -326,7 +326,7 @@ def test_its_costs_have_no_held_out_loss(pictures, tmp_path):
         ({"push_to_hub": True}, "`push_to_hub` is True, which diffclass does not use with `pretrained`"),
         (
             {"timestep_density": "logit_normal"},
-            "`timestep_density` is 'logit_normal', expected 'uniform': DDIMScheduler is no",
+            "`timestep_density` is 'logit_normal', expected 'uniform' or 'stratified': DDIMScheduler is no",
         ),
     ],
 )
