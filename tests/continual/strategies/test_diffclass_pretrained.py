@@ -105,7 +105,9 @@ def test_the_loss_is_the_scheduler_s(tmp_path):
     losses = strategy.training_step(phase, batch, module)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base())
     torch.manual_seed(7)
-    times, spread, noise = torch.randint(1000, (3,)), torch.randn(3, 8, 8, 8), torch.randn(3, 8, 8, 8)
+    strata = torch.randperm(3)
+    times = (1000 * (strata + torch.rand(3)) / 3).long()  # one in each third
+    spread, noise = torch.randn(3, 8, 8, 8), torch.randn(3, 8, 8, 8)
     images = functional.interpolate((batch.sample + 1) / 2, size=32, mode="bicubic", antialias=True).clamp(0, 1)
     images = (images * 255).round() / 127.5 - 1
     with torch.no_grad():
