@@ -148,9 +148,12 @@ def test_an_adapter_s_card_has_the_facts():
         "torch 2.13.0, peft 0.21.2",
         "Its base is [me/base](https://huggingface.co/me/base/tree/v1), revision v1.",
         "trained on synthetic images (after the first task, on real ones), is tested on real images of uoft-cs/cifar10",
-        "1,000 synthetic images of every class, sampled by heun in 6 steps",
+        "1,000 synthetic images of every class, sampled by heun in 6 steps.",
     ):
         assert text in card.text
+    guided = results()
+    guided["settings"]["EvaluationArguments"]["guidance_scale"] = 1.5
+    assert "heun in 6 steps, with the guidance scale 1.5." in adapter(results=guided).text
 
 
 def test_accuracies_are_in_the_metadata_in_percent():
