@@ -68,7 +68,7 @@ class PhaseSettings:
         lr_scheduler: the learning rate after the warm-up, one of `LR_SCHEDULERS`.
         weight_decay: decoupled decay of AdamW, in each step multiplied by the learning rate.
         adam_beta1: decay of Adam's mean of gradients, in [0, 1).
-        target: velocity to learn, one of `TARGETS`.
+        target: velocity to learn, "sample" or "expected" (`expected_velocity`).
         pairs: whether the second half of a batch is the first half with the negative noise; `batch_size` is even then.
     """
 
