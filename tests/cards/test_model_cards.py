@@ -132,10 +132,12 @@ def test_an_adapter_s_card_has_the_facts():
     assert dict(table(card, "Training")) == {
         "": "",
         "data set": "uoft-cs/cifar10",
-        "steps": "150",
+        "steps": "100",
         "batch size": "32",
-        "learning rate": "0.02",
-        "warm-up steps": "20",
+        "learning rate": "0.03",
+        "learning rate of alpha": "0.3",
+        "Adam's beta1": "0.5",
+        "warm-up steps": "0",
         "EMA": "decay 0.98",
         "seed": "3",
     }

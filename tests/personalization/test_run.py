@@ -220,7 +220,7 @@ REFUSED = {
     "`concept_order` is .*, expected each name once": {"concept_order": ["b0", "b0"]},
     "`strategy` is 'ddgr', expected": {"strategy": "ddgr"},
     "`strategy_options` has 'rank', but `strategy` 'funlora' expects none": {"strategy_options": ["rank=3"]},
-    "`timestep_density` is 'logit_normal', expected 'uniform': DDIMScheduler is no flow": {
+    "`timestep_density` is 'logit_normal', expected 'uniform' or 'stratified': DDIMScheduler is no flow": {
         "timestep_density": "logit_normal"
     },
     "`num_class_images` is 3 but there is no `with_prior_preservation`": {"num_class_images": 3},

@@ -222,7 +222,7 @@ def test_sample_from_the_pipeline_of_a_run(in_model):
         (["--prompt", "a <t1> b b b b b b b"], "expected at most 8: shorten it"),
         (["--prompt", "a <t1> b", "--classes", "3"], "`--classes` is ['3'], but `--prompt` draws concepts"),
         (["--prompt", "a <t1> b", "--guidance_scale", "0"], "`guidance_scale` is 0"),
-        (["--guidance_scale", "2"], "which only `--prompt` uses"),
+        (["--width", "64"], "`--width` is 64, which only `--prompt` uses"),
         ([], 'and `sample --prompt "..."`'),
     ],
 )

@@ -99,6 +99,13 @@ def test_logit_normal_times_are_in_the_middle():
     assert normal.std() < 0.8 * plain.std()
 
 
+def test_stratified_times_of_a_schedule_are_one_in_each_part_of_it():
+    times = Objective(SCHEDULERS["epsilon"], timestep_density="stratified").times(20, torch.Generator().manual_seed(0))
+    assert times.dtype == torch.int64
+    assert sorted((times // 50).tolist()) == list(range(20))
+    assert times.tolist() != sorted(times.tolist())
+
+
 @pytest.mark.parametrize("name", ["epsilon", "v", "v with zero SNR"])
 def test_min_snr_is_diffusers(name):
     """As in `train_text_to_image.py`."""
@@ -137,7 +144,7 @@ def test_noise_offset_is_constant_over_a_channel():
         (
             SCHEDULERS["v"],
             {"timestep_density": "logit_normal"},
-            "`timestep_density` is 'logit_normal', expected 'uniform'",
+            "`timestep_density` is 'logit_normal', expected 'uniform' or 'stratified'",
         ),
         (SCHEDULERS["flow"], {"timestep_density": "normal"}, "`timestep_density` is 'normal', expected one of"),
         (SCHEDULERS["v"], {"noise_offset": -0.1}, "`noise_offset` is -0.1"),

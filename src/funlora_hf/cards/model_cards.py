@@ -18,6 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig, PeftType
 
 from ..tuner import FunLoraConfig
+from ..tuner.learning_rates import ALPHA_RATE
 from ..utils.checks import FINGERPRINT_DTYPES
 
 
@@ -467,11 +468,15 @@ def _eval_results(
 def _training(results: Mapping[str, Any], dataset: str | None, kind: str) -> dict[str, str]:
     """Settings with which the run trained a base or an adapter, and its dataset."""
     settings = results.get("settings", {})
-    if kind == "base" and settings.get("ModelArguments", {}).get("base_model"):
+    model = settings.get("ModelArguments", {})
+    if kind == "base" and model.get("base_model"):
         return {}  # the run was given its base
     training = settings.get("ContinualTrainingArguments", {})
     own = {name.removeprefix(f"{kind}_"): value for name, value in training.items() if name.startswith(f"{kind}_")}
     steps, epochs, most = own.get("train_steps"), own.get("epochs"), training.get("max_train_steps")
+    # Runs of earlier versions had one rate for all.
+    alpha_rate = own.get("alpha_rate", 1.0) or ALPHA_RATE
+    has_alpha = kind == "adapter" and model.get("peft_method") == "funlora" and model.get("function") != "identity"
     decay, start = own.get("ema_decay"), own.get("ema_start")
     reached = results.get("ema_decay_reached", {}).get(kind, decay)
     warmed_up = "" if reached == decay else f", of which the warm-up reached {reached:.4g}"
@@ -484,6 +489,8 @@ def _training(results: Mapping[str, Any], dataset: str | None, kind: str) -> dic
         else f"{epochs:,}" + ("" if most is None else f", at most {most:,} steps"),
         "batch size": own.get("batch_size"),
         "learning rate": own.get("learning_rate"),
+        "learning rate of alpha": f"{alpha_rate * own['learning_rate']:g}" if has_alpha and alpha_rate != 1 else None,
+        "Adam's beta1": own.get("adam_beta1"),
         "warm-up steps": own.get("warmup_steps"),
         "EMA": decay and (f"decay {decay}{warmed_up}" + (f", after {start:.0%} of the steps" if start else "")),
         "gradient accumulation": None if accumulation == 1 else accumulation,

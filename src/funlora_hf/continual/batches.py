@@ -53,7 +53,7 @@ class PhaseBatches:
         data: gives the images of the phase's classes. They are decoded once and kept as uint8, on the device, or on the
             CPU if they take more than 2 GiB. The target "expected" also keeps them, and their mirror images with `random_flip`, as
             float32 on the device.
-        timestep_density: density of sigma, "uniform" or "logit_normal".
+        timestep_density: density of sigma, as in `sample_sigmas`.
         random_flip: flip images left to right with probability 1/2.
         device: device of the batches. Noise for the CPU is drawn there after flips and sigma, noise for another device on
             that device; flips, sigma and order are the same everywhere.

@@ -19,6 +19,7 @@ from ..flow_matching import TIMESTEP_DENSITIES
 from ..recipes.reading import load_yaml
 from ..sampling.solvers import SOLVERS
 from ..tuner import FunLoraConfig
+from ..tuner.learning_rates import ALPHA_RATE
 from ..utils.checks import check_at_least_one, check_class_label, expanded, shortened
 from ..utils.field_types import Count, LearningRate, Natural, Positive, Range, Share, check_field_types, one_of
 
@@ -26,8 +27,6 @@ from ..utils.field_types import Count, LearningRate, Natural, Positive, Range, S
 UPDATE_MODES = ("continue", "retrain", "cold")
 COLD, MEAN = "cold", "mean"
 SAMPLE, EXPECTED = TARGETS = ("sample", "expected")
-# Multiple of the learning rate for alpha, unless the arguments say another [ours: docs/results.md].
-ALPHA_RATE = 10.0
 LATEST = "latest"
 
 DIGITS_UNET = {
@@ -39,6 +38,10 @@ DIGITS_UNET = {
     "down_block_types": ["DownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "UpBlock2D"],
 }
+
+
+TimestepDensity = Annotated[str, one_of(*TIMESTEP_DENSITIES)]
+_DENSITIES = "'uniform', 'stratified' (uniform, but evenly spread over a batch) or 'logit_normal'."
 
 
 def _argument(default: Any, help: str) -> Any:
@@ -191,9 +194,7 @@ class LoopArguments:
         10,
         "Steps in a row that are skipped for a loss or gradient that is not finite; one more stops the run. 0: the first.",
     )
-    timestep_density: Annotated[str, one_of(*TIMESTEP_DENSITIES)] = _argument(
-        "stratified", "'uniform', 'stratified' (uniform, but evenly spread over a batch) or 'logit_normal'."
-    )
+    timestep_density: TimestepDensity = _argument("uniform", _DENSITIES)
     max_train_steps: Count | None = _argument(None, "Cap on the steps of every phase: base, each class, classifier.")
     checkpointing_steps: Count = _argument(500, "Steps between checkpoints inside a phase.")
     checkpoints_total_limit: Count | None = _argument(
@@ -256,6 +257,7 @@ class LoopArguments:
 class ContinualTrainingArguments(LoopArguments):
     """How each phase of a run of classes is trained, and where the run is written."""
 
+    timestep_density: TimestepDensity = _argument("stratified", _DENSITIES)
     channels_last: bool = _argument(False, "U-Net and images in torch.channels_last: faster on GPUs in fp16 and bf16.")
     torch_compile: bool = _argument(False, "Compile the U-Net's blocks for training, once for all classes.")
     class_batches: Annotated[str, one_of("homogeneous", "mixed")] = _argument(

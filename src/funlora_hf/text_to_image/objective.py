@@ -23,7 +23,7 @@ class Objective:
     Args:
         scheduler: that of the pipeline. A `FlowMatch...` scheduler means a flow, with times shifted by its `shift` (not by a
             dynamic one, which depends on the size of the image). Any other is read for its betas and `prediction_type`.
-        timestep_density: "uniform", or "logit_normal", for a flow only.
+        timestep_density: "uniform" or "stratified", or "logit_normal", for a flow only.
         snr_gamma: gamma of min-SNR weights, > 0; None: no weights. Not for a flow.
         noise_offset: weight of a further noise that is constant over each channel, >= 0.
 
@@ -52,8 +52,10 @@ class Objective:
             raise ValueError(
                 f"`snr_gamma` is {snr_gamma!r}, expected None: {name} is a flow, which has no such weights."
             )
-        if not self.is_flow and timestep_density != "uniform":
-            raise ValueError(f"`timestep_density` is {timestep_density!r}, expected 'uniform': {name} is no flow.")
+        if not self.is_flow and timestep_density == "logit_normal":
+            raise ValueError(
+                f"`timestep_density` is {timestep_density!r}, expected 'uniform' or 'stratified': {name} is no flow."
+            )
         self.timestep_density, self.snr_gamma, self.noise_offset = timestep_density, snr_gamma, noise_offset
         self.num_train_timesteps: int = config.num_train_timesteps
         if self.is_flow:
@@ -70,9 +72,12 @@ class Objective:
 
     def times(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Draw n times as the denoiser takes them: `(n,)`, int64 from 0, or for a flow float32, shifted as in sampling."""
-        if not self.is_flow:
+        if not self.is_flow and self.timestep_density == "uniform":
             return torch.randint(self.num_train_timesteps, (n,), generator=generator, device=generator.device)
         sigma = sample_sigmas(n, density=self.timestep_density, generator=generator)
+        if not self.is_flow:
+            # A sigma that rounds to 1 belongs to the last time.
+            return (self.num_train_timesteps * sigma).long().clamp(max=self.num_train_timesteps - 1)
         return self.num_train_timesteps * (self._shift * sigma / (1 + (self._shift - 1) * sigma))
 
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 
+# Multiple of a run's learning rate for alpha, unless its arguments say another [ours: docs/results.md].
+ALPHA_RATE = 10.0
 _KINDS = {
     "alpha": r"\.funlora_(add_)?alpha\.",
     "omega": r"\.funlora_(add_)?omega\.",

@@ -105,7 +105,9 @@ def test_the_loss_is_the_scheduler_s(tmp_path):
     losses = strategy.training_step(phase, batch, module)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base())
     torch.manual_seed(7)
-    times, spread, noise = torch.randint(1000, (3,)), torch.randn(3, 8, 8, 8), torch.randn(3, 8, 8, 8)
+    strata = torch.randperm(3)
+    times = (1000 * (strata + torch.rand(3)) / 3).long()  # one in each third
+    spread, noise = torch.randn(3, 8, 8, 8), torch.randn(3, 8, 8, 8)
     images = functional.interpolate((batch.sample + 1) / 2, size=32, mode="bicubic", antialias=True).clamp(0, 1)
     images = (images * 255).round() / 127.5 - 1
     with torch.no_grad():
@@ -326,7 +328,7 @@ def test_its_costs_have_no_held_out_loss(pictures, tmp_path):
         ({"push_to_hub": True}, "`push_to_hub` is True, which diffclass does not use with `pretrained`"),
         (
             {"timestep_density": "logit_normal"},
-            "`timestep_density` is 'logit_normal', expected 'uniform': DDIMScheduler is no",
+            "`timestep_density` is 'logit_normal', expected 'uniform' or 'stratified': DDIMScheduler is no",
         ),
     ],
 )

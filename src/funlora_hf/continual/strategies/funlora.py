@@ -26,11 +26,11 @@ from ...data.tasks import Task
 from ...layer_selection import ParametersPerClass, parameters_per_class
 from ...sampling.pipeline import FunLoraPipeline
 from ...tuner import FunLoraConfig, mixed_batch
-from ...tuner.learning_rates import kind_of
+from ...tuner.learning_rates import ALPHA_RATE, kind_of
 from ...tuner_base.meta_shapes import adapted_shape
 from ...utils.files import file_sha256
 from ..base import BASE_PHASE, arrange, base_shape, label_rows, load_pipeline, save_base, trainable_unet
-from ..config import ALPHA_RATE, MEAN
+from ..config import MEAN
 from ..strategy import (
     Batch,
     Phase,
