@@ -18,6 +18,7 @@ from funlora_hf.continual.strategy import Phase, PhaseSettings, velocity_losses
 from funlora_hf.data import load_image_data
 from funlora_hf.data.pixels import to_model_range
 from funlora_hf.flow_matching import (
+    expected_velocity,
     flow_matching_loss,
     interpolate,
     sample_sigmas,
@@ -59,6 +60,94 @@ def test_one_euler_step_along_the_target_reaches_the_data():
     scheduler.set_timesteps(sigmas=[1.0])
     reached = scheduler.step(velocity_target(sample, noise), scheduler.timesteps[0], noise).prev_sample
     torch.testing.assert_close(reached, sample)
+
+
+def posterior_mean(noisy, sigma, images):
+    """`expected_velocity` of one point, image by image, from the density of the noise that leads from it to the point."""
+    noises = [(noisy - (1 - sigma) * image) / sigma for image in images]
+    logs = [-(noise**2).sum() / 2 for noise in noises]
+    weights = [np.exp(log - max(logs)) for log in logs]
+    return sum(w * (noise - image) for w, noise, image in zip(weights, noises, images, strict=True)) / sum(weights)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 1e-4)]
+)
+def test_the_expected_velocity_is_the_mean_over_the_images(dtype, tolerance):
+    images, sigma = torch.randn(7, 2, 3, 3).to(dtype), torch.tensor([0.01, 0.2, 0.5, 0.8, 0.99, 1.0]).to(dtype)
+    noisy = interpolate(images[:6], torch.randn(6, 2, 3, 3).to(dtype), sigma)
+    found = expected_velocity(noisy, sigma, images)
+    points = zip(noisy.double().numpy(), sigma.double().numpy(), strict=True)
+    expected = np.stack([posterior_mean(*point, images.double().numpy()) for point in points])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=tolerance, atol=tolerance)
+    # Each point by itself, whatever else is in the batch.
+    torch.testing.assert_close(expected_velocity(noisy[1:2], sigma[1:2], images), found[1:2])
+    assert expected_velocity(noisy[:0], sigma[:0], images).shape == (0, 2, 3, 3)
+
+
+def draws(images, count):
+    """Independent rows, sigmas and noise for some images, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    sample = images[torch.randint(len(images), (count,), generator=generator)]
+    sigma = torch.rand(count, generator=generator, dtype=torch.float64)
+    return sample, sigma, torch.randn(sample.shape, generator=generator, dtype=torch.float64)
+
+
+def test_the_expected_velocity_is_the_mean_of_draws_that_come_to_the_same_point():
+    """What the target of a draw adds to it is zero on average in each part of the plane of points and times."""
+    images = torch.tensor([-1.0, 0.0, 0.1, 1.0], dtype=torch.float64)[:, None]
+    sample, sigma, noise = draws(images, 200_000)
+    noisy = interpolate(sample, noise, sigma)
+    rest = (velocity_target(sample, noise) - expected_velocity(noisy, sigma, images))[:, 0]
+    parts = (noisy[:, 0].clamp(-2, 1.99) * 2).floor() * 10 + (sigma * 10).floor()
+    # Where one image has nearly all the weight, too few draws come from others.
+    found = [inside for part in parts.unique() if len(inside := rest[parts == part]) > 500 and inside.std() > 0.1]
+    assert len(found) > 50
+    assert all(abs(inside.mean()) < 4.5 * inside.std() / len(inside) ** 0.5 for inside in found)
+
+
+def test_the_expected_velocity_over_one_image_is_its_own_target():
+    sample, noise, sigma = torch.randn(1, 1, 4, 4), torch.randn(5, 1, 4, 4), torch.linspace(0.02, 1, 5)
+    sample = sample.expand_as(noise)
+    found = expected_velocity(interpolate(sample, noise, sigma), sigma, sample[:1])
+    torch.testing.assert_close(found, velocity_target(sample, noise), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_near_the_data_the_expected_velocity_is_the_sample_s_own(dtype):
+    sample, noise = torch.randn(2, 8, 3, 8, 8).to(dtype)
+    for value, tolerance in ((1e-2, 1e-4), (1e-4, 1e-2)):
+        sigma = torch.full((8,), value, dtype=dtype)
+        found = expected_velocity(interpolate(sample, noise, sigma), sigma, sample)
+        torch.testing.assert_close(found, velocity_target(sample, noise), atol=tolerance, rtol=tolerance)
+    for value in (0.0, 1e-30, 1e-7):
+        sigma = torch.full((8,), value, dtype=dtype)
+        assert expected_velocity(interpolate(sample, noise, sigma), sigma, sample).isfinite().all()
+
+
+def test_the_expected_velocity_keeps_its_digits_under_autocast():
+    sample, noise, sigma = torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4, 4), torch.rand(4)
+    noisy = interpolate(sample, noise, sigma)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = expected_velocity(noisy, sigma, sample)
+    assert torch.equal(found, expected_velocity(noisy, sigma, sample))
+
+
+def test_the_expected_velocity_has_the_same_mean_gradient_and_less_variance():
+    """Of a linear model, in batches of 8."""
+    images = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sample, sigma, noise = draws(images, 4000)
+    noisy = interpolate(sample, noise, sigma)
+    output = noisy @ torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def gradients(target):
+        return (noisy[:, :, None] * (output - target)[:, None]).unflatten(0, (-1, 8)).mean(dim=1)
+
+    plain = gradients(velocity_target(sample, noise))
+    expected = gradients(expected_velocity(noisy, sigma, images))
+    difference = plain - expected
+    assert (difference.mean(dim=0).abs() < 4 * difference.std(dim=0) / len(difference) ** 0.5).all()
+    assert expected.var(dim=0).sum() < 0.9 * plain.var(dim=0).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -131,6 +220,15 @@ def test_stratified_times_are_uniform_at_every_place():
             r"`noise` has the shape \(4,\), expected \(4, 3, 4, 4\), that of `sample`",
         ),
         (lambda x, s: velocity_target(x.byte(), x), "`sample` is of torch.uint8"),
+        (lambda x, s: expected_velocity(x.byte(), s, x), "`noisy` is of torch.uint8"),
+        (lambda x, s: expected_velocity(x, s, x.byte()), "`images` is of torch.uint8"),
+        (lambda x, s: expected_velocity(x, s[:1], x), r"`sigma` has the shape \(1,\), expected \(4,\)"),
+        (lambda x, s: expected_velocity(x, 1000 * s, x), "`sigma` has numbers from 500 to 500"),
+        (
+            lambda x, s: expected_velocity(x, s, x[:, :1]),
+            r"`images` has the shape \(4, 1, 4, 4\), expected \(n, 3, 4, 4\): at least one",
+        ),
+        (lambda x, s: expected_velocity(x, s, x[:0]), r"`images` has the shape \(0, 3, 4, 4\)"),
         (lambda x, s: flow_matching_loss(x, s), r"`target` has the shape \(4,\), expected .* `model_output`"),
         (lambda x, s: flow_matching_loss(x, x.byte()), "`target` is of torch.uint8"),
     ],

@@ -1060,6 +1060,10 @@ def test_a_huge_learning_rate_is_stopped(inside):
             {"strategy": "naive_lora", "adapter_vector_rate": 2.0},
             "`adapter_vector_rate` is 2, which `strategy` 'naive_lora' does not use",
         ),
+        (
+            {"adapter_pairs": True, "adapter_batch_size": 7},
+            "`adapter_batch_size` is 7, expected an even number with `adapter_pairs`",
+        ),
         ({"classifier_architecture": "vit"}, "`classifier_architecture` is 'vit', expected one of: 'auto'"),
         ({"image_quality": "fid"}, "`image_quality` is 'fid', expected one of: 'classifier', 'inception', 'none'"),
         ({"image_quality_neighbours": 0}, "`image_quality_neighbours` should be a positive integer"),

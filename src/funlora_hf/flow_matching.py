@@ -21,6 +21,8 @@ NUM_TRAIN_TIMESTEPS = 1000
 TIMESTEP_DENSITIES = ("uniform", "stratified", "logit_normal")
 # For images rounded to [-1, 1] in 8 bits.
 _TOLERANCE = 0.01
+# Below, float32 has no digits of the noise left.
+_SMALLEST_SIGMA = 1e-6
 
 
 def sigma_to_timestep(sigma: torch.Tensor, *, check_range: bool = True) -> torch.Tensor:
@@ -62,13 +64,7 @@ def interpolate(
     Source: arXiv 2510.02631, conditional flow matching on straight lines [text].
     """
     _check_alike(sample=sample, noise=noise)
-    _check_floating(sigma=sigma)
-    if sigma.shape != sample.shape[:1]:
-        raise ValueError(
-            f"`sigma` has the shape {tuple(sigma.shape)}, expected {tuple(sample.shape[:1])}: a number for each sample of the batch."
-        )
-    if check_range:
-        _check_range(sigma)
+    _check_sigmas(sigma, sample, check_range=check_range)
     sigma = sigma.reshape(-1, *(1 for _ in sample.shape[1:]))
     return (1 - sigma) * sample + sigma * noise
 
@@ -77,6 +73,47 @@ def velocity_target(sample: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Return dx/dsigma along the path: `noise - sample`, same shape. Errors and source: as for `interpolate`."""
     _check_alike(sample=sample, noise=noise)
     return noise - sample
+
+
+def expected_velocity(
+    noisy: torch.Tensor, sigma: torch.Tensor, images: torch.Tensor, *, check_range: bool = True
+) -> torch.Tensor:
+    """Return the mean of `velocity_target` over all images that a point may come from.
+
+    `(noisy - sum_i w_i images_i) / sigma` with `w = softmax_i(-|noisy - (1 - sigma) images_i|^2 / (2 sigma^2))`: the expectation of
+    `noise - sample` given `noisy`, where `sample` is each of `images` with the same probability.
+
+    Args:
+        noisy: points on the path, as of `interpolate`, `(batch, ...)`, any floating dtype; computed at least in float32.
+        sigma: `(batch,)`, in [0, 1]; less than 1e-6 counts as 1e-6, where the nearest image has all the weight.
+        images: `(n, ...)`, n at least 1, on the device of `noisy`.
+        check_range: as for `sigma_to_timestep`.
+
+    Returns:
+        Same shape as `noisy`, finite, without a graph.
+
+    Raises:
+        ValueError: tensors of other shapes or of integers, no image, or `sigma` out of range.
+
+    Source: arXiv 2302.00670 (stable target field), for diffusion and some of the images [text]; here for straight paths and all images [ours].
+    """
+    _check_floating(noisy=noisy, images=images)
+    _check_sigmas(sigma, noisy, check_range=check_range)
+    if not len(images) or images.shape[1:] != noisy.shape[1:]:
+        expected = ", ".join(map(str, ("n", *noisy.shape[1:])))
+        raise ValueError(
+            f"`images` has the shape {tuple(images.shape)}, expected ({expected}): at least one image of the shape of a sample of `noisy`."
+        )
+    dtype = torch.promote_types(noisy.dtype, torch.float32)
+    points, candidates = noisy.flatten(1).to(dtype), images.flatten(1).to(dtype)
+    sigma = sigma.to(dtype).clamp(min=_SMALLEST_SIGMA)[:, None]
+    with torch.no_grad(), torch.autocast(noisy.device.type, enabled=False):
+        # The square is multiplied out, without |noisy|^2, which all images share. The rounding of these sums matters only between
+        # images that are almost equal.
+        norms = torch.linalg.vector_norm(candidates, dim=1).square()
+        closeness = points @ candidates.T - (1 - sigma) / 2 * norms
+        weights = (closeness * (1 - sigma) / sigma.square()).softmax(dim=1)
+        return ((points - weights @ candidates) / sigma).reshape(noisy.shape)
 
 
 def flow_matching_loss(model_output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -214,6 +251,17 @@ def _check_alike(**tensors: torch.Tensor) -> None:
         raise ValueError(
             f"`{other_name}` has the shape {tuple(other.shape)}, expected {tuple(one.shape)}, that of `{name}`."
         )
+
+
+def _check_sigmas(sigma: torch.Tensor, sample: torch.Tensor, *, check_range: bool) -> None:
+    """Raise a ValueError unless there is a sigma for each sample of a batch, in [0, 1] if `check_range`."""
+    _check_floating(sigma=sigma)
+    if sigma.shape != sample.shape[:1]:
+        raise ValueError(
+            f"`sigma` has the shape {tuple(sigma.shape)}, expected {tuple(sample.shape[:1])}: a number for each sample of the batch."
+        )
+    if check_range:
+        _check_range(sigma)
 
 
 def _check_range(sigma: torch.Tensor) -> None:

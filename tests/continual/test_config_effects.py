@@ -105,8 +105,8 @@ class Small(FunLora):
 
     def training_step(self, phase: Phase, batch: Batch, module: torch.nn.Module) -> torch.Tensor:
         output = module(interpolate(batch.sample, batch.noise, batch.sigma))
-        losses = flow_matching_loss(output, velocity_target(batch.sample, batch.noise))
-        return losses
+        target = velocity_target(batch.sample, batch.noise) if batch.target is None else batch.target
+        return flow_matching_loss(output, target)
 
     def end_phase(self, phase: Phase, trainable: Trainable) -> None:
         self.found[phase.name] = trainable.module.weight.flatten().tolist()
@@ -508,6 +508,8 @@ TRAINING = {
     "adapter_omega_rate": Case(-1.0, (1.0, 3.0), factors),
     "adapter_vector_rate": Case(0.0, (1.0, 0.5), factors),
     "adapter_start": Case("warm", ("cold", "mean"), started),
+    "adapter_target": Case("mean", ("sample", "expected"), class_alone),
+    "adapter_pairs": Case("yes", (False, True), class_alone),
     "adapter_warmup_steps": Case(-1, (0, 3), class_alone),
     "adapter_ema_decay": Case(1.5, (0.0, 0.98), class_alone),
     "adapter_ema_warmup": Case("yes", (True, False), class_alone),

@@ -5,17 +5,26 @@ import torch
 from safetensors.torch import save_file
 
 from funlora_hf.continual.config import ContinualTrainingArguments
-from funlora_hf.continual.strategy import Batch, tensor_bytes
+from funlora_hf.continual.strategy import Batch, tensor_bytes, velocity_losses
 
 
 def test_a_reordered_batch_has_the_same_samples():
-    batch = Batch(torch.randn(4, 1, 2, 2), torch.tensor([7, 5, 7, 5]), torch.randn(4, 1, 2, 2), torch.rand(4))
+    sample, noise, target = torch.randn(3, 4, 1, 2, 2)
+    batch = Batch(sample, torch.tensor([7, 5, 7, 5]), noise, torch.rand(4), target=target)
     order = batch.class_ids.argsort(stable=True)
     moved = batch.reordered(order)
     assert moved.class_ids.tolist() == [5, 5, 7, 7]
     for to, origin in enumerate((1, 3, 0, 2)):
-        for name in ("sample", "noise", "sigma"):
+        for name in ("sample", "noise", "sigma", "target"):
             assert torch.equal(getattr(moved, name)[to], getattr(batch, name)[origin])
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_loss_is_that_of_the_batch_s_target(given):
+    sample, noise, other = torch.randn(3, 4, 1, 2, 2)
+    batch = Batch(sample, torch.zeros(4, dtype=torch.int64), noise, torch.rand(4), target=other if given else None)
+    losses = velocity_losses(lambda noisy, *_, **__: (0 * noisy,), batch, batch.class_ids)
+    torch.testing.assert_close(losses, (other if given else noise - sample).square().mean(dim=(1, 2, 3)))
 
 
 @pytest.mark.parametrize(

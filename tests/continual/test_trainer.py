@@ -316,6 +316,7 @@ def test_epochs_are_counted_in_whole_batches(images, accumulated, expected):
     training = ContinualTrainingArguments(gradient_accumulation_steps=accumulated, max_train_steps=8)
     assert phase_steps(settings, images, training) == expected
     assert phase_steps(replace(settings, train_steps=2, epochs=None), images, training) == 2
+    assert phase_steps(replace(settings, batch_size=6, pairs=True), images, training) == expected
     phase = Phase("p", (4, 5), settings, independent=True)
     assert phase_images(phase, {4: images - 1, 5: 1, 6: 1000}, training) == expected * 3 * accumulated
 

@@ -5,15 +5,16 @@ So a resumed run, or a run on another number of processes, sees the same batches
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 
 import torch
 
 from ..data.image_data import ImageClassificationData
 from ..data.pixels import to_model_range
-from ..flow_matching import sample_sigmas
+from ..flow_matching import expected_velocity, interpolate, sample_sigmas
 from ..utils.seeds import derive_seed, generator_for
-from .config import ContinualTrainingArguments
+from .config import EXPECTED, ContinualTrainingArguments
 from .devices import on_device
 from .learning import Phase
 from .strategy import Batch
@@ -50,7 +51,8 @@ class PhaseBatches:
 
     Args:
         data: gives the images of the phase's classes. They are decoded once and kept as uint8, on the device, or on the
-            CPU if they take more than 2 GiB.
+            CPU if they take more than 2 GiB. The target "expected" also keeps them, and their mirror images with `random_flip`, as
+            float32 on the device.
         timestep_density: density of sigma, as in `sample_sigmas`.
         random_flip: flip images left to right with probability 1/2.
         device: device of the batches. Noise for the CPU is drawn there after flips and sigma, noise for another device on
@@ -92,26 +94,49 @@ class PhaseBatches:
 
     def batch(self, number: int, *, share: int = 0, num_shares: int = 1) -> Batch:
         """Return batch `number`, from 0, of the phase, or the share of it for one of several processes."""
-        size = self.phase.settings.batch_size
-        indices = self._order.entries(number * size, size)
+        settings = self.phase.settings
+        size, times = settings.images_per_batch, 2 if settings.pairs else 1
+        indices = self._order.entries(number * size, size).repeat(times)
         mine = slice(share, None, num_shares)
         # On the CPU for every device; flips, sigma, noise in this order: results depend on it.
         generator = generator_for(self.seed, self.phase.name, "batch", number)
-        flip = torch.rand(size, generator=generator) < 0.5 if self.random_flip else None
-        sigma = sample_sigmas(size, density=self.timestep_density, generator=generator)
+        flip = (torch.rand(size, generator=generator) < 0.5).repeat(times) if self.random_flip else None
+        sigma = sample_sigmas(size, density=self.timestep_density, generator=generator).repeat(times)
         images = self.images[on_device(indices[mine], self.images.device)]
         sample = to_model_range(on_device(images, self.device))
         if flip is not None:
             # A mask as an index would wait until the device has counted its entries.
             sample = torch.where(on_device(flip[mine], self.device)[:, None, None, None], sample.flip(-1), sample)
-        noise = self._noise((size, *sample.shape[1:]), number, generator)[mine]
-        return Batch(
+        noise = self._noise((size, *sample.shape[1:]), number, generator)
+        noise = (torch.cat([noise, -noise]) if settings.pairs else noise)[mine]
+        batch = Batch(
             sample.to(memory_format=self.memory_format),
             self.class_ids[indices][mine],
             noise.to(memory_format=self.memory_format),
             on_device(sigma[mine], self.device),
             number,
         )
+        return replace(batch, target=self._expected(batch)) if settings.target == EXPECTED else batch
+
+    def _expected(self, batch: Batch) -> torch.Tensor:
+        """Return the `expected_velocity` of each sample, over all images of its class."""
+        # Without the checks of ranges, which would wait for the GPU.
+        noisy = interpolate(batch.sample, batch.noise, batch.sigma, check_range=False)
+        target = torch.empty_like(noisy)
+        for class_id, images in self._candidates.items():
+            rows = on_device((batch.class_ids == class_id).nonzero()[:, 0], self.device)
+            target[rows] = expected_velocity(noisy[rows], batch.sigma[rows], images, check_range=False)
+        return target
+
+    @cached_property
+    def _candidates(self) -> dict[int, torch.Tensor]:
+        """The images of each class as samples, with their mirror images if samples are flipped."""
+        candidates = {}
+        for class_id in self.phase.class_ids:
+            rows = on_device(self.class_ids == class_id, self.images.device)
+            images = to_model_range(on_device(self.images[rows], self.device))
+            candidates[class_id] = torch.cat([images, images.flip(-1)]) if self.random_flip else images
+        return candidates
 
     def _noise(self, shape: tuple[int, ...], number: int, generator: torch.Generator) -> torch.Tensor:
         if self.device.type != "cpu":

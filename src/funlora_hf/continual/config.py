@@ -26,6 +26,7 @@ from ..utils.field_types import Count, LearningRate, Natural, Positive, Range, S
 
 UPDATE_MODES = ("continue", "retrain", "cold")
 COLD, MEAN = "cold", "mean"
+SAMPLE, EXPECTED = TARGETS = ("sample", "expected")
 LATEST = "latest"
 
 DIGITS_UNET = {
@@ -287,6 +288,11 @@ class ContinualTrainingArguments(LoopArguments):
     adapter_start: Annotated[str, one_of(COLD, MEAN)] = _argument(
         COLD, "Where a new class starts: 'cold', as the base, or 'mean', at the mean of the adapters of earlier tasks."
     )
+    adapter_target: Annotated[str, one_of(*TARGETS)] = _argument(
+        SAMPLE,
+        "Velocity that a class learns: 'sample', of each image and its noise, or 'expected', its mean given the noisy image.",
+    )
+    adapter_pairs: bool = _argument(False, "Train a class on pairs of the same image and time with opposite noise.")
     adapter_warmup_steps: Natural = _argument(0, "Steps of linear warm-up of a class.")
     adapter_ema_decay: Share = _argument(0.98, "Decay of the moving average of a class.")
     adapter_ema_warmup: bool = _argument(
@@ -304,6 +310,10 @@ class ContinualTrainingArguments(LoopArguments):
         self._check_update()
         for phase in ("base", "adapter"):
             self._check_phase(phase)
+        if self.adapter_pairs and self.adapter_batch_size % 2:
+            raise ValueError(
+                f"`adapter_batch_size` is {self.adapter_batch_size}, expected an even number with `adapter_pairs`: change it by one."
+            )
 
     def _check_update(self) -> None:
         if self.update_class is None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..data.tasks import Task
 from ..utils.field_types import check_field_types
-from .config import LoopArguments, parse_options
+from .config import SAMPLE, LoopArguments, parse_options
 
 
 LR_SCHEDULERS = ("constant", "linear", "cosine")
@@ -68,6 +68,8 @@ class PhaseSettings:
         lr_scheduler: the learning rate after the warm-up, one of `LR_SCHEDULERS`.
         weight_decay: decoupled decay of AdamW, in each step multiplied by the learning rate.
         adam_beta1: decay of Adam's mean of gradients, in [0, 1).
+        target: velocity to learn, "sample" or "expected" (`expected_velocity`).
+        pairs: whether the second half of a batch is the first half with the negative noise; `batch_size` is even then.
     """
 
     train_steps: int | None
@@ -81,6 +83,13 @@ class PhaseSettings:
     lr_scheduler: str = "constant"
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
+    target: str = SAMPLE
+    pairs: bool = False
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of a batch, each of which is counted once if it is there twice."""
+        return self.batch_size // 2 if self.pairs else self.batch_size
 
     @classmethod
     def of(cls, training: LoopArguments, prefix: str) -> PhaseSettings:

@@ -72,6 +72,7 @@ class Batch:
         sigma: `(batch,)`, float32 in [0, 1].
         number: number of the batch in its phase, from 0; a strategy must distinguish batches only by this.
         drawn: which samples a generator has drawn, `(batch,)`, bool, on the CPU; None: all are real.
+        target: velocity to learn, same shape as `sample`; None: `velocity_target`.
     """
 
     sample: torch.Tensor
@@ -80,13 +81,15 @@ class Batch:
     sigma: torch.Tensor
     number: int = 0
     drawn: torch.Tensor | None = None
+    target: torch.Tensor | None = None
 
     def reordered(self, order: torch.Tensor) -> Batch:
         """Return the same samples in another order, `(batch,)`, int64, on the CPU."""
         moved = on_device(order, self.sample.device)
         on_the_device = {name: getattr(self, name)[moved] for name in ("sample", "noise", "sigma")}
         drawn = None if self.drawn is None else self.drawn[order]
-        return replace(self, class_ids=self.class_ids[order], drawn=drawn, **on_the_device)
+        target = None if self.target is None else self.target[moved]
+        return replace(self, class_ids=self.class_ids[order], drawn=drawn, target=target, **on_the_device)
 
 
 class Strategy(LearningStrategy):
@@ -141,7 +144,8 @@ def velocity_losses(module: nn.Module, batch: Batch, labels: torch.Tensor) -> to
 
     `module` is a U-Net; `labels` are rows of its class embedding, `(batch,)`, int64, on the CPU or the device.
     """
-    return losses_at(module, batch.sample, batch.noise, batch.sigma, on_device(labels, batch.sample.device))
+    labels = on_device(labels, batch.sample.device)
+    return losses_at(module, batch.sample, batch.noise, batch.sigma, labels, batch.target)
 
 
 def tensor_bytes(path: Path) -> int:

@@ -479,7 +479,7 @@ class ContinualTrainer:
 def phase_steps(settings: PhaseSettings, num_images: int, training: LoopArguments) -> int:
     """Return the optimizer steps of a phase with so many images."""
     # Number of batches in which every image is seen once, rounded up.
-    per_epoch = -(-num_images // settings.batch_size)
+    per_epoch = -(-num_images // settings.images_per_batch)
     epochs, accumulated = settings.epochs, training.gradient_accumulation_steps
     by_epochs = None if epochs is None else math.ceil(epochs * per_epoch / accumulated)
     counts = (settings.train_steps, by_epochs, training.max_train_steps)

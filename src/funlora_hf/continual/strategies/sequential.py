@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import UNet2DModel
@@ -30,7 +30,7 @@ from ..base import (
     set_class_vectors,
     trainable_unet,
 )
-from ..config import COLD
+from ..config import COLD, SAMPLE
 from ..strategy import (
     Batch,
     Phase,
@@ -47,6 +47,13 @@ from .peft_methods import RATES, check_unused
 
 # Kept after every task.
 CLASS_VECTORS = "class_embedding.weight"
+# Arguments of a class's own adapter, with the values that change nothing.
+_UNUSED: dict[str, tuple[Any, ...]] = {
+    "adapter_start": (COLD,),
+    "adapter_target": (SAMPLE,),
+    "adapter_pairs": (False,),
+    **dict.fromkeys(RATES.values(), (1, None)),
+}
 
 
 @dataclass(frozen=True)
@@ -257,10 +264,7 @@ def check_one_generator(strategy: Strategy, takes: Collection[str]) -> None:
             f"`class_batches` is {setting.training.class_batches!r}, which `strategy` {strategy.name!r} does not use, since it "
             "trains its classes together: leave it out."
         )
-    if (start := setting.training.adapter_start) != COLD:
-        raise ValueError(
-            f"`adapter_start` is {start!r}, which `strategy` {strategy.name!r} does not use: leave it out."
-        )
-    for name in RATES.values():
-        if (rate := getattr(setting.training, name)) not in (1, None):
-            raise ValueError(f"`{name}` is {rate:g}, which `strategy` {strategy.name!r} does not use: leave it out.")
+    for name, unused in _UNUSED.items():
+        if (value := getattr(setting.training, name)) not in unused:
+            shown = f"{value:g}" if isinstance(value, float) else repr(value)
+            raise ValueError(f"`{name}` is {shown}, which `strategy` {strategy.name!r} does not use: leave it out.")
