@@ -21,7 +21,7 @@ SHORT = {
     "adapter_warmup_steps": 0,
 }
 ASKED = (
-    *("--settings", "before: adapter_learning_rate=1e-3,timestep_density=stratified", "recipe:"),
+    *("--settings", "before: adapter_learning_rate=1e-3,timestep_density=uniform", "recipe:"),
     *("--steps", "1", "2", "--seeds", "0", "1", "--num_workers", "2"),
 )
 
@@ -61,7 +61,7 @@ def test_rows_are_those_of_the_runs(finished):
     assert len(runs) == 8
     for row in rows:
         # Found by what the run says of itself.
-        rate, density = {"before": (1e-3, "stratified"), "recipe": (2e-2, "uniform")}[row["setting"]]
+        rate, density = {"before": (1e-3, "uniform"), "recipe": (3e-2, "stratified")}[row["setting"]]
         settings = {
             "seed": row["seed"],
             "adapter_train_steps": row["steps"],
