@@ -24,7 +24,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
-from runs import REPOSITORY, make_tiny_unet, write_adapters
+from runs import REPOSITORY, command_line, make_tiny_unet, write_adapters
 
 from funlora_hf import FunLoraPipeline, base_fingerprints
 from funlora_hf.evaluation.label_font import drawable
@@ -117,6 +117,17 @@ def run_folder(tiny_pipe, tmp_path):
             base_fingerprint=fingerprint,
         )
     return tmp_path / "run"
+
+
+@pytest.fixture
+def run_short_example(run_example):
+    """Runs an example with the arguments of a short run, and `out` in a folder as its output; keyword arguments change them."""
+
+    def start(example: str, short: dict, folder: Path, *arguments: str, check: bool = True, **overrides):
+        given = command_line(**{**short, "output_dir": "out", **overrides})
+        return run_example(*given, *arguments, cwd=folder, check=check, example=example, timeout=600)
+
+    return start
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from ablation.variants import REFERENCE, Variant, has_alpha
+from ablation.variants import REFERENCE, Variant
 from comparison.bases import check_seeds, run_on_shared_bases
 from comparison.jobs import Job, with_changes
 from comparison.learning_rates import RATES_FILE, Candidate, check_rates, rates_record, search_learning_rates
 from funlora_hf.adapters.class_folder import ADAPTERS_FOLDER, adapter_folders
 from funlora_hf.layer_selection import layer_importance, select_layers
 from funlora_hf.run import RunArguments
+from funlora_hf.tuner.learning_rates import alpha_rate
 from funlora_hf.utils.checks import check_at_least_one
 from funlora_hf.utils.field_types import check_field_types
 from funlora_hf.utils.files import read_mapping, write_json
@@ -119,7 +120,7 @@ def _job(reference: RunArguments, variant: Variant, seed: int, rates: Mapping[st
     folder = runs / variant.key
     changes = {"seed": seed, "output_dir": os.fspath(folder), **variant.changes, **rates}
     model = {**vars(reference.model), **variant.changes}
-    if not has_alpha(model["peft_method"], model["function"]):
+    if alpha_rate(model["peft_method"], model["function"]) is None:
         # A run refuses a rate of what its adapters do not have.
         changes["adapter_alpha_rate"] = 1.0
     if variant.needs is not None:
@@ -166,7 +167,7 @@ def _candidates(
 ) -> list[Candidate]:
     """What the best rate of a variant is chosen among: one for each multiple of alpha's rate, or a single one."""
     arguments = _job(reference, variant, ablation.seeds[0], {}, output_dir).arguments
-    if not ablation.alpha_rates or not has_alpha(arguments.model.peft_method, arguments.model.function):
+    if not ablation.alpha_rates or alpha_rate(arguments.model.peft_method, arguments.model.function) is None:
         return [Candidate(variant.key, variant.label, arguments)]
     return [
         Candidate(

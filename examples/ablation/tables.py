@@ -8,7 +8,8 @@ from typing import Any
 
 from seed_tables import markdown_table, mean_and_std, spread_text
 
-from ablation.variants import TABLES, Variant, has_alpha
+from ablation.variants import TABLES, Variant
+from funlora_hf.tuner.learning_rates import alpha_rate
 
 
 Results = Mapping[str, Sequence[Mapping[str, Any] | None]]
@@ -82,7 +83,5 @@ def losses_after_base(run: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _alpha_rate(settings: Mapping[str, Any]) -> float | None:
-    model = settings["ModelArguments"]
-    if not has_alpha(model["peft_method"], model["function"]):
-        return None
-    return settings["ContinualTrainingArguments"]["adapter_alpha_rate"]
+    model, training = settings["ModelArguments"], settings["ContinualTrainingArguments"]
+    return alpha_rate(model["peft_method"], model["function"], training["adapter_alpha_rate"])

@@ -32,11 +32,6 @@ class Variant:
     needs: str | None = None
 
 
-def has_alpha(peft_method: str, function: str) -> bool:
-    """Whether the adapters of these arguments of a run have coefficients alpha, and so a rate of alpha."""
-    return peft_method == "funlora" and function != "identity"
-
-
 def _layers(key: str, label: str, targets: str) -> Variant:
     return Variant(key, label, {"target_modules": [targets]}, rate_of=REFERENCE)
 

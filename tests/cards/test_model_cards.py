@@ -151,6 +151,7 @@ def test_an_adapter_s_card_has_the_facts():
         "1,000 synthetic images of every class, sampled by heun in 6 steps.",
     ):
         assert text in card.text
+    assert "rate of alpha" not in adapter(results=results(peft_method="class_vector")).text
     guided = results()
     guided["settings"]["EvaluationArguments"]["guidance_scale"] = 1.5
     assert "heun in 6 steps, with the guidance scale 1.5." in adapter(results=guided).text

@@ -3,10 +3,11 @@ from __future__ import annotations
 import csv
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
-from runs import command_line, digests
+from runs import digests
 
 from funlora_hf.utils.files import read_json
 
@@ -22,14 +23,8 @@ STRATEGIES = ("--strategies", "frozen", "joint:base_train_steps=1,label=upper bo
 
 
 @pytest.fixture
-def compare(run_example):
-    """Runs the example with `out` in a folder as its output."""
-
-    def start(folder, *arguments, check=True, **overrides):
-        short = command_line(**{**SHORT, "output_dir": "out", **overrides})
-        return run_example(*short, *arguments, cwd=folder, check=check, example="compare_strategies.py", timeout=600)
-
-    return start
+def compare(run_short_example):
+    return partial(run_short_example, "compare_strategies.py", SHORT)
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import PIL.Image
 import pytest
 import steps_report
-from runs import command_line, digests, short_run
+from runs import digests, short_run
 from steps_to_loss import Setting, StepsArguments, run_steps
 
 from funlora_hf.utils.files import read_json
 
 
 SHORT = {
-    "output_dir": "out",
     "max_images_per_class": 8,
     "classes_per_task": 5,
     "base_train_steps": 2,
@@ -27,14 +27,8 @@ ASKED = (
 
 
 @pytest.fixture
-def table(run_example):
-    """Runs the example with `out` in a folder as its output."""
-
-    def start(folder, *arguments, check=True, **overrides):
-        short = command_line(**{**SHORT, **overrides})
-        return run_example(*short, *arguments, cwd=folder, check=check, example="steps_to_loss.py", timeout=600)
-
-    return start
+def table(run_short_example):
+    return partial(run_short_example, "steps_to_loss.py", SHORT)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig, PeftType
 
 from ..tuner import FunLoraConfig
-from ..tuner.learning_rates import ALPHA_RATE
+from ..tuner.learning_rates import alpha_rate
 from ..utils.checks import FINGERPRINT_DTYPES
 
 
@@ -474,9 +474,9 @@ def _training(results: Mapping[str, Any], dataset: str | None, kind: str) -> dic
     training = settings.get("ContinualTrainingArguments", {})
     own = {name.removeprefix(f"{kind}_"): value for name, value in training.items() if name.startswith(f"{kind}_")}
     steps, epochs, most = own.get("train_steps"), own.get("epochs"), training.get("max_train_steps")
-    # Runs of earlier versions had one rate for all.
-    alpha_rate = own.get("alpha_rate", 1.0) or ALPHA_RATE
-    has_alpha = kind == "adapter" and model.get("peft_method") == "funlora" and model.get("function") != "identity"
+    # Runs of earlier versions had one rate for all. The strategy may have chosen another method than the arguments.
+    method = results.get("peft_method", model.get("peft_method")) if kind == "adapter" else None
+    multiple = alpha_rate(method, model.get("function"), own.get("alpha_rate", 1.0)) or 1
     decay, start = own.get("ema_decay"), own.get("ema_start")
     reached = results.get("ema_decay_reached", {}).get(kind, decay)
     warmed_up = "" if reached == decay else f", of which the warm-up reached {reached:.4g}"
@@ -489,7 +489,7 @@ def _training(results: Mapping[str, Any], dataset: str | None, kind: str) -> dic
         else f"{epochs:,}" + ("" if most is None else f", at most {most:,} steps"),
         "batch size": own.get("batch_size"),
         "learning rate": own.get("learning_rate"),
-        "learning rate of alpha": f"{alpha_rate * own['learning_rate']:g}" if has_alpha and alpha_rate != 1 else None,
+        "learning rate of alpha": None if multiple == 1 else f"{multiple * own['learning_rate']:g}",
         "Adam's beta1": own.get("adam_beta1"),
         "warm-up steps": own.get("warmup_steps"),
         "EMA": decay and (f"decay {decay}{warmed_up}" + (f", after {start:.0%} of the steps" if start else "")),

@@ -19,6 +19,13 @@ _KINDS = {
 }
 
 
+def alpha_rate(peft_method: str | None, function: str | None, given: float | None = None) -> float | None:
+    """Return the multiple of the learning rate for alpha that these arguments of a run come to; None: its adapters have no alpha."""
+    if peft_method != "funlora" or function == "identity":
+        return None
+    return ALPHA_RATE if given is None else given
+
+
 def kind_of(name: str) -> str | None:
     """Return "alpha", "omega" or "class_vector" for a parameter of this name in a PEFT model, or None for another."""
     return next((kind for kind, pattern in _KINDS.items() if re.search(pattern, name)), None)

@@ -43,6 +43,12 @@ def test_means_and_spreads():
     assert (row["learning rate"], row["alpha's multiple"]) == (0.02, 3)
 
 
+def test_the_default_multiple_of_alpha_is_the_one_that_was_used():
+    default = run_of(0.0)
+    default["settings"]["ContinualTrainingArguments"]["adapter_alpha_rate"] = None
+    assert ablation_rows(results(funlora=[default]), ["operations"])[0]["alpha's multiple"] == 10
+
+
 def test_a_failed_run_is_left_out_and_counted():
     rows = ablation_rows(results(add=[None, run_of(1.0), None], mul_add=[None, None, None]), ["operations"])
     assert (rows[1]["seeds"], rows[1]["LA (%)"], rows[1]["LA (%) std"]) == (1, 91, None)
